@@ -1,0 +1,404 @@
+"""Every knob of a run, as frozen dataclasses: unit, meaning and range check beside the field.
+
+No torch here. The defaults are the record run (PR #1855 of the parameter-golf challenge); `presets.py` names
+the variations. The resolved configuration is written to `config.json` before step 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. Dimension legend: `V` vocab, `D` width, `L` layers, `H` heads, `K` head dim."""
+
+    vocab_size: int = 8192
+    """Number of token ids `V`; must equal the tokenizer's."""
+    layers: int = 11
+    """Physical layers `L`."""
+    width: int = 512
+    """Model width `D`."""
+    heads: int = 8
+    """Query heads `H`; the head dim is width / heads."""
+    kv_heads: int = 4
+    """Key/value heads; consecutive groups of heads / kv_heads query heads share one."""
+    mlp_mult: int = 4
+    """Hidden width of the MLP as a multiple of the model width."""
+    activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
+    """leaky_relu(x, 0.5)^2 or relu(x)^2."""
+    max_context: int = 2048
+    """Longest attention segment, tokens; longer documents are cut into segments of this length."""
+    rope_dims: int = 16
+    """Leading head dims that rotate (partial RoPE); the rest pass through. Even."""
+    rope_base: float = 10000.0
+    """RoPE base frequency."""
+    qk_gain: float = 5.0
+    """Initial value of the learned gain on each query head (after QK-norm and RoPE)."""
+    xsa_layers: int = 11
+    """The last n layers use exclusive self-attention: the output loses its part along the own value."""
+    head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
+    """Gate on each head's output: sparse sigmoid(scale * w.n[:window]), dense sigmoid(w.n), out
+    2 * sigmoid(w.n[:window])."""
+    gate_window: int = 12
+    """Leading channels that the sparse, out and smear gates read."""
+    sparse_gate_scale: float = 0.5
+    """Multiplier inside the sparse gate's sigmoid."""
+    smear_gate: bool = True
+    """Add a gated copy of the previous token's embedding, masked where the current token is BOS."""
+    ln_scale: bool = True
+    """Divide the normed input of layer i by sqrt(i + 1)."""
+    resid_mix: bool = True
+    """Mix the block input with the first embedding: m0 * x + m1 * x0."""
+    skip: Literal["none", "weighted", "gated"] = "gated"
+    """U-Net skips from encoder to decoder: x + w * s, or the gated lerp w*s + sigmoid(g) * (x - w*s)."""
+    parallel_from: int = 8
+    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
+    loop_start: int = 3
+    """First physical layer of the repeated segment (depth recurrence)."""
+    loop_end: int = 5
+    """Last physical layer of the repeated segment, inclusive."""
+    loops: int = 2
+    """Extra passes through the segment once the loop is on; 0 = no recurrence."""
+    softcap: float = 30.0
+    """Logits are softcap * tanh(z / softcap)."""
+    embed_init_std: float = 0.005
+    """Standard deviation of the embedding at initialization."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.width % self.heads == 0,
+            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
+        )
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}",
+        )
+        _require(
+            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+            f"model.rope_dims must be even and in [0, head_dim={self.head_dim}], got {self.rope_dims}",
+        )
+        _require(
+            0 <= self.loop_start <= self.loop_end < self.layers or self.loops == 0,
+            f"model.loop_start..loop_end must lie in [0, layers={self.layers}), "
+            f"got {self.loop_start}..{self.loop_end}",
+        )
+        _require(
+            self.loops == 0 or self.loop_end < self.parallel_from,
+            f"model.loop_end must be below model.parallel_from={self.parallel_from}, got {self.loop_end}",
+        )
+        _require(
+            0 <= self.xsa_layers <= self.layers,
+            f"model.xsa_layers must be in [0, layers={self.layers}], got {self.xsa_layers}",
+        )
+        _require(
+            1 <= self.parallel_from <= self.layers,
+            f"model.parallel_from must be in [1, layers={self.layers}], got {self.parallel_from}",
+        )
+        _require(
+            1 <= self.gate_window <= self.width,
+            f"model.gate_window must be in [1, width={self.width}], got {self.gate_window}",
+        )
+        _require(self.softcap > 0, f"model.softcap must be > 0, got {self.softcap}")
+        _require(
+            8 <= self.vocab_size <= 65536,
+            f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
+        )
+        _require(self.max_context >= 1, f"model.max_context must be >= 1, got {self.max_context}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, `K`."""
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Total width of the keys (and of the values)."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return self.mlp_mult * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tokens come from and how a step is cut from them."""
+
+    dir: Path | None = None
+    """Folder with `*_train_*.bin`, `*_val_*.bin` and the tokenizer (made by `pgolf data shards`)."""
+    batch_tokens: int = 786_432
+    """Tokens per optimizer step, over all ranks."""
+    micro_tokens: int = 98_304
+    """Tokens per forward/backward on one rank; batch_tokens is a multiple of micro_tokens * world size."""
+    shuffle: bool = True
+    """Shuffle shards and the documents inside each shard by seed; off reads in file order."""
+    prefetch: int = 3
+    """Micro-batches kept ready by the loader's thread."""
+
+    def __post_init__(self) -> None:
+        _require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")
+        _require(
+            self.batch_tokens % self.micro_tokens == 0,
+            f"data.batch_tokens={self.batch_tokens} must be a multiple of "
+            f"data.micro_tokens={self.micro_tokens}",
+        )
+        _require(self.prefetch >= 1, f"data.prefetch must be >= 1, got {self.prefetch}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """Muon on the matrix banks."""
+
+    lr: float = 0.026
+    """Learning rate before the schedule; the update is scaled by sqrt(max(1, rows / cols))."""
+    weight_decay: float = 0.095
+    """Decoupled weight decay, multiplied by the scheduled learning rate."""
+    momentum: float = 0.97
+    """Heavy-ball momentum after its warm-up."""
+    momentum_start: float = 0.92
+    """Momentum at step 0."""
+    momentum_warmup: float = 0.3
+    """Fraction of the run over which momentum rises linearly (the record: 1,500 of about 4,930 steps)."""
+    nesterov: bool = True
+    """Use g + momentum * buffer as the update direction."""
+    row_normalize: bool = True
+    """MuonEq-R: divide each row of the update by its norm before the polar iteration."""
+    ns_steps: int = 5
+    """Polar iterations, 1 to 10."""
+    coefficients: str = "polar_express_golf"
+    """Coefficient table of `pgolf.optim.polar`."""
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
+        for name in ("momentum", "momentum_start"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
+        _require(
+            0 <= self.momentum_warmup <= 1,
+            f"optim.muon.momentum_warmup is a fraction of the run in [0, 1], got {self.momentum_warmup}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamConfig:
+    """AdamW on everything that is not a matrix bank."""
+
+    embed_lr: float = 0.03
+    """Learning rate of the token embedding."""
+    embed_weight_decay: float = 0.085
+    """Decoupled weight decay of the token embedding."""
+    scalar_lr: float = 0.02
+    """Learning rate of gains, gates, scales and lambdas."""
+    scalar_weight_decay: float = 0.02
+    """Decoupled weight decay of the scalars."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizers, schedule and averaging; schedules follow the fraction of the run, not the step."""
+
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    """Matrix banks."""
+    adam: AdamConfig = field(default_factory=AdamConfig)
+    """Embedding and scalars."""
+    grad_clip: float = 0.3
+    """Global-norm clip of the reduced gradient; 0 = off."""
+    warmdown: float = 0.85
+    """Last fraction of the run over which the learning rate falls linearly."""
+    min_lr: float = 0.1
+    """Floor of the learning rate as a fraction of its peak."""
+    ema_horizon: float = 0.058
+    """Averaging horizon 1 / (1 - decay), fraction of the run (the record: 286 of 4,931 steps); 0 = no EMA."""
+    loop_at: float = 0.35
+    """Fraction of the run at which depth recurrence is switched on."""
+
+    def __post_init__(self) -> None:
+        _require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
+        for name in ("warmdown", "min_lr", "ema_horizon", "loop_at"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The clock and the run around the model."""
+
+    seconds: float = 600.0
+    """Wall-clock budget of training plus quantization, seconds; 0 = no clock, run `steps` steps."""
+    steps: int = 0
+    """Stop after this many optimizer steps; 0 = only the clock stops the run."""
+    quantize_reserve: float = 12.0
+    """Seconds of the budget kept for calibration and quantization; 0 puts quantization after the clock."""
+    seed: int = 42
+    """Seeds initialization and data order."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run; auto takes CUDA when it is there."""
+    compile: bool = True
+    """torch.compile the blocks (CUDA only; CPU runs eagerly)."""
+    attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
+    """Attention kernel; auto takes flash-attn-4 if installed, else torch varlen on CUDA, SDPA elsewhere."""
+    warmup_steps: int = 3
+    """Untimed steps per loop mode before the clock; all state is restored after them."""
+    log_every: int = 10
+    """Steps between synchronized metric lines; other steps print an estimate without a sync."""
+    out: Path = Path("runs")
+    """Run folders are made here."""
+
+    def __post_init__(self) -> None:
+        _require(self.seconds >= 0, f"train.seconds must be >= 0, got {self.seconds}")
+        _require(
+            self.seconds > 0 or self.steps > 0,
+            "train.seconds and train.steps are both 0: the run would never stop; set one of them",
+        )
+        _require(
+            self.seconds == 0 or self.quantize_reserve < self.seconds,
+            f"train.quantize_reserve={self.quantize_reserve} leaves no time to train in "
+            f"train.seconds={self.seconds}",
+        )
+        _require(self.log_every >= 1, f"train.log_every must be >= 1, got {self.log_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """GPTQ on the matrices; clips are in standard deviations of a row (SDClip)."""
+
+    matrix_bits: int = 6
+    """Bits of the attention and MLP matrices."""
+    embed_bits: int = 7
+    """Bits of the token embedding."""
+    mlp_clip: float = 11.5
+    """Clip of the MLP matrices, row standard deviations: the step is clip * std / (2^(bits-1) - 1)."""
+    attn_clip: float = 13.0
+    """Clip of the attention matrices, row standard deviations."""
+    embed_clip: float = 14.0
+    """Clip of the token embedding, row standard deviations."""
+    damp: float = 0.01
+    """Added to the Hessian diagonal, fraction of its mean; grows tenfold until the factorization works."""
+    block: int = 128
+    """Columns per GPTQ block."""
+    calibration_batches: int = 16
+    """Micro-batches of training text per calibration, over all ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_bits", "embed_bits"):
+            value = getattr(self, name)
+            _require(4 <= value <= 8, f"quant.{name} must be one of (4, 5, 6, 7, 8), got {value}")
+        for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
+            value = getattr(self, name)
+            _require(value > 0, f"quant.{name} must be > 0, got {value}")
+        _require(
+            self.calibration_batches >= 1,
+            f"quant.calibration_batches must be >= 1, got {self.calibration_batches}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactConfig:
+    """The file that is counted."""
+
+    limit: int = 16_000_000
+    """Bytes of code plus model that the artifact may have (decimal)."""
+    fit: bool = True
+    """Widen the clips and quantize again when the artifact comes out above the limit (at most 3 times)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run."""
+
+    name: str = "record"
+    """Names the run folder."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Tokens."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizers and schedules."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """Clock, seed, device."""
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    """Quantization."""
+    artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
+    """The counted file."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a JSON-ready dict of a config dataclass (paths become strings)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(config)
+    return result
+
+
+def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T:
+    """Build config dataclass `cls` from a plain dict; missing keys take defaults.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value out of range.
+        TypeError: a value of the wrong type.
+    """
+    hints = typing.get_type_hints(cls)
+    known = {f.name: hints[f.name] for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+        values[key] = _parse(known[key], value, f"{where}.{key}")
+    return cls(**values)
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise TypeError(f"{where}: expected an object, got {type(value).__name__}")
+        return from_dict(typing.cast(type, kind), value, where=where)
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _parse(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{where} must be one of {typing.get_args(kind)}, got {value!r}")
+        return value
+    if kind is Path:
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def config_hash(config: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the resolved configuration."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,94 @@
+"""Named runs, each a function that changes another run. `pgolf config PRESET` shows what one would do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pgolf.config import (
+    AdamConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    MuonConfig,
+    OptimConfig,
+    QuantConfig,
+    TrainConfig,
+)
+
+
+def record() -> Config:
+    """PR #1855's settings: 11 layers x 512, SP8192, 35,945,671 parameters, 600 s."""
+    return Config()
+
+
+def naive() -> Config:
+    """The challenge's baseline: 9 layers x 512, SP1024, relu^2, no gates, no recurrence, 1,024 context."""
+    return Config(
+        name="naive",
+        model=ModelConfig(
+            vocab_size=1024,
+            layers=9,
+            mlp_mult=2,
+            activation="relu2",
+            max_context=1024,
+            rope_dims=64,
+            qk_gain=1.5,
+            xsa_layers=0,
+            head_gate="none",
+            smear_gate=False,
+            ln_scale=False,
+            skip="weighted",
+            parallel_from=9,
+            loops=0,
+        ),
+        data=DataConfig(batch_tokens=524_288, micro_tokens=65_536),
+        optim=OptimConfig(
+            muon=MuonConfig(
+                lr=0.04,
+                weight_decay=0.0,
+                momentum=0.95,
+                momentum_start=0.85,
+                momentum_warmup=0.04,
+                row_normalize=False,
+                coefficients="jordan",
+            ),
+            adam=AdamConfig(
+                embed_lr=0.05, embed_weight_decay=0.0, scalar_lr=0.04, scalar_weight_decay=0.0, beta2=0.95
+            ),
+            grad_clip=0.0,
+            warmdown=0.09,
+            min_lr=0.0,
+            ema_horizon=0.0,
+        ),
+        quant=QuantConfig(matrix_bits=8, embed_bits=8, mlp_clip=20.0, attn_clip=20.0, embed_clip=20.0),
+    )
+
+
+def tiny() -> Config:
+    """Every part of `record` at a size that a laptop's CPU trains in about a minute."""
+    base = record()
+    return replace(
+        base,
+        name="tiny",
+        model=ModelConfig(
+            vocab_size=1024,
+            layers=5,
+            width=128,
+            heads=4,
+            kv_heads=2,
+            max_context=256,
+            rope_dims=8,
+            xsa_layers=5,
+            parallel_from=4,
+            loop_start=1,
+            loop_end=2,
+            loops=1,
+        ),
+        data=DataConfig(batch_tokens=8192, micro_tokens=4096),
+        train=TrainConfig(seconds=75.0, quantize_reserve=5.0, warmup_steps=1),
+        quant=QuantConfig(calibration_batches=4),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {"record": record, "naive": naive, "tiny": tiny}
