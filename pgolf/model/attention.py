@@ -1,0 +1,144 @@
+"""Causal attention over packed documents, and the attention branch of a block.
+
+One function, `attention kernel(q, k, v, cu_seqlens, max_seqlen)`, with three implementations chosen once by
+`select_attention`. Nothing attends across a segment boundary.
+Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `S` segments, `D` width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.config import ModelConfig
+from pgolf.model.gates import exclude_self, head_gate, rms_norm
+from pgolf.model.rope import rotate
+
+AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Attend by one `F.scaled_dot_product_attention` a segment; reads cu_seqlens on the host.
+
+    Args:
+        q: `(T, H, K)`. k, v: `(T, G, K)`, G divides H.
+        cu_seqlens: `(S + 1,)` int32 segment starts, ending with T (repeats allowed).
+        max_seqlen: longest segment, tokens; unused here.
+    Returns:
+        `(T, H, K)`.
+    """
+    del max_seqlen
+    bounds = cu_seqlens.tolist()
+    qh, kh, vh = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
+    parts = [
+        F.scaled_dot_product_attention(
+            qh[:, :, start:stop], kh[:, :, start:stop], vh[:, :, start:stop], is_causal=True, enable_gqa=True
+        )
+        for start, stop in itertools.pairwise(bounds)
+        if stop > start
+    ]
+    return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+    """Attend with torch's FlashAttention varlen kernel (CUDA, bf16 or fp16); else as `sdpa_attention`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    # torch 2.11 takes grouped queries silently, 2.13 wants to be told.
+    gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG else {}
+    causal = (-1, 0)
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal, **gqa)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _varlen_has_gqa_flag() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+_VARLEN_HAS_GQA_FLAG = _varlen_has_gqa_flag()
+
+
+def select_attention(
+    name: Literal["auto", "varlen", "fa4", "sdpa"], device: torch.device
+) -> tuple[str, AttentionKernel]:
+    """Return the name and the attention kernel to use on `device`.
+
+    auto is flash-attn-4 on Hopper when installed, else torch varlen on CUDA sm_80 and newer, else SDPA.
+
+    Raises:
+        RuntimeError: the named kernel cannot run here.
+    """
+    cuda = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
+    has_fa4 = cuda and capability[0] == 9 and importlib.util.find_spec("flash_attn") is not None
+    if name == "auto":
+        name = "fa4" if has_fa4 else ("varlen" if capability >= (8, 0) else "sdpa")
+    if name == "fa4":
+        if not has_fa4:
+            raise RuntimeError(
+                "train.attention=fa4 needs a Hopper GPU and the flash-attn-4 package; "
+                "pip install 'pgolf[fa4]', or use train.attention=varlen"
+            )
+        from pgolf.model.fa4 import fa4_attention
+
+        return name, fa4_attention
+    if name == "varlen" and capability < (8, 0):
+        raise RuntimeError(
+            "train.attention=varlen needs a CUDA device of sm_80 or newer; use train.attention=sdpa"
+        )
+    return name, varlen_attention if name == "varlen" else sdpa_attention
+
+
+class AttentionWeights(NamedTuple):
+    """One layer's attention weights in the compute dtype."""
+
+    qkv: Tensor  # (D + 2 * G * K, D)
+    out: Tensor  # (D, D)
+    q_gain: Tensor  # (H,)
+    gate: Tensor | None  # (H, W) or (H, D)
+
+
+def attention_branch(
+    config: ModelConfig,
+    kernel: AttentionKernel,
+    n: Tensor,
+    weights: AttentionWeights,
+    *,
+    exclusive: bool,
+    rope: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor,
+    observe: Callable[[str, Tensor], None] | None = None,
+) -> Tensor:
+    """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
+
+    QK-norm, partial RoPE, learned gain on q, causal attention per segment, exclusive self-attention, head
+    gate, output projection, in the order of PR #1855.
+    """
+    qkv = F.linear(n, weights.qkv)
+    q, k, v = (
+        part.view(n.shape[0], -1, config.head_dim)
+        for part in torch.split(qkv, [config.width, config.kv_width, config.kv_width], dim=-1)
+    )
+    q = rotate(rms_norm(q), *rope) * weights.q_gain[:, None]
+    k = rotate(rms_norm(k), *rope)
+    y = kernel(q, k, v, cu_seqlens, config.max_context)
+    if exclusive:
+        y = exclude_self(y, v)
+    if config.head_gate != "none":
+        assert weights.gate is not None
+        y = y * head_gate(config.head_gate, n, weights.gate, scale=config.sparse_gate_scale)
+    y = y.flatten(1)
+    if observe is not None:
+        observe("attn_in", n)
+        observe("attn_out", y)
+    return F.linear(y, weights.out)

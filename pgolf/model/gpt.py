@@ -1,0 +1,413 @@
+"""The language model: parameters as banks, blocks as pure functions, one forward for every use.
+
+Training, evaluation, calibration and test-time adaptation all run `GPT.forward`. Matrices of one shape are
+stacked into a bank (layer first) so that the optimizer works on few tensors; so are the small parameters.
+Legend: `T` tokens, `D` width, `V` vocab, `L` layers, `H` heads, `K` head dim, `M` hidden, `W` gate window.
+Source: PR #1855 of the parameter-golf challenge, 35,945,671 parameters at the default sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgolf.config import ModelConfig
+from pgolf.model.attention import AttentionKernel, AttentionWeights, attention_branch, select_attention
+from pgolf.model.gates import rms_norm, skip_mix, smear
+from pgolf.model.mlp import mlp
+from pgolf.model.rope import rope_tables
+from pgolf.ops import softcap_ce
+
+Observe = Callable[[str, int, Tensor], None]
+IGNORE = -100
+
+
+def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
+    """Return the physical layers of the encoder and of the decoder half, in execution order.
+
+    With the loop on, layers loop_start..loop_end run loops + 1 times in a row.
+    """
+    order = list(range(config.layers))
+    if loop and config.loops:
+        segment = order[config.loop_start : config.loop_end + 1]
+        order = order[: config.loop_start] + segment * (config.loops + 1) + order[config.loop_end + 1 :]
+    half = len(order) // 2
+    return order[:half], order[half:]
+
+
+def skip_count(config: ModelConfig) -> int:
+    """Return how many skip weights the deeper of the two layer orders needs."""
+    return max(min(map(len, layer_order(config, loop=loop))) for loop in (False, True))
+
+
+class LayerWeights(NamedTuple):
+    """One layer's weights in the compute dtype, cut from the banks once per forward."""
+
+    attn: AttentionWeights
+    up: Tensor  # (M, D)
+    down: Tensor  # (D, M)
+    attn_scale: Tensor  # (D,)
+    mlp_scale: Tensor  # (D,)
+    mix: Tensor | None  # (2, D)
+    ln_scale: Tensor  # ()
+    lane_post: Tensor | None  # (2, 2), [branch, destination lane]
+    lane_resid: Tensor | None  # (2,)
+
+
+class Context(NamedTuple):
+    """What every layer needs besides its weights."""
+
+    x0: Tensor  # (T, D)
+    rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
+    cu_seqlens: Tensor  # (S + 1,) int32
+
+
+Tap = Callable[[str, Tensor], None] | None
+
+
+def serial_block(
+    config: ModelConfig,
+    kernel: AttentionKernel,
+    x: Tensor,
+    w: LayerWeights,
+    ctx: Context,
+    exclusive: bool,
+    tap: Tap,
+) -> Tensor:
+    """Run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+    u = x if w.mix is None else w.mix[0] * x + w.mix[1] * ctx.x0
+    a = attention_branch(
+        config,
+        kernel,
+        rms_norm(u) * w.ln_scale,
+        w.attn,
+        exclusive=exclusive,
+        rope=ctx.rope,
+        cu_seqlens=ctx.cu_seqlens,
+        observe=tap,
+    )
+    x = u + w.attn_scale * a
+    m = mlp(rms_norm(x) * w.ln_scale, w.up, w.down, activation=config.activation, observe=tap)
+    return x + w.mlp_scale * m
+
+
+def parallel_block(
+    config: ModelConfig,
+    kernel: AttentionKernel,
+    lanes: tuple[Tensor, Tensor],
+    w: LayerWeights,
+    ctx: Context,
+    exclusive: bool,
+    tap: Tap,
+) -> tuple[Tensor, Tensor]:
+    """Run attention on lane 0 and the MLP on lane 1; both write to both lanes.
+
+    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp.
+    """
+    lane0, lane1 = lanes
+    u = lane0 if w.mix is None else w.mix[0] * lane0 + w.mix[1] * ctx.x0
+    a = w.attn_scale * attention_branch(
+        config,
+        kernel,
+        rms_norm(u) * w.ln_scale,
+        w.attn,
+        exclusive=exclusive,
+        rope=ctx.rope,
+        cu_seqlens=ctx.cu_seqlens,
+        observe=tap,
+    )
+    n = rms_norm(lane1) * w.ln_scale
+    m = w.mlp_scale * mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    assert w.lane_post is not None and w.lane_resid is not None
+    post, keep = w.lane_post, w.lane_resid
+    return (
+        keep[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
+        keep[1] * lane1 + post[0, 1] * a + post[1, 1] * m,
+    )
+
+
+def stem(ids: Tensor, table: Tensor, first: Tensor, weight: Tensor | None, strength: Tensor | None) -> Tensor:
+    """Return the normed (and smeared) embeddings `(T, D)` of `ids` `(T,)`."""
+    x = F.embedding(ids, table)
+    if weight is not None and strength is not None:
+        x = smear(x, first, weight, strength)
+    return rms_norm(x)
+
+
+def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
+    """Return the normed mean of the two lanes, the input of the output projection."""
+    return rms_norm(0.5 * (lane0 + lane1))
+
+
+class GPT(nn.Module):
+    """Decoder-only transformer of PR #1855, every part switchable by `ModelConfig`.
+
+    Call as `model(inputs, targets, cu_seqlens, max_seqlen=..., loop=...)`; returns per-token losses in nats.
+    """
+
+    tok_emb: nn.Parameter
+    qo_bank: nn.Parameter
+    kv_bank: nn.Parameter
+    skip_weights: nn.Parameter
+    skip_gates: nn.Parameter
+    smear_weight: nn.Parameter
+    smear_lambda: nn.Parameter
+    bank_names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+    embed_names = ("tok_emb",)
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self._attention: AttentionKernel | None = None
+        self._rope: tuple[Tensor, Tensor] | None = None
+        self._serial: Callable[..., Tensor] = serial_block
+        self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
+        self._stem: Callable[..., Tensor] = stem
+        self._skip: Callable[..., Tensor] = skip_mix
+        self._join: Callable[..., Tensor] = join_lanes
+        for name, value in initial_parameters(config, seed=seed).items():
+            self.register_parameter(name, nn.Parameter(value))
+
+    def prepare(
+        self,
+        device: torch.device,
+        *,
+        attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto",
+        compile: bool,
+    ) -> GPT:
+        """Move to `device`, choose attention kernel and compute dtype, and compile the blocks if asked.
+
+        The compute dtype is bfloat16 on CUDA and float32 elsewhere. Blocks are compiled one by one: all
+        layers and both loop modes share the same few graphs, which is what keeps the warm-up short.
+        """
+        self.to(device)
+        self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.attention_name, self._attention = select_attention(attention, device)
+        if compile:
+            jit = partial(torch.compile, fullgraph=True, dynamic=False)
+            self._serial, self._parallel = jit(serial_block), jit(parallel_block)
+            self._stem, self._skip, self._join = jit(stem), jit(skip_mix), jit(join_lanes)
+        return self
+
+    def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
+        """Return, for each bank, the observed input (kind, layer) that each of its matrices multiplies."""
+        layers = range(self.config.layers)
+
+        def of(kind: str) -> list[tuple[str, int]]:
+            return [(kind, i) for i in layers]
+
+        return {
+            "qo_bank": of("attn_in") + of("attn_out"),
+            "kv_bank": of("attn_in") + of("attn_in"),
+            "mlp_up_bank": of("mlp_in"),
+            "mlp_down_bank": of("mlp_out"),
+            "tok_emb": [("head", 0)],
+        }
+
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        max_seqlen: int,
+        loop: bool,
+        observe: Observe | None = None,
+    ) -> Tensor:
+        """Return the loss of every target, `(T,)` float32 nats; targets of -100 give 0.
+
+        Args:
+            inputs: `(T,)` int64 packed documents. targets: `(T,)` int64.
+            cu_seqlens: `(S + 1,)` int32 segment starts ending with T; nothing crosses a segment boundary.
+            max_seqlen: longest segment, tokens; must not exceed config.max_context.
+            loop: run the repeated segment (depth recurrence).
+            observe: called as observe(kind, layer, x) with every matrix's input; runs the blocks uncompiled.
+        Raises:
+            ValueError: max_seqlen above config.max_context.
+        """
+        hidden, table = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
+        if observe is not None:
+            observe("head", 0, hidden)
+        logits = F.linear(hidden, table)
+        return softcap_ce(logits, targets, self.config.softcap, ignore_index=IGNORE)
+
+    def logits(self, inputs: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, loop: bool) -> Tensor:
+        """Return the soft-capped logits `(T, V)` float32."""
+        hidden, table = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop)
+        cap = self.config.softcap
+        return cap * torch.tanh(F.linear(hidden, table).float() / cap)
+
+    def hidden(
+        self,
+        inputs: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        max_seqlen: int,
+        loop: bool,
+        observe: Observe | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype."""
+        config = self.config
+        if max_seqlen > config.max_context:
+            raise ValueError(
+                f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
+            )
+        weights = self._weights()
+        table = self.tok_emb.to(self.compute_dtype)
+        x = self._embed(inputs, table, cu_seqlens)
+        if observe is None and inputs.is_cuda:
+            # The number of segments changes from batch to batch; only the opaque attention kernel reads it.
+            torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        ctx = Context(x, self._rope_for(inputs), cu_seqlens)
+        encoder, decoder = layer_order(config, loop=loop)
+        saved: list[Tensor] = []
+        for i in encoder:
+            x = self._run_serial(x, i, weights, ctx, observe)
+            saved.append(x)
+        lanes = (x, x)
+        for j, i in enumerate(decoder):
+            s = saved.pop() if saved else None
+            if i < config.parallel_from:
+                x = self._run_serial(self._join_skip(x, s, j), i, weights, ctx, observe)
+                lanes = (x, x)
+            else:
+                lanes = self._run_parallel(
+                    (self._join_skip(lanes[0], s, j), lanes[1]), i, weights, ctx, observe
+                )
+        return self._join(*lanes), table
+
+    def _embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
+        first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
+        first.index_fill_(0, cu_seqlens.long(), True)
+        if not self.config.smear_gate:
+            return self._stem(inputs, table, first[:-1], None, None)
+        dtype = self.compute_dtype
+        return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
+
+    def _weights(self) -> list[LayerWeights]:
+        """Cut the banks into layers, cast to the compute dtype; q, k and v become one matrix."""
+        config, dtype, layers = self.config, self.compute_dtype, self.config.layers
+        qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
+        qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).unbind()
+
+        def cut(name: str) -> Any:
+            tensor = getattr(self, name, None)
+            return [None] * layers if tensor is None else tensor.to(dtype).unbind()
+
+        out = qo[layers:].unbind()
+        up, down = cut("mlp_up_bank"), cut("mlp_down_bank")
+        gain, gate = cut("q_gain"), cut("head_gate")
+        attn_scale, mlp_scale, mix = cut("attn_scale"), cut("mlp_scale"), cut("resid_mix")
+        post, keep = cut("lane_post"), cut("lane_resid")
+        depth = torch.arange(1, layers + 1, device=qo.device, dtype=torch.float32)
+        ln = (depth.rsqrt() if config.ln_scale else torch.ones_like(depth)).unbind()
+        return [
+            LayerWeights(
+                AttentionWeights(qkv[i], out[i], gain[i], gate[i]),
+                up[i],
+                down[i],
+                attn_scale[i],
+                mlp_scale[i],
+                mix[i],
+                ln[i],
+                post[i],
+                keep[i],
+            )
+            for i in range(layers)
+        ]
+
+    def _rope_for(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, config = inputs.shape[0], self.config
+        if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != inputs.device:
+            self._rope = rope_tables(tokens, config.rope_dims, base=config.rope_base, device=inputs.device)
+        return self._rope[0][:tokens], self._rope[1][:tokens]
+
+    def _kernel(self) -> AttentionKernel:
+        if self._attention is None:
+            self.prepare(self.tok_emb.device, compile=False)
+        assert self._attention is not None
+        return self._attention
+
+    def _run_serial(
+        self, x: Tensor, i: int, weights: list[LayerWeights], ctx: Context, observe: Observe | None
+    ) -> Tensor:
+        block = self._serial if observe is None else serial_block
+        return block(self.config, self._kernel(), x, weights[i], ctx, self._exclusive(i), _tap(observe, i))
+
+    def _run_parallel(
+        self,
+        lanes: tuple[Tensor, Tensor],
+        i: int,
+        weights: list[LayerWeights],
+        ctx: Context,
+        observe: Observe | None,
+    ) -> tuple[Tensor, Tensor]:
+        block = self._parallel if observe is None else parallel_block
+        return block(
+            self.config, self._kernel(), lanes, weights[i], ctx, self._exclusive(i), _tap(observe, i)
+        )
+
+    def _exclusive(self, i: int) -> bool:
+        return i >= self.config.layers - self.config.xsa_layers
+
+    def _join_skip(self, x: Tensor, s: Tensor | None, j: int) -> Tensor:
+        if s is None or self.config.skip == "none":
+            return x
+        weight = self.skip_weights[j].to(self.compute_dtype)
+        gate = self.skip_gates[j].to(self.compute_dtype) if self.config.skip == "gated" else None
+        return self._skip(x, s, weight, gate)
+
+
+def _tap(observe: Observe | None, layer: int) -> Tap:
+    return None if observe is None else lambda kind, x: observe(kind, layer, x)
+
+
+def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
+    """Return every parameter of the model at initialization, float32, by name.
+
+    Embedding N(0, std^2); q, k, v, MLP-up orthogonal; both output projections zero; scales one; gates zero.
+    """
+    c = config
+    rng = torch.Generator().manual_seed(seed)
+
+    def orthogonal(count: int, rows: int, cols: int) -> Tensor:
+        stack = torch.empty(count, rows, cols)
+        for matrix in stack:
+            nn.init.orthogonal_(matrix, generator=rng)
+        return stack
+
+    p = {
+        "tok_emb": torch.randn(c.vocab_size, c.width, generator=rng) * c.embed_init_std,
+        "qo_bank": torch.cat(
+            (orthogonal(c.layers, c.width, c.width), torch.zeros(c.layers, c.width, c.width))
+        ),
+        "kv_bank": orthogonal(2 * c.layers, c.kv_width, c.width),
+        "mlp_up_bank": orthogonal(c.layers, c.hidden, c.width),
+        "mlp_down_bank": torch.zeros(c.layers, c.width, c.hidden),
+        "q_gain": torch.full((c.layers, c.heads), c.qk_gain),
+        "attn_scale": torch.ones(c.layers, c.width),
+        "mlp_scale": torch.ones(c.layers, c.width),
+    }
+    if c.head_gate != "none":
+        columns = c.width if c.head_gate == "dense" else c.gate_window
+        gate = torch.randn(c.layers, c.heads, columns, generator=rng) * 0.005
+        p["head_gate"] = gate if c.head_gate == "dense" else torch.zeros_like(gate)
+    if c.resid_mix:
+        p["resid_mix"] = torch.stack((torch.ones(c.width), torch.zeros(c.width))).repeat(c.layers, 1, 1)
+    if c.skip != "none":
+        p["skip_weights"] = torch.ones(skip_count(c), c.width)
+    if c.skip == "gated":
+        p["skip_gates"] = torch.zeros(skip_count(c), c.width)
+    if c.parallel_from < c.layers:
+        p["lane_post"] = torch.ones(c.layers, 2, 2)
+        p["lane_resid"] = torch.full((c.layers, 2), 1.1)
+    if c.smear_gate:
+        p["smear_weight"] = torch.zeros(1, c.gate_window)
+        p["smear_lambda"] = torch.zeros(1)
+    return p
