@@ -1,0 +1,185 @@
+"""From a trained model to its quantized state: input Hessians on calibration batches, then GPTQ per bank.
+
+Owns which tensor gets which grid; the grid is `grid.py`'s, the rounding `gptq.py`'s, the result `state.py`'s.
+Legend: `B` matrices of a bank, `R` rows, `C` columns, `T` tokens.
+Source: SPEC 6.1-6.4 (parameter-golf PR #1855). Differs: the Hessians are summed over all ranks (the record
+kept rank 0's share only), q, k and v share one, and attention sees document boundaries as in training.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.config import QuantConfig
+from pgolf.data.loader import Batch
+from pgolf.dist import Dist
+from pgolf.quant.gptq import gptq
+from pgolf.quant.grid import QuantizedTensor, quantize_gate_rows
+from pgolf.quant.state import QuantizedState, dequantize_state
+
+__all__ = ["collect_hessians", "dequantize_state", "quantize_model"]
+
+GATE_NAME = "head_gate"
+GATE_MIN, GATE_MAX = 32, 8192
+"""A layer's gate matrix is stored in int8 rows if its element count is in this range (SPEC 6.4)."""
+SMALL_MAX = 65_536
+"""Largest parameter that may stay float16 (SPEC 6.4)."""
+FLOAT16_MAX = 65504.0
+
+InputKey = tuple[str, int]
+
+
+def collect_hessians(model: nn.Module, batches: Iterable[Batch], dist: Dist) -> dict[InputKey, Tensor]:
+    """Return E[x x^T] of every matrix input over all batches, loop passes and ranks.
+
+    H[kind, layer] = sum over ranks, batches and passes of X^T X / number of tokens, X `(T, C)`.
+    A looped layer adds all its passes but is divided by the tokens once: GPTQ does not see the factor.
+
+    Args:
+        model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=True, observe=)`.
+        batches: this rank's calibration batches, at least one.
+        dist: sums over the ranks and names the device.
+    Returns:
+        (kind, layer) -> `(C, C)` float32 on dist.device, the same on every rank.
+    Raises:
+        ValueError: no batches, or a model that never called `observe`.
+    """
+    sums: dict[InputKey, Tensor] = {}
+
+    def observe(kind: str, layer: int, x: Tensor) -> None:
+        _add_gram(sums, (kind, layer), x.detach().reshape(-1, x.shape[-1]))
+
+    tokens = 0
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            arguments = (t.to(dist.device) for t in (batch.inputs, batch.targets, batch.cu_seqlens))
+            model(*arguments, max_seqlen=batch.max_seqlen, loop=True, observe=observe)
+            tokens += batch.inputs.numel()
+    model.train(training)
+    if not tokens or not sums:
+        raise ValueError(
+            f"collect_hessians: expected batches and observed inputs, got {tokens} tokens and {len(sums)} "
+            "inputs; raise quant.calibration_batches to at least the number of ranks"
+        )
+    count = torch.tensor([tokens], dtype=torch.float64, device=dist.device)
+    dist.all_reduce(count)
+    for key in sorted(sums):
+        dist.all_reduce(sums[key])
+        sums[key] /= count.item()
+    return sums
+
+
+def quantize_model(
+    model_state: dict[str, Tensor],
+    inputs: dict[str, list[InputKey]],
+    hessians: dict[InputKey, Tensor],
+    config: QuantConfig,
+    *,
+    clip_scale: float = 1.0,
+) -> QuantizedState:
+    """Quantize the matrices by GPTQ, the head gates to int8 rows and everything else to float16.
+
+    Args:
+        model_state: parameter name -> tensor; banks `(B, R, C)`, the embedding `(V, D)`.
+        inputs: `GPT.quant_inputs()`: for each matrix parameter the (kind, layer) of each of its B matrices.
+        hessians: from `collect_hessians`; the work runs on their device.
+        config: bits and clips; `mlp_*` inputs take mlp_clip, `attn_*` attn_clip, the head embed_clip.
+        clip_scale: multiplies every clip; above 1 makes coarser grids and a smaller file.
+    Returns:
+        CPU tensors, and the seconds each matrix parameter took.
+    Raises:
+        ValueError: a missing parameter or Hessian, a large parameter without inputs, NaN or infinity.
+    """
+    missing = sorted(set(inputs) - set(model_state))
+    if missing:
+        raise ValueError(f"quantize_model: parameters {missing} have inputs but are not in the model's state")
+    result = QuantizedState({}, {}, {}, {})
+    for name, weight in model_state.items():
+        start = time.perf_counter()
+        with _blame(name):
+            if name in inputs:
+                hessian = _stack_hessians(weight, inputs[name], hessians)
+                result.quantized[name] = _matrices(weight, hessian, inputs[name][0][0], config, clip_scale)
+                result.seconds[name] = time.perf_counter() - start
+            elif name == GATE_NAME and GATE_MIN <= weight[0].numel() <= GATE_MAX:
+                result.gates[name] = _to_cpu(quantize_gate_rows(weight.detach()))
+            else:
+                result.small[name] = _to_half(weight)
+    return result
+
+
+def _add_gram(sums: dict[InputKey, Tensor], key: InputKey, x: Tensor) -> None:
+    """Add X^T X to sums[key] in float32; bfloat16 products are exact there."""
+    if key not in sums:
+        sums[key] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+    if x.is_cuda and x.dtype == torch.bfloat16:
+        # bf16 tensor cores with float32 accumulation and output: the same sum as TF32, without x.float().
+        sums[key] += torch.mm(x.t(), x, out_dtype=torch.float32)
+    else:
+        x = x.float()
+        sums[key].addmm_(x.t(), x)
+
+
+def _stack_hessians(weight: Tensor, keys: list[InputKey], hessians: dict[InputKey, Tensor]) -> Tensor:
+    """Return `(B, C, C)`, the Hessian of each matrix of the bank."""
+    if len(keys) != (weight.shape[0] if weight.dim() == 3 else 1) or weight.dim() not in (2, 3):
+        raise ValueError(
+            f"expected a bank of {len(keys)} matrices, as its inputs say, got {tuple(weight.shape)}"
+        )
+    missing = [key for key in keys if key not in hessians]
+    if missing:
+        raise ValueError(f"no Hessian for the inputs {missing}; calibration observed {sorted(hessians)}")
+    return torch.stack([hessians[key] for key in keys])
+
+
+def _matrices(
+    weight: Tensor, hessian: Tensor, kind: str, config: QuantConfig, clip_scale: float
+) -> QuantizedTensor:
+    """Quantize one bank `(B, R, C)`, or one matrix `(R, C)`, on the Hessian's device."""
+    clips = {"mlp": config.mlp_clip, "attn": config.attn_clip, "head": config.embed_clip}
+    family = kind.split("_")[0]
+    result = gptq(
+        weight.detach().to(hessian.device).reshape(hessian.shape[0], -1, weight.shape[-1]),
+        hessian,
+        bits=config.embed_bits if family == "head" else config.matrix_bits,
+        clip=clips[family] * clip_scale,
+        damp=config.damp,
+        block=config.block,
+    )
+    shaped = QuantizedTensor(
+        result.codes.reshape(weight.shape), result.scales.reshape(weight.shape[:-1]), result.bits
+    )
+    return _to_cpu(shaped)
+
+
+def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
+    return QuantizedTensor(tensor.codes.cpu(), tensor.scales.cpu(), tensor.bits)
+
+
+def _to_half(weight: Tensor) -> Tensor:
+    """Return a small parameter as float16 on the CPU."""
+    if weight.numel() > SMALL_MAX:
+        raise ValueError(
+            f"{weight.numel():,} elements are too many for float16 (limit {SMALL_MAX:,}); give the parameter "
+            "an entry in the model's quant_inputs() so that GPTQ takes it"
+        )
+    largest = weight.detach().abs().max().item() if weight.numel() else 0.0
+    if not largest <= FLOAT16_MAX:
+        raise ValueError(f"largest magnitude {largest:g} does not fit float16 ({FLOAT16_MAX:g})")
+    return weight.detach().half().cpu()
+
+
+@contextmanager
+def _blame(name: str) -> Iterator[None]:
+    """Put the parameter's name in front of an error."""
+    try:
+        yield
+    except ValueError as e:
+        raise ValueError(f"quantize_model: {name}: {e}") from e

@@ -1,0 +1,124 @@
+"""Symmetric per-row quantization grids: scales, codes and back.
+
+Owns the SDClip step, round-to-nearest and the int8 rows of the gates; which codes are chosen when the inputs
+are known is `gptq.py`'s business. Works on stacks: the last dimension is the row's columns.
+Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
+Source: SDClip of parameter-golf PR #1394 (SPEC 6.3): the step follows the spread of a row, not its maximum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_SCALE = 2.0**-24
+"""Smallest positive float16 (subnormal): the record code's floor of 1e-10 rounds to 0, a division by zero."""
+MAX_SCALE = 65504.0
+"""Largest finite float16."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes on a grid with one step per row: w = codes * scales[..., None]."""
+
+    codes: Tensor
+    """`(..., C)` int8 in [-Q, Q]; the shape of the parameter."""
+    scales: Tensor
+    """`(...)` float16, the step of each row, > 0."""
+    bits: int
+    """Width of the grid, 4 to 8."""
+
+    def dequantize(self) -> Tensor:
+        """Return codes * scales, float32, in the parameter's shape."""
+        return dequantize(self.codes, self.scales)
+
+
+def max_code(bits: int) -> int:
+    """Return Q = 2^(bits-1) - 1, the largest code of a symmetric grid.
+
+    Raises:
+        ValueError: bits outside 2 to 8 (codes are int8).
+    """
+    if not 2 <= bits <= 8:
+        raise ValueError(f"grid: bits must be in [2, 8] (codes are int8), got {bits}")
+    return (1 << (bits - 1)) - 1
+
+
+def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
+    """Return the step of each row so that the grid ends at `clip` standard deviations.
+
+    s_r = fp16(max(clip * std(w_r) / Q, 2^-24)), std unbiased (N - 1), at most 65504.
+    Equals `(clip * weight.std(-1) / Q).clamp(2**-24, 65504).half()`.
+
+    Args:
+        weight: `(..., C)` floating point, C >= 2.
+        bits: width of the grid.
+        clip: standard deviations at the largest code, > 0. The record uses 11.5 to 14.
+    Returns:
+        `(...)` float16, positive and finite.
+    Raises:
+        ValueError: fewer than 2 columns, clip <= 0, NaN or infinity in the weights.
+        TypeError: weights that are not floating point.
+    Source: SPEC 6.3 step 5; the floor differs because 1e-10 is 0 in float16.
+    """
+    if not weight.is_floating_point():
+        raise TypeError(f"sdclip_scales: weight must be floating point, got {weight.dtype}")
+    if weight.dim() < 1 or weight.shape[-1] < 2:
+        raise ValueError(
+            "sdclip_scales: expected (..., C) with C >= 2 (a standard deviation needs two columns), "
+            f"got {tuple(weight.shape)}"
+        )
+    if not clip > 0:
+        raise ValueError(f"sdclip_scales: clip must be > 0 standard deviations, got {clip}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("sdclip_scales: weight holds NaN or infinity; training diverged before quantization")
+    step = weight.float().std(dim=-1) * (clip / max_code(bits))
+    return step.clamp(MIN_SCALE, MAX_SCALE).half()
+
+
+def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
+    """Round every weight to the nearest code of its row's grid (ties to even, float32).
+
+    q = clamp(round(w / s), -Q, Q).
+
+    Args:
+        weight: `(..., C)` floating point.
+        scales: `(...)` float16, positive, one per row.
+        bits: width of the grid.
+    Returns:
+        `(..., C)` int8.
+    Raises:
+        ValueError: scales do not match the rows.
+    """
+    if scales.shape != weight.shape[:-1]:
+        raise ValueError(
+            f"quantize: expected one scale a row {tuple(weight.shape[:-1])}, got {tuple(scales.shape)}"
+        )
+    q = max_code(bits)
+    return (weight.float() / scales.float().unsqueeze(-1)).round_().clamp_(-q, q).to(torch.int8)
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """Return w = q * s: codes `(..., C)` int8 times the row's step `(...)` float16, in float32."""
+    return codes.float() * scales.float().unsqueeze(-1)
+
+
+def quantize_gate_rows(weight: Tensor) -> QuantizedTensor:
+    """Quantize small gate matrices to int8 with the step at the row's maximum: s = fp16(max|w_r| / 127).
+
+    Args:
+        weight: `(..., C)` floating point.
+    Returns:
+        Codes, scales and bits = 8.
+    Raises:
+        ValueError: NaN or infinity in the weights.
+    Source: SPEC 6.4.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(
+            "quantize_gate_rows: weight holds NaN or infinity; training diverged before quantization"
+        )
+    scales = (weight.float().abs().amax(dim=-1) / max_code(8)).clamp(MIN_SCALE, MAX_SCALE).half()
+    return QuantizedTensor(quantize(weight, scales, bits=8), scales, 8)

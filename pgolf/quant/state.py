@@ -1,0 +1,41 @@
+"""A whole model between training and file: codes, gates and float16 leftovers, and the way back to float32.
+
+Separate from `calibrate.py` because reading an artifact needs this and none of the quantizers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pgolf.quant.grid import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class QuantizedState:
+    """Every parameter of a model in its stored form; each name is in exactly one of the three groups."""
+
+    quantized: dict[str, QuantizedTensor]
+    """Matrix banks and the embedding: the bulk of the bytes."""
+    gates: dict[str, QuantizedTensor]
+    """Gate matrices, int8 rows."""
+    small: dict[str, Tensor]
+    """Everything else, float16."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of each quantized parameter, seconds; empty when the state was read from a file."""
+
+
+def dequantize_state(state: QuantizedState) -> dict[str, Tensor]:
+    """Return every parameter as float32 under its own name.
+
+    Raises:
+        ValueError: a name is in two groups.
+    """
+    result: dict[str, Tensor] = {}
+    for group in (state.quantized, state.gates, state.small):
+        for name, value in group.items():
+            if name in result:
+                raise ValueError(f"dequantize_state: {name!r} is stored twice; each parameter has one form")
+            result[name] = value.dequantize() if isinstance(value, QuantizedTensor) else value.float()
+    return result
