@@ -1,0 +1,261 @@
+"""The token shard format of the challenge, the manifest beside it, and how both are found and written.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, n_tokens, zeros) and then n_tokens
+little-endian uint16. Byte sidecars (`NAME_val_bytes_000000.bin`) have the same form with bytes instead of
+ids. This file knows nothing about text or tokenizers.
+
+Source: the parameter-golf challenge's data files; the header is the one of llm.c's `.bin` shards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+MAKE_SHARDS = "pgolf data shards --train TEXT --val TEXT --tokenizer MODEL --out FOLDER"
+
+Split = Literal["train", "val"]
+Tokens = NDArray[np.uint16]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `path` only if the block succeeds (same folder, fsync, rename).
+
+    Raises:
+        OSError: the file cannot be written (a full disk, say); the temporary file is removed, an older file
+            of that name and its finished neighbours stay as they were.
+    """
+    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temp.open("wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temp.replace(path)
+    except OSError as e:
+        reason = f"cannot write {path}: {e.strerror}; files finished before it are kept"
+        raise OSError(e.errno, reason) from e
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def write_shard(path: Path, tokens: NDArray[Any]) -> str:
+    """Write one shard atomically and return the SHA-256 of the file, in hex.
+
+    Args:
+        path: the file to make; its folder must exist.
+        tokens: `(n,)` integers in [0, 65536), n >= 1.
+    Raises:
+        TypeError: not integers. ValueError: not one-dimensional, empty, or out of the uint16 range.
+        OSError: the disk is full or the folder cannot be written.
+    """
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise TypeError(f"{path}: shard tokens must be integers, got {tokens.dtype}")
+    if tokens.ndim != 1 or tokens.size == 0:
+        raise ValueError(f"{path}: shard tokens must be one-dimensional and not empty, got {tokens.shape}")
+    if tokens.size >= 2**31:
+        raise ValueError(f"{path}: a shard holds fewer than 2**31 tokens, got {tokens.size}; write several")
+    if tokens.dtype != np.uint16 and (int(tokens.min()) < 0 or int(tokens.max()) > 65535):
+        raise ValueError(
+            f"{path}: shard tokens must lie in [0, 65536), got {int(tokens.min())}..{int(tokens.max())}"
+        )
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    body = np.ascontiguousarray(tokens, dtype="<u2")
+    digest = hashlib.sha256(header.tobytes())
+    digest.update(body.data)
+    with atomic_file(path) as handle:
+        handle.write(header.tobytes())
+        handle.write(body.data)
+    return digest.hexdigest()
+
+
+def shard_tokens(path: Path) -> int:
+    """Return the number of tokens of a shard, from its header and size only.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: empty, foreign, of another version, or truncated.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no shard at {path}; make shards with: {MAKE_SHARDS}")
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise ValueError(f"{path}: a shard starts with a header of {HEADER_BYTES} bytes, the file has {size}")
+    with path.open("rb") as handle:
+        magic, version, tokens = (int(v) for v in np.frombuffer(handle.read(12), dtype="<i4"))
+    if magic != MAGIC:
+        raise ValueError(f"{path}: not a token shard: magic {magic}, expected {MAGIC}")
+    if version != VERSION:
+        raise ValueError(f"{path}: shard version {version}, this reader knows version {VERSION}")
+    if tokens <= 0:
+        raise ValueError(f"{path}: the header announces {tokens} tokens, expected at least 1")
+    expected = HEADER_BYTES + 2 * tokens
+    if size != expected:
+        what = "truncated" if size < expected else "too long"
+        raise ValueError(
+            f"{path}: {what}: {tokens} tokens need {expected} bytes, the file has {size}; "
+            "copy it again or make it again"
+        )
+    return tokens
+
+
+def read_shard(path: Path, *, vocab_size: int | None = None) -> Tokens:
+    """Return the tokens of a shard as a read-only memory map.
+
+    Args:
+        path: the shard.
+        vocab_size: when given, every id must be below it.
+    Returns:
+        `(n,)` uint16.
+    Raises:
+        FileNotFoundError: no such file. ValueError: empty, foreign, of another version, truncated, or a token
+            id that is not below `vocab_size`.
+    """
+    count = shard_tokens(path)
+    tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        where = int(np.argmax(tokens >= vocab_size))
+        raise ValueError(
+            f"{path}: token {int(tokens[where])} at position {where} is not below the vocabulary size "
+            f"{vocab_size}; the shards were made with another tokenizer"
+        )
+    return tokens
+
+
+def find_shards(folder: Path, split: Split) -> list[Path]:
+    """Return the shards of one split in name order, byte sidecars left out.
+
+    Raises:
+        FileNotFoundError: no such folder, or no shard of that split in it.
+    """
+    pattern = re.compile(rf".+_{split}_(?!bytes_)[^_]+\.bin")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no data folder at {folder}; make one with: {MAKE_SHARDS}")
+    found = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
+    if not found:
+        raise FileNotFoundError(f"no *_{split}_*.bin in {folder}; make shards with: {MAKE_SHARDS}")
+    return found
+
+
+def sidecar_path(shard: Path) -> Path:
+    """Return where the byte sidecar of a validation shard lies: `x_val_0.bin` -> `x_val_bytes_0.bin`."""
+    head, number = shard.name.rsplit("_", 1)
+    return shard.with_name(f"{head}_bytes_{number}")
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest says about one file."""
+
+    split: str
+    """train, val, or val_bytes for a byte sidecar."""
+    tokens: int
+    """Entries of the file."""
+    documents: int
+    """Documents that start in it."""
+    bytes: int
+    """UTF-8 bytes of those documents."""
+    sha256: str
+    """Of the whole file, hex."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json` of a folder of shards: written last, so a folder that has one is complete."""
+
+    name: str
+    """Prefix of the shard names."""
+    tokenizer_sha256: str
+    """Of `tokenizer.model`, hex."""
+    vocab_size: int
+    """Number of token ids."""
+    bos_id: int
+    """The id before every document."""
+    lossless: bool
+    """Decoding the validation ids gives back every validation document exactly."""
+    files: dict[str, ShardInfo]
+    """Per file name."""
+
+    def total(self, split: str) -> ShardInfo:
+        """Return the sums of tokens, documents and bytes of one split (its sha256 is empty)."""
+        infos = [info for info in self.files.values() if info.split == split]
+        tokens, documents, size = (
+            sum(getattr(info, key) for info in infos) for key in ("tokens", "documents", "bytes")
+        )
+        return ShardInfo(split, tokens, documents, size, sha256="")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, with the totals of each split for people to read."""
+    data = dataclasses.asdict(manifest)
+    data["splits"] = {}
+    for split in ("train", "val"):
+        total = manifest.total(split)
+        data["splits"][split] = {"tokens": total.tokens, "documents": total.documents, "bytes": total.bytes}
+    with atomic_file(folder / MANIFEST_NAME) as handle:
+        handle.write((json.dumps(data, indent=1) + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read `manifest.json`.
+
+    Raises:
+        FileNotFoundError: the folder has none (other tools' shards). ValueError: it is damaged.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {MANIFEST_NAME} in {folder}; folders made by this command have one: {MAKE_SHARDS}"
+        )
+    try:
+        data = json.loads(path.read_bytes())
+        files = {name: ShardInfo(**info) for name, info in data.pop("files").items()}
+        data.pop("splits")
+        return Manifest(files=files, **data)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise ValueError(f"{path}: damaged manifest ({e}); make the shards again: {MAKE_SHARDS}") from e
+
+
+def verify_manifest(folder: Path, manifest: Manifest) -> None:
+    """Check every file of the manifest, and the tokenizer, against its SHA-256.
+
+    Raises:
+        FileNotFoundError: a listed file is not there. ValueError: a file differs (named).
+    """
+    expected = {name: info.sha256 for name, info in manifest.files.items()}
+    expected[TOKENIZER_NAME] = manifest.tokenizer_sha256
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{MANIFEST_NAME} lists {path}, which is not there; copy it again")
+        got = file_sha256(path)
+        if got != digest:
+            raise ValueError(
+                f"{path}: SHA-256 is {got[:16]}..., {MANIFEST_NAME} says {digest[:16]}...; copy it again"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,324 @@
+"""SentencePiece tokenizers: training a lossless one, encoding with exact byte accounting.
+
+A tokenizer is lossless here when its normalizer changes nothing and it has all 256 byte pieces. Two
+characters would still be lost: SentencePiece writes a space as U+2581, so a real U+2581 would come back as a
+space, and NUL ends C strings. For lossless tokenizers both are written as two private-use characters before
+encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped too, so the map is
+reversible.
+
+The byte table follows the parameter-golf challenge's rule, the training settings its tokenizers, except that
+theirs normalize (nmt_nfkc) and lose newlines.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import sentencepiece
+from numpy.typing import NDArray
+
+from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, atomic_file
+
+Counts = NDArray[np.int64]
+
+SPACE = "\u2581"
+ESCAPE = "\uf8f0"
+_CODES = {SPACE: ESCAPE + "\uf8f1", "\0": ESCAPE + "\uf8f2", ESCAPE: ESCAPE + "\uf8f3"}
+_ORIGINALS = {code: original for original, code in _CODES.items()}
+_TO_ESCAPE = re.compile(f"[{SPACE}\0{ESCAPE}]")
+_TO_UNESCAPE = re.compile(f"{ESCAPE}[\uf8f1-\uf8f3]")
+_ESCAPED_BYTES = re.compile(ESCAPE.encode() + b"\xef\xa3[\xb1-\xb3]")
+# White space at both ends, a compatibility character and a combining mark: each of SentencePiece's
+# normalizers and white-space options changes at least one of them.
+_PROBE = "  a\n\n \t\uff21e\u0301\u00a0 "
+# SentencePiece skips training sentences above its limit, so lines are cut well below it.
+_LINE_CHARS = 4000
+
+
+def escape(text: str) -> str:
+    """Replace the characters that SentencePiece cannot keep (U+2581, NUL) and the escape character."""
+    return _TO_ESCAPE.sub(lambda m: _CODES[m.group()], text)
+
+
+def unescape(text: str) -> str:
+    """Undo `escape`: `unescape(escape(s)) == s` for every string."""
+    return _TO_UNESCAPE.sub(lambda m: _ORIGINALS[m.group()], text)
+
+
+class ByteTable(NamedTuple):
+    """The challenge's byte accounting, one entry per id.
+
+    Bytes of target y after token x: base_bytes[y] + (has_leading_space[y] and not is_boundary[x]).
+    """
+
+    base_bytes: NDArray[np.int16]
+    has_leading_space: NDArray[np.bool_]
+    is_boundary: NDArray[np.bool_]
+
+    def target_bytes(self, previous: Tokens, target: Tokens) -> Counts:
+        """Return the bytes `(n,)` of each `target` `(n,)` given the token before it, `previous` `(n,)`."""
+        space = self.has_leading_space[target] & ~self.is_boundary[previous]
+        return self.base_bytes[target].astype(np.int64) + space
+
+
+class Tokenizer:
+    """A SentencePiece model with exact byte accounting.
+
+    Attributes:
+        path: the `.model` file. vocab_size: number of ids. bos_id: the id put before every document.
+        lossless: `decode(encode(text)[0]) == text` for every Unicode text.
+    Raises:
+        FileNotFoundError: no such file. ValueError: not a SentencePiece model, or one without a BOS id.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"no tokenizer at {path}; train one with: pgolf data tokenizer --inputs TEXT --out {path}"
+            )
+        self._sp = sentencepiece.SentencePieceProcessor()
+        try:
+            self._sp.LoadFromSerializedProto(path.read_bytes())
+            self.vocab_size: int = self._sp.vocab_size()
+        except (RuntimeError, OSError) as e:
+            raise ValueError(f"{path}: not a SentencePiece model") from e
+        self.path = path
+        self.bos_id: int = self._sp.bos_id()
+        if self.bos_id < 0:
+            raise ValueError(f"{path}: the tokenizer has no BOS id, which must stand before every document")
+        byte_pieces = sum(self._sp.is_byte(i) for i in range(self.vocab_size))
+        self.lossless: bool = byte_pieces == 256 and self._sp.normalize(_PROBE) == _PROBE.replace(" ", SPACE)
+        self._piece_bytes = self._piece_lengths()
+
+    def encode(self, text: str) -> tuple[Tokens, Counts]:
+        """Return ids and the original UTF-8 bytes that each stands for; no BOS is added.
+
+        Returns:
+            ids `(n,)` uint16 and byte counts `(n,)` int64; the counts sum to `len(text.encode())`, except for
+            text of which a normalizing tokenizer keeps nothing.
+        """
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, threads: int = 0) -> list[tuple[Tokens, Counts]]:
+        """Encode many texts as `encode` does, with SentencePiece's threads (0 = one per core)."""
+        if not self.lossless:
+            return [self._encode_by_surface(text) for text in texts]
+        result = []
+        for text, ids in zip(texts, self.encode_ids(texts, threads=threads), strict=True):
+            counts = self._piece_bytes[ids]
+            if _TO_ESCAPE.search(text):
+                counts = _unescaped_counts(text, counts)
+            result.append((ids, counts))
+        return result
+
+    def encode_ids(self, texts: Sequence[str], *, threads: int = 0) -> list[Tokens]:
+        """Return only the ids of each text: the fast path for training shards."""
+        ready = [escape(text) for text in texts] if self.lossless else list(texts)
+        encoded = self._sp.encode(ready, out_type=int, num_threads=threads or os.cpu_count() or 1)
+        return [np.array(ids, dtype=np.uint16) for ids in encoded]
+
+    def decode(self, ids: NDArray[Any]) -> str:
+        """Return the text of ids; BOS and other control ids give nothing, broken UTF-8 gives U+FFFD.
+
+        Raises:
+            ValueError: an id that is not below the vocabulary size.
+        """
+        values = [int(i) for i in ids]
+        if values and not 0 <= min(values) <= max(values) < self.vocab_size:
+            raise ValueError(
+                f"ids must lie in [0, {self.vocab_size}) of {self.path}, got {min(values)}..{max(values)}"
+            )
+        text: str = self._sp.decode(values)
+        return unescape(text) if self.lossless else text
+
+    def byte_table(self) -> ByteTable:
+        """Return the challenge's byte accounting for this tokenizer.
+
+        Control, unknown and unused ids: 0 bytes, boundary. A byte piece: 1 byte. Any other piece: a leading
+        U+2581 sets has_leading_space and is stripped; base_bytes is the UTF-8 length of the rest.
+
+        Raises:
+            ValueError: U+2581 itself is not a piece, so spaces would be miscounted.
+        """
+        sp = self._sp
+        if sp.piece_to_id(SPACE) == sp.unk_id():
+            raise ValueError(f"{self.path}: U+2581 is not a piece; the byte table would miscount spaces")
+        base = np.zeros(self.vocab_size, dtype=np.int16)
+        leading = np.zeros(self.vocab_size, dtype=np.bool_)
+        boundary = np.ones(self.vocab_size, dtype=np.bool_)
+        for i in range(self.vocab_size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                continue
+            boundary[i] = False
+            piece = sp.id_to_piece(i)
+            leading[i] = not sp.is_byte(i) and piece.startswith(SPACE)
+            base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(SPACE).encode())
+        return ByteTable(base, leading, boundary)
+
+    def _piece_lengths(self) -> Counts:
+        """Bytes of escaped text per id: exact where the normalizer changes nothing."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for i in range(self.vocab_size):
+            if self._sp.is_byte(i):
+                lengths[i] = 1
+            elif not (self._sp.is_control(i) or self._sp.is_unknown(i)):
+                lengths[i] = len(self._sp.id_to_piece(i).replace(SPACE, " ").encode())
+        return lengths
+
+    def _encode_by_surface(self, text: str) -> tuple[Tokens, Counts]:
+        """Encode with a normalizing tokenizer: a piece counts the original text that the encoder maps to it.
+
+        The last byte piece of a character carries its surface; the bytes are given to the pieces of the
+        character one each when the numbers agree. What the normalizer strips at the ends of the text goes to
+        the last token.
+        """
+        pieces = list(_pieces(self._sp.encode(text, out_type="serialized_proto")))
+        ids = np.array([i for i, _ in pieces], dtype=np.uint16)
+        counts = np.array([n for _, n in pieces], dtype=np.int64)
+        run = 0
+        for index, (piece_id, surface) in enumerate(pieces):
+            run = run + 1 if self._sp.is_byte(piece_id) else 0
+            if run and surface:
+                if surface == run:
+                    counts[index + 1 - run : index + 1] = 1
+                run = 0
+        if counts.size:
+            counts[-1] += len(text.encode()) - int(counts.sum())
+        return ids, counts
+
+
+def find_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer in a folder of shards: `tokenizer.model`, or its only `.model` file.
+
+    Raises:
+        FileNotFoundError: none, or several of which none is called `tokenizer.model`.
+    """
+    named = folder / TOKENIZER_NAME
+    models = [named] if named.is_file() else sorted(folder.glob("*.model"))
+    if len(models) != 1:
+        raise FileNotFoundError(
+            f"expected {TOKENIZER_NAME} in {folder}, found {[m.name for m in models] or 'no .model file'}; "
+            f"copy the tokenizer there or make the folder with: {MAKE_SHARDS}"
+        )
+    return Tokenizer(models[0])
+
+
+def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, threads: int = 0) -> Tokenizer:
+    """Train a lossless BPE tokenizer (pad 0, bos 1, eos 2, unk 3), write it to `path` and return it.
+
+    The settings are the challenge's (byte fallback, split digits, coverage 0.999, no dummy prefix) with the
+    identity normalizer and newlines kept as a piece of their own.
+
+    Args:
+        texts: documents; they are read once.
+        path: the `.model` file to write, atomically.
+        vocab_size: number of ids, in [300, 65536].
+        threads: of the trainer; 0 = one per core.
+    Raises:
+        ValueError: vocab_size out of range, or the text is too small for it.
+    """
+    if not 300 <= vocab_size <= 65536:
+        raise ValueError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_training_lines(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="bpe",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.999,
+            user_defined_symbols=["\n"],
+            hard_vocab_limit=False,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=4 * _LINE_CHARS,
+            num_threads=threads or os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as e:
+        raise ValueError(f"cannot train {vocab_size} pieces: {e}; give more text or lower vocab_size") from e
+    with atomic_file(path) as handle:
+        handle.write(model.getvalue())
+    tokenizer = Tokenizer(path)
+    if tokenizer.vocab_size != vocab_size:
+        path.unlink()
+        raise ValueError(
+            f"the text gives only {tokenizer.vocab_size} of {vocab_size} pieces; "
+            "give more text or lower vocab_size"
+        )
+    return tokenizer
+
+
+def _training_lines(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in escape(text).split("\n"):
+            yield from (line[i : i + _LINE_CHARS] for i in range(0, len(line), _LINE_CHARS))
+
+
+def _unescaped_counts(text: str, counts: Counts) -> Counts:
+    """Turn byte counts of the escaped text into counts of the text.
+
+    The bytes of an escaped character are its escape's first ones: three (one for NUL) of six.
+    """
+    data = escape(text).encode()
+    weights = np.ones(len(data), dtype=np.int64)
+    for match in _ESCAPED_BYTES.finditer(data):
+        original = _ORIGINALS[match.group().decode()].encode()
+        weights[match.start() + len(original) : match.end()] = 0
+    ends = np.cumsum(counts)
+    total = np.concatenate(([0], np.cumsum(weights)))
+    return np.asarray(total[ends] - total[ends - counts], dtype=np.int64)
+
+
+def _pieces(proto: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (id, UTF-8 bytes of the surface) of each piece of a serialized SentencePieceText.
+
+    Read by hand because sentencepiece 0.2.3 hands out parsed messages only with protobuf installed. Field
+    numbers: sentencepiece.proto, SentencePieceText.pieces = 2; SentencePiece.id = 2, surface = 3.
+    """
+    for field, value in _fields(proto):
+        if field == 2 and isinstance(value, bytes):
+            piece = dict(_fields(value))
+            surface = piece.get(3, b"")
+            yield int(piece.get(2, 0)), len(surface) if isinstance(surface, bytes) else 0
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of a protobuf message: varints as int, strings and messages as bytes."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        value, kind = 0, tag & 7
+        if kind == 5:
+            at += 4
+            continue
+        value, at = _varint(message, at)
+        if kind == 2:
+            yield tag >> 3, message[at : at + value]
+            at += value
+        else:
+            yield tag >> 3, value
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
