@@ -262,8 +262,6 @@ class TrainConfig:
     """Attention kernel; auto takes flash-attn-4 if installed, else torch varlen on CUDA, SDPA elsewhere."""
     warmup_steps: int = 3
     """Untimed steps per loop mode before the clock; all state is restored after them."""
-    log_every: int = 10
-    """Steps between synchronized metric lines; other steps print an estimate without a sync."""
     out: Path = Path("runs")
     """Run folders are made here."""
 
@@ -278,7 +276,6 @@ class TrainConfig:
             f"train.quantize_reserve={self.quantize_reserve} leaves no time to train in "
             f"train.seconds={self.seconds}",
         )
-        _require(self.log_every >= 1, f"train.log_every must be >= 1, got {self.log_every}")
 
 
 @dataclass(frozen=True, kw_only=True)

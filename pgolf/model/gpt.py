@@ -180,6 +180,7 @@ class GPT(nn.Module):
         *,
         attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto",
         compile: bool,
+        backend: str = "inductor",
     ) -> GPT:
         """Move to `device`, choose attention kernel and compute dtype, and compile the blocks if asked.
 
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.attention_name, self._attention = select_attention(attention, device)
         if compile:
-            jit = partial(torch.compile, fullgraph=True, dynamic=False)
+            jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._stem, self._skip, self._join = jit(stem), jit(skip_mix), jit(join_lanes)
         return self
@@ -368,46 +369,52 @@ def _tap(observe: Observe | None, layer: int) -> Tap:
     return None if observe is None else lambda kind, x: observe(kind, layer, x)
 
 
-def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return every parameter of the model at initialization, float32, by name.
-
-    Embedding N(0, std^2); q, k, v, MLP-up orthogonal; both output projections zero; scales one; gates zero.
-    """
-    c = config
-    rng = torch.Generator().manual_seed(seed)
-
-    def orthogonal(count: int, rows: int, cols: int) -> Tensor:
-        stack = torch.empty(count, rows, cols)
-        for matrix in stack:
-            nn.init.orthogonal_(matrix, generator=rng)
-        return stack
-
-    p = {
-        "tok_emb": torch.randn(c.vocab_size, c.width, generator=rng) * c.embed_init_std,
-        "qo_bank": torch.cat(
-            (orthogonal(c.layers, c.width, c.width), torch.zeros(c.layers, c.width, c.width))
-        ),
-        "kv_bank": orthogonal(2 * c.layers, c.kv_width, c.width),
-        "mlp_up_bank": orthogonal(c.layers, c.hidden, c.width),
-        "mlp_down_bank": torch.zeros(c.layers, c.width, c.hidden),
-        "q_gain": torch.full((c.layers, c.heads), c.qk_gain),
-        "attn_scale": torch.ones(c.layers, c.width),
-        "mlp_scale": torch.ones(c.layers, c.width),
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by name; parts that are switched off have none."""
+    c, skips = config, skip_count(config)
+    shapes: dict[str, tuple[int, ...]] = {
+        "tok_emb": (c.vocab_size, c.width),
+        "qo_bank": (2 * c.layers, c.width, c.width),
+        "kv_bank": (2 * c.layers, c.kv_width, c.width),
+        "mlp_up_bank": (c.layers, c.hidden, c.width),
+        "mlp_down_bank": (c.layers, c.width, c.hidden),
+        "q_gain": (c.layers, c.heads),
+        "attn_scale": (c.layers, c.width),
+        "mlp_scale": (c.layers, c.width),
     }
     if c.head_gate != "none":
-        columns = c.width if c.head_gate == "dense" else c.gate_window
-        gate = torch.randn(c.layers, c.heads, columns, generator=rng) * 0.005
-        p["head_gate"] = gate if c.head_gate == "dense" else torch.zeros_like(gate)
+        shapes["head_gate"] = (c.layers, c.heads, c.width if c.head_gate == "dense" else c.gate_window)
     if c.resid_mix:
-        p["resid_mix"] = torch.stack((torch.ones(c.width), torch.zeros(c.width))).repeat(c.layers, 1, 1)
+        shapes["resid_mix"] = (c.layers, 2, c.width)
     if c.skip != "none":
-        p["skip_weights"] = torch.ones(skip_count(c), c.width)
+        shapes["skip_weights"] = (skips, c.width)
     if c.skip == "gated":
-        p["skip_gates"] = torch.zeros(skip_count(c), c.width)
+        shapes["skip_gates"] = (skips, c.width)
     if c.parallel_from < c.layers:
-        p["lane_post"] = torch.ones(c.layers, 2, 2)
-        p["lane_resid"] = torch.full((c.layers, 2), 1.1)
+        shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
     if c.smear_gate:
-        p["smear_weight"] = torch.zeros(1, c.gate_window)
-        p["smear_lambda"] = torch.zeros(1)
+        shapes |= {"smear_weight": (1, c.gate_window), "smear_lambda": (1,)}
+    return shapes
+
+
+def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
+    """Return every parameter at initialization, float32, by name.
+
+    Embedding N(0, std^2); W_Q, W_K, W_V and MLP-up orthogonal; both output projections 0; scales 1; gates 0
+    (a dense head gate N(0, 0.005^2)); lane decays 1.1.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
+    p["tok_emb"].normal_(std=config.embed_init_std, generator=rng)
+    for stack in (p["qo_bank"][: config.layers], p["kv_bank"], p["mlp_up_bank"]):
+        for matrix in stack:
+            nn.init.orthogonal_(matrix, generator=rng)
+    ones = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "lane_post": 1.0}
+    for name, value in {**ones, "lane_resid": 1.1, "q_gain": config.qk_gain}.items():
+        if name in p:
+            p[name].fill_(value)
+    if config.resid_mix:
+        p["resid_mix"][:, 0] = 1.0
+    if config.head_gate == "dense":
+        p["head_gate"].normal_(std=0.005, generator=rng)
     return p

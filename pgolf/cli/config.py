@@ -1,0 +1,30 @@
+"""`pgolf config PRESET [overrides]`: what a run would do, without doing it."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from pgolf.cli.overrides import parse_config
+from pgolf.config import config_hash, to_dict
+
+
+def main(argv: list[str]) -> int:
+    """Print the resolved configuration as JSON, then the figures that follow from it."""
+    config = parse_config("config", argv)
+    from pgolf.artifact.size import predict_bytes
+    from pgolf.model.gpt import layer_order, parameter_shapes
+
+    print(json.dumps(to_dict(config), indent=2))
+    shapes = parameter_shapes(config.model)
+    total = sum(math.prod(shape) for shape in shapes.values())
+    size = predict_bytes(config.model, config.quant)
+    passes = config.data.batch_tokens // config.data.micro_tokens
+    print(f"\nhash            {config_hash(config)}")
+    print(f"parameters      {total:,}")
+    for loop in (False, True):
+        encoder, decoder = layer_order(config.model, loop=loop)
+        print(f"layers loop {'on ' if loop else 'off'} {encoder} | {decoder}")
+    print(f"step            {config.data.batch_tokens:,} tokens in {passes} x {config.data.micro_tokens:,}")
+    print(f"artifact        about {size:,} bytes of {config.artifact.limit:,}")
+    return 0

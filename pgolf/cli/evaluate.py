@@ -1,0 +1,56 @@
+"""`pgolf evaluate ARTIFACT --data DIR`: bits per byte of an artifact on a validation set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from pgolf.config import Config, DataConfig
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Score an artifact over the whole validation set of a data folder."""
+
+    artifact: tyro.conf.Positional[Path]
+    """A file written by `pgolf train` or `pgolf quantize`."""
+    data: Path
+    """Folder of shards with its tokenizer."""
+    tokens: int = 98_304
+    """Tokens per forward pass; changes speed and memory, not the score."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+
+
+def main(argv: list[str]) -> int:
+    """Read, score and print."""
+    args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
+    from pgolf.artifact.read import read_artifact
+    from pgolf.dist import Dist
+    from pgolf.model.gpt import GPT
+    from pgolf.train.run import Corpus, score_model
+    from pgolf.train.state import copy_parameters
+
+    artifact = read_artifact(args.artifact)
+    data = DataConfig(dir=args.data, batch_tokens=args.tokens, micro_tokens=args.tokens)
+    config = replace(Config(), model=artifact.model_config, data=data)
+    corpus = Corpus.open(config)
+    if artifact.header.tokenizer_sha256 != corpus.sha256:
+        theirs, ours = artifact.header.tokenizer_sha256[:16], corpus.sha256[:16]
+        raise ValueError(
+            f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
+            f"({ours}...); use the run's tokenizer.model"
+        )
+    dist = Dist.start(args.device)
+    try:
+        model = GPT(config.model).prepare(dist.device, compile=dist.device.type == "cuda")
+        copy_parameters(model, artifact.state)
+        score = score_model(model, corpus, config, dist)
+    finally:
+        dist.close()
+    if dist.is_main:
+        print(f"{score.bpb:.4f} bpb  {score.loss:.4f} nats/token  {score.tokens:,} tokens  {score.bytes:,} B")
+    return 0

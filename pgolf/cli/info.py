@@ -1,0 +1,64 @@
+"""`pgolf info`: what this installation can do, and what is missing and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+PACKAGES = (
+    "torch",
+    "numpy",
+    "sentencepiece",
+    "brotli",
+    "safetensors",
+    "tyro",
+    "matplotlib",
+    "flash-attn-4",
+    "pyarrow",
+)
+OPTIONAL = {
+    "matplotlib": "no loss plots; pip install 'pgolf[plot]'",
+    "flash-attn-4": "attention uses torch's FlashAttention-2; pip install 'pgolf[fa4]' on Hopper",
+    "pyarrow": "no parquet input; pip install 'pgolf[parquet]'",
+}
+
+
+def version(package: str) -> str:
+    """Return the installed version of `package`, or what its absence means."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        found = importlib.util.find_spec(package.replace("-", "_")) is not None
+        return "installed" if found else f"missing: {OPTIONAL.get(package, 'required; pip install -e .')}"
+
+
+def main(argv: list[str]) -> int:
+    """Print versions, devices and the kernel table."""
+    if argv:
+        print(
+            "usage: pgolf info\n\nprints versions, GPUs, which operator has which kernel, and what is missing"
+        )
+        return 0 if argv[0] in ("-h", "--help") else 2
+    import torch
+
+    print(f"python         {platform.python_version()} on {platform.machine()}")
+    for package in PACKAGES:
+        print(f"{package:<15}{version(package)}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        p = torch.cuda.get_device_properties(i)
+        print(f"gpu {i}          {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    if not count:
+        print(f"gpu            none: torch {torch.__version__} sees no CUDA device")
+    try:
+        from pgolf import _C
+        from pgolf.ops import kernel_table
+    except ImportError as e:
+        print(f"extension      missing: {e}; build it with `pip install --no-build-isolation -e .`")
+        return 1
+    for key, value in _C.build_info().items():
+        print(f"build          {key}: {value}")
+    for row in kernel_table():
+        print("op             " + ", ".join(f"{k}: {v}" for k, v in row.items()))
+    return 0

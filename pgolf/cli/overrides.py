@@ -1,0 +1,62 @@
+"""From command-line words to a configuration: `PRESET|config.json [--section.key value ...]`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import tyro
+
+from pgolf.config import Config, from_dict
+from pgolf.presets import PRESETS
+
+SHORT = {
+    "--data": "--data.dir",
+    "--seconds": "--train.seconds",
+    "--steps": "--train.steps",
+    "--seed": "--train.seed",
+    "--out": "--train.out",
+}
+"""Short names of the settings that every run sets."""
+
+
+def load_base(name: str) -> Config:
+    """Return the preset called `name`, or the configuration saved in the file `name`.
+
+    Raises:
+        ValueError: neither a preset nor a readable configuration file.
+    """
+    if name in PRESETS:
+        return PRESETS[name]()
+    path = Path(name)
+    if path.suffix != ".json" or not path.is_file():
+        raise ValueError(
+            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a saved config.json; "
+            "see `pgolf config --help`"
+        )
+    try:
+        return from_dict(Config, json.loads(path.read_text()), where=str(path))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from e
+
+
+def parse_config(verb: str, args: list[str]) -> Config:
+    """Return the configuration that `args` ask for; exits with help on `--help`.
+
+    Raises:
+        ValueError: no preset named.
+    """
+    if not args or args[0].startswith("-"):
+        names = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in PRESETS.items())
+        short = ", ".join(f"{k} = {v}" for k, v in SHORT.items())
+        text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n\npresets:\n{names}\n\n"
+        text += f"short names: {short}\nall settings: pgolf {verb} record --help"
+        if args and args[0] in ("-h", "--help"):
+            print(text)
+            raise SystemExit(0)
+        raise ValueError(f"name a preset first\n\n{text}")
+    rest = []
+    for word in args[1:]:
+        flag, equals, value = word.partition("=")
+        rest.append(SHORT.get(flag, flag) + equals + value)
+    return tyro.cli(Config, prog=f"pgolf {verb} {args[0]}", default=load_base(args[0]), args=rest)

@@ -1,0 +1,80 @@
+"""`pgolf quantize CHECKPOINT --data DIR --out FILE [--quant.key VALUE ...]`: quantize a checkpoint."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from pgolf.config import ArtifactConfig, QuantConfig, config_hash
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Calibrate on training text, quantize, write the artifact and score it."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """raw.safetensors or ema.safetensors of a run."""
+    data: Path
+    """Folder of shards with the run's tokenizer."""
+    out: Path = Path("model.pgolf")
+    """The artifact to write."""
+    quant: QuantConfig | None = None
+    """Quantization settings; the run's own when absent."""
+    artifact: ArtifactConfig = ArtifactConfig()  # noqa: RUF009 - frozen
+    """Limit and fit."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to run."""
+
+
+def main(argv: list[str]) -> int:
+    """Quantize and score."""
+    args = tyro.cli(Quantize, prog="pgolf quantize", args=argv)
+    from pgolf.artifact.read import read_artifact
+    from pgolf.artifact.write import fit_artifact
+    from pgolf.data.loader import TrainLoader
+    from pgolf.dist import Dist
+    from pgolf.model.gpt import GPT
+    from pgolf.quant.calibrate import collect_hessians, quantize_model
+    from pgolf.train.run import Corpus, score_model
+    from pgolf.train.state import copy_parameters, load_weights
+
+    state, saved, _ = load_weights(args.checkpoint)
+    quant = args.quant if args.quant is not None else saved.quant
+    config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant)
+    corpus = Corpus.open(config)
+    dist = Dist.start(args.device)
+    try:
+        model = GPT(config.model).prepare(dist.device, compile=dist.device.type == "cuda")
+        copy_parameters(model, state)
+        state = {name: p.detach().clone() for name, p in model.named_parameters()}
+        loader_args = {"vocab_size": config.model.vocab_size, "bos_id": corpus.tokenizer.bos_id}
+        with TrainLoader(
+            config.data,
+            **loader_args,
+            max_context=config.model.max_context,
+            seed=config.train.seed,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            device=dist.device,
+        ) as loader:
+            count = itertools.repeat(None, config.quant.calibration_batches)
+            hessians = collect_hessians(model, (loader.next() for _ in count), dist)
+        ledger = fit_artifact(
+            args.out,
+            lambda scale: quantize_model(state, model.quant_inputs(), hessians, quant, clip_scale=scale),
+            config.model,
+            tokenizer_sha256=corpus.sha256,
+            config_hash=config_hash(config),
+            limit=args.artifact.limit,
+            tries=3 if args.artifact.fit else 1,
+        )
+        copy_parameters(model, read_artifact(args.out).state)
+        score = score_model(model, corpus, config, dist)
+    finally:
+        dist.close()
+    print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb")
+    return 0

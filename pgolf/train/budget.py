@@ -1,0 +1,79 @@
+"""The clock of a run: one budget, read by rank 0 and shared, so that all ranks see the same fraction.
+
+Training may use `seconds - quantize_reserve`; learning rate, momentum, loop switch and stop are functions
+of the fraction of that which is gone. With `seconds = 0` the fraction counts steps instead (deterministic
+comparisons).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgolf.config import TrainConfig
+from pgolf.dist import Dist
+
+
+@dataclass(frozen=True)
+class Tick:
+    """What every rank agrees on before a step."""
+
+    step: int
+    elapsed: float
+    """Seconds since the clock started, on rank 0."""
+    frac: float
+    """Fraction of the run that is gone, in [0, 1]."""
+    stop: bool
+    """Do not start this step."""
+    last_loss: float
+    """Rank 0's loss of the previous step, nats per token; NaN before the first."""
+
+    def left(self, config: TrainConfig) -> float:
+        """Return the seconds of training time left, or NaN without a clock."""
+        return training_seconds(config) - self.elapsed if config.seconds else math.nan
+
+
+def training_seconds(config: TrainConfig) -> float:
+    """Return the seconds that training itself may use."""
+    return config.seconds - config.quantize_reserve
+
+
+class Clock:
+    """Counts from `start` and decides, on rank 0, when the run is over."""
+
+    def __init__(
+        self, config: TrainConfig, dist: Dist, *, now: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._config, self._dist, self._now = config, dist, now
+        self._begun = self._previous = 0.0
+        self._longest_recent = 0.0
+
+    def start(self) -> None:
+        """Set the clock to zero."""
+        self._begun = self._previous = self._now()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since `start`, this rank's own reading."""
+        return self._now() - self._begun
+
+    def tick(self, step: int, *, last_loss: float) -> Tick:
+        """Return the decision for `step`; every rank calls it and gets rank 0's values.
+
+        The run stops when the next step, taken to last as long as the previous one, would end after the
+        budget.
+        """
+        config, now = self._config, self._now()
+        elapsed, duration = now - self._begun, now - self._previous
+        self._previous = now
+        frac, stop = 0.0, False
+        if config.steps:
+            frac, stop = step / config.steps, step >= config.steps
+        if config.seconds:
+            budget = training_seconds(config)
+            frac = max(frac, elapsed / budget)
+            stop = stop or elapsed + (duration if step else 0.0) > budget
+        shared = self._dist.share([elapsed, min(frac, 1.0), float(stop), last_loss])
+        return Tick(step, shared[0], shared[1], bool(shared[2]), shared[3])

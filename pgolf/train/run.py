@@ -1,0 +1,329 @@
+"""One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
+
+The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
+loss.png and summary.json. Everything up to the artifact is written before scoring starts, so a late failure
+loses nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgolf.artifact.read import read_artifact
+from pgolf.artifact.size import Ledger
+from pgolf.artifact.write import fit_artifact
+from pgolf.config import Config, config_hash, to_dict
+from pgolf.data.loader import TrainLoader, validation_batches, validation_totals
+from pgolf.data.shards import file_sha256
+from pgolf.data.tokenizer import Tokenizer
+from pgolf.dist import Dist
+from pgolf.evaluate.bpb import Score, evaluate_bpb
+from pgolf.log import RunLog
+from pgolf.model.gpt import GPT
+from pgolf.optim.ema import Ema
+from pgolf.optim.step import Optimizer
+from pgolf.quant.calibrate import collect_hessians, quantize_model
+from pgolf.report.plots import plot_loss
+from pgolf.train.budget import Clock
+from pgolf.train.loop import Trainer, TrainResult
+from pgolf.train.state import clone_parameters, copy_parameters, save_weights
+
+TOKENIZER = "tokenizer.model"
+ARTIFACT = "model.pgolf"
+
+
+@dataclass
+class Summary:
+    """What a run found; written as summary.json."""
+
+    name: str
+    config_hash: str
+    device: str
+    world_size: int
+    attention: str
+    parameters: int
+    scores: dict[str, Score] = field(default_factory=dict)
+    """raw, ema, quantized."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Wall time of every phase."""
+    train: dict[str, Any] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    peak_mib: float = 0.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A data folder that has been checked against the model."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    sha256: str
+
+    @classmethod
+    def open(cls, config: Config) -> Corpus:
+        """Check the data folder of `config`.
+
+        Raises:
+            FileNotFoundError: no folder, no tokenizer.
+            ValueError: the tokenizer's size is not the model's.
+        """
+        folder = config.data.dir
+        if folder is None:
+            raise FileNotFoundError(
+                "no data folder given; make one with `pgolf data shards` and pass --data DIR"
+            )
+        path = folder / TOKENIZER
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing; `pgolf data shards --out {folder}` writes it")
+        tokenizer = Tokenizer(path)
+        if tokenizer.vocab_size != config.model.vocab_size:
+            raise ValueError(
+                f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}; "
+                f"pass --model.vocab-size {tokenizer.vocab_size} or another data folder"
+            )
+        return cls(folder, tokenizer, file_sha256(path))
+
+
+class Run:
+    """The phases of one run, in order; `execute` calls them."""
+
+    def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
+        self._config, self._dist, self._folder = config, dist, folder
+        self._log = RunLog(folder, is_main=dist.is_main)
+        self._corpus = Corpus.open(config)
+        self._model = GPT(config.model, seed=config.train.seed).prepare(
+            dist.device,
+            attention=config.train.attention,
+            compile=config.train.compile and dist.device.type == "cuda",
+        )
+        parameters = dict(self._model.named_parameters())
+        self._optimizer = Optimizer(self._model, config.optim, dist)
+        self._ema = Ema(parameters) if config.optim.ema_horizon else None
+        self._summary = Summary(
+            name=config.name,
+            config_hash=config_hash(config),
+            device=_device_name(dist.device),
+            world_size=dist.world_size,
+            attention=self._model.attention_name,
+            parameters=sum(p.numel() for p in parameters.values()),
+        )
+
+    def execute(self) -> Summary:
+        """Run every phase and return the summary (scores on every rank, files from the main rank)."""
+        config, dist, log = self._config, self._dist, self._log
+        if dist.is_main:
+            write_json(self._folder / "config.json", to_dict(config))
+        s = self._summary
+        log.line(
+            f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
+        )
+        with self._loader(config.train.seed) as loader:
+            trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
+            s.seconds["warm_up"] = trainer.warm_up(log)
+            clock = Clock(config.train, dist)
+            clock.start()
+            result = trainer.run(clock, log)
+            self._record_training(result)
+            raw, best = self._save(result)
+            hessians = self._timed("calibrate", lambda: self._calibrate(loader))
+        dist.assert_replicas_equal(raw)
+        ledger = self._write(best, hessians, clock)
+        self._score(raw, best)
+        s.ledger = ledger
+        if dist.is_main:
+            write_json(self._folder / "summary.json", summary_dict(s))
+            if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
+                log.line(f"loss plot: {self._folder / 'loss.png'}")
+            log.line(format_table(s))
+        return s
+
+    def _loader(self, seed: int) -> TrainLoader:
+        config, dist = self._config, self._dist
+        return TrainLoader(
+            config.data,
+            vocab_size=config.model.vocab_size,
+            bos_id=self._corpus.tokenizer.bos_id,
+            max_context=config.model.max_context,
+            seed=seed,
+            rank=dist.rank,
+            world_size=dist.world_size,
+            device=dist.device,
+        )
+
+    def _record_training(self, result: TrainResult) -> None:
+        s = self._summary
+        s.seconds["train"] = result.seconds
+        median = {k: float(torch.tensor(v).median()) if v else None for k, v in result.step_ms.items()}
+        s.train = {
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "loop_step": result.loop_step,
+            "last_loss": result.last_loss,
+            "ms_loop_off": median["loop_off"],
+            "ms_loop_on": median["loop_on"],
+            "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
+        }
+        if self._dist.device.type == "cuda":
+            s.peak_mib = torch.cuda.max_memory_allocated(self._dist.device) / 2**20
+
+    def _save(self, result: TrainResult) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Keep raw and averaged weights in memory and on disk; leave the averaged ones in the model."""
+        raw = clone_parameters(self._model)
+        best = {k: v.clone() for k, v in self._ema.tensors.items()} if self._ema is not None else raw
+        copy_parameters(self._model, best)
+        if self._dist.is_main:
+            facts = {"steps": result.steps, "tokenizer_sha256": self._corpus.sha256}
+            save_weights(self._folder / "raw.safetensors", raw, self._config, **facts)
+            save_weights(self._folder / "ema.safetensors", best, self._config, **facts)
+        return raw, best
+
+    def _calibrate(self, loader: TrainLoader) -> dict[tuple[str, int], Tensor]:
+        count = max(1, self._config.quant.calibration_batches // self._dist.world_size)
+        batches = (loader.next() for _ in itertools.repeat(None, count))
+        return collect_hessians(self._model, batches, self._dist)
+
+    def _write(
+        self, best: dict[str, Tensor], hessians: dict[tuple[str, int], Tensor], clock: Clock
+    ) -> Ledger:
+        """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
+        config, s = self._config, self._summary
+        inputs = self._model.quant_inputs()
+        began = time.perf_counter()
+
+        def quantize(clip_scale: float) -> Any:
+            state = quantize_model(best, inputs, hessians, config.quant, clip_scale=clip_scale)
+            if "clock" not in s.seconds:
+                s.seconds["quantize"] = time.perf_counter() - began
+                s.seconds["clock"] = clock.elapsed
+                self._log.line(f"quantized at {clock.elapsed:.1f} s of {config.train.seconds:g} s")
+            return state
+
+        compressing = time.perf_counter()
+        ledger, error = None, None
+        if self._dist.is_main:
+            try:
+                ledger = fit_artifact(
+                    self._folder / ARTIFACT,
+                    quantize,
+                    config.model,
+                    tokenizer_sha256=self._corpus.sha256,
+                    config_hash=s.config_hash,
+                    limit=config.artifact.limit,
+                    tries=3 if config.artifact.fit else 1,
+                )
+            except (ValueError, OSError, RuntimeError) as e:
+                error = str(e)
+        self._dist.check(error)
+        s.seconds["write"] = time.perf_counter() - compressing - s.seconds.get("quantize", 0.0)
+        return ledger if ledger is not None else Ledger.empty()
+
+    def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
+        """Score raw, averaged and quantized weights over the whole validation set."""
+        artifact = self._timed("read", lambda: read_artifact(self._folder / ARTIFACT))
+        candidates = {"raw": raw, "ema": best if self._ema is not None else None, "quantized": artifact.state}
+        for name, tensors in candidates.items():
+            if tensors is None:
+                continue
+            copy_parameters(self._model, tensors)
+            score = score_model(self._model, self._corpus, self._config, self._dist)
+            self._summary.scores[name] = score
+            self._summary.seconds[f"score_{name}"] = score.seconds
+            self._log.line(
+                f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s"
+            )
+
+    def _timed(self, phase: str, work: Any) -> Any:
+        began = time.perf_counter()
+        result = work()
+        self._summary.seconds[phase] = time.perf_counter() - began
+        return result
+
+
+def score_model(model: GPT, corpus: Corpus, config: Config, dist: Dist) -> Score:
+    """Return bits per byte of `model` over the whole validation set of `corpus`, counts asserted."""
+    common: dict[str, Any] = {
+        "tokenizer": corpus.tokenizer,
+        "bos_id": corpus.tokenizer.bos_id,
+        "max_context": config.model.max_context,
+    }
+    tokens, size = validation_totals(corpus.folder, **common)
+    batches = validation_batches(
+        corpus.folder,
+        **common,
+        batch_tokens=config.data.micro_tokens,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        device=dist.device,
+    )
+    return evaluate_bpb(model, batches, dist, expected_tokens=tokens, expected_bytes=size)
+
+
+def train_run(config: Config) -> Summary:
+    """Make a run folder and run `config` in it; under torchrun every rank calls this.
+
+    Raises:
+        RuntimeError: a rank failed during set-up; every rank raises, naming the first.
+    """
+    dist = Dist.start(config.train.device)
+    try:
+        stamp = int(dist.share([time.time()])[0])
+        folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
+        run, error = None, None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            run = Run(replace(config), dist, folder)
+        except (OSError, ValueError, TypeError, RuntimeError) as e:
+            error = f"{type(e).__name__}: {e}"
+        dist.check(error)
+        assert run is not None
+        return run.execute()
+    finally:
+        dist.close()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(data, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def summary_dict(s: Summary) -> dict[str, Any]:
+    """Return the summary as plain JSON data."""
+    plain = {k: v for k, v in vars(s).items() if k not in ("scores", "ledger")}
+    scores = {k: vars(v) for k, v in s.scores.items()}
+    return {**plain, "scores": scores, "ledger": s.ledger.to_dict() if s.ledger is not None else None}
+
+
+def format_table(s: Summary) -> str:
+    """Return the closing table: bits per byte, bytes and seconds."""
+    lines = ["", f"{'weights':<12}{'bpb':>9}{'nats/token':>12}{'tokens':>12}{'text bytes':>13}{'seconds':>9}"]
+    for name, score in s.scores.items():
+        lines.append(
+            f"{name:<12}{score.bpb:>9.4f}{score.loss:>12.4f}{score.tokens:>12,}{score.bytes:>13,}{score.seconds:>9.1f}"
+        )
+    t, off, on = s.train, s.train["ms_loop_off"], s.train["ms_loop_on"]
+    ms = f"{off:.1f} ms" if off is not None else "-"
+    ms += f" loop off, {on:.1f} ms loop on" if on is not None else ""
+    lines += [
+        "",
+        f"{t['steps']} steps, {t['tokens']:,} tokens, {t['tokens_per_s'] / 1e3:.1f} ktok/s; a step {ms}",
+    ]
+    if s.ledger is not None:
+        lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
+    lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in s.seconds.items()))
+    if s.peak_mib:
+        lines.append(f"peak GPU memory {s.peak_mib:,.0f} MiB")
+    return "\n".join(lines)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -1,0 +1,74 @@
+"""Weights on disk: safetensors files, written atomically, loaded without executing anything."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pgolf.config import Config, from_dict, to_dict
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts: Any) -> None:
+    """Write `tensors` with the resolved configuration and `facts` as metadata; the old file survives.
+
+    Raises:
+        OSError: the file could not be written (disk full, no permission); names the file.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    metadata = {"config": json.dumps(to_dict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {e}; free some space or choose another --train.out") from e
+
+
+def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
+    """Return the tensors, the configuration and the facts of a file written by `save_weights`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a safetensors file of ours.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; a run writes raw.safetensors and ema.safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"{path} is not a readable safetensors file: {e}") from e
+    if "config" not in metadata:
+        raise ValueError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
+    config = from_dict(Config, json.loads(metadata.pop("config")), where=f"{path}: config")
+    return tensors, config, {k: json.loads(v) for k, v in metadata.items()}
+
+
+def clone_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Return detached copies of all parameters by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Overwrite the parameters of `model` in place with `tensors` (same names and shapes).
+
+    Raises:
+        ValueError: names differ.
+    """
+    own = dict(model.named_parameters())
+    if own.keys() != tensors.keys():
+        different = sorted(own.keys() ^ tensors.keys())
+        raise ValueError(f"the weights do not fit the model: {', '.join(different)} on one side only")
+    for name, p in own.items():
+        p.copy_(tensors[name])

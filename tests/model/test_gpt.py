@@ -1,0 +1,214 @@
+"""The model as a whole: size, initial loss, causality, document isolation, switches."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pgolf.config import ModelConfig
+from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
+from pgolf.presets import naive, record, tiny
+
+BOS = 1
+
+
+def small(**changes) -> ModelConfig:
+    return replace(
+        tiny().model, vocab_size=96, width=32, heads=4, kv_heads=2, rope_dims=4, max_context=24, **changes
+    )
+
+
+def randomized(config: ModelConfig, seed: int = 0) -> GPT:
+    """A model whose zero-initialized parts are random, so that every path carries signal."""
+    model = GPT(config, seed=seed)
+    rng = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=rng)
+    return model
+
+
+def packed(lengths: list[int], vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Documents of the given lengths, each opened by BOS, and their cu_seqlens."""
+    rng = torch.Generator().manual_seed(seed)
+    ids = torch.randint(4, vocab, (sum(lengths),), generator=rng)
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    ids[starts[:-1]] = BOS
+    return ids, starts.to(torch.int32)
+
+
+def test_record_parameter_count_is_the_published_one():
+    assert sum(math.prod(s) for s in parameter_shapes(record().model).values()) == 35_945_671
+
+
+def test_record_initial_loss_is_uniform_over_the_vocabulary():
+    model = GPT(record().model, seed=0)
+    ids, cu = packed([40, 88], 8192)
+    with torch.no_grad():
+        for loop in (False, True):
+            loss = model(ids, ids.roll(-1), cu, max_seqlen=2048, loop=loop).mean().item()
+            assert abs(loss - 9.011) < 0.02, f"loop={loop}: {loss}"
+
+
+def test_layer_order_matches_the_record_schedule():
+    config = record().model
+    assert layer_order(config, loop=False) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
+    assert layer_order(config, loop=True) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
+    assert skip_count(config) == 8
+    assert layer_order(naive().model, loop=True) == ([0, 1, 2, 3], [4, 5, 6, 7, 8])
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_changed_future_token_changes_no_earlier_logit(loop):
+    config = small()
+    model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
+    changed = ids.clone()
+    changed[25] = 5 if ids[25] != 5 else 6
+    with torch.no_grad():
+        before, after = (model.logits(x, cu, max_seqlen=24, loop=loop) for x in (ids, changed))
+    assert torch.equal(before[:25], after[:25])
+    assert not torch.equal(before[25:], after[25:])
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(loop):
+    config = small()
+    model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
+    for position in (3, 10):  # in the middle, and right before the next document's BOS
+        changed = ids.clone()
+        changed[position] = 5 if ids[position] != 5 else 6
+        with torch.no_grad():
+            before, after = (model.logits(x, cu, max_seqlen=24, loop=loop) for x in (ids, changed))
+        assert torch.equal(before[11:], after[11:]), f"position {position} leaks over the BOS at 11"
+        assert not torch.equal(before[:11], after[:11])
+
+
+def test_a_document_scores_the_same_alone_and_packed():
+    config = small()
+    model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
+    alone = torch.tensor([0, 20, 20, 20], dtype=torch.int32)  # repeated ends are padding
+    with torch.no_grad():
+        together = model.logits(ids, cu, max_seqlen=24, loop=True)[11:]
+        single = model.logits(ids[11:], alone, max_seqlen=24, loop=True)
+    torch.testing.assert_close(together, single, atol=2e-5, rtol=1e-5)
+
+
+SWITCHES = [
+    {},
+    {"activation": "relu2"},
+    {"head_gate": "none"},
+    {"head_gate": "dense"},
+    {"head_gate": "out"},
+    {"smear_gate": False},
+    {"ln_scale": False},
+    {"resid_mix": False},
+    {"skip": "none"},
+    {"skip": "weighted"},
+    {"xsa_layers": 0},
+    {"xsa_layers": 2},
+    {"rope_dims": 0},
+    {"rope_dims": 8},
+    {"loops": 0},
+    {"loops": 2},
+    {"parallel_from": 5},
+]
+
+
+@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+def test_every_switch_trains_and_changes_the_function(change):
+    config = replace(small(), **change)
+    model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
+    losses = model(ids, ids.roll(-1), cu, max_seqlen=24, loop=True)
+    losses.mean().backward()
+    assert losses.shape == ids.shape and torch.isfinite(losses).all()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and torch.isfinite(p.grad).all(), name
+    if change:
+        base = randomized(small())
+        with torch.no_grad():
+            for name, p in base.named_parameters():
+                own = dict(model.named_parameters()).get(name)
+                if own is not None and own.shape == p.shape:
+                    p.copy_(own)
+            assert not torch.allclose(
+                losses, base(ids, ids.roll(-1), cu, max_seqlen=24, loop=True), atol=1e-4
+            )
+
+
+def test_ignored_targets_cost_nothing():
+    config = small()
+    model, (ids, cu) = randomized(config), packed([24], config.vocab_size)
+    targets = ids.roll(-1)
+    targets[7:] = -100
+    losses = model(ids, targets, cu, max_seqlen=24, loop=True)
+    assert (losses[7:] == 0).all() and (losses[:7] > 0).all()
+
+
+def test_observe_sees_every_matrix_input_on_every_pass():
+    config = small()
+    model, (ids, cu) = randomized(config), packed([24], config.vocab_size)
+    seen: dict[tuple[str, int], list[torch.Size]] = {}
+    with torch.no_grad():
+        model(
+            ids,
+            ids,
+            cu,
+            max_seqlen=24,
+            loop=True,
+            observe=lambda k, i, x: seen.setdefault((k, i), []).append(x.shape),
+        )
+    encoder, decoder = layer_order(config, loop=True)
+    assert {key for keys in model.quant_inputs().values() for key in keys} == seen.keys()
+    for (kind, layer), shapes in seen.items():
+        expected = 1 if kind == "head" else (encoder + decoder).count(layer)
+        assert len(shapes) == expected, (kind, layer)
+    banks = dict(model.named_parameters())
+    for name, keys in model.quant_inputs().items():
+        for key in keys:
+            assert seen[key][0][-1] == banks[name].shape[-1], (name, key)
+
+
+def test_too_long_a_segment_is_refused():
+    model, (ids, cu) = GPT(small()), packed([24], 96)
+    with pytest.raises(ValueError, match="max_context=24, got 25"):
+        model(ids, ids, cu, max_seqlen=25, loop=False)
+
+
+def test_initialization_follows_the_seed():
+    a, b, c = (GPT(small(), seed=s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(a["tok_emb"], c["tok_emb"])
+    up = a["mlp_up_bank"][0]
+    torch.testing.assert_close(up.T @ up, torch.eye(up.shape[1]), atol=1e-5, rtol=0)
+
+
+@torch.library.custom_op("pgolf_test::attention", mutates_args=())
+def opaque_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int
+) -> torch.Tensor:
+    from pgolf.model.attention import sdpa_attention
+
+    return sdpa_attention(q, k, v, cu_seqlens, max_seqlen).contiguous()
+
+
+@opaque_attention.register_fake
+def _(q, k, v, cu_seqlens, max_seqlen):
+    return q.new_empty(q.shape)
+
+
+def test_blocks_trace_as_single_graphs_shared_by_all_layers():
+    # CUDA attention is one opaque op; an opaque stand-in shows here that nothing else breaks the graph.
+    config = small()
+    model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
+    model.prepare(torch.device("cpu"), compile=True, backend="aot_eager")
+    model._attention = torch.ops.pgolf_test.attention
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        compiled = model(ids, ids, cu, max_seqlen=24, loop=True)
+        model(ids, ids, cu, max_seqlen=24, loop=False)
+        eager = randomized(config)(ids, ids, cu, max_seqlen=24, loop=True)
+    torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5  # stem, serial, parallel, skip, join
