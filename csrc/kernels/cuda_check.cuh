@@ -1,0 +1,27 @@
+// Launch checks, and sizes that every launcher needs. CUDA and standard headers only.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace pgolf {
+
+inline void check_cuda(cudaError_t error, const char* file, int line) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("CUDA error at ") + file + ":" + std::to_string(line) + ": " +
+                           cudaGetErrorString(error));
+}
+
+// Blocks for `count` items, refused where it exceeds what one grid dimension holds.
+inline unsigned int grid_blocks(long long count, long long per_block, const char* op) {
+  const long long blocks = (count + per_block - 1) / per_block;
+  if (blocks > 0x7fffffffLL) throw std::runtime_error(std::string(op) + ": input too large for one launch");
+  return static_cast<unsigned int>(blocks);
+}
+
+}  // namespace pgolf
+
+#define PGOLF_CUDA_CHECK(call) ::pgolf::check_cuda((call), __FILE__, __LINE__)
+#define PGOLF_LAUNCH_CHECK() PGOLF_CUDA_CHECK(cudaGetLastError())

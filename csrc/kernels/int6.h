@@ -1,0 +1,41 @@
+// Packing of int6 codes: four values in three bytes. The one home of the bit layout.
+//
+// A group is four codes c0..c3, each in [-32, 31], seen as unsigned u = c & 63 (two's complement). The
+// group's 24-bit word v = u0 | u1 << 6 | u2 << 12 | u3 << 18 is stored little-endian:
+//
+//   bit       7    6    5    4    3    2    1    0
+//   byte 0  u1.1 u1.0 u0.5 u0.4 u0.3 u0.2 u0.1 u0.0      low byte of v
+//   byte 1  u2.3 u2.2 u2.1 u2.0 u1.5 u1.4 u1.3 u1.2
+//   byte 2  u3.5 u3.4 u3.3 u3.2 u3.1 u3.0 u2.5 u2.4      high byte of v
+//
+// A row of n codes takes 3 * ceil(n / 4) bytes; the last group of a row is filled with zeros. Rows do not
+// share groups.
+#pragma once
+
+#include "kernels/common.h"
+
+namespace pgolf {
+
+inline constexpr int kInt6Min = -32;
+inline constexpr int kInt6Max = 31;
+
+// Bytes that a row of n codes takes.
+inline int64_t int6_row_bytes(int64_t n) { return (n + 3) / 4 * 3; }
+
+// Index of the first code outside [-32, 31], or -1. Deterministic for any number of threads.
+int64_t int6_first_bad_code(const int8_t* codes, int64_t count);
+
+void pack_int6_cpu(
+    const int8_t* codes,  // (rows, n) row-major, each in [-32, 31]; others wrap to their low six bits
+    uint8_t* packed,      // (rows, 3 * ceil(n / 4)) row-major, out
+    int64_t rows, int64_t n, int threads);
+
+void unpack_int6_cpu(const uint8_t* packed,  // (rows, 3 * ceil(n / 4)) row-major
+                     int8_t* codes,          // (rows, n) row-major, out
+                     int64_t rows, int64_t n, int threads);
+
+// The same on device pointers; fast when n is a multiple of 4 and both pointers are 16-byte aligned.
+void pack_int6_cuda(const int8_t* codes, uint8_t* packed, int64_t rows, int64_t n, CUstream_st* stream);
+void unpack_int6_cuda(const uint8_t* packed, int8_t* codes, int64_t rows, int64_t n, CUstream_st* stream);
+
+}  // namespace pgolf

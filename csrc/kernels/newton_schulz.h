@@ -1,0 +1,42 @@
+// Batched polar iteration (Newton-Schulz with per-step quintic coefficients).
+//
+//   X = x / (||x||_F + eps)
+//   for (a, b, c) in coefficients:   A = X X^T,   B = b A + c A^2,   X = a X + B X
+//
+// Every product runs on the short side: a matrix with rows > cols is treated as its transpose.
+// CPU: float32 arithmetic throughout, rounded once at the end. CUDA: operands are bfloat16 (float16 for
+// float16 input; float32 input is rounded to bfloat16), products accumulate in float32, and A, B and X are
+// rounded after each product; the norm and the first scaling are float32. Both are deterministic.
+#pragma once
+
+#include "kernels/common.h"
+
+namespace pgolf {
+
+inline constexpr int kNewtonSchulzMaxSteps = 10;
+
+struct NewtonSchulzShape {
+  int64_t batch;
+  int64_t rows;
+  int64_t cols;
+  int steps;                                     // 1..kNewtonSchulzMaxSteps
+  float coefficients[kNewtonSchulzMaxSteps][3];  // (a, b, c) of each step
+  float eps;                                     // >= 0
+};
+
+// T is float, bf16 or f16.
+template <typename T>
+void newton_schulz_cpu(const T* x,  // (batch, rows, cols) row-major
+                       T* out,      // (batch, rows, cols) row-major
+                       const NewtonSchulzShape& shape, int threads);
+
+// Bytes of scratch memory that newton_schulz_cuda needs, 256-byte aligned.
+int64_t newton_schulz_workspace_bytes(const NewtonSchulzShape& shape);
+
+template <typename T>
+void newton_schulz_cuda(const T* x,       // (batch, rows, cols) row-major
+                        T* out,           // (batch, rows, cols) row-major; must not alias x
+                        void* workspace,  // newton_schulz_workspace_bytes(shape)
+                        const NewtonSchulzShape& shape, CUstream_st* stream);
+
+}  // namespace pgolf

@@ -1,0 +1,55 @@
+// Cross-entropy of tanh-capped logits, per row, in nats.
+//
+//   z = cap * tanh(logits / cap)        loss = logsumexp(z) - z[target]        lse = logsumexp(z)
+//   grad_logits = grad_loss * (exp(z - lse) - onehot(target)) * (1 - tanh^2)
+//
+// Accumulation is float32 in a fixed order: results are deterministic. Neither factor of the gradient
+// cancels: 1 - tanh^2 is 4 s (1 - s) with s = sigmoid(2 logits / cap), and the target's p - 1 is
+// expm1(-loss), where loss is log1p(sum of the others / the target's term) once the target dominates. Rows
+// whose target is ignore_index get loss 0, lse 0 and gradient 0. NaN in a row makes its loss NaN. Targets
+// outside [0, vocab): the CPU binding refuses them, the CUDA kernel makes the row NaN.
+#pragma once
+
+#include "kernels/common.h"
+
+namespace pgolf {
+
+struct SoftcapCeShape {
+  int64_t rows;
+  int64_t vocab;
+  float cap;  // > 0
+  int64_t ignore_index;
+};
+
+// First row whose target is neither ignore_index nor in [0, vocab), or -1.
+int64_t softcap_ce_first_bad_row(const int64_t* target, const SoftcapCeShape& shape);
+
+// T is float, bf16 or f16.
+template <typename T>
+void softcap_ce_forward_cpu(const T* logits,        // (rows, vocab) row-major
+                            const int64_t* target,  // (rows,)
+                            float* loss,            // (rows,) out
+                            float* lse,             // (rows,) out
+                            const SoftcapCeShape& shape, int threads);
+
+template <typename T>
+void softcap_ce_backward_cpu(const float* grad_loss,  // (rows,)
+                             const T* logits,         // (rows, vocab) row-major
+                             const int64_t* target,   // (rows,)
+                             const float* loss,       // (rows,) from forward
+                             const float* lse,        // (rows,) from forward
+                             T* grad_logits,          // (rows, vocab) row-major, out
+                             const SoftcapCeShape& shape, int threads);
+
+// The same on device pointers. Any alignment is correct; rows whose logits and gradient are 16-byte aligned
+// are fast.
+template <typename T>
+void softcap_ce_forward_cuda(const T* logits, const int64_t* target, float* loss, float* lse,
+                             const SoftcapCeShape& shape, CUstream_st* stream);
+
+template <typename T>
+void softcap_ce_backward_cuda(const float* grad_loss, const T* logits, const int64_t* target,
+                              const float* loss, const float* lse, T* grad_logits,
+                              const SoftcapCeShape& shape, CUstream_st* stream);
+
+}  // namespace pgolf

@@ -1,0 +1,19 @@
+"""Operators with CPU and CUDA kernels; they work in eager mode, under torch.compile and inside CUDA graphs."""
+
+from pgolf.ops._extension import KernelRow, kernel_table
+from pgolf.ops.int6 import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref
+from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_ref
+from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
+
+__all__ = [
+    "KernelRow",
+    "kernel_table",
+    "newton_schulz",
+    "newton_schulz_ref",
+    "pack_int6",
+    "pack_int6_ref",
+    "softcap_ce",
+    "softcap_ce_ref",
+    "unpack_int6",
+    "unpack_int6_ref",
+]

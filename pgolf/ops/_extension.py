@@ -1,0 +1,53 @@
+"""Loads `pgolf._C`, which registers `torch.ops.pgolf`, and tells which kernels it brought.
+
+Owns the one error for a missing or unloadable extension. Importing torch first is what makes its libraries visible
+to the extension, so this module does both in that order.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+BUILD_COMMAND = "pip install --no-build-isolation -e ."
+
+try:
+    from pgolf import _C
+except ImportError as e:
+    raise ImportError(
+        f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing or was built for another "
+        f"Python or torch (this is torch {torch.__version__}); in the repository's root run: {BUILD_COMMAND}"
+    ) from e
+
+OPERATORS = ("newton_schulz", "softcap_ce", "softcap_ce_backward", "pack_int6", "unpack_int6")
+"""Every operator of `torch.ops.pgolf`, in the order of the table."""
+
+
+class KernelRow(TypedDict):
+    """One operator and its kernels."""
+
+    op: str
+    """Name in `torch.ops.pgolf`."""
+    cpu: bool
+    """A CPU kernel is registered."""
+    cuda: bool
+    """A CUDA kernel is registered."""
+    reason: str
+    """Why a kernel is missing; empty if none is."""
+
+
+def kernel_table() -> list[KernelRow]:
+    """Return, for each operator, which kernels this build has and why one is missing.
+
+    Reads the dispatcher, so it says what would run, not what was intended. The build's own facts (torch version,
+    architectures, compilers) are in `pgolf._C.build_info()`.
+    """
+    reason = _C.build_info()["cuda_reason"]
+    rows: list[KernelRow] = []
+    for op in OPERATORS:
+        cpu, cuda = (
+            torch._C._dispatch_has_kernel_for_dispatch_key(f"pgolf::{op}", key) for key in ("CPU", "CUDA")
+        )
+        rows.append({"op": op, "cpu": cpu, "cuda": cuda, "reason": "" if cuda else reason})
+    return rows

@@ -1,0 +1,84 @@
+"""Batched Newton-Schulz polar iteration with a coefficient triple per step.
+
+Owns the Python face of `torch.ops.pgolf.newton_schulz`. Coefficient tables and their generator are not here: they
+live in `pgolf.optim.polar`. Kernels: csrc/kernels/newton_schulz.h. Follows the iteration of Muon (Keller Jordan) with
+the per-step polynomials of Polar Express; `b` batch, `m` rows, `n` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pgolf.ops._extension  # noqa: F401  (registers the operators)
+
+
+def newton_schulz(
+    x: Tensor, coefficients: Sequence[tuple[float, float, float]], *, eps: float = 1e-7
+) -> Tensor:
+    """Move the singular values of each matrix towards 1 by a composition of odd quintic polynomials.
+
+    X = x / (||x||_F + eps);   for each (a, b, c):   A = X X^T,   B = b A + c A^2,   X = a X + B X
+    A singular value s of X becomes a s + b s^3 + c s^5 in each step; the singular vectors stay. Matrices with
+    m > n are iterated as their transposes, so all products run on the short side.
+    Equals, for m <= n, `X = x / (x.norm() + eps)` followed by
+    `for a, b, c in coefficients: A = X @ X.T; X = a * X + (b * A + c * A @ A) @ X`.
+
+    CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores: bfloat16 operands
+    (float16 for float16 input; float32 input is rounded to bfloat16 first, as torch.optim.Muon does) with float32
+    accumulation, A, B and X rounded after each product. Deterministic.
+
+    Args:
+        x: `(m, n)` or `(b, m, n)` float32, bfloat16 or float16; each matrix is normalised by itself.
+        coefficients: 1 to 10 triples (a, b, c), one per step.
+        eps: added to the Frobenius norm, >= 0; a zero matrix stays zero.
+
+    Returns:
+        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it raises RuntimeError.
+
+    Raises:
+        ValueError: wrong number of dimensions, an empty, overlong or non-finite table, a row that is no triple,
+            eps < 0.
+        TypeError: unsupported dtype.
+
+    Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
+    """
+    for row in coefficients:
+        if len(row) != 3:
+            raise ValueError(f"newton_schulz: coefficients must be triples (a, b, c), got {tuple(row)}")
+    flat = [float(value) for row in coefficients for value in row]
+    out: Tensor = torch.ops.pgolf.newton_schulz(x, flat, eps)
+    return out
+
+
+def newton_schulz_ref(
+    x: Tensor, coefficients: Sequence[tuple[float, float, float]], *, eps: float = 1e-7
+) -> Tensor:
+    """Compute what `newton_schulz` computes, in float32; float64 input is computed in float64."""
+    X = x if x.dtype == torch.float64 else x.float()
+    tall = X.shape[-2] > X.shape[-1]
+    if tall:
+        X = X.mT
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
+    for a, b, c in coefficients:
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return (X.mT if tall else X).to(x.dtype)
+
+
+@torch.library.register_fake("pgolf::newton_schulz")
+def _fake(x: Tensor, coefficients: Sequence[float], eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _backward(ctx: Any, grad: Tensor) -> None:
+    raise RuntimeError(
+        "newton_schulz: not differentiable; call it under torch.no_grad() or on x.detach(), "
+        "or use newton_schulz_ref where a gradient is needed"
+    )
+
+
+torch.library.register_autograd("pgolf::newton_schulz", _backward)

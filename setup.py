@@ -1,0 +1,107 @@
+"""Builds `pgolf._C` by handing over to CMake and ninja; CMakeLists.txt is the one description of the build.
+
+The torch to build against is the one of this environment, never one that pip fetched into an isolated build.
+The build tree is build/<python>-torch<version>, so that two environments never share a stale cache. In the edit
+loop call `cmake --build` on that tree directly and copy the module, or reinstall.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+TORCH_QUERY = """
+import json, pathlib, torch
+print(json.dumps({
+    "root": str(pathlib.Path(torch.__file__).parent),
+    "version": torch.__version__,
+    "cuda": torch.version.cuda or "",
+    "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
+}))
+"""
+
+
+def query_torch() -> dict[str, str]:
+    """Ask the environment's torch for its version and place.
+
+    `-I` hides the overlay of pip's isolated build; the plain call finds a torch that only PYTHONPATH names.
+    """
+    errors = []
+    for flags in (["-I"], []):
+        command = [sys.executable, *flags, "-c", TORCH_QUERY]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            return {key: str(value) for key, value in json.loads(answer.stdout.splitlines()[-1]).items()}
+        errors.append((answer.stderr.strip().splitlines() or ["no output"])[-1])
+    raise SystemExit(
+        f"pgolf: cannot import torch with {sys.executable} ({'; '.join(errors)}); "
+        "install torch first, by name, then run: pip install --no-build-isolation -e ."
+    )
+
+
+def find_tool(name: str) -> str:
+    """Return the path of a build tool, looking beside this interpreter when PATH lacks it."""
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name) or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise SystemExit(f"pgolf: {name} not found; install it with: pip install {name}")
+    return found
+
+
+def pybind11_include() -> str:
+    """Return the include directory of pybind11."""
+    try:
+        import pybind11
+    except ImportError as e:
+        raise SystemExit("pgolf: pybind11 not found; install it with: pip install pybind11") from e
+    return str(pybind11.get_include())
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds the CMake project, then puts the module where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build `ext` in the tree of this (python, torch) pair and copy it to its place."""
+        torch = query_torch()
+        tag = f"{sys.implementation.cache_tag}-torch{torch['version']}"
+        tree = ROOT / "build" / tag
+        facts = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
+            "PGOLF_BUILD_MODULE": "ON",
+            "PGOLF_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
+            "PGOLF_PYTHON_INCLUDE": sysconfig.get_path("include"),
+            "PGOLF_PYBIND11_INCLUDE": pybind11_include(),
+            "PGOLF_TORCH_ROOT": torch["root"],
+            "PGOLF_TORCH_VERSION": torch["version"],
+            "PGOLF_TORCH_CUDA": torch["cuda"],
+            "PGOLF_TORCH_CXX11_ABI": torch["cxx11_abi"],
+        }
+        cmake = find_tool("cmake")
+        configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
+        self.call([*configure, *(f"-D{key}={value}" for key, value in facts.items())])
+        self.call([cmake, "--build", str(tree), "--target", "pgolf_all"])
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        built = tree / f"_C{facts['PGOLF_MODULE_SUFFIX']}"
+        # A new inode: overwriting a module that a running process has mapped would crash that process.
+        target.unlink(missing_ok=True)
+        shutil.copy2(built, target)
+
+    def call(self, command: list[str]) -> None:
+        """Run one build command; its own output says what failed."""
+        result = subprocess.run(command, check=False)
+        if result.returncode != 0:
+            raise SystemExit(f"pgolf: build step failed (exit {result.returncode}): {' '.join(command)}")
+
+
+setup(ext_modules=[Extension("pgolf._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
