@@ -1,0 +1,235 @@
+"""What an artifact says about itself: its parameters, its section table, and the JSON of both.
+
+The layout around it is in `format.py`, whose docstring is the specification of every key here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from dataclasses import fields as dataclass_fields
+from typing import Any, Literal, cast
+
+from pgolf.config import ModelConfig, from_dict, to_dict
+
+MAX_RAW_BYTES = 1 << 30
+MAX_SECTIONS = 4096
+
+TensorKind = Literal["matrix", "gate", "small"]
+_BITS = {"matrix": range(4, 9), "gate": range(8, 9), "small": range(16, 17)}
+
+
+class ArtifactError(ValueError):
+    """A file that is not a readable artifact, or one that must not be written."""
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One parameter: how it is stored, in the parameter's own shape."""
+
+    name: str
+    kind: TensorKind
+    shape: tuple[int, ...]
+    bits: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, which is the number of steps of a matrix or gate."""
+        return math.prod(self.shape[:-1])
+
+
+@dataclass(frozen=True)
+class SectionPlan:
+    """What a section must be, as its tensors say."""
+
+    name: str
+    kind: Literal["codes", "steps", "gates", "small"]
+    dtype: Literal["int8", "float16"]
+    shape: tuple[int, ...]
+
+    @property
+    def raw(self) -> int:
+        """Bytes after decompression."""
+        return math.prod(self.shape) * (1 if self.dtype == "int8" else 2)
+
+
+@dataclass(frozen=True)
+class Section:
+    """One row of the section table."""
+
+    plan: SectionPlan
+    offset: int
+    """From the end of the stored header, bytes."""
+    length: int
+    """Stored (compressed) bytes."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything an artifact says about itself."""
+
+    model: ModelConfig
+    tokenizer_sha256: str
+    config_hash: str
+    limit: int
+    tensors: tuple[TensorEntry, ...]
+    sections: tuple[Section, ...]
+
+
+def plan_sections(tensors: tuple[TensorEntry, ...]) -> list[SectionPlan]:
+    """Return the sections that hold `tensors`, in file order (module docstring, list of sections)."""
+    plans = []
+    for t in tensors:
+        if t.kind == "matrix" and len(t.shape) == 2:
+            plans.append(SectionPlan(t.name, "codes", "int8", t.shape))
+        elif t.kind == "matrix":
+            plans += [SectionPlan(f"{t.name}.{i}", "codes", "int8", t.shape[1:]) for i in range(t.shape[0])]
+    steps = sum(t.rows for t in tensors if t.kind != "small")
+    gates = sum(t.numel for t in tensors if t.kind == "gate")
+    small = sum(t.numel for t in tensors if t.kind == "small")
+    plans.append(SectionPlan("scales", "steps", "float16", (steps,)))
+    plans.append(SectionPlan("gates", "gates", "int8", (gates,)))
+    plans.append(SectionPlan("small", "small", "float16", (small,)))
+    return plans
+
+
+def matrix_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the parameters that are stored as matrices."""
+    layers, width = model.layers, model.width
+    return {
+        "tok_emb": (model.vocab_size, width),
+        "qo_bank": (2 * layers, width, width),
+        "kv_bank": (2 * layers, model.kv_width, width),
+        "mlp_up_bank": (layers, model.hidden, width),
+        "mlp_down_bank": (layers, width, model.hidden),
+    }
+
+
+def place_sections(plans: list[SectionPlan], streams: list[bytes]) -> tuple[Section, ...]:
+    """Return the section table for streams that lie back to back."""
+    sections, offset = [], 0
+    for plan, stream in zip(plans, streams, strict=True):
+        sections.append(Section(plan, offset, len(stream)))
+        offset += len(stream)
+    return tuple(sections)
+
+
+def encode_header(header: Header) -> bytes:
+    """Return the header's JSON, UTF-8, keys as in the docstring of `format.py`."""
+    fields = {
+        "model": to_dict(header.model),
+        "tokenizer_sha256": header.tokenizer_sha256,
+        "config_hash": header.config_hash,
+        "limit": header.limit,
+        "tensors": [asdict(t) for t in header.tensors],
+        "sections": [_section_dict(s) for s in header.sections],
+    }
+    return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _section_dict(section: Section) -> dict[str, Any]:
+    row = asdict(section.plan)
+    return {**row, "offset": section.offset, "length": section.length, "raw": section.plan.raw}
+
+
+def parse_header(text: bytes) -> Header:
+    """Return the header that `text` spells.
+
+    Raises:
+        ArtifactError: not JSON, keys missing or unknown, values out of bounds, sections that do not fit the
+            tensors, more than 1 GiB of raw bytes.
+    """
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ArtifactError(f"artifact header is not JSON: {e}") from e
+    _keys(fields, {f.name for f in dataclass_fields(Header)}, "header")
+    tensors = tuple(_parse_tensor(t) for t in _list(fields["tensors"], "tensors"))
+    if len({t.name for t in tensors}) != len(tensors):
+        raise ArtifactError("artifact header names a tensor twice")
+    return Header(
+        model=_parse_model(fields["model"]),
+        tokenizer_sha256=_text(fields["tokenizer_sha256"], "[0-9a-f]{64}", "tokenizer_sha256"),
+        config_hash=_text(fields["config_hash"], "[0-9a-f]{16}", "config_hash"),
+        limit=_count(fields["limit"], "limit"),
+        tensors=tensors,
+        sections=_parse_sections(_list(fields["sections"], "sections"), tensors),
+    )
+
+
+def _parse_model(value: object) -> ModelConfig:
+    if not isinstance(value, dict):
+        raise ArtifactError(f"artifact header: model must be an object, got {type(value).__name__}")
+    try:
+        return from_dict(ModelConfig, value, where="artifact model")
+    except (ValueError, TypeError, ArithmeticError) as e:
+        raise ArtifactError(f"artifact header: bad model configuration: {e}") from e
+
+
+def _parse_tensor(row: object) -> TensorEntry:
+    _keys(row, {f.name for f in dataclass_fields(TensorEntry)}, "tensor")
+    assert isinstance(row, dict)
+    name = _text(row["name"], r"[A-Za-z0-9_.]{1,64}", "tensor name")
+    kind, bits = row["kind"], _count(row["bits"], f"bits of {name}")
+    shape = tuple(_count(size, f"shape of {name}") for size in _list(row["shape"], f"shape of {name}"))
+    if not isinstance(kind, str) or bits not in _BITS.get(kind, ()):
+        raise ArtifactError(f"artifact tensor {name!r}: kind {kind!r} with {bits} bits is not known")
+    wanted = {"matrix": (2, 3), "gate": (2, 3), "small": (0, 1, 2, 3)}[kind]
+    if len(shape) not in wanted or math.prod(shape) > MAX_RAW_BYTES or 0 in shape:
+        raise ArtifactError(f"artifact tensor {name!r}: shape {shape} is not possible for kind {kind!r}")
+    return TensorEntry(name, cast(TensorKind, kind), shape, bits)
+
+
+def _parse_sections(rows: list[object], tensors: tuple[TensorEntry, ...]) -> tuple[Section, ...]:
+    """Return the table; every row must be what the tensors call for."""
+    count = sum(t.shape[0] if t.kind == "matrix" and len(t.shape) == 3 else 1 for t in tensors)
+    if count > MAX_SECTIONS:
+        raise ArtifactError(f"artifact has {count} matrices, at most {MAX_SECTIONS} are allowed")
+    plans = plan_sections(tensors)
+    total = sum(plan.raw for plan in plans)
+    if total > MAX_RAW_BYTES:
+        raise ArtifactError(f"artifact would unpack to {total} bytes, at most {MAX_RAW_BYTES} are allowed")
+    if len(rows) != len(plans):
+        raise ArtifactError(f"artifact has {len(rows)} sections, its tensors need {len(plans)}")
+    sections = []
+    for row, plan in zip(rows, plans, strict=True):
+        _keys(row, {"name", "kind", "dtype", "shape", "offset", "length", "raw"}, "section")
+        assert isinstance(row, dict)
+        offset = _count(row["offset"], f"offset of section {plan.name}")
+        section = Section(plan, offset, _count(row["length"], f"length of section {plan.name}"))
+        expected = json.loads(json.dumps(_section_dict(section)))
+        if row != expected:
+            raise ArtifactError(f"artifact section {plan.name!r}: expected {expected}, got {row}")
+        sections.append(section)
+    return tuple(sections)
+
+
+def _keys(value: object, expected: set[str], what: str) -> None:
+    if not isinstance(value, dict) or set(value) != expected:
+        got = sorted(value) if isinstance(value, dict) else type(value).__name__
+        raise ArtifactError(f"artifact {what}: expected the keys {sorted(expected)}, got {got}")
+
+
+def _list(value: object, what: str) -> list[object]:
+    if not isinstance(value, list) or len(value) > MAX_SECTIONS:
+        raise ArtifactError(f"artifact header: {what} must be a list of at most {MAX_SECTIONS} items")
+    return value
+
+
+def _count(value: object, what: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_RAW_BYTES:
+        raise ArtifactError(f"artifact header: {what} must be an integer in [0, 2^30], got {value!r}")
+    return value
+
+
+def _text(value: object, pattern: str, what: str) -> str:
+    if not isinstance(value, str) or not re.fullmatch(pattern, value):
+        raise ArtifactError(f"artifact header: {what} must match {pattern}, got {value!r}")
+    return value

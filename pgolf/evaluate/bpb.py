@@ -1,0 +1,123 @@
+"""Bits per byte on a validation split: the one definition of the score.
+
+bpb = (sum of nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. Sums are float64, on
+the device until the end (no host sync inside the loop), then over the ranks. Every token must be counted: a
+missing or doubled one is an error, not a rounding.
+Legend: `T` tokens of a batch. Source: SPEC 1.2, 2.3, 7.1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgolf.data.loader import ValBatch
+from pgolf.dist import Dist
+
+IGNORE = -100
+"""Target that is not scored."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A model's result on a whole split, the same on every rank."""
+
+    nats: float
+    """Sum of the losses of all scored tokens, nats."""
+    tokens: int
+    """Scored tokens."""
+    bytes: int
+    """UTF-8 bytes of the scored tokens."""
+    seconds: float
+    """Wall time of this rank, seconds."""
+
+    @property
+    def loss(self) -> float:
+        """Mean loss, nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte: nats / ln 2 / bytes."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def evaluate_bpb(
+    model: nn.Module,
+    batches: Iterable[ValBatch],
+    dist: Dist,
+    *,
+    expected_tokens: int,
+    expected_bytes: int,
+    loop: bool = True,
+) -> Score:
+    """Score every target of this rank's batches and sum over the ranks.
+
+    Args:
+        model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=)`, returns `(T,)` nats, 0
+            where the target is -100. Runs in evaluation mode without gradients; the mode is restored.
+        batches: this rank's share of the split; may be empty on a rank.
+        dist: sums over the ranks and names the device.
+        expected_tokens: scored tokens of the whole split. expected_bytes: their bytes.
+        loop: run the repeated layers.
+    Returns:
+        The score of the whole split.
+    Raises:
+        ValueError: another number of tokens or bytes was scored (on every rank alike).
+        RuntimeError: a loss is NaN or infinite; names the first such batch of every rank that has one.
+    """
+    start = time.perf_counter()
+    sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
+    bad = torch.full((dist.world_size,), 0, dtype=torch.float64, device=dist.device)
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            nats, counts = _score(model, batch, dist.device, loop=loop)
+            sums += counts
+            finite = torch.isfinite(nats).all()
+            # Batch number plus one: 0 means none, and the sum over ranks keeps each rank's own.
+            mine = bad[dist.rank]
+            bad[dist.rank] = torch.where(finite | (mine > 0), mine, float(index + 1))
+    model.train(training)
+    dist.all_reduce(sums)
+    dist.all_reduce(bad)
+    _check_finite(bad)
+    total, tokens, size = sums.tolist()
+    _check_count("tokens", round(tokens), expected_tokens)
+    _check_count("bytes", round(size), expected_bytes)
+    return Score(total, round(tokens), round(size), time.perf_counter() - start)
+
+
+def _score(model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool) -> tuple[Tensor, Tensor]:
+    """Return the losses `(T,)` and the batch's [nats, tokens, bytes] in float64, on the device."""
+    inputs, targets, cu_seqlens, sizes = (
+        t.to(device, non_blocking=True)
+        for t in (batch.inputs, batch.targets, batch.cu_seqlens, batch.target_bytes)
+    )
+    nats: Tensor = model(inputs, targets, cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop)
+    scored = targets != IGNORE
+    counts = torch.stack([nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()])
+    return nats, counts
+
+
+def _check_finite(bad: Tensor) -> None:
+    ranks = [(rank, round(number) - 1) for rank, number in enumerate(bad.tolist()) if number]
+    if ranks:
+        where = ", ".join(f"batch {index} of rank {rank}" for rank, index in ranks)
+        raise RuntimeError(
+            f"evaluate_bpb: the loss is NaN or infinite, first in {where}; the weights are broken"
+        )
+
+
+def _check_count(what: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ValueError(
+            f"evaluate_bpb: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); every "
+            "rank must get its own share of the whole split, each token once"
+        )
