@@ -265,7 +265,8 @@ class GPT(nn.Module):
         if observe is None and inputs.is_cuda:
             # The number of segments changes from batch to batch; only the opaque attention kernel reads it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        ctx = Context(x, self._rope_for(inputs), cu_seqlens)
+        # Views: the compiler would give inputs that are one object (x is x0 in layer 0) graphs of their own.
+        ctx = Context(x.view(x.shape), self._rope_for(inputs), cu_seqlens)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
         for i in encoder:
@@ -273,7 +274,7 @@ class GPT(nn.Module):
             saved.append(x)
         lanes = (x, x)
         for j, i in enumerate(decoder):
-            s = saved.pop() if saved else None
+            s = saved.pop().view(x.shape) if saved else None
             if i < config.parallel_from:
                 x = self._run_serial(self._join_skip(x, s, j), i, weights, ctx, observe)
                 lanes = (x, x)

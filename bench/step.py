@@ -1,0 +1,111 @@
+"""Forward+backward of the record model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
+
+Documents have the lengths of the shared text (mean about 712 tokens, at most 2,048). Interleaves the cases
+and reports medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from pgolf.model.gpt import GPT
+from pgolf.presets import record
+
+BOS = 1
+
+
+def synthetic_batch(tokens: int, vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return packed random documents `(tokens,)` and their cu_seqlens, padded to a multiple of 64 entries."""
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, vocab, (tokens,), generator=rng)
+    lengths = torch.empty(4 * tokens // 712).log_normal_(6.1, 1.0, generator=rng).clamp(16, 2048).int()
+    starts = torch.cat((torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()))
+    starts = starts[starts < tokens]
+    ids[starts.long()] = BOS
+    size = -(-(len(starts) + 1) // 64) * 64
+    cu_seqlens = torch.full((size,), tokens, dtype=torch.int32)
+    cu_seqlens[: len(starts)] = starts
+    return ids.to(device), cu_seqlens.to(device)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one case."""
+
+    forward: list[float]
+    both: list[float]
+    peak_mib: float
+    warm_up: float
+
+
+def time_case(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool, repeats: int) -> Times:
+    """Warm up one loop mode and time it with events."""
+
+    def forward() -> torch.Tensor:
+        return model(ids, ids.roll(-1), cu, max_seqlen=model.config.max_context, loop=loop).mean()
+
+    began = time.perf_counter()
+    for _ in range(3):
+        forward().backward()
+    torch.cuda.synchronize()
+    warm_up = time.perf_counter() - began
+    torch.cuda.reset_peak_memory_stats()
+    fwd, both = [], []
+    for _ in range(repeats):
+        a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        a.record()
+        loss = forward()
+        b.record()
+        loss.backward()
+        c.record()
+        torch.cuda.synchronize()
+        fwd.append(a.elapsed_time(b))
+        both.append(a.elapsed_time(c))
+    return Times(fwd, both, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+
+
+def main() -> None:
+    """Parse arguments, time both loop modes with every attention kernel asked for, print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--attention", nargs="+", default=["varlen"], help="kernels: varlen fa4")
+    parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
+    parser.add_argument("--repeats", type=int, default=10, help="timed passes per case")
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one loop-on pass")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    config = record().model
+    ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
+    for attention in args.attention:
+        model = GPT(config).prepare(device, attention=attention, compile=True)
+        for loop in (False, True):
+            t = time_case(model, ids, cu, loop=loop, repeats=args.repeats)
+            ms = median(t.both)
+            print(
+                f"{attention:<8} loop {'on ' if loop else 'off'}  forward {median(t.forward):7.2f} ms  "
+                f"forward+backward {ms:7.2f} ms (min {min(t.both):.2f}, max {max(t.both):.2f})  "
+                f"{args.tokens / ms:7.1f} ktok/s  peak {t.peak_mib:,.0f} MiB  warm-up {t.warm_up:.1f} s"
+            )
+        if args.profile:
+            profile(model, ids, cu)
+
+
+def profile(model: GPT, ids: torch.Tensor, cu: torch.Tensor) -> None:
+    """Print the device time of one loop-on forward+backward by kernel."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as prof:
+        model(ids, ids.roll(-1), cu, max_seqlen=model.config.max_context, loop=True).mean().backward()
+        torch.cuda.synchronize()
+    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+
+
+if __name__ == "__main__":
+    main()
