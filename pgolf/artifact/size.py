@@ -4,8 +4,8 @@ The counted size is the artifact file plus the code that turns it into a score. 
 at `pgolf.artifact.read` and `pgolf.evaluate.bpb`, follow every `import` of a pgolf module (with the packages
 on its path, and imports inside functions, but not those under `if TYPE_CHECKING`), join these sources as they
 stand, in order of their paths, and compress the text with brotli 11. Not counted, as in the challenge:
-installed libraries, the tokenizer file, and the compiled kernels, for which every operator carries a Python
-reference.
+installed libraries, the tokenizer file, and the compiled extension `pgolf._C` (an installed library too; the
+Python source of every operator carries its reference).
 Legend: `N` weights of a matrix, `k` clip in standard deviations, `Q` largest code, `R` rows.
 """
 
@@ -15,6 +15,7 @@ import ast
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pgolf
 from pgolf.artifact.codec import compress
@@ -34,10 +35,17 @@ class Ledger:
 
     parts: tuple[tuple[str, int], ...]
     """(parameter or section group, stored bytes), largest first; the header's row includes the checksum."""
-    code_bytes: int
+    code: int
     """Compressed sources of the reader and the evaluation."""
     limit: int
     """Bytes that the artifact may have."""
+    clip_scale: float = 1.0
+    """Factor on the configured clips that the file was quantized with."""
+
+    @classmethod
+    def empty(cls) -> Ledger:
+        """Return a ledger without bytes, for ranks that write no file."""
+        return cls((), 0, 0)
 
     @property
     def model_bytes(self) -> int:
@@ -47,16 +55,27 @@ class Ledger:
     @property
     def total(self) -> int:
         """Counted bytes: file plus code."""
-        return self.model_bytes + self.code_bytes
+        return self.model_bytes + self.code
 
     def text(self) -> str:
         """Return the ledger as a table, one line a part."""
-        rows = [*self.parts, ("code", self.code_bytes), ("total", self.total), ("limit", self.limit)]
+        rows = [*self.parts, ("code", self.code), ("total", self.total), ("limit", self.limit)]
         lines = [f"{name:<16} {size:>12,} bytes" for name, size in rows]
         return "\n".join([*lines, f"{'left':<16} {self.limit - self.total:>12,} bytes"])
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the ledger as plain JSON data."""
+        return {
+            "parts": dict(self.parts),
+            "model": self.model_bytes,
+            "code": self.code,
+            "total": self.total,
+            "limit": self.limit,
+            "clip_scale": self.clip_scale,
+        }
 
-def make_ledger(header: Header, *, file_bytes: int, limit: int) -> Ledger:
+
+def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> Ledger:
     """Return the ledger of an artifact file of `file_bytes` bytes with this header."""
     sizes: dict[str, int] = {}
     for section in header.sections:
@@ -64,7 +83,7 @@ def make_ledger(header: Header, *, file_bytes: int, limit: int) -> Ledger:
         sizes[name] = sizes.get(name, 0) + section.length
     sizes["header"] = file_bytes - sum(sizes.values())
     parts = sorted(sizes.items(), key=lambda item: -item[1])
-    return Ledger(tuple(parts), code_bytes(), limit)
+    return Ledger(tuple(parts), code_bytes(), header.limit, clip_scale)
 
 
 def check(ledger: Ledger, limit: int) -> None:

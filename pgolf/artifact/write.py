@@ -32,22 +32,8 @@ from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
 from pgolf.quant.state import QuantizedState
 
-FIT_ATTEMPTS = 3
 FIT_MARGIN = 1.002
 """Widening beyond the predicted need, SPEC 6.7: real weights shrink a little slower than the model says."""
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The outcome of `fit_artifact`."""
-
-    ledger: Ledger
-    clip_scale: float
-    """Factor on every clip of the file that was written."""
-    attempts: int
-    """Quantizations that were needed, 1 to 3."""
-    state: QuantizedState
-    """What the file holds."""
 
 
 def write_artifact(
@@ -75,14 +61,8 @@ def write_artifact(
         ArtifactError: above the limit (with the ledger), or a state that the format cannot hold.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    data, ledger = _build(
-        state,
-        model,
-        tokenizer_sha256=tokenizer_sha256,
-        config_hash=config_hash,
-        limit=limit,
-        quality=quality,
-    )
+    facts = _Facts(tokenizer_sha256, config_hash, limit, 1.0)
+    data, ledger = _build(state, model, facts, quality=quality)
     check(ledger, limit)
     _write_atomically(path, data)
     return ledger
@@ -96,41 +76,38 @@ def fit_artifact(
     tokenizer_sha256: str,
     config_hash: str,
     limit: int,
-    quality: int = 11,
-) -> Fit:
-    """Quantize and write, with wider clips while the artifact is above the limit, at most 3 times.
+    tries: int = 3,
+) -> Ledger:
+    """Quantize and write at brotli quality 11, with wider clips while the artifact is above the limit.
 
     A clip wider by f makes N weights N * log2(f) / 8 bytes smaller, so an excess of x bytes asks for
     f = 2^(8 x / N), times 1.002.
 
     Args:
-        path: as for `write_artifact`, as are the keyword arguments.
+        path: as for `write_artifact`, as are `model` and the next three.
         quantize: clip_scale -> state; called with 1.0 first.
-        model: the model's configuration.
+        tries: quantizations at most, >= 1; 1 means take it or fail.
     Returns:
-        The ledger, the clip scale that fitted, how often was quantized, and the state in the file.
+        The ledger of the written file; its `clip_scale` is the one that fitted.
     Raises:
-        ArtifactError: the third attempt is still above the limit (with the ledger); nothing is written.
+        ArtifactError: the last try is still above the limit (with the ledger); nothing is written.
+        ValueError: tries < 1. FileNotFoundError: the folder of `path` does not exist.
     """
+    if tries < 1:
+        raise ValueError(f"fit_artifact: tries must be >= 1, got {tries}")
     clip_scale = 1.0
-    for attempt in range(1, FIT_ATTEMPTS + 1):
+    while True:
         state = quantize(clip_scale)
-        data, ledger = _build(
-            state,
-            model,
-            tokenizer_sha256=tokenizer_sha256,
-            config_hash=config_hash,
-            limit=limit,
-            quality=quality,
-        )
-        if ledger.total <= limit:
+        facts = _Facts(tokenizer_sha256, config_hash, limit, clip_scale)
+        data, ledger = _build(state, model, facts, quality=11)
+        tries -= 1
+        if ledger.total <= limit or not tries:
             break
         weights = sum(t.codes.numel() for t in state.quantized.values())
-        if attempt < FIT_ATTEMPTS:
-            clip_scale *= _widening(ledger.total - limit, weights)
+        clip_scale *= _widening(ledger.total - limit, weights)
     check(ledger, limit)
     _write_atomically(path, data)
-    return Fit(ledger, clip_scale, attempt, state)
+    return ledger
 
 
 def _widening(excess: int, weights: int) -> float:
@@ -139,25 +116,27 @@ def _widening(excess: int, weights: int) -> float:
     return factor * FIT_MARGIN
 
 
-def _build(
-    state: QuantizedState,
-    model: ModelConfig,
-    *,
-    tokenizer_sha256: str,
-    config_hash: str,
-    limit: int,
-    quality: int,
-) -> tuple[bytes, Ledger]:
+@dataclass(frozen=True)
+class _Facts:
+    """What the header and the ledger say besides the parameters."""
+
+    tokenizer_sha256: str
+    config_hash: str
+    limit: int
+    clip_scale: float
+
+
+def _build(state: QuantizedState, model: ModelConfig, facts: _Facts, *, quality: int) -> tuple[bytes, Ledger]:
     """Return the complete file and its ledger; the file has been parsed once to prove that it can be."""
     tensors = _entries(state)
     plans = plan_sections(tensors)
     streams = in_threads(partial(compress, quality=quality), _payloads(state))
     sections = place_sections(plans, streams)
-    header = Header(model, tokenizer_sha256, config_hash, limit, tensors, sections)
+    header = Header(model, facts.tokenizer_sha256, facts.config_hash, facts.limit, tensors, sections)
     data = frame(header, streams)
     if parse(data)[0] != header:
         raise ArtifactError("artifact header changes when it is written and read back; nothing was written")
-    return data, make_ledger(header, file_bytes=len(data), limit=limit)
+    return data, make_ledger(header, file_bytes=len(data), clip_scale=facts.clip_scale)
 
 
 def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:

@@ -1,8 +1,8 @@
 """Bits per byte on a validation split: the one definition of the score.
 
-bpb = (sum of nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. Sums are float64, on
-the device until the end (no host sync inside the loop), then over the ranks. Every token must be counted: a
-missing or doubled one is an error, not a rounding.
+bpb = (sum of nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. Sums are float64,
+on the device until the end (no host sync inside the loop), then over the ranks. Every token must be counted:
+a missing or doubled one is an error, not a rounding.
 Legend: `T` tokens of a batch. Source: SPEC 1.2, 2.3, 7.1.
 """
 
@@ -33,18 +33,12 @@ class Score:
     """Scored tokens."""
     bytes: int
     """UTF-8 bytes of the scored tokens."""
+    bpb: float
+    """Bits per byte: nats / ln 2 / bytes."""
+    loss: float
+    """Mean loss, nats per token."""
     seconds: float
     """Wall time of this rank, seconds."""
-
-    @property
-    def loss(self) -> float:
-        """Mean loss, nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte: nats / ln 2 / bytes."""
-        return self.nats / math.log(2) / self.bytes
 
 
 def evaluate_bpb(
@@ -68,9 +62,13 @@ def evaluate_bpb(
     Returns:
         The score of the whole split.
     Raises:
-        ValueError: another number of tokens or bytes was scored (on every rank alike).
+        ValueError: an empty split, or another number of tokens or bytes was scored (on every rank alike).
         RuntimeError: a loss is NaN or infinite; names the first such batch of every rank that has one.
     """
+    if expected_tokens < 1 or expected_bytes < 1:
+        raise ValueError(
+            f"evaluate_bpb: expected a split with tokens and bytes, got {expected_tokens} and {expected_bytes}"
+        )
     start = time.perf_counter()
     sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
     bad = torch.full((dist.world_size,), 0, dtype=torch.float64, device=dist.device)
@@ -91,7 +89,14 @@ def evaluate_bpb(
     total, tokens, size = sums.tolist()
     _check_count("tokens", round(tokens), expected_tokens)
     _check_count("bytes", round(size), expected_bytes)
-    return Score(total, round(tokens), round(size), time.perf_counter() - start)
+    return Score(
+        nats=total,
+        tokens=round(tokens),
+        bytes=round(size),
+        bpb=total / math.log(2) / size,
+        loss=total / tokens,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _score(model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool) -> tuple[Tensor, Tensor]:
