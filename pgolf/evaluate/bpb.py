@@ -67,7 +67,8 @@ def evaluate_bpb(
     """
     if expected_tokens < 1 or expected_bytes < 1:
         raise ValueError(
-            f"evaluate_bpb: expected a split with tokens and bytes, got {expected_tokens} and {expected_bytes}"
+            f"evaluate_bpb: expected a split that is not empty, got {expected_tokens} tokens and "
+            f"{expected_bytes} bytes"
         )
     start = time.perf_counter()
     sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
