@@ -3,8 +3,8 @@
 A tokenizer is lossless here when its normalizer changes nothing and it has all 256 byte pieces. Two
 characters would still be lost: SentencePiece writes a space as U+2581, so a real U+2581 would come back as a
 space, and NUL ends C strings. For lossless tokenizers both are written as two private-use characters before
-encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped too, so the map is
-reversible.
+encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped too, so the map
+is reversible.
 
 The byte table follows the parameter-golf challenge's rule, the training settings its tokenizers, except that
 theirs normalize (nmt_nfkc) and lose newlines.

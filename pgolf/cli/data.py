@@ -1,0 +1,179 @@
+"""`pgolf data`: train a tokenizer, make shards, look at shards."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.corpus import iterate_documents
+from pgolf.data.loader import validation_totals
+from pgolf.data.shards import (
+    MANIFEST_NAME,
+    Split,
+    Tokens,
+    file_sha256,
+    find_shards,
+    read_manifest,
+    read_shard,
+    verify_manifest,
+)
+from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerJob:
+    """Train a lossless SentencePiece BPE tokenizer."""
+
+    inputs: tuple[Path, ...]
+    """Text files: .jsonl, .jsonl.xz, .txt, .txt.xz or .parquet."""
+    out: Path
+    """The .model file to write."""
+    vocab_size: int = 8192
+    """Number of token ids, 300 to 65536."""
+    max_bytes: int = 100_000_000
+    """Bytes of text to train on; each input gives an equal share from its beginning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectJob:
+    """Print what is in a folder of shards (or in one shard) and check it."""
+
+    path: tyro.conf.Positional[Path]
+    """A folder of shards, of this package or of another tool, or one .bin file."""
+    tokenizer: Path | None = None
+    """SentencePiece model; default: the one in the folder, if there is one."""
+    bos_id: int = 1
+    """The id that starts a document, where neither a manifest nor a tokenizer says it."""
+
+
+def run_tokenizer(job: TokenizerJob) -> None:
+    """Train, write, and print size, SHA-256 and compression on the training text's beginning."""
+    began = time.perf_counter()
+    if not job.inputs:
+        raise ValueError("inputs: expected at least one text file, got none")
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    share = job.max_bytes // len(job.inputs)
+    texts = itertools.chain.from_iterable(_texts(path, share) for path in job.inputs)
+    tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size)
+    check = list(_texts(job.inputs[0], 1_000_000))
+    tokens = sum(len(ids) for ids in tokenizer.encode_ids(check))
+    size = sum(len(text.encode()) for text in check)
+    print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, lossless {tokenizer.lossless}")
+    print(f"SHA-256 {file_sha256(job.out)}")
+    print(f"{size / tokens:.3f} bytes a token; {time.perf_counter() - began:.1f} s")
+
+
+def _texts(path: Path, limit: int) -> Iterator[str]:
+    """Yield documents from the beginning of a file until `limit` bytes are reached."""
+    size = 0
+    for document in iterate_documents(path):
+        yield document.text
+        size += len(document.text.encode())
+        if size >= limit:
+            return
+
+
+def run_shards(job: ShardsJob) -> None:
+    """Make shards with progress on stderr, then print the totals."""
+    manifest = build_shards(job, report=lambda line: print(line, file=sys.stderr, flush=True))
+    for split in ("train", "val"):
+        total = manifest.total(split)
+        print(
+            f"{split}: {total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes "
+            f"({total.bytes / total.tokens:.3f} bytes a token)"
+        )
+    print(f"no document is in both splits; manifest: {job.out / MANIFEST_NAME}")
+
+
+def run_inspect(job: InspectJob) -> None:
+    """Print shards, totals and the first text; verify the manifest's hashes if there is one."""
+    folder = job.path if job.path.is_dir() else job.path.parent
+    tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(folder)
+    bos_id = tokenizer.bos_id if tokenizer else job.bos_id
+    if not job.path.is_dir():
+        _print_shards([job.path], bos_id, tokenizer)
+        return
+    splits: tuple[Split, ...] = ("train", "val")
+    present = [split for split in splits if _has_split(folder, split)]
+    if not present:
+        find_shards(folder, "train")
+    for split in present:
+        print(f"{split}:")
+        _print_shards(find_shards(folder, split), bos_id, tokenizer)
+    if "val" in present:
+        _print_validation(folder, tokenizer)
+    if (folder / MANIFEST_NAME).is_file():
+        manifest = read_manifest(folder)
+        verify_manifest(folder, manifest)
+        print(f"manifest: all {len(manifest.files)} files and the tokenizer have their SHA-256")
+    else:
+        print("manifest: none (shards of another tool); hashes not checked")
+
+
+def _folder_tokenizer(folder: Path) -> Tokenizer | None:
+    return find_tokenizer(folder) if len(list(folder.glob("*.model"))) == 1 else None
+
+
+def _has_split(folder: Path, split: Split) -> bool:
+    try:
+        return bool(find_shards(folder, split))
+    except FileNotFoundError:
+        return False
+
+
+def _print_shards(paths: list[Path], bos_id: int, tokenizer: Tokenizer | None) -> None:
+    tokens = documents = 0
+    for path in paths:
+        shard = read_shard(path, vocab_size=tokenizer.vocab_size if tokenizer else None)
+        starts = int(np.count_nonzero(shard == bos_id))
+        print(
+            f"  {path.name}: version 1, {shard.size:,} tokens, {starts:,} documents, largest id {shard.max()}"
+        )
+        tokens, documents = tokens + shard.size, documents + starts
+    print(f"  total: {len(paths)} shards, {tokens:,} tokens, {documents:,} documents (BOS {bos_id})")
+    if not documents:
+        print(f"  warning: no BOS (id {bos_id}); training needs one before each document")
+    if tokenizer:
+        print(f"  begins: {_first_text(read_shard(paths[0]), tokenizer)!r}")
+
+
+def _first_text(shard: Tokens, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(shard[:64])[:160]
+
+
+def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
+    try:
+        targets, size = validation_totals(folder, tokenizer=tokenizer)
+    except FileNotFoundError as e:
+        print(f"  bytes: unknown: {e}")
+        return
+    print(f"  {targets:,} targets, {size:,} bytes ({size / targets:.4f} bytes a target)")
+
+
+def main(argv: list[str]) -> int:
+    """Run `pgolf data VERB ...` and return the exit status; errors are printed, not raised."""
+    verbs: dict[str, tuple[type, Callable[..., None]]] = {
+        "tokenizer": (TokenizerJob, run_tokenizer),
+        "shards": (ShardsJob, run_shards),
+        "inspect": (InspectJob, run_inspect),
+    }
+    try:
+        job = tyro.extras.subcommand_cli_from_dict(
+            {verb: kind for verb, (kind, _) in verbs.items()},
+            prog="pgolf data",
+            description="Train a tokenizer, make shards from text, look at shards.",
+            args=argv,
+        )
+        next(run for kind, run in verbs.values() if isinstance(job, kind))(job)
+    except (ValueError, RuntimeError, OSError) as e:
+        print(f"pgolf data: {e}", file=sys.stderr)
+        return 1
+    return 0
