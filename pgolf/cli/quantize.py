@@ -9,7 +9,7 @@ from typing import Literal
 
 import tyro
 
-from pgolf.config import ArtifactConfig, QuantConfig, config_hash
+from pgolf.config import ArtifactConfig, QuantConfig
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,16 @@ def main(argv: list[str]) -> int:
     """Quantize and score."""
     args = tyro.cli(Quantize, prog="pgolf quantize", args=argv)
     from pgolf.artifact.read import read_artifact
-    from pgolf.artifact.write import fit_artifact
     from pgolf.data.loader import TrainLoader
     from pgolf.dist import Dist
     from pgolf.model.gpt import GPT
     from pgolf.quant.calibrate import collect_hessians, quantize_model
-    from pgolf.train.run import Corpus, score_model
+    from pgolf.train.run import Corpus, score_model, write_quantized
     from pgolf.train.state import copy_parameters, load_weights
 
     state, saved, _ = load_weights(args.checkpoint)
     quant = args.quant if args.quant is not None else saved.quant
-    config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant)
+    config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     corpus = Corpus.open(config)
     dist = Dist.start(args.device)
     try:
@@ -63,14 +62,11 @@ def main(argv: list[str]) -> int:
         ) as loader:
             count = itertools.repeat(None, config.quant.calibration_batches)
             hessians = collect_hessians(model, (loader.next() for _ in count), dist)
-        ledger = fit_artifact(
+        ledger = write_quantized(
             args.out,
             lambda scale: quantize_model(state, model.quant_inputs(), hessians, quant, clip_scale=scale),
-            config.model,
+            config,
             tokenizer_sha256=corpus.sha256,
-            config_hash=config_hash(config),
-            limit=args.artifact.limit,
-            tries=3 if args.artifact.fit else 1,
         )
         copy_parameters(model, read_artifact(args.out).state)
         score = score_model(model, corpus, config, dist)

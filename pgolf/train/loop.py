@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class _HostLoss:
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._value = torch.full((), math.nan, pin_memory=self._cuda)
-        self._event = torch.cuda.Event(blocking=True) if self._cuda else None
+        self._event: Any = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def send(self, loss: Tensor) -> None:
         """Queue the copy; `wait` returns it once the device has come this far."""
@@ -104,7 +105,7 @@ class Trainer:
         copy_parameters(self._model, weights)
         self._optimizer.reset()
         if self._ema is not None:
-            self._ema.restart()
+            self._ema.load_state_dict(weights)
         self._loader.restart()
         self._synchronize()
         return time.perf_counter() - began

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import collect_hessians, quantize_model
+from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult
@@ -177,7 +179,7 @@ class Run:
     def _save(self, result: TrainResult) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep raw and averaged weights in memory and on disk; leave the averaged ones in the model."""
         raw = clone_parameters(self._model)
-        best = {k: v.clone() for k, v in self._ema.tensors.items()} if self._ema is not None else raw
+        best = self._ema.state_dict() if self._ema is not None else raw
         copy_parameters(self._model, best)
         if self._dist.is_main:
             facts = {"steps": result.steps, "tokenizer_sha256": self._corpus.sha256}
@@ -192,13 +194,13 @@ class Run:
 
     def _write(
         self, best: dict[str, Tensor], hessians: dict[tuple[str, int], Tensor], clock: Clock
-    ) -> Ledger:
+    ) -> Ledger | None:
         """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
         began = time.perf_counter()
 
-        def quantize(clip_scale: float) -> Any:
+        def quantize(clip_scale: float) -> QuantizedState:
             state = quantize_model(best, inputs, hessians, config.quant, clip_scale=clip_scale)
             if "clock" not in s.seconds:
                 s.seconds["quantize"] = time.perf_counter() - began
@@ -207,23 +209,18 @@ class Run:
             return state
 
         compressing = time.perf_counter()
-        ledger, error = None, None
+        ledger: Ledger | None = None
+        error: str | None = None
         if self._dist.is_main:
             try:
-                ledger = fit_artifact(
-                    self._folder / ARTIFACT,
-                    quantize,
-                    config.model,
-                    tokenizer_sha256=self._corpus.sha256,
-                    config_hash=s.config_hash,
-                    limit=config.artifact.limit,
-                    tries=3 if config.artifact.fit else 1,
+                ledger = write_quantized(
+                    self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._corpus.sha256
                 )
             except (ValueError, OSError, RuntimeError) as e:
                 error = str(e)
         self._dist.check(error)
         s.seconds["write"] = time.perf_counter() - compressing - s.seconds.get("quantize", 0.0)
-        return ledger if ledger is not None else Ledger.empty()
+        return ledger
 
     def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
         """Score raw, averaged and quantized weights over the whole validation set."""
@@ -266,6 +263,25 @@ def score_model(model: GPT, corpus: Corpus, config: Config, dist: Dist) -> Score
     return evaluate_bpb(model, batches, dist, expected_tokens=tokens, expected_bytes=size)
 
 
+def write_quantized(
+    path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
+) -> Ledger:
+    """Quantize, compress and write the artifact; with artifact.fit, widen the clips until it fits.
+
+    Raises:
+        ArtifactError: above the limit; nothing is written.
+    """
+    return fit_artifact(
+        path,
+        quantize,
+        config.model,
+        tokenizer_sha256=tokenizer_sha256,
+        config_hash=config_hash(config),
+        limit=config.artifact.limit,
+        tries=3 if config.artifact.fit else 1,
+    )
+
+
 def train_run(config: Config) -> Summary:
     """Make a run folder and run `config` in it; under torchrun every rank calls this.
 
@@ -299,8 +315,8 @@ def write_json(path: Path, data: Any) -> None:
 def summary_dict(s: Summary) -> dict[str, Any]:
     """Return the summary as plain JSON data."""
     plain = {k: v for k, v in vars(s).items() if k not in ("scores", "ledger")}
-    scores = {k: vars(v) for k, v in s.scores.items()}
-    return {**plain, "scores": scores, "ledger": s.ledger.to_dict() if s.ledger is not None else None}
+    scores = {k: {**vars(v), "loss": v.loss, "bpb": v.bpb} for k, v in s.scores.items()}
+    return {**plain, "scores": scores, "bytes": s.ledger and s.ledger.to_dict()}
 
 
 def format_table(s: Summary) -> str:
