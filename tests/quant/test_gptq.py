@@ -20,6 +20,11 @@ def nearest(w, *, bits, clip):
     return dequantize(quantize(w, scales, bits=bits), scales)
 
 
+def row_errors(w, approx, h):
+    e = (w - approx).double()
+    return torch.einsum("brc,bcd,brd->br", e, h.double(), e)
+
+
 def dull_gptq(w, h, scales, q_max, damp):
     """One matrix in float64 by the definition: round a column, move the rest to their new optimum, drop it.
 
@@ -39,7 +44,9 @@ def dull_gptq(w, h, scales, q_max, damp):
     return codes
 
 
-@pytest.mark.parametrize(("r", "c"), [(1, 2), (7, 33), (20, 129), (9, 260)])  # 129, 260: past one and two blocks
+@pytest.mark.parametrize(
+    ("r", "c"), [(1, 2), (7, 33), (20, 129), (9, 260)]
+)  # 129, 260: past one and two blocks
 def test_codes_match_the_dull_reference(r, c):
     w, h = problem(2, r, c)
     got = gptq(w, h, bits=6, clip=12.0, damp=0.01)
@@ -63,15 +70,15 @@ def test_error_is_well_below_nearest_on_correlated_inputs(bits):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_error_is_never_above_nearest(seed):
+def test_no_row_is_worse_than_nearest(seed):
     # Few samples and a tight clip (heavy clamping) are where compensation can make things worse.
     g = torch.Generator().manual_seed(seed)
     w, h = problem(4, 5, 24, samples=int(torch.randint(1, 30, (), generator=g)), seed=seed)
     w[0, :, 0] *= 50
     clip = float(torch.rand((), generator=g)) * 3 + 0.5
     got = gptq(w, h, bits=4, clip=clip, block=7)
-    worst = hessian_error(w, nearest(w, bits=4, clip=clip), h)
-    assert (hessian_error(w, got.dequantize(), h) <= worst * (1 + 1e-9)).all()
+    worst = row_errors(w, nearest(w, bits=4, clip=clip), h)
+    assert (row_errors(w, got.dequantize(), h) <= worst * (1 + 1e-9)).all()
 
 
 def test_identity_hessian_gives_nearest():
