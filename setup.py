@@ -1,8 +1,8 @@
 """Builds `pgolf._C` by handing over to CMake and ninja; CMakeLists.txt is the one description of the build.
 
 The torch to build against is the one of this environment, never one that pip fetched into an isolated build.
-The build tree is build/<python>-torch<version>, so that two environments never share a stale cache. In the edit
-loop call `cmake --build` on that tree directly and copy the module, or reinstall.
+The build tree is build/<python>-torch<version>, so that two environments never share a stale cache. In the
+edit loop call `cmake --build` on that tree directly and copy the module, or reinstall.
 """
 
 from __future__ import annotations

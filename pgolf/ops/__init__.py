@@ -1,4 +1,4 @@
-"""Operators with CPU and CUDA kernels; they work in eager mode, under torch.compile and inside CUDA graphs."""
+"""Operators with CPU and CUDA kernels, for eager mode, torch.compile and CUDA graphs."""
 
 from pgolf.ops._extension import KernelRow, kernel_table
 from pgolf.ops.int6 import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref

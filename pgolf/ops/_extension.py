@@ -1,7 +1,7 @@
 """Loads `pgolf._C`, which registers `torch.ops.pgolf`, and tells which kernels it brought.
 
-Owns the one error for a missing or unloadable extension. Importing torch first is what makes its libraries visible
-to the extension, so this module does both in that order.
+Owns the one error for a missing or unloadable extension. Importing torch first is what makes its libraries
+visible to the extension, so this module does both in that order.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ try:
     from pgolf import _C
 except ImportError as e:
     raise ImportError(
-        f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing or was built for another "
-        f"Python or torch (this is torch {torch.__version__}); in the repository's root run: {BUILD_COMMAND}"
+        f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing or was built "
+        f"for another Python or torch (this is torch {torch.__version__}); in the repository's root run: "
+        f"{BUILD_COMMAND}"
     ) from e
 
 OPERATORS = ("newton_schulz", "softcap_ce", "softcap_ce_backward", "pack_int6", "unpack_int6")
@@ -40,8 +41,8 @@ class KernelRow(TypedDict):
 def kernel_table() -> list[KernelRow]:
     """Return, for each operator, which kernels this build has and why one is missing.
 
-    Reads the dispatcher, so it says what would run, not what was intended. The build's own facts (torch version,
-    architectures, compilers) are in `pgolf._C.build_info()`.
+    Reads the dispatcher, so it says what would run, not what was intended. The build's own facts (torch
+    version, architectures, compilers) are in `pgolf._C.build_info()`.
     """
     reason = _C.build_info()["cuda_reason"]
     rows: list[KernelRow] = []

@@ -1,8 +1,8 @@
 """Batched Newton-Schulz polar iteration with a coefficient triple per step.
 
-Owns the Python face of `torch.ops.pgolf.newton_schulz`. Coefficient tables and their generator are not here: they
-live in `pgolf.optim.polar`. Kernels: csrc/kernels/newton_schulz.h. Follows the iteration of Muon (Keller Jordan) with
-the per-step polynomials of Polar Express; `b` batch, `m` rows, `n` columns.
+Owns the Python face of `torch.ops.pgolf.newton_schulz`. Coefficient tables and their generator are not here:
+they live in `pgolf.optim.polar`. Kernels: csrc/kernels/newton_schulz.h. Follows the iteration of Muon (Keller
+Jordan) with the per-step polynomials of Polar Express; `b` batch, `m` rows, `n` columns.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def newton_schulz(
     Equals, for m <= n, `X = x / (x.norm() + eps)` followed by
     `for a, b, c in coefficients: A = X @ X.T; X = a * X + (b * A + c * A @ A) @ X`.
 
-    CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores: bfloat16 operands
-    (float16 for float16 input; float32 input is rounded to bfloat16 first, as torch.optim.Muon does) with float32
-    accumulation, A, B and X rounded after each product. Deterministic.
+    CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores: bfloat16
+    operands (float16 for float16 input; float32 input is rounded to bfloat16 first, as torch.optim.Muon does)
+    with float32 accumulation, A, B and X rounded after each product. Deterministic.
 
     Args:
         x: `(m, n)` or `(b, m, n)` float32, bfloat16 or float16; each matrix is normalised by itself.
@@ -37,11 +37,12 @@ def newton_schulz(
         eps: added to the Frobenius norm, >= 0; a zero matrix stays zero.
 
     Returns:
-        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it raises RuntimeError.
+        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it raises
+        RuntimeError.
 
     Raises:
-        ValueError: wrong number of dimensions, an empty, overlong or non-finite table, a row that is no triple,
-            eps < 0.
+        ValueError: wrong number of dimensions, an empty, overlong or non-finite table, a row that is no
+            triple, eps < 0.
         TypeError: unsupported dtype.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
@@ -66,19 +67,20 @@ def newton_schulz_ref(
     for a, b, c in coefficients:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if tall else X).to(x.dtype)
+    out: Tensor = X.mT if tall else X
+    return out.to(x.dtype)
 
 
-@torch.library.register_fake("pgolf::newton_schulz")
-def _fake(x: Tensor, coefficients: Sequence[float], eps: float) -> Tensor:
+def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward(ctx: Any, grad: Tensor) -> None:
+def _backward(_ctx: Any, _grad: Tensor) -> None:
     raise RuntimeError(
         "newton_schulz: not differentiable; call it under torch.no_grad() or on x.detach(), "
         "or use newton_schulz_ref where a gradient is needed"
     )
 
 
+torch.library.register_fake("pgolf::newton_schulz", _fake)
 torch.library.register_autograd("pgolf::newton_schulz", _backward)
