@@ -1,0 +1,72 @@
+"""Which parameter belongs to which optimizer; every trained parameter has exactly one home.
+
+Banks are stacks of matrices (Muon), the embedding has its own AdamW settings, all the rest are scalars
+(AdamW). Parameters that hang on the model's root are found like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Trained parameters by optimizer, in `named_parameters` order; keys are the full dotted names."""
+
+    banks: dict[str, nn.Parameter]
+    """`(matrices, rows, cols)` float32, for Muon."""
+    embed: dict[str, nn.Parameter]
+    """Embeddings, float32, for AdamW with the embedding's learning rate."""
+    scalars: dict[str, nn.Parameter]
+    """Gains, gates, scales: everything else, float32, for AdamW with the scalars' learning rate."""
+
+
+def split_parameters(model: nn.Module) -> Groups:
+    """Put each parameter with requires_grad into one group by the model's `bank_names` and `embed_names`.
+
+    Raises:
+        TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (a bfloat16
+        master
+            loses small updates).
+        ValueError: a name is not a trained parameter of the model or is listed twice, or a bank is not 3-D.
+    """
+    names: dict[str, tuple[str, ...]] = {}
+    for attribute in ("bank_names", "embed_names"):
+        value = getattr(model, attribute, None)
+        if not isinstance(value, tuple):
+            raise TypeError(
+                f"{type(model).__name__}.{attribute} must be a tuple of parameter names, "
+                f"got {type(value).__name__}"
+            )
+        names[attribute] = value
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    listed = names["bank_names"] + names["embed_names"]
+    twice = sorted({name for name in listed if listed.count(name) > 1})
+    if twice:
+        raise ValueError(f"parameters listed twice in bank_names + embed_names: {', '.join(twice)}")
+    unknown = [name for name in listed if name not in trained]
+    if unknown:
+        raise ValueError(
+            f"not trained parameters of {type(model).__name__}: {', '.join(unknown)}; "
+            "bank_names and embed_names must name parameters with requires_grad "
+            "(a tied parameter counts under its first name)"
+        )
+    groups = Groups(
+        banks={name: trained[name] for name in names["bank_names"]},
+        embed={name: trained[name] for name in names["embed_names"]},
+        scalars={name: p for name, p in trained.items() if name not in listed},
+    )
+    _check(groups, trained)
+    return groups
+
+
+def _check(groups: Groups, trained: dict[str, nn.Parameter]) -> None:
+    for name, p in trained.items():
+        if p.dtype != torch.float32:
+            raise TypeError(f"parameter {name} must be float32, got {p.dtype}; cast it where it is used")
+    for name, p in groups.banks.items():
+        if p.dim() != 3:
+            raise ValueError(f"bank {name} must be (matrices, rows, cols), got shape {tuple(p.shape)}")

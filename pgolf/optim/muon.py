@@ -1,0 +1,202 @@
+"""Muon on banks of matrices, each rank iterating its share of every bank.
+
+Per step (Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon; banks and overlap: parameter-golf PR
+#399 and #549; row normalization: MuonEq-R, arXiv 2603.28254): average the gradients and scatter them
+(`reduce`), let the caller clip the shards, then momentum, row normalization, polar iteration, gather and
+apply (`step`). Unlike the record stack, clipping sees the averaged gradient and the sharded momentum is part
+of the state.
+
+Legend: `B` matrices in a bank, `S` matrices of it on one rank = ceil(B / world size), `m` rows, `n` columns.
+A rank owns matrices rank * S to rank * S + S - 1; those past B are padding, zero in gradient, momentum and
+update. One process has no padding, no copies and no collectives: its shard is the gradient itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pgolf.config import MuonConfig
+from pgolf.dist import Dist, Pending
+from pgolf.ops import newton_schulz
+from pgolf.optim.flat import flat_views
+from pgolf.optim.polar import Coefficients, coefficients
+
+
+class Polar(Protocol):
+    """A batched polar iteration: `(b, m, n)` to the same shape and dtype."""
+
+    def __call__(self, x: Tensor, coefficients: Sequence[Coefficients], *, eps: float = 1e-7) -> Tensor:
+        """Iterate each matrix of `x`; see `pgolf.ops.newton_schulz`."""
+        ...
+
+
+def by_size(banks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the banks with the largest first (its transfer starts first); ties keep their order."""
+    return dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
+
+
+def lr_scale(rows: int, cols: int) -> float:
+    """Return Muon's factor on the learning rate of a matrix: sqrt(max(1, rows / cols))."""
+    return math.sqrt(max(1.0, rows / cols))
+
+
+def row_normalize(x: Tensor) -> Tensor:
+    """Return `x` `(..., m, n)` with every row divided by its L2 norm, at least 1e-7; the result is float32.
+
+    Rows are output features as stored. Source: MuonEq-R, arXiv 2603.28254.
+    """
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
+    normalized: Tensor = x / norms
+    return normalized
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """One bank and this rank's views of it."""
+
+    param: Tensor  # (B, m, n) float32, detached
+    grad: Tensor  # (B, m, n) float32, local
+    shard: Tensor  # (S, m, n) averaged gradient of the owned matrices
+    direction: Tensor  # (S, m, n) what the polar iteration gets
+    momentum: Tensor  # (S, m, n)
+    wire: Tensor | None  # (S * world size, m, n) to send gradients and to receive updates; None on one rank
+    scale: float
+
+
+class Muon:
+    """Momentum, MuonEq-R and polar iteration on `(B, m, n)` banks, sharded over the ranks by matrix.
+
+    buf <- mu buf + g;   u = g + mu buf (nesterov) or buf;   u <- row_normalize(u);   O = polar(u);
+    p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
+    with g the averaged, clipped gradient. Shards, momentum and updates are bfloat16 on CUDA and float32 on
+    CPU, except that one CUDA process reads its float32 gradients directly.
+
+    Attributes:
+        shard: 1-D; this rank's averaged gradients of all banks (and zero gaps), valid after `reduce`. Scale
+        in place
+            to clip. Disjoint between ranks, so squared norms add up.
+    """
+
+    def __init__(
+        self,
+        banks: Mapping[str, Tensor],
+        flat_grad: Tensor,
+        grads: Mapping[str, Tensor],
+        config: MuonConfig,
+        dist: Dist,
+        *,
+        polar: Polar = newton_schulz,
+    ) -> None:
+        """Take banks and gradients in the order of `by_size`; both are read in place at each step.
+
+        Args:
+            banks: float32 parameters by name. flat_grad, grads: their gradients, from `flat_views`.
+            polar: the polar iteration.
+        """
+        self._config, self._dist, self._polar = config, dist, polar
+        self._table = coefficients(config.coefficients, config.ns_steps)
+        self._dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+        world, device = dist.world_size, dist.device
+        shapes = {name: (-(-p.shape[0] // world), p.shape[1], p.shape[2]) for name, p in banks.items()}
+        if world == 1:
+            self.shard, shards = flat_grad, dict(grads)
+        else:
+            self.shard, shards = flat_views(shapes, dtype=self._dtype, device=device)
+        self._momentum, momenta = flat_views(shapes, dtype=self._dtype, device=device)
+        self._direction, directions = self._momentum, momenta
+        if config.nesterov:
+            self._direction, directions = flat_views(shapes, dtype=self.shard.dtype, device=device)
+        self._banks: dict[str, _Bank] = {}
+        for name, p in banks.items():
+            s, m, n = shapes[name]
+            self._banks[name] = _Bank(
+                param=p.detach(),
+                grad=grads[name],
+                shard=shards[name],
+                direction=directions[name],
+                momentum=momenta[name],
+                wire=None if world == 1 else torch.zeros(s * world, m, n, dtype=self._dtype, device=device),
+                scale=lr_scale(m, n),
+            )
+
+    def reduce(self) -> list[Pending]:
+        """Start averaging the local gradients into `shard`, largest bank first; wait for what it returns."""
+        started = []
+        for bank in self._banks.values():
+            if bank.wire is not None:
+                bank.wire[: bank.grad.shape[0]].copy_(bank.grad)
+                started.append(self._dist.reduce_scatter_avg(bank.shard, bank.wire))
+        return started
+
+    @torch.no_grad()
+    def step(self, lr: float, *, momentum: float) -> None:
+        """Update momentum and all banks from `shard`; does not synchronize the host.
+
+        The gather of one bank runs while the next bank is iterated.
+        """
+        if not self._banks:
+            return
+        self._momentum.mul_(momentum).add_(self.shard)
+        if self._config.nesterov:
+            torch.add(self.shard, self._momentum, alpha=momentum, out=self._direction)
+        torch._foreach_mul_([bank.param for bank in self._banks.values()], 1 - lr * self._config.weight_decay)
+        gathering: tuple[_Bank, Pending] | None = None
+        for bank in self._banks.values():
+            update = self._update(bank)
+            if bank.wire is None:
+                bank.param.add_(update, alpha=-lr * bank.scale)
+                continue
+            work = self._dist.all_gather(bank.wire, update)
+            if gathering is not None:
+                _apply(*gathering, lr=lr)
+            gathering = (bank, work)
+        if gathering is not None:
+            _apply(*gathering, lr=lr)
+
+    def _update(self, bank: _Bank) -> Tensor:
+        u = row_normalize(bank.direction) if self._config.row_normalize else bank.direction
+        return self._polar(u.to(self._dtype), self._table)
+
+    def reset(self) -> None:
+        """Zero the momentum, in place."""
+        self._momentum.zero_()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the whole momentum, `momentum.<bank>` `(B, m, n)`, at any world size.
+
+        A collective: every rank calls it.
+        """
+        state = {}
+        for name, bank in self._banks.items():
+            whole = bank.momentum
+            if bank.wire is not None:
+                self._dist.all_gather(bank.wire, bank.momentum).wait()
+                whole = bank.wire[: bank.grad.shape[0]]
+            state[f"momentum.{name}"] = whole.clone()
+        return state
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Return the shape of each bank by name."""
+        return {name: bank.param.shape for name, bank in self._banks.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take this rank's share of a momentum that `state` gave, at any world size."""
+        for name, bank in self._banks.items():
+            first = self._dist.rank * bank.momentum.shape[0]
+            mine = state[f"momentum.{name}"][first : first + bank.momentum.shape[0]]
+            bank.momentum.zero_()
+            bank.momentum[: mine.shape[0]].copy_(mine)
+
+
+def _apply(bank: _Bank, gathered: Pending, *, lr: float) -> None:
+    gathered.wait()
+    assert bank.wire is not None
+    # The padding at the end of the wire is zero, as the polar iteration keeps zero matrices: it can carry the
+    # next gradients as it is.
+    bank.param.add_(bank.wire[: bank.param.shape[0]], alpha=-lr * bank.scale)

@@ -1,0 +1,194 @@
+"""Coefficients of the polar iteration: published tables, and the minimax generator that reproduces them.
+
+One step maps every singular value s of X to p(s) = a s + b s^3 + c s^5 (X <- aX + bAX + cA^2 X, A = XX^T);
+a table is the list of (a, b, c), first step first. A good table takes [lower, 1] close to 1 in few
+steps. This file owns every coefficient in the package and knows nothing of tensors.
+
+Sources: Polar Express, arXiv 2505.16932, and its reference code; tables as cited beside them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Coefficients = tuple[float, float, float]
+
+# Keller Jordan, "Muon" (https://kellerjordan.github.io/posts/muon/); not convergent by design, same every
+# step.
+JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
+
+# You Jiacheng (https://x.com/YouJiacheng/status/1893704552689303901), as used by modded-nanogpt and dion.
+YOU: tuple[Coefficients, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
+# CANS, arXiv 2506.10935: Remez with an adaptive interval.
+CANS: tuple[Coefficients, ...] = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+
+# modded-nanogpt, "num_iters=5, safety_factor=2e-2, cushion=2"; the table of every record that uses Polar
+# Express. Equals polar_express(1e-3, 5, cushion=0.02, safety=1.02) to 1e-12 (tested); kept as literals, so
+# that a record is repeated bit for bit.
+POLAR_EXPRESS_GOLF: tuple[Coefficients, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+# Tables that exist for one number of steps only.
+_FIXED = {"you": YOU, "cans": CANS}
+NAMES = ("jordan", "you", "cans", "polar_express", "polar_express_golf", "polar_express_golf_truncated")
+
+
+def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
+    """Return the table `name` for `steps` polar iterations, first step first.
+
+    - `jordan`: one quintic repeated.
+    - `you`, `cans`: published lists of five; other step counts are refused.
+    - `polar_express`: the paper's recipe (lower 1e-3, its cushion, no safety factor), any number of steps.
+    - `polar_express_golf`: the record's table for five steps. For other counts the same recipe (cushion 0.02,
+      safety 1.02, last step unscaled) is solved for that many steps on the interval that they can serve
+      (`golf_lower`): the published list cut short leaves singular values in [0.42, 1.58].
+    - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; above five
+    steps it
+      still gives five.
+
+    Raises:
+        ValueError: unknown name, steps < 1, or a list of fixed length asked for another number of steps.
+    """
+    if steps < 1:
+        raise ValueError(f"polar coefficients: steps must be >= 1, got {steps}")
+    if name == "jordan":
+        return (JORDAN,) * steps
+    if name in _FIXED:
+        table = _FIXED[name]
+        if steps != len(table):
+            raise ValueError(
+                f"polar coefficients {name!r} are a list for {len(table)} steps, got steps={steps}; "
+                "use 'polar_express_golf', which is solved for any number"
+            )
+        return table
+    if name == "polar_express":
+        return tuple(polar_express(1e-3, steps))
+    if name == "polar_express_golf":
+        if steps == len(POLAR_EXPRESS_GOLF):
+            return POLAR_EXPRESS_GOLF
+        return tuple(polar_express(golf_lower(steps), steps, cushion=0.02, safety=1.02))
+    if name == "polar_express_golf_truncated":
+        return POLAR_EXPRESS_GOLF[:steps]
+    raise ValueError(f"polar coefficients must be one of {NAMES}, got {name!r}")
+
+
+def golf_lower(steps: int) -> float:
+    """Return the lower end of the interval that `polar_express_golf` is solved on.
+
+    From five steps on it is the published 1e-3. The greedy recipe makes a shorter table from the same lower
+    end differ from a cut one only in its last polynomial, which is no cure; raising the lower end is. The
+    values minimize the RMS deviation from 1 over log-uniform s in [3e-3, 1] (see `quality`).
+    """
+    return {1: 0.087, 2: 0.033, 3: 0.0115, 4: 0.005}.get(steps, 1e-3)
+
+
+def polar_express(
+    lower: float, steps: int, *, cushion: float = 0.02407327424182761, safety: float = 1.0
+) -> list[Coefficients]:
+    """Return the greedy minimax composition of `steps` odd quintics that takes [lower, 1] towards 1.
+
+    Step t takes the interval [l, u] that step t-1 leaves, solves min over (a,b,c) of max |1 - p(x)| on
+    [max(l, cushion * u), u] (narrower intervals crush their interior and amplify rounding), then scales p by
+    2 / (p(l) + p(u)) so that the true interval is centred on 1 again: l <- p(l), u <- 2 - l. All but the last
+    polynomial become p(x / safety), inside the recursion, which tolerates inputs above u by that factor.
+
+    Args:
+        lower: smallest singular value to serve after normalization, in (0, 1).
+        cushion: smallest l / u that a polynomial is solved for.
+        safety: factor >= 1; the record uses 1.02.
+    Raises:
+        ValueError: an argument is out of range.
+    Source: Polar Express (arXiv 2505.16932), algorithm 2 and its code; defaults give the paper's table.
+    """
+    if not 0 < lower < 1:
+        raise ValueError(f"polar_express: lower must be in (0, 1), got {lower}")
+    if steps < 1 or not 0 <= cushion < 1 or not safety >= 1:
+        raise ValueError(
+            "polar_express: expected steps >= 1, cushion in [0, 1), safety >= 1, "
+            f"got steps={steps}, cushion={cushion}, safety={safety}"
+        )
+    table: list[Coefficients] = []
+    low, high = lower, 1.0
+    for step in range(steps):
+        poly = _minimax_quintic(max(low, cushion * high), high)
+        gain = 2.0 / (_value(poly, low) + _value(poly, high))
+        k = safety if step < steps - 1 else 1.0
+        a, b, c = (gain * v for v in poly)
+        table.append((a / k, b / k**3, c / k**5))
+        low = _value(table[-1], low)
+        high = 2.0 - low
+    return table
+
+
+def scalar_map(table: Sequence[Coefficients], s: float) -> float:
+    """Return what the polar iteration with `table` makes of the singular value `s`, in exact arithmetic."""
+    for poly in table:
+        s = _value(poly, s)
+    return s
+
+
+def quality(
+    table: Sequence[Coefficients], lower: float = 3e-3, *, points: int = 20_001
+) -> tuple[float, float, float]:
+    """Return (min, max, RMS deviation from 1) of the scalar map over log-uniform s in [lower, 1]."""
+    grid = [lower ** (1 - i / (points - 1)) for i in range(points)]
+    out = [scalar_map(table, s) for s in grid]
+    rms = math.sqrt(sum((v - 1) ** 2 for v in out) / points)
+    return min(out), max(out), rms
+
+
+def _value(poly: Coefficients, x: float) -> float:
+    a, b, c = poly
+    return x * (a + x * x * (b + x * x * c))
+
+
+def _minimax_quintic(low: float, high: float) -> Coefficients:
+    """Best odd quintic for the constant 1 on [low, high], by the Remez exchange (four alternation points)."""
+    if low / high > 1 - 5e-6:  # the linear system degenerates; the limit is the Taylor polynomial at high
+        return (15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5)
+    q, r = (3 * low + high) / 4, (low + 3 * high) / 4
+    previous = math.inf
+    for _ in range(100):
+        rows = [[x, x**3, x**5, sign, 1.0] for x, sign in ((low, 1.0), (q, -1.0), (r, 1.0), (high, -1.0))]
+        a, b, c, error = _solve(rows)
+        if abs(previous - error) <= 1e-15:
+            break
+        previous = error
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        q, r = math.sqrt((-3 * b - root) / (10 * c)), math.sqrt((-3 * b + root) / (10 * c))
+    return (a, b, c)
+
+
+def _solve(rows: list[list[float]]) -> list[float]:
+    """Solve the augmented linear system by elimination with partial pivoting."""
+    n = len(rows)
+    for i in range(n):
+        pivot = max(range(i, n), key=lambda k: abs(rows[k][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for k in range(i + 1, n):
+            factor = rows[k][i] / rows[i][i]
+            rows[k] = [x - factor * y for x, y in zip(rows[k], rows[i], strict=True)]
+    solution = [0.0] * n
+    for i in reversed(range(n)):
+        rest = sum(rows[i][k] * solution[k] for k in range(i + 1, n))
+        solution[i] = (rows[i][n] - rest) / rows[i][i]
+    return solution

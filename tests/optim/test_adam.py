@@ -1,0 +1,66 @@
+"""AdamW against torch.optim.AdamW."""
+
+import pytest
+import torch
+
+from pgolf.config import AdamConfig
+from pgolf.optim.adam import AdamW
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+def parameters(device):
+    rng = torch.Generator().manual_seed(0)
+    # A scalar, an odd vector, a matrix larger than one block of the fused kernel.
+    return {name: torch.randn(shape, generator=rng).to(device) for name, shape in SHAPES.items()}
+
+
+SHAPES = {"lambda": (), "gain": (7,), "emb": (129, 65)}
+
+
+def gradients(step, device):
+    rng = torch.Generator().manual_seed(100 + step)
+    return {name: torch.randn(shape, generator=rng).to(device) for name, shape in SHAPES.items()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight_decay", [0.0, 0.085])
+def test_steps_equal_torch_adamw_under_a_changing_rate(device, weight_decay):
+    config = AdamConfig(beta1=0.8, beta2=0.97, eps=1e-6)
+    params, grads = parameters(device), gradients(0, device)
+    twins = [p.clone().requires_grad_() for p in params.values()]
+    ours = AdamW(params, grads, config, weight_decay=weight_decay)
+    theirs = torch.optim.AdamW(twins, betas=(0.8, 0.97), eps=1e-6, weight_decay=weight_decay)
+    for step, lr in enumerate((0.03, 0.03, 0.01, 0.2)):
+        for name, value in gradients(step, device).items():
+            grads[name].copy_(value)
+        for twin, grad in zip(twins, grads.values(), strict=True):
+            twin.grad = grad.clone()
+        theirs.param_groups[0]["lr"] = lr
+        ours.step(lr)
+        theirs.step()
+    for name, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(
+            params[name], twin.detach(), rtol=2e-6, atol=2e-7, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_reset_gives_the_first_step_again():
+    params, grads = parameters("cpu"), gradients(0, "cpu")
+    adam = AdamW(params, grads, AdamConfig(), weight_decay=0.1)
+    adam.step(0.1)
+    first = {name: p.clone() for name, p in params.items()}
+    adam.step(0.1)
+    adam.reset()
+    assert all(not t.any() for t in adam.state().values())
+    for name, value in parameters("cpu").items():
+        params[name].copy_(value)
+    adam.step(0.1)
+    assert all(torch.equal(params[name], first[name]) for name in params)
+
+
+def test_no_parameters_is_no_work():
+    adam = AdamW({}, {}, AdamConfig(), weight_decay=0.1)
+    adam.step(0.1)
+    assert adam.state()["steps"].shape == (0,)

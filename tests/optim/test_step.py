@@ -1,0 +1,213 @@
+"""The combined optimizer on one process: gradients in place, clip, groups, schedules, state."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from pgolf.config import AdamConfig, MuonConfig, OptimConfig
+from pgolf.dist import Dist
+from pgolf.optim.ema import Ema
+from pgolf.optim.flat import flat_views
+from pgolf.optim.muon import Muon, by_size
+from pgolf.optim.step import Optimizer
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), adam=AdamConfig(embed_lr=0.04), grad_clip=0.3)
+
+
+class Toy(nn.Module):
+    """Banks of odd sizes, an embedding, and small parameters of several shapes."""
+
+    bank_names = ("up", "down")
+    embed_names = ("emb",)
+
+    def __init__(self, device="cpu"):
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        shapes = {"gain": (3,), "emb": (11, 6), "down": (3, 6, 8), "up": (5, 8, 6), "scale": ()}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=rng).to(device)))
+
+
+def backward(model, seed, factor=1.0):
+    """Accumulate a gradient that depends on `seed` only, by a real backward pass; return it."""
+    rng = torch.Generator().manual_seed(seed)
+    grads = {
+        n: factor * torch.randn(p.shape, generator=rng).to(p.device) for n, p in model.named_parameters()
+    }
+    sum((p * grads[n]).sum() for n, p in model.named_parameters()).backward()
+    return grads
+
+
+def snapshot(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def assert_same_bits(model, other):
+    twins = dict(other.named_parameters())
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, twins[n])] == []
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("factor", [1e-3, 10.0])
+def test_step_equals_its_parts_on_the_clipped_gradient(device, factor):
+    model = Toy(device)
+    optimizer = Optimizer(model, CONFIG, Dist.start(device))
+    twin = Toy(device)
+    banks = by_size({n: getattr(twin, n).detach() for n in twin.bank_names})
+    flat, grads = flat_views(
+        {n: tuple(p.shape) for n, p in banks.items()}, dtype=torch.float32, device=twin.up.device
+    )
+    muon = Muon(banks, flat, grads, CONFIG.muon, Dist.start(device))
+    common = {"betas": (0.9, 0.99), "eps": 1e-8}
+    adam = torch.optim.AdamW(
+        [
+            {"params": [twin.emb], "weight_decay": 0.085, "base": 0.04},
+            {"params": [twin.gain, twin.scale], "weight_decay": 0.02, "base": 0.02},
+        ],
+        **common,
+    )
+    # (frac, lr multiplier, momentum): start, mid rise of momentum, mid warm-down, floor.
+    for step, (frac, lr, mu) in enumerate(
+        [(0, 1, 0.92), (0.15, 1, 0.945), (0.575, 0.5, 0.97), (1, 0.1, 0.97)]
+    ):
+        parts = [backward(model, 10 * step + k, factor) for k in range(2)]
+        total = {n: parts[0][n] + parts[1][n] for n in parts[0]}
+        norm = torch.cat([g.flatten() for g in total.values()]).norm()
+        for name, p in twin.named_parameters():
+            p.grad = total[name] * (0.3 / (norm + 1e-6)).clamp(max=1)
+            if name in grads:
+                grads[name].copy_(p.grad)
+        for group in adam.param_groups:
+            group["lr"] = group["base"] * lr
+        adam.step()
+        muon.step(0.05 * lr, momentum=mu)
+        optimizer.step(frac)
+        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-5, atol=0)
+    for name, p in twin.named_parameters():
+        # The clip's rounding is amplified by up to 990, the slope of the polar map at 0; CUDA adds bfloat16.
+        close = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-2}
+        torch.testing.assert_close(getattr(model, name), p, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_clip_off_leaves_the_gradient_and_still_reports_the_norm():
+    model, twin = Toy(), Toy()
+    big = replace(CONFIG, grad_clip=0.0)
+    norms = []
+    for m, config in ((model, big), (twin, replace(CONFIG, grad_clip=1e6))):
+        optimizer = Optimizer(m, config, Dist.start("cpu"))
+        backward(m, 1, 100.0)
+        optimizer.step(0.0)
+        norms.append(optimizer.grad_norm)
+    assert norms[0] == norms[1]
+    assert norms[0] > 100
+    assert_same_bits(model, twin)
+
+
+def test_gradients_are_zeroed_in_place_and_never_reallocated():
+    model = Toy()
+    optimizer = Optimizer(model, CONFIG, Dist.start("cpu"))
+    addresses = {n: p.grad.data_ptr() for n, p in model.named_parameters()}
+    for step in range(2):
+        backward(model, step)
+        optimizer.step(0.5)
+        for name, p in model.named_parameters():
+            assert p.grad.data_ptr() == addresses[name]
+            assert not p.grad.any()
+
+
+def test_replaced_gradient_is_an_error_that_names_it():
+    model = Toy()
+    optimizer = Optimizer(model, CONFIG, Dist.start("cpu"))
+    model.gain.grad = torch.ones(3)
+    with pytest.raises(
+        RuntimeError, match="the gradient of gain was replaced; step\\(\\) zeroes gradients itself"
+    ):
+        optimizer.step(0.0)
+
+
+def test_reset_makes_the_next_run_the_first_again():
+    model = Toy()
+    start = snapshot(model)
+    optimizer = Optimizer(model, CONFIG, Dist.start("cpu"))
+
+    def run():
+        for step in range(3):
+            backward(model, step)
+            optimizer.step(0.1 * step)
+        return snapshot(model)
+
+    first = run()
+    backward(model, 99)
+    optimizer.reset()
+    assert not any(t.any() for t in optimizer.state_dict().values())
+    assert not any(p.grad.any() for p in model.parameters())
+    assert optimizer.grad_norm == 0
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(start[name])
+    second = run()
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_state_round_trip_continues_bit_for_bit():
+    model, twin = Toy(), Toy()
+    ours, theirs = (Optimizer(m, CONFIG, Dist.start("cpu")) for m in (model, twin))
+    for step in range(2):
+        backward(model, step)
+        ours.step(0.2)
+    state = ours.state_dict()
+    twin.load_state_dict(model.state_dict())
+    backward(model, 5)
+    ours.step(0.3)
+    theirs.load_state_dict(state)
+    backward(twin, 5)
+    theirs.step(0.3)
+    assert_same_bits(model, twin)
+
+
+def test_load_rejects_foreign_state():
+    optimizer = Optimizer(Toy(), CONFIG, Dist.start("cpu"))
+    state = optimizer.state_dict()
+    with pytest.raises(ValueError, match=r"missing \['muon.momentum.up'\], unknown \['x'\]"):
+        optimizer.load_state_dict({k if k != "muon.momentum.up" else "x": v for k, v in state.items()})
+    with pytest.raises(ValueError, match=r"muon.momentum.up must have shape \(5, 8, 6\), got \(4, 8, 6\)"):
+        optimizer.load_state_dict(state | {"muon.momentum.up": torch.zeros(4, 8, 6)})
+
+
+def test_model_on_another_device_is_refused():
+    with pytest.raises(ValueError, match="parameter up must be on cpu, got meta; move the model first"):
+        Optimizer(Toy("meta"), CONFIG, Dist.start("cpu"))
+
+
+def test_training_lowers_a_loss():
+    model = Toy()
+    fast = OptimConfig(muon=MuonConfig(lr=0.1), adam=AdamConfig(embed_lr=0.1, scalar_lr=0.1))
+    optimizer = Optimizer(model, fast, Dist.start("cpu"))
+
+    def loss():
+        return sum(p.square().mean() for p in model.parameters())
+
+    first = loss().item()
+    for step in range(60):
+        loss().backward()
+        optimizer.step(step / 60)
+    assert loss().item() < 0.05 * first
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_step_and_average_do_not_wait_for_the_gpu(device):
+    model = Toy(device)
+    optimizer, ema = Optimizer(model, CONFIG, Dist.start(device)), Ema(dict(model.named_parameters()))
+    backward(model, 0)
+    optimizer.step(0.0)  # first call loads kernels
+    ema.update(0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step(0.5)
+        ema.update(0.5)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
