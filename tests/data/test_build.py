@@ -1,0 +1,218 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from pgolf.cli.data import main
+from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.shards import Manifest, find_shards, read_manifest, read_shard, verify_manifest, write_shard
+from pgolf.data.tokenizer import Tokenizer
+
+VAL = ["first val", " leading space", "nul \0 and \u2581 and \U0001f600", "", "\n\nlines\n"]
+TRAIN = [f"training document {n}\n" + "words " * (n % 37) for n in range(200)]
+
+
+def write_jsonl(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path
+
+
+def job(tmp_path: Path, tokenizer: Tokenizer, **changes: object) -> ShardsJob:
+    values: dict[str, object] = {
+        "train": (write_jsonl(tmp_path / "train.jsonl", changes.pop("train_texts", TRAIN)),),
+        "val": (write_jsonl(tmp_path / "val.jsonl", VAL),),
+        "tokenizer": changes.pop("model", tokenizer.path),
+        "out": tmp_path / "out",
+        "shard_tokens": 1000,
+        "jobs": 1,
+    }
+    return ShardsJob(**{**values, **changes})
+
+
+def build(made: ShardsJob) -> Manifest:
+    return build_shards(made, report=lambda line: None)
+
+
+def documents(folder: Path, split: str, tokenizer: Tokenizer) -> list[str]:
+    stream = np.concatenate([read_shard(p) for p in find_shards(folder, split)])
+    return [tokenizer.decode(part) for part in np.split(stream, np.flatnonzero(stream == 1))[1:]]
+
+
+def test_shards_give_back_every_document_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer)
+    manifest = build(made)
+    assert documents(made.out, "val", tokenizer) == VAL
+    assert documents(made.out, "train", tokenizer) == TRAIN
+    assert read_manifest(made.out) == manifest
+    verify_manifest(made.out, manifest)
+    assert (made.out / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    assert manifest.lossless
+    assert manifest.total("train").documents == len(TRAIN)
+    assert manifest.total("train").bytes == sum(len(t.encode()) for t in TRAIN)
+    assert manifest.total("val").bytes == sum(len(t.encode()) for t in VAL)
+
+
+def test_shards_end_between_documents_and_below_the_limit(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer, train_texts=[*TRAIN, "x" * 5000, "end"])
+    build(made)
+    shards = [read_shard(p) for p in find_shards(made.out, "train")]
+    assert len(shards) > 5
+    assert all(shard[0] == 1 for shard in shards)
+    sizes = [shard.size for shard in shards]
+    assert sum(size > 1000 for size in sizes) == 1, "only the long document has a larger shard"
+    assert [p.name for p in find_shards(made.out, "train")][:2] == [
+        "text_train_000000.bin",
+        "text_train_000001.bin",
+    ]
+
+
+def test_sidecar_counts_each_documents_bytes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer)
+    build(made)
+    tokens = read_shard(made.out / "text_val_000000.bin")
+    sizes = read_shard(made.out / "text_val_bytes_000000.bin")
+    begins = np.flatnonzero(tokens == 1)
+    assert (sizes[begins] == 0).all()
+    assert np.add.reduceat(sizes.astype(int), begins).tolist() == [len(t.encode()) for t in VAL]
+
+
+def test_processes_make_the_same_files_as_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    one = build(job(tmp_path, tokenizer))
+    two = build(job(tmp_path, tokenizer, jobs=2, out=tmp_path / "two"))
+    assert one == two
+
+
+def test_overlap_is_named_with_both_places(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer, train_texts=[*TRAIN[:4], VAL[1], *TRAIN[4:]])
+    message = (
+        r"'leading space' is in both splits: .*train\.jsonl, line 5 and .*val\.jsonl, line 2; .*--drop-ove"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(made)
+    assert not (made.out / "manifest.json").exists()
+
+
+def test_drop_overlap_leaves_the_document_out_of_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines: list[str] = []
+    made = job(tmp_path, tokenizer, train_texts=[VAL[0], *TRAIN, VAL[0], VAL[2]], drop_overlap=True)
+    build_shards(made, report=lines.append)
+    assert documents(made.out, "train", tokenizer) == TRAIN
+    assert documents(made.out, "val", tokenizer) == VAL
+    assert "3 dropped (also in val)" in lines[-1]
+
+
+def test_a_folder_with_shards_is_left_alone_unless_told(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer)
+    build(made)
+    with pytest.raises(FileExistsError, match=r"already holds \d+ shards .*--overwrite"):
+        build(made)
+    stale = made.out / "old_train_000009.bin"
+    write_shard(stale, np.array([1, 2]))
+    build(job(tmp_path, tokenizer, overwrite=True, train_texts=TRAIN[:3]))
+    assert not stale.exists()
+    assert documents(made.out, "train", tokenizer) == TRAIN[:3]
+
+
+def test_a_bad_line_stops_the_build_even_in_a_process(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for jobs in (1, 2):
+        made = job(tmp_path, tokenizer, jobs=jobs, out=tmp_path / str(jobs))
+        (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+        with pytest.raises(
+            ValueError, match=r'train\.jsonl, line 2: expected an object with a string "text"'
+        ):
+            build(made)
+
+
+def test_missing_inputs_and_bad_settings_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no text file at .*none\.jsonl"):
+        build(job(tmp_path, tokenizer, val=(tmp_path / "none.jsonl",)))
+    with pytest.raises(FileNotFoundError, match="no tokenizer at"):
+        build(job(tmp_path, tokenizer, model=tmp_path / "none.model"))
+    with pytest.raises(ValueError, match="val: expected at least one text file"):
+        job(tmp_path, tokenizer, val=())
+    with pytest.raises(ValueError, match="shard_tokens must be >= 1, got 0"):
+        job(tmp_path, tokenizer, shard_tokens=0)
+    with pytest.raises(ValueError, match="name must be a file name prefix, got 'a/b'"):
+        job(tmp_path, tokenizer, name="a/b")
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ValueError, match=r"no train documents in .*empty\.jsonl"):
+        build(job(tmp_path, tokenizer, train=(empty,)))
+
+
+@pytest.fixture(scope="module")
+def lossy(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    prefix = tmp_path_factory.mktemp("lossy") / "lossy"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAIN),
+        model_prefix=str(prefix),
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        minloglevel=2,
+    )
+    return Tokenizer(prefix.with_suffix(".model"))
+
+
+def test_lossy_tokenizer_is_reported_in_manifest_and_summary(tmp_path: Path, lossy: Tokenizer) -> None:
+    lines: list[str] = []
+    made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["plain", "two  spaces"]),))
+    manifest = build_shards(made, report=lines.append)
+    assert not manifest.lossless
+    assert any("lossy: 1 documents do not decode exactly" in line for line in lines)
+
+
+def test_text_of_which_no_token_is_left_stops_the_build(tmp_path: Path, lossy: Tokenizer) -> None:
+    made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["fine", "\n \n"]),))
+    with pytest.raises(ValueError, match=r"v\.jsonl, line 2: the tokens account for 0 of 3 bytes"):
+        build(made)
+
+
+def test_commands_train_build_and_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = str(write_jsonl(tmp_path / "train.jsonl", TRAIN))
+    val = str(write_jsonl(tmp_path / "val.jsonl", VAL))
+    model, out = str(tmp_path / "a" / "t.model"), tmp_path / "out"
+    assert main(["tokenizer", "--inputs", train, "--out", model, "--vocab-size", "300"]) == 0
+    assert "300 ids, bos 1, lossless True" in capsys.readouterr().out
+    shards = [
+        "shards",
+        "--train",
+        train,
+        "--val",
+        val,
+        "--tokenizer",
+        model,
+        "--out",
+        str(out),
+        "--jobs",
+        "1",
+    ]
+    assert main(shards) == 0
+    assert "val: 5 documents" in capsys.readouterr().out
+    assert main(["inspect", str(out)]) == 0
+    printed = capsys.readouterr().out
+    size = sum(len(t.encode()) for t in VAL)
+    for part in ("200 documents", "begins: 'training document 0", f"{size:,} bytes", "have their SHA-256"):
+        assert part in printed
+
+
+def test_inspect_reads_other_tools_shards_and_reports_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "f_train_000000.bin", np.array([1, 500, 600]))
+    write_shard(tmp_path / "f_val_000000.bin", np.array([1, 5]))
+    assert main(["inspect", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    for part in ("3 tokens, 1 documents, largest id 600", "bytes: unknown", "shards of another tool"):
+        assert part in printed
+    assert main(["inspect", str(tmp_path / "f_val_000000.bin")]) == 0
+    (tmp_path / "f_val_000000.bin").write_bytes(b"xx")
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "f_val_000000.bin: a shard starts with a header" in capsys.readouterr().err
