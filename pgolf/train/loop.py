@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.config import Config
+from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.log import RunLog
@@ -65,6 +65,22 @@ class _HostLoss:
         return float(self._value)
 
 
+def passes_per_step(data: DataConfig, world_size: int) -> int:
+    """Return the forward/backward passes of one rank in a step.
+
+    Raises:
+        ValueError: the batch does not divide into equal passes.
+    """
+    per_pass = data.micro_tokens * world_size
+    if data.batch_tokens % per_pass:
+        raise ValueError(
+            f"data.batch_tokens={data.batch_tokens} must be a multiple of data.micro_tokens="
+            f"{data.micro_tokens} x world size {world_size} = {per_pass}; "
+            f"lower data.micro_tokens or change the number of processes"
+        )
+    return data.batch_tokens // per_pass
+
+
 class Trainer:
     """Owns what a step needs; `warm_up` once, then `run`."""
 
@@ -79,15 +95,7 @@ class Trainer:
     ) -> None:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._ema, self._loader, self._dist = ema, loader, dist
-        data = config.data
-        per_pass = data.micro_tokens * dist.world_size
-        if data.batch_tokens % per_pass:
-            raise ValueError(
-                f"data.batch_tokens={data.batch_tokens} must be a multiple of data.micro_tokens="
-                f"{data.micro_tokens} x world size {dist.world_size} = {per_pass}; "
-                f"lower data.micro_tokens or change the number of processes"
-            )
-        self._passes = data.batch_tokens // per_pass
+        self._passes = passes_per_step(config.data, dist.world_size)
 
     def warm_up(self, log: RunLog) -> float:
         """Compile and run steps of both loop modes, then restore all state; return the seconds."""

@@ -11,7 +11,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from pgolf.artifact.write import fit_artifact
 from pgolf.config import Config, config_hash, to_dict
 from pgolf.data.loader import TrainLoader, validation_batches, validation_totals
 from pgolf.data.shards import file_sha256
-from pgolf.data.tokenizer import Tokenizer
+from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.log import RunLog
@@ -35,10 +35,9 @@ from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
-from pgolf.train.loop import Trainer, TrainResult
+from pgolf.train.loop import Trainer, TrainResult, passes_per_step
 from pgolf.train.state import clone_parameters, copy_parameters, save_weights
 
-TOKENIZER = "tokenizer.model"
 ARTIFACT = "model.pgolf"
 
 
@@ -82,16 +81,13 @@ class Corpus:
             raise FileNotFoundError(
                 "no data folder given; make one with `pgolf data shards` and pass --data DIR"
             )
-        path = folder / TOKENIZER
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; `pgolf data shards --out {folder}` writes it")
-        tokenizer = Tokenizer(path)
+        tokenizer = find_tokenizer(folder)
         if tokenizer.vocab_size != config.model.vocab_size:
             raise ValueError(
-                f"{path} has {tokenizer.vocab_size} pieces, model.vocab_size is {config.model.vocab_size}; "
-                f"pass --model.vocab-size {tokenizer.vocab_size} or another data folder"
+                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
+                f"{config.model.vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
             )
-        return cls(folder, tokenizer, file_sha256(path))
+        return cls(folder, tokenizer, file_sha256(tokenizer.path))
 
 
 class Run:
@@ -99,8 +95,8 @@ class Run:
 
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
         self._config, self._dist, self._folder = config, dist, folder
-        self._log = RunLog(folder, is_main=dist.is_main)
         self._corpus = Corpus.open(config)
+        passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,
             attention=config.train.attention,
@@ -120,7 +116,9 @@ class Run:
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
-        config, dist, log = self._config, self._dist, self._log
+        config, dist = self._config, self._dist
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._log = log = RunLog(self._folder, is_main=dist.is_main)
         if dist.is_main:
             write_json(self._folder / "config.json", to_dict(config))
         s = self._summary
@@ -246,16 +244,14 @@ class Run:
 
 def score_model(model: GPT, corpus: Corpus, config: Config, dist: Dist) -> Score:
     """Return bits per byte of `model` over the whole validation set of `corpus`, counts asserted."""
-    common: dict[str, Any] = {
-        "tokenizer": corpus.tokenizer,
-        "bos_id": corpus.tokenizer.bos_id,
-        "max_context": config.model.max_context,
-    }
-    tokens, size = validation_totals(corpus.folder, **common)
+    tokens, size = validation_totals(corpus.folder, tokenizer=corpus.tokenizer)
     batches = validation_batches(
         corpus.folder,
-        **common,
-        batch_tokens=config.data.micro_tokens,
+        tokenizer=corpus.tokenizer,
+        bos_id=corpus.tokenizer.bos_id,
+        max_context=config.model.max_context,
+        batch_tokens=max(config.data.micro_tokens, config.model.max_context),
+        vocab_size=config.model.vocab_size,
         rank=dist.rank,
         world_size=dist.world_size,
         device=dist.device,
@@ -294,8 +290,7 @@ def train_run(config: Config) -> Summary:
         folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
         run, error = None, None
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            run = Run(replace(config), dist, folder)
+            run = Run(config, dist, folder)
         except (OSError, ValueError, TypeError, RuntimeError) as e:
             error = f"{type(e).__name__}: {e}"
         dist.check(error)

@@ -1,0 +1,139 @@
+"""From shards to a scored artifact through the command line, on the CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.artifact.read import read_artifact
+from pgolf.cli.main import main
+from pgolf.train.state import load_weights
+from tests.e2e.conftest import SMALL
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def test_run_writes_everything_and_learns(run):
+    names = {p.name for p in run.iterdir()}
+    expected = {
+        "config.json",
+        "metrics.jsonl",
+        "log.txt",
+        "raw.safetensors",
+        "ema.safetensors",
+        "model.pgolf",
+    }
+    assert expected | {"summary.json"} <= names
+    assert not [n for n in names if n.endswith(".tmp")]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == list(range(6))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert [r["loop"] for r in rows] == [False, False, False, True, True, True]  # on from frac 0.35
+    s = summary(run)
+    assert s["train"]["steps"] == 6 and s["train"]["loop_step"] == 3
+    assert s["scores"]["quantized"]["bytes"] == s["scores"]["raw"]["bytes"]
+    assert s["bytes"]["total"] == s["bytes"]["model"] + s["bytes"]["code"]
+    assert s["bytes"]["model"] == (run / "model.pgolf").stat().st_size
+
+
+def test_scores_cover_every_byte_of_the_validation_text(run, shards):
+    manifest = json.loads((shards / "manifest.json").read_text())
+    scores = summary(run)["scores"]
+    assert {s["bytes"] for s in scores.values()} == {manifest["splits"]["val"]["bytes"]}
+
+
+def test_artifact_scores_the_same_when_evaluated_alone(run, shards, capsys):
+    artifact = str(run / "model.pgolf")
+    assert main(["evaluate", artifact, "--data", str(shards), "--tokens", "640", "--device", "cpu"]) == 0
+    shown = float(capsys.readouterr().out.split()[0])
+    assert abs(shown - summary(run)["scores"]["quantized"]["bpb"]) < 1e-4
+
+
+def test_quantizing_the_checkpoint_again_reproduces_the_artifact(run, shards, tmp_path, capsys):
+    out = tmp_path / "again.pgolf"
+    assert main(["quantize", str(run / "ema.safetensors"), "--data", str(shards), "--out", str(out)]) == 0
+    again, first = read_artifact(out), read_artifact(run / "model.pgolf")
+    assert again.state.keys() == first.state.keys()
+    assert abs(float(capsys.readouterr().out.split()[-2]) - summary(run)["scores"]["quantized"]["bpb"]) < 0.02
+
+
+def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
+    assert main(["train", str(run / "config.json"), "--out", str(tmp_path)]) == 0
+    (again,) = tmp_path.iterdir()
+    first, second = (load_weights(folder / "raw.safetensors")[0] for folder in (run, again))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_any_world_size_trains_the_same_model(run, shards, tmp_path, world):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    command += ["-m", "pgolf", "train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]  # the run itself asserts that replicas are bit-identical
+    (folder,) = tmp_path.iterdir()
+    alone, together = (load_weights(f / "raw.safetensors")[0] for f in (run, folder))
+    for name in alone:
+        torch.testing.assert_close(
+            together[name], alone[name], atol=2e-3, rtol=2e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    ours, theirs = (summary(f)["scores"]["raw"]["bpb"] for f in (folder, run))
+    assert abs(ours - theirs) < 1e-3
+
+
+BAD = [
+    (["--model.vocab-size=500"], r"has 512 pieces, model.vocab_size is 500"),
+    (["--data.micro-tokens=500"], r"data.batch_tokens=2048 must be a multiple of"),
+    (["--data=/nowhere"], r"/nowhere"),
+    (["--optim.muon.coefficients=jordon"], r"must be one of .*jordan.*got 'jordon'"),
+]
+
+
+@pytest.mark.parametrize("change, message", BAD, ids=["vocab", "batch", "folder", "coefficients"])
+def test_bad_settings_give_one_line_and_exit_code_2(shards, tmp_path, capsys, change, message):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, *change]
+    try:
+        code = main(words)
+    except SystemExit as e:
+        code = int(e.code or 0)
+    assert code == 2
+    captured = capsys.readouterr()
+    assert re.search(message, captured.err + captured.out, re.DOTALL)
+    assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def test_unknown_setting_is_refused_with_a_suggestion(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["train", "tiny", "--optim.muon.ns-step", "4"])
+    assert error.value.code == 2
+    assert "ns-steps" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(shards, tmp_path, capsys):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    assert main([*words, "--optim.adam.embed-lr=1e30"]) == 2
+    assert "the loss is" in (err := capsys.readouterr().err) and "at step" in err
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "metrics.jsonl").exists() and (folder / "config.json").exists()
+
+
+def test_every_verb_explains_itself(capsys):
+    for verb in ("train", "config", "data", "evaluate", "quantize", "demo", "info"):
+        try:
+            main([verb, "--help"])
+        except SystemExit as e:
+            assert e.code in (0, None), verb
+        assert "usage" in capsys.readouterr().out.lower(), verb
+
+
+@pytest.mark.parametrize("preset, parameters", [("record", "35,945,671"), ("naive", ""), ("tiny", "")])
+def test_config_shows_what_a_run_would_do(capsys, preset, parameters):
+    assert main(["config", preset]) == 0
+    assert parameters in capsys.readouterr().out
