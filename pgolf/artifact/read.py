@@ -54,7 +54,8 @@ def load_model(path: Path, device: torch.device | str) -> GPT:
     try:
         model.load_state_dict(artifact.state)
     except RuntimeError as e:
-        raise ArtifactError(f"{path}: parameters do not fit the model configuration: {e}") from e
+        detail = " ".join(str(e).split())
+        raise ArtifactError(f"{path}: parameters do not fit the model configuration: {detail}") from e
     return model.prepare(torch.device(device), compile=False).eval()
 
 

@@ -1,0 +1,171 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from artifact_helpers import CONFIG, FACTS, make_state
+
+from pgolf.artifact.header import ArtifactError
+from pgolf.artifact.read import read_artifact
+from pgolf.artifact.size import Ledger, check, code_bytes, make_ledger, predict_bytes, reader_sources
+from pgolf.artifact.write import fit_artifact, write_artifact
+from pgolf.config import ModelConfig, QuantConfig
+from pgolf.presets import record
+from pgolf.quant.grid import QuantizedTensor, quantize, sdclip_scales
+from pgolf.quant.state import QuantizedState
+
+
+def write(path, state, *, limit=16_000_000):
+    return write_artifact(path, state, CONFIG, **FACTS, limit=limit, quality=1)
+
+
+def test_over_the_limit_is_refused_with_the_ledger_and_touches_nothing(tmp_path, state):
+    path = tmp_path / "model.pgolf"
+    path.write_bytes(b"old")
+    with pytest.raises(ArtifactError) as e:
+        write(path, state, limit=40_000)
+    text = str(e.value)
+    total = code_bytes()
+    assert text.startswith("artifact is ") and "limit 40_000" in text
+    assert "largest sections: tok_emb" in text or "largest sections: " in text
+    assert "raise quant.mlp_clip" in text and f"{total:,} bytes" in text
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.pgolf"]
+
+
+def test_limit_counts_every_byte(tmp_path, state):
+    total = write(tmp_path / "a", state).total
+    # The limit is part of the header: five digits either way keep its length.
+    exact = write(tmp_path / "a", state, limit=total).total
+    assert write(tmp_path / "a", state, limit=exact).total <= exact
+    with pytest.raises(ArtifactError, match="too many"):
+        write(tmp_path / "a", state, limit=exact - 20)
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace", "interrupt"])
+def test_failure_while_writing_leaves_the_old_file(tmp_path, state, monkeypatch, step):
+    path = tmp_path / "model.pgolf"
+    write(path, state)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise KeyboardInterrupt if step == "interrupt" else OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path if step == "replace" else os, "replace" if step == "replace" else "fsync", fail)
+    with pytest.raises(KeyboardInterrupt if step == "interrupt" else OSError):
+        write(path, make_state(seed=9))
+    monkeypatch.undo()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model.pgolf"]
+    read_artifact(path)
+
+
+def test_states_that_the_format_cannot_hold_are_refused(tmp_path, state):
+    q = state.quantized["qo_bank"]
+    bad = QuantizedState({"w": QuantizedTensor(q.codes.int(), q.scales, 6)}, {}, {})
+    with pytest.raises(TypeError, match=r"w must have int8 codes and float16 scales, got torch\.int32"):
+        write(tmp_path / "a", bad)
+    bad = QuantizedState({"w": QuantizedTensor(q.codes, q.scales[:1], 6)}, {}, {})
+    with pytest.raises(ArtifactError, match="w needs one scale a row"):
+        write(tmp_path / "a", bad)
+    with pytest.raises(TypeError, match=r"w must be float16, got torch\.float32"):
+        write(tmp_path / "a", QuantizedState({}, {}, {"w": torch.ones(3)}))
+    with pytest.raises(ArtifactError, match="tokenizer_sha256 must match"):
+        write_artifact(
+            tmp_path / "a", state, CONFIG, tokenizer_sha256="x", config_hash="0" * 16, limit=10**6, quality=1
+        )
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "no" / "such" / "folder", state)
+    assert list(tmp_path.iterdir()) == []
+
+
+def gaussian_state(clip_scale, *, width=512):
+    """One Gaussian matrix large enough for the size derivative to hold."""
+    w = torch.randn(width, 512, generator=torch.Generator().manual_seed(0))
+    scales = sdclip_scales(w, bits=6, clip=11.5 * clip_scale)
+    return QuantizedState({"w": QuantizedTensor(quantize(w, scales, bits=6), scales, 6)}, {}, {})
+
+
+def test_fit_widens_the_clips_just_enough(tmp_path):
+    calls = []
+
+    def make(clip_scale):
+        calls.append(clip_scale)
+        return gaussian_state(clip_scale)
+
+    free = fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=10**6)
+    assert free.clip_scale == 1.0 and calls == [1.0]
+    limit = free.total - 6_000
+    ledger = fit_artifact(tmp_path / "b", make, CONFIG, **FACTS, limit=limit)
+    assert limit - 1_500 < ledger.total <= limit
+    assert len(calls) <= 4 and ledger.clip_scale == calls[-1]
+    # 2^(8 * 6000 / 262144) * 1.002 = 1.138
+    assert ledger.clip_scale == pytest.approx(1.138, rel=0.02)
+
+
+def test_fit_gives_up_after_the_last_try_and_leaves_nothing(tmp_path):
+    calls = []
+
+    def make(clip_scale):
+        calls.append(clip_scale)
+        return gaussian_state(1.0, width=16)
+
+    with pytest.raises(ArtifactError, match="artifact is "):
+        fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=1000)
+    assert len(calls) == 3 and calls == sorted(set(calls)) and list(tmp_path.iterdir()) == []
+    with pytest.raises(ValueError, match="tries must be >= 1, got 0"):
+        fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=1000, tries=0)
+
+
+def test_ledger_adds_up_and_names_parameters(tmp_path, state):
+    ledger = write(tmp_path / "a", state)
+    names = dict(ledger.parts)
+    assert set(names) == {*state.quantized, "scales", "gates", "small", "header"}
+    assert sum(names.values()) == (tmp_path / "a").stat().st_size == ledger.model_bytes
+    assert ledger.total == ledger.model_bytes + code_bytes()
+    assert [size for _, size in ledger.parts] == sorted(names.values(), reverse=True)
+    assert f"{ledger.total:,} bytes" in ledger.text() and "left" in ledger.text()
+    assert ledger.to_dict()["parts"] == names
+    header = read_artifact(tmp_path / "a").header
+    assert make_ledger(header, file_bytes=ledger.model_bytes) == ledger
+    assert Ledger.empty().total == 0
+
+
+def test_check_passes_at_the_limit_and_fails_one_byte_above():
+    check(Ledger((("a", 60),), 40, 100), 100)
+    with pytest.raises(ArtifactError, match="artifact is 101 bytes, limit 100, 1 too many"):
+        check(Ledger((("a", 61),), 40, 100), 100)
+
+
+def test_counted_code_is_what_reading_and_scoring_import():
+    names = {"/".join(p.parts[-2:]) for p in reader_sources()}
+    assert {
+        "artifact/read.py",
+        "evaluate/bpb.py",
+        "model/gpt.py",
+        "quant/grid.py",
+        "pgolf/config.py",
+    } <= names
+    assert "quant/gptq.py" not in names and "artifact/write.py" not in names
+    assert not any(name.startswith(("train/", "optim/", "cli/")) for name in names)
+    assert 5_000 < code_bytes() < 80_000
+
+
+def test_predictor_gives_the_record_figure():
+    # SPEC 6.7: 15.809 MB for #1855's clips and 15.579 for #1787's before the overhead, clips 12 / 13 / 15.
+    assert predict_bytes(ModelConfig(), QuantConfig()) == pytest.approx(15.809e6 * 1.022, rel=1e-3)
+    older = QuantConfig(mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
+    assert predict_bytes(record().model, older) == pytest.approx(15.579e6 * 1.022, rel=1e-3)
+    # Widening every clip by f saves N log2(f) / 8 bytes, times the overhead.
+    saved = predict_bytes(ModelConfig(), QuantConfig()) - predict_bytes(
+        ModelConfig(), QuantConfig(), clip_scale=1.1
+    )
+    assert saved == pytest.approx(1.022 * 35_913_728 * 0.1375035 / 8, rel=1e-3)
+
+
+def test_predictor_is_within_one_percent_of_brotli(tmp_path):
+    """One record-shaped matrix: 1/68 of the embedding-free model, coded at full quality."""
+    state = gaussian_state(1.0, width=1024)
+    ledger = write_artifact(tmp_path / "a", state, CONFIG, **FACTS, limit=10**7, quality=11)
+    parts = dict(ledger.parts)
+    ideal = 1024 * 512 / 8 * (2.047 + torch.tensor(31 / 11.5).log2().item())
+    assert parts["w"] + parts["scales"] == pytest.approx(1.022 * ideal, rel=0.01)
