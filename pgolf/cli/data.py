@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,21 +159,17 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run `pgolf data VERB ...` and return the exit status; errors are printed, not raised."""
-    verbs: dict[str, tuple[type, Callable[..., None]]] = {
-        "tokenizer": (TokenizerJob, run_tokenizer),
-        "shards": (ShardsJob, run_shards),
-        "inspect": (InspectJob, run_inspect),
-    }
-    try:
-        job = tyro.extras.subcommand_cli_from_dict(
-            {verb: kind for verb, (kind, _) in verbs.items()},
-            prog="pgolf data",
-            description="Train a tokenizer, make shards from text, look at shards.",
-            args=argv,
-        )
-        next(run for kind, run in verbs.values() if isinstance(job, kind))(job)
-    except (ValueError, RuntimeError, OSError) as e:
-        print(f"pgolf data: {e}", file=sys.stderr)
-        return 1
+    """Run `pgolf data VERB ...`."""
+    job: TokenizerJob | ShardsJob | InspectJob = tyro.extras.subcommand_cli_from_dict(
+        {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob},
+        prog="pgolf data",
+        description="Train a tokenizer, make shards from text, look at shards.",
+        args=argv,
+    )
+    if isinstance(job, TokenizerJob):
+        run_tokenizer(job)
+    elif isinstance(job, ShardsJob):
+        run_shards(job)
+    else:
+        run_inspect(job)
     return 0

@@ -214,5 +214,5 @@ def test_inspect_reads_other_tools_shards_and_reports_damage(
         assert part in printed
     assert main(["inspect", str(tmp_path / "f_val_000000.bin")]) == 0
     (tmp_path / "f_val_000000.bin").write_bytes(b"xx")
-    assert main(["inspect", str(tmp_path)]) == 1
-    assert "f_val_000000.bin: a shard starts with a header" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"f_val_000000\.bin: a shard starts with a header"):
+        main(["inspect", str(tmp_path)])

@@ -1,0 +1,63 @@
+# setup makes .venv with everything; test-gpu, sanitize-gpu and bench use $(PYTHON) as it is, because GPU
+# machines bring their own torch.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/kernels/* csrc/ops/*)
+TEST_BUILD := build/tests
+
+.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu bench clean size todo
+
+setup: $(VENV)/built.stamp
+
+# torch by name and first: the newest where there is a GPU, else a version whose wheel is the CPU build.
+$(VENV)/tools.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
+	$(BIN)/pip install -q "setuptools>=64" wheel "cmake>=3.25" ninja "pybind11>=2.12"
+	touch $@
+
+$(VENV)/built.stamp: $(VENV)/tools.stamp $(NATIVE)
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python -m pgolf demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -regex '.*\.\(cpp\|h\|cuh?\)' | xargs $(BIN)/clang-format --dry-run -Werror
+
+sanitize: setup
+	$(BIN)/cmake -S . -B $(TEST_BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DPGOLF_BUILD_MODULE=OFF -DPGOLF_BUILD_TESTS=ON -DPGOLF_CUDA=OFF
+	$(BIN)/cmake --build $(TEST_BUILD)
+	$(BIN)/ctest --test-dir $(TEST_BUILD) --output-on-failure --no-tests=error
+	$(if $(shell command -v nvidia-smi),$(MAKE) sanitize-gpu PYTHON=$(BIN)/python,@echo "no GPU: CUDA not checked")
+
+sanitize-gpu:
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/ops
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/ops
+
+bench:
+	set -e; for file in bench/ops/bench_*.py; do $(PYTHON) -m bench.ops.$$(basename $$file .py); done
+
+clean:
+	rm -rf build pgolf/_C*.so *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+size:
+	git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l | sort -n
+
+todo:
+	@git grep -n 'TODO(' -- ':!Makefile' ':!tests/test_architecture.py' || echo "no TODO"
