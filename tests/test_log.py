@@ -1,0 +1,67 @@
+"""The run log: what it writes, who writes, and that a full disk does not stop a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.log import RunLog
+
+
+def rows(log):
+    return [json.loads(line) for line in log.metrics_path.read_text().splitlines()]
+
+
+def test_metrics_are_json_lines_in_order_and_on_disk_at_once(tmp_path):
+    log = RunLog(tmp_path / "new" / "run", is_main=True)
+    log.metric(step=1, loss=2.5, loop=False, name="a\nb")
+    assert rows(log) == [{"step": 1, "loss": 2.5, "loop": False, "name": "a\nb"}]
+    RunLog(log.folder, is_main=True).metric(step=2)
+    assert [row["step"] for row in rows(log)] == [1, 2]
+
+
+def test_values_that_are_not_finite_become_null(tmp_path):
+    log = RunLog(tmp_path, is_main=True)
+    log.metric(loss=float("nan"), parts=[1.0, float("inf")], deep={"x": float("-inf")})
+    assert rows(log) == [{"loss": None, "parts": [1.0, None], "deep": {"x": None}}]
+
+
+def test_tensor_value_is_refused_by_name(tmp_path):
+    log = RunLog(tmp_path, is_main=True)
+    with pytest.raises(
+        TypeError, match=r"metric 'loss' must be a plain number, .*got Tensor; convert it first"
+    ):
+        log.metric(step=1, loss=torch.ones(()))
+    assert not log.metrics_path.exists()
+
+
+def test_lines_go_to_console_and_file(tmp_path, capsys):
+    log = RunLog(tmp_path, is_main=True)
+    log.line("step 1")
+    log.line("step 2")
+    assert capsys.readouterr().out == "step 1\nstep 2\n"
+    assert log.text_path.read_text() == "step 1\nstep 2\n"
+
+
+def test_other_ranks_are_silent_and_make_nothing(tmp_path, capsys):
+    log = RunLog(tmp_path / "run", is_main=False)
+    log.line("hello")
+    log.metric(step=1)
+    assert capsys.readouterr() == ("", "")
+    assert not log.folder.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_warns_once_and_the_run_goes_on(tmp_path, capsys):
+    log = RunLog(tmp_path, is_main=True)
+    log.metrics_path.symlink_to("/dev/full")
+    for step in range(3):
+        log.metric(step=step)
+        log.line(f"step {step}")
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: cannot write") == 1
+    assert "No space left on device" in captured.err
+    assert "metrics.jsonl" in captured.err
+    assert captured.out == "step 0\nstep 1\nstep 2\n"
+    assert log.text_path.read_text() == captured.out
