@@ -28,9 +28,8 @@ def split_parameters(model: nn.Module) -> Groups:
     """Put each parameter with requires_grad into one group by the model's `bank_names` and `embed_names`.
 
     Raises:
-        TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (a bfloat16
-        master
-            loses small updates).
+        TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (a
+            bfloat16 master loses small updates).
         ValueError: a name is not a trained parameter of the model or is listed twice, or a bank is not 3-D.
     """
     names: dict[str, tuple[str, ...]] = {}

@@ -8,7 +8,7 @@ of the state.
 
 Legend: `B` matrices in a bank, `S` matrices of it on one rank = ceil(B / world size), `m` rows, `n` columns.
 A rank owns matrices rank * S to rank * S + S - 1; those past B are padding, zero in gradient, momentum and
-update. One process has no padding, no copies and no collectives: its shard is the gradient itself.
+update. One process has no padding and no collectives; on CPU its shard is the gradient itself.
 """
 
 from __future__ import annotations
@@ -46,14 +46,13 @@ def lr_scale(rows: int, cols: int) -> float:
     return math.sqrt(max(1.0, rows / cols))
 
 
-def row_normalize(x: Tensor) -> Tensor:
-    """Return `x` `(..., m, n)` with every row divided by its L2 norm, at least 1e-7; the result is float32.
+def row_normalize_(x: Tensor) -> Tensor:
+    """Divide every row of `x` `(..., m, n)` by its L2 norm (float32, at least 1e-7), in place, and return it.
 
     Rows are output features as stored. Source: MuonEq-R, arXiv 2603.28254.
     """
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
-    normalized: Tensor = x / norms
-    return normalized
+    return x.div_(norms)
 
 
 @dataclass(frozen=True)
@@ -63,8 +62,8 @@ class _Bank:
     param: Tensor  # (B, m, n) float32, detached
     grad: Tensor  # (B, m, n) float32, local
     shard: Tensor  # (S, m, n) averaged gradient of the owned matrices
-    direction: Tensor  # (S, m, n) what the polar iteration gets
     momentum: Tensor  # (S, m, n)
+    direction: Tensor  # (S, m, n) what the polar iteration gets; scratch
     wire: Tensor | None  # (S * world size, m, n) to send gradients and to receive updates; None on one rank
     scale: float
 
@@ -75,12 +74,11 @@ class Muon:
     buf <- mu buf + g;   u = g + mu buf (nesterov) or buf;   u <- row_normalize(u);   O = polar(u);
     p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     with g the averaged, clipped gradient. Shards, momentum and updates are bfloat16 on CUDA and float32 on
-    CPU, except that one CUDA process reads its float32 gradients directly.
+    CPU, at any world size; everything between two roundings is computed in float32.
 
     Attributes:
         shard: 1-D; this rank's averaged gradients of all banks (and zero gaps), valid after `reduce`. Scale
-        in place
-            to clip. Disjoint between ranks, so squared norms add up.
+            it in place to clip. Disjoint between ranks, so squared norms add up.
     """
 
     def __init__(
@@ -101,17 +99,16 @@ class Muon:
         """
         self._config, self._dist, self._polar = config, dist, polar
         self._table = coefficients(config.coefficients, config.ns_steps)
+        self._flat_grad = flat_grad
         self._dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         world, device = dist.world_size, dist.device
         shapes = {name: (-(-p.shape[0] // world), p.shape[1], p.shape[2]) for name, p in banks.items()}
-        if world == 1:
+        if world == 1 and self._dtype == flat_grad.dtype:
             self.shard, shards = flat_grad, dict(grads)
         else:
             self.shard, shards = flat_views(shapes, dtype=self._dtype, device=device)
         self._momentum, momenta = flat_views(shapes, dtype=self._dtype, device=device)
-        self._direction, directions = self._momentum, momenta
-        if config.nesterov:
-            self._direction, directions = flat_views(shapes, dtype=self.shard.dtype, device=device)
+        self._direction, directions = flat_views(shapes, dtype=self._dtype, device=device)
         self._banks: dict[str, _Bank] = {}
         for name, p in banks.items():
             s, m, n = shapes[name]
@@ -119,14 +116,18 @@ class Muon:
                 param=p.detach(),
                 grad=grads[name],
                 shard=shards[name],
-                direction=directions[name],
                 momentum=momenta[name],
+                direction=directions[name],
                 wire=None if world == 1 else torch.zeros(s * world, m, n, dtype=self._dtype, device=device),
                 scale=lr_scale(m, n),
             )
 
     def reduce(self) -> list[Pending]:
         """Start averaging the local gradients into `shard`, largest bank first; wait for what it returns."""
+        if self._dist.world_size == 1:
+            if self.shard is not self._flat_grad:
+                self.shard.copy_(self._flat_grad)  # the same layout: no rank, no padding
+            return []
         started = []
         for bank in self._banks.values():
             if bank.wire is not None:
@@ -145,6 +146,8 @@ class Muon:
         self._momentum.mul_(momentum).add_(self.shard)
         if self._config.nesterov:
             torch.add(self.shard, self._momentum, alpha=momentum, out=self._direction)
+        else:
+            self._direction.copy_(self._momentum)
         torch._foreach_mul_([bank.param for bank in self._banks.values()], 1 - lr * self._config.weight_decay)
         gathering: tuple[_Bank, Pending] | None = None
         for bank in self._banks.values():
@@ -160,8 +163,8 @@ class Muon:
             _apply(*gathering, lr=lr)
 
     def _update(self, bank: _Bank) -> Tensor:
-        u = row_normalize(bank.direction) if self._config.row_normalize else bank.direction
-        return self._polar(u.to(self._dtype), self._table)
+        u = row_normalize_(bank.direction) if self._config.row_normalize else bank.direction
+        return self._polar(u, self._table)
 
     def reset(self) -> None:
         """Zero the momentum, in place."""

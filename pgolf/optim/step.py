@@ -30,8 +30,7 @@ class Optimizer:
     gradients with the same `frac`.
 
     Attributes:
-        grad_norm: `()` float32 on the device; norm of the averaged gradient before clipping, of the last
-        step.
+        grad_norm: `()` float32 on the device; norm of the last step's averaged gradient before clipping.
     """
 
     def __init__(

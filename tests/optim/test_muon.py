@@ -9,7 +9,7 @@ from pgolf.config import MuonConfig
 from pgolf.dist import Dist
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.flat import ALIGN, flat_views
-from pgolf.optim.muon import Muon, by_size, lr_scale, row_normalize
+from pgolf.optim.muon import Muon, by_size, lr_scale, row_normalize_
 from pgolf.optim.polar import coefficients
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -70,8 +70,9 @@ def test_steps_equal_the_reference(config, device):
         assert muon.reduce() == [], "one process must not communicate"
         muon.step(LR, momentum=momentum)
         reference_step(expected, {n: g.cpu() for n, g in grads.items()}, buffers, config, momentum)
-    # CUDA iterates in bfloat16 (KERNELS A.6: orthogonality error about 0.2 of the norm for either rounding).
-    tolerance = 2e-4 if device == "cpu" else 0.05
+    # CUDA takes gradients and iterates in bfloat16; the polar map amplifies what is small by up to 990.
+    # Measured on an H100: 0.06 for the 3x3 matrix, less for the others.
+    tolerance = 2e-4 if device == "cpu" else 0.15
     for name, p in params.items():
         moved, wanted = p.cpu().double() - start[name], torch.stack(expected[name]) - start[name]
         error = (moved - wanted).norm() / wanted.norm()
@@ -100,9 +101,12 @@ def test_zero_gradient_only_decays():
 
 def test_row_normalize_survives_extreme_rows():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-9, 0.0], [1e18, 0.0]])
-    got = row_normalize(x)
+    got = row_normalize_(x.clone())
     torch.testing.assert_close(got, torch.tensor([[0.6, 0.8], [0.0, 0.0], [1e-2, 0.0], [1.0, 0.0]]))
-    assert row_normalize(x.bfloat16()).dtype == torch.float32
+    # One rounding: the quotient of float32 norms, not a norm rounded first.
+    half = x.bfloat16()
+    expected = row_normalize_(half.float()).bfloat16()
+    assert torch.equal(row_normalize_(half), expected)
 
 
 def test_lr_scale_and_order_follow_the_shapes():

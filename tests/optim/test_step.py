@@ -84,9 +84,11 @@ def test_step_equals_its_parts_on_the_clipped_gradient(device, factor):
         for group in adam.param_groups:
             group["lr"] = group["base"] * lr
         adam.step()
+        muon.reduce()
         muon.step(0.05 * lr, momentum=mu)
         optimizer.step(frac)
-        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-5, atol=0)
+        # CUDA measures the gradient after rounding it to bfloat16.
+        torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-5 if device == "cpu" else 1e-3, atol=0)
     for name, p in twin.named_parameters():
         # The clip's rounding is amplified by up to 990, the slope of the polar map at 0; CUDA adds bfloat16.
         close = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else {"rtol": 1e-2, "atol": 1e-2}
