@@ -2,6 +2,7 @@
 // one with A's polynomial and the last with aX in its epilogue. A and B are symmetric: half their tiles are
 // computed.
 #include <algorithm>
+#include <type_traits>
 
 #include "kernels/batched_product.cuh"
 #include "kernels/newton_schulz.h"
@@ -37,18 +38,36 @@ struct Workspace {
   int64_t total() const { return 2 * x_bytes + 2 * gram_bytes + partial_bytes; }
 };
 
-// partial[matrix][p] = sum of squares of every partials-th run of kThreads elements.
+// Eight elements from source, zeros past `valid`. Aligned: all eight are valid and 16-byte aligned.
+template <typename S>
+__device__ __forceinline__ void load8(float (&value)[8], const S* source, int64_t valid, bool aligned) {
+  constexpr int kCount = Pack<S>::kCount;
+  if (aligned) {
+    PGOLF_UNROLL
+    for (int i = 0; i < 8; i += kCount) {
+      const Pack<S> pack = *reinterpret_cast<const Pack<S>*>(source + i);
+      PGOLF_UNROLL
+      for (int l = 0; l < kCount; ++l) value[i + l] = load_float(pack.value[l]);
+    }
+    return;
+  }
+  PGOLF_UNROLL
+  for (int i = 0; i < 8; ++i) value[i] = i < valid ? load_float(source[i]) : 0.0f;
+}
+
+// partial[matrix][p] = sum of squares of every partials-th run of kThreads chunks of eight elements.
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
-    sum_of_squares_kernel(const S* x, float* partial, int64_t count, int64_t partials) {
+    sum_of_squares_kernel(const S* x, float* partial, int64_t count, int64_t partials, bool aligned) {
   __shared__ float staged[kThreads / kWarp];
   const int64_t matrix = blockIdx.x / partials;
   const int64_t part = blockIdx.x - matrix * partials;
-  const S* source = x + matrix * count;
   float sum = 0.0f;
-  for (int64_t i = part * kThreads + threadIdx.x; i < count; i += partials * kThreads) {
-    const float value = load_float(source[i]);
-    sum = fmaf(value, value, sum);
+  for (int64_t i = (part * kThreads + threadIdx.x) * 8; i < count; i += partials * kThreads * 8) {
+    float value[8];
+    load8(value, x + matrix * count + i, count - i, aligned);
+    PGOLF_UNROLL
+    for (int l = 0; l < 8; ++l) sum = fmaf(value[l], value[l], sum);
   }
   sum = block_sum<kThreads>(sum, staged);
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
@@ -58,7 +77,7 @@ __global__ void __launch_bounds__(kThreads)
 template <typename S, typename D>
 __global__ void __launch_bounds__(kThreads)
     normalise_kernel(const S* x, const float* partial, D* out, int64_t rows, int64_t cols, int64_t ld,
-                     int64_t partials, int64_t blocks_per_matrix, float eps) {
+                     int64_t partials, int64_t blocks_per_matrix, float eps, bool aligned) {
   const int64_t matrix = blockIdx.x / blocks_per_matrix;
   const int64_t chunk = (blockIdx.x - matrix * blocks_per_matrix) * kThreads + threadIdx.x;
   const int64_t row = chunk / (ld / 8);
@@ -67,12 +86,11 @@ __global__ void __launch_bounds__(kThreads)
   float sum = 0.0f;
   for (int64_t p = 0; p < partials; ++p) sum += partial[matrix * partials + p];
   const float scale = 1.0f / (sqrtf(sum) + eps);
-  const S* source = x + (matrix * rows + row) * cols + column;
+  float value[8];
+  load8(value, x + (matrix * rows + row) * cols + column, cols - column, aligned);
   Pack<D> pack;
   PGOLF_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    pack.value[i] = store_float<D>(column + i < cols ? load_float(source[i]) * scale : 0.0f);
-  }
+  for (int i = 0; i < 8; ++i) pack.value[i] = store_float<D>(column + i < cols ? value[i] * scale : 0.0f);
   *reinterpret_cast<Pack<D>*>(out + (matrix * rows + row) * ld + column) = pack;
 }
 
@@ -133,12 +151,14 @@ void launch_step(const NewtonSchulzShape& shape, const Workspace& w, const float
 template <typename S, typename D>
 void launch_normalise(const S* x, D* out, float* partial, const NewtonSchulzShape& shape, const Workspace& w,
                       cudaStream_t stream) {
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
   sum_of_squares_kernel<<<grid_blocks(shape.batch * w.partials, 1, "newton_schulz"), kThreads, 0, stream>>>(
-      x, partial, shape.rows * shape.cols, w.partials);
+      x, partial, shape.rows * shape.cols, w.partials, aligned && shape.rows * shape.cols % 8 == 0);
   PGOLF_LAUNCH_CHECK();
   const int64_t blocks = (shape.rows * (w.x_ld / 8) + kThreads - 1) / kThreads;
   normalise_kernel<<<grid_blocks(blocks * shape.batch, 1, "newton_schulz"), kThreads, 0, stream>>>(
-      x, partial, out, shape.rows, shape.cols, w.x_ld, w.partials, blocks, shape.eps);
+      x, partial, out, shape.rows, shape.cols, w.x_ld, w.partials, blocks, shape.eps,
+      aligned && shape.cols % 8 == 0);
   PGOLF_LAUNCH_CHECK();
 }
 

@@ -28,7 +28,7 @@ def newton_schulz(
     `for a, b, c in coefficients: A = X @ X.T; X = a * X + (b * A + c * A @ A) @ X`.
 
     CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores: bfloat16
-    operands (float16 for float16 input; float32 input is rounded to bfloat16 first, as torch.optim.Muon does)
+    operands (float16 for float16 input; float32 input too becomes bfloat16, as in torch.optim.Muon)
     with float32 accumulation, A, B and X rounded after each product. Deterministic.
 
     Args:
