@@ -39,7 +39,7 @@ from pgolf.data.tokenizer import Counts, Tokenizer
 Report = Callable[[str], None]
 
 # Starting a process takes about a second; encoding this much compressed text takes longer.
-_BYTES_PER_PROCESS = 2_000_000
+_BYTES_PER_PROCESS = 500_000
 
 
 @dataclass(frozen=True, kw_only=True)

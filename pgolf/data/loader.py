@@ -89,7 +89,10 @@ class TrainLoader:
         self._paths = find_shards(config.dir, "train")
         self._total = sum(shard_tokens(path) for path in self._paths)
         self._vocab_size, self._bos_id, self._max_context = vocab_size, bos_id, max_context
-        self._seed, self._rank, self._world_size, self._device = seed, rank, world_size, device
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        # The thread has no current device of its own, so "cuda" must become this one's.
+        indexed = device.type != "cuda" or device.index is not None
+        self._device = device if indexed else torch.device("cuda", torch.cuda.current_device())
         self._closed = False
         self._error: Exception | None = None
         self._start(0)

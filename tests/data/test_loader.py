@@ -250,8 +250,9 @@ def test_close_ends_the_thread_and_next_then_fails(folder: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_batches_equal_cpu_batches(folder: Path) -> None:
-    with make(folder) as cpu, make(folder, device=torch.device("cuda", 0)) as cuda:
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_cuda_batches_equal_cpu_batches(folder: Path, device: str) -> None:
+    with make(folder) as cpu, make(folder, device=torch.device(device)) as cuda:
         for want, got in zip(take(cpu, 10), take(cuda, 10), strict=True):
             assert got.inputs.is_cuda
             assert torch.equal(want.inputs, got.inputs.cpu())
