@@ -145,7 +145,7 @@ def find_shards(folder: Path, split: Split) -> list[Path]:
     Raises:
         FileNotFoundError: no such folder, or no shard of that split in it.
     """
-    pattern = re.compile(rf".+_{split}_(?!bytes_)[^_]+\.bin")
+    pattern = re.compile(rf".+_{split}_[^_]+\.bin")
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}; make one with: {MAKE_SHARDS}")
     found = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))

@@ -134,6 +134,13 @@ def test_several_shards_are_one_stream(tmp_path: Path) -> None:
     assert validation_totals(tmp_path) == (5, 14)
 
 
+def test_bytes_of_the_first_token_do_not_count_as_it_is_never_a_target(tmp_path: Path) -> None:
+    write(tmp_path, "x_val_0.bin", [5, BOS, 6])
+    write(tmp_path, "x_val_bytes_0.bin", [9, 0, 2])
+    assert validation_totals(tmp_path) == (2, 2)
+    assert sum(int(b.target_bytes.sum()) for b in batches(tmp_path)) == 2
+
+
 def test_wrong_sidecars_are_named(tmp_path: Path) -> None:
     write(tmp_path, "x_val_0.bin", [BOS, 5, 6])
     write(tmp_path, "x_val_1.bin", [7, BOS, 8])
