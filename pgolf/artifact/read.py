@@ -50,9 +50,10 @@ def load_model(path: Path, device: torch.device | str) -> GPT:
     """
     artifact = read_artifact(path)
     _check_shapes(artifact)
-    model = GPT(artifact.model_config)
+    with torch.device("meta"):  # initialization would cost seconds and be overwritten
+        model = GPT(artifact.model_config)
     try:
-        model.load_state_dict(artifact.state)
+        model.load_state_dict(artifact.state, assign=True)
     except RuntimeError as e:
         detail = " ".join(str(e).split())
         raise ArtifactError(f"{path}: parameters do not fit the model configuration: {detail}") from e
