@@ -14,10 +14,10 @@ constexpr int64_t kLanes = 16;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrainElements = 32768;
 
-// exp(x) for x <= 88, about 1 ulp; below -87 it stays at 1.6e-38. Cephes expf: Cody-Waite reduction,
-// degree 5.
-[[gnu::always_inline]] inline float exp_f32(float x) {
-  x = x < -87.0f ? -87.0f : x;      // keeps NaN
+// exp(x) for x <= 88, about 1 ulp; 0 below -87, where the result would soon be denormal. NaN stays NaN.
+// Cephes expf: Cody-Waite reduction, polynomial of degree 5.
+[[gnu::always_inline]] inline float exp_f32(float argument) {
+  const float x = argument < -87.0f ? -87.0f : argument;
   const float magic = 12582912.0f;  // 1.5 * 2^23: the sum's low mantissa bits are the rounded integer
   const float shifted = x * 1.44269504f + magic;
   const float n = shifted - magic;
@@ -29,7 +29,8 @@ constexpr int64_t kGrainElements = 32768;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const uint32_t scale = (float_to_bits(shifted) + 127u) << 23;
-  return (p * r * r + r + 1.0f) * bits_to_float(scale);
+  const float result = (p * r * r + r + 1.0f) * bits_to_float(scale);
+  return argument < -87.0f ? 0.0f : result;
 }
 
 // tanh(u), about 2 ulp. Cephes tanhf: an odd polynomial near 0, where 1 - 2 / (exp(2u) + 1) would cancel.

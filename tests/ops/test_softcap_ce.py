@@ -1,0 +1,280 @@
+"""softcap_ce against float64, at the edges of its input, under autograd, torch.compile and CUDA graphs."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf.ops import softcap_ce, softcap_ce_ref
+
+CAP = 30.0
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# 1 and 7: rows shorter than a 16-byte load. 129, 1031: odd rows, so every row has another alignment. 4096:
+# several loads a thread. The real vocabulary is the case below.
+SHAPES = [(1, 1), (3, 7), (5, 129), (4, 1031), (3, 4096)]
+# Relative error of a gradient rounded once to the dtype, with a little room for the arithmetic before it.
+GRAD_RTOL = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
+# Half the spacing of the smallest float16; bfloat16 and float32 reach far lower.
+GRAD_ATOL = {torch.float32: 1e-9, torch.bfloat16: 1e-9, torch.float16: 6e-8}
+
+
+def make_inputs(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, scale: float = 8.0
+) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(rows * 10007 + vocab)
+    logits = (torch.randn(rows, vocab, generator=g) * scale).to(dtype)
+    target = torch.randint(vocab, (rows,), generator=g)
+    return logits.to(device), target.to(device)
+
+
+def loss_and_grad(fn, logits: Tensor, target: Tensor, cap: float, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.detach().clone().requires_grad_()
+    loss = fn(x, target, cap)
+    (grad,) = torch.autograd.grad((loss * weight).sum(), x)
+    return loss.detach(), grad
+
+
+def assert_matches_float64(logits: Tensor, target: Tensor, cap: float) -> None:
+    g = torch.Generator().manual_seed(1)
+    weight = torch.randn(len(target), generator=g).to(logits.device)
+    loss, grad = loss_and_grad(softcap_ce, logits, target, cap, weight)
+    want_loss, want_grad = loss_and_grad(softcap_ce_ref, logits.double(), target, cap, weight.double())
+    assert loss.dtype == torch.float32 and grad.dtype == logits.dtype
+    # A loss is a difference of numbers of size cap: their float32 spacing bounds it.
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=4e-7 * cap)
+    dtype = logits.dtype
+    torch.testing.assert_close(grad.double(), want_grad, rtol=GRAD_RTOL[dtype], atol=GRAD_ATOL[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "vocab"), SHAPES)
+def test_loss_and_gradient_match_float64(rows: int, vocab: int, dtype: torch.dtype, device) -> None:
+    assert_matches_float64(*make_inputs(rows, vocab, dtype, device), CAP)
+
+
+def test_real_vocabulary_matches_float64(device) -> None:
+    assert_matches_float64(*make_inputs(33, 8192, torch.bfloat16, device), CAP)
+
+
+# 0.5 saturates every logit; 40 is the last cap with a fixed offset in the CUDA sum, 41 the first without;
+# 1e4 is no cap at all for these logits.
+@pytest.mark.parametrize("cap", [0.5, 5.0, 40.0, 41.0, 300.0, 1e4])
+def test_other_caps_match_float64(cap: float, device) -> None:
+    assert_matches_float64(*make_inputs(5, 257, torch.float32, device), cap)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38, math.inf, -math.inf])
+def test_equal_logits_give_the_logarithm_of_the_vocabulary(value: float, device) -> None:
+    logits = torch.full((2, 37), value, device=device)
+    target = torch.tensor([0, 36], device=device)
+    loss, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(2, device=device))
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(37)))
+    assert grad.isfinite().all()
+    if value != 0.0:
+        assert (grad == 0).all(), "saturated logits have no gradient"
+
+
+def test_target_gradient_keeps_its_precision_where_the_model_is_sure(device) -> None:
+    # p - 1 is about -1e-9 here: in float32 a subtraction would return 0.
+    logits = torch.zeros(1, 50, device=device)
+    logits[0, 7] = 40.0
+    target = torch.tensor([7], device=device)
+    loss, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(1, device=device))
+    want_loss, want_grad = loss_and_grad(
+        softcap_ce_ref, logits.double(), target, CAP, torch.ones(1, device=device).double()
+    )
+    assert 0 < want_loss.item() < 1e-8
+    torch.testing.assert_close(loss.double(), want_loss, rtol=2e-5, atol=0)
+    torch.testing.assert_close(grad[0, 7].double(), want_grad[0, 7], rtol=2e-5, atol=0)
+
+
+def test_slope_keeps_its_precision_near_saturation(device) -> None:
+    # 1 - tanh(10)^2 = 8e-9 rounds to 0 when tanh is rounded first.
+    logits = torch.tensor([[10 * CAP, -10 * CAP, 0.0]], device=device)
+    target = torch.tensor([2], device=device)
+    _, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(1, device=device))
+    x = logits.double()
+    p = torch.softmax(CAP * torch.tanh(x / CAP), 1)
+    slope = 1 / torch.cosh(x / CAP) ** 2
+    torch.testing.assert_close(grad[0, 0].double(), (p * slope)[0, 0], rtol=5e-5, atol=0)
+
+
+def test_ignored_rows_have_zero_loss_and_gradient(device) -> None:
+    logits, target = make_inputs(4, 129, torch.float32, device)
+    target[1] = -100
+    logits[1] = math.nan
+    loss, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(4, device=device))
+    assert loss[1] == 0 and (grad[1] == 0).all()
+    assert (loss[[0, 2, 3]] > 0).all() and (grad[[0, 2, 3]] != 0).any(dim=1).all()
+
+
+def test_ignore_index_may_be_a_token(device) -> None:
+    logits, target = make_inputs(6, 5, torch.float32, device)
+    target[0] = 3
+    loss = softcap_ce(logits, target, CAP, ignore_index=3)
+    torch.testing.assert_close(
+        loss, softcap_ce_ref(logits, target, CAP, ignore_index=3), rtol=1e-5, atol=1e-5
+    )
+    assert loss[0] == 0
+
+
+@pytest.mark.parametrize("cap", [CAP, 300.0])
+@pytest.mark.parametrize("column", [0, 64, 128])
+def test_nan_reaches_only_its_own_row(column: int, cap: float, device) -> None:
+    logits, target = make_inputs(3, 129, torch.float32, device)
+    target[1] = 64
+    logits[1, column] = math.nan
+    loss, grad = loss_and_grad(softcap_ce, logits, target, cap, torch.ones(3, device=device))
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad.isnan().any(dim=1).tolist() == [False, True, False]
+
+
+def test_empty_batch_gives_empty_loss(device) -> None:
+    logits, target = make_inputs(0, 9, torch.float32, device)
+    loss, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(0, device=device))
+    assert loss.shape == (0,) and grad.shape == (0, 9)
+
+
+def test_strided_logits_are_accepted(device) -> None:
+    logits, target = make_inputs(6, 40, torch.float32, device)
+    loss, grad = loss_and_grad(softcap_ce, logits[:, ::2], target // 2, CAP, torch.ones(6, device=device))
+    want = softcap_ce_ref(logits[:, ::2], target // 2, CAP)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-5)
+    assert grad.shape == (6, 20)
+
+
+def test_result_is_the_same_on_every_call(device) -> None:
+    logits, target = make_inputs(257, 513, torch.bfloat16, device)
+    weight = torch.ones(257, device=device)
+    first = loss_and_grad(softcap_ce, logits, target, CAP, weight)
+    second = loss_and_grad(softcap_ce, logits, target, CAP, weight)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    logits, target = make_inputs(300, 513, torch.float32, torch.device("cpu"))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = softcap_ce(logits, target, CAP)
+        torch.set_num_threads(3)
+        three = softcap_ce(logits, target, CAP)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(one, three)
+
+
+def test_opcheck_accepts_the_operators(device) -> None:
+    logits, target = make_inputs(3, 7, torch.float32, device)
+    x = logits.requires_grad_()
+    torch.library.opcheck(torch.ops.pgolf.softcap_ce, (x, target, CAP, -100))
+    loss, lse = torch.ops.pgolf.softcap_ce(logits.detach(), target, CAP, -100)
+    grad = torch.ones_like(loss)
+    arguments = (grad, logits.detach(), target, loss, lse, CAP, -100)
+    torch.library.opcheck(torch.ops.pgolf.softcap_ce_backward, arguments)
+
+
+def test_compile_in_one_graph_matches_eager(device) -> None:
+    logits, target = make_inputs(9, 129, torch.float32, device)
+
+    def step(x: Tensor) -> Tensor:
+        return softcap_ce(x * 2, target, CAP).mean()
+
+    x = logits.clone().requires_grad_()
+    y = logits.clone().requires_grad_()
+    step(x).backward()
+    torch.compile(step, fullgraph=True)(y).backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+def test_second_derivative_says_that_it_is_missing(device) -> None:
+    logits, target = make_inputs(2, 5, torch.float32, device)
+    x = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(softcap_ce(x, target, CAP).sum(), x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="softcap_ce: second derivatives are not implemented; use softcap_ce_ref"
+    ):
+        grad.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graph_replays_forward_and_backward() -> None:
+    logits, target = make_inputs(17, 8192, torch.bfloat16, torch.device("cuda"))
+    x = logits.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(softcap_ce(x, target, CAP).sum(), x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = softcap_ce(x, target, CAP)
+        (grad,) = torch.autograd.grad(loss.sum(), x)
+    with torch.no_grad():
+        x.mul_(0.5)
+    graph.replay()
+    want_loss, want_grad = loss_and_grad(softcap_ce, x, target, CAP, torch.ones(17, device="cuda"))
+    assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bad", [129, -1, 2**40])
+def test_cuda_target_out_of_range_makes_its_row_nan(bad: int) -> None:
+    logits, target = make_inputs(3, 129, torch.float32, torch.device("cuda"))
+    target[1] = bad
+    loss, grad = loss_and_grad(softcap_ce, logits, target, CAP, torch.ones(3, device="cuda"))
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("bad", [5, -1, 2**40])
+def test_cpu_target_out_of_range_names_the_row(bad: int) -> None:
+    target = torch.tensor([0, 4, bad, bad])
+    with pytest.raises(
+        ValueError, match=rf"target must be in \[0, vocab=5\) or ignore_index=-100, got {bad} at row 2"
+    ):
+        softcap_ce(torch.zeros(4, 5), target, CAP)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "cap", "error", "message"),
+    [
+        (torch.zeros(4), torch.zeros(4).long(), 30.0, ValueError, r"logits must be \(rows, vocab\)"),
+        (torch.zeros(4, 0), torch.zeros(4).long(), 30.0, ValueError, r"vocab > 0, got \[4, 0\]"),
+        (
+            torch.zeros(4, 5),
+            torch.zeros(3).long(),
+            30.0,
+            ValueError,
+            r"target must be \(rows,\)=\(4,\), got \[3\]",
+        ),
+        (torch.zeros(4, 5), torch.zeros(4).int(), 30.0, TypeError, "target must be int64, got Int"),
+        (torch.zeros(4, 5), torch.zeros(4).long(), 0.0, ValueError, "cap must be finite and > 0, got 0"),
+        (
+            torch.zeros(4, 5),
+            torch.zeros(4).long(),
+            math.nan,
+            ValueError,
+            "cap must be finite and > 0, got nan",
+        ),
+        (
+            torch.zeros(4, 5),
+            torch.zeros(4).long(),
+            math.inf,
+            ValueError,
+            "cap must be finite and > 0, got inf",
+        ),
+        (
+            torch.zeros(4, 5).double(),
+            torch.zeros(4).long(),
+            30.0,
+            TypeError,
+            "dtype must be float32, .* got Double",
+        ),
+    ],
+)
+def test_bad_input_is_named(logits: Tensor, target: Tensor, cap: float, error, message: str, device) -> None:
+    with pytest.raises(error, match=message):
+        softcap_ce(logits.to(device), target.to(device), cap)
