@@ -1,0 +1,246 @@
+"""How a measurement is taken and written down; every file in bench/results comes from here.
+
+Owns timing (as launched, and as a CUDA graph) and the result lines. One measurement is one JSON line with the
+keys bench, case, impl, metric, value, unit, spread, n, device, commit, dirty, versions, time; `impl` is
+`pgolf` for ours and the peer's name and version otherwise. Values are medians; spread is the interquartile
+range in the same unit. All contenders of a case are timed in turns, so that a drifting clock meets them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+
+import pgolf
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Median and spread of repeated measurements."""
+
+    value: float
+    """Median."""
+    spread: float
+    """Interquartile range; 0 for a single measurement."""
+    n: int
+    """Number of measurements."""
+
+    @staticmethod
+    def of(values: list[float], *, scale: float = 1.0) -> Sample:
+        """Summarize `values * scale`."""
+        scaled = sorted(v * scale for v in values)
+        low, _, high = quantiles(scaled, n=4, method="inclusive") if len(scaled) > 1 else (0.0, 0.0, 0.0)
+        return Sample(median(scaled), high - low, len(scaled))
+
+
+def device_name(device: torch.device) -> str:
+    """Return the device's name as results carry it, e.g. `NVIDIA H100 80GB HBM3`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            return f"{line.split(':', 1)[1].strip()} x{torch.get_num_threads()}"
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a number depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "pgolf": pgolf.__version__}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    triton = sys.modules.get("triton")
+    if triton is not None:
+        found["triton"] = str(triton.__version__)
+    return found
+
+
+def commit() -> tuple[str, bool]:
+    """Return the commit of the tree and whether files differ from it; ("unknown", True) outside of git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True
+
+
+@dataclass
+class Recorder:
+    """Collects the measurements of one bench run and writes them as one file."""
+
+    bench: str
+    """Name of the bench, as in the house's table."""
+    device: torch.device
+    lines: list[dict[str, object]] = field(default_factory=list)
+    _commit: tuple[str, bool] = field(default_factory=commit)
+
+    def add(self, case: str, impl: str, metric: str, sample: Sample, unit: str) -> None:
+        """Keep one measurement and print it."""
+        self.lines.append(
+            {
+                "bench": self.bench,
+                "case": case,
+                "impl": impl,
+                "metric": metric,
+                "value": round(sample.value, 6),
+                "unit": unit,
+                "spread": round(sample.spread, 6),
+                "n": sample.n,
+                "device": device_name(self.device),
+                "commit": self._commit[0],
+                "dirty": self._commit[1],
+                "versions": versions(),
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            }
+        )
+        print(
+            f"{self.bench:<16} {case:<18} {impl:<28} {metric:<12} "
+            f"{sample.value:10.4f} +- {sample.spread:.4f} {unit}"
+        )
+
+    def write(self, folder: Path) -> Path:
+        """Write `<yyyymmdd>_<device>_<bench>.jsonl` atomically; a file of the same name is replaced.
+
+        Raises:
+            ValueError: nothing was measured.
+        """
+        if not self.lines:
+            raise ValueError(f"{self.bench}: no measurement to write; check --cases")
+        day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
+        device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
+        path = folder / f"{day}_{device}_{self.bench}.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+            file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(file.name).replace(path)
+        print(f"wrote {len(self.lines)} measurements to {path}")
+        return path
+
+
+def _time_once(function: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Milliseconds per call, from an idle device until it is idle again."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        for _ in range(calls):
+            function()
+        return (time.perf_counter() - began) * 1e3 / calls
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    begin.record()
+    for _ in range(calls):
+        function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / calls
+
+
+def time_launched(
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int,
+    calls: int = 1,
+    warm_up: int = 3,
+) -> dict[str, Sample]:
+    """Time each contender as it is launched, in turns; milliseconds per call.
+
+    CUDA events around `calls` calls on an idle stream, so the time that the host needs to launch shows where
+    it exceeds the device's. The caches are warm.
+    """
+    for function in contenders.values():
+        for _ in range(warm_up):
+            function()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(repeats):
+        for name, function in contenders.items():
+            times[name].append(_time_once(function, device, calls))
+    return {name: Sample.of(values) for name, values in times.items()}
+
+
+def capture(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
+    """Record `function` into a CUDA graph and return what replays it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def time_graph(
+    contenders: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int, calls: int = 10
+) -> dict[str, Sample]:
+    """Time each contender as a CUDA graph, in turns; milliseconds per replay. Empty without CUDA.
+
+    A contender that cannot be captured is left out, with a line that says so.
+    """
+    if device.type != "cuda":
+        return {}
+    graphs: dict[str, Callable[[], object]] = {}
+    for name, function in contenders.items():
+        try:
+            graphs[name] = capture(function, device)
+        except RuntimeError as e:
+            print(f"{name}: not captured: {str(e).splitlines()[0]}")
+    return time_launched(graphs, device, repeats=repeats, calls=calls)
+
+
+def peak_mib(function: Callable[[], object], device: torch.device) -> Sample | None:
+    """Return the memory that a call takes beyond what is allocated before it, MiB; None without CUDA."""
+    if device.type != "cuda":
+        return None
+    function()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return Sample((torch.cuda.max_memory_allocated(device) - before) / 2**20, 0.0, 1)
+
+
+def torch_name(what: str) -> str:
+    """Return a peer's name with torch's version, as `impl` carries it."""
+    return f"torch.{what} {torch.__version__}"
+
+
+def parser(description: str, cases: list[str]) -> argparse.ArgumentParser:
+    """Return the arguments that every bench takes: device, cases, repeats, quick, output folder."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    result.add_argument("--device", default=found, choices=("cpu", "cuda"), help="where to measure")
+    result.add_argument("--cases", nargs="+", default=cases, choices=cases, help="what to measure")
+    result.add_argument("--repeats", type=int, default=20, help="measurements per contender")
+    result.add_argument(
+        "--quick", action="store_true", help="3 measurements of the smallest case, nothing written"
+    )
+    result.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    return result

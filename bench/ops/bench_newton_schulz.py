@@ -1,0 +1,107 @@
+"""newton_schulz on the model's weight banks and on large matrices, against torch.baddbmm and torch.compile.
+
+`bank66` is all 66 matrices of the record model, `eighth` the share of one rank of eight. bfloat16 in and out,
+coefficients of `polar_express_golf`. A call is the whole set of banks. sv_min and sv_max are the extreme
+singular values of the first matrix of each bank after the iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
+from pgolf.ops import newton_schulz
+from pgolf.optim.polar import coefficients
+
+Banks = list[Tensor]
+Table = tuple[tuple[float, float, float], ...]
+
+BANK66 = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
+EIGHTH = [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)]
+# case -> (bank shapes, steps); from the smallest to the largest
+CASES = {
+    "eighth_steps4": (EIGHTH, 4),
+    "eighth_steps5": (EIGHTH, 5),
+    "bank66_steps4": (BANK66, 4),
+    "bank66_steps5": (BANK66, 5),
+    "16x2048x2048": ([(16, 2048, 2048)], 5),
+    "4x4096x4096": ([(4, 4096, 4096)], 5),
+}
+
+
+def baddbmm(x: Tensor, table: Table) -> Tensor:
+    """The iteration as three cuBLAS calls a step, scaling fused into the products."""
+    tall = x.shape[-2] > x.shape[-1]
+    X = x.mT if tall else x
+    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16)
+    for a, b, c in table:
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
+    return X.mT if tall else X
+
+
+def eager(x: Tensor, table: Table) -> Tensor:
+    """The iteration as Muon implementations write it."""
+    tall = x.shape[-2] > x.shape[-1]
+    X = x.mT if tall else x
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in table:
+        A = X @ X.mT
+        B = b * A + c * A @ A
+        X = a * X + B @ X
+    return X.mT if tall else X
+
+
+def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
+    """Return every implementation as a call over all banks."""
+    compiled = torch.compile(eager, dynamic=False, fullgraph=True)
+    return {
+        "pgolf": lambda: [newton_schulz(x, table) for x in banks],
+        torch_name("eager"): lambda: [eager(x, table) for x in banks],
+        torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
+        torch_name("compile"): lambda: [compiled(x, table) for x in banks],
+    }
+
+
+def singular_values(outputs: Banks) -> tuple[float, float]:
+    """Return the extreme singular values over the first matrix of each bank."""
+    values = torch.cat([torch.linalg.svdvals(x[0].float()) for x in outputs])
+    return values.min().item(), values.max().item()
+
+
+def measure(recorder: Recorder, case: str, repeats: int) -> None:
+    """Time one case in both ways and record it."""
+    shapes, steps = CASES[case]
+    table = coefficients("polar_express_golf", steps)
+    g = torch.Generator().manual_seed(0)
+    device = recorder.device
+    banks = [torch.randn(s, generator=g).to(device, torch.bfloat16) for s in shapes]
+    calls = contenders(banks, table)
+    for name, sample in time_launched(calls, device, repeats=repeats).items():
+        recorder.add(case, name, "ms_launched", sample, "ms")
+    for name, sample in time_graph(calls, device, repeats=repeats).items():
+        recorder.add(case, name, "ms_graph", sample, "ms")
+    for name, call in calls.items():
+        low, high = singular_values(call())
+        recorder.add(case, name, "sv_min", Sample(low, 0.0, 1), "1")
+        recorder.add(case, name, "sv_max", Sample(high, 0.0, 1), "1")
+
+
+@torch.no_grad()
+def main() -> None:
+    """Parse arguments, measure, write."""
+    args = parser(__doc__ or "", list(CASES)).parse_args()
+    recorder = Recorder("newton_schulz", torch.device(args.device))
+    for case in args.cases[:1] if args.quick else args.cases:
+        torch.compiler.reset()
+        measure(recorder, case, 3 if args.quick else args.repeats)
+    if not args.quick:
+        recorder.write(args.out)
+
+
+if __name__ == "__main__":
+    main()
