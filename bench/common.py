@@ -3,7 +3,7 @@
 Owns timing (as launched, and as a CUDA graph) and the result lines. One measurement is one JSON line with the
 keys bench, case, impl, metric, value, unit, spread, n, device, commit, dirty, versions, time; `impl` is
 `pgolf` for ours and the peer's name and version otherwise. Values are medians; spread is the interquartile
-range in the same unit. All contenders of a case are timed in turns, so that a drifting clock meets them alike.
+range in the same unit. All contenders of a case are timed in turns, so that a drifting clock meets all.
 """
 
 from __future__ import annotations
