@@ -1,7 +1,7 @@
 """Forward+backward of the record model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
 
-Documents have the lengths of the shared text (mean about 712 tokens, at most 2,048). Interleaves the cases
-and reports medians.
+Documents have log-normal lengths (mean about 712 tokens, at most 2,048), as web text has. Also the optimizer
+tail (clip, Muon, AdamW, EMA, zero) as launched.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
-from statistics import median
+from pathlib import Path
 
 import torch
 
+from bench.common import RESULTS, Recorder, Sample, time_launched
+from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
+from pgolf.optim.ema import Ema
+from pgolf.optim.step import Optimizer
 from pgolf.presets import record
 
 BOS = 1
@@ -69,8 +73,32 @@ def time_case(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool, re
     return Times(fwd, both, torch.cuda.max_memory_allocated() / 2**20, warm_up)
 
 
+def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int) -> None:
+    """Keep the measurements of one case."""
+    both = Sample.of(t.both)
+    recorder.add(case, impl, "ms_fwd", Sample.of(t.forward), "ms")
+    recorder.add(case, impl, "ms_fwd_bwd", both, "ms")
+    recorder.add(case, impl, "tokens_per_s", Sample.of([1000 * tokens / ms for ms in t.both]), "1/s")
+    recorder.add(case, impl, "peak_mib", Sample(t.peak_mib, 0.0, 1), "MiB")
+    recorder.add(case, impl, "warm_up_s", Sample(t.warm_up, 0.0, 1), "s")
+
+
+def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
+    """Time what follows the backward passes of a step: reduce, clip, AdamW, Muon, zero, EMA."""
+    config = record()
+    optimizer = Optimizer(model, config.optim, Dist.start("cuda"))
+    ema = Ema(dict(model.named_parameters()))
+
+    def tail() -> None:
+        optimizer.step(0.5)
+        ema.update(0.99)
+
+    for name, sample in time_launched({"pgolf": tail}, recorder.device, repeats=repeats).items():
+        recorder.add("record_1gpu", name, "ms_launched", sample, "ms")
+
+
 def main() -> None:
-    """Parse arguments, time both loop modes with every attention kernel asked for, print a table."""
+    """Parse arguments, time both loop modes with every attention kernel asked for, write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,22 +106,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes per case")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one loop-on pass")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     device = torch.device("cuda")
+    recorder = Recorder("step", device)
     config = record().model
     ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
     for attention in args.attention:
         model = GPT(config).prepare(device, attention=attention, compile=True)
         for loop in (False, True):
             t = time_case(model, ids, cu, loop=loop, repeats=args.repeats)
-            ms = median(t.both)
-            print(
-                f"{attention:<8} loop {'on ' if loop else 'off'}  forward {median(t.forward):7.2f} ms  "
-                f"forward+backward {ms:7.2f} ms (min {min(t.both):.2f}, max {max(t.both):.2f})  "
-                f"{args.tokens / ms:7.1f} ktok/s  peak {t.peak_mib:,.0f} MiB  warm-up {t.warm_up:.1f} s"
+            record_case(
+                recorder, f"pgolf {attention}", f"record_loop_{'on' if loop else 'off'}", t, args.tokens
             )
         if args.profile:
             profile(model, ids, cu)
+    optimizer_tail(recorder, model, args.repeats)
+    recorder.write(args.out)
 
 
 def profile(model: GPT, ids: torch.Tensor, cu: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     vocab = str(config.model.vocab_size)
     data.main(["tokenizer", "--inputs", train, "--vocab-size", vocab, "--out", str(tokenizer)])
     paths = ["--train", train, "--val", val, "--tokenizer", str(tokenizer), "--out", str(shards)]
-    data.main(["shards", *paths])
+    data.main(["shards", *paths, "--overwrite"])
     clock = replace(config.train, out=args.out / "runs")
     if args.smoke:
         clock = replace(clock, seconds=0.0, steps=4)
