@@ -72,7 +72,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> tuple[str, bool]:
-    """Return the commit of the tree and whether files differ from it; ("unknown", True) outside of git."""
+    """Return the commit of the tree and whether files differ from it; ("unknown", True) outside of git.
+
+    A tree that was copied without its history (to a GPU machine) carries the commit in a file `.commit`,
+    written by `git rev-parse HEAD > .commit` from a clean tree.
+    """
+    copied = ROOT / ".commit"
+    if copied.is_file():
+        return copied.read_text().strip(), False
 
     def git(*arguments: str) -> str:
         return subprocess.run(

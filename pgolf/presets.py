@@ -86,7 +86,7 @@ def tiny() -> Config:
             loops=1,
         ),
         data=DataConfig(batch_tokens=8192, micro_tokens=4096),
-        train=TrainConfig(seconds=75.0, quantize_reserve=5.0, warmup_steps=1),
+        train=TrainConfig(seconds=75.0, warmup_steps=1),
         quant=QuantConfig(calibration_batches=4),
     )
 

@@ -70,7 +70,7 @@ class Context(NamedTuple):
 Tap = Callable[[str, Tensor], None] | None
 
 
-def serial_block(
+def attend(
     config: ModelConfig,
     kernel: AttentionKernel,
     x: Tensor,
@@ -78,8 +78,8 @@ def serial_block(
     ctx: Context,
     exclusive: bool,
     tap: Tap,
-) -> Tensor:
-    """Run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+) -> tuple[Tensor, Tensor]:
+    """Return the mixed input u of a layer and its scaled attention, both `(T, D)`."""
     u = x if w.mix is None else w.mix[0] * x + w.mix[1] * ctx.x0
     a = attention_branch(
         config,
@@ -91,9 +91,28 @@ def serial_block(
         cu_seqlens=ctx.cu_seqlens,
         observe=tap,
     )
-    x = u + w.attn_scale * a
-    m = mlp(rms_norm(x) * w.ln_scale, w.up, w.down, activation=config.activation, observe=tap)
-    return x + w.mlp_scale * m
+    return u, w.attn_scale * a
+
+
+def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> Tensor:
+    """Return the scaled output `(T, D)` of a layer's MLP on the residual stream `x`."""
+    n = rms_norm(x) * w.ln_scale
+    return w.mlp_scale * mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+
+
+def serial_block(
+    config: ModelConfig,
+    kernel: AttentionKernel,
+    x: Tensor,
+    w: LayerWeights,
+    ctx: Context,
+    exclusive: bool,
+    tap: Tap,
+) -> Tensor:
+    """Run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+    u, a = attend(config, kernel, x, w, ctx, exclusive, tap)
+    x = u + a
+    return x + feed_forward(config, x, w, tap)
 
 
 def parallel_block(
@@ -110,19 +129,8 @@ def parallel_block(
     lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp.
     """
     lane0, lane1 = lanes
-    u = lane0 if w.mix is None else w.mix[0] * lane0 + w.mix[1] * ctx.x0
-    a = w.attn_scale * attention_branch(
-        config,
-        kernel,
-        rms_norm(u) * w.ln_scale,
-        w.attn,
-        exclusive=exclusive,
-        rope=ctx.rope,
-        cu_seqlens=ctx.cu_seqlens,
-        observe=tap,
-    )
-    n = rms_norm(lane1) * w.ln_scale
-    m = w.mlp_scale * mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    _, a = attend(config, kernel, lane0, w, ctx, exclusive, tap)
+    m = feed_forward(config, lane1, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None
     post, keep = w.lane_post, w.lane_resid
     return (

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,20 @@ from tests.e2e.conftest import SMALL
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
+
+
+def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the command line on `world` ranks; a hang fails by the timeout."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "-m", "pgolf", *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        check=False,
+    )
 
 
 def test_run_writes_everything_and_learns(run):
@@ -73,10 +88,7 @@ def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_any_world_size_trains_the_same_model(run, shards, tmp_path, world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    command += ["-m", "pgolf", "train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    done = torchrun(world, ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL])
     assert done.returncode == 0, done.stderr[-2000:]  # the run itself asserts that replicas are bit-identical
     (folder,) = tmp_path.iterdir()
     alone, together = (load_weights(f / "raw.safetensors")[0] for f in (run, folder))
@@ -86,6 +98,23 @@ def test_any_world_size_trains_the_same_model(run, shards, tmp_path, world):
         )
     ours, theirs = (summary(f)["scores"]["raw"]["bpb"] for f in (folder, run))
     assert abs(ours - theirs) < 1e-3
+
+
+def test_a_bad_shard_fails_on_every_rank_without_a_hang(shards, tmp_path):
+    broken = tmp_path / "shards"
+    shutil.copytree(shards, broken)
+    (shard,) = broken.glob("*_train_*.bin")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    done = torchrun(2, ["train", "tiny", "--data", str(broken), "--out", str(tmp_path / "runs"), *SMALL])
+    assert done.returncode != 0
+    assert shard.name in done.stderr and "truncated" in done.stderr.lower(), done.stderr[-2000:]
+
+
+def test_a_batch_that_does_not_divide_fails_on_every_rank(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    done = torchrun(3, words)
+    assert done.returncode != 0 and "x world size 3 = 1536" in done.stderr, done.stderr[-2000:]
+    assert not list(tmp_path.iterdir())
 
 
 BAD = [

@@ -75,4 +75,4 @@ def test_a_run_without_an_end_is_refused():
     with pytest.raises(ValueError, match="the run would never stop"):
         replace(TrainConfig(), seconds=0.0)
     with pytest.raises(ValueError, match="leaves no time to train"):
-        TrainConfig(seconds=10.0)
+        TrainConfig(seconds=10.0, quantize_reserve=10.0)
