@@ -21,7 +21,10 @@ ROOT = Path(__file__).resolve().parent
 
 TORCH_QUERY = """
 import json, pathlib, torch
+maps = pathlib.Path("/proc/self/maps")
+mapped = [line.split()[-1] for line in maps.read_text().splitlines()] if maps.exists() else []
 print(json.dumps({
+    "libstdcxx": next((path for path in mapped if "/libstdc++.so" in path), ""),
     "root": str(pathlib.Path(torch.__file__).parent),
     "version": torch.__version__,
     "cuda": torch.version.cuda or "",
@@ -85,6 +88,7 @@ class CMakeBuild(build_ext):
             "PGOLF_TORCH_VERSION": torch["version"],
             "PGOLF_TORCH_CUDA": torch["cuda"],
             "PGOLF_TORCH_CXX11_ABI": torch["cxx11_abi"],
+            "PGOLF_LIBSTDCXX": torch["libstdcxx"],
         }
         cmake = find_tool("cmake")
         configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
