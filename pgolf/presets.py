@@ -68,25 +68,30 @@ def naive() -> Config:
 def tiny() -> Config:
     """Every part of `record` at a size that a laptop's CPU trains in about a minute."""
     base = record()
+    muon = replace(base.optim.muon, lr=0.05, momentum=0.92, momentum_start=0.85)
+    adam = replace(base.optim.adam, embed_lr=0.08)
     return replace(
         base,
         name="tiny",
         model=ModelConfig(
             vocab_size=1024,
-            layers=5,
+            layers=4,
             width=128,
             heads=4,
             kv_heads=2,
+            mlp_mult=3,
             max_context=256,
             rope_dims=8,
-            xsa_layers=5,
-            parallel_from=4,
+            xsa_layers=4,
+            parallel_from=3,
             loop_start=1,
             loop_end=2,
             loops=1,
         ),
-        data=DataConfig(batch_tokens=8192, micro_tokens=4096),
-        train=TrainConfig(seconds=75.0, warmup_steps=1),
+        data=DataConfig(batch_tokens=2048, micro_tokens=2048),
+        # A few hundred small steps want a shorter memory and larger steps than the record's thousands.
+        optim=replace(base.optim, muon=muon, adam=adam, grad_clip=1.0),
+        train=TrainConfig(seconds=80.0, warmup_steps=1),
         quant=QuantConfig(calibration_batches=4),
     )
 

@@ -14,9 +14,9 @@ BOS = 1
 
 
 def small(**changes) -> ModelConfig:
-    return replace(
-        tiny().model, vocab_size=96, width=32, heads=4, kv_heads=2, rope_dims=4, max_context=24, **changes
-    )
+    sizes = {"vocab_size": 96, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4, "max_context": 24}
+    layers = {"layers": 5, "xsa_layers": 5, "parallel_from": 4, "loop_start": 1, "loop_end": 2}
+    return replace(tiny().model, **sizes, **layers, **changes)
 
 
 def randomized(config: ModelConfig, seed: int = 0) -> GPT:
