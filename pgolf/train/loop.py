@@ -118,13 +118,13 @@ class Trainer:
         self._synchronize()
         return time.perf_counter() - began
 
-    def run(self, clock: Clock, log: RunLog) -> TrainResult:
-        """Train until the clock stops the run.
+    def run(self, clock: Clock, log: RunLog, result: TrainResult) -> None:
+        """Train until the clock stops the run; `result` is kept up to date all along.
 
         Raises:
             RuntimeError: the loss is not finite (on every rank, naming the step).
         """
-        config, result = self._config, TrainResult()
+        config = self._config
         host_loss = _HostLoss(self._dist.device)
         previous: tuple[Tick, bool] | None = None
         while True:
@@ -145,7 +145,6 @@ class Trainer:
             previous = (tick, loop)
         self._synchronize()
         result.seconds = clock.elapsed
-        return result
 
     def _accumulate(self, *, loop: bool) -> Tensor:
         """Run this rank's forward/backward passes of one step; return their mean loss (on the device)."""

@@ -130,7 +130,7 @@ class Run:
             s.seconds["warm_up"] = trainer.warm_up(log)
             clock = Clock(config.train, dist)
             clock.start()
-            result = trainer.run(clock, log)
+            result = self._train(trainer, clock)
             self._record_training(result)
             raw, best = self._save(result)
             hessians = self._timed("calibrate", lambda: self._calibrate(loader))
@@ -144,6 +144,17 @@ class Run:
                 log.line(f"loss plot: {self._folder / 'loss.png'}")
             log.line(format_table(s))
         return s
+
+    def _train(self, trainer: Trainer, clock: Clock) -> TrainResult:
+        """Run the loop; when interrupted, keep the weights that there are."""
+        result = TrainResult()
+        try:
+            trainer.run(clock, self._log, result)
+        except KeyboardInterrupt:
+            self._save(result)
+            self._log.line(f"interrupted after {result.steps} steps; the weights are in {self._folder}")
+            raise
+        return result
 
     def _loader(self, seed: int) -> TrainLoader:
         config, dist = self._config, self._dist

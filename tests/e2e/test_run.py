@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,30 @@ def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
     (again,) = tmp_path.iterdir()
     first, second = (load_weights(folder / "raw.safetensors")[0] for folder in (run, again))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_warm_up_leaves_no_trace(run, shards, tmp_path):
+    words = ["train", str(run / "config.json"), "--out", str(tmp_path), "--train.warmup-steps", "0"]
+    assert main(words) == 0
+    (again,) = tmp_path.iterdir()
+    for name in ("raw", "ema"):
+        first, second = (load_weights(folder / f"{name}.safetensors")[0] for folder in (run, again))
+        assert all(torch.equal(first[k], second[k]) for k in first), name
+
+
+def test_interrupted_run_keeps_its_weights(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=100000"]
+    process = subprocess.Popen([sys.executable, "-m", "pgolf", *words], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step     3"):
+            process.send_signal(signal.SIGINT)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    (folder,) = tmp_path.iterdir()
+    for name in ("raw", "ema"):
+        assert load_weights(folder / f"{name}.safetensors")[2]["steps"] >= 4
 
 
 @pytest.mark.parametrize("world", [2, 4])
