@@ -103,6 +103,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--attention", nargs="+", default=["varlen"], help="kernels: varlen fa4")
+    parser.add_argument("--compile", default="blocks", choices=("off", "blocks", "model"))
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--repeats", type=int, default=10, help="timed passes per case")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one loop-on pass")
@@ -113,11 +114,15 @@ def main() -> None:
     config = record().model
     ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
     for attention in args.attention:
-        model = GPT(config).prepare(device, attention=attention, compile=True)
+        model = GPT(config).prepare(device, attention=attention, compile=args.compile)
         for loop in (False, True):
             t = time_case(model, ids, cu, loop=loop, repeats=args.repeats)
             record_case(
-                recorder, f"pgolf {attention}", f"record_loop_{'on' if loop else 'off'}", t, args.tokens
+                recorder,
+                f"pgolf {attention} {args.compile}",
+                f"record_loop_{'on' if loop else 'off'}",
+                t,
+                args.tokens,
             )
         if args.profile:
             profile(model, ids, cu)

@@ -256,8 +256,8 @@ class TrainConfig:
     """Seeds initialization and data order."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run; auto takes CUDA when it is there."""
-    compile: bool = True
-    """torch.compile the blocks (CUDA only; CPU runs eagerly)."""
+    compile: Literal["off", "blocks", "model"] = "blocks"
+    """torch.compile each kind of block once, or all layers as one graph; the CPU always runs eagerly."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes flash-attn-4 if installed, else torch varlen on CUDA, SDPA elsewhere."""
     warmup_steps: int = 3

@@ -57,7 +57,7 @@ def load_model(path: Path, device: torch.device | str) -> GPT:
     except RuntimeError as e:
         detail = " ".join(str(e).split())
         raise ArtifactError(f"{path}: parameters do not fit the model configuration: {detail}") from e
-    return model.prepare(torch.device(device), compile=False).eval()
+    return model.prepare(torch.device(device)).eval()
 
 
 def read_artifact(path: Path) -> Artifact:

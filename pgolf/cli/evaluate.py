@@ -46,7 +46,9 @@ def main(argv: list[str]) -> int:
         )
     dist = Dist.start(args.device)
     try:
-        model = GPT(config.model).prepare(dist.device, compile=dist.device.type == "cuda")
+        model = GPT(config.model).prepare(
+            dist.device, compile="blocks" if dist.device.type == "cuda" else "off"
+        )
         copy_parameters(model, artifact.state)
         score = score_model(model, corpus, config, dist)
     finally:

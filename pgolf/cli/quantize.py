@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
     corpus = Corpus.open(config)
     dist = Dist.start(args.device)
     try:
-        model = GPT(config.model).prepare(dist.device, compile=dist.device.type == "cuda")
+        model = GPT(config.model).prepare(
+            dist.device, compile="blocks" if dist.device.type == "cuda" else "off"
+        )
         copy_parameters(model, state)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
         loader_args = {"vocab_size": config.model.vocab_size, "bos_id": corpus.tokenizer.bos_id}

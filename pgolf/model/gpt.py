@@ -179,6 +179,7 @@ class GPT(nn.Module):
         self._stem: Callable[..., Tensor] = stem
         self._skip: Callable[..., Tensor] = skip_mix
         self._join: Callable[..., Tensor] = join_lanes
+        self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
             self.register_parameter(name, nn.Parameter(value))
 
@@ -187,21 +188,24 @@ class GPT(nn.Module):
         device: torch.device,
         *,
         attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto",
-        compile: bool,
+        compile: Literal["off", "blocks", "model"] = "off",
         backend: str = "inductor",
     ) -> GPT:
-        """Move to `device`, choose attention kernel and compute dtype, and compile the blocks if asked.
+        """Move to `device`, choose attention kernel and compute dtype, and compile if asked.
 
-        The compute dtype is bfloat16 on CUDA and float32 elsewhere. Blocks are compiled one by one: all
-        layers and both loop modes share the same few graphs, which is what keeps the warm-up short.
+        The compute dtype is bfloat16 on CUDA and float32 elsewhere. With "blocks", all layers and both loop
+        modes share a few small graphs, which keeps the warm-up short; "model" makes one graph of all layers
+        for each loop mode, which fuses across layers and takes several times as long to compile.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.attention_name, self._attention = select_attention(attention, device)
-        if compile:
-            jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._stem, self._skip, self._join = jit(stem), jit(skip_mix), jit(join_lanes)
+        elif compile == "model":
+            self._stem, self._compiled_layers = jit(stem), jit(self._layers)
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -273,8 +277,17 @@ class GPT(nn.Module):
         if observe is None and inputs.is_cuda:
             # The number of segments changes from batch to batch; only the opaque attention kernel reads it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
+        ctx = Context(x, self._rope_for(inputs), cu_seqlens)
+        layers = self._layers if observe is not None else (self._compiled_layers or self._layers)
+        return layers(weights, ctx, loop, observe), table
+
+    def _layers(
+        self, weights: list[LayerWeights], ctx: Context, loop: bool, observe: Observe | None
+    ) -> Tensor:
+        """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
+        config = self.config
         # Views: the compiler would give inputs that are one object (x is x0 in layer 0) graphs of their own.
-        ctx = Context(x.view(x.shape), self._rope_for(inputs), cu_seqlens)
+        x = ctx.x0.view(ctx.x0.shape)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
         for i in encoder:
@@ -290,7 +303,7 @@ class GPT(nn.Module):
                 lanes = self._run_parallel(
                     (self._join_skip(lanes[0], s, j), lanes[1]), i, weights, ctx, observe
                 )
-        return self._join(*lanes), table
+        return self._join(*lanes)
 
     def _embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
@@ -340,7 +353,7 @@ class GPT(nn.Module):
 
     def _kernel(self) -> AttentionKernel:
         if self._attention is None:
-            self.prepare(self.tok_emb.device, compile=False)
+            self.prepare(self.tok_emb.device)
         assert self._attention is not None
         return self._attention
 

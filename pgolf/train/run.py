@@ -100,7 +100,7 @@ class Run:
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,
             attention=config.train.attention,
-            compile=config.train.compile and dist.device.type == "cuda",
+            compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
         parameters = dict(self._model.named_parameters())
         self._optimizer = Optimizer(self._model, config.optim, dist)
