@@ -68,7 +68,7 @@ class _Bank:
     scale: float
 
 
-class Muon:
+class BankMuon:
     """Momentum, MuonEq-R and polar iteration on `(B, m, n)` banks, sharded over the ranks by matrix.
 
     buf <- mu buf + g;   u = g + mu buf (nesterov) or buf;   u <- row_normalize(u);   O = polar(u);

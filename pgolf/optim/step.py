@@ -19,7 +19,7 @@ from pgolf.ops import newton_schulz
 from pgolf.optim.adam import AdamW
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import split_parameters
-from pgolf.optim.muon import Muon, Polar, by_size
+from pgolf.optim.muon import BankMuon, Polar, by_size
 from pgolf.optim.schedule import lr_multiplier, muon_momentum
 
 
@@ -56,7 +56,7 @@ class Optimizer:
         self._grads = {**bank_grads, **rest_grads}
         for name, p in self._params.items():
             p.grad = self._grads[name]
-        self._muon = Muon(banks, self._bank_grad, bank_grads, config.muon, dist, polar=polar)
+        self._muon = BankMuon(banks, self._bank_grad, bank_grads, config.muon, dist, polar=polar)
         adam = config.adam
         self._embed = AdamW(groups.embed, rest_grads, adam, weight_decay=adam.embed_weight_decay)
         self._scalars = AdamW(groups.scalars, rest_grads, adam, weight_decay=adam.scalar_weight_decay)

@@ -9,7 +9,7 @@ from pgolf.config import MuonConfig
 from pgolf.dist import Dist
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.flat import ALIGN, flat_views
-from pgolf.optim.muon import Muon, by_size, lr_scale, row_normalize_
+from pgolf.optim.muon import BankMuon, by_size, lr_scale, row_normalize_
 from pgolf.optim.polar import coefficients
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -47,7 +47,7 @@ def build(config, device):
     flat, grads = flat_views(
         {n: tuple(p.shape) for n, p in params.items()}, dtype=torch.float32, device=dist.device
     )
-    return params, grads, Muon(params, flat, grads, config, dist)
+    return params, grads, BankMuon(params, flat, grads, config, dist)
 
 
 OPTIONS = [

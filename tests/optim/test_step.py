@@ -10,7 +10,7 @@ from pgolf.config import AdamConfig, MuonConfig, OptimConfig
 from pgolf.dist import Dist
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
-from pgolf.optim.muon import Muon, by_size
+from pgolf.optim.muon import BankMuon, by_size
 from pgolf.optim.step import Optimizer
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,7 +61,7 @@ def test_step_equals_its_parts_on_the_clipped_gradient(device, factor):
     flat, grads = flat_views(
         {n: tuple(p.shape) for n, p in banks.items()}, dtype=torch.float32, device=twin.up.device
     )
-    muon = Muon(banks, flat, grads, CONFIG.muon, Dist.start(device))
+    muon = BankMuon(banks, flat, grads, CONFIG.muon, Dist.start(device))
     common = {"betas": (0.9, 0.99), "eps": 1e-8}
     adam = torch.optim.AdamW(
         [
