@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
-
-from pgolf.config import Config, DataConfig
 
 
 @dataclass(frozen=True)
@@ -28,29 +26,23 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     """Read, score and print."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
-    from pgolf.artifact.read import read_artifact
+    from pgolf.artifact.read import load_model, read_artifact
     from pgolf.dist import Dist
-    from pgolf.model.gpt import GPT
-    from pgolf.train.run import Corpus, score_model
-    from pgolf.train.state import copy_parameters
+    from pgolf.evaluate.corpus import Corpus, score_model
 
-    artifact = read_artifact(args.artifact)
-    data = DataConfig(dir=args.data, batch_tokens=args.tokens, micro_tokens=args.tokens)
-    config = replace(Config(), model=artifact.model_config, data=data)
-    corpus = Corpus.open(config)
-    if artifact.header.tokenizer_sha256 != corpus.sha256:
-        theirs, ours = artifact.header.tokenizer_sha256[:16], corpus.sha256[:16]
+    header = read_artifact(args.artifact).header
+    corpus = Corpus.open(args.data, vocab_size=header.model.vocab_size)
+    if header.tokenizer_sha256 != corpus.sha256:
+        theirs, ours = header.tokenizer_sha256[:16], corpus.sha256[:16]
         raise ValueError(
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
             f"({ours}...); use the run's tokenizer.model"
         )
     dist = Dist.start(args.device)
     try:
-        model = GPT(config.model).prepare(
-            dist.device, compile="blocks" if dist.device.type == "cuda" else "off"
-        )
-        copy_parameters(model, artifact.state)
-        score = score_model(model, corpus, config, dist)
+        model = load_model(args.artifact, dist.device)
+        model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
+        score = score_model(model, corpus, args.tokens, dist)
     finally:
         dist.close()
     if dist.is_main:

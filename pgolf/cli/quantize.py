@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -34,17 +33,17 @@ def main(argv: list[str]) -> int:
     """Quantize and score."""
     args = tyro.cli(Quantize, prog="pgolf quantize", args=argv)
     from pgolf.artifact.read import read_artifact
-    from pgolf.data.loader import TrainLoader
     from pgolf.dist import Dist
+    from pgolf.evaluate.corpus import Corpus, score_model
     from pgolf.model.gpt import GPT
-    from pgolf.quant.calibrate import collect_hessians, quantize_model
-    from pgolf.train.run import Corpus, score_model, write_quantized
+    from pgolf.quant.calibrate import quantize_model
+    from pgolf.train.run import calibrate, open_loader, write_quantized
     from pgolf.train.state import copy_parameters, load_weights
 
     state, saved, _ = load_weights(args.checkpoint)
     quant = args.quant if args.quant is not None else saved.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
-    corpus = Corpus.open(config)
+    corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size)
     dist = Dist.start(args.device)
     try:
         model = GPT(config.model).prepare(
@@ -52,18 +51,8 @@ def main(argv: list[str]) -> int:
         )
         copy_parameters(model, state)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        loader_args = {"vocab_size": config.model.vocab_size, "bos_id": corpus.tokenizer.bos_id}
-        with TrainLoader(
-            config.data,
-            **loader_args,
-            max_context=config.model.max_context,
-            seed=config.train.seed,
-            rank=dist.rank,
-            world_size=dist.world_size,
-            device=dist.device,
-        ) as loader:
-            count = itertools.repeat(None, config.quant.calibration_batches)
-            hessians = collect_hessians(model, (loader.next() for _ in count), dist)
+        with open_loader(config, corpus, dist) as loader:
+            hessians = calibrate(model, loader, quant, dist)
         ledger = write_quantized(
             args.out,
             lambda scale: quantize_model(state, model.quant_inputs(), hessians, quant, clip_scale=scale),
@@ -71,7 +60,7 @@ def main(argv: list[str]) -> int:
             tokenizer_sha256=corpus.sha256,
         )
         copy_parameters(model, read_artifact(args.out).state)
-        score = score_model(model, corpus, config, dist)
+        score = score_model(model, corpus, config.data.micro_tokens, dist)
     finally:
         dist.close()
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb")

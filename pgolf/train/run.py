@@ -7,7 +7,6 @@ loses nothing.
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Callable
@@ -21,12 +20,11 @@ from torch import Tensor
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import fit_artifact
-from pgolf.config import Config, config_hash, to_dict
-from pgolf.data.loader import TrainLoader, validation_batches, validation_totals
-from pgolf.data.shards import file_sha256
-from pgolf.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf.config import Config, QuantConfig, config_hash, to_dict
+from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
-from pgolf.evaluate.bpb import Score, evaluate_bpb
+from pgolf.evaluate.bpb import Score
+from pgolf.evaluate.corpus import Corpus, score_model
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -39,6 +37,7 @@ from pgolf.train.loop import Trainer, TrainResult, passes_per_step
 from pgolf.train.state import clone_parameters, copy_parameters, save_weights
 
 ARTIFACT = "model.pgolf"
+Hessians = dict[tuple[str, int], Tensor]
 
 
 @dataclass
@@ -60,42 +59,12 @@ class Summary:
     peak_mib: float = 0.0
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A data folder that has been checked against the model."""
-
-    folder: Path
-    tokenizer: Tokenizer
-    sha256: str
-
-    @classmethod
-    def open(cls, config: Config) -> Corpus:
-        """Check the data folder of `config`.
-
-        Raises:
-            FileNotFoundError: no folder, no tokenizer.
-            ValueError: the tokenizer's size is not the model's.
-        """
-        folder = config.data.dir
-        if folder is None:
-            raise FileNotFoundError(
-                "no data folder given; make one with `pgolf data shards` and pass --data DIR"
-            )
-        tokenizer = find_tokenizer(folder)
-        if tokenizer.vocab_size != config.model.vocab_size:
-            raise ValueError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
-                f"{config.model.vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
-            )
-        return cls(folder, tokenizer, file_sha256(tokenizer.path))
-
-
 class Run:
     """The phases of one run, in order; `execute` calls them."""
 
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
         self._config, self._dist, self._folder = config, dist, folder
-        self._corpus = Corpus.open(config)
+        self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,
@@ -125,7 +94,7 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
-        with self._loader(config.train.seed) as loader:
+        with open_loader(config, self._corpus, dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
             s.seconds["warm_up"] = trainer.warm_up(log)
             clock = Clock(config.train, dist)
@@ -133,7 +102,7 @@ class Run:
             result = self._train(trainer, clock)
             self._record_training(result)
             raw, best = self._save(result)
-            hessians = self._timed("calibrate", lambda: self._calibrate(loader))
+            hessians = self._timed("calibrate", lambda: calibrate(self._model, loader, config.quant, dist))
         dist.assert_replicas_equal(raw)
         ledger = self._write(best, hessians, clock)
         self._score(raw, best)
@@ -155,19 +124,6 @@ class Run:
             self._log.line(f"interrupted after {result.steps} steps; the weights are in {self._folder}")
             raise
         return result
-
-    def _loader(self, seed: int) -> TrainLoader:
-        config, dist = self._config, self._dist
-        return TrainLoader(
-            config.data,
-            vocab_size=config.model.vocab_size,
-            bos_id=self._corpus.tokenizer.bos_id,
-            max_context=config.model.max_context,
-            seed=seed,
-            rank=dist.rank,
-            world_size=dist.world_size,
-            device=dist.device,
-        )
 
     def _record_training(self, result: TrainResult) -> None:
         s = self._summary
@@ -196,14 +152,7 @@ class Run:
             save_weights(self._folder / "ema.safetensors", best, self._config, **facts)
         return raw, best
 
-    def _calibrate(self, loader: TrainLoader) -> dict[tuple[str, int], Tensor]:
-        count = max(1, self._config.quant.calibration_batches // self._dist.world_size)
-        batches = (loader.next() for _ in itertools.repeat(None, count))
-        return collect_hessians(self._model, batches, self._dist)
-
-    def _write(
-        self, best: dict[str, Tensor], hessians: dict[tuple[str, int], Tensor], clock: Clock
-    ) -> Ledger | None:
+    def _write(self, best: dict[str, Tensor], hessians: Hessians, clock: Clock) -> Ledger | None:
         """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
@@ -239,7 +188,7 @@ class Run:
             if tensors is None:
                 continue
             copy_parameters(self._model, tensors)
-            score = score_model(self._model, self._corpus, self._config, self._dist)
+            score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
             self._summary.scores[name] = score
             self._summary.seconds[f"score_{name}"] = score.seconds
             self._log.line(
@@ -253,21 +202,24 @@ class Run:
         return result
 
 
-def score_model(model: GPT, corpus: Corpus, config: Config, dist: Dist) -> Score:
-    """Return bits per byte of `model` over the whole validation set of `corpus`, counts asserted."""
-    tokens, size = validation_totals(corpus.folder, tokenizer=corpus.tokenizer)
-    batches = validation_batches(
-        corpus.folder,
-        tokenizer=corpus.tokenizer,
+def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
+    """Return this rank's training loader."""
+    return TrainLoader(
+        config.data,
+        vocab_size=config.model.vocab_size,
         bos_id=corpus.tokenizer.bos_id,
         max_context=config.model.max_context,
-        batch_tokens=max(config.data.micro_tokens, config.model.max_context),
-        vocab_size=config.model.vocab_size,
+        seed=config.train.seed,
         rank=dist.rank,
         world_size=dist.world_size,
         device=dist.device,
     )
-    return evaluate_bpb(model, batches, dist, expected_tokens=tokens, expected_bytes=size)
+
+
+def calibrate(model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist) -> Hessians:
+    """Return the Hessians of every matrix input on the loader's next batches, over all ranks."""
+    count = max(1, config.calibration_batches // dist.world_size)
+    return collect_hessians(model, (loader.next() for _ in range(count)), dist)
 
 
 def write_quantized(
