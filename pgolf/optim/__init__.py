@@ -1,0 +1,3 @@
+from pgolf.optim.dropin import Muon
+
+__all__ = ["Muon"]

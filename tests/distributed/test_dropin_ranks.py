@@ -1,0 +1,153 @@
+"""The drop-in Muon with matrices shared out over ranks (gloo) against one process.
+
+One launch of four ranks: all four share, then two pairs do. As a program (torchrun ... FILE FOLDER) it is
+what each rank runs: it writes rank<r>.safetensors in FOLDER and asserts nothing.
+"""
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as td
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import pgolf.optim
+from pgolf.optim import dropin
+
+WORLD, STEPS, BATCH = 4, 3, 16
+# 11 matrices of five shapes, so that neither 2 nor 4 ranks divide them, then what AdamW takes.
+SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7)]
+
+
+def tensors(shapes, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=rng) for shape in shapes]
+
+
+def train_matrices(shapes, **sharing):
+    """Train on gradients that every rank has alike; return parameters and optimizer state."""
+    params = [nn.Parameter(t) for t in tensors([*shapes, (4,)], 0)]
+    matrices = params[:-1]
+    groups = [
+        {"params": matrices[:4], "row_normalize": True},
+        {"params": matrices[4:5], "split_sizes": (5, 2, 2)},
+        {"params": matrices[5:], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
+        {"params": params[-1:], "use_muon": False},
+    ]
+    optimizer = pgolf.optim.Muon([g for g in groups if g["params"]], lr=0.02, **sharing)
+    for step in range(STEPS):
+        for p, grad in zip(params, tensors([*shapes, (4,)], 1 + step), strict=True):
+            p.grad = grad
+        optimizer.step()
+    found = {f"param{i}": p.detach() for i, p in enumerate(params)}
+    return found | {
+        f"state{i}": t for i, p in enumerate(params) for t in optimizer.state[p].values() if t.dim()
+    }
+
+
+def train_ddp(rank, world, **sharing):
+    """Train a network on this rank's part of each batch, gradients averaged by DDP."""
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 2))
+    for p, value in zip(net.parameters(), tensors([p.shape for p in net.parameters()], 5), strict=True):
+        p.data.copy_(0.4 * value)
+    groups = [
+        {"params": [p for p in net.parameters() if p.dim() == 2]},
+        {"params": [p for p in net.parameters() if p.dim() < 2], "use_muon": False, "lr": 1e-3},
+    ]
+    optimizer = pgolf.optim.Muon(groups, lr=0.02, **sharing)
+    model = DistributedDataParallel(net) if world > 1 else net
+    for step in range(STEPS):
+        x, y = (t.chunk(world)[rank] for t in tensors([(BATCH, 6), (BATCH, 2)], 100 + step))
+        optimizer.zero_grad()
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in net.named_parameters()}
+
+
+def iterated(run):
+    """Return how many matrices the call iterates, counted where the kernel is called."""
+    original, seen = dropin.newton_schulz, []
+
+    def count(x, table, *, eps):
+        seen.append(x.shape[0])
+        return original(x, table, eps=eps)
+
+    dropin.newton_schulz = count
+    try:
+        run()
+    finally:
+        dropin.newton_schulz = original
+    return torch.tensor(sum(seen))
+
+
+def cases(rank=0, world=1, pair=None):
+    """Return all tensors of a rank by case."""
+    sharing = {"sharded": world > 1}
+    found = {
+        "world": train_matrices(SHAPES, **sharing),
+        "pairs": train_matrices(SHAPES, **sharing, process_group=pair),
+        "one": train_matrices(SHAPES[:1], **sharing),
+        "ddp": train_ddp(rank, world, **sharing),
+    }
+    return {f"{case}.{name}": t for case, named in found.items() for name, t in named.items()}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank ended with."""
+    folder = tmp_path_factory.mktemp("dropin")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
+    done = subprocess.run(
+        [*command, __file__, str(folder)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [load_file(folder / f"rank{r}.safetensors") for r in range(WORLD)]
+
+
+@pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp"])
+def test_ranks_end_identical_bit_for_bit(ranks, case):
+    names = [name for name in ranks[0] if name.startswith(f"{case}.")]
+    assert names
+    for other in ranks[1:]:
+        assert [n for n in names if not torch.equal(ranks[0][n], other[n])] == []
+
+
+@pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp"])
+def test_ranks_end_where_one_process_does(ranks, case):
+    for name, wanted in cases().items():
+        if name.startswith(f"{case}."):
+            # Products of a batch round like those of its parts to the last bits; the map amplifies by 990.
+            torch.testing.assert_close(ranks[0][name], wanted, rtol=2e-4, atol=2e-5)
+
+
+def test_each_rank_iterates_only_its_share(ranks):
+    total = iterated(lambda: train_matrices(SHAPES))
+    assert total == 11 * STEPS
+    world, pairs = ([int(r[f"iterated.{name}"]) for r in ranks] for name in ("world", "pairs"))
+    assert sum(world) == total
+    assert min(world) > 0
+    assert pairs[:2] == pairs[2:]
+    assert sum(pairs[:2]) == total
+
+
+def main(folder):
+    """Run every case on this rank."""
+    torch.set_num_threads(1)
+    td.init_process_group("gloo")
+    rank = td.get_rank()
+    pairs = [td.new_group([0, 1]), td.new_group([2, 3])]
+    found = cases(rank, WORLD, pairs[rank // 2])
+    for name, group in (("world", None), ("pairs", pairs[rank // 2])):
+        run = functools.partial(train_matrices, SHAPES, sharded=True, process_group=group)
+        found[f"iterated.{name}"] = iterated(run)
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / f"rank{rank}.safetensors")
+    td.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
