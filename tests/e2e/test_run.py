@@ -191,3 +191,22 @@ def test_every_verb_explains_itself(capsys):
 def test_config_shows_what_a_run_would_do(capsys, preset, parameters):
     assert main(["config", preset]) == 0
     assert parameters in capsys.readouterr().out
+
+
+def test_the_baseline_preset_runs_without_average_loop_or_gates(shards, tmp_path):
+    sizes = [
+        "width=32",
+        "layers=3",
+        "heads=2",
+        "kv-heads=1",
+        "rope-dims=16",
+        "parallel-from=3",
+        "max-context=64",
+    ]
+    words = [f"--model.{size}" for size in [*sizes, "vocab-size=512"]]
+    words += ["--data.batch-tokens=1024", "--data.micro-tokens=512", "--seconds=0", "--steps=4"]
+    assert main(["train", "naive", "--data", str(shards), "--out", str(tmp_path), *words]) == 0
+    (folder,) = tmp_path.iterdir()
+    s = summary(folder)
+    assert s["scores"].keys() == {"raw", "quantized"} and s["train"]["loop_step"] is None
+    assert abs(s["scores"]["quantized"]["bpb"] - s["scores"]["raw"]["bpb"]) < 0.02  # 8 bits lose little
