@@ -60,5 +60,6 @@ def main(argv: list[str]) -> int:
     for key, value in _C.build_info().items():
         print(f"build          {key}: {value}")
     for row in kernel_table():
-        print("op             " + ", ".join(f"{k}: {v}" for k, v in row.items()))
+        have = "  ".join(f"{kind} {'yes' if row[kind] else 'no '}" for kind in ("cpu", "cuda"))
+        print(f"op             {row['op']:<22}{have}  {row['reason']}")
     return 0
