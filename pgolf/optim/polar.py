@@ -9,8 +9,10 @@ Sources: Polar Express, arXiv 2505.16932, and its reference code; tables as cite
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 Coefficients = tuple[float, float, float]
 
@@ -52,6 +54,7 @@ _FIXED = {"you": YOU, "cans": CANS}
 NAMES = ("jordan", "you", "cans", "polar_express", "polar_express_golf", "polar_express_golf_truncated")
 
 
+@functools.lru_cache(maxsize=64)
 def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
     """Return the table `name` for `steps` polar iterations, first step first.
 
@@ -62,8 +65,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
       safety 1.02, last step unscaled) is solved for that many steps on the interval that they can serve
       (`golf_lower`): the published list cut short leaves singular values in [0.42, 1.58].
     - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; above five
-    steps it
-      still gives five.
+      steps it still gives five.
 
     Raises:
         ValueError: unknown name, steps < 1, or a list of fixed length asked for another number of steps.
@@ -89,6 +91,11 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
     if name == "polar_express_golf_truncated":
         return POLAR_EXPRESS_GOLF[:steps]
     raise ValueError(f"polar coefficients must be one of {NAMES}, got {name!r}")
+
+
+def named_tables(steps: int) -> dict[str, tuple[Coefficients, ...]]:
+    """Return every named table for `steps` iterations; lists of fixed length as they are."""
+    return {name: coefficients(name, len(_FIXED.get(name, ())) or steps) for name in NAMES}
 
 
 def golf_lower(steps: int) -> float:
@@ -146,14 +153,40 @@ def scalar_map(table: Sequence[Coefficients], s: float) -> float:
     return s
 
 
-def quality(
-    table: Sequence[Coefficients], lower: float = 3e-3, *, points: int = 20_001
-) -> tuple[float, float, float]:
-    """Return (min, max, RMS deviation from 1) of the scalar map over log-uniform s in [lower, 1]."""
+def slope(table: Sequence[Coefficients]) -> float:
+    """Return the derivative of the scalar map at 0: what it multiplies the smallest singular values by."""
+    return math.prod(a for a, _, _ in table)
+
+
+class Quality(NamedTuple):
+    """What a table makes of an interval of singular values."""
+
+    low: float
+    """Smallest output."""
+    high: float
+    """Largest output."""
+    rms: float
+    """Root mean square deviation from 1."""
+    mean: float
+    """Mean output; another one is another learning rate."""
+    variation: float
+    """Standard deviation over mean: the deviation that no learning rate makes up for."""
+
+
+def quality(table: Sequence[Coefficients], lower: float = 3e-3, *, points: int = 20_001) -> Quality:
+    """Return how near to 1 the scalar map is over log-uniform s in [lower, 1], in exact arithmetic.
+
+    Raises:
+        ValueError: lower is not in (0, 1).
+    """
+    if not 0 < lower < 1:
+        raise ValueError(f"polar quality: lower must be in (0, 1), got {lower}")
     grid = [lower ** (1 - i / (points - 1)) for i in range(points)]
     out = [scalar_map(table, s) for s in grid]
     rms = math.sqrt(sum((v - 1) ** 2 for v in out) / points)
-    return min(out), max(out), rms
+    mean = sum(out) / points
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in out) / points)
+    return Quality(min(out), max(out), rms, mean, deviation / mean)
 
 
 def _value(poly: Coefficients, x: float) -> float:

@@ -1,6 +1,6 @@
 """Coefficient tables: generator against published numbers, quality of the scalar maps, error texts."""
 
-import math
+import statistics
 
 import pytest
 
@@ -9,9 +9,11 @@ from pgolf.optim.polar import (
     POLAR_EXPRESS_GOLF,
     coefficients,
     golf_lower,
+    named_tables,
     polar_express,
     quality,
     scalar_map,
+    slope,
 )
 
 # Polar Express (arXiv 2505.16932), the list in its reference code; its eighth row is the limit (15/8, -5/4,
@@ -49,25 +51,36 @@ def test_generator_ends_at_the_taylor_polynomial():
 
 
 @pytest.mark.parametrize(
-    ("lower", "steps", "expected"),
-    # KERNELS A.2: worst-case final interval of the n-step optimum.
+    ("lower", "steps", "worst", "tolerance"),
+    # Largest |1 - s| that n minimax steps leave of [lower, 1], derived independently of this code: half the
+    # width of the last interval, to the digits that were noted.
     [
-        (1e-4, 5, 0.220),
-        (1e-3, 3, 0.134),
-        (1e-3, 4, 0.440),
-        (1e-3, 5, 0.876),
-        (5e-3, 4, 0.913),
-        (1e-2, 4, 0.987),
+        (1e-4, 3, 0.986, 6e-4),
+        (1e-4, 4, 0.942, 6e-4),
+        (1e-4, 5, 0.780, 6e-4),
+        (1e-4, 6, 0.381, 6e-4),
+        (1e-3, 3, 0.866, 6e-4),
+        (1e-3, 4, 0.560, 6e-4),
+        (1e-3, 5, 0.124, 6e-4),
+        (1e-3, 6, 0.0012, 6e-5),
+        (5e-3, 3, 0.502, 6e-4),
+        (5e-3, 4, 0.087, 6e-4),
+        (5e-3, 5, 0.0004, 6e-5),
+        (5e-3, 6, 0, 1e-10),
+        (1e-2, 3, 0.274, 6e-4),
+        (1e-2, 4, 0.013, 6e-4),
+        (1e-2, 5, 0, 2e-6),
+        (1e-2, 6, 0, 1e-14),
     ],
 )
-def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, expected):
-    low, high, _ = quality(polar_express(lower, steps), lower)
-    assert low == pytest.approx(expected, abs=6e-4)
-    assert high == pytest.approx(2 - low, abs=1e-6)
+def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, worst, tolerance):
+    got = quality(polar_express(lower, steps), lower)
+    assert 1 - got.low == pytest.approx(worst, abs=tolerance)
+    assert got.high == pytest.approx(2 - got.low, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("name", "steps", "low", "high", "rms", "slope"),
+    ("name", "steps", "low", "high", "rms", "growth"),
     # SPEC 5.5, sigma log-uniform in [3e-3, 1].
     [
         ("jordan", 5, 0.68, 1.20, 0.19, 485),
@@ -76,13 +89,46 @@ def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, expect
         ("polar_express_golf_truncated", 4, 0.42, 1.58, 0.39, 422),
     ],
 )
-def test_quality_matches_the_known_rows(name, steps, low, high, rms, slope):
+def test_quality_matches_the_known_rows(name, steps, low, high, rms, growth):
     table = coefficients(name, steps)
     got = quality(table)
     assert got[0] == pytest.approx(low, abs=6e-3)
     assert got[1] == pytest.approx(high, abs=6e-3)
     assert got[2] == pytest.approx(rms, abs=6e-3)
-    assert math.prod(a for a, _, _ in table) == pytest.approx(slope, rel=3e-3)
+    assert slope(table) == pytest.approx(growth, rel=3e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "mean", "variation", "narrow"),
+    # Noted with 3 digits from an independent program; `narrow` is the variation over [5e-3, 0.3], where most
+    # singular values lie.
+    [
+        ("jordan", 5, 0.92, 0.188, 0.171),
+        ("jordan", 4, 0.88, 0.221, 0.176),
+        ("polar_express_golf", 5, 1.00, 0.094, 0.092),
+        ("polar_express_golf_truncated", 4, 1.06, 0.365, 0.388),
+    ],
+)
+def test_mean_and_variation_match_the_known_rows(name, steps, mean, variation, narrow):
+    table = coefficients(name, steps)
+    got = quality(table)
+    assert got.mean == pytest.approx(mean, abs=6e-3)
+    assert got.variation == pytest.approx(variation, abs=1e-3)
+    assert got.rms**2 == pytest.approx((got.mean * got.variation) ** 2 + (got.mean - 1) ** 2)
+    out = [scalar_map(table, 5e-3 * 60 ** (i / 4000)) for i in range(4001)]
+    assert statistics.pstdev(out) / statistics.mean(out) == pytest.approx(narrow, abs=1.5e-3)
+
+
+@pytest.mark.parametrize("lower", [0.0, 1.0, -1.0])
+def test_quality_rejects_an_empty_interval(lower):
+    with pytest.raises(ValueError, match=rf"lower must be in \(0, 1\), got {lower}"):
+        quality([(2.0, -1.5, 0.5)], lower)
+
+
+def test_slope_is_the_growth_of_small_values():
+    for name in NAMES:
+        table = coefficients(name, 5)
+        assert scalar_map(table, 1e-9) / 1e-9 == pytest.approx(slope(table), rel=1e-9)
 
 
 @pytest.mark.parametrize(("lower", "rms"), [(0.005, 0.094), (0.003, 0.147)])
@@ -116,7 +162,7 @@ def test_golf_with_four_steps_is_nearly_as_good_as_five():
 
 @pytest.mark.parametrize("steps", [6, 10])
 def test_golf_with_more_steps_converges(steps):
-    low, high, _ = quality(coefficients("polar_express_golf", steps), 1e-3)
+    low, high, *_ = quality(coefficients("polar_express_golf", steps), 1e-3)
     assert len(coefficients("polar_express_golf", steps)) == steps
     assert 1 - low < 2.4e-3
     assert high - 1 < 2.4e-3
@@ -140,6 +186,13 @@ def test_scalar_map_is_odd_and_keeps_zero():
     assert scalar_map(table, 0.0) == 0.0
     assert scalar_map(table, -0.3) == -scalar_map(table, 0.3)
     assert scalar_map([(2.0, -1.0, 0.5)], 2.0) == 2 * 2 - 8 + 16
+
+
+def test_named_tables_have_the_asked_steps_where_they_can():
+    tables = named_tables(4)
+    assert tuple(tables) == NAMES
+    assert {n: len(t) for n, t in tables.items()} == {n: 5 if n in ("you", "cans") else 4 for n in NAMES}
+    assert tables["polar_express_golf"] == coefficients("polar_express_golf", 4)
 
 
 def test_coefficients_rejects_what_it_does_not_have():
