@@ -10,8 +10,10 @@ VERBS = {
     "config": "show what a preset would do, every setting with its value",
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
+    "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
     "quantize": "quantize a saved checkpoint again, with other settings",
     "demo": "the whole way on the bundled sample text, on this machine",
+    "polar": "solve, print, compare and plot coefficients of the polar iteration",
     "info": "versions, GPUs, which operator has which kernel, and what is missing",
 }
 HELP = ("-h", "--help", "help")
