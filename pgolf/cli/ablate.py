@@ -1,0 +1,83 @@
+"""`pgolf ablate PLAN.json`: run arms x seeds and say honestly which arm is better, if any."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from pgolf.cli.overrides import load_base
+
+
+@dataclass(frozen=True)
+class Ablate:
+    """Run every arm of a plan with every seed, then write report.md and report.html.
+
+    Finished cells are kept and skipped: stop with Ctrl-C and start again at will.
+    """
+
+    plan: tyro.conf.Positional[Path]
+    """JSON file; bench/ablations/example.json is one to start from."""
+    out: Path | None = None
+    """Folder of the results; the plan's own when absent."""
+    report_only: bool = False
+    """Run nothing; write the report of what is there."""
+    gpus: int | None = None
+    """GPUs to use, one run each; all visible ones when absent. 0 runs one at a time, where the base says."""
+
+
+def main(argv: list[str]) -> int:
+    """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
+    args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.report.ablation import markdown
+    from pgolf.report.html import write_report
+    from pgolf.train.ablate import gather, run_plan, start_process
+    from pgolf.train.plan import read_plan
+
+    say = functools.partial(print, flush=True)
+    plan = read_plan(args.plan, load_base, out=args.out)
+    for warning in plan.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    try:
+        if not args.report_only:
+            gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
+            run_plan(plan, start_process, gpus=gpus, commit=_commit(), say=say)
+    finally:
+        result = gather(plan, args.plan)
+        paths = write_report(result, plan.out)
+    print(f"\n{markdown(result)}\nreport: {paths[0]}, {paths[1]}")
+    return 0 if result.complete else 1
+
+
+def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
+    """Return the GPUs to spread over; 0 means one process at a time.
+
+    Raises:
+        RuntimeError: started by torchrun. ValueError: more GPUs asked for than there are.
+    """
+    import torch
+
+    from pgolf.env import launch
+
+    if launch().distributed:
+        raise RuntimeError("ablate starts one process a GPU by itself; run it without torchrun")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked is not None and not 0 <= asked <= there:
+        raise ValueError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
+    return 0 if on_cpu else there if asked is None else asked
+
+
+def _commit() -> str:
+    """Return the commit of this package's tree, with -dirty if files differ; "" outside of git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
+        state = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(state, capture_output=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.decode().strip() + ("-dirty" if changed else "")

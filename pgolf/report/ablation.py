@@ -1,0 +1,268 @@
+"""Results of an ablation: what was run, what the statistics say of it, and the tables in Markdown.
+
+`Ablation` is the plain type between the runner and the report. A cell is one run (arm and seed). Only
+finished cells enter a mean; a comparison uses the seeds that both the arm and the baseline finished.
+Negative differences are better (bits per byte).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pgolf.report.stats import (
+    ALPHA,
+    MIN_PAIRS,
+    Mean,
+    Paired,
+    Verdict,
+    compare_paired,
+    holm,
+    mean_and_error,
+    pairs_needed,
+    verdict,
+)
+
+Status = Literal["finished", "diverged", "crashed", "missing"]
+WEIGHTS = ("raw", "ema", "quantized")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What became of one cell."""
+
+    arm: str
+    seed: int
+    status: Status
+    values: dict[str, float] = field(default_factory=dict)
+    """raw, ema, quantized (bits per byte), bytes, steps, ms (a step, mean), ms_loop_off and ms_loop_on
+    (medians); empty unless finished."""
+    metrics: Path | None = None
+    """metrics.jsonl of the run."""
+    message: str = ""
+    """Why it did not finish."""
+    commit: str = ""
+    """Commit of the code that ran it."""
+    device: str = ""
+    """Where it ran."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ablation:
+    """A plan with the results that are there."""
+
+    name: str
+    comment: str
+    base: str
+    length: str
+    plan_file: str
+    metric: str
+    """The weights that decide: raw, ema or quantized."""
+    effect: float
+    """Smallest difference worth seeing, bits per byte."""
+    baseline: str
+    arms: dict[str, dict[str, object]]
+    """Overrides of every arm, by name, in the plan's order."""
+    seeds: tuple[int, ...]
+    cells: tuple[CellResult, ...]
+    warnings: tuple[str, ...] = ()
+
+    def of(self, arm: str, status: Status = "finished") -> dict[int, CellResult]:
+        """Return the cells of `arm` in this state, by seed."""
+        return {c.seed: c for c in self.cells if c.arm == arm and c.status == status}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell has finished or diverged."""
+        return all(c.status in ("finished", "diverged") for c in self.cells)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm against the baseline."""
+
+    arm: str
+    seeds: tuple[int, ...]
+    """Seeds that both finished."""
+    differences: tuple[float, ...]
+    """Arm minus baseline, bits per byte, in the order of `seeds`."""
+    pairs: Paired
+    p_adjusted: float
+    """Holm's p over the arms with enough pairs; NaN for the others."""
+    verdict: Verdict
+    needed: int | None
+    """Pairs to see the plan's effect at 80 % power, from this spread; None below MIN_PAIRS."""
+    note: str
+
+
+def compare_arms(ablation: Ablation) -> list[Comparison]:
+    """Compare every arm with the baseline on the plan's metric, Holm-corrected over the arms.
+
+    An arm that diverged where the baseline did not is never called better (and the other way round never
+    worse): the seeds that are left are not a fair sample of what the arm does.
+    """
+    base = ablation.of(ablation.baseline)
+    rows: list[tuple[str, tuple[int, ...], list[float], Paired]] = []
+    for arm in (a for a in ablation.arms if a != ablation.baseline):
+        mine = ablation.of(arm)
+        seeds = tuple(s for s in ablation.seeds if s in mine and s in base)
+        ours = [mine[s].values[ablation.metric] for s in seeds]
+        theirs = [base[s].values[ablation.metric] for s in seeds]
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        rows.append((arm, seeds, differences, compare_paired(ours, theirs)))
+    tested = [row[0] for row in rows if row[3].n >= MIN_PAIRS]
+    adjusted = dict(zip(tested, holm([r[3].p_t for r in rows if r[0] in tested]), strict=True))
+    return [_compare(ablation, *row, p=adjusted.get(row[0], float("nan"))) for row in rows]
+
+
+def _compare(
+    ablation: Ablation, arm: str, seeds: tuple[int, ...], differences: list[float], pairs: Paired, *, p: float
+) -> Comparison:
+    word = verdict(pairs, p)
+    notes = []
+    lost = [s for s in ablation.of(arm, "diverged") if s in ablation.of(ablation.baseline)]
+    kept = [s for s in ablation.of(ablation.baseline, "diverged") if s in ablation.of(arm)]
+    if lost:
+        notes.append(f"diverged at seeds {lost} where the baseline did not")
+        word = "not separable" if word == "better" else word
+    if kept:
+        notes.append(f"the baseline diverged at seeds {kept}")
+        word = "not separable" if word == "worse" else word
+    if pairs.n < MIN_PAIRS:
+        notes.append(f"{pairs.n} pairs: no claim below {MIN_PAIRS}")
+    elif not any(differences):
+        notes.append("every pair has the same score: does the change reach the run?")
+    elif 2.0 ** (1 - pairs.n) > ALPHA:
+        notes.append(f"with {pairs.n} pairs the permutation test cannot go below {2.0 ** (1 - pairs.n):g}")
+    needed = pairs_needed(pairs.sd, ablation.effect) if pairs.n >= MIN_PAIRS else None
+    return Comparison(arm, seeds, tuple(differences), pairs, p, word, needed, "; ".join(notes))
+
+
+def arm_mean(ablation: Ablation, arm: str, value: str) -> Mean:
+    """Return mean and standard error of one value over the finished cells of `arm` that have it."""
+    cells = ablation.of(arm).values()
+    return mean_and_error([c.values[value] for c in cells if value in c.values])
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table of text, for Markdown and HTML alike."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def tables(ablation: Ablation) -> list[Table]:
+    """Return the verdicts, the arms' means, what each arm changes, and the cells that did not finish."""
+    head: tuple[str, ...] = ("arm", "verdict", "pairs", "mean difference", "95 % interval", "p (t, Holm)")
+    head += ("p (t)", "p (sign flip)", "sd of differences", f"pairs to see {ablation.effect:g}", "note")
+    title = f"Difference from {ablation.baseline} by seed, bpb {ablation.metric} (negative is better)"
+    compared = compare_arms(ablation)
+    found = [
+        Table("Verdicts", ("arm", "verdict", "in words"), [_words(c, ablation) for c in compared]),
+        Table(title, head, [_comparison_row(c) for c in compared]),
+        _means(ablation),
+        Table("What each arm sets", ("arm", "overrides"), [_changes(a, ablation) for a in ablation.arms]),
+    ]
+    open_cells = [c for c in ablation.cells if c.status != "finished"]
+    if open_cells:
+        rows: list[tuple[str, ...]] = [(c.arm, str(c.seed), c.status, c.message) for c in open_cells]
+        found.append(Table("Cells without a result", ("arm", "seed", "state", "message"), rows))
+    return found
+
+
+def facts(ablation: Ablation) -> list[str]:
+    """Return the lines above the tables: the plan, the code, what to be careful about."""
+    done = [c for c in ablation.cells if c.status in ("finished", "diverged")]
+    commits = sorted({c.commit for c in done if c.commit})
+    devices = sorted({c.device for c in done if c.device})
+    lines = [ablation.comment] if ablation.comment else []
+    lines += [
+        f"Plan {ablation.plan_file}: base {ablation.base}, {ablation.length} a run, "
+        f"{len(ablation.arms)} arms x seeds {', '.join(map(str, ablation.seeds))}, "
+        f"baseline {ablation.baseline}.",
+        f"Code: {', '.join(commits) or 'unknown'}. Device: {', '.join(devices) or 'unknown'}.",
+        f"Decided by bpb {ablation.metric}, paired t test at {ALPHA:g}, Holm over the arms; intervals "
+        "are each arm's own 95 %. Other columns are described, not tested.",
+    ]
+    if not ablation.complete:
+        lines.append(
+            f"INTERIM: {len(done)} of {len(ablation.cells)} cells are done. A verdict read before the end of "
+            "the plan, or seeds added after a look at it, claim more than the error rate allows."
+        )
+    if len(commits) > 1 or any(c.endswith("-dirty") for c in commits):
+        lines.append("WARNING: cells ran code of more than one commit, or code that is in no commit.")
+    if len(devices) > 1:
+        lines.append("WARNING: cells ran on different devices.")
+    return lines + [f"WARNING: {text}" for text in ablation.warnings]
+
+
+def markdown(ablation: Ablation) -> str:
+    """Return the report as Markdown."""
+    parts = [f"# Ablation {ablation.name}", "", *(f"- {line}" for line in facts(ablation))]
+    for table in tables(ablation):
+        parts += ["", f"## {table.title}", "", _row(table.head), _row(tuple("---" for _ in table.head))]
+        parts += [_row(row) for row in table.rows]
+    return "\n".join(parts) + "\n"
+
+
+def _row(cells: tuple[str, ...]) -> str:
+    safe = (" ".join(c.replace("|", "\\|").split()) for c in cells)
+    return "| " + " | ".join(safe) + " |"
+
+
+def _words(c: Comparison, ablation: Ablation) -> tuple[str, ...]:
+    low, high, n = c.pairs.low, c.pairs.high, c.pairs.n
+    if n < MIN_PAIRS:
+        text = f"{n} pairs are no evidence; {MIN_PAIRS} are the least"
+    elif c.verdict == "not separable":
+        text = f"anything from {low:+.5f} to {high:+.5f} bpb remains possible"
+        if c.needed is not None and c.needed > n:
+            text += f"; about {c.needed} pairs would show {ablation.effect:g}"
+    else:
+        text = f"{c.verdict} by {abs(c.pairs.mean):.5f} bpb ({low:+.5f} to {high:+.5f}), {n} pairs"
+    return c.arm, c.verdict, text
+
+
+def _comparison_row(c: Comparison) -> tuple[str, ...]:
+    p = c.pairs
+    interval = f"{p.low:+.5f} to {p.high:+.5f}" if p.n >= 2 else "-"
+    return (
+        c.arm,
+        c.verdict,
+        str(p.n),
+        _figure(p.mean, lambda v: f"{v:+.5f}"),
+        interval,
+        *(_figure(v, lambda v: f"{v:.4f}") for v in (c.p_adjusted, p.p_t, p.p_flip)),
+        _figure(p.sd, lambda v: f"{v:.5f}"),
+        "-" if c.needed is None else f"{c.needed:,}",
+        c.note,
+    )
+
+
+def _means(ablation: Ablation) -> Table:
+    head = ("arm", "n", *(f"bpb {w}" for w in WEIGHTS), "bytes", "steps", "ms a step", "loop off", "loop on")
+    rows = []
+    for arm in ablation.arms:
+        cells = [_mean(arm_mean(ablation, arm, w), 5) for w in WEIGHTS]
+        cells += [_mean(arm_mean(ablation, arm, v), 0) for v in ("bytes", "steps")]
+        cells += [_mean(arm_mean(ablation, arm, v), 2) for v in ("ms", "ms_loop_off", "ms_loop_on")]
+        rows.append((arm, str(len(ablation.of(arm))), *cells))
+    return Table("Means over seeds, +- standard error", head, rows)
+
+
+def _mean(m: Mean, digits: int) -> str:
+    if not m.n:
+        return "-"
+    return f"{m.mean:,.{digits}f}" + (f" +- {m.se:,.{max(digits, 1)}f}" if m.n > 1 else "")
+
+
+def _changes(arm: str, ablation: Ablation) -> tuple[str, str]:
+    return arm, ", ".join(f"{k} = {v}" for k, v in ablation.arms[arm].items()) or "nothing (the base)"
+
+
+def _figure(value: float, show: Callable[[float], str]) -> str:
+    return "-" if value != value else show(value)

@@ -1,0 +1,245 @@
+"""Runs the cells of a plan, one process each, and gathers what they wrote.
+
+The state is in the files, never in this process: a cell is finished when a run folder in its folder holds a
+summary.json and a config.json of the same configuration, and diverged when cell.json says so of the same
+configuration. Everything else is run (again). So a plan may be stopped at any time, gain seeds or arms, or
+move to another folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from pgolf.config import Config, from_dict, to_dict
+from pgolf.data.shards import atomic_file
+from pgolf.report.ablation import WEIGHTS, Ablation, CellResult
+from pgolf.train.plan import Cell, Plan, run_key
+
+OUTPUT = "output.txt"
+RECORD = "cell.json"
+MAX_CRASHES = 3
+"""This many crashes in a row stop the plan: the next cells would not do better."""
+DIVERGED = re.compile(r"the loss is (?:nan|-?inf) at step \d+[^\n;]*")
+"""What `Trainer.run` raises; a test runs into it."""
+
+
+class Process(Protocol):
+    """A cell under way."""
+
+    def poll(self) -> int | None:
+        """Return the exit code, None while it runs."""
+
+    def terminate(self) -> None:
+        """Ask it to end."""
+
+    def wait(self) -> int:
+        """Wait for its end and return the exit code."""
+
+
+Start = Callable[[Cell, int | None], Process]
+"""Starts a cell on a GPU (None: wherever its configuration says)."""
+
+
+def start_process(cell: Cell, gpu: int | None) -> Process:
+    """Start `python -m pgolf train config.json` with its output in the cell's folder.
+
+    A GPU is chosen the way torchrun does it, as local rank of a world of one: `gpu` counts the visible ones.
+    """
+    config = cell.folder / "config.json"
+    _write_json(config, to_dict(cell.config))
+    command = [sys.executable, "-m", "pgolf", "train", str(config)]
+    if gpu is not None:
+        command = ["env", "RANK=0", "WORLD_SIZE=1", f"LOCAL_RANK={gpu}", *command]
+    with (cell.folder / OUTPUT).open("wb") as output:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+
+@dataclass
+class _Running:
+    cell: Cell
+    gpu: int | None
+    process: Process
+    began: float
+
+
+def run_plan(
+    plan: Plan,
+    start: Start,
+    *,
+    gpus: int,
+    commit: str,
+    say: Callable[[str], None],
+    poll_seconds: float = 0.2,
+) -> None:
+    """Run every cell that is not done, in the plan's order, as many at once as there are GPUs.
+
+    Args:
+        plan: what to run.
+        start: starts one cell; `start_process` outside of tests.
+        gpus: GPUs to use, one process each; 0 runs one process at a time wherever its configuration says.
+        commit: of the code, written beside every result.
+        say: takes the progress lines.
+        poll_seconds: pause between looks at the processes.
+    Raises:
+        RuntimeError: three cells in a row crashed.
+        KeyboardInterrupt: passed on after the cells under way were ended; finished ones are untouched.
+    """
+    cells = plan.cells()
+    waiting = [cell for cell in cells if read_cell(cell).status not in ("finished", "diverged")]
+    done = len(cells) - len(waiting)
+    if done:
+        say(f"{done} of {len(cells)} cells are there already")
+    free: list[int | None] = list(range(gpus)) if gpus else [None]
+    queue, running = list(waiting), list[_Running]()
+    progress = _Progress(len(cells), done, len(free), say)
+    try:
+        while queue or running:
+            while queue and free:
+                running.append(_begin(queue.pop(0), free.pop(0), start))
+            ended = [r for r in running if r.process.poll() is not None]
+            for r in ended:
+                running.remove(r)
+                free.append(r.gpu)
+                progress.report(_finish(r, commit), plan.metric, time.monotonic() - r.began)
+            if not ended:
+                time.sleep(poll_seconds)
+    finally:
+        for r in running:
+            r.process.terminate()
+        for r in running:
+            r.process.wait()
+
+
+class _Progress:
+    """Counts the cells and guesses the rest; raises when only crashes come."""
+
+    def __init__(self, total: int, done: int, slots: int, say: Callable[[str], None]) -> None:
+        self._total, self._done, self._slots, self._say = total, done, slots, say
+        self._seconds: list[float] = []
+        self._crashes = 0
+
+    def report(self, result: CellResult, metric: str, seconds: float) -> None:
+        self._done += 1
+        self._seconds.append(seconds)
+        left = (self._total - self._done) * sum(self._seconds) / len(self._seconds) / self._slots
+        score = result.values.get(metric)
+        what = f"{score:.5f} bpb" if score is not None else f"{result.status}: {result.message}"
+        self._say(
+            f"[{self._done}/{self._total}] {result.arm} seed {result.seed}: {what}, {seconds:.0f} s; "
+            f"about {left / 60:.1f} min to go"
+        )
+        self._crashes = self._crashes + 1 if result.status == "crashed" else 0
+        if self._crashes == MAX_CRASHES:
+            raise RuntimeError(
+                f"{MAX_CRASHES} cells in a row crashed, the last with: {result.message}; mend it and start "
+                "again (finished cells are kept)"
+            )
+
+
+def _begin(cell: Cell, gpu: int | None, start: Start) -> _Running:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / RECORD).unlink(missing_ok=True)
+    return _Running(cell, gpu, start(cell, gpu), time.monotonic())
+
+
+def _finish(running: _Running, commit: str) -> CellResult:
+    """Decide what became of a cell that ended, and write it down as cell.json."""
+    cell = running.cell
+    result = read_cell(cell)
+    status, message = result.status, result.message
+    if status == "missing":
+        text = _tail(cell.folder / OUTPUT)
+        found = DIVERGED.search(text)
+        lines = text.strip().splitlines() or ["no output"]
+        status = "diverged" if found else "crashed"
+        message = found.group() if found else f"exit code {running.process.poll()}: {lines[-1]}"
+    record = {"arm": cell.arm, "seed": cell.seed, "status": status, "message": message, "key": cell.key}
+    facts = {"commit": commit, "gpu": running.gpu, "seconds": time.monotonic() - running.began}
+    _write_json(cell.folder / RECORD, {**record, **facts})
+    return read_cell(cell)
+
+
+def _tail(path: Path) -> str:
+    """Return the last 20,000 characters of a text file, nothing if it is not there."""
+    return path.read_text(errors="replace")[-20_000:] if path.is_file() else ""
+
+
+def read_cell(cell: Cell) -> CellResult:
+    """Return what the cell's folder says of this very configuration."""
+    record = _read_json(cell.folder / RECORD)
+    record = record if record.get("key") == cell.key else {}
+    commit = str(record.get("commit", ""))
+    for run in sorted((p.parent for p in cell.folder.glob("*/summary.json")), reverse=True):
+        summary = _read_json(run / "summary.json")
+        if not summary or _key(run / "config.json") != cell.key:
+            continue
+        values, metrics, device = _values(summary), run / "metrics.jsonl", str(summary.get("device", ""))
+        wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
+        if wrong:
+            return CellResult(cell.arm, cell.seed, "diverged", {}, metrics, ", ".join(wrong), commit, device)
+        return CellResult(cell.arm, cell.seed, "finished", values, metrics, "", commit, device)
+    status = record.get("status")
+    if status in ("diverged", "crashed"):
+        message = str(record.get("message", ""))
+        return CellResult(cell.arm, cell.seed, status, message=message, commit=commit)
+    return CellResult(cell.arm, cell.seed, "missing")
+
+
+def _values(summary: dict[str, Any]) -> dict[str, float]:
+    """Pick the figures of a run's summary; averaging that is off leaves the raw weights as the average."""
+    scores, train = summary["scores"], summary["train"]
+    values = {name: float(scores.get(name, scores["raw"])["bpb"]) for name in WEIGHTS}
+    values["steps"] = float(train["steps"])
+    values["ms"] = 1000 * float(summary["seconds"]["train"]) / max(1, train["steps"])
+    optional = {name: train.get(name) for name in ("ms_loop_off", "ms_loop_on")}
+    optional["bytes"] = (summary.get("bytes") or {}).get("total")
+    return values | {name: float(value) for name, value in optional.items() if value is not None}
+
+
+def _key(path: Path) -> str | None:
+    """Return the key of a saved configuration; None if it cannot be read (settings have changed since)."""
+    try:
+        return run_key(from_dict(Config, _read_json(path)))
+    except (ValueError, TypeError):
+        return None
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; empty when the file is missing or torn."""
+    try:
+        data = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def gather(plan: Plan, plan_file: Path) -> Ablation:
+    """Return the plan with the results that are in its folder."""
+    return Ablation(
+        name=plan.name,
+        comment=plan.comment,
+        base=plan.base,
+        length=plan.length,
+        plan_file=str(plan_file),
+        metric=plan.metric,
+        effect=plan.effect,
+        baseline=plan.baseline,
+        arms={arm: dict(changes) for arm, changes in plan.overrides.items()},
+        seeds=plan.seeds,
+        cells=tuple(read_cell(cell) for cell in plan.cells()),
+        warnings=plan.warnings,
+    )

@@ -1,0 +1,279 @@
+"""The plan of an ablation: a JSON file of arms, seeds and a fixed length, checked before anything runs.
+
+    {"name": "polar", "base": "record", "data": "shards", "out": "ablations/polar", "steps": 1000,
+     "overrides": {"data.batch_tokens": 98304}, "baseline": "express",
+     "arms": {"express": {}, "jordan": {"optim.muon.coefficients": "jordan"}}, "seeds": [1, 2, 3]}
+
+Overrides are settings of config.json with dots between the levels. An override that changes nothing is
+legal but warned of: a published record of the challenge (PR #1769) claimed a gain from one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pgolf.config import Config, config_hash, from_dict, to_dict
+from pgolf.optim.polar import coefficients
+
+Metric = Literal["raw", "ema", "quantized"]
+
+OWNED = {
+    "name": "the arm's name",
+    "data.dir": "the plan's data",
+    "train.seed": "the plan's seeds",
+    "train.out": "the plan's out",
+    "train.steps": "the plan's steps or seconds",
+    "train.seconds": "the plan's steps or seconds",
+}
+"""Settings that the plan itself gives every cell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """The keys of a plan file; `object` where the shape is checked by hand."""
+
+    name: str = ""
+    comment: str = ""
+    base: str = ""
+    data: Path | None = None
+    out: Path | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    overrides: object = None
+    baseline: str = ""
+    arms: object = None
+    seeds: object = None
+    metric: Metric = "quantized"
+    effect: float = 0.0005
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the plan: an arm with a seed."""
+
+    arm: str
+    seed: int
+    config: Config
+    """Everything the run does; train.out is the cell's folder."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the cell; each attempt makes a run folder in it."""
+        return self.config.train.out
+
+    @property
+    def key(self) -> str:
+        """Hash of the configuration without the names of run and folder, so that results may be moved."""
+        return run_key(self.config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A checked plan: every arm resolved to a configuration."""
+
+    name: str
+    comment: str
+    base: str
+    length: str
+    """What is held fixed, in words: "1,000 steps" or "120 s"."""
+    out: Path
+    baseline: str
+    arms: dict[str, Config]
+    """Resolved configuration of every arm, in the file's order, before seed and folder."""
+    overrides: dict[str, dict[str, Any]]
+    """What each arm changes, as written."""
+    seeds: tuple[int, ...]
+    metric: Metric
+    """The weights whose bits per byte decide: chosen before the runs."""
+    effect: float
+    """Smallest difference worth seeing, bits per byte; the power figure is for it."""
+    warnings: tuple[str, ...]
+
+    def cells(self) -> list[Cell]:
+        """Return the runs in order: all arms of the first seed, then of the second, and so on.
+
+        A drift of the machine then hits all arms alike. Each seed starts one arm further on, so that no arm
+        is always first, nor always on the same GPU.
+        """
+        names = list(self.arms)
+        cells = []
+        for i, seed in enumerate(self.seeds):
+            shift = i % len(names)
+            for arm in names[shift:] + names[:shift]:
+                config = self.arms[arm]
+                train = replace(config.train, seed=seed, out=self.out / "cells" / arm / f"seed{seed}")
+                cells.append(Cell(arm, seed, replace(config, name=arm, train=train)))
+        return cells
+
+
+def run_key(config: Config) -> str:
+    """Return the hash of what `config` computes: all of it but the names of the run and of its folder."""
+    return config_hash(replace(config, name="", train=replace(config.train, out=Path())))
+
+
+def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:
+    """Read and check a plan file.
+
+    Args:
+        path: the JSON file.
+        load_base: from the name of a preset or the path of a config.json to its configuration.
+        out: folder of the results instead of the plan's own (results that were moved).
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, a key given twice, an unknown key or setting (with the nearest known one), a
+            value out of range, a setting that belongs to the plan.
+        TypeError: a value of the wrong type.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no plan file {path}; bench/ablations/example.json is one to start from")
+    try:
+        data = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except ValueError as e:
+        raise ValueError(f"{path} is not a plan: {e}") from e
+    if not isinstance(data, dict):
+        raise TypeError(f"{path}: expected an object, got {type(data).__name__}")
+    file = from_dict(_File, data, where=str(path))
+    _check_file(file, path)
+    common = _overrides(file.overrides or {}, f"{path}: overrides")
+    changes = _arms(file.arms, path)
+    if file.baseline not in changes:
+        raise ValueError(f"{path}: baseline must be one of the arms {list(changes)}, got {file.baseline!r}")
+    base = _set_up(load_base(file.base), file)
+    shared, warnings = override(base, common, where=f"{path}: overrides")
+    arms = {}
+    for arm, change in changes.items():
+        arms[arm], idle = override(shared, change, where=f"{path}: arm {arm!r}")
+        coefficients(arms[arm].optim.muon.coefficients, arms[arm].optim.muon.ns_steps)
+        warnings += idle
+    warnings += _twins(arms)
+    return Plan(
+        name=file.name,
+        comment=file.comment,
+        base=file.base,
+        length=f"{file.steps:,} steps" if file.steps else f"{file.seconds:g} s",
+        out=out or file.out or Path("ablations") / file.name,
+        baseline=file.baseline,
+        arms=arms,
+        overrides={arm: {**common, **change} for arm, change in changes.items()},
+        seeds=_seeds(file.seeds, path),
+        metric=file.metric,
+        effect=file.effect,
+        warnings=tuple(warnings),
+    )
+
+
+def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Config, list[str]]:
+    """Return `config` with dotted settings changed, and a warning for each that was so already.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest known one), one of the plan's, or a bad value.
+        TypeError: a value of the wrong type.
+    """
+    before = to_dict(config)
+    data = json.loads(json.dumps(before))
+    for key, value in changes.items():
+        if key in OWNED:
+            raise ValueError(f"{where}: {key} is given by {OWNED[key]}; take it out of the overrides")
+        if isinstance(value, (dict, list)):
+            raise TypeError(f"{where}: {key} must be one value; write one dotted key for each setting")
+        *sections, last = key.split(".")
+        node = data
+        for section in sections:
+            node = node.setdefault(section, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{where}: {key}: {section!r} is a setting, not a section")
+        if isinstance(node.get(last), dict):
+            raise ValueError(f"{where}: {key} is a section; name one of {', '.join(node[last])} in it")
+        node[last] = value
+    try:
+        changed = from_dict(Config, data)
+    except (ValueError, TypeError) as e:
+        raise type(e)(f"{where}: {e}") from e
+    after = to_dict(changed)
+    idle = [key for key in changes if _get(before, key) == _get(after, key)]
+    return changed, [f"{where}: {key} = {_get(after, key)!r} changes nothing: it was so" for key in idle]
+
+
+def _get(data: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        data = data[part]
+    return data
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise ValueError(f"given twice: {', '.join(map(repr, twice))}; give every arm and key its own name")
+    return dict(pairs)
+
+
+def _check_file(file: _File, path: Path) -> None:
+    for key in ("name", "base", "baseline"):
+        if not getattr(file, key):
+            raise ValueError(f"{path}: {key} is missing")
+    _check_name(file.name, f"{path}: name")
+    if (file.steps > 0) == (file.seconds > 0) or file.steps < 0 or file.seconds < 0:
+        raise ValueError(
+            f"{path}: give either steps or seconds, above 0: what every run has alike; "
+            f"got steps={file.steps}, seconds={file.seconds:g}"
+        )
+    if not 0 < file.effect < 1:
+        raise ValueError(f"{path}: effect is in bits per byte, in (0, 1), got {file.effect}")
+
+
+def _check_name(name: str, where: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{where} names a folder: letters, digits, '.', '_', '-' only, got {name!r}")
+
+
+def _overrides(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{where}: expected an object of dotted settings, got {type(value).__name__}")
+    return value
+
+
+def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or len(value) < 2:
+        raise ValueError(f"{path}: arms must be an object of at least two arms, the baseline one of them")
+    lower = [arm.lower() for arm in value]
+    for arm in value:
+        _check_name(arm, f"{path}: arm {arm!r}")
+        if lower.count(arm.lower()) > 1:
+            raise ValueError(f"{path}: arm {arm!r} is named twice, but for capitals; folders may not differ")
+    return {arm: _overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
+
+
+def _seeds(value: object, path: Path) -> tuple[int, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{path}: seeds must be a list of at least one whole number, got {value!r}")
+    bad = [s for s in value if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**31]
+    if bad:
+        raise ValueError(f"{path}: seeds must be whole numbers in [0, 2^31), got {bad}")
+    twice = sorted({s for s in value if value.count(s) > 1})
+    if twice:
+        raise ValueError(f"{path}: seeds {twice} are given twice; a repeated seed is not another sample")
+    return tuple(value)
+
+
+def _set_up(base: Config, file: _File) -> Config:
+    """Give the base the plan's data and length."""
+    folder = file.data if file.data is not None else base.data.dir
+    train = replace(base.train, seconds=file.seconds, steps=file.steps)
+    return replace(base, data=replace(base.data, dir=folder), train=train)
+
+
+def _twins(arms: dict[str, Config]) -> list[str]:
+    """Warn of arms that are the same run."""
+    first: dict[str, str] = {}
+    found = []
+    for arm, config in arms.items():
+        other = first.setdefault(run_key(config), arm)
+        if other != arm:
+            found.append(f"arms {other!r} and {arm!r} are the same run: their difference is noise only")
+    return found
