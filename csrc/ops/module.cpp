@@ -1,8 +1,13 @@
-// The Python module `pgolf._C`: what was built. Loading it registers the operators of the other files here.
+// The Python module `pgolf._C`: what was built, and the host codec. Loading it registers the operators of the
+// other files here.
 #include <pybind11/pybind11.h>
 
 #include <sstream>
 #include <string>
+
+namespace pgolf {
+void bind_range_coder(pybind11::module_& m);  // range_coder.cpp
+}
 
 namespace {
 
@@ -34,8 +39,9 @@ pybind11::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled half of pgolf: build information, and the operators of torch.ops.pgolf";
+  m.doc() = "Compiled half of pgolf: build information, the host codec, and the operators of torch.ops.pgolf";
   m.def("build_info", &build_info,
         "What was built: torch_version, torch_cuda, cuda_compiled, cuda_linked, cuda_archs, cxx_compiler, "
         "cuda_compiler, cuda_reason (why CUDA kernels are missing, or empty).");
+  pgolf::bind_range_coder(m);
 }
