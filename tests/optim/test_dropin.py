@@ -1,7 +1,9 @@
 """The drop-in Muon against a dull float64 reference and against torch's own."""
 
 import copy
+import importlib.util
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -447,3 +449,16 @@ def test_owners_balance_the_record_model():
         for cost, rank in zip(costs, owners(costs, ranks), strict=True):
             loads[rank] += cost
         assert max(loads) <= sum(costs) / ranks + 24
+
+
+def test_example_trains_with_both(capsys, monkeypatch):
+    path = Path(__file__).parents[2] / "examples" / "muon_dropin.py"
+    spec = importlib.util.spec_from_file_location("muon_dropin", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "STEPS", 12)
+    for muon in (torch.optim.Muon, pgolf.optim.Muon):
+        example.train("", lambda m, r, muon=muon: [muon(m, lr=0.02), torch.optim.AdamW(r, lr=3e-3)])
+    losses = [[float(line.split()[i]) for i in (1, 3)] for line in capsys.readouterr().out.splitlines()]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert losses[1][1] < losses[1][0]
