@@ -27,7 +27,7 @@ def parameters(shapes, seed=0, dtype=torch.float32):
 def give_gradients(params, seed):
     rng = torch.Generator().manual_seed(seed)
     for p in params:
-        p.grad = torch.randn(p.shape, generator=rng).to(p.dtype)
+        p.grad = torch.randn(p.shape, generator=rng).to(p)
 
 
 def pieces(tensor, split_sizes=None):
@@ -56,24 +56,28 @@ def reference(starts, grads, momentum=0.95, nesterov=True, table=(JORDAN,) * 5, 
     return ends
 
 
-def assert_steps_like_reference(shapes, *, settings=None, channels_last=False, **expected):
-    params = parameters(shapes)
+def assert_steps_like_reference(shapes, *, settings=None, channels_last=False, device="cpu", **expected):
+    params = [nn.Parameter(p.detach().to(device)) for p in parameters(shapes)]
     if channels_last:
         params = [nn.Parameter(p.detach().to(memory_format=torch.channels_last)) for p in params]
-    starts = [p.detach().clone() for p in params]
+    starts = [p.detach().cpu().clone() for p in params]
     optimizer = pgolf.optim.Muon([{"params": params, **(settings or {})}], lr=LR, weight_decay=DECAY)
     seen = []
     for step in range(3):
         give_gradients(params, 10 + step)
-        seen.append([p.grad.clone() for p in params])
+        seen.append([p.grad.cpu().clone() for p in params])
         optimizer.step()
+    # float32; the table amplifies what is small by up to 990. In bfloat16 an eager iteration of these shapes
+    # is 0.02 to 0.07 away with the default table.
+    tolerance = 2e-4 if device == "cpu" else 0.15
     wanted = reference(starts, list(zip(*seen, strict=True)), **expected)
     sizes = expected.get("split_sizes")
     for p, start, matrices in zip(params, starts, wanted, strict=True):
-        for got, was, want in zip(pieces(p.detach(), sizes), pieces(start, sizes), matrices, strict=True):
+        for got, was, want in zip(
+            pieces(p.detach().cpu(), sizes), pieces(start, sizes), matrices, strict=True
+        ):
             error = (got.double() - want).norm() / (want - was.double()).norm()
-            # float32; the table amplifies what is small by up to 990.
-            assert error < 2e-4, f"{tuple(p.shape)}: relative error {error:.1e} of the movement"
+            assert error < tolerance, f"{tuple(p.shape)}: relative error {error:.1e} of the movement"
 
 
 TABLE = [(2.0, -1.5, 0.5), *polar_express(1e-2, 3)]
@@ -131,6 +135,16 @@ def test_stacks_convolutions_and_fused_projections_equal_the_reference(shapes, s
 
 def test_channels_last_convolutions_equal_the_reference():
     assert_steps_like_reference([(6, 3, 3, 2), (7, 2, 5, 3)], channels_last=True)
+
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_shapes_at_once_equal_the_reference_on_each_device(device):
+    shapes = [*SHAPES, (3, 5, 12), (6, 3, 3, 2)]
+    assert_steps_like_reference(shapes, settings={"row_normalize": True}, row_normalize=True, device=device)
 
 
 class Net(nn.Module):
@@ -226,9 +240,10 @@ def test_float64_parameters_are_updated_in_float64():
     assert optimizer.state[params[0]]["momentum_buffer"].dtype == torch.float64
 
 
-def test_adamw_groups_equal_torch():
+@pytest.mark.parametrize("device", DEVICES)
+def test_adamw_groups_equal_torch(device):
     shapes = [(5, 3), (4,), (), (2, 3, 4)]
-    ours, theirs = parameters(shapes), parameters(shapes)
+    ours, theirs = ([nn.Parameter(p.detach().to(device)) for p in parameters(shapes)] for _ in range(2))
     settings = {"lr": 3e-3, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.02}
     optimizer = pgolf.optim.Muon([{"params": ours, "use_muon": False, **settings}])
     reference = torch.optim.AdamW(theirs, **settings)
