@@ -3,7 +3,8 @@
 //
 // Stream: byte 0 is the mode; whatever follows depends on it.
 //   0 raw        rows * cols bytes, the codes row-major
-//   1 columns    byte 1 = M, the largest |q| (0 to 128), then the arithmetic-coded bits; nothing if M = 0
+//   1 columns    byte 1 = M, the largest |q| (0 to 128), then the arithmetic-coded bits; nothing if M = 0;
+//                at most 2^20 columns
 //   2 predicted  as 1 (M >= 1, cols <= 2048), with a mean predicted from the columns to the left
 // The encoder takes the shortest (mode 2 is tried when rows >= 8 * cols: its cols^2 / 2 weights have to be
 // learned), so a stream has at most rows * cols + 1 bytes.
@@ -41,7 +42,8 @@ std::vector<uint8_t> encode_codes_cpu(const int8_t* codes,  // (rows, cols) row-
                                       int64_t rows, int64_t cols);
 
 // Fills codes and returns nullptr, or returns what is wrong with the stream (codes are then undefined). Never
-// reads past data + size; takes at most 257 steps a code; allocates at most 17 MiB + 12 bytes a column.
+// reads past data + size; takes at most 257 steps a code and gives up within a row of the stream's end;
+// allocates at most 25 MiB.
 const char* decode_codes_cpu(const uint8_t* data, int64_t size,
                              int8_t* codes,  // (rows, cols) row-major, out
                              int64_t rows, int64_t cols);

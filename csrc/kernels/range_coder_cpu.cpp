@@ -11,6 +11,7 @@
 namespace pgolf {
 namespace {
 
+constexpr int64_t kMostCols = 1 << 20;
 constexpr int64_t kPredictCols = 2048;
 constexpr int64_t kPredictRatio = 8;
 constexpr int kPriorRows = 24;         // weight of the matrix's variance in a column's
@@ -398,7 +399,7 @@ std::vector<uint8_t> encode_codes_cpu(const int8_t* codes, int64_t rows, int64_t
   std::transform(codes, codes + count, best.begin() + 1, [](int8_t q) { return static_cast<uint8_t>(q); });
   const bool predictable = largest > 0 && cols <= kPredictCols && rows >= kPredictRatio * cols;
   for (const Mode mode : {kColumns, kPredicted}) {
-    if (count == 0 || (mode == kPredicted && !predictable)) continue;
+    if (count == 0 || cols > kMostCols || (mode == kPredicted && !predictable)) continue;
     std::vector<uint8_t> coded = encode_in(mode, codes, rows, cols, largest, best.size());
     if (coded.size() < best.size()) best = std::move(coded);
   }
@@ -414,6 +415,7 @@ const char* decode_codes_cpu(const uint8_t* data, int64_t size, int8_t* codes, i
     std::transform(data + 1, data + size, codes, [](uint8_t byte) { return static_cast<int8_t>(byte); });
     return nullptr;
   }
+  if (cols > kMostCols) return "the stream models more columns than are ever modelled";
   if (size < 2 || data[1] > 128) return "the stream has no possible largest code";
   const int largest = data[1];
   if (mode == kPredicted && (largest == 0 || cols > kPredictCols)) {

@@ -54,6 +54,7 @@ void test_extremes() {
   }
   round_trip({}, 0, 5, "no rows");
   round_trip({}, 5, 0, "no columns");
+  check(round_trip(Codes((1 << 20) + 1), 1, (1 << 20) + 1, "very wide")[0] == 0, "very wide rows are stored");
   Codes ends;
   for (int i = 0; i < 999; ++i) ends.push_back(static_cast<int8_t>(i % 2 ? 127 : -128));
   round_trip(ends, 999, 1, "both ends, predicted");
@@ -109,6 +110,7 @@ void test_impossible_headers_are_refused() {
   check(decode({1, 0, 0}, back, 1, 1) != nullptr, "zeros with a byte too many");
   check(decode({2, 0}, back, 1, 1) != nullptr, "predicted zeros");
   check(decode({2, 1, 0}, back, 1, 2049) != nullptr, "too wide to predict");
+  check(decode({1, 1, 0}, back, 0, (1 << 20) + 1) != nullptr, "too wide to model");
   check(decode({0, 1, 2}, back, 1, 1) != nullptr, "raw of another length");
 }
 

@@ -5,12 +5,12 @@ All integers are little-endian.
 | offset | bytes | meaning |
 |---|---|---|
 | 0 | 4 | magic `PGLF` |
-| 4 | 2 | format version, 1 |
+| 4 | 2 | format version, 2 (1 had brotli streams of column-major codes) |
 | 6 | 2 | zero |
 | 8 | 4 | `n`, bytes of the stored header |
 | 12 | 4 | `m`, bytes of the header's JSON, at most 1 MiB |
 | 16 | n | header: brotli stream of UTF-8 JSON |
-| 16 + n | ... | sections, back to back in the order of the table, each one brotli stream |
+| 16 + n | ... | sections, back to back in the order of the table, each one stream |
 | size - 32 | 32 | SHA-256 of every byte before it |
 
 Header JSON, one object with exactly these keys:
@@ -19,17 +19,17 @@ Header JSON, one object with exactly these keys:
 - `tensors`: the parameters, `{"name", "kind", "shape", "bits"}`; kind `matrix` (int8 codes and float16 row
   steps, bits 4-8), `gate` (the same, bits 8) or `small` (float16 values, bits 16).
 - `sections`: the table, `{"name", "kind", "dtype", "shape", "offset", "length", "raw"}`; `offset` from the
-  end of the header, `length` stored bytes, `raw` bytes after decompression.
+  end of the header, `length` stored bytes, `raw` bytes after decoding.
 
 Sections follow from the tensors and nothing else (`plan_sections`), in this order:
 1. kind `codes`: for each matrix parameter, in order, one section for each matrix `(R, C)` of the bank, named
-   `parameter.index`. `R * C` int8, column-major (all rows of column 0, then column 1, ...): columns differ in
-   scale, rows do not, so that the compressor sees neighbours of one scale. Never bit-packed.
+   `parameter.index`: the stream of `pgolf.ops.encode_codes`, whose bytes csrc/kernels/range_coder.h specifies
+   (and `decode_codes_ref` reads with nothing compiled). Matrices do not depend on each other.
 2. kind `steps`, named `scales`: the row steps of all matrix parameters, then of all gates, float16 as two
    byte planes (all low bytes, then all high bytes).
 3. kind `gates`, named `gates`: the int8 codes of all gates, row-major.
 4. kind `small`, named `small`: the values of all small parameters, float16, two byte planes.
-The last three are always there, empty or not.
+The last three are brotli streams and always there, empty or not.
 
 A parser must reject whatever disagrees with this text. Ours raises `ArtifactError` and nothing else, and
 allocates only after the declared sizes were checked: at most 1 GiB of raw bytes over all sections.
@@ -46,7 +46,7 @@ from pgolf.artifact.header import ArtifactError, Header, encode_header, parse_he
 __all__ = ["MAGIC", "VERSION", "ArtifactError", "frame", "parse"]
 
 MAGIC = b"PGLF"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<4sHHII")
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 20

@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgolf.artifact.codec import CodecError, decompress, in_threads, join_bytes
+from pgolf.artifact.codec import decompress, in_threads, join_bytes
 from pgolf.artifact.format import parse
 from pgolf.artifact.header import MAX_RAW_BYTES, ArtifactError, Header, Section, TensorEntry, matrix_shapes
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT
+from pgolf.ops import decode_codes
 from pgolf.quant.grid import QuantizedTensor, max_code
 from pgolf.quant.state import QuantizedState, dequantize_state
 
@@ -92,10 +93,13 @@ def _read_bytes(path: Path) -> bytes:
 
 def _unpack(item: tuple[Section, memoryview]) -> bytes:
     section, stream = item
+    plan = section.plan
     try:
-        return decompress(stream, raw_length=section.plan.raw)
-    except CodecError as e:
-        raise ArtifactError(f"artifact section {section.plan.name!r}: {e}") from e
+        if plan.kind == "codes":
+            return decode_codes(stream, (plan.shape[0], plan.shape[1])).tobytes()
+        return decompress(stream, raw_length=plan.raw)
+    except ValueError as e:  # CodecError, or what decode_codes says
+        raise ArtifactError(f"artifact section {plan.name!r}: {e}") from e
 
 
 def _assemble(tensors: tuple[TensorEntry, ...], raws: list[bytes]) -> QuantizedState:
@@ -119,12 +123,9 @@ def _assemble(tensors: tuple[TensorEntry, ...], raws: list[bytes]) -> QuantizedS
 
 
 def _matrices(tensor: TensorEntry, sections: Iterator[bytes]) -> Tensor:
-    """Return a matrix parameter's codes in its own shape; each section is one matrix, column-major."""
-    rows, cols = tensor.shape[-2:]
-    stack = np.empty((math.prod(tensor.shape[:-2]), rows, cols), np.int8)
-    for matrix in stack:
-        matrix[:] = np.frombuffer(next(sections), np.int8).reshape(cols, rows).T
-    return torch.from_numpy(stack).reshape(tensor.shape)
+    """Return a matrix parameter's codes in its own shape; each section is one matrix, row-major."""
+    raw = bytearray().join(next(sections) for _ in range(math.prod(tensor.shape[:-2])))
+    return torch.from_numpy(np.frombuffer(raw, np.int8)).reshape(tensor.shape)
 
 
 def _coded(tensor: TensorEntry, codes: Tensor, scales: Tensor) -> QuantizedTensor:

@@ -30,6 +30,7 @@ from pgolf.artifact.header import (
 )
 from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
+from pgolf.ops import encode_codes
 from pgolf.quant.state import QuantizedState
 
 FIT_MARGIN = 1.002
@@ -54,7 +55,7 @@ def write_artifact(
         model: the configuration of the model that `state` belongs to.
         tokenizer_sha256: 64 hex digits. config_hash: 16 hex digits, from `pgolf.config.config_hash`.
         limit: counted bytes (file plus code) that are allowed.
-        quality: brotli quality; 11 for anything that counts, lower in tests.
+        quality: brotli quality of all but the codes; 11 for anything that counts, lower in tests.
     Returns:
         The ledger of the written file.
     Raises:
@@ -130,7 +131,7 @@ def _build(state: QuantizedState, model: ModelConfig, facts: _Facts, *, quality:
     """Return the complete file and its ledger; the file has been parsed once to prove that it can be."""
     tensors = _entries(state)
     plans = plan_sections(tensors)
-    streams = in_threads(partial(compress, quality=quality), _payloads(state))
+    streams = in_threads(partial(_encode, quality=quality), _payloads(state))
     sections = place_sections(plans, streams)
     header = Header(model, facts.tokenizer_sha256, facts.config_hash, facts.limit, tensors, sections)
     data = frame(header, streams)
@@ -162,12 +163,16 @@ def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-def _payloads(state: QuantizedState) -> list[bytes]:
-    """Return the raw bytes of every section, in the order of `plan_sections`."""
-    payloads = []
+def _encode(payload: NDArray[np.int8] | bytes, *, quality: int) -> bytes:
+    return compress(payload, quality=quality) if isinstance(payload, bytes) else encode_codes(payload)
+
+
+def _payloads(state: QuantizedState) -> list[NDArray[np.int8] | bytes]:
+    """Return every section's codes or raw bytes, in the order of `plan_sections`."""
+    payloads: list[NDArray[np.int8] | bytes] = []
     for t in state.quantized.values():
         stack = t.codes.reshape(-1, *t.codes.shape[-2:])
-        payloads += [matrix.t().contiguous().numpy().tobytes() for matrix in stack]
+        payloads += list(stack.numpy())
     scales = [t.scales for t in (*state.quantized.values(), *state.gates.values())]
     payloads.append(split_bytes(_flat(scales)))
     payloads.append(b"".join(t.codes.contiguous().numpy().tobytes() for t in state.gates.values()))

@@ -21,8 +21,8 @@ import pgolf.ops._extension  # noqa: F401  (says how to build when the compiled 
 from pgolf import _C
 
 RAW, COLUMNS, PREDICTED = 0, 1, 2
-PREDICT_COLS, PREDICT_RATIO = 2048, 8
-"""Mode `PREDICTED` needs at most so many columns, and is tried from so many rows a column on."""
+MOST_COLS, PREDICT_COLS, PREDICT_RATIO = 1 << 20, 2048, 8
+"""Wider matrices are stored raw. Mode `PREDICTED` needs at most so many columns, and is tried from so many rows a column on."""
 WORD = (1 << 64) - 1
 
 
@@ -66,7 +66,7 @@ def encode_codes_ref(codes: NDArray[np.int8]) -> bytes:
     rows, cols = codes.shape
     streams = [bytes([RAW]) + codes.tobytes()]
     largest = int(np.abs(codes.astype(int)).max(initial=0))
-    modes = [COLUMNS] if codes.size else []
+    modes = [COLUMNS] if codes.size and cols <= MOST_COLS else []
     if largest and cols <= PREDICT_COLS and rows >= PREDICT_RATIO * cols:
         modes += [PREDICTED]
     for mode in modes:
@@ -86,7 +86,7 @@ def decode_codes_ref(data: bytes | memoryview, shape: tuple[int, int]) -> NDArra
         raw: NDArray[np.int8] = np.frombuffer(data, np.int8)[1:].reshape(shape).copy()
         return raw
     possible = mode == COLUMNS or (mode == PREDICTED and largest > 0 and cols <= PREDICT_COLS)
-    if not possible or not 0 <= largest <= 128 or (largest == 0 and len(data) != 2):
+    if not possible or cols > MOST_COLS or not 0 <= largest <= 128 or (largest == 0 and len(data) != 2):
         raise ValueError(f"decode_codes: no stream of a {rows} x {cols} matrix begins like this")
     codes = np.zeros(shape, int)
     if largest:

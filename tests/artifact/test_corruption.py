@@ -185,7 +185,10 @@ def test_other_files_are_named(tmp_path):
     refused(
         tmp_path / "a", b"PK\x03\x04" + bytes(100), r"not a pgolf artifact: expected magic b'PGLF', got b'PK"
     )
-    refused(tmp_path / "a", b"PGLF\x02\x00" + bytes(100), r"version 2 .* expected 1")
+    for version in (1, 3):
+        refused(
+            tmp_path / "a", b"PGLF" + bytes([version, 0]) + bytes(100), rf"version {version} .* expected 2"
+        )
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_state(tmp_path)
     with pytest.raises(

@@ -183,6 +183,7 @@ def test_threads_write_the_same_bytes():
         (lambda: decode_codes(b"\3\1", (1, 1)), ValueError, "no known mode"),
         (lambda: decode_codes(b"\1\x81", (1, 1)), ValueError, "no possible largest code"),
         (lambda: decode_codes(b"\2\1\0", (1, 2049)), ValueError, "predicts a matrix that is never predicted"),
+        (lambda: decode_codes(b"\1\1\0", (1, 1 << 30)), ValueError, "more columns than are ever modelled"),
         (lambda: decode_codes(b"\0ab", (1, 1)), ValueError, "the raw stream has another length"),
         (lambda: decode_codes(b"\0", (-1, 1)), ValueError, r"at most 2\^31 codes, got \(-1, 1\)"),
         (lambda: decode_codes(b"\0", (1 << 20, 1 << 20)), ValueError, r"at most 2\^31 codes"),
