@@ -22,7 +22,8 @@ from pgolf import _C
 
 RAW, COLUMNS, PREDICTED = 0, 1, 2
 MOST_COLS, PREDICT_COLS, PREDICT_RATIO = 1 << 20, 2048, 8
-"""Wider matrices are stored raw. Mode `PREDICTED` needs at most so many columns, and is tried from so many rows a column on."""
+"""Matrices wider than the first are stored raw; `PREDICTED` needs at most the second number of columns, and
+is tried from the third number of rows a column on."""
 WORD = (1 << 64) - 1
 
 
