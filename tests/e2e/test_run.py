@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from pgolf.artifact.read import read_artifact
-from pgolf.cli.main import main
+from pgolf.cli.main import VERBS, main
 from pgolf.train.state import load_weights
 from tests.e2e.conftest import SMALL
 
@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(shards, tmp_
 
 
 def test_every_verb_explains_itself(capsys):
-    for verb in ("train", "config", "data", "evaluate", "quantize", "demo", "info"):
+    for verb in VERBS:
         try:
             main([verb, "--help"])
         except SystemExit as e:
