@@ -22,6 +22,7 @@ from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import fit_artifact
 from pgolf.config import Config, QuantConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
+from pgolf.data.shards import atomic_file
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_model
@@ -265,9 +266,8 @@ def train_run(config: Config) -> Summary:
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON, atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(data, indent=2) + "\n")
-    temporary.replace(path)
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def summary_dict(s: Summary) -> dict[str, Any]:
