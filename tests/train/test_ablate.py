@@ -1,0 +1,310 @@
+"""Plans of ablations, their runner with a fake cell, and one real ablation on a tiny model."""
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pgolf.cli.main import main
+from pgolf.cli.overrides import load_base
+from pgolf.config import to_dict
+from pgolf.data.corpus import sample_paths
+from pgolf.train.ablate import gather, read_cell, run_plan
+from pgolf.train.plan import Plan, read_plan
+from tests.e2e.conftest import SMALL
+
+PLAN = {
+    "name": "test",
+    "base": "tiny",
+    "data": "shards",
+    "steps": 5,
+    "overrides": {"data.micro_tokens": 512},
+    "baseline": "base",
+    "arms": {"base": {}, "jordan": {"optim.muon.coefficients": "jordan"}},
+    "seeds": [1, 2, 3],
+}
+
+
+def make_plan(folder: Path, **changes: object) -> Plan:
+    path = folder / "plan.json"
+    path.write_text(json.dumps({**PLAN, "out": str(folder / "out"), **changes}))
+    return read_plan(path, load_base)
+
+
+# Plans
+
+
+def test_plan_resolves_arms_and_interleaves_seeds(tmp_path):
+    plan = make_plan(tmp_path)
+    assert not plan.warnings
+    assert plan.arms["jordan"].optim.muon.coefficients == "jordan"
+    cells = plan.cells()
+    assert [(c.seed, c.arm) for c in cells] == [
+        *[(1, "base"), (1, "jordan")],
+        *[(2, "jordan"), (2, "base")],  # every seed starts one arm further on
+        *[(3, "base"), (3, "jordan")],
+    ]
+    one, two = cells[0].config, cells[1].config
+    assert (one.train.seed, one.train.steps, one.train.seconds) == (1, 5, 0.0)
+    assert one.data.micro_tokens == two.data.micro_tokens == 512 and one.data.dir == Path("shards")
+    assert replace(two, name=one.name, train=one.train, optim=one.optim) == one
+    assert len({c.folder for c in cells}) == len({c.key for c in cells}) == 6
+
+
+BAD_PLANS = [
+    ({"arm": {}}, ValueError, r"unknown key 'arm'; did you mean 'arms'"),
+    ({"steps": 5, "seconds": 60}, ValueError, r"either steps or seconds.*got steps=5, seconds=60"),
+    ({"steps": 0}, ValueError, r"either steps or seconds"),
+    ({"steps": -1}, ValueError, r"either steps or seconds"),
+    ({"seeds": [1, 2, 1]}, ValueError, r"seeds \[1\] are given twice"),
+    ({"seeds": []}, ValueError, r"at least one whole number"),
+    ({"seeds": [1, True]}, ValueError, r"whole numbers in .* got \[True\]"),
+    ({"baseline": "bas"}, ValueError, r"baseline must be one of the arms \['base', 'jordan'\], got 'bas'"),
+    ({"baseline": ""}, ValueError, r"baseline is missing"),
+    ({"arms": {"base": {}}}, ValueError, r"at least two arms"),
+    ({"arms": {"base": {}, "Base": {}}}, ValueError, r"named twice, but for capitals"),
+    ({"arms": {"base": {}, "../x": {}}}, ValueError, r"names a folder"),
+    ({"arms": {"base": {}, "a": []}}, TypeError, r"arm 'a': expected an object of dotted settings, got list"),
+    ({"arms": {"base": {}, "a": {"optim.muon.lrr": 1.0}}}, ValueError, r"arm 'a'.*'lrr'; did you mean 'lr'"),
+    ({"arms": {"base": {}, "a": {"optm.muon.lr": 1.0}}}, ValueError, r"'optm'; did you mean 'optim'"),
+    ({"arms": {"base": {}, "a": {"optim.muon": {"lr": 1}}}}, TypeError, r"one dotted key for each setting"),
+    ({"arms": {"base": {}, "a": {"optim.muon": 1}}}, ValueError, r"is a section; name one of lr,"),
+    ({"arms": {"base": {}, "a": {"optim.muon.lr.x": 1}}}, ValueError, r"'lr' is a setting, not a section"),
+    ({"arms": {"base": {}, "a": {"optim.muon.ns_steps": 11}}}, ValueError, r"arm 'a'.*in \[1, 10\], got 11"),
+    ({"arms": {"base": {}, "a": {"optim.muon.lr": "big"}}}, TypeError, r"expected float, got str 'big'"),
+    ({"arms": {"base": {}, "a": {"optim.muon.coefficients": "jordn"}}}, ValueError, r"got 'jordn'"),
+    ({"arms": {"base": {}, "a": {"train.seed": 3}}}, ValueError, r"train.seed is given by the plan's seeds"),
+    ({"overrides": {"train.steps": 3}}, ValueError, r"train.steps is given by the plan's steps or seconds"),
+    ({"metric": "ttt"}, ValueError, r"metric must be one of \('raw', 'ema', 'quantized'\)"),
+    ({"effect": 0}, ValueError, r"effect is in bits per byte"),
+    ({"base": "recrod"}, ValueError, r"'recrod' is neither a preset"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_PLANS, ids=lambda v: str(v)[:40])
+def test_bad_plan_says_what_is_wrong(tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        make_plan(tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"arms": {"a": {}, "a": {}}}', r"given twice: 'a'"),
+        ('{"seeds": [1,]}', r"is not a plan"),
+    ],
+)
+def test_duplicate_arm_or_broken_json_is_an_error(tmp_path, text, message):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_plan(tmp_path / "plan.json", load_base)
+
+
+def test_missing_plan_names_the_example():
+    with pytest.raises(FileNotFoundError, match=r"no plan file nowhere.json; bench/ablations/example.json"):
+        read_plan(Path("nowhere.json"), load_base)
+
+
+def test_override_that_changes_nothing_is_named(tmp_path):
+    arms = {"base": {}, "clip": {"quant.mlp_clip": 11.5}, "lr": {"optim.muon.lr": 0.04}}
+    first, second = make_plan(tmp_path, arms=arms).warnings
+    assert "arm 'clip': quant.mlp_clip = 11.5 changes nothing" in first
+    assert second == "arms 'base' and 'clip' are the same run: their difference is noise only"
+
+
+def test_example_plan_is_valid():
+    plan = read_plan(Path(__file__).parents[2] / "bench" / "ablations" / "example.json", load_base)
+    assert len(plan.cells()) == 32 and not plan.warnings
+
+
+# The runner, with cells that only write files
+
+
+class FakeCells:
+    """Starts cells that end at once: `plans` says how; the others finish with a score by arm and seed."""
+
+    def __init__(self, **fates: str) -> None:
+        self.fates, self.started = fates, []
+
+    def __call__(self, cell, gpu):
+        self.started.append((cell.arm, cell.seed, gpu))
+        fate = self.fates.get(f"{cell.arm}{cell.seed}", "finish")
+        run = cell.folder / f"run{len(list(cell.folder.iterdir()))}"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(to_dict(cell.config)))
+        if fate == "interrupt":
+            raise KeyboardInterrupt
+        if fate in ("finish", "nan"):
+            bpb = 1.2 + 0.01 * cell.seed + {"base": 0.0}.get(cell.arm, -0.002 - 0.0001 * cell.seed)
+            scores = {"raw": {"bpb": bpb + 0.01}, "quantized": {"bpb": math.nan if fate == "nan" else bpb}}
+            train = {"steps": 5, "ms_loop_off": 10.0, "ms_loop_on": None}
+            summary = {"scores": scores, "train": train, "seconds": {"train": 0.06}, "bytes": {"total": 777}}
+            (run / "summary.json").write_text(json.dumps({**summary, "device": "CPU"}))
+            return FakeProcess(0)
+        (cell.folder / "output.txt").write_text(f"step 1\n{fate}\n")
+        return FakeProcess(2)
+
+
+class FakeProcess:
+    def __init__(self, code):
+        self.code, self.stopped = code, False
+
+    def poll(self):
+        return self.code
+
+    def terminate(self):
+        self.stopped = True
+
+    def wait(self):
+        return self.code
+
+
+DIVERGED = "pgolf train: the loss is nan at step 3 (0.2 s); lower optim.muon.lr; nothing was quantized"
+
+
+def run_all(plan, start, gpus=0):
+    lines = []
+    run_plan(plan, start, gpus=gpus, commit="abc", say=lines.append, poll_seconds=0.0)
+    return lines
+
+
+def test_finished_cells_are_skipped_and_crashed_ones_run_again(tmp_path):
+    plan = make_plan(tmp_path)
+    lines = run_all(plan, FakeCells(jordan2="out of memory"))
+    assert "[3/6] jordan seed 2: crashed: exit code 2: out of memory" in lines[2]
+    assert "min to go" in lines[0] and "base seed 1: 1.21000 bpb" in lines[0]
+    assert not gather(plan, Path("p")).complete
+    again = FakeCells()
+    lines = run_all(plan, again)
+    assert again.started == [("jordan", 2, None)] and lines[0] == "5 of 6 cells are there already"
+    assert gather(plan, Path("p")).complete
+    third = FakeCells()
+    run_all(plan, third)
+    assert third.started == []
+
+
+def test_changed_configuration_is_run_again_and_moved_results_are_kept(tmp_path):
+    run_all(make_plan(tmp_path), FakeCells())
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved, longer = FakeCells(), FakeCells()
+    run_all(make_plan(tmp_path, out=str(tmp_path / "moved"), name="other", seeds=[1, 2, 3, 4]), moved)
+    assert {seed for _, seed, _ in moved.started} == {4}
+    run_all(make_plan(tmp_path, out=str(tmp_path / "moved"), steps=6), longer)
+    assert len(longer.started) == 6
+
+
+def test_torn_summary_is_run_again(tmp_path):
+    plan = make_plan(tmp_path)
+    run_all(plan, FakeCells())
+    (summary,) = plan.cells()[0].folder.glob("*/summary.json")
+    summary.write_text(summary.read_text()[:20])
+    again = FakeCells()
+    run_all(plan, again)
+    assert again.started == [("base", 1, None)]
+
+
+@pytest.mark.parametrize("fate", [DIVERGED, "nan"])
+def test_diverged_cell_is_recorded_not_averaged_and_not_run_again(tmp_path, fate):
+    plan = make_plan(tmp_path, seeds=[1, 2, 3, 4])
+    run_all(plan, FakeCells(jordan2=fate))
+    result = gather(plan, Path("p"))
+    assert result.complete and result.of("jordan", "diverged")[2].message
+    assert list(result.of("jordan")) == [1, 3, 4] and "nan" in result.of("jordan", "diverged")[2].message
+    again = FakeCells()
+    run_all(plan, again)
+    assert again.started == []
+
+
+def test_interrupt_leaves_finished_cells_intact(tmp_path):
+    plan = make_plan(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run_all(plan, FakeCells(base2="interrupt"))
+    states = [read_cell(cell).status for cell in plan.cells()]
+    assert states == ["finished"] * 3 + ["missing"] * 3
+    again = FakeCells()
+    run_all(plan, again)
+    assert len(again.started) == 3
+
+
+def test_interrupt_ends_the_cells_under_way(tmp_path):
+    class Endless(FakeProcess):
+        def poll(self):
+            return None
+
+    under_way = []
+
+    def start(cell, gpu):
+        if cell.arm == "jordan":
+            raise KeyboardInterrupt
+        under_way.append(Endless(0))
+        return under_way[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(make_plan(tmp_path), start, gpus=2)
+    assert [p.stopped for p in under_way] == [True]
+
+
+def test_three_crashes_in_a_row_stop_the_plan(tmp_path):
+    cells = FakeCells(
+        **{f"{arm}{seed}": "no such folder" for arm in ("base", "jordan") for seed in (1, 2, 3)}
+    )
+    with pytest.raises(RuntimeError, match=r"3 cells in a row crashed, the last with: .*no such folder"):
+        run_all(make_plan(tmp_path), cells)
+    assert len(cells.started) == 3
+
+
+def test_cells_spread_over_gpus(tmp_path):
+    cells = FakeCells()
+    run_all(make_plan(tmp_path), cells, gpus=2)
+    assert len(cells.started) == 6 and {gpu for _, _, gpu in cells.started} == {0, 1}
+    for arm in ("base", "jordan"):  # no arm has a GPU to itself
+        assert len({gpu for a, _, gpu in cells.started if a == arm}) == 2
+
+
+# The real thing
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    train, val = (str(p) for p in sample_paths())
+    model = str(folder / "tokenizer.model")
+    assert main(["data", "tokenizer", "--inputs", val, "--vocab-size", "512", "--out", model]) == 0
+    split = ["--train", train, "--val", val, "--tokenizer", model, "--out", str(folder / "shards")]
+    assert main(["data", "shards", *split]) == 0
+    return folder / "shards"
+
+
+def small_overrides() -> dict[str, object]:
+    """SMALL of the end-to-end tests as dotted settings."""
+    words = [w.removeprefix("--").replace("-", "_").split("=") for w in SMALL]
+    return {key: int(value) for key, value in words if "." in key}
+
+
+@pytest.mark.slow
+def test_two_arms_and_two_seeds_end_to_end(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # spinning threads on shared cores would slow it tenfold
+    arms = {"base": {}, "hot": {"optim.muon.lr": 1e30, "optim.grad_clip": 0.0}}
+    common = {**small_overrides(), "train.device": "cpu", "train.warmup_steps": 0}
+    path, out = tmp_path / "plan.json", tmp_path / "out"
+    changes = {"data": str(shards), "out": str(out), "overrides": common, "arms": arms, "seeds": [1, 2]}
+    path.write_text(json.dumps({**PLAN, "steps": 3, **changes}))
+    assert main(["ablate", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "[4/4]" in said and "min to go" in said
+    plan = read_plan(path, load_base)
+    result = gather(plan, path)
+    one, two = result.of("base")[1], result.of("base")[2]
+    assert one.values["steps"] == 3 and one.values["bytes"] > 0
+    assert one.values["raw"] != two.values["raw"]
+    assert sorted(result.of("hot", "diverged")) == [1, 2]
+    assert "the loss is nan at step" in result.of("hot", "diverged")[1].message
+    report = (out / "report.md").read_text()
+    assert "no claim below 3" in report and "| hot | 1 | diverged |" in report
+    (out / "report.md").unlink()
+    assert main(["ablate", str(path), "--report-only"]) == 0
+    assert (out / "report.md").read_text() == report
+    ET.fromstring((out / "report.html").read_text())
