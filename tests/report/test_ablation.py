@@ -1,0 +1,87 @@
+"""The report of an ablation: verdicts, tables, and a page that needs nothing else."""
+
+import json
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+from pgolf.report.ablation import Ablation, CellResult, compare_arms, markdown
+from pgolf.report.html import html_page, write_report
+
+NOISE = (0.0, 0.0004, -0.0003, 0.0006, -0.0005, 0.0002)
+
+
+def make_ablation(folder: Path, **changes) -> Ablation:
+    """Six seeds: `good` is 0.01 better with a spread, `same` differs by noise, `twin` not at all."""
+    shifts = {"base": 0.0, "good": -0.01, "same": 0.0, "twin": 0.0}
+    cells = []
+    for arm, shift in shifts.items():
+        for seed, noise in enumerate(NOISE):
+            own = 0.0 if arm in ("base", "twin") else noise * (1 if arm == "good" else -1)
+            bpb = 1.1 + 0.01 * seed + shift + own
+            values = {"raw": bpb, "ema": bpb, "quantized": bpb, "bytes": 1e7, "steps": 9.0, "ms": 12.5}
+            metrics = folder / f"{arm}{seed}.jsonl"
+            rows = [{"step": i, "elapsed": i / 10, "loss": 5 - i / 10} for i in range(9)]
+            metrics.write_text("\n".join(json.dumps(row) for row in rows))
+            cells.append(CellResult(arm, seed, "finished", values, metrics, "", "abc", "CPU"))
+    facts = {"name": "t<&>", "comment": "", "base": "tiny", "length": "9 steps", "plan_file": "plan.json"}
+    facts |= {"metric": "quantized", "effect": 0.0005, "baseline": "base", "seeds": tuple(range(6))}
+    arms = {"base": {}, "good": {"optim.muon.lr": 0.1}, "same": {"a.b": "x|y"}, "twin": {}}
+    return Ablation(**{**facts, "arms": arms, "cells": tuple(cells), **changes})
+
+
+def with_status(ablation: Ablation, arm: str, seeds: set[int], status: str) -> tuple[CellResult, ...]:
+    return tuple(
+        CellResult(c.arm, c.seed, status, message="why") if c.arm == arm and c.seed in seeds else c
+        for c in ablation.cells
+    )
+
+
+def test_verdicts_separate_a_change_from_noise_and_from_nothing(tmp_path):
+    good, same, twin = compare_arms(make_ablation(tmp_path))
+    assert (good.verdict, same.verdict, twin.verdict) == ("better", "not separable", "not separable")
+    assert good.pairs.p_flip == 2 / 64 and abs(good.pairs.mean + 0.01) < 1e-4
+    assert good.p_adjusted == 3 * good.pairs.p_t  # Holm over three arms
+    assert "same score" in twin.note and twin.p_adjusted == 1.0
+
+
+def test_a_diverged_seed_leaves_the_pair_out_and_forbids_better(tmp_path):
+    whole = make_ablation(tmp_path)
+    good = compare_arms(make_ablation(tmp_path, cells=with_status(whole, "good", {4}, "diverged")))[0]
+    assert good.seeds == (0, 1, 2, 3, 5) and good.p_adjusted < 0.01
+    assert good.verdict == "not separable" and "diverged at seeds [4]" in good.note
+
+
+def test_two_pairs_claim_nothing_however_large(tmp_path):
+    whole = make_ablation(tmp_path)
+    some = make_ablation(tmp_path, cells=with_status(whole, "good", {0, 1, 2, 3}, "missing"))
+    good = compare_arms(some)[0]
+    assert good.pairs.n == 2 and good.verdict == "not separable" and good.needed is None
+    text = markdown(some)
+    assert "INTERIM: 20 of 24 cells" in text and "2 pairs are no evidence" in text
+    assert "| good | 0 | missing | why |" in text
+
+
+def test_no_results_at_all_still_make_a_report(tmp_path):
+    whole = make_ablation(tmp_path)
+    cells = tuple(CellResult(c.arm, c.seed, "missing") for c in whole.cells)
+    assert "INTERIM: 0 of 24" in html_page(make_ablation(tmp_path, cells=cells))
+
+
+def test_markdown_tables_have_equal_columns_and_escape_bars(tmp_path):
+    text = markdown(make_ablation(tmp_path, warnings=("careful",)))
+    assert "x\\|y" in text and "WARNING: careful" in text
+    for block in text.split("\n## ")[1:]:
+        rows = [line.replace("\\|", "") for line in block.splitlines() if line.startswith("|")]
+        assert len({row.count("|") for row in rows}) == 1
+
+
+def test_page_is_well_formed_and_needs_nothing_else(tmp_path):
+    _, path = write_report(make_ablation(tmp_path), tmp_path / "out")
+    page = path.read_text()
+    root = ET.fromstring(page)
+    sources = [e.get("src") for e in root.iter() if e.get("src") is not None]
+    assert len(sources) == 4 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
+    assert not re.search(r"<(script|link|iframe)|@import|url\(|href=", page)
+    assert "t&lt;&amp;&gt;" in page
+    assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.md"]
