@@ -64,9 +64,11 @@ class Ablation:
     """Smallest difference worth seeing, bits per byte."""
     baseline: str
     arms: dict[str, dict[str, object]]
-    """Overrides of every arm, by name, in the plan's order."""
+    """Overrides of every arm, by name, in the plan's order, beside the common ones."""
     seeds: tuple[int, ...]
     cells: tuple[CellResult, ...]
+    common: dict[str, object] = field(default_factory=dict)
+    """Overrides of all arms."""
     warnings: tuple[str, ...] = ()
 
     def of(self, arm: str, status: Status = "finished") -> dict[int, CellResult]:
@@ -165,7 +167,7 @@ def tables(ablation: Ablation) -> list[Table]:
         Table("Verdicts", ("arm", "verdict", "in words"), [_words(c, ablation) for c in compared]),
         Table(title, head, [_comparison_row(c) for c in compared]),
         _means(ablation),
-        Table("What each arm sets", ("arm", "overrides"), [_changes(a, ablation) for a in ablation.arms]),
+        Table("What each arm sets", ("arm", "overrides"), _changes(ablation)),
     ]
     open_cells = [c for c in ablation.cells if c.status != "finished"]
     if open_cells:
@@ -260,8 +262,9 @@ def _mean(m: Mean, digits: int) -> str:
     return f"{m.mean:,.{digits}f}" + (f" +- {m.se:,.{max(digits, 1)}f}" if m.n > 1 else "")
 
 
-def _changes(arm: str, ablation: Ablation) -> tuple[str, str]:
-    return arm, ", ".join(f"{k} = {v}" for k, v in ablation.arms[arm].items()) or "nothing (the base)"
+def _changes(ablation: Ablation) -> list[tuple[str, ...]]:
+    sets = {"(all arms)": ablation.common, **ablation.arms}
+    return [(a, ", ".join(f"{k} = {v}" for k, v in c.items()) or "nothing") for a, c in sets.items()]
 
 
 def _figure(value: float, show: Callable[[float], str]) -> str:

@@ -238,6 +238,7 @@ def gather(plan: Plan, plan_file: Path) -> Ablation:
         metric=plan.metric,
         effect=plan.effect,
         baseline=plan.baseline,
+        common=dict(plan.common),
         arms={arm: dict(changes) for arm, changes in plan.overrides.items()},
         seeds=plan.seeds,
         cells=tuple(read_cell(cell) for cell in plan.cells()),

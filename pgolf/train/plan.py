@@ -85,8 +85,10 @@ class Plan:
     baseline: str
     arms: dict[str, Config]
     """Resolved configuration of every arm, in the file's order, before seed and folder."""
+    common: dict[str, Any]
+    """What all arms change in the base, as written."""
     overrides: dict[str, dict[str, Any]]
-    """What each arm changes, as written."""
+    """What each arm changes besides, as written."""
     seeds: tuple[int, ...]
     metric: Metric
     """The weights whose bits per byte decide: chosen before the runs."""
@@ -159,7 +161,8 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         out=out or file.out or Path("ablations") / file.name,
         baseline=file.baseline,
         arms=arms,
-        overrides={arm: {**common, **change} for arm, change in changes.items()},
+        common=common,
+        overrides=changes,
         seeds=_seeds(file.seeds, path),
         metric=file.metric,
         effect=file.effect,
