@@ -49,7 +49,11 @@ def load_model(path: Path, device: torch.device | str) -> GPT:
         FileNotFoundError: no such file. ArtifactError: a malformed file, or parameters that do not fit the
             file's own model configuration.
     """
-    artifact = read_artifact(path)
+    return build_model(read_artifact(path), device)
+
+
+def build_model(artifact: Artifact, device: torch.device | str) -> GPT:
+    """Return the model of an artifact that has been read; otherwise as `load_model`."""
     _check_shapes(artifact)
     with torch.device("meta"):  # initialization would cost seconds and be overwritten
         model = GPT(artifact.model_config)
@@ -57,7 +61,7 @@ def load_model(path: Path, device: torch.device | str) -> GPT:
         model.load_state_dict(artifact.state, assign=True)
     except RuntimeError as e:
         detail = " ".join(str(e).split())
-        raise ArtifactError(f"{path}: parameters do not fit the model configuration: {detail}") from e
+        raise ArtifactError(f"artifact: parameters do not fit the model configuration: {detail}") from e
     return model.prepare(torch.device(device)).eval()
 
 

@@ -5,8 +5,6 @@ Owns the order of bytes inside the sections (with `read.py`, its inverse) and th
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +28,7 @@ from pgolf.artifact.header import (
 )
 from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
+from pgolf.data.shards import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.state import QuantizedState
 
@@ -65,7 +64,8 @@ def write_artifact(
     facts = _Facts(tokenizer_sha256, config_hash, limit, 1.0)
     data, ledger = _build(state, model, facts, quality=quality)
     check(ledger, limit)
-    _write_atomically(path, data)
+    with atomic_file(path) as file:
+        file.write(data)
     return ledger
 
 
@@ -107,7 +107,8 @@ def fit_artifact(
         weights = sum(t.codes.numel() for t in state.quantized.values())
         clip_scale *= _widening(ledger.total - limit, weights)
     check(ledger, limit)
-    _write_atomically(path, data)
+    with atomic_file(path) as file:
+        file.write(data)
     return ledger
 
 
@@ -183,18 +184,3 @@ def _payloads(state: QuantizedState) -> list[NDArray[np.int8] | bytes]:
 def _flat(tensors: list[Tensor]) -> NDArray[np.float16]:
     empty = np.zeros(0, np.float16)
     return np.concatenate([empty, *(t.contiguous().numpy().reshape(-1) for t in tensors)])
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    """Write next to `path`, flush to disk, rename; on any failure the old file stays and the new one goes."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -26,11 +26,12 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     """Read, score and print."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
-    from pgolf.artifact.read import load_model, read_artifact
+    from pgolf.artifact.read import build_model, read_artifact
     from pgolf.dist import Dist
     from pgolf.evaluate.corpus import Corpus, score_model
 
-    header = read_artifact(args.artifact).header
+    artifact = read_artifact(args.artifact)
+    header = artifact.header
     corpus = Corpus.open(args.data, vocab_size=header.model.vocab_size)
     if header.tokenizer_sha256 != corpus.sha256:
         theirs, ours = header.tokenizer_sha256[:16], corpus.sha256[:16]
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         )
     dist = Dist.start(args.device)
     try:
-        model = load_model(args.artifact, dist.device)
+        model = build_model(artifact, dist.device)
         model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
         score = score_model(model, corpus, args.tokens, dist)
     finally:

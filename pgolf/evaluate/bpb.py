@@ -16,11 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgolf.data.loader import ValBatch
+from pgolf.data.loader import IGNORED_TARGET, ValBatch
 from pgolf.dist import Dist
-
-IGNORE = -100
-"""Target that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def _score(model: nn.Module, batch: ValBatch, device: torch.device, *, loop: boo
         for t in (batch.inputs, batch.targets, batch.cu_seqlens, batch.target_bytes)
     )
     nats: Tensor = model(inputs, targets, cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop)
-    scored = targets != IGNORE
+    scored = targets != IGNORED_TARGET
     counts = torch.stack([nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()])
     return nats, counts
 

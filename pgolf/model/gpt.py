@@ -24,7 +24,6 @@ from pgolf.model.rope import rope_tables
 from pgolf.ops import softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
-IGNORE = -100
 
 
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
@@ -248,7 +247,7 @@ class GPT(nn.Module):
         if observe is not None:
             observe("head", 0, hidden)
         logits = F.linear(hidden, table)
-        return softcap_ce(logits, targets, self.config.softcap, ignore_index=IGNORE)
+        return softcap_ce(logits, targets, self.config.softcap)
 
     def logits(self, inputs: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, loop: bool) -> Tensor:
         """Return the soft-capped logits `(T, V)` float32."""

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.data.shards import atomic_file
 from pgolf.report.ablation import WEIGHTS, Ablation, CellResult
 from pgolf.train.plan import Cell, Plan, run_key
+from pgolf.train.state import write_json
 
 OUTPUT = "output.txt"
 RECORD = "cell.json"
@@ -55,7 +55,7 @@ def start_process(cell: Cell, gpu: int | None) -> Process:
     A GPU is chosen the way torchrun does it, as local rank of a world of one: `gpu` counts the visible ones.
     """
     config = cell.folder / "config.json"
-    _write_json(config, to_dict(cell.config))
+    write_json(config, to_dict(cell.config))
     command = [sys.executable, "-m", "pgolf", "train", str(config)]
     if gpu is not None:
         command = ["env", "RANK=0", "WORLD_SIZE=1", f"LOCAL_RANK={gpu}", *command]
@@ -164,7 +164,7 @@ def _finish(running: _Running, commit: str) -> CellResult:
         message = found.group() if found else f"exit code {running.process.poll()}: {lines[-1]}"
     record = {"arm": cell.arm, "seed": cell.seed, "status": status, "message": message, "key": cell.key}
     facts = {"commit": commit, "gpu": running.gpu, "seconds": time.monotonic() - running.began}
-    _write_json(cell.folder / RECORD, {**record, **facts})
+    write_json(cell.folder / RECORD, {**record, **facts})
     return read_cell(cell)
 
 
@@ -211,11 +211,6 @@ def _key(path: Path) -> str | None:
         return run_key(from_dict(Config, _read_json(path)))
     except (ValueError, TypeError):
         return None
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

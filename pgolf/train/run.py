@@ -7,7 +7,6 @@ loses nothing.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import fit_artifact
 from pgolf.config import Config, QuantConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import atomic_file
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_model
@@ -35,7 +33,7 @@ from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult, passes_per_step
-from pgolf.train.state import clone_parameters, copy_parameters, save_weights
+from pgolf.train.state import clone_parameters, copy_parameters, save_weights, write_json
 
 ARTIFACT = "model.pgolf"
 Hessians = dict[tuple[str, int], Tensor]
@@ -262,12 +260,6 @@ def train_run(config: Config) -> Summary:
         return run.execute()
     finally:
         dist.close()
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON, atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def summary_dict(s: Summary) -> dict[str, Any]:

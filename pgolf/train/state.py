@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, written atomically, loaded without executing anything."""
+"""What a run puts on disk: weights as safetensors, facts as JSON; written atomically, nothing executed."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pgolf.config import Config, from_dict, to_dict
+from pgolf.data.shards import atomic_file
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts: Any) -> None:
@@ -72,3 +73,9 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         raise ValueError(f"the weights do not fit the model: {', '.join(different)} on one side only")
     for name, p in own.items():
         p.copy_(tensors[name])
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")
