@@ -8,7 +8,7 @@ from artifact_helpers import CONFIG, FACTS, make_state
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check, code_bytes, make_ledger, predict_bytes, reader_sources
-from pgolf.artifact.write import fit_artifact, write_artifact
+from pgolf.artifact.write import write_artifact
 from pgolf.config import ModelConfig, QuantConfig
 from pgolf.presets import record
 from pgolf.quant.grid import QuantizedTensor, quantize, sdclip_scales
@@ -91,37 +91,6 @@ def gaussian_state(clip_scale, *, width=512):
     w = torch.randn(width, 512, generator=torch.Generator().manual_seed(0))
     scales = sdclip_scales(w, bits=6, clip=11.5 * clip_scale)
     return QuantizedState({"w": QuantizedTensor(quantize(w, scales, bits=6), scales, 6)}, {}, {})
-
-
-def test_fit_widens_the_clips_just_enough(tmp_path):
-    calls = []
-
-    def make(clip_scale):
-        calls.append(clip_scale)
-        return gaussian_state(clip_scale)
-
-    free = fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=10**6)
-    assert free.clip_scale == 1.0 and calls == [1.0]
-    limit = free.total - 6_000
-    ledger = fit_artifact(tmp_path / "b", make, CONFIG, **FACTS, limit=limit)
-    assert limit - 1_500 < ledger.total <= limit
-    assert len(calls) <= 4 and ledger.clip_scale == calls[-1]
-    # 2^(8 * 6000 / 262144) * 1.002 = 1.138
-    assert ledger.clip_scale == pytest.approx(1.138, rel=0.02)
-
-
-def test_fit_gives_up_after_the_last_try_and_leaves_nothing(tmp_path):
-    calls = []
-
-    def make(clip_scale):
-        calls.append(clip_scale)
-        return gaussian_state(1.0, width=16)
-
-    with pytest.raises(ArtifactError, match="artifact is "):
-        fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=1000)
-    assert len(calls) == 3 and calls == sorted(set(calls)) and list(tmp_path.iterdir()) == []
-    with pytest.raises(ValueError, match="tries must be >= 1, got 0"):
-        fit_artifact(tmp_path / "a", make, CONFIG, **FACTS, limit=1000, tries=0)
 
 
 def test_ledger_adds_up_and_names_parameters(tmp_path, state):
