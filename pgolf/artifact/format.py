@@ -87,7 +87,8 @@ class Reader:
         Raises:
             ArtifactError: foreign, truncated or contradictory; the message names the part.
         """
-        self._file, self._size, self._hash = file, size, hashlib.sha256()
+        self._file, self._hash = file, hashlib.sha256()
+        self.digest = b""  # of all but the last 32 bytes, once every section has been read
         if size < PREFIX.size + DIGEST_BYTES:
             raise ArtifactError(
                 f"artifact is truncated: {size} bytes, the smallest has {PREFIX.size + DIGEST_BYTES}"
@@ -114,8 +115,8 @@ class Reader:
         """
         for section in self.header.sections:
             yield section, self._take(section.length)
-        digest = self._hash.digest()
-        if self._take(DIGEST_BYTES) != digest or self._file.read(1):
+        self.digest = self._hash.digest()
+        if self._take(DIGEST_BYTES) != self.digest or self._file.read(1):
             raise ArtifactError(
                 "artifact checksum does not match its contents; the file is corrupt or truncated"
             )

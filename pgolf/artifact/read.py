@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +80,17 @@ def read_artifact(path: Path) -> Artifact:
 
 def read_state(path: Path) -> tuple[Header, QuantizedState]:
     """Return the header and the parameters as stored: codes, steps and float16; raises as `read_artifact`."""
-    size = _file_size(path)
-    with path.open("rb") as file:
-        reader = Reader(file, size)
+    with open_artifact(path) as reader:
         raws = in_threads(_unpack, reader.sections())
     return reader.header, _assemble(reader.header.tensors, raws)
+
+
+@contextmanager
+def open_artifact(path: Path) -> Iterator[Reader]:
+    """Yield a file's reader, whose header has been read and checked; raises as `read_artifact`."""
+    size = _file_size(path)
+    with path.open("rb") as file:
+        yield Reader(file, size)
 
 
 def _file_size(path: Path) -> int:
