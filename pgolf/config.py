@@ -319,7 +319,7 @@ class ArtifactConfig:
     limit: int = 16_000_000
     """Bytes of code plus model that the artifact may have (decimal)."""
     fit: bool = True
-    """Widen the clips and quantize again when the artifact comes out above the limit (at most 3 times)."""
+    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
