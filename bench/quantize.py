@@ -32,6 +32,7 @@ from pgolf.ops import encode_codes
 from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.gptq import factorize, row_errors
 from pgolf.quant.grid import step_exponents
+from pgolf.quant.lqer import Correction
 from pgolf.quant.sensitivity import blend, collect_curvature
 from pgolf.quant.state import QuantizedState, dequantize_state
 from pgolf.train.run import open_loader
@@ -77,6 +78,9 @@ SETTINGS = [
     Setting("rows+columns +4 %", LOSS | {"rate": 1 / 12}, size=1.04),
     Setting("gptq -4 %", size=0.96),
     Setting("gptq +4 %", size=1.04),
+    Setting("gptq lqer asym", {"lqer": "asym"}),
+    Setting("gptq lqer sym", {"lqer": "sym"}),
+    Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
     Setting("gptq in order", {"act_order": False}),
     Setting("rows+columns damp 0.1", LOSS | {"damp": 0.1}),
     Setting("rows+columns damp 0.001", LOSS | {"damp": 0.001}),
@@ -235,11 +239,17 @@ def count_bytes(state: QuantizedState, pool: ThreadPoolExecutor) -> dict[str, in
         [g.scales for g in state.gates.values()]
     )
     parts["columns"] = sum(_step_bytes(c) for c in columns)
+    parts["lqer"] = sum(_correction_bytes(c) for c in state.corrections.values())
     parts["gates"] = len(
         compress(b"".join(g.codes.numpy().tobytes() for g in state.gates.values()), quality=11)
     )
     parts["small"] = _float_bytes(list(state.small.values()))
     return parts | {name: sum(len(job.result()) for job in group) for name, group in jobs.items()}
+
+
+def _correction_bytes(c: Correction) -> int:
+    codes = len(encode_codes(c.left.numpy())) + len(encode_codes(c.right.numpy()))
+    return codes + _float_bytes([c.left_scales, c.right_scales])
 
 
 def _float_bytes(tensors: list[Tensor]) -> int:

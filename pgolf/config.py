@@ -313,6 +313,12 @@ class QuantConfig:
     """The same for all other matrices."""
     row_floor: float = 0.02
     """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
+    lqer: Literal["off", "asym", "sym"] = "off"
+    """Low-rank correction of the matrices with the largest errors; the form of its codes."""
+    lqer_rank: int = 4
+    """Rank of a correction."""
+    lqer_top: int = 3
+    """Matrices that are corrected."""
     gradient_batches: int = 8
     """With row_steps=loss: micro-batches whose gradients measure the rows, over all ranks."""
     calibration_batches: int = 16
@@ -325,9 +331,12 @@ class QuantConfig:
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
             _require(value > 0, f"quant.{name} must be > 0, got {value}")
-        for name in ("calibration_batches", "gradient_batches"):
+        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
+        for name in ("embed_gram", "matrix_gram", "row_floor"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
         _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")
         _require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 

@@ -19,6 +19,7 @@ from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
 from pgolf.quant.grid import quantize_gate_rows
+from pgolf.quant.lqer import Correction, correct, largest_errors
 from pgolf.quant.plan import Matrices, common_step, prepare
 from pgolf.quant.sensitivity import Curvature
 from pgolf.quant.state import QuantizedState, dequantize_state
@@ -103,7 +104,7 @@ def quantize_model(
     missing = sorted(set(inputs) - set(model_state))
     if missing:
         raise ValueError(f"quantize_model: parameters {missing} have inputs but are not in the model's state")
-    result = QuantizedState({}, {}, {}, {})
+    result = QuantizedState({}, {}, {})
     matrices: dict[str, Matrices] = {}
     for name, weight in model_state.items():
         start = time.perf_counter()
@@ -126,7 +127,26 @@ def quantize_model(
                 model_state[name].shape
             )
             result.seconds[name] += time.perf_counter() - start
+    if config.lqer != "off":
+        result.corrections.update(_corrections(matrices, result, config))
     return result
+
+
+def _corrections(
+    matrices: dict[str, Matrices], state: QuantizedState, config: QuantConfig
+) -> dict[str, Correction]:
+    """Return low-rank corrections of the matrices that the quantization error hurts most."""
+    assert config.lqer != "off"
+    errors: dict[str, float] = {}
+    for name, bank in matrices.items():
+        for i, cost in enumerate(bank.errors(state.quantized[name]).tolist()):
+            errors[f"{name}.{i}"] = cost
+    found = {}
+    for key in largest_errors(errors, config.lqer_top):
+        name, _, index = key.rpartition(".")
+        error, power = matrices[name].error(int(index), state.quantized[name])
+        found[key] = correct(error, power, rank=config.lqer_rank, kind=config.lqer).to("cpu")
+    return found
 
 
 def _add_gram(sums: dict[InputKey, Tensor], key: InputKey, x: Tensor) -> None:

@@ -22,7 +22,7 @@ from pgolf.quant.allocate import (
     histogram_of,
     widening_for,
 )
-from pgolf.quant.gptq import Factored, factorize, gptq_on_grid
+from pgolf.quant.gptq import Factored, factorize, gptq_on_grid, row_errors
 from pgolf.quant.grid import QuantizedTensor, log_steps, max_code, sdclip_scales
 from pgolf.quant.sensitivity import Curvature, blend
 
@@ -53,6 +53,17 @@ class Matrices:
             self.weight / columns.float().unsqueeze(1), bits=self.bits, clip=self.clip * step
         )
         return Grid(log_steps(scales), columns)
+
+    def error(self, index: int, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
+        """Return W - W' `(R, C)` of one matrix of the bank, and its inputs' power `(C,)`."""
+        approx = quantized.dequantize().reshape(self.weight.shape)[index].to(self.weight.device)
+        return self.weight[index] - approx, self.factored.hessian[index].diagonal()
+
+    def errors(self, quantized: QuantizedTensor) -> Tensor:
+        """Return `(B,)` float64, each matrix's error in the H norm, times the weight of its rows if known."""
+        approx = quantized.dequantize().reshape(self.weight.shape).to(self.weight.device)
+        rows = row_errors(self.weight, approx, self.factored.hessian)
+        return rows.sum(-1) if self.row_weight is None else (rows * self.row_weight).sum(-1)
 
     def _inside(self, grid: Grid) -> Grid:
         """Return the grid with steps wide enough for the largest weight of each row."""
