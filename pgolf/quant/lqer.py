@@ -1,4 +1,4 @@
-"""Low-rank correction of what quantization did to a matrix: W ~ codes * steps + A B, both factors in few bits.
+"""Low-rank correction of what quantization did to a matrix: W ~ codes * steps + A B, both in few bits.
 
 Owns the choice of matrices, the factors and their two grids. Legend: `R` rows, `C` columns, `r` rank.
 Source: LQER (arXiv 2402.02446) as in parameter-golf #1855 (SPEC 6.5), which keeps the matrices with the
