@@ -6,8 +6,9 @@
 // muon_apply:      p = p (1 - lr wd) - lr lr_scale o;  then  average = lerp(average, p, average_weight).
 //
 // lr, mu, wd, s (grad_scale) and average_weight are read from memory by the kernels, so that a captured CUDA
-// graph follows a schedule. When s is not finite both halves leave everything as it is: that is how a step
-// with non-finite gradients is skipped on the device. float32 arithmetic, no atomics: deterministic.
+// graph follows a schedule. When s is not finite, muon_direction leaves the momentum and writes zeros, and
+// muon_apply does nothing: that is how a step with non-finite gradients is skipped on the device. float32
+// arithmetic, no atomics: deterministic.
 #pragma once
 
 #include "kernels/common.h"

@@ -56,11 +56,15 @@ void apply_range(const MuonTarget& t, const float* scalars, int64_t begin, int64
 template <typename G, typename M, typename X>
 void muon_direction_cpu(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
                         int threads) {
-  if (!std::isfinite(scalars[kMuonGradScale])) return;
+  const bool skip = !std::isfinite(scalars[kMuonGradScale]);
   for (int i = 0; i < count; ++i) {
     const MuonDirection& bank = banks[i];
     const int64_t cols = bank.cols;
     if (cols == 0) continue;
+    if (skip) {
+      std::fill_n(static_cast<X*>(bank.direction), bank.rows * cols, from_float<X>(0.0f));
+      continue;
+    }
     parallel_for(bank.rows, std::max<int64_t>(kGrain / cols, 1), threads, [&](int64_t begin, int64_t end) {
       std::vector<float> u(static_cast<size_t>(cols));
       for (int64_t row = begin; row < end; ++row) {

@@ -112,7 +112,6 @@ template <typename G, typename M, typename X>
 __global__ void __launch_bounds__(kThreads)
     muon_direction_kernel(const __grid_constant__ DirectionArgs args) {
   const float grad_scale = args.scalars[kMuonGradScale];
-  if (!isfinite(grad_scale)) return;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= args.total) return;
   int which = args.count - 1;
@@ -127,6 +126,12 @@ __global__ void __launch_bounds__(kThreads)
   const float scale = grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f);
   const int64_t lane = threadIdx.x % kWarp * kVector;
 
+  if (!isfinite(grad_scale)) {
+    float zero[kVector] = {};
+    for (int64_t column = lane; column < cols; column += kSpan)
+      store8<false>(direction + column, zero, cols - column, aligned);
+    return;
+  }
   float u[kHeld][kVector];
   float sum = 0.0f;
   for (int64_t base = 0; base < cols; base += kHeld * kSpan) {

@@ -162,7 +162,6 @@ void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList moment
     dispatch_state("momenta", first_type(momenta), [&](auto m) {
       dispatch_state("updates", first_type(updates), [&](auto x) {
         using X = decltype(x);
-        if (!std::isfinite(const_pointer<float>(scalars)[kMuonGradScale])) return;
         const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
         const int threads = at::get_num_threads();
         muon_direction_cpu<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
@@ -205,8 +204,6 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const c10::cuda::CUDAGuard guard(scalars.device());
   const std::vector<int64_t> offsets = direction_offsets(updates);
-  // Zeros once would not do: a skipped step leaves the scratch as it is, and whatever is iterated from it is
-  // never applied.
   const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
   dispatch_state("grads", first_type(grads), [&](auto g) {
     dispatch_state("momenta", first_type(momenta), [&](auto m) {

@@ -59,6 +59,7 @@ void test_skip() {
     muon_direction_cpu<float, float, float>(&bank, 1, scalars, {true, false, true}, 1);
     const MuonTarget target{param.data(), grad.data(), average.data(), 6, 1.0f};
     muon_apply_cpu<float>(&target, 1, scalars, 1);
+    check(direction == std::vector<float>(6), "a skipped step left a direction");
     check(momentum == before && param == before && average == grad, "a skipped step changed something");
   }
 }

@@ -75,8 +75,8 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
         banks: see `MuonBank`. Gradients of matrices that are padding must be zero.
         scalars: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
             Where grad_scale is not finite the step is skipped: momentum, parameters and averages keep their
-            values (updates are undefined). A caller gets that for non-finite gradients by
-            deriving the clip factor from their norm.
+            values, the updates are zero. A caller gets that for non-finite gradients by deriving the clip
+            factor from their norm.
 
     Raises:
         ValueError: shapes, devices or strides that do not fit, a param or average in some banks only, no, too
@@ -111,6 +111,8 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
 def muon_step_ref(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
     """Do what `muon_step` does in plain torch, bank by bank, in float32 (float64 tensors: in float64)."""
     if not scalars[GRAD_SCALE].isfinite():
+        for bank in banks:
+            bank.update.zero_()
         return
     mu, scale = scalars[MOMENTUM], scalars[GRAD_SCALE]
     for bank in banks:

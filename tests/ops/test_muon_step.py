@@ -131,6 +131,7 @@ def test_step_without_a_finite_scale_changes_nothing(scale, device) -> None:
     for bank, old in zip(banks, before, strict=True):
         for name in ("momentum", "param", "average"):
             assert torch.equal(getattr(bank, name), getattr(old, name)), name
+        assert not bank.update.any()
 
 
 def test_zero_rows_and_matrices_stay_zero(device) -> None:
