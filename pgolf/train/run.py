@@ -72,8 +72,8 @@ class Run:
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
         parameters = dict(self._model.named_parameters())
-        self._optimizer = Optimizer(self._model, config.optim, dist)
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
+        self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
         self._summary = Summary(
             name=config.name,
             config_hash=config_hash(config),
@@ -134,6 +134,7 @@ class Run:
             "tokens": result.tokens,
             "loop_step": result.loop_step,
             "last_loss": result.last_loss,
+            "skipped_steps": result.skipped,
             "ms_loop_off": median["loop_off"],
             "ms_loop_on": median["loop_on"],
             "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
