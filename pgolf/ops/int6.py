@@ -146,7 +146,7 @@ def quantize_pack_ref(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % GROUP[bits]))
     stream = (padded.unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1).flatten(-2)
     powers = 1 << torch.arange(8, device=codes.device)
-    return (stream.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
+    return (stream.reshape(*weight.shape[:-1], -1, 8) * powers).sum(-1).to(torch.uint8)
 
 
 def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,8 @@ def unpack_dequantize_ref(packed: Tensor, scales: Tensor, n: int, bits: int) -> 
     """Compute what `unpack_dequantize` computes, bit by bit."""
     stream = (packed.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1).flatten(-2)
     powers = 1 << torch.arange(bits, device=packed.device)
-    u = (stream[..., : stream.shape[-1] // bits * bits].unflatten(-1, (-1, bits)) * powers).sum(-1)[..., :n]
+    fields = stream[..., : n * bits].reshape(*packed.shape[:-1], n, bits)
+    u = (fields * powers).sum(-1)
     sign = 1 << (bits - 1)
     return (((u ^ sign) - sign).float() * scales.float().unsqueeze(-1)).bfloat16()
 
