@@ -228,7 +228,7 @@ class Bench:
 
 
 def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, Tensor], Config]:
-    """Return float32 weights and configuration: NAME.safetensors, or NAME.fp16.safetensors and config.json."""
+    """Return float32 weights and configuration of NAME.safetensors, or of NAME.fp16.safetensors."""
     if (folder / f"{name}.safetensors").is_file():
         tensors, config, _ = load_weights(folder / f"{name}.safetensors")
         return tensors, config
