@@ -46,7 +46,8 @@ def encode_codes(codes: Codes, *, pool: Codes | None = None, fast: bool = False)
     Source: csrc/kernels/range_coder.h.
     """
     _check_codes(codes, pool)
-    return _C.encode_codes(np.ascontiguousarray(codes).tobytes(), *codes.shape, _buffer(pool), fast)
+    rows, cols = codes.shape
+    return _C.encode_codes(np.ascontiguousarray(codes).tobytes(), rows, cols, _buffer(pool), fast)
 
 
 def decode_codes(data: bytes | memoryview, shape: tuple[int, int], *, pool: Codes | None = None) -> Codes:
@@ -105,7 +106,8 @@ def decode_codes_ref(data: bytes | memoryview, shape: tuple[int, int], *, pool: 
         _Matrix(codes, _pool(pool, cols), mode, largest).decode(decoder)
         if not decoder.finished():
             raise ValueError(f"decode_codes: the stream does not end with the last of {rows} x {cols} codes")
-    return codes.astype(np.int8)
+    result: Codes = codes.astype(np.int8)
+    return result
 
 
 def _buffer(pool: Codes | None) -> bytes:
@@ -113,7 +115,8 @@ def _buffer(pool: Codes | None) -> bytes:
 
 
 def _pool(pool: Codes | None, cols: int) -> NDArray[np.int_]:
-    return np.zeros((0, cols), int) if pool is None else pool.astype(int)
+    rows: NDArray[np.int_] = np.zeros((0, cols), int) if pool is None else pool.astype(int)
+    return rows
 
 
 def _check_codes(codes: Codes, pool: Codes | None) -> None:
