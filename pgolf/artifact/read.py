@@ -6,6 +6,7 @@ Reads with nothing of the trainer present. Every malformed file gives `ArtifactE
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ from pgolf.quant.state import QuantizedState, dequantize_state
 
 MAX_LOOPS = 64
 """The layer order is built in memory from `loops`; the record uses 2."""
+
+
+THREADS_PAY = 1 << 20
+"""Decoded bytes below which starting threads takes longer than decoding."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +97,27 @@ def read_artifact(path: Path) -> Artifact:
 def read_state(path: Path) -> tuple[Header, QuantizedState]:
     """Return the header and the parameters as stored: codes, steps and float16; raises as `read_artifact`."""
     with open_artifact(path) as reader:
-        stored = list(reader.sections())
+        return decode_artifact(reader)
+
+
+def decode_artifact(reader: Reader) -> tuple[Header, QuantizedState]:
+    """Read all sections and decode them; raises `ArtifactError` as `read_artifact`."""
+    stored = list(reader.sections())
     return reader.header, _assemble(reader.header, _decode(stored))
 
 
 @contextmanager
 def open_artifact(path: Path) -> Iterator[Reader]:
     """Yield a file's reader, whose header has been read and checked; raises as `read_artifact`."""
-    size = _file_size(path)
-    with path.open("rb") as file:
-        yield Reader(file, size)
-
-
-def _file_size(path: Path) -> int:
     if not path.exists():
         raise FileNotFoundError(f"no artifact at {path}; a run writes one: python -m pgolf train PRESET")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file, expected an artifact")
-    size = path.stat().st_size
-    if size > MAX_RAW_BYTES:
-        raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
-    return size
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size  # of this file, not of one that replaces it meanwhile
+        if size > MAX_RAW_BYTES:
+            raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
+        yield Reader(file, size)
 
 
 Raw = bytes | NDArray[np.int8]
@@ -127,7 +132,9 @@ def _decode(stored: list[tuple[Section, bytes]]) -> dict[str, Raw]:
     # A pool goes first in its chain; the longest chain starts first.
     ordered = [sorted(chain, key=lambda item: item[0].plan.pool is not None) for chain in chains.values()]
     ordered.sort(key=lambda chain: -sum(section.plan.raw for section, _ in chain))
-    return {name: raw for part in in_threads(_decode_chain, ordered) for name, raw in part.items()}
+    small = sum(section.plan.raw for section, _ in stored) < THREADS_PAY
+    parts = map(_decode_chain, ordered) if small else in_threads(_decode_chain, ordered)
+    return {name: raw for part in parts for name, raw in part.items()}
 
 
 def _decode_chain(chain: list[tuple[Section, bytes]]) -> dict[str, Raw]:

@@ -165,6 +165,12 @@ def _corrections(state: QuantizedState) -> tuple[CorrectionEntry, ...]:
         if c.left.dtype != torch.int8 or c.right.dtype != torch.int8:
             raise TypeError(f"artifact: the correction of {key} must have int8 codes, got {c.left.dtype}")
         rank = c.left.shape[-1]
+        shape = state.quantized[name].codes.shape if name in state.quantized else ()
+        if (c.left.shape[0], *c.right.shape) != (*shape[-2:-1], rank, *shape[-1:]):
+            raise ArtifactError(
+                f"artifact: the correction of {key} is {tuple(c.left.shape)} times {tuple(c.right.shape)}, "
+                f"its matrices are {tuple(shape[-2:])}"
+            )
         entries.append(CorrectionEntry(name, int(index), rank, c.left_scales.numel(), c.group))
     return tuple(entries)
 

@@ -96,7 +96,8 @@ def decode_codes_ref(data: bytes | memoryview, shape: tuple[int, int], *, pool: 
     rows, cols = shape
     mode, largest = (data[0] if len(data) else -1), (data[1] if len(data) > 1 else -1)
     if mode == RAW and len(data) == rows * cols + 1:
-        return np.frombuffer(data, np.int8, offset=1).reshape(shape).copy()
+        raw: Codes = np.frombuffer(data, np.int8, offset=1).reshape(shape).copy()
+        return raw
     possible = mode == COLUMNS or (mode in (ROWS, PREDICTED) and largest > 0 and cols <= ROWS_COLS)
     if not possible or cols > MOST_COLS or not 0 <= largest <= 128 or (largest == 0 and len(data) != 2):
         raise ValueError(f"decode_codes: no stream of a {rows} x {cols} matrix begins like this")

@@ -1,4 +1,4 @@
-"""Logarithmic steps, factors of columns and low-rank corrections: exact through the file, refused when off."""
+"""Logarithmic steps, factors of columns, low-rank corrections: exact through the file, refused when off."""
 
 from dataclasses import replace
 
@@ -72,12 +72,20 @@ def test_steps_at_the_ends_of_the_grid_survive(tmp_path):
     assert header.tensors[0].steps == "float16" and torch.equal(back.quantized["tok_emb"].scales, steps)
 
 
+def test_corrections_of_another_shape_are_refused(tmp_path):
+    state = make_state()
+    other = correct(torch.randn(8, 24), torch.ones(24), rank=2, kind="sym")
+    for key in ("qo_bank.0", "nothing.0"):
+        with pytest.raises(ArtifactError, match=rf"correction of {key} is \(8, 2\) times \(2, 24\)"):
+            write(tmp_path / "a", replace(state, corrections={key: other}))
+
+
 def test_columns_that_the_format_cannot_hold_are_refused(tmp_path):
     state = make_state()
     t = state.quantized["qo_bank"]
     ones = torch.ones(6, 24, dtype=torch.float16)
     off = replace(t, columns=ones)  # the steps of the rows are not on the grid
-    with pytest.raises(ArtifactError, match="qo_bank has factors of columns, and steps that .*not float16"):
+    with pytest.raises(ArtifactError, match=r"qo_bank has factors of columns, and steps that .*not float16"):
         write(tmp_path / "a", replace(state, quantized={"qo_bank": off}))
     short = replace(t, scales=log_steps(t.scales.float()), columns=ones[:3])
     with pytest.raises(ArtifactError, match=r"qo_bank needs one factor a column, got \(3, 24\)"):
