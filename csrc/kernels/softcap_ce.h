@@ -17,8 +17,9 @@ namespace pgolf {
 struct SoftcapCeShape {
   int64_t rows;
   int64_t vocab;
-  float cap;  // > 0
+  float cap;  // > 0; infinity: no cap (CUDA)
   int64_t ignore_index;
+  float z_loss = 0.0f;  // adds z_loss * lse^2 to the loss (CUDA)
 };
 
 // First row whose target is neither ignore_index nor in [0, vocab), or -1.
@@ -51,5 +52,25 @@ template <typename T>
 void softcap_ce_backward_cuda(const float* grad_loss, const T* logits, const int64_t* target,
                               const float* loss, const float* lse, T* grad_logits,
                               const SoftcapCeShape& shape, CUstream_st* stream);
+
+// Loss and gradient at once, the gradient for an upstream gradient that is known before: one read of the
+// logits, one write of the gradient. `grad_logits` may be `logits`, which then are lost.
+template <typename T>
+void softcap_ce_gradient_cuda(const T* logits,         // (rows, vocab) row-major
+                              const int64_t* target,   // (rows,)
+                              const float* grad_loss,  // (rows,), or one value where grad_stride is 0
+                              int64_t grad_stride,     // 1, or 0: the same for all rows
+                              float* loss,             // (rows,) out
+                              float* lse,              // (rows,) out
+                              T* grad_logits,          // (rows, vocab) row-major, out
+                              const SoftcapCeShape& shape, CUstream_st* stream);
+
+// grad_logits[row] *= factor[row] where the factor is not exactly 1: nothing else is read or written, and the
+// host learns nothing, so that a backward pass whose upstream gradient is 1 costs microseconds.
+template <typename T>
+void softcap_ce_rescale_cuda(T* grad_logits,         // (rows, vocab) row-major, in and out
+                             const float* factor,    // (rows,), or one value where factor_stride is 0
+                             int64_t factor_stride,  // 1, or 0
+                             int64_t rows, int64_t vocab, CUstream_st* stream);
 
 }  // namespace pgolf
