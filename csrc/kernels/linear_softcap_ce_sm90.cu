@@ -234,6 +234,12 @@ __device__ __forceinline__ float polynomial(const KernelArgs& args, float w) {
   return p * w;
 }
 
+__device__ __forceinline__ float capped_logit(const KernelArgs& args, float w) {
+  float exponent, slope;
+  saturated(args, w, exponent, slope);
+  return args.to_logit * (fabsf(w) < 2.0f ? polynomial(args, w) : exponent + args.log2_cap);
+}
+
 template <bool Factor, bool Saturates>
 __device__ __forceinline__ Element capped_exponential(const KernelArgs& args, float w) {
   const float z = polynomial(args, w);
@@ -313,17 +319,15 @@ struct RowEpilogue {
     }
     const int own = index(target, t);
     if (__any_sync(0xffffffffu, own >= 0)) {
+      float w = 0.0f;
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (i != own) continue;
-        const float w = value(i);
-        float exponent, slope;
-        saturated(args, w, exponent, slope);
-        const float z = fabsf(w) < 2.0f ? polynomial(args, w) : exponent + args.log2_cap;
-        if (row < args.rows) args.target_logit[row] = z * args.to_logit;
+        w = value(i);
         value(i) = kExcluded;
-        bits = kOutOfRangeBit;
       }
+      bits = kOutOfRangeBit;
+      if (own >= 0) args.target_logit[row] = capped_logit(args, w);
     }
     float sum;
     if (__any_sync(0xffffffffu, (bits & kOutOfRangeBit) != 0)) {
