@@ -19,9 +19,17 @@ __device__ __forceinline__ bool is_valid(int64_t target, const LinearSoftcapCeSh
   return target >= 0 && target < shape.vocab;
 }
 
+// 1 + 2 z_loss lse. It is 0 for one lse only; 1e-6 there changes the gradient by 1e-6 of its largest element.
+__device__ __forceinline__ float upstream_weight(float lse, const LinearSoftcapCeShape& shape) {
+  constexpr float kLeast = 1e-6f;
+  const float w = fmaf(2.0f * shape.z_loss, lse, 1.0f);
+  return fabsf(w) < kLeast ? copysignf(kLeast, w) : w;
+}
+
 __global__ void __launch_bounds__(kThreads)
     loss_kernel(const float* partial_sums, int64_t tiles, const float* target_logits, const int64_t* targets,
-                float* losses, float* lses, LinearSoftcapCeShape shape) {
+                __nv_bfloat16* factor, int64_t factor_ld, float* losses, float* lses,
+                LinearSoftcapCeShape shape) {
   const int64_t row = warp_row();
   const int lane = threadIdx.x % kWarp;
   if (row >= shape.rows) return;
@@ -36,7 +44,8 @@ __global__ void __launch_bounds__(kThreads)
     losses[row] = lses[row] = target == shape.ignore_index ? 0.0f : kNan;
     return;
   }
-  const float offset = target_logits[row] - shape.cap;
+  const float z = target_logits[row];
+  const float offset = z - shape.cap;
   const float own = expf(offset);
   const float log_sum = logf(others + own);
   const float lse = shape.cap + log_sum;
@@ -44,6 +53,12 @@ __global__ void __launch_bounds__(kThreads)
   const float loss = others < own ? log1pf(others / own) : log_sum - offset;
   losses[row] = fmaf(shape.z_loss * lse, lse, loss);
   lses[row] = lse;
+  if (factor != nullptr) {
+    const float w = upstream_weight(lse, shape);
+    const float slope = (shape.cap - z) * (shape.cap + z) / (shape.cap * shape.cap);
+    factor[row * factor_ld + target] =
+        store_float<__nv_bfloat16>((others + own) * (expm1f(-loss) + (w - 1.0f) / w) * slope);
+  }
 }
 
 // Calls body(first, pack) for every eight elements of a row, or body(i) where the row is not 16-byte aligned.
@@ -83,13 +98,9 @@ __device__ __forceinline__ void scale_row(const D* from, float scale, __nv_bfloa
 struct FactorArgs {
   const float* grad_loss;
   int64_t grad_stride;
-  const float* loss;
   const float* lse;
-  const float* target_logit;
   const int64_t* target;
   const __nv_bfloat16* hidden;
-  __nv_bfloat16* factor;
-  int64_t factor_ld;
   float* row_scale;
   __nv_bfloat16* scaled_hidden;
 };
@@ -97,25 +108,13 @@ struct FactorArgs {
 __global__ void __launch_bounds__(kThreads) factor_kernel(FactorArgs args, LinearSoftcapCeShape shape) {
   const int64_t row = warp_row();
   if (row >= shape.rows) return;
-  const int64_t target = args.target[row];
-  const bool ignored = target == shape.ignore_index;
-  const float lse = args.lse[row];
-  const float sum = expf(lse - shape.cap);
-  // w is 0 for one lse only; then 1e-6 leaves a relative error of 1e-6 in the target's element.
-  constexpr float kLeast = 1e-6f;
-  float w = fmaf(2.0f * shape.z_loss, lse, 1.0f);
-  if (fabsf(w) < kLeast) w = copysignf(kLeast, w);
-  const float scale = ignored ? 0.0f : args.grad_loss[row * args.grad_stride] * w / sum;
-  if (threadIdx.x % kWarp == 0) {
-    args.row_scale[row] = scale;
-    if (!ignored && is_valid(target, shape)) {
-      const float z = args.target_logit[row];
-      const float loss = fmaf(-shape.z_loss * lse, lse, args.loss[row]);
-      const float slope = (shape.cap - z) * (shape.cap + z) / (shape.cap * shape.cap);
-      args.factor[row * args.factor_ld + target] =
-          store_float<__nv_bfloat16>(sum * (expm1f(-loss) + (w - 1.0f) / w) * slope);
-    }
+  float scale = 0.0f;
+  if (args.target[row] != shape.ignore_index) {
+    const float lse = args.lse[row];
+    scale = args.grad_loss[row * args.grad_stride] * upstream_weight(lse, shape) * expf(shape.cap - lse);
   }
+  if (threadIdx.x % kWarp == 0) args.row_scale[row] = scale;
+  if (args.scaled_hidden == nullptr) return;
   scale_row(args.hidden + row * shape.width, scale, args.scaled_hidden + row * shape.width, shape.width);
 }
 
@@ -133,11 +132,12 @@ unsigned int row_blocks(int64_t rows) { return grid_blocks(rows, kWarps, "linear
 }  // namespace
 
 void linear_softcap_ce_loss_cuda(const float* partial_sums, int64_t tiles, const float* target_logit,
-                                 const int64_t* target, float* loss, float* lse,
-                                 const LinearSoftcapCeShape& shape, CUstream_st* stream) {
+                                 const int64_t* target, bf16* factor, int64_t factor_ld, float* loss,
+                                 float* lse, const LinearSoftcapCeShape& shape, CUstream_st* stream) {
   if (shape.rows == 0) return;
   loss_kernel<<<row_blocks(shape.rows), kThreads, 0, stream>>>(partial_sums, tiles, target_logit, target,
-                                                               loss, lse, shape);
+                                                               reinterpret_cast<__nv_bfloat16*>(factor),
+                                                               factor_ld, loss, lse, shape);
   PGOLF_LAUNCH_CHECK();
 }
 
@@ -146,13 +146,9 @@ void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, const Line
   if (shape.rows == 0) return;
   const FactorArgs device_args{args.grad_loss,
                                args.grad_stride,
-                               args.loss,
                                args.lse,
-                               args.target_logit,
                                args.target,
                                reinterpret_cast<const __nv_bfloat16*>(args.hidden),
-                               reinterpret_cast<__nv_bfloat16*>(args.factor),
-                               args.factor_ld,
                                args.row_scale,
                                reinterpret_cast<__nv_bfloat16*>(args.scaled_hidden)};
   factor_kernel<<<row_blocks(shape.rows), kThreads, 0, stream>>>(device_args, shape);

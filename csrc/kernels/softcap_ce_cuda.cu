@@ -47,11 +47,16 @@ __device__ __forceinline__ void store_streaming(Pack<D>* to, const Pack<D>& pack
   __stcs(reinterpret_cast<uint4*>(to), bits);
 }
 
+// 2 log2(e) / cap; 0 for an infinite cap.
+__device__ __forceinline__ float exp_rate(const SoftcapCeShape& shape) {
+  return __fdividef(2.0f * kLog2e, shape.cap);
+}
+
 struct Capped {
-  float e;                                                  // exp(-2|x| / cap)
-  float q;                                                  // 1 / (1 + e)
-  float r;                                                  // (cap - z) / (2 cap)
-  __device__ __forceinline__ Capped(float x, float rate) {  // rate = 2 log2(e) / cap
+  float e;  // exp(-2|x| / cap)
+  float q;  // 1 / (1 + e)
+  float r;  // (cap - z) / (2 cap)
+  __device__ __forceinline__ Capped(float x, float rate) {
     e = ex2_approx(-fabsf(x) * rate);
     q = rcp_approx(1.0f + e);
     r = x > 0.0f ? e * q : q;
@@ -211,7 +216,7 @@ template <typename Sum>
 __device__ __forceinline__ RowResult finish_and_store(const Sum& sum, float x_target, int64_t row,
                                                       float* losses, float* lses,
                                                       const SoftcapCeShape& shape) {
-  const RowResult result = sum.finish(x_target, shape.cap, __fdividef(2.0f * kLog2e, shape.cap));
+  const RowResult result = sum.finish(x_target, shape.cap, exp_rate(shape));
   if (threadIdx.x == 0) {
     losses[row] = fmaf(shape.z_loss * result.lse, result.lse, result.loss);
     lses[row] = result.lse;
@@ -239,7 +244,7 @@ struct Gradient {
 
   // `loss` without the z-loss.
   __device__ __forceinline__ Gradient(const SoftcapCeShape& shape, float upstream, RowResult row)
-      : cap(shape.cap), rate(__fdividef(2.0f * kLog2e, shape.cap)), lse(row.lse), weight(upstream) {
+      : cap(shape.cap), rate(exp_rate(shape)), lse(row.lse), weight(upstream) {
     const float w_less_1 = 2.0f * shape.z_loss * row.lse;
     w_weight = fmaf(weight, w_less_1, weight);
     own_weight = weight * fmaf(w_less_1, expf(-row.loss), expm1f(-row.loss));
@@ -266,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     return;
   }
   const D* x = logits + row * shape.vocab;
-  const float rate = __fdividef(2.0f * kLog2e, shape.cap);
+  const float rate = exp_rate(shape);
   Sum sum = Sum::empty();
   walk_row<false>(x, static_cast<D*>(nullptr), shape.vocab, target, [&](float value, bool own) {
     if (!own) sum.add(value, shape.cap, rate);
@@ -309,7 +314,7 @@ __global__ void __launch_bounds__(kWideThreads)
     walk_row<true>(x, grad, shape.vocab, target, [&](float, bool) { return value; });
     return;
   }
-  const float rate = __fdividef(2.0f * kLog2e, shape.cap);
+  const float rate = exp_rate(shape);
   const float x_target = load_float(x[target]);
   Sum sum = Sum::empty();
   walk_row<false>(x, grad, shape.vocab, target, [&](float value, bool own) {
@@ -352,7 +357,7 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
   const float upstream = args.grad_losses[row * args.grad_stride];
   const float x_target = load_float(x[target]);
   const int target_pack = static_cast<int>(target) / kCount, target_place = static_cast<int>(target) % kCount;
-  const float rate = __fdividef(2.0f * kLog2e, shape.cap);
+  const float rate = exp_rate(shape);
   float held[kHeld];
   Sum sum = Sum::empty();
   PGOLF_UNROLL
