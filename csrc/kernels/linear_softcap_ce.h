@@ -10,7 +10,8 @@
 //   grad_hidden = v (F weight)            v scales rows
 //   grad_weight = F^T (v hidden)
 //
-// Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows.
+// Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows; none of
+// these changes F.
 // Deterministic. Rows whose target is ignore_index: loss, lse, F and v are 0. NaN in a row makes its loss
 // NaN. Targets outside [0, vocab): loss, lse and v are NaN.
 #pragma once
@@ -48,27 +49,25 @@ int64_t linear_softcap_ce_sm90_tiles(int64_t vocab);
 void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
                                     CUstream_st* stream);
 
-// Sums the partial sums in a fixed order. Any GPU.
+// Sums the partial sums in a fixed order and replaces the target's F. Any GPU.
 void linear_softcap_ce_loss_cuda(const float* partial_sums,  // (rows, tiles)
                                  int64_t tiles,
                                  const float* target_logit,  // (rows,)
                                  const int64_t* target,      // (rows,)
-                                 float* loss,                // (rows,) out
-                                 float* lse,                 // (rows,) out
+                                 bf16* factor,       // (rows, factor_ld) in and out, or null: no gradient
+                                 int64_t factor_ld,  // elements
+                                 float* loss,        // (rows,) out
+                                 float* lse,         // (rows,) out
                                  const LinearSoftcapCeShape& shape, CUstream_st* stream);
 
 struct LinearSoftcapCeFactor {
-  const float* grad_loss;     // (rows,), or one value where grad_stride is 0
-  int64_t grad_stride;        // 1, or 0: the same for all rows
-  const float* loss;          // (rows,) from loss
-  const float* lse;           // (rows,) from loss
-  const float* target_logit;  // (rows,) from forward
-  const int64_t* target;      // (rows,)
-  const bf16* hidden;         // (rows, width) row-major
-  bf16* factor;               // (rows, factor_ld) in and out: only the target's element changes; idempotent
-  int64_t factor_ld;
-  float* row_scale;     // (rows,) out: v
-  bf16* scaled_hidden;  // (rows, width) row-major out: v hidden
+  const float* grad_loss;  // (rows,), or one value where grad_stride is 0
+  int64_t grad_stride;     // 1, or 0: the same for all rows
+  const float* lse;        // (rows,) from loss
+  const int64_t* target;   // (rows,)
+  const bf16* hidden;      // (rows, width) row-major
+  float* row_scale;        // (rows,) out: v
+  bf16* scaled_hidden;     // (rows, width) row-major out: v hidden; null: not wanted
 };
 
 void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, const LinearSoftcapCeShape& shape,
