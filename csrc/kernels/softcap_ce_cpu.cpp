@@ -39,8 +39,8 @@ struct Capped {
   float slope;
 };
 
-// With e = exp(-2|u|) and q = 1 / (1 + e): tanh|u| = (1 - e) q, about 2 ulp, and 1 - tanh^2 = 4 e q^2, without
-// cancellation at either end. Near 0 Cephes tanhf's odd polynomial, where 1 - e would cancel.
+// With e = exp(-2|u|) and q = 1 / (1 + e): tanh|u| = (1 - e) q, about 2 ulp, and 1 - tanh^2 = 4 e q^2,
+// without cancellation at either end. Near 0 Cephes tanhf's odd polynomial, where 1 - e would cancel.
 template <bool kHasCap>
 [[gnu::always_inline]] inline Capped cap_logit(float x, float cap, float inverse_cap) {
   if constexpr (!kHasCap) return {x, 1.0f};

@@ -1,17 +1,19 @@
 // Binding of linear_softcap_ce: cross-entropy of capped logits = hidden weight^T, from hidden states.
 //
 // Generic path, any device: logits by a matrix product, softcap_ce in place on them, gradients by two more
-// products. `factor` is the logits' gradient but for a number per row, `scale`, that multiplies the upstream
-// gradient:
+// products. Hopper path (kernels/linear_softcap_ce.h): the first product writes exp(z - cap) (1 - tanh^2) and
+// its sums instead of logits, so nothing is read between the products. In both, `factor` is the logits'
+// gradient but for a number per row, `scale`, that multiplies the upstream gradient:
 //   v_i = grad_loss_i scale_i      grad_hidden = v (factor weight)      grad_weight = factor^T (v hidden)
 // Nothing here waits for the device.
+#include "kernels/linear_softcap_ce.h"
+
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -27,9 +29,12 @@ namespace {
 
 using OptionalCap = std::optional<double>;
 
-// Logits alive at a time where they are not kept. On the CPU 8 MiB, more than the threads of a chunk cost; on a
-// GPU 256 MiB keep all three products near their full speed, and below 2048 rows accumulating grad_weight in
-// memory would cost more than its product.
+// The one switch of the Hopper path.
+[[maybe_unused]] constexpr bool kHopper = true;
+
+// Logits alive at a time where they are not kept. On the CPU 8 MiB, more than the threads of a chunk cost; on
+// a GPU 256 MiB keep all three products near their full speed, and below 2048 rows accumulating grad_weight
+// in memory would cost more than its product.
 constexpr int64_t kCpuChunkBytes = int64_t{8} << 20;
 constexpr int64_t kCpuMinRows = 64;
 constexpr int64_t kGpuChunkBytes = int64_t{256} << 20;
@@ -81,6 +86,31 @@ at::Tensor empty_rows(const at::Tensor& like, int64_t rows) {
   return at::empty({rows}, like.options().dtype(at::kFloat));
 }
 
+#ifdef PGOLF_WITH_CUDA
+CUstream_st* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+LinearSoftcapCeShape hopper_shape(const Problem& problem) {
+  const SoftcapCeShape& shape = problem.shape;
+  return {shape.rows, shape.vocab, problem.hidden.size(1), shape.cap, shape.ignore_index, shape.z_loss};
+}
+
+bool aligned(const at::Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+}
+#endif
+
+// Whether the Hopper kernels take the problem. Rows of a factor are 16-byte aligned for every eighth vocab.
+bool use_hopper([[maybe_unused]] const Problem& problem, [[maybe_unused]] bool wants_factor) {
+#ifdef PGOLF_WITH_CUDA
+  return kHopper && problem.hidden.is_cuda() && problem.hidden.scalar_type() == at::kBFloat16 &&
+         problem.shape.rows > 0 && !std::isinf(problem.shape.cap) &&
+         (!wants_factor || problem.shape.vocab % 8 == 0) && aligned(problem.hidden) &&
+         aligned(problem.weight) && linear_softcap_ce_sm90_supports(hopper_shape(problem));
+#else
+  return false;
+#endif
+}
+
 int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Rows of a chunk, all chunks of about the same size.
@@ -103,8 +133,8 @@ Problem slice(const Problem& problem, int64_t begin, int64_t count) {
           shape};
 }
 
-// Calls body(chunk, begin, logits) with `logits` (chunk rows, vocab) for the chunk to use: a part of `kept`, or
-// the same memory every time if that is undefined.
+// Calls body(chunk, begin, logits) with `logits` (chunk rows, vocab) for the chunk to use: a part of `kept`,
+// or the same memory every time if that is undefined.
 template <typename Body>
 void for_chunks(const Problem& problem, int64_t rows_each, const at::Tensor& kept, const Body& body) {
   at::Tensor buffer;
@@ -113,8 +143,8 @@ void for_chunks(const Problem& problem, int64_t rows_each, const at::Tensor& kep
     if (!kept.defined() && !buffer.defined()) {
       buffer = at::empty({chunk.shape.rows, chunk.shape.vocab}, problem.hidden.options());
     }
-    body(chunk, begin, kept.defined() ? kept.narrow(0, begin, chunk.shape.rows)
-                                      : buffer.narrow(0, 0, chunk.shape.rows));
+    body(chunk, begin,
+         kept.defined() ? kept.narrow(0, begin, chunk.shape.rows) : buffer.narrow(0, 0, chunk.shape.rows));
   }
 }
 
@@ -127,6 +157,49 @@ void write_factor(const Problem& chunk, const at::Tensor& grad_loss, at::Tensor&
   write_logits(chunk, logits);
   at::Tensor lse = empty_rows(loss, chunk.shape.rows);
   softcap_ce_gradient(logits, chunk.target, grad_loss, loss, lse, logits, chunk.shape);
+}
+
+#ifdef PGOLF_WITH_CUDA
+// Writes loss and lse and, where `factor` is defined, the factor without its scale.
+void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& lse, const at::Tensor& factor) {
+  const LinearSoftcapCeShape shape = hopper_shape(chunk);
+  const int64_t tiles = linear_softcap_ce_sm90_tiles(shape.vocab);
+  const at::Tensor sums = at::empty({shape.rows, tiles}, loss.options());
+  const at::Tensor target_logit = empty_rows(loss, shape.rows);
+  bf16* stored = factor.defined() ? mutable_pointer<bf16>(factor) : nullptr;
+  const int64_t stride = factor.defined() ? shape.vocab : round_up(shape.vocab, 8);
+  linear_softcap_ce_forward_sm90({const_pointer<bf16>(chunk.hidden), const_pointer<bf16>(chunk.weight),
+                                  const_pointer<int64_t>(chunk.target), stored, stride,
+                                  mutable_pointer<float>(sums), mutable_pointer<float>(target_logit)},
+                                 shape, current_stream());
+  linear_softcap_ce_loss_cuda(const_pointer<float>(sums), tiles, const_pointer<float>(target_logit),
+                              const_pointer<int64_t>(chunk.target), stored, stride,
+                              mutable_pointer<float>(loss), mutable_pointer<float>(lse), shape,
+                              current_stream());
+}
+
+// Writes v for grad_loss, one number or (rows,), and v hidden where `scaled` is defined.
+void write_row_scale(const Problem& chunk, const at::Tensor& grad_loss, const at::Tensor& lse,
+                     const at::Tensor& v, const at::Tensor& scaled) {
+  linear_softcap_ce_factor_cuda(
+      {const_pointer<float>(grad_loss), grad_loss.dim() == 0 ? 0 : 1, const_pointer<float>(lse),
+       const_pointer<int64_t>(chunk.target), const_pointer<bf16>(chunk.hidden), mutable_pointer<float>(v),
+       scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+      hopper_shape(chunk), current_stream());
+}
+#endif
+
+// out = v product, row by row; `out` may be `product`.
+void scale_rows(const at::Tensor& product, const at::Tensor& v, at::Tensor& out) {
+#ifdef PGOLF_WITH_CUDA
+  if (product.is_cuda() && product.scalar_type() == at::kBFloat16) {
+    linear_softcap_ce_scale_rows_cuda(const_pointer<bf16>(product), const_pointer<float>(v),
+                                      mutable_pointer<bf16>(out), product.size(0), product.size(1),
+                                      current_stream());
+    return;
+  }
+#endif
+  at::mul_out(out, product, v.unsqueeze(1));
 }
 
 // sum (+)= factor^T hidden, with float32 `sum` and accumulation.
@@ -142,41 +215,104 @@ void add_weight_product(at::Tensor& sum, const at::Tensor& factor, const at::Ten
   }
 }
 
-// v (rows, 1): what multiplies the rows of the factor. Rows without a gradient stay without, whatever the
+// v (rows,): what multiplies the rows of the factor. Rows without a gradient stay without, whatever the
 // upstream gradient is.
 at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale) {
-  return grad_loss.mul(scale).masked_fill_(scale.eq(0), 0.0).unsqueeze(1);
+  return grad_loss.mul(scale).masked_fill_(scale.eq(0), 0.0);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(
-    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, OptionalCap cap,
-    int64_t ignore_index, double z_loss, bool keep, bool check_targets) {
-  const OperatorScope scope(hidden);
-  const Problem problem = make_problem(hidden, weight, target, {cap, ignore_index, z_loss}, check_targets);
-  const int64_t rows = problem.shape.rows;
-  const auto options = problem.hidden.options();
-  at::Tensor loss = empty_rows(hidden, rows);
-  if (!keep) {
-    at::Tensor lse = empty_rows(hidden, rows);
-    for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, at::Tensor logits) {
-      write_logits(chunk, logits);
-      at::Tensor part = loss.narrow(0, begin, chunk.shape.rows);
-      at::Tensor part_lse = lse.narrow(0, begin, chunk.shape.rows);
-      softcap_ce_forward(logits, chunk.target, part, part_lse, chunk.shape);
-    });
-    return {loss, at::empty({0}, options), empty_rows(hidden, 0), at::empty({0}, options)};
+// Per-row losses; no logits are kept.
+at::Tensor loss_only(const Problem& problem) {
+  at::Tensor loss = empty_rows(problem.hidden, problem.shape.rows);
+  at::Tensor lse = empty_rows(problem.hidden, problem.shape.rows);
+#ifdef PGOLF_WITH_CUDA
+  if (use_hopper(problem, false)) {
+    write_hopper(problem, loss, lse, {});
+    return loss;
   }
-  at::Tensor factor = at::empty({rows, problem.shape.vocab}, options);
+#endif
+  for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, at::Tensor logits) {
+    write_logits(chunk, logits);
+    at::Tensor part = loss.narrow(0, begin, chunk.shape.rows);
+    at::Tensor part_lse = lse.narrow(0, begin, chunk.shape.rows);
+    softcap_ce_forward(logits, chunk.target, part, part_lse, chunk.shape);
+  });
+  return loss;
+}
+
+struct Kept {
+  at::Tensor loss;    // (rows,)
+  at::Tensor factor;  // (rows, vocab)
+  at::Tensor scale;   // (rows,)
+};
+
+Kept loss_and_factor(const Problem& problem) {
+  const int64_t rows = problem.shape.rows;
+  at::Tensor loss = empty_rows(problem.hidden, rows);
+  const at::Tensor factor = at::empty({rows, problem.shape.vocab}, problem.hidden.options());
   const at::Tensor one = at::ones({}, loss.options());
+#ifdef PGOLF_WITH_CUDA
+  if (use_hopper(problem, true)) {
+    at::Tensor lse = empty_rows(loss, rows);
+    at::Tensor scale = empty_rows(loss, rows);
+    write_hopper(problem, loss, lse, factor);
+    write_row_scale(problem, one, lse, scale, {});
+    return {loss, factor, scale};
+  }
+#endif
   // On the CPU in chunks all the same: the loss then finds most of the logits in the cache.
-  const int64_t rows_each = hidden.is_cpu() ? chunk_rows(problem) : std::max<int64_t>(rows, 1);
+  const int64_t rows_each = factor.is_cpu() ? chunk_rows(problem) : std::max<int64_t>(rows, 1);
   for_chunks(problem, rows_each, factor, [&](const Problem& chunk, int64_t begin, at::Tensor logits) {
     at::Tensor part = loss.narrow(0, begin, chunk.shape.rows);
     write_factor(chunk, one, part, logits);
   });
-  const at::Tensor scale = problem.target.ne(ignore_index).to(at::kFloat);
+  return {loss, factor, problem.target.ne(problem.shape.ignore_index).to(at::kFloat)};
+}
+
+// Where a sweep over chunks puts its gradients; undefined where not wanted.
+struct Gradients {
+  at::Tensor loss;         // (rows,)
+  at::Tensor grad_hidden;  // (rows, width)
+  at::Tensor grad_weight;  // (vocab, width) float32
+};
+
+void add_chunk(const Problem& chunk, int64_t begin, const at::Tensor& grad_loss, at::Tensor& factor,
+               Gradients& out, [[maybe_unused]] bool hopper) {
+  const int64_t count = chunk.shape.rows;
+  at::Tensor loss = out.loss.narrow(0, begin, count);
+  at::Tensor scaled = chunk.hidden;
+  at::Tensor v;
+  if (!hopper) write_factor(chunk, grad_loss, loss, factor);
+#ifdef PGOLF_WITH_CUDA
+  if (hopper) {
+    at::Tensor lse = empty_rows(loss, count);
+    v = empty_rows(loss, count);
+    write_hopper(chunk, loss, lse, factor);
+    if (out.grad_weight.defined()) scaled = at::empty_like(chunk.hidden);
+    write_row_scale(chunk, grad_loss, lse, v, out.grad_weight.defined() ? scaled : at::Tensor());
+  }
+#endif
+  if (out.grad_weight.defined()) add_weight_product(out.grad_weight, factor, scaled, begin == 0);
+  if (out.grad_hidden.defined()) {
+    at::Tensor part = out.grad_hidden.narrow(0, begin, count);
+    at::mm_out(part, factor, chunk.weight);
+    if (v.defined()) scale_rows(part, v, part);
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
+                                                                   const at::Tensor& weight,
+                                                                   const at::Tensor& target, OptionalCap cap,
+                                                                   int64_t ignore_index, double z_loss,
+                                                                   bool keep, bool check_targets) {
+  const OperatorScope scope(hidden);
+  const Problem problem = make_problem(hidden, weight, target, {cap, ignore_index, z_loss}, check_targets);
+  const auto options = problem.hidden.options();
+  const at::Tensor none = at::empty({0}, options);
+  if (!keep) return {loss_only(problem), none, empty_rows(hidden, 0), at::empty({0}, options)};
+  Kept kept = loss_and_factor(problem);
   const bool cast = weight.scalar_type() != hidden.scalar_type();
-  return {loss, factor, scale, cast ? problem.weight : at::empty({0}, options)};
+  return {kept.loss, kept.factor, kept.scale, cast ? problem.weight : none};
 }
 
 std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const at::Tensor& hidden,
@@ -199,14 +335,14 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const a
   at::Tensor grad_weight = at::empty({0}, x.options().dtype(weight_dtype));
   if (need_weight) {
     at::Tensor scaled = at::empty_like(x);
-    at::mul_out(scaled, x, v);
+    scale_rows(x, v, scaled);
     at::Tensor sum = at::empty(weight.sizes(), x.options().dtype(at::kFloat));
     add_weight_product(sum, factor, scaled, true);
     grad_weight = sum.to(weight_dtype);
   }
   if (need_hidden) {
     grad_hidden = at::mm(factor, weight);
-    at::mul_out(grad_hidden, grad_hidden, v);
+    scale_rows(grad_hidden, v, grad_hidden);
   }
   return {grad_hidden, grad_weight};
 }
@@ -228,22 +364,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(const at::Tensor& grad_
                     grad_loss.device());
   const at::Tensor upstream = grad_loss.contiguous();
   const auto float_options = problem.hidden.options().dtype(at::kFloat);
-  at::Tensor loss = empty_rows(hidden, rows);
-  at::Tensor grad_hidden = need_hidden ? at::empty_like(problem.hidden) : at::empty({0}, hidden.options());
-  at::Tensor grad_weight = need_weight && rows > 0 ? at::empty(problem.weight.sizes(), float_options)
-                           : need_weight           ? at::zeros(problem.weight.sizes(), float_options)
-                                                   : at::empty({0}, float_options);
+  Gradients out{empty_rows(hidden, rows), {}, {}};
+  if (need_hidden) out.grad_hidden = at::empty_like(problem.hidden);
+  if (need_weight) out.grad_weight = at::empty(problem.weight.sizes(), float_options);
+  if (need_weight && rows == 0) out.grad_weight.zero_();
+  const bool hopper = use_hopper(problem, true);
   for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, at::Tensor factor) {
-    const int64_t count = chunk.shape.rows;
-    at::Tensor part = loss.narrow(0, begin, count);
-    write_factor(chunk, upstream.dim() == 0 ? upstream : upstream.narrow(0, begin, count), part, factor);
-    if (need_weight) add_weight_product(grad_weight, factor, chunk.hidden, begin == 0);
-    if (need_hidden) {
-      at::Tensor out = grad_hidden.narrow(0, begin, count);
-      at::mm_out(out, factor, chunk.weight);
-    }
+    const at::Tensor g = upstream.dim() == 0 ? upstream : upstream.narrow(0, begin, chunk.shape.rows);
+    add_chunk(chunk, begin, g, factor, out, hopper);
   });
-  return {loss.mul(upstream).sum(), grad_hidden, grad_weight};
+  return {out.loss.mul(upstream).sum(), need_hidden ? out.grad_hidden : at::empty({0}, hidden.options()),
+          need_weight ? out.grad_weight : at::empty({0}, float_options)};
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Binding of softcap_ce: schemas, checks, allocation, dispatch. Maths: kernels/softcap_ce.h; autograd: Python.
+// Binding of softcap_ce: schemas, checks, allocation, dispatch. Maths: kernels/softcap_ce.h; autograd:
+// Python.
 #include "ops/softcap_ce.h"
 
 #include <ATen/ops/empty.h>

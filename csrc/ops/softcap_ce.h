@@ -32,16 +32,16 @@ struct SoftcapCeOptions {
 // Checks that `target` has one int64 for each row of `rows_of`, called `name`, on its device.
 inline void check_target_tensor(const char* op, const char* name, const at::Tensor& rows_of,
                                 const at::Tensor& target) {
-  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows_of.size(0), op,
-                    ": target must be (rows,)=(", rows_of.size(0), ",), got ", target.sizes());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows_of.size(0), op, ": target must be (rows,)=(",
+                    rows_of.size(0), ",), got ", target.sizes());
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, op, ": target must be int64, got ",
                    target.scalar_type());
   TORCH_CHECK_VALUE(target.device() == rows_of.device(), op, ": target must be on ", rows_of.device(), " as ",
                     name, " is, got ", target.device());
 }
 
-// Checks that every target is a token or ignore_index. Always on the CPU, where a bad one would be read out of
-// bounds; on a GPU, where looking stalls the stream and the kernels answer NaN, only if asked.
+// Checks that every target is a token or ignore_index. Always on the CPU, where a bad one would be read out
+// of bounds; on a GPU, where looking stalls the stream and the kernels answer NaN, only if asked.
 inline void check_target_values(const char* op, const at::Tensor& target, const SoftcapCeShape& shape,
                                 bool always) {
   if (!always && !target.is_cpu()) return;
