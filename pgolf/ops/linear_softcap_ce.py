@@ -92,7 +92,9 @@ def linear_softcap_ce(
     # float16 must see the upstream gradient before it rounds: that is what gradient scalers are for.
     if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
         share = row_weight(y, ignore_index, reduction)
-        total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[0]
+        total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[
+            0
+        ]
         return total
     keep = memory == "fast" and any(needs)
     loss: Tensor = ops.linear_softcap_ce(x, weight, y, *options, keep, CHECK_TARGETS)[0]

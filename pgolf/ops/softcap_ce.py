@@ -43,10 +43,10 @@ def softcap_ce(
     Equals `F.cross_entropy(cap * torch.tanh(logits / cap), target)` computed in float32.
 
     Differentiable in `logits`, once; the gradient has the dtype of `logits`. NaN in a row of `logits` makes
-    the row's loss and gradient NaN. Deterministic. With "mean" or "sum" in eager mode, the gradient is written
-    as the loss is computed: one read and one write of `(rows, vocab)`; backward then multiplies it by the
-    upstream gradient, and touches nothing where that is exactly 1. A second backward through the same loss
-    raises then. With "none", under torch.compile and for strided logits, backward reads the logits again.
+    the row's loss and gradient NaN. Deterministic. With "mean" or "sum" in eager mode, the gradient is
+    written as the loss is computed: one read and one write of `(rows, vocab)`; backward then multiplies it
+    by the upstream gradient, and touches nothing where that is exactly 1. A second backward through the same
+    loss raises then. With "none" and under torch.compile, backward reads the logits again.
 
     Args:
         logits: `(rows, vocab)` float32, bfloat16 or float16; made contiguous if it is not. Accumulation is
