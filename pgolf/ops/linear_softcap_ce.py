@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgolf.ops.softcap_ce import (
+from pgolf.ops._loss import (
     CHECK_TARGETS,
     Reduction,
     check_reduction,
     reduce_rows,
     refuse_second_order,
     row_weight,
-    softcap_ce_ref,
 )
+from pgolf.ops.softcap_ce import softcap_ce_ref
 
 _SECOND_ORDER = (
     "linear_softcap_ce: second derivatives are not implemented; "

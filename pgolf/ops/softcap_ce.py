@@ -8,18 +8,20 @@ accurate where the model is sure or the cap saturates. From hidden states: pgolf
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
-from pgolf import env
-
-Reduction = Literal["none", "mean", "sum"]
-
-CHECK_TARGETS = env.check_targets()
-"""Whether CUDA targets are checked too, at the price of a synchronisation; read once, at import."""
+from pgolf.ops._loss import (
+    CHECK_TARGETS,
+    Reduction,
+    check_reduction,
+    reduce_rows,
+    refuse_second_order,
+    row_weight,
+)
 
 _SECOND_ORDER = (
     "softcap_ce: second derivatives are not implemented; "
@@ -79,7 +81,7 @@ def softcap_ce(
     gradient = torch.is_grad_enabled() and logits.requires_grad
     if reduction != "none" and gradient and not compiling and logits.dim() == 2:
         weight = row_weight(target, ignore_index, reduction)
-        return _OnePass.apply(logits, target, weight, options, inplace)  # type: ignore[no-any-return]
+        return _OnePass.apply(logits, target, weight, options, inplace)  # type: ignore[no-any-return,no-untyped-call]
     loss: Tensor = torch.ops.pgolf.softcap_ce(logits, target, *options, CHECK_TARGETS)[0]
     return reduce_rows(loss, target, ignore_index, reduction)
 
@@ -104,47 +106,6 @@ def softcap_ce_ref(
     return reduce_rows(loss, target, ignore_index, reduction)
 
 
-def check_reduction(op: str, reduction: str) -> None:
-    """Raise ValueError unless `reduction` is one of the three."""
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {reduction!r}')
-
-
-def row_weight(target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-    """Return what the reduction multiplies every counted row's loss by: one float32, on the device."""
-    if reduction == "sum":
-        return torch.ones((), dtype=torch.float32, device=target.device)
-    return (target != ignore_index).sum().clamp_(min=1).float().reciprocal_()
-
-
-def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
-    """Reduce per-row losses, in which ignored rows are 0."""
-    if reduction == "none":
-        return loss
-    total = loss.sum()
-    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
-
-
-def refuse_second_order(grad: Tensor, message: str) -> Tensor:
-    """Return `grad`; where a graph of the backward pass is recorded, differentiating it raises `message`."""
-    if not torch.is_grad_enabled():
-        return grad
-    return _Refuse.apply(grad, grad.new_empty(0).requires_grad_(), message)  # type: ignore[no-any-return]
-
-
-class _Refuse(torch.autograd.Function):
-    """The identity, whose derivative is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, _anchor: Tensor, message: str) -> Tensor:
-        ctx.message = message
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> Any:
-        raise RuntimeError(ctx.message)
-
-
 class _OnePass(torch.autograd.Function):
     """Reduced loss whose gradient is computed in the forward pass, for an upstream gradient of 1."""
 
@@ -165,7 +126,8 @@ class _OnePass(torch.autograd.Function):
         else:
             loss, grad = torch.ops.pgolf.softcap_ce_gradient(logits, target, weight, *options, CHECK_TARGETS)
         ctx.save_for_backward(grad)
-        return (loss.sum() * weight).reshape(())
+        total: Tensor = loss.sum() * weight
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grad_loss: Tensor) -> Any:
