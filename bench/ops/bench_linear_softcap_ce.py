@@ -2,8 +2,8 @@
 
 bfloat16 hidden states and weight (float32 on the CPU), cap 30, mean loss, both gradients. `_fast` cases stand
 beside peers that hold all logits, `_memory` cases (memory="low") beside those that hold a part. Floors for
-three matrix products of 98304 x 8192 x 512: 3.09 ms at 800 TFLOP/s, 3.81 ms at 650. Peak memory counts neither
-inputs nor gradients.
+three matrix products of 98304 x 8192 x 512: 3.09 ms at 800 TFLOP/s, 3.81 ms at 650. Peak memory counts
+neither inputs nor gradients.
 """
 
 from __future__ import annotations
