@@ -78,8 +78,7 @@ struct KernelArgs {
   float polynomial[kTerms];
 };
 
-// ---- the order of tiles
-// ------------------------------------------------------------------------------------
+// The order of tiles.
 struct Tile {
   int row, column;  // in units of clusters and of column tiles
 };
@@ -122,8 +121,7 @@ struct Schedule {
   }
 };
 
-// ---- shared memory
-// -----------------------------------------------------------------------------------------
+// Shared memory.
 template <typename C>
 struct Shared {
   uint32_t resident, ring, barriers;
@@ -157,8 +155,7 @@ struct RingPosition {
   }
 };
 
-// ---- producer
-// ----------------------------------------------------------------------------------------------
+// Producer.
 template <typename C>
 __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full, int slice, int column,
                              uint32_t rank) {
@@ -209,8 +206,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, const S
   }
 }
 
-// ---- epilogue
-// ----------------------------------------------------------------------------------------------
+// Epilogue.
 struct Element {
   float e;       // exp(z - cap)
   float factor;  // e (1 - tanh^2)
@@ -232,12 +228,6 @@ __device__ __forceinline__ float polynomial(const KernelArgs& args, float w) {
   PGOLF_UNROLL
   for (int k = kTerms - 2; k >= 0; --k) p = fmaf(p, square, args.polynomial[k]);
   return p * w;
-}
-
-__device__ __forceinline__ float capped_logit(const KernelArgs& args, float w) {
-  float exponent, slope;
-  saturated(args, w, exponent, slope);
-  return args.to_logit * (fabsf(w) < 2.0f ? polynomial(args, w) : exponent + args.log2_cap);
 }
 
 template <bool Factor, bool Saturates>
@@ -327,7 +317,7 @@ struct RowEpilogue {
         value(i) = kExcluded;
       }
       bits = kOutOfRangeBit;
-      if (own >= 0) args.target_logit[row] = capped_logit(args, w);
+      if (own >= 0) args.target_logit[row] = w * args.to_logit;
     }
     float sum;
     if (__any_sync(0xffffffffu, (bits & kOutOfRangeBit) != 0)) {
@@ -370,8 +360,7 @@ struct RowEpilogue {
   }
 };
 
-// ---- consumer
-// ----------------------------------------------------------------------------------------------
+// Consumer.
 __device__ __forceinline__ void product(float (&c)[64], uint64_t a, uint64_t b, int accumulate) {
   wgmma_64x128x16(c, a, b, accumulate);
 }
@@ -489,8 +478,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (C::kBlocks > 1) cluster_sync();
 }
 
-// ---- launcher
-// ----------------------------------------------------------------------------------------------
+// Launcher.
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                  CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
@@ -576,7 +564,7 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.range_rate = static_cast<float>(kPolynomialRange * kLog2e);
   args.log2_cap = static_cast<float>(log2_cap);
   args.slope_scale = static_cast<float>(1.0 / (log2_cap * log2_cap));
-  args.to_logit = static_cast<float>(1.0 / kLog2e);
+  args.to_logit = static_cast<float>(kPolynomialRange * cap / 2.0);
   for (int k = 0; k < kTerms; ++k) args.polynomial[k] = static_cast<float>(log2_cap * kPolynomial[k]);
 
   constexpr int kShare = C::kColumns / C::kBlocks;

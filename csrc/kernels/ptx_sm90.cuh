@@ -11,8 +11,7 @@
 
 namespace pgolf {
 
-// ---- mbarrier: `bar` is an address in the shared window
-// ----------------------------------------------------
+// Mbarrier: `bar` is an address in the shared window.
 __device__ __forceinline__ void barrier_init(uint32_t bar, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(arrivals) : "memory");
 }
@@ -56,8 +55,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t bar, uint32_t parity) {
   }
 }
 
-// ---- named barriers of a block: `threads` counts those that sync and those that arrive
-// ---------------------
+// Named barriers of a block: `threads` counts those that sync and those that arrive.
 __device__ __forceinline__ void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -66,8 +64,7 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- clusters
-// ----------------------------------------------------------------------------------------------
+// Clusters.
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -78,8 +75,7 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// ---- bulk tensor copies, global to shared; bytes out of bounds arrive as zeros
-// -----------------------------
+// Bulk tensor copies, global to shared; bytes out of bounds arrive as zeros.
 __device__ __forceinline__ void tensor_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -122,9 +118,8 @@ __device__ __forceinline__ void tensor_load_5d_multicast(uint32_t shared, const 
       : "memory");
 }
 
-// ---- wgmma
-// ------------------------------------------------------------------------------------------------- Operand
-// in shared memory: rows of 64 16-bit elements along k, 128-byte swizzle, 1024-byte aligned.
+// Wgmma.
+// Operand in shared memory: rows of 64 16-bit elements along k, 128-byte swizzle, 1024-byte aligned.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared) {
   constexpr uint64_t kSwizzle128 = 1ull << 62;
   constexpr uint64_t kEightRows = static_cast<uint64_t>(1024 >> 4) << 32;  // from one 8-row group to the next
