@@ -36,7 +36,7 @@ struct LinearSoftcapCeForward {
   bf16* factor;           // (rows, factor_ld) out, 16-byte aligned; null: forward only, never written
   int64_t factor_ld;      // elements, >= vocab, a multiple of 8; columns past vocab become 0
   float* partial_sums;    // (rows, tiles) out: sums of exp(z - cap) over all columns but the target
-  float* target_logit;    // (rows,) out: z[target]; 0 where ignored
+  float* target_logit;    // (rows,) out: x[target], before the cap; 0 where ignored
 };
 
 // Whether the current device and this shape can run the Hopper kernel: compute capability 9.0, width a

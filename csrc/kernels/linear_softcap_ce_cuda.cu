@@ -44,8 +44,10 @@ __global__ void __launch_bounds__(kThreads)
     losses[row] = lses[row] = target == shape.ignore_index ? 0.0f : kNan;
     return;
   }
-  const float z = target_logits[row];
-  const float offset = z - shape.cap;
+  // z - cap = -2 cap r and 1 - tanh^2 = 4 e q^2 do not cancel near the cap.
+  const float x = target_logits[row];
+  const float e = expf(-2.0f * fabsf(x) / shape.cap), q = 1.0f / (1.0f + e);
+  const float offset = -2.0f * shape.cap * (x > 0.0f ? e * q : q);
   const float own = expf(offset);
   const float log_sum = logf(others + own);
   const float lse = shape.cap + log_sum;
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(kThreads)
   lses[row] = lse;
   if (factor != nullptr) {
     const float w = upstream_weight(lse, shape);
-    const float slope = (shape.cap - z) * (shape.cap + z) / (shape.cap * shape.cap);
+    const float slope = 4.0f * e * q * q;
     factor[row * factor_ld + target] =
         store_float<__nv_bfloat16>((others + own) * (expm1f(-loss) + (w - 1.0f) / w) * slope);
   }

@@ -22,11 +22,12 @@ namespace {
 constexpr int kTileRows = 128;
 constexpr int kTileColumns = 128;
 constexpr int kCluster = 2;
-constexpr int kDepth = 64;   // slice of k: 128 bytes, the width of the swizzle
-constexpr int kGroup = 128;  // threads of a warpgroup
+constexpr bool kPermute = true;  // of the weight's rows where vocab allows it, see Config
+constexpr int kDepth = 64;       // slice of k: 128 bytes, the width of the swizzle
+constexpr int kGroup = 128;      // threads of a warpgroup
 constexpr int kThreads = 3 * kGroup;
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
 constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
@@ -39,6 +40,8 @@ constexpr int kTerms = 7;
 constexpr double kPolynomial[kTerms] = {0.624997785,     -0.08135794793,   0.01265030198,  -0.00192391459,
                                         0.0002566409952, -2.458755787e-05, 1.166805605e-06};
 constexpr uint32_t kOutOfRangeBit = 1u << 30;
+constexpr int kElsewhere = -1, kIgnored = -2;
+constexpr float kLeast = -1.9999999f;
 constexpr float kExcluded = -3.402823466e38f;  // marks elements that count neither in sums nor in F
 
 template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
@@ -78,8 +81,7 @@ struct KernelArgs {
   float polynomial[kTerms];
 };
 
-// ---- the order of tiles
-// ------------------------------------------------------------------------------------
+// The order of tiles.
 struct Tile {
   int row, column;  // in units of clusters and of column tiles
 };
@@ -122,8 +124,7 @@ struct Schedule {
   }
 };
 
-// ---- shared memory
-// -----------------------------------------------------------------------------------------
+// Shared memory.
 template <typename C>
 struct Shared {
   uint32_t resident, ring, barriers;
@@ -148,17 +149,20 @@ template <typename C>
 struct RingPosition {
   int stage = 0;
   uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int steps) {
-    stage += steps;
-    while (stage >= C::kStages) {
-      stage -= C::kStages;
+  __device__ __forceinline__ void advance() {
+    if (++stage == C::kStages) {
+      stage = 0;
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ void skip(int steps) {
+    const int laps = (stage + steps) / C::kStages;
+    stage += steps - laps * C::kStages;
+    phase ^= laps & 1;
+  }
 };
 
-// ---- producer
-// ----------------------------------------------------------------------------------------------
+// Producer.
 template <typename C>
 __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full, int slice, int column,
                              uint32_t rank) {
@@ -200,7 +204,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, const S
         tensor_load_2d(shared.rows(at.stage, slice), hidden, full, slice * kDepth, first_row);
       }
       load_columns<C>(shared.columns(at.stage), weight, full, slice, tile.column * C::kColumns, rank);
-      at.advance(1);
+      at.advance();
     }
     if (new_rows) {
       row_block = tile.row;
@@ -209,8 +213,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, const S
   }
 }
 
-// ---- epilogue
-// ----------------------------------------------------------------------------------------------
+// Epilogue.
 struct Element {
   float e;       // exp(z - cap)
   float factor;  // e (1 - tanh^2)
@@ -232,12 +235,6 @@ __device__ __forceinline__ float polynomial(const KernelArgs& args, float w) {
   PGOLF_UNROLL
   for (int k = kTerms - 2; k >= 0; --k) p = fmaf(p, square, args.polynomial[k]);
   return p * w;
-}
-
-__device__ __forceinline__ float capped_logit(const KernelArgs& args, float w) {
-  float exponent, slope;
-  saturated(args, w, exponent, slope);
-  return args.to_logit * (fabsf(w) < 2.0f ? polynomial(args, w) : exponent + args.log2_cap);
 }
 
 template <bool Factor, bool Saturates>
@@ -296,13 +293,14 @@ struct RowEpilogue {
 
   // Index of a column among this thread's values, or -1.
   __device__ __forceinline__ static int index(int column, int t) {
-    if (column < 0 || column >= C::kColumns) return -1;
+    if (column < 0) return -1;
     if constexpr (C::kPermuted) return column / 8 % 4 == t ? column / 32 * 8 + column % 8 : -1;
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // `target` is the target's column within the tile, or anything outside it.
-  __device__ __forceinline__ void run(int64_t row, int column_tile, int target, bool ignored, int t) {
+  // `target` is the target's column within the tile, kElsewhere or kIgnored.
+  __device__ __forceinline__ void run(int64_t row, int column_tile, int target, int t) {
+    const bool ignored = target == kIgnored;
     const int first = column_tile * C::kColumns;
     uint32_t bits = 0;
     PGOLF_UNROLL
@@ -318,22 +316,29 @@ struct RowEpilogue {
       bits = kOutOfRangeBit;
     }
     const int own = index(target, t);
+    const bool saturates = __any_sync(0xffffffffu, (bits & kOutOfRangeBit) != 0);
+    float excess = 0.0f;
     if (__any_sync(0xffffffffu, own >= 0)) {
+      // Takes the target out of the sum. Where nothing saturates it becomes the least of the polynomial's
+      // range, whose exponential is at most that of each other element, so that subtracting it loses nothing.
+      const float out = saturates ? kExcluded : kLeast;
       float w = 0.0f;
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (i != own) continue;
         w = value(i);
-        value(i) = kExcluded;
+        value(i) = out;
       }
-      bits = kOutOfRangeBit;
-      if (own >= 0) args.target_logit[row] = capped_logit(args, w);
+      if (own >= 0) {
+        args.target_logit[row] = w * args.to_logit;
+        if (!saturates) excess = capped_exponential<false, false>(args, kLeast).e;
+      }
     }
     float sum;
-    if (__any_sync(0xffffffffu, (bits & kOutOfRangeBit) != 0)) {
+    if (saturates) {
       sum = elements<true>(row, first, ignored, t);
     } else {
-      sum = elements<false>(row, first, ignored, t);
+      sum = elements<false>(row, first, ignored, t) - excess;
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
@@ -370,22 +375,13 @@ struct RowEpilogue {
   }
 };
 
-// ---- consumer
-// ----------------------------------------------------------------------------------------------
-__device__ __forceinline__ void product(float (&c)[64], uint64_t a, uint64_t b, int accumulate) {
-  wgmma_64x128x16(c, a, b, accumulate);
-}
-__device__ __forceinline__ void product(float (&c)[96], uint64_t a, uint64_t b, int accumulate) {
-  wgmma_64x192x16(c, a, b, accumulate);
-}
-
 template <typename C>
 __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
                         uint32_t rank) {
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
   RingPosition<C> at;
-  at.advance(group * args.slices);
+  at.skip(group * args.slices);
   // The first row block of the schedule is released by both groups even if one has no tile in it.
   if (C::kResident && group == 1 && tiles.count > 1 && tiles[0].row != tiles[1].row && lane == 0) {
     for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
@@ -399,17 +395,18 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
 
     const int64_t first_row =
         (static_cast<int64_t>(tile.row) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
-    int target[4];  // of rows +0, +8, +64, +72
-    bool ignored[4];
+    int target[4];  // column within the tile, kElsewhere or kIgnored, of rows +0, +8, +64, +72
     PGOLF_UNROLL
     for (int r = 0; r < 4; ++r) {
       const int64_t row = first_row + r / 2 * 64 + r % 2 * 8;
       const int64_t label = row < args.rows ? args.target[row] : args.ignore_index;
-      ignored[r] = label == args.ignore_index;
-      const bool valid = !ignored[r] && label >= 0 && label < args.vocab;
-      target[r] = valid ? static_cast<int>(label) - tile.column * C::kColumns : -1;
+      const bool ignored = label == args.ignore_index;
+      const bool valid = !ignored && label >= 0 && label < args.vocab;
+      const int64_t column = label - static_cast<int64_t>(tile.column) * C::kColumns;
+      const bool here = valid && column >= 0 && column < C::kColumns;
+      target[r] = ignored ? kIgnored : here ? static_cast<int>(column) : kElsewhere;
       if (!valid && tile.column == 0 && t == 0 && row < args.rows) {
-        args.target_logit[row] = ignored[r] ? 0.0f : __int_as_float(0x7fffffff);
+        args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
       }
     }
 
@@ -426,8 +423,8 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
       PGOLF_UNROLL
       for (int k = 0; k < kDepth / 16; ++k) {
         const int accumulate = slice > 0 || k > 0;
-        product(c[0], a + k * 2, b + k * 2, accumulate);
-        product(c[1], a + k * 2 + (64 * 128 >> 4), b + k * 2, accumulate);
+        wgmma_64x128x16(c[0], a + k * 2, b + k * 2, accumulate);
+        wgmma_64x128x16(c[1], a + k * 2 + (64 * 128 >> 4), b + k * 2, accumulate);
       }
       wgmma_commit();
       if (slice > 0) {
@@ -436,7 +433,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
         if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(slice - 1));
       }
       previous = at.stage;
-      at.advance(1);
+      at.advance();
     }
     if (i + 1 < tiles.count) named_arrive(2 - group, 2 * kGroup);
     wgmma_wait<0>();
@@ -444,12 +441,12 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
     wgmma_fence_result(c[1]);
     if (lane < C::kBlocks) barrier_arrive_cluster(shared.empty(previous), lane);
     if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
-    at.advance(args.slices);
+    at.skip(args.slices);
 
-    RowEpilogue<C, 0>{args, c[0]}.run(first_row, tile.column, target[0], ignored[0], t);
-    RowEpilogue<C, 1>{args, c[0]}.run(first_row + 8, tile.column, target[1], ignored[1], t);
-    RowEpilogue<C, 0>{args, c[1]}.run(first_row + 64, tile.column, target[2], ignored[2], t);
-    RowEpilogue<C, 1>{args, c[1]}.run(first_row + 72, tile.column, target[3], ignored[3], t);
+    RowEpilogue<C, 0>{args, c[0]}.run(first_row, tile.column, target[0], t);
+    RowEpilogue<C, 1>{args, c[0]}.run(first_row + 8, tile.column, target[1], t);
+    RowEpilogue<C, 0>{args, c[1]}.run(first_row + 64, tile.column, target[2], t);
+    RowEpilogue<C, 1>{args, c[1]}.run(first_row + 72, tile.column, target[3], t);
   }
 }
 
@@ -489,8 +486,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (C::kBlocks > 1) cluster_sync();
 }
 
-// ---- launcher
-// ----------------------------------------------------------------------------------------------
+// Launcher.
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                  CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
@@ -576,7 +572,7 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.range_rate = static_cast<float>(kPolynomialRange * kLog2e);
   args.log2_cap = static_cast<float>(log2_cap);
   args.slope_scale = static_cast<float>(1.0 / (log2_cap * log2_cap));
-  args.to_logit = static_cast<float>(1.0 / kLog2e);
+  args.to_logit = static_cast<float>(kPolynomialRange * cap / 2.0);
   for (int k = 0; k < kTerms; ++k) args.polynomial[k] = static_cast<float>(log2_cap * kPolynomial[k]);
 
   constexpr int kShare = C::kColumns / C::kBlocks;
@@ -627,13 +623,15 @@ void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const Li
                                     CUstream_st* stream) {
   if (shape.rows == 0) return;
   constexpr int64_t kResidentWeightBytes = 24 << 20;  // half of the L2: all clusters walk it out of step
-  const bool permuted = shape.vocab % 32 == 0;
-  const bool resident = permuted && shape.width <= kMaxSlices * kDepth && shape.vocab >= 4 * kTileColumns &&
+  const bool permuted = kPermute && shape.vocab % 32 == 0;
+  const bool resident = shape.width <= kMaxSlices * kDepth && shape.vocab >= 4 * kTileColumns &&
                         shape.vocab * shape.width * 2 <= kResidentWeightBytes;
-  if (resident) {
-    launch_factor<kTileColumns, kCluster, true, true>(args, shape, stream);
+  if (resident && permuted) {
+    launch_factor<kTileColumns, kCluster, true, kPermute>(args, shape, stream);
+  } else if (resident) {
+    launch_factor<kTileColumns, kCluster, true, false>(args, shape, stream);
   } else if (permuted) {
-    launch_factor<kTileColumns, kCluster, false, true>(args, shape, stream);
+    launch_factor<kTileColumns, kCluster, false, kPermute>(args, shape, stream);
   } else {
     launch_factor<kTileColumns, kCluster, false, false>(args, shape, stream);
   }
