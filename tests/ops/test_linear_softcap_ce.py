@@ -1,8 +1,10 @@
 """linear_softcap_ce against float64 and eager, at the edges of its input, compiled, captured, and refused."""
 
+import importlib.util
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -397,3 +399,18 @@ def test_bad_input_is_named(changed: dict, error, message: str) -> None:
     arguments = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(5, 8), "target": torch.zeros(4).long()}
     with pytest.raises(error, match=message):
         linear_softcap_ce(**{**arguments, **changed})
+
+
+def test_example_trains_alike_and_keeps_less(monkeypatch) -> None:
+    path = Path(__file__).parents[2] / "examples" / "fused_loss_dropin.py"
+    spec = importlib.util.spec_from_file_location("fused_loss_dropin", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    monkeypatch.setattr(example, "STEPS", 3)
+    monkeypatch.setattr(example, "VOCAB", 2048)
+    (usual, most), (fused, less), (low, least) = (
+        example.train("", f) for f in (example.usual_loss, example.fused_loss, example.fused_loss_low)
+    )
+    assert fused == pytest.approx(usual, rel=1e-5) and low == pytest.approx(usual, rel=1e-5)
+    logits = example.BATCH * example.LENGTH * 2048 * 4 / 2**20
+    assert least < less < most - 0.9 * logits and least < logits
