@@ -296,6 +296,31 @@ class QuantConfig:
     """Added to the Hessian diagonal, fraction of its mean; grows tenfold until the factorization works."""
     block: int = 128
     """Columns per GPTQ block."""
+    act_order: bool = True
+    """Round columns by falling input power instead of from left to right."""
+    row_steps: Literal["spread", "loss"] = "spread"
+    """Steps of rows: by the spread of their weights (SDClip, the clips above), or by what their error costs
+    the loss (then the clips do not matter, and bits only cap the codes)."""
+    column_steps: bool = False
+    """Steps of columns: by what is left of the input given the inputs rounded after it, instead of equal."""
+    mean_bits: float = 3.45
+    """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""
+    rate: float = 0.0
+    """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves."""
+    embed_gram: float = 1.0
+    """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
+    matrix_gram: float = 0.0
+    """The same for all other matrices."""
+    row_floor: float = 0.02
+    """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
+    lqer: Literal["off", "asym", "sym"] = "off"
+    """Low-rank correction of the matrices with the largest errors; the form of its codes."""
+    lqer_rank: int = 4
+    """Rank of a correction."""
+    lqer_top: int = 3
+    """Matrices that are corrected."""
+    gradient_batches: int = 8
+    """With row_steps=loss: micro-batches whose gradients measure the rows, over all ranks."""
     calibration_batches: int = 16
     """Micro-batches of training text per calibration, over all ranks."""
 
@@ -306,10 +331,14 @@ class QuantConfig:
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
             _require(value > 0, f"quant.{name} must be > 0, got {value}")
-        _require(
-            self.calibration_batches >= 1,
-            f"quant.calibration_batches must be >= 1, got {self.calibration_batches}",
-        )
+        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
+            value = getattr(self, name)
+            _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
+        for name in ("embed_gram", "matrix_gram", "row_floor"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
+        _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")
+        _require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +348,7 @@ class ArtifactConfig:
     limit: int = 16_000_000
     """Bytes of code plus model that the artifact may have (decimal)."""
     fit: bool = True
-    """Widen the clips and quantize again when the artifact comes out above the limit (at most 3 times)."""
+    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %."""
 
 
 @dataclass(frozen=True, kw_only=True)

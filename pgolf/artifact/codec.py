@@ -40,7 +40,7 @@ def compress(raw: bytes, *, quality: int) -> bytes:
     return stream
 
 
-def decompress(stream: bytes | memoryview, *, raw_length: int) -> bytes:
+def decompress(stream: bytes, *, raw_length: int) -> bytes:
     """Return the `raw_length` bytes of a brotli stream, in memory near `raw_length` whatever it holds.
 
     Raises:
@@ -52,7 +52,7 @@ def decompress(stream: bytes | memoryview, *, raw_length: int) -> bytes:
     parts: list[bytes] = []
     total = 0
     try:
-        piece = decoder.process(bytes(stream), output_buffer_limit=raw_length + 1)
+        piece = decoder.process(stream, output_buffer_limit=raw_length + 1)
         while piece and total <= raw_length:
             parts.append(piece)
             total += len(piece)

@@ -139,12 +139,15 @@ def _section_dict(section: Section) -> dict[str, Any]:
     return {**row, "offset": section.offset, "length": section.length, "raw": section.plan.raw}
 
 
-def parse_header(text: bytes) -> Header:
+def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
     """Return the header that `text` spells.
 
+    Args:
+        text: UTF-8 JSON.
+        raw_limit: bytes that the sections may have after decoding.
     Raises:
         ArtifactError: not JSON, keys missing or unknown, values out of bounds, sections that do not fit the
-            tensors, more than 1 GiB of raw bytes.
+            tensors, more raw bytes than are allowed.
     """
     try:
         fields = json.loads(text)
@@ -160,7 +163,7 @@ def parse_header(text: bytes) -> Header:
         config_hash=_text(fields["config_hash"], "[0-9a-f]{16}", "config_hash"),
         limit=_count(fields["limit"], "limit"),
         tensors=tensors,
-        sections=_parse_sections(_list(fields["sections"], "sections"), tensors),
+        sections=_parse_sections(_list(fields["sections"], "sections"), tensors, raw_limit),
     )
 
 
@@ -187,15 +190,19 @@ def _parse_tensor(row: object) -> TensorEntry:
     return TensorEntry(name, cast(TensorKind, kind), shape, bits)
 
 
-def _parse_sections(rows: list[object], tensors: tuple[TensorEntry, ...]) -> tuple[Section, ...]:
+def _parse_sections(
+    rows: list[object], tensors: tuple[TensorEntry, ...], raw_limit: int
+) -> tuple[Section, ...]:
     """Return the table; every row must be what the tensors call for."""
     count = sum(t.shape[0] if t.kind == "matrix" and len(t.shape) == 3 else 1 for t in tensors)
     if count > MAX_SECTIONS:
         raise ArtifactError(f"artifact has {count} matrices, at most {MAX_SECTIONS} are allowed")
     plans = plan_sections(tensors)
     total = sum(plan.raw for plan in plans)
-    if total > MAX_RAW_BYTES:
-        raise ArtifactError(f"artifact would unpack to {total} bytes, at most {MAX_RAW_BYTES} are allowed")
+    if total > raw_limit:
+        raise ArtifactError(
+            f"artifact would unpack to {total} bytes, at most {raw_limit} are allowed for a file of its size"
+        )
     if len(rows) != len(plans):
         raise ArtifactError(f"artifact has {len(rows)} sections, its tensors need {len(plans)}")
     sections = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.codec import decompress, in_threads, join_bytes
-from pgolf.artifact.format import parse
+from pgolf.artifact.format import Reader
 from pgolf.artifact.header import MAX_RAW_BYTES, ArtifactError, Header, Section, TensorEntry, matrix_shapes
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT
@@ -79,12 +80,20 @@ def read_artifact(path: Path) -> Artifact:
 
 def read_state(path: Path) -> tuple[Header, QuantizedState]:
     """Return the header and the parameters as stored: codes, steps and float16; raises as `read_artifact`."""
-    header, streams = parse(_read_bytes(path))
-    raws = in_threads(_unpack, zip(header.sections, streams, strict=True))
-    return header, _assemble(header.tensors, raws)
+    with open_artifact(path) as reader:
+        raws = in_threads(_unpack, reader.sections())
+    return reader.header, _assemble(reader.header.tensors, raws)
 
 
-def _read_bytes(path: Path) -> bytes:
+@contextmanager
+def open_artifact(path: Path) -> Iterator[Reader]:
+    """Yield a file's reader, whose header has been read and checked; raises as `read_artifact`."""
+    size = _file_size(path)
+    with path.open("rb") as file:
+        yield Reader(file, size)
+
+
+def _file_size(path: Path) -> int:
     if not path.exists():
         raise FileNotFoundError(f"no artifact at {path}; a run writes one: python -m pgolf train PRESET")
     if not path.is_file():
@@ -92,10 +101,10 @@ def _read_bytes(path: Path) -> bytes:
     size = path.stat().st_size
     if size > MAX_RAW_BYTES:
         raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
-    return path.read_bytes()
+    return size
 
 
-def _unpack(item: tuple[Section, memoryview]) -> bytes:
+def _unpack(item: tuple[Section, bytes]) -> bytes:
     section, stream = item
     plan = section.plan
     try:

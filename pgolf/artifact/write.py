@@ -1,11 +1,10 @@
 """From a quantized state to a file: compress, count, refuse or write.
 
-Owns the order of bytes inside the sections (with `read.py`, its inverse) and the search for a clip that fits.
+Owns the order of bytes inside the sections (with `read.py`, its inverse). The search for clips is `fit.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +30,6 @@ from pgolf.config import ModelConfig
 from pgolf.data.shards import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.state import QuantizedState
-
-FIT_MARGIN = 1.002
-"""Widening beyond the predicted need, SPEC 6.7: real weights shrink a little slower than the model says."""
 
 
 def write_artifact(
@@ -61,65 +57,21 @@ def write_artifact(
         ArtifactError: above the limit (with the ledger), or a state that the format cannot hold.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    facts = _Facts(tokenizer_sha256, config_hash, limit, 1.0)
-    data, ledger = _build(state, model, facts, quality=quality)
+    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0)
+    data, ledger = build_file(state, model, facts, quality=quality)
     check(ledger, limit)
-    with atomic_file(path) as file:
-        file.write(data)
+    save_file(path, data)
     return ledger
 
 
-def fit_artifact(
-    path: Path,
-    quantize: Callable[[float], QuantizedState],
-    model: ModelConfig,
-    *,
-    tokenizer_sha256: str,
-    config_hash: str,
-    limit: int,
-    tries: int = 3,
-) -> Ledger:
-    """Quantize and write at brotli quality 11, with wider clips while the artifact is above the limit.
-
-    A clip wider by f makes N weights N * log2(f) / 8 bytes smaller, so an excess of x bytes asks for
-    f = 2^(8 x / N), times 1.002.
-
-    Args:
-        path: as for `write_artifact`, as are `model` and the next three.
-        quantize: clip_scale -> state; called with 1.0 first.
-        tries: quantizations at most, >= 1; 1 means take it or fail.
-    Returns:
-        The ledger of the written file; its `clip_scale` is the one that fitted.
-    Raises:
-        ArtifactError: the last try is still above the limit (with the ledger); nothing is written.
-        ValueError: tries < 1. FileNotFoundError: the folder of `path` does not exist.
-    """
-    if tries < 1:
-        raise ValueError(f"fit_artifact: tries must be >= 1, got {tries}")
-    clip_scale = 1.0
-    while True:
-        state = quantize(clip_scale)
-        facts = _Facts(tokenizer_sha256, config_hash, limit, clip_scale)
-        data, ledger = _build(state, model, facts, quality=11)
-        tries -= 1
-        if ledger.total <= limit or not tries:
-            break
-        weights = sum(t.codes.numel() for t in state.quantized.values())
-        clip_scale *= _widening(ledger.total - limit, weights)
-    check(ledger, limit)
+def save_file(path: Path, data: bytes) -> None:
+    """Put a finished artifact at `path`, atomically."""
     with atomic_file(path) as file:
         file.write(data)
-    return ledger
-
-
-def _widening(excess: int, weights: int) -> float:
-    """Return the factor on the clips that saves `excess` bytes; a code has no more than 8 bits to save."""
-    factor: float = 2.0 ** min(8 * excess / max(weights, 1), 8.0)
-    return factor * FIT_MARGIN
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What the header and the ledger say besides the parameters."""
 
     tokenizer_sha256: str
@@ -128,7 +80,9 @@ class _Facts:
     clip_scale: float
 
 
-def _build(state: QuantizedState, model: ModelConfig, facts: _Facts, *, quality: int) -> tuple[bytes, Ledger]:
+def build_file(
+    state: QuantizedState, model: ModelConfig, facts: Facts, *, quality: int
+) -> tuple[bytes, Ledger]:
     """Return the complete file and its ledger; the file has been parsed once to prove that it can be."""
     tensors = _entries(state)
     plans = plan_sections(tensors)

@@ -23,6 +23,8 @@ except ImportError as e:
 
 OPERATORS = (
     "newton_schulz",
+    "muon_step",
+    "muon_apply",
     "softcap_ce",
     "softcap_ce_backward",
     "softcap_ce_gradient",

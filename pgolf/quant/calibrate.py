@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
-from pgolf.quant.gptq import gptq
-from pgolf.quant.grid import QuantizedTensor, quantize_gate_rows
+from pgolf.quant.grid import quantize_gate_rows
+from pgolf.quant.lqer import Correction, correct, largest_errors
+from pgolf.quant.plan import Matrices, common_step, prepare
+from pgolf.quant.sensitivity import Curvature
 from pgolf.quant.state import QuantizedState, dequantize_state
 
 __all__ = ["collect_hessians", "dequantize_state", "quantize_model"]
@@ -83,6 +85,7 @@ def quantize_model(
     config: QuantConfig,
     *,
     clip_scale: float = 1.0,
+    curvature: dict[str, Curvature] | None = None,
 ) -> QuantizedState:
     """Quantize the matrices by GPTQ, the head gates to int8 rows and everything else to float16.
 
@@ -91,28 +94,59 @@ def quantize_model(
         inputs: `GPT.quant_inputs()`: for each matrix parameter the (kind, layer) of each of its B matrices.
         hessians: from `collect_hessians`; the work runs on their device.
         config: bits and clips; `mlp_*` inputs take mlp_clip, `attn_*` attn_clip, the head embed_clip.
-        clip_scale: multiplies every clip; above 1 makes coarser grids and a smaller file.
+        clip_scale: multiplies every step; above 1 makes coarser grids and a smaller file.
+        curvature: from `collect_curvature`, needed for config.row_steps = "loss".
     Returns:
         CPU tensors, and the seconds each matrix parameter took.
     Raises:
-        ValueError: a missing parameter or Hessian, a large parameter without inputs, NaN or infinity.
+        ValueError: a missing parameter, Hessian or curvature, a large parameter without inputs, NaN.
     """
     missing = sorted(set(inputs) - set(model_state))
     if missing:
         raise ValueError(f"quantize_model: parameters {missing} have inputs but are not in the model's state")
-    result = QuantizedState({}, {}, {}, {})
+    result = QuantizedState({}, {}, {})
+    matrices: dict[str, Matrices] = {}
     for name, weight in model_state.items():
         start = time.perf_counter()
         with _blame(name):
             if name in inputs:
-                hessian = _stack_hessians(weight, inputs[name], hessians)
-                result.quantized[name] = _matrices(weight, hessian, inputs[name][0][0], config, clip_scale)
+                stacked = _stack_hessians(weight, inputs[name], hessians)
+                matrices[name] = prepare(
+                    weight, stacked, inputs[name][0][0], config, (curvature or {}).get(name)
+                )
                 result.seconds[name] = time.perf_counter() - start
             elif name == GATE_NAME and GATE_MIN <= weight[0].numel() <= GATE_MAX:
-                result.gates[name] = _to_cpu(quantize_gate_rows(weight.detach()))
+                result.gates[name] = quantize_gate_rows(weight.detach()).to("cpu")
             else:
                 result.small[name] = _to_half(weight)
+    step = common_step(list(matrices.values()), config) if config.row_steps == "loss" else 1.0
+    for name, bank in matrices.items():
+        start = time.perf_counter()
+        with _blame(name):
+            result.quantized[name] = bank.quantize(step * clip_scale, config).reshaped(
+                model_state[name].shape
+            )
+            result.seconds[name] += time.perf_counter() - start
+    if config.lqer != "off":
+        result.corrections.update(_corrections(matrices, result, config))
     return result
+
+
+def _corrections(
+    matrices: dict[str, Matrices], state: QuantizedState, config: QuantConfig
+) -> dict[str, Correction]:
+    """Return low-rank corrections of the matrices that the quantization error hurts most."""
+    assert config.lqer != "off"
+    errors: dict[str, float] = {}
+    for name, bank in matrices.items():
+        for i, cost in enumerate(bank.errors(state.quantized[name]).tolist()):
+            errors[f"{name}.{i}"] = cost
+    found = {}
+    for key in largest_errors(errors, config.lqer_top):
+        name, _, index = key.rpartition(".")
+        error, power = matrices[name].error(int(index), state.quantized[name])
+        found[key] = correct(error, power, rank=config.lqer_rank, kind=config.lqer).to("cpu")
+    return found
 
 
 def _add_gram(sums: dict[InputKey, Tensor], key: InputKey, x: Tensor) -> None:
@@ -137,30 +171,6 @@ def _stack_hessians(weight: Tensor, keys: list[InputKey], hessians: dict[InputKe
     if missing:
         raise ValueError(f"no Hessian for the inputs {missing}; calibration observed {sorted(hessians)}")
     return torch.stack([hessians[key] for key in keys])
-
-
-def _matrices(
-    weight: Tensor, hessian: Tensor, kind: str, config: QuantConfig, clip_scale: float
-) -> QuantizedTensor:
-    """Quantize one bank `(B, R, C)`, or one matrix `(R, C)`, on the Hessian's device."""
-    clips = {"mlp": config.mlp_clip, "attn": config.attn_clip, "head": config.embed_clip}
-    family = kind.split("_")[0]
-    result = gptq(
-        weight.detach().to(hessian.device).reshape(hessian.shape[0], -1, weight.shape[-1]),
-        hessian,
-        bits=config.embed_bits if family == "head" else config.matrix_bits,
-        clip=clips[family] * clip_scale,
-        damp=config.damp,
-        block=config.block,
-    )
-    shaped = QuantizedTensor(
-        result.codes.reshape(weight.shape), result.scales.reshape(weight.shape[:-1]), result.bits
-    )
-    return _to_cpu(shaped)
-
-
-def _to_cpu(tensor: QuantizedTensor) -> QuantizedTensor:
-    return QuantizedTensor(tensor.codes.cpu(), tensor.scales.cpu(), tensor.bits)
 
 
 def _to_half(weight: Tensor) -> Tensor:

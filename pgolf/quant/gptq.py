@@ -6,28 +6,82 @@ Legend: `B` matrices of the stack, `R` rows (outputs), `C` columns (inputs), `Q`
 Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with act-order and SDClip scales (SPEC 6.3).
 Differs: all matrices of the stack move through the column loop together (no Python loop over matrices, no
 host sync inside), damping grows until the factorization works, dead columns get the mean of the live diagonal
-instead of 1, and a row that would come out worse than round-to-nearest keeps round-to-nearest.
+instead of 1, a row that would come out worse than round-to-nearest keeps round-to-nearest, columns may have
+steps of their own, and rounding may weigh the bits of a code against its error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pgolf.quant.grid import QuantizedTensor, dequantize, max_code, quantize, sdclip_scales
+from pgolf.quant.grid import QuantizedTensor, dequantize, max_code, sdclip_scales
 
 DAMP_GROWTH = 10.0
 MAX_DAMP_ATTEMPTS = 12
 """Tenfold growth from 0.01 reaches 1e9 times the mean diagonal: any symmetric H is definite long before."""
 
 
+@dataclass(frozen=True)
+class Factored:
+    """A stack of Hessians, ready for the column loop; depends on no weight and no step."""
+
+    hessian: Tensor
+    """`(B, C, C)` float32, as given."""
+    order: Tensor
+    """`(B, C)` int64, the column that is rounded first, second, ..."""
+    factor: Tensor
+    """`(B, C, C)` upper triangular U in that order, (H / scale + damping)^-1 = U^T U."""
+    scale: Tensor
+    """`(B, 1)` mean of the live diagonal of H, by which H was divided."""
+    dead: Tensor
+    """`(B, C)` bool, inputs that are always 0."""
+
+    def conditional(self) -> Tensor:
+        """Return `(B, C)` float32: the variance of each input given those rounded after it, H's units.
+
+        An error e left in column j, after the later columns have moved to their new optimum, costs
+        e^2 * conditional[j]; their product over a matrix is det(H + damping) in any order.
+        """
+        in_order = self.factor.diagonal(dim1=-2, dim2=-1).square().reciprocal() * self.scale
+        return in_order.gather(1, self.order.argsort(dim=-1))
+
+
+def factorize(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Factored:
+    """Order the columns and factor the damped inverse Hessians.
+
+    Args:
+        hessian: `(B, C, C)` float32, symmetric positive semidefinite.
+        damp: fraction of the mean diagonal added to the diagonal, > 0; tenfold per failed factorization.
+        act_order: take columns by falling diagonal instead of from left to right.
+    Raises:
+        ValueError: NaN or infinity in H, damp not positive, a matrix that is far from semidefinite.
+    """
+    if not damp > 0:
+        raise ValueError(f"gptq: damp must be > 0, got {damp}")
+    if hessian.dim() != 3 or hessian.shape[1] != hessian.shape[2]:
+        raise ValueError(f"gptq: expected hessian (B, C, C), got {tuple(hessian.shape)}")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("gptq: hessian holds NaN or infinity; the calibration activations overflowed")
+    with _full_float32():
+        h = hessian.float()
+        diagonal = h.diagonal(dim1=-2, dim2=-1)
+        if act_order:
+            order = diagonal.argsort(dim=-1, descending=True, stable=True)
+        else:
+            order = torch.arange(h.shape[-1], device=h.device).expand(diagonal.shape).contiguous()
+        factor, scale = _inverse_factor(_permute(h, order), damp)
+    return Factored(h, order, factor, scale, diagonal <= 0)
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, *, bits: int, clip: float, damp: float = 0.01, block: int = 128
 ) -> QuantizedTensor:
-    """Quantize a stack of matrices, never worse in the H norm than round-to-nearest on the same grid.
+    """Quantize a stack of matrices with SDClip steps, never worse in the H norm than round-to-nearest.
 
     For j in act-order: q_j = round(w_j / s), e = (w_j - s q_j) / U_jj, w_k -= e U_jk for k > j,
     with H^-1 = U^T U, U upper triangular.
@@ -44,20 +98,76 @@ def gptq(
     Raises:
         ValueError: shapes disagree, NaN or infinity in weight or H, damp or block not positive.
     """
-    _check(weight, hessian, damp, block)
+    _check(weight, hessian)
     scales = sdclip_scales(weight, bits=bits, clip=clip)
-    w, h = weight.float(), hessian.float()
+    return gptq_on_grid(weight, factorize(hessian, damp=damp), scales, bits=bits, block=block)
+
+
+def gptq_on_grid(
+    weight: Tensor,
+    factored: Factored,
+    scales: Tensor,
+    *,
+    bits: int,
+    columns: Tensor | None = None,
+    rate: float = 0.0,
+    block: int = 128,
+) -> QuantizedTensor:
+    """Quantize a stack of matrices on given steps, never worse than `round_to_grid` on the same grid.
+
+    "Worse" is, for each row, its error in the H norm. With column factors c the loop runs on w / c and
+    C H C, whose factor is U with column k divided by c_k.
+
+    Args:
+        weight: `(B, R, C)` floating point.
+        factored: of the Hessians `(B, C, C)`, same device.
+        scales: `(B, R)` float16 row steps.
+        bits: width of the grid, 2 to 8.
+        columns: `(B, C)` float16 column factors; None means 1.
+        rate: weight of a code's bits against its squared error, see `round_to_grid`.
+        block: columns per block.
+    Raises:
+        ValueError: shapes disagree, NaN or infinity in weight, block not positive.
+    """
+    _check(weight, factored.hessian)
+    if block < 1:
+        raise ValueError(f"gptq: expected block >= 1, got {block}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("gptq: weight holds NaN or infinity; training diverged before quantization")
+    w = weight.float().masked_fill(factored.dead.unsqueeze(1), 0.0)
+    unit = w if columns is None else w / columns.float().unsqueeze(1)
+    keep = _keep(unit, scales, rate)
     with _full_float32():
-        diagonal = h.diagonal(dim1=-2, dim2=-1)
-        dead = diagonal <= 0
-        w = w.masked_fill(dead.unsqueeze(1), 0.0)
-        order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        factor = _inverse_factor(_permute(h, order), damp)
-        codes = _sweep(_take_columns(w, order), factor, scales, bits=bits, block=block)
-        codes = _take_columns(codes, order.argsort(dim=-1))
-    nearest = quantize(w, scales, bits=bits)
-    worse = _row_errors(w, dequantize(codes, scales), h) > _row_errors(w, dequantize(nearest, scales), h)
-    return QuantizedTensor(torch.where(worse.unsqueeze(-1), nearest, codes), scales, bits)
+        order, factor = factored.order, factored.factor
+        if columns is not None:
+            factor = factor / columns.float().gather(1, order).unsqueeze(1)
+        swept = _sweep(
+            _take_columns(unit, order), factor, scales, keep.gather(1, order), bits=bits, block=block
+        )
+        codes = _take_columns(swept, order.argsort(dim=-1))
+    nearest = _round(unit, scales, keep, bits=bits)
+    mine, theirs = (row_errors(w, dequantize(q, scales, columns), factored.hessian) for q in (codes, nearest))
+    codes = torch.where((mine > theirs).unsqueeze(-1), nearest, codes)
+    return QuantizedTensor(codes, scales, bits, columns)
+
+
+def round_to_grid(
+    weight: Tensor, scales: Tensor, *, bits: int, columns: Tensor | None = None, rate: float = 0.0
+) -> QuantizedTensor:
+    """Round each weight by itself to the code with the least (x - q)^2 + rate * q^2 / v.
+
+    x = w / (s c), and v is the mean of x^2 over the column: q^2 / (2 v ln 2) are the bits of a code, but for
+    a constant, under a Gaussian for each column, which is what the coder fits. So rate is lambda / (2 ln 2)
+    with lambda in squared steps a bit, and the minimum is q = round(x / (1 + rate / v)). At many bits a step
+    s costs s^2 / 12 and one bit less multiplies that by 4: the same exchange rate is rate = 1 / 12.
+
+    Args:
+        weight: `(B, R, C)`. scales: `(B, R)` float16. columns: `(B, C)` float16 or None.
+        bits: width of the grid. rate: 0 rounds to the nearest code.
+    """
+    unit = weight.float() if columns is None else weight.float() / columns.float().unsqueeze(1)
+    codes = _round(unit, scales, _keep(unit, scales, rate), bits=bits)
+    return QuantizedTensor(codes, scales, bits, columns)
 
 
 def hessian_error(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
@@ -68,10 +178,10 @@ def hessian_error(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
     Returns:
         `(B,)` float64; with H = E[x x^T] it is the mean squared change of the output, summed over rows.
     """
-    return _row_errors(weight, approx, hessian).sum(-1)
+    return row_errors(weight, approx, hessian).sum(-1)
 
 
-def _row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
+def row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
     """Return e_r H e_r^T `(B, R)` float64; one matrix at a time bounds the float64 copies."""
     errors = []
     for w, a, h in zip(weight, approx, hessian, strict=True):
@@ -80,16 +190,25 @@ def _row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
     return torch.stack(errors)
 
 
-def _check(weight: Tensor, hessian: Tensor, damp: float, block: int) -> None:
+def _check(weight: Tensor, hessian: Tensor) -> None:
     if weight.dim() != 3 or hessian.shape != (weight.shape[0], weight.shape[2], weight.shape[2]):
         raise ValueError(
             "gptq: expected weight (B, R, C) and hessian (B, C, C), "
             f"got {tuple(weight.shape)} and {tuple(hessian.shape)}"
         )
-    if not damp > 0 or block < 1:
-        raise ValueError(f"gptq: damp must be > 0 and block >= 1, got damp={damp} and block={block}")
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("gptq: hessian holds NaN or infinity; the calibration activations overflowed")
+
+
+def _keep(unit: Tensor, scales: Tensor, rate: float) -> Tensor:
+    """Return `(B, C)`, 1 / (1 + rate / v): what rounding with an eye on bits leaves of a weight."""
+    variance = (unit / scales.float().unsqueeze(-1)).square().mean(1)
+    return variance / (variance + rate).clamp(min=1e-30) if rate else torch.ones_like(variance)
+
+
+def _round(unit: Tensor, scales: Tensor, keep: Tensor, *, bits: int) -> Tensor:
+    """Return the codes int8 of weights `(B, R, C)` over their column factors."""
+    q = max_code(bits)
+    x = unit / scales.float().unsqueeze(-1) * keep.unsqueeze(1)
+    return x.round_().clamp_(-q, q).to(torch.int8)
 
 
 def _permute(h: Tensor, order: Tensor) -> Tensor:
@@ -102,8 +221,8 @@ def _take_columns(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order.unsqueeze(1).expand_as(x))
 
 
-def _inverse_factor(h: Tensor, damp: float) -> Tensor:
-    """Return U `(B, C, C)` upper triangular with (H + damping)^-1 = U^T U.
+def _inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """Return U `(B, C, C)` upper triangular with (H / m + damping)^-1 = U^T U, and m `(B, 1)`.
 
     One factorization: if J reverses the order and J H J = L L^T, then U = (J L J)^-1.
     """
@@ -124,7 +243,7 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor:
         if not bool(failed.any()):
             eye = torch.eye(h.shape[-1], device=h.device).expand_as(h)
             factor: Tensor = torch.linalg.solve_triangular(lower.flip(1, 2), eye, upper=True)
-            return factor
+            return factor, mean
         amount = torch.where(failed, amount * DAMP_GROWTH, amount)
     raise ValueError(
         f"gptq: hessian of matrices {failed.nonzero().flatten().tolist()} is not positive semidefinite even "
@@ -132,7 +251,7 @@ def _inverse_factor(h: Tensor, damp: float) -> Tensor:
     )
 
 
-def _sweep(w: Tensor, factor: Tensor, scales: Tensor, *, bits: int, block: int) -> Tensor:
+def _sweep(w: Tensor, factor: Tensor, scales: Tensor, keep: Tensor, *, bits: int, block: int) -> Tensor:
     """Round the columns from left to right and return the codes `(B, R, C)` int8.
 
     Works on the transpose `(B, C, R)`: a column of every matrix is then a contiguous row.
@@ -140,6 +259,7 @@ def _sweep(w: Tensor, factor: Tensor, scales: Tensor, *, bits: int, block: int) 
     wt = w.transpose(1, 2).contiguous()
     codes = torch.empty_like(wt)
     step = scales.float()
+    reach = keep.unsqueeze(-1)  # (B, C, 1)
     inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)  # (B, C, 1)
     q_max, cols = max_code(bits), wt.shape[1]
     for begin in range(0, cols, block):
@@ -147,7 +267,7 @@ def _sweep(w: Tensor, factor: Tensor, scales: Tensor, *, bits: int, block: int) 
         errors = torch.empty_like(wt[:, begin:end])
         for j in range(begin, end):
             column = wt[:, j]
-            q = (column / step).round_().clamp_(-q_max, q_max)
+            q = (column / step).mul_(reach[:, j]).round_().clamp_(-q_max, q_max)
             codes[:, j] = q
             error = errors[:, j - begin]
             torch.mul(torch.addcmul(column, q, step, value=-1.0), inverse_diagonal[:, j], out=error)

@@ -1,14 +1,14 @@
-"""Symmetric per-row quantization grids: scales, codes and back.
+"""Symmetric quantization grids with a step per row, and per column where it pays: scales, codes and back.
 
-Owns the SDClip step, round-to-nearest and the int8 rows of the gates; which codes are chosen when the inputs
-are known is `gptq.py`'s business. Works on stacks: the last dimension is the row's columns.
-Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
+Owns the SDClip step, the grid of steps, round-to-nearest and the int8 rows of the gates; which codes are
+chosen when the inputs are known is `gptq.py`'s business. Works on stacks: the last dimension is the row's
+columns. Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
 Source: SDClip of parameter-golf PR #1394 (SPEC 6.3): the step follows the spread of a row, not its maximum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ MIN_SCALE = 2.0**-24
 """Smallest positive float16 (subnormal): the record code's floor of 1e-10 rounds to 0, a division by zero."""
 MAX_SCALE = 65504.0
 """Largest finite float16."""
+STEPS_PER_OCTAVE = 8
+"""Steps on the logarithmic grid are 2^(n/8), 9 % apart: one small integer to store instead of a float16."""
+LEAST_EXPONENT, MOST_EXPONENT = -160, 127
+"""Range of n: above 2^-20 neighbours are different float16 numbers, and 2^(127/8) is finite."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes on a grid with one step per row: w = codes * scales[..., None]."""
+    """Codes on a grid with one step per row: w = codes * scales[..., None] * columns[..., None, :]."""
 
     codes: Tensor
     """`(..., C)` int8 in [-Q, Q]; the shape of the parameter."""
@@ -29,10 +33,25 @@ class QuantizedTensor:
     """`(...)` float16, the step of each row, > 0."""
     bits: int
     """Width of the grid, 4 to 8."""
+    columns: Tensor | None = None
+    """`(..., C)` float16 without the row dimension, the factor on the step of each column; None means 1."""
 
     def dequantize(self) -> Tensor:
-        """Return codes * scales, float32, in the parameter's shape."""
-        return dequantize(self.codes, self.scales)
+        """Return codes * scales * columns, float32, in the parameter's shape."""
+        return dequantize(self.codes, self.scales, self.columns)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """Return the same on `device`."""
+        columns = None if self.columns is None else self.columns.to(device)
+        return replace(self, codes=self.codes.to(device), scales=self.scales.to(device), columns=columns)
+
+    def reshaped(self, shape: torch.Size) -> QuantizedTensor:
+        """Return a stack of matrices on the CPU in the shape of its parameter, `(B, R, C)` or `(R, C)`."""
+        columns = None if self.columns is None else self.columns.reshape(*shape[:-2], shape[-1])
+        shaped = replace(
+            self, codes=self.codes.reshape(shape), scales=self.scales.reshape(shape[:-1]), columns=columns
+        )
+        return shaped.to("cpu")
 
 
 def max_code(bits: int) -> int:
@@ -78,6 +97,35 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     return step.clamp(MIN_SCALE, MAX_SCALE).half()
 
 
+def log_steps(steps: Tensor) -> Tensor:
+    """Return the nearest steps on the logarithmic grid: float16(2^(n/8)), n an integer in [-160, 127].
+
+    Args:
+        steps: any shape, positive; 0 and less become the smallest step.
+    Returns:
+        float16 of the same shape. `step_exponents` gives n back.
+    """
+    n = (steps.double().clamp(min=2.0**-64).log2() * STEPS_PER_OCTAVE).round()
+    return from_exponents(n.clamp(LEAST_EXPONENT, MOST_EXPONENT))
+
+
+def step_exponents(steps: Tensor) -> Tensor:
+    """Return n of steps float16(2^(n/8)), int16.
+
+    Raises:
+        ValueError: a step that is not on the grid.
+    """
+    n = (steps.double().log2() * STEPS_PER_OCTAVE).round()
+    if not torch.equal(from_exponents(n), steps):
+        raise ValueError("step_exponents: a step is not float16(2^(n/8)); take it from log_steps")
+    return n.to(torch.int16)
+
+
+def from_exponents(exponents: Tensor) -> Tensor:
+    """Return float16(2^(n/8)); float64 in between, so that every machine rounds to the same float16."""
+    return torch.exp2(exponents.double() / STEPS_PER_OCTAVE).half()
+
+
 def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     """Round every weight to the nearest code of its row's grid (ties to even, float32).
 
@@ -100,9 +148,15 @@ def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     return (weight.float() / scales.float().unsqueeze(-1)).round_().clamp_(-q, q).to(torch.int8)
 
 
-def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return w = q * s: codes `(..., C)` int8 times the row's step `(...)` float16, in float32."""
-    return codes.float() * scales.float().unsqueeze(-1)
+def dequantize(codes: Tensor, scales: Tensor, columns: Tensor | None = None) -> Tensor:
+    """Return w = (q * s) * c in float32.
+
+    Args:
+        codes: `(..., R, C)` int8. scales: `(..., R)` float16, row steps.
+        columns: `(..., C)` float16, column factors; None means 1.
+    """
+    weight = codes.float() * scales.float().unsqueeze(-1)
+    return weight if columns is None else weight * columns.float().unsqueeze(-2)
 
 
 def quantize_gate_rows(weight: Tensor) -> QuantizedTensor:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pgolf.quant.grid import QuantizedTensor
+from pgolf.quant.lqer import Correction
 
 
 @dataclass(frozen=True)
 class QuantizedState:
-    """Every parameter of a model in its stored form; each name is in exactly one of the three groups."""
+    """Every parameter of a model in its stored form; each name is in one of the first three groups."""
 
     quantized: dict[str, QuantizedTensor]
     """Matrix banks and the embedding: the bulk of the bytes."""
@@ -22,6 +23,8 @@ class QuantizedState:
     """Gate matrices, int8 rows."""
     small: dict[str, Tensor]
     """Everything else, float16."""
+    corrections: dict[str, Correction] = field(default_factory=dict)
+    """Low-rank corrections by "parameter.index", the index of the matrix in its bank (0 for one matrix)."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each quantized parameter, seconds; empty when the state was read from a file."""
 
@@ -38,4 +41,8 @@ def dequantize_state(state: QuantizedState) -> dict[str, Tensor]:
             if name in result:
                 raise ValueError(f"dequantize_state: {name!r} is stored twice; each parameter has one form")
             result[name] = value.dequantize() if isinstance(value, QuantizedTensor) else value.float()
+    for key, correction in state.corrections.items():
+        name, _, index = key.rpartition(".")
+        stack = result[name].view(-1, *result[name].shape[-2:])
+        stack[int(index)] += correction.dequantize()
     return result

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
-from pgolf.artifact.write import fit_artifact
+from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, QuantConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
@@ -71,8 +72,8 @@ class Run:
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
         parameters = dict(self._model.named_parameters())
-        self._optimizer = Optimizer(self._model, config.optim, dist)
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
+        self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
         self._summary = Summary(
             name=config.name,
             config_hash=config_hash(config),
@@ -133,6 +134,7 @@ class Run:
             "tokens": result.tokens,
             "loop_step": result.loop_step,
             "last_loss": result.last_loss,
+            "skipped_steps": result.skipped,
             "ms_loop_off": median["loop_off"],
             "ms_loop_on": median["loop_on"],
             "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
@@ -224,19 +226,18 @@ def calibrate(model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist) 
 def write_quantized(
     path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
 ) -> Ledger:
-    """Quantize, compress and write the artifact; with artifact.fit, widen the clips until it fits.
+    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
 
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
-    return fit_artifact(
-        path,
-        quantize,
-        config.model,
-        tokenizer_sha256=tokenizer_sha256,
-        config_hash=config_hash(config),
-        limit=config.artifact.limit,
-        tries=3 if config.artifact.fit else 1,
+    limit, facts = config.artifact.limit, config_hash(config)
+    if config.artifact.fit:
+        return fit_artifact(
+            path, quantize, config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
+        )
+    return write_artifact(
+        path, quantize(1.0), config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
     )
 
 

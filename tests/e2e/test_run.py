@@ -51,6 +51,8 @@ def test_run_writes_everything_and_learns(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(6))
     assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(r["grad_norm"] > 0 and r["skipped"] == 0 for r in rows)
+    assert len({r["grad_norm"] for r in rows}) == 6, "each step has its own norm"
     assert [r["loop"] for r in rows] == [False, False, False, True, True, True]  # on from frac 0.35
     s = summary(run)
     assert s["train"]["steps"] == 6 and s["train"]["loop_step"] == 3

@@ -86,6 +86,7 @@ def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, worst,
         ("jordan", 5, 0.68, 1.20, 0.19, 485),
         ("jordan", 4, 0.41, 1.20, 0.23, 141),
         ("polar_express_golf", 5, 0.859, 1.141, 0.094, 989),
+        ("polar_express_refit", 5, 0.992, 1.008, 0.005, 537),
         ("polar_express_golf_truncated", 4, 0.42, 1.58, 0.39, 422),
     ],
 )

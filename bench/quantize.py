@@ -1,0 +1,382 @@
+"""What each way to quantize a checkpoint costs in bytes and in bits per byte: a table, a file, a plot.
+
+`python -m bench.quantize RUN_FOLDER --data SHARDS` calibrates once, then quantizes the run's averaged weights
+in each way of `SETTINGS`, codes them with the real coder and scores them over the whole validation text.
+Every way is scaled to the bytes of `--match` (its steps times one factor, coded again), so that rows of the
+table compare at equal bytes; `bytes` is exact for codes, steps and small tensors. The raw weights are
+quantized with the averaged weights' Hessians. `bpb_loss` is bpb less the bpb of the same weights unquantized;
+`predicted` is the same difference as the calibration foresees it, 1/2 sum g_r e_r H e_r.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bench.common import RESULTS, Recorder, Sample
+from pgolf.artifact.codec import compress, split_bytes
+from pgolf.config import Config, DataConfig
+from pgolf.dist import Dist
+from pgolf.evaluate.corpus import Corpus, score_model
+from pgolf.model.gpt import GPT
+from pgolf.ops import encode_codes
+from pgolf.quant.calibrate import collect_hessians, quantize_model
+from pgolf.quant.gptq import factorize, row_errors
+from pgolf.quant.grid import step_exponents
+from pgolf.quant.lqer import Correction
+from pgolf.quant.sensitivity import blend, collect_curvature
+from pgolf.quant.state import QuantizedState, dequantize_state
+from pgolf.train.run import open_loader
+from pgolf.train.state import copy_parameters, load_weights
+
+HEADER_BYTES = 1_300
+"""The file's header and checksum, which do not depend on the setting."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to quantize."""
+
+    name: str
+    quant: dict[str, Any] = field(default_factory=dict)
+    """Fields of QuantConfig that differ from the run's."""
+    weights: str = "ema"
+    gptq: bool = True
+    """False takes H = I, so that every weight is rounded by itself."""
+    size: float = 1.0
+    """Bytes wanted, as a multiple of those of `--match`; 0 takes the configured clips as they are."""
+
+
+LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
+SETTINGS = [
+    Setting("gptq", size=0.0),
+    Setting("rtn", gptq=False),
+    Setting("columns", {"column_steps": True, "matrix_bits": 8, "embed_bits": 8}),
+    Setting("rows+columns", LOSS),
+    Setting("rows", LOSS | {"column_steps": False}),
+    Setting("rows+columns head H", LOSS | {"embed_gram": 0.0}),
+    Setting("rows+columns gram 0.3", LOSS | {"matrix_gram": 0.3}),
+    Setting("rows+columns floor 0.1", LOSS | {"row_floor": 0.1}),
+    Setting("rows+columns floor 0.002", LOSS | {"row_floor": 0.002}),
+    Setting("rows+columns rate 1/12", LOSS | {"rate": 1 / 12}),
+    Setting("rows+columns raw", LOSS, weights="raw"),
+    Setting("gptq raw", weights="raw"),
+    Setting("gptq rate 1/12", {"rate": 1 / 12}),
+    Setting("rows+columns in order", LOSS | {"act_order": False}),
+    Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
+    Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),
+    Setting("rows+columns -4 %", LOSS | {"rate": 1 / 12}, size=0.96),
+    Setting("rows+columns +4 %", LOSS | {"rate": 1 / 12}, size=1.04),
+    Setting("gptq -4 %", size=0.96),
+    Setting("gptq +4 %", size=1.04),
+    Setting("gptq lqer asym", {"lqer": "asym"}),
+    Setting("gptq lqer sym", {"lqer": "sym"}),
+    Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
+    Setting("gptq in order", {"act_order": False}),
+    Setting("rows+columns damp 0.1", LOSS | {"damp": 0.1}),
+    Setting("rows+columns damp 0.001", LOSS | {"damp": 0.001}),
+    Setting("gptq damp 0.1", {"damp": 0.1}),
+]
+
+
+@dataclass
+class Outcome:
+    """What a setting gave."""
+
+    setting: Setting
+    bytes: int
+    parts: dict[str, int]
+    bpb: float
+    loss: float
+    predicted: float
+    scale: float
+    seconds: dict[str, float]
+
+
+class Bench:
+    """A checkpoint with its calibration; `measure` tries one setting."""
+
+    def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int) -> None:
+        averaged, saved, _ = load_weights(folder / "ema.safetensors")
+        raw, _, _ = load_weights(folder / "raw.safetensors")
+        self.dist = Dist.start(device)
+        micro = min(saved.data.micro_tokens, micro_tokens)
+        self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
+        self.corpus = Corpus.open(data, vocab_size=saved.model.vocab_size)
+        self.model = GPT(saved.model).prepare(self.dist.device)
+        self.weights = {
+            "ema": {k: v.to(self.dist.device) for k, v in averaged.items()},
+            "raw": {k: v.to(self.dist.device) for k, v in raw.items()},
+        }
+        self.seconds: dict[str, float] = {}
+        self.pool = ThreadPoolExecutor()
+        self._calibrate(saved.data)
+        self.unquantized = {name: self.score(state) for name, state in self.weights.items()}
+
+    def _calibrate(self, original: DataConfig) -> None:
+        """Hessians and curvature on as many tokens as the run would take, in smaller batches if need be."""
+        copy_parameters(self.model, self.weights["ema"])
+        quant, dist = self.config.quant, self.dist
+        times = max(1, original.micro_tokens // self.config.data.micro_tokens)
+        with open_loader(self.config, self.corpus, dist) as loader:
+            self.model.eval()
+            began = self._now()
+            count = quant.calibration_batches * times
+            self.hessians = collect_hessians(self.model, (loader.next() for _ in range(count)), dist)
+            self.seconds["hessians"] = self._now() - began
+            began = self._now()
+            batches = (loader.next() for _ in range(quant.gradient_batches * times))
+            names = self.model.quant_inputs()
+            self.curvature = collect_curvature(self.model, batches, names, dist)
+            self.seconds["gradients"] = self._now() - began
+        self.identity = {k: torch.eye(len(h), device=h.device) for k, h in self.hessians.items()}
+
+    def save_spectra(self, path: Path) -> None:
+        """Write what the calibration found, reduced to a number for each row and column."""
+        found = {}
+        for name, keys in self.model.quant_inputs().items():
+            h = torch.stack([self.hessians[key] for key in keys])
+            found[f"{name}.rows"] = self.curvature[name].rows
+            found[f"{name}.gram_diagonal"] = self.curvature[name].gram.diagonal(dim1=-2, dim2=-1)
+            found[f"{name}.hessian_diagonal"] = h.diagonal(dim1=-2, dim2=-1)
+            found[f"{name}.conditional"] = factorize(h, damp=self.config.quant.damp).conditional()
+        np.savez(path, **{k: v.float().cpu().numpy() for k, v in found.items()})
+
+    def _now(self) -> float:
+        if self.dist.device.type == "cuda":
+            torch.cuda.synchronize(self.dist.device)
+        return time.perf_counter()
+
+    def score(self, state: dict[str, Tensor]) -> float:
+        """Return bits per byte over the whole validation text."""
+        copy_parameters(self.model, state)
+        return score_model(self.model, self.corpus, self.config.data.micro_tokens, self.dist).bpb
+
+    def quantize(self, setting: Setting, scale: float) -> QuantizedState:
+        """Return the setting's codes with all its steps times `scale`."""
+        return quantize_model(
+            self.weights[setting.weights],
+            self.model.quant_inputs(),
+            self.hessians if setting.gptq else self.identity,
+            replace(self.config.quant, **setting.quant),
+            clip_scale=scale,
+            curvature=self.curvature,
+        )
+
+    def measure(self, setting: Setting, wanted: int) -> Outcome:
+        """Quantize, scale to the wanted bytes, code and score."""
+        seconds, scale = {}, 1.0
+        for attempt in range(3):
+            began = self._now()
+            state = self.quantize(setting, scale)
+            seconds["quantize"] = self._now() - began
+            began = time.perf_counter()
+            parts = count_bytes(state, self.pool)
+            seconds["code"] = time.perf_counter() - began
+            total = sum(parts.values())
+            if not setting.size or abs(total / (wanted * setting.size) - 1) < 1e-3 or attempt == 2:
+                break
+            weights = sum(t.codes.numel() for t in state.quantized.values())
+            scale *= 2.0 ** (8 * (total - wanted * setting.size) / weights)
+        began = self._now()
+        tensors = dequantize_state(state)
+        bpb = self.score(tensors)
+        seconds["score"] = self._now() - began
+        nats_per_bpb = self.nats_per_bpb()
+        return Outcome(
+            setting,
+            total,
+            parts,
+            bpb,
+            bpb - self.unquantized[setting.weights],
+            self.predict(setting, tensors) / nats_per_bpb,
+            scale,
+            seconds,
+        )
+
+    def nats_per_bpb(self) -> float:
+        """Return the nats per token of one bit per byte: ln 2 times the bytes of a token."""
+        if not hasattr(self, "_bytes_per_token"):
+            from pgolf.data.loader import validation_totals
+
+            tokens, size = validation_totals(self.corpus.folder, tokenizer=self.corpus.tokenizer)
+            self._bytes_per_token = size / tokens
+        return float(np.log(2) * self._bytes_per_token)
+
+    def predict(self, setting: Setting, tensors: dict[str, Tensor]) -> float:
+        """Return the loss that calibration foresees from the errors of the matrices, nats a token."""
+        total = 0.0
+        for name, keys in self.model.quant_inputs().items():
+            c = self.curvature[name]
+            h = torch.stack([self.hessians[key] for key in keys])
+            h = blend(h, c.gram, 1.0 if name == "tok_emb" else 0.0)
+            shape = (len(keys), -1, h.shape[-1])
+            before = self.weights[setting.weights][name].reshape(shape)
+            errors = row_errors(before, tensors[name].to(before.device).reshape(shape), h)
+            total += 0.5 * float((c.rows.double() * errors).sum())
+        return total
+
+
+def count_bytes(state: QuantizedState, pool: ThreadPoolExecutor) -> dict[str, int]:
+    """Return the stored bytes of every part of the file but its header."""
+    jobs = {}
+    for name, t in state.quantized.items():
+        stack = t.codes.reshape(-1, *t.codes.shape[-2:]).numpy()
+        jobs[name] = [pool.submit(encode_codes, matrix) for matrix in stack]
+    parts = {"header": HEADER_BYTES}
+    steps = [t.scales for t in state.quantized.values()]
+    columns = [t.columns for t in state.quantized.values() if t.columns is not None]
+    parts["steps"] = sum(_step_bytes(s) for s in steps) + _float_bytes(
+        [g.scales for g in state.gates.values()]
+    )
+    parts["columns"] = sum(_step_bytes(c) for c in columns)
+    parts["lqer"] = sum(_correction_bytes(c) for c in state.corrections.values())
+    parts["gates"] = len(
+        compress(b"".join(g.codes.numpy().tobytes() for g in state.gates.values()), quality=11)
+    )
+    parts["small"] = _float_bytes(list(state.small.values()))
+    return parts | {name: sum(len(job.result()) for job in group) for name, group in jobs.items()}
+
+
+def _correction_bytes(c: Correction) -> int:
+    codes = len(encode_codes(c.left.numpy())) + len(encode_codes(c.right.numpy()))
+    return codes + _float_bytes([c.left_scales, c.right_scales])
+
+
+def _float_bytes(tensors: list[Tensor]) -> int:
+    flat = np.concatenate([np.zeros(0, np.float16), *(t.numpy().reshape(-1) for t in tensors)])
+    return len(compress(split_bytes(flat), quality=11))
+
+
+def _step_bytes(steps: Tensor) -> int:
+    """Return the bytes of steps: the coded exponents where they are on the logarithmic grid, else float16."""
+    try:
+        n = step_exponents(steps).numpy()
+    except ValueError:
+        return _float_bytes([steps])
+    flat = n.reshape(-1, n.shape[-1]).astype(np.int64)
+    centred = flat - np.round(np.median(flat, axis=-1, keepdims=True)).astype(np.int64)
+    codes = np.clip(centred, -128, 127).astype(np.int8)
+    return min(len(encode_codes(codes)), len(compress(codes.tobytes(), quality=11))) + 2 * len(flat)
+
+
+def table(outcomes: list[Outcome]) -> str:
+    """Return the outcomes as text, in the order in which they were measured."""
+    lines = [
+        f"{'setting':<26}{'bytes':>12}{'bpb':>9}{'loss':>9}{'predicted':>11}{'scale':>8}"
+        f"{'quantize s':>12}{'code s':>8}"
+    ]
+    lines += [
+        f"{o.setting.name:<26}{o.bytes:>12,}{o.bpb:>9.5f}{o.loss:>9.5f}{o.predicted:>11.5f}{o.scale:>8.4f}"
+        f"{o.seconds['quantize']:>12.2f}{o.seconds['code']:>8.2f}"
+        for o in outcomes
+    ]
+    return "\n".join(lines)
+
+
+def plot(outcomes: list[Outcome], path: Path) -> None:
+    """Draw bytes against the loss of quantization, if matplotlib is installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 6), dpi=120)
+    for o in outcomes:
+        axes.plot(o.bytes / 1e6, o.loss, "o", markersize=4, color="#1f5a99" if o.setting.gptq else "#c0504d")
+        axes.annotate(
+            o.setting.name, (o.bytes / 1e6, o.loss), fontsize=7, xytext=(4, 2), textcoords="offset points"
+        )
+    axes.set_xlabel("model file, MB")
+    axes.set_ylabel("bits per byte above the unquantized weights")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def record(bench: Bench, outcomes: list[Outcome], out: Path) -> None:
+    """Write the measurements as a result file."""
+    recorder = Recorder("quantize", bench.dist.device)
+    for name, value in bench.seconds.items():
+        recorder.add("calibrate", "pgolf", f"seconds_{name}", Sample(value, 0.0, 1), "s")
+    for name, bpb in bench.unquantized.items():
+        recorder.add(name, "pgolf", "bpb", Sample(bpb, 0.0, 1), "bits/byte")
+    for o in outcomes:
+        values = {
+            "bytes": (float(o.bytes), "bytes"),
+            "bpb": (o.bpb, "bits/byte"),
+            "bpb_loss": (o.loss, "bits/byte"),
+        }
+        values |= {f"bytes_{part}": (float(size), "bytes") for part, size in o.parts.items()}
+        values |= {"bpb_loss_predicted": (o.predicted, "bits/byte"), "scale": (o.scale, "1")}
+        values |= {f"seconds_{phase}": (value, "s") for phase, value in o.seconds.items()}
+        for metric, (value, unit) in values.items():
+            recorder.add(o.setting.name, "pgolf", metric, Sample(value, 0.0, 1), unit)
+    recorder.write(out)
+
+
+def main() -> None:
+    """Parse arguments, calibrate, measure, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="run folder with raw.safetensors and ema.safetensors")
+    parser.add_argument("--data", type=Path, required=True, help="shards of the run, with their tokenizer")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument(
+        "--match", type=int, default=0, help="model bytes; default: those of the first setting"
+    )
+    parser.add_argument("--settings", nargs="+", default=[s.name for s in SETTINGS], help="names of SETTINGS")
+    parser.add_argument("--seconds", type=float, default=140.0, help="start no setting after this time")
+    parser.add_argument(
+        "--micro-tokens", type=int, default=32_768, help="largest batch of calibration and scoring"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    args = parser.parse_args()
+    unknown = sorted(set(args.settings) - {s.name for s in SETTINGS})
+    if unknown:
+        parser.error(f"unknown settings {unknown}; expected some of {[s.name for s in SETTINGS]}")
+    began = time.perf_counter()
+    bench = Bench(args.folder, args.data, args.device, args.micro_tokens)
+    print(
+        "seconds",
+        {k: round(v, 2) for k, v in bench.seconds.items()},
+        "unquantized",
+        bench.unquantized,
+        flush=True,
+    )
+    outcomes: list[Outcome] = []
+    for setting in (s for s in SETTINGS if s.name in args.settings):
+        if time.perf_counter() - began > args.seconds:
+            print(f"out of time before {setting.name!r}; raise --seconds")
+            break
+        wanted = args.match or (outcomes[0].bytes if outcomes else 0)
+        try:
+            outcomes.append(bench.measure(setting if wanted else replace(setting, size=0.0), wanted))
+        except (RuntimeError, ValueError) as e:
+            print(f"{setting.name}: {type(e).__name__}: {e}", flush=True)
+            continue
+        print(table(outcomes[-1:]).splitlines()[-1], f"{time.perf_counter() - began:8.1f}", flush=True)
+    print(table(outcomes))
+    args.out.mkdir(parents=True, exist_ok=True)
+    record(bench, outcomes, args.out)
+    bench.save_spectra(args.out / "quantize_spectra.npz")
+    plot(outcomes, args.out / "quantize.png")
+    bench.dist.close()
+
+
+if __name__ == "__main__":
+    main()
