@@ -53,15 +53,17 @@ __device__ __forceinline__ float exp_rate(const SoftcapCeShape& shape) {
 }
 
 struct Capped {
-  float e;  // exp(-2|x| / cap)
-  float q;  // 1 / (1 + e)
-  float r;  // (cap - z) / (2 cap)
+  float q;   // 1 / (1 + e), e = exp(-2|x| / cap)
+  float eq;  // e q
+  float r;   // (cap - z) / (2 cap)
   __device__ __forceinline__ Capped(float x, float rate) {
-    e = ex2_approx(-fabsf(x) * rate);
+    const float e = ex2_approx(-fabsf(x) * rate);
     q = rcp_approx(1.0f + e);
-    r = x > 0.0f ? e * q : q;
+    eq = e * q;
+    r = x > 0.0f ? eq : q;
   }
-  __device__ __forceinline__ float slope() const { return 4.0f * e * q * q; }
+  __device__ __forceinline__ float quarter_slope() const { return eq * q; }
+  __device__ __forceinline__ float slope() const { return 4.0f * quarter_slope(); }
 };
 
 // z where the form above does not hold its precision: tanhf, because for |x| far below the cap it loses cap *
@@ -90,12 +92,12 @@ struct FixedSum {
   __device__ __forceinline__ void add(float x, float cap, float rate) {
     sum += ex2_approx(-2.0f * kLog2e * cap * Capped(x, rate).r);
   }
-  // Returns exp(z - cap) (1 - tanh^2).
+  // Returns exp(z - cap) (1 - tanh^2) / 4.
   __device__ __forceinline__ float add_and_hold(float x, float cap, float rate) {
     const Capped capped(x, rate);
     const float e = ex2_approx(-2.0f * kLog2e * cap * capped.r);
     sum += e;
-    return e * capped.slope();
+    return e * capped.quarter_slope();
   }
   __device__ RowResult finish(float x_target, float cap, float rate) const {
     const float offset = -2.0f * cap * Capped(x_target, rate).r;
@@ -329,17 +331,23 @@ __global__ void __launch_bounds__(kWideThreads)
 }
 
 // Loss and gradient of a row of at most Threads * kHeld elements, 16-byte aligned: read once. What waits in
-// registers is exp(z - cap) (1 - tanh^2) where the offset is fixed, else the logits.
+// registers is exp(z - cap) (1 - tanh^2) / 4 where the offset is fixed, else the logits.
 template <typename D, typename Sum, int Threads>
 __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
     gradient_kernel(const D* logits, D* grads, GradientArgs args, SoftcapCeShape shape) {
   constexpr int kCount = Pack<D>::kCount, kPacks = kHeld / kCount;
   const int64_t row = blockIdx.x;
-  const int64_t target = args.targets[row];
   const D* x = logits + row * shape.vocab;
   const Pack<D>* packs = reinterpret_cast<const Pack<D>*>(x);
   Pack<D>* out = reinterpret_cast<Pack<D>*>(grads + row * shape.vocab);
   const int pack_count = static_cast<int>(shape.vocab / kCount);
+  Pack<D> loaded[kPacks];
+  PGOLF_UNROLL
+  for (int p = 0; p < kPacks; ++p) {
+    const int pack = p * Threads + threadIdx.x;
+    if (pack < pack_count) loaded[p] = load_streaming(packs + pack);
+  }
+  const int64_t target = args.targets[row];
   if (!counts(target, shape)) {
     const float value = store_uncounted(target, row, args.losses, args.lses, shape);
     Pack<D> fill;
@@ -347,12 +355,6 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
     for (int i = 0; i < kCount; ++i) fill.value[i] = store_float<D>(value);
     for (int pack = threadIdx.x; pack < pack_count; pack += Threads) out[pack] = fill;
     return;
-  }
-  Pack<D> loaded[kPacks];
-  PGOLF_UNROLL
-  for (int p = 0; p < kPacks; ++p) {
-    const int pack = p * Threads + threadIdx.x;
-    if (pack < pack_count) loaded[p] = load_streaming(packs + pack);
   }
   const float upstream = args.grad_losses[row * args.grad_stride];
   const float x_target = load_float(x[target]);
@@ -380,7 +382,7 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
   const RowResult result =
       finish_and_store(merge_block<Threads>(sum), x_target, row, args.losses, args.lses, shape);
   const Gradient gradient(shape, upstream, result);
-  const float scale = gradient.w_weight * ex2_approx((shape.cap - result.lse) * kLog2e);
+  const float scale = 4.0f * gradient.w_weight * ex2_approx((shape.cap - result.lse) * kLog2e);
   PGOLF_UNROLL
   for (int p = 0; p < kPacks; ++p) {
     const int pack = p * Threads + threadIdx.x;
