@@ -78,6 +78,10 @@ def linear_softcap_ce(
     check_reduction("linear_softcap_ce", reduction)
     if memory not in ("fast", "low"):
         raise ValueError(f'linear_softcap_ce: memory must be "fast" or "low", got {memory!r}')
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"linear_softcap_ce: hidden must be (rows, width) or (..., width), got {tuple(hidden.shape)}"
+        )
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "

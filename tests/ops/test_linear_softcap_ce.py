@@ -377,6 +377,7 @@ def test_cpu_target_out_of_range_names_the_row(bad: int, memory: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "error", "message"),
     [
+        ({"hidden": torch.zeros(8)}, ValueError, r"hidden must be \(rows, width\) or .*, got \(8,\)"),
         ({"hidden": torch.zeros(4, 0)}, ValueError, r"hidden must be \(rows, width\) with width > 0"),
         ({"weight": torch.zeros(5, 7)}, ValueError, r"weight must be .*\(vocab > 0, 8\), got \[5, 7\]"),
         ({"weight": torch.zeros(0, 8)}, ValueError, r"weight must be .*, got \[0, 8\]"),
