@@ -21,7 +21,7 @@ from pgolf.model.attention import AttentionKernel, AttentionWeights, attention_b
 from pgolf.model.gates import rms_norm, skip_mix, smear
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
-from pgolf.ops import softcap_ce
+from pgolf.ops import linear_softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -243,11 +243,11 @@ class GPT(nn.Module):
         Raises:
             ValueError: max_seqlen above config.max_context.
         """
-        hidden, table = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
+        hidden, _ = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
         if observe is not None:
             observe("head", 0, hidden)
-        logits = F.linear(hidden, table)
-        return softcap_ce(logits, targets, self.config.softcap)
+        # The float32 table: its gradient is then summed in float32 and never rounded to the compute dtype.
+        return linear_softcap_ce(hidden, self.tok_emb, targets, self.config.softcap, reduction="none")
 
     def logits(self, inputs: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, loop: bool) -> Tensor:
         """Return the soft-capped logits `(T, V)` float32."""

@@ -14,6 +14,7 @@ from pgolf.ops.int6 import (
     unpack_int6,
     unpack_int6_ref,
 )
+from pgolf.ops.linear_softcap_ce import linear_softcap_ce, linear_softcap_ce_ref
 from pgolf.ops.muon_step import (
     MuonBank,
     MuonRule,
@@ -35,6 +36,8 @@ __all__ = [
     "encode_codes",
     "encode_codes_ref",
     "kernel_table",
+    "linear_softcap_ce",
+    "linear_softcap_ce_ref",
     "muon_apply",
     "muon_apply_ref",
     "muon_step",

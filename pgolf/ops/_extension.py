@@ -27,6 +27,12 @@ OPERATORS = (
     "muon_apply",
     "softcap_ce",
     "softcap_ce_backward",
+    "softcap_ce_gradient",
+    "softcap_ce_gradient_",
+    "softcap_ce_rescale_",
+    "linear_softcap_ce",
+    "linear_softcap_ce_backward",
+    "linear_softcap_ce_gradients",
     "pack_int6",
     "unpack_int6",
 )
