@@ -29,14 +29,14 @@ EncodeFunction encode_function() {
   return function;
 }
 
-CUtensorMap tensor_map(void* pointer, int64_t batch, int64_t rows, int64_t cols) {
-  const cuuint64_t size[3] = {static_cast<cuuint64_t>(cols), static_cast<cuuint64_t>(rows),
+CUtensorMap tensor_map(const Place& place, int64_t batch) {
+  const cuuint64_t size[3] = {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
                               static_cast<cuuint64_t>(batch)};
-  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * cols), static_cast<cuuint64_t>(2 * rows * cols)};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * place.cols), static_cast<cuuint64_t>(2 * place.batch)};
   const cuuint32_t box[3] = {kBox, kBox, 1}, step[3] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, pointer, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, place.first, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
       CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("newton_schulz: cuTensorMapEncodeTiled failed");
   return map;
@@ -49,6 +49,15 @@ int multiprocessor_count() {
   return count;
 }
 
+// How many of the banks one launch takes.
+int banks_of_launch(const NsBank* banks, int count, int steps) {
+  int here = 0, products = 0;
+  while (here < std::min(count, kMaxBanks) && products + product_count(banks[here], steps) <= kMaxProducts) {
+    products += product_count(banks[here++], steps);
+  }
+  return here;
+}
+
 // Long tasks reuse an operand; many tasks fill the device.
 Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   int64_t panels = 0, tiles = 0;
@@ -59,6 +68,7 @@ Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   Tuning tuning{};
   tuning.small_chunk = panels >= multiprocessors ? 4 : 1;
   tuning.update_chunk = tiles >= 8 * multiprocessors ? 4 : 1;
+  tuning.spread = panels < multiprocessors;
   return tuning;
 }
 
@@ -82,20 +92,22 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
     const BankSpace space(bank, steps, at);
     at = space.end;
     const int first_map = i * kMapsPerBank;
-    const int64_t side = std::min(bank.rows, bank.cols);
-    const bool narrow = bank.type != NsType::kFloat32;
-    void* even = narrow ? bank.out : workspace + space.x[1];
-    plan.maps[first_map + kOut] = tensor_map(even, bank.batch, bank.rows, bank.cols);
-    plan.maps[first_map + kX] = tensor_map(workspace + space.x[0], bank.batch, bank.rows, bank.cols);
-    for (int s = 0; s < 3; ++s) {
-      if (s == 2 && !takes_pairs(bank, steps)) break;
-      plan.maps[first_map + kR + s] = tensor_map(workspace + space.small[s], bank.batch, side, side);
+    for (int buffer = 0; buffer < kMapsPerBank; ++buffer) {
+      const bool square = buffer >= kSquaresOut && buffer < kFactor;
+      const int64_t fitting = std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
+      if (square && (buffer - kSquaresOut) % 3 >= fitting) continue;  // no product names it
+      plan.maps[first_map + buffer] = tensor_map(place_of(bank, workspace, space, buffer), bank.batch);
     }
     Chain chain(bank, workspace, space, first_map, matrices, tuning);
     for (const Ranked& ranked : chain.run(table, steps)) order.push_back(ranked);
-    const bool starts_even = chain.x_buffer(segment_count(bank, steps)) == kOut;
-    cast.banks[i] = {bank.in, static_cast<__half*>(starts_even ? even : workspace + space.x[0]), bank.type,
-                     bank.rows * bank.cols, static_cast<int>(chunks_of(bank)), blocks, matrices};
+    const Buffer start = Chain::x_buffer(segment_count(bank, steps));
+    cast.banks[i] = {bank.in,
+                     place_of(bank, workspace, space, start).first,
+                     bank.type,
+                     bank.rows * bank.cols,
+                     static_cast<int>(chunks_of(bank)),
+                     blocks,
+                     matrices};
     blocks += static_cast<int>(bank.batch * chunks_of(bank));
     matrices += static_cast<int>(bank.batch);
   }
@@ -146,9 +158,7 @@ bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
-  cudaFuncAttributes attributes;
-  if (major != 9 || cudaFuncGetAttributes(&attributes, products_kernel) != cudaSuccess) return false;
-  if (attributes.binaryVersion != 90) return false;
+  if (major != 9) return false;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
     if (bank.batch < 1 || bank.rows < 8 || bank.cols < 8 || bank.rows % 8 != 0 || bank.cols % 8 != 0) return false;
@@ -161,8 +171,8 @@ bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
 
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
   size_t most = 0;
-  for (int first = 0; first < count; first += kMaxBanks) {
-    const int here = std::min(kMaxBanks, count - first);
+  for (int first = 0, here = 0; first < count; first += here) {
+    here = banks_of_launch(banks + first, count - first, steps);
     size_t at = words_bytes(banks + first, here);
     for (int i = 0; i < here; ++i) at = BankSpace(banks[first + i], steps, at).end;
     most = std::max(most, at);
@@ -173,8 +183,8 @@ size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
 void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                         bool normalize, float eps, void* workspace, CUstream_st* stream) {
   const int multiprocessors = multiprocessor_count();
-  for (int first = 0; first < count; first += kMaxBanks) {
-    const int here = std::min(kMaxBanks, count - first);
+  for (int first = 0, here = 0; first < count; first += here) {
+    here = banks_of_launch(banks + first, count - first, steps);
     run_banks(banks + first, here, coefficients, steps, normalize, eps, static_cast<unsigned char*>(workspace),
               tune(banks + first, here, multiprocessors), multiprocessors, stream);
   }

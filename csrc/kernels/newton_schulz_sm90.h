@@ -25,7 +25,7 @@ struct NsBank {
   int64_t batch, rows, cols;
 };
 
-// Whether the device is Hopper, this build has its code, and the banks are of supported shape and alignment.
+// Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are multiples of 8.
 bool newton_schulz_sm90_supports(const NsBank* banks, int count);
 
 // Bytes of scratch memory, to be 256-byte aligned.

@@ -19,14 +19,18 @@ inline constexpr int kTile = 128;                 // side of an output tile
 inline constexpr int kSlotBytes = 2 * kBoxBytes;  // 128 x 64 of an operand
 inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
 inline constexpr int kMaxBanks = 8;
-inline constexpr int kMaxProducts = 200;  // of all banks of a launch; 10 steps of one bank are at most 35
-inline constexpr int kMapsPerBank = 5;
+inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
 inline constexpr int kAlignment = 256;  // bytes, of each buffer in the workspace
 inline constexpr int kCastThreads = 256;
 inline constexpr int kChunk = kCastThreads * 8 * 4;  // elements that a block of the normalising kernels takes
 
 enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A B, A^T B
-enum Buffer : uint8_t { kOut, kX, kR, kZ, kT };
+
+// X moves between kOut (`out`, where that can hold float16) and kX. The squares R, Z and T of a matrix lie where its
+// next X will be written, as far as they fit; kFactor is read by that product and lies apart, as does kSpare,
+// which stands for T where only two fit.
+enum Buffer : uint8_t { kOut, kX, kSquaresOut, kSquaresX = kSquaresOut + 3, kFactor = kSquaresX + 3, kSpare };
+inline constexpr int kMapsPerBank = kSpare + 1;
 
 // out = alpha sigma^alpha_power A B + beta sigma^beta_power C + gamma I, for each matrix of a bank.
 struct Product {
@@ -35,9 +39,11 @@ struct Product {
   Layout layout;
   bool symmetric;       // only blocks of 64 on and below the diagonal are stored, with their mirror images
   bool tall;            // tiles of 256x128
+  bool spread;          // the warpgroups share a task of one tile: latency before throughput
   uint8_t a, b, out;    // tensor maps
   NsType type;          // of out
-  const __half* c;      // (batch, rows, cols), or null
+  const __half* c;      // (rows, cols) of the first matrix, or null
+  int64_t c_batch;      // elements from one matrix of c to the next
   float* direct;        // out where its type is float32
   int rows, cols;
   int depth;            // blocks of 64 along k
@@ -73,39 +79,69 @@ inline size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignm
 
 struct Tuning {
   int small_chunk, update_chunk;  // tiles of a task
+  bool spread;                    // both warpgroups share a tile
   bool grouped;                   // one launch for each rank of products instead of one for all
 };
 
-// Pairs of steps where the matrix is long enough that products on the short side are cheaper.
+// Pairs of steps where the products on the short side are enough cheaper.
 inline bool takes_pairs(const NsBank& bank, int steps) {
-  return steps >= 2 && 4 * std::max(bank.rows, bank.cols) >= 5 * std::min(bank.rows, bank.cols);
+  return steps >= 2 && std::max(bank.rows, bank.cols) >= 2 * std::min(bank.rows, bank.cols);
 }
 
-inline int segment_count(const NsBank& bank, int steps) { return takes_pairs(bank, steps) ? (steps + 1) / 2 : steps; }
+inline int segment_count(const NsBank& bank, int steps) {
+  return takes_pairs(bank, steps) ? (steps + 1) / 2 : steps;
+}
+
+inline int product_count(const NsBank& bank, int steps) {
+  return takes_pairs(bank, steps) ? steps / 2 * 7 + steps % 2 * 3 : 3 * steps;
+}
+
+// Whether T lies with R and Z in the place of the next X.
+inline bool has_room_for_three(const NsBank& bank) {
+  return std::max(bank.rows, bank.cols) >= 3 * std::min(bank.rows, bank.cols);
+}
+
+// A matrix of a bank's buffer: where the first lies, and the step to the next, elements.
+struct Place {
+  __half* first;
+  int64_t batch;
+  int64_t rows, cols;
+};
 
 // Offsets of a bank's buffers in the workspace.
 struct BankSpace {
-  size_t x[2];  // the second only where `out` cannot hold float16
-  size_t small[3];
+  size_t x, even;  // `even` stands for `out` where that cannot hold float16
+  size_t factor, spare;
   size_t end;
 
   BankSpace(const NsBank& bank, int steps, size_t at) {
     const size_t matrix = static_cast<size_t>(bank.batch * bank.rows * bank.cols) * 2;
     const auto side = static_cast<size_t>(std::min(bank.rows, bank.cols));
     const size_t square = static_cast<size_t>(bank.batch) * side * side * 2;
-    auto take = [&](size_t bytes) {
+    auto take = [&](bool needed, size_t bytes) {
       const size_t begin = at;
-      at += round_up(bytes);
+      if (needed) at += round_up(bytes);
       return begin;
     };
-    x[0] = take(matrix);
-    x[1] = bank.type == NsType::kFloat32 ? take(matrix) : 0;
-    small[0] = take(square);
-    small[1] = take(square);
-    small[2] = takes_pairs(bank, steps) ? take(square) : 0;
+    x = take(true, matrix);
+    even = take(bank.type == NsType::kFloat32, matrix);
+    factor = take(true, square);
+    spare = take(takes_pairs(bank, steps) && !has_room_for_three(bank), square);
     end = at;
   }
 };
+
+inline Place place_of(const NsBank& bank, unsigned char* workspace, const BankSpace& space, int buffer) {
+  auto at = [&](size_t offset) { return reinterpret_cast<__half*>(workspace + offset); };
+  __half* out = bank.type == NsType::kFloat32 ? at(space.even) : static_cast<__half*>(bank.out);
+  const int64_t size = bank.rows * bank.cols, side = std::min(bank.rows, bank.cols);
+  if (buffer == kOut) return {out, size, bank.rows, bank.cols};
+  if (buffer == kX) return {at(space.x), size, bank.rows, bank.cols};
+  if (buffer == kFactor) return {at(space.factor), side * side, side, side};
+  if (buffer == kSpare) return {at(space.spare), side * side, side, side};
+  __half* around = buffer < kSquaresX ? out : at(space.x);
+  return {around + (buffer - kSquaresOut) % 3 * side * side, size, side, side};
+}
 
 inline int64_t chunks_of(const NsBank& bank) { return (bank.rows * bank.cols + kChunk - 1) / kChunk; }
 
@@ -134,11 +170,14 @@ class Chain {
  public:
   Chain(const NsBank& bank, unsigned char* workspace, const BankSpace& space, int first_map, int first_matrix,
         const Tuning& tuning)
-      : bank_(bank), first_map_(first_map), first_matrix_(first_matrix), tuning_(tuning) {
-    small_ = std::min(bank.rows, bank.cols);
-    large_ = std::max(bank.rows, bank.cols);
-    for (int i = 0; i < 3; ++i) squares_[i] = reinterpret_cast<__half*>(workspace + space.small[i]);
-  }
+      : bank_(bank),
+        workspace_(workspace),
+        space_(space),
+        first_map_(first_map),
+        first_matrix_(first_matrix),
+        tuning_(tuning),
+        small_(std::min(bank.rows, bank.cols)),
+        large_(std::max(bank.rows, bank.cols)) {}
 
   std::vector<Ranked> run(const float (*table)[3], int steps) {
     const bool pairs = takes_pairs(bank_, steps);
@@ -148,17 +187,21 @@ class Chain {
       const int length = !pairs || (segment == 0 && steps % 2 == 1) ? 1 : 2;
       const uint8_t power = segment == 0 ? 1 : 0;
       const Buffer from = x_buffer(segments - segment), to = x_buffer(segments - segment - 1);
-      gram(from);
-      polynomial(kR, kZ, table[step], power);
-      Buffer factor = kZ;
-      if (length == 2) {
-        small(kR, kZ, kT);
-        small(kZ, kT, kR);
-        polynomial(kR, kT, table[step + 1], power);
-        small(kT, kZ, kR);
-        factor = kR;
+      const auto square = [&](int i) {
+        return static_cast<Buffer>((to == kOut ? kSquaresOut : kSquaresX) + i);
+      };
+      const Buffer r = square(0), z = square(1), t = has_room_for_three(bank_) ? square(2) : kSpare;
+      gram(from, r);
+      if (length == 1) {
+        polynomial(r, kFactor, table[step], power);
+      } else {
+        polynomial(r, z, table[step], power);
+        small(r, z, t);
+        small(z, t, r);
+        polynomial(r, t, table[step + 1], power);
+        small(t, z, kFactor);
       }
-      update(factor, from, to, power, segment + 1 == segments);
+      update(from, to, power, segment + 1 == segments);
       step += length;
     }
     double total = 0.0;
@@ -172,10 +215,7 @@ class Chain {
   }
 
   // X after all but `left` segments: `out` and the workspace in turn, `out` last.
-  Buffer x_buffer(int left) const {
-    if (bank_.type == NsType::kFloat32) return left % 2 == 0 ? kOut : kX;
-    return left % 2 == 0 ? kOut : kX;
-  }
+  static Buffer x_buffer(int left) { return left % 2 == 0 ? kOut : kX; }
 
  private:
   // What one tile takes, in blocks of k; 6 stand for its latency.
@@ -189,6 +229,7 @@ class Chain {
     p.cols = static_cast<int>(cols);
     p.depth = tiles_of(depth, kBox);
     p.tall = p.depth > kASlots && rows >= 1024;
+    p.spread = tuning_.spread && !p.tall;
     p.chunk = p.depth <= kASlots && !p.tall ? chunk : 1;
     p.panels = tiles_of(rows, p.tall ? 2 * kTile : kTile);
     p.across = tiles_of(cols, kTile);
@@ -201,13 +242,13 @@ class Chain {
     chain_.push_back({p, static_cast<int>(chain_.size()), 0.0, bank_.batch});
   }
 
-  void gram(Buffer x) {
+  void gram(Buffer x, Buffer r) {
     Product p{};
     p.alpha = 1.0f;
     p.layout = bank_.rows <= bank_.cols ? kRowsRows : kColumnsColumns;
     p.symmetric = true;
     p.type = NsType::kFloat16;
-    add(p, small_, small_, large_, x, x, kR, tuning_.small_chunk);
+    add(p, small_, small_, large_, x, x, r, tuning_.small_chunk);
   }
 
   // out = a I + b r + c r^2 with the scale of r, sigma^-2, taken out.
@@ -218,7 +259,9 @@ class Chain {
     p.layout = kRowsRows;
     p.symmetric = true;
     p.type = NsType::kFloat16;
-    p.c = squares_[r - kR];
+    const Place place = place_of(bank_, workspace_, space_, r);
+    p.c = place.first;
+    p.c_batch = place.batch;
     add(p, small_, small_, small_, r, r, out, tuning_.small_chunk);
   }
 
@@ -232,7 +275,7 @@ class Chain {
     add(p, small_, small_, small_, a, b, out, tuning_.small_chunk);
   }
 
-  void update(Buffer factor, Buffer from, Buffer to, uint8_t power, bool last) {
+  void update(Buffer from, Buffer to, uint8_t power, bool last) {
     Product p{};
     p.alpha = 1.0f;
     p.alpha_power = power;
@@ -240,14 +283,15 @@ class Chain {
     p.layout = wide ? kRowsColumns : kRowsRows;
     p.type = last ? bank_.type : NsType::kFloat16;
     p.direct = static_cast<float*>(bank_.out);
-    add(p, bank_.rows, bank_.cols, small_, wide ? factor : from, wide ? from : factor, to, tuning_.update_chunk);
+    add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to, tuning_.update_chunk);
   }
 
   NsBank bank_;
+  unsigned char* workspace_;
+  BankSpace space_;
   int first_map_, first_matrix_;
   Tuning tuning_;
   int64_t small_, large_;
-  const __half* squares_[3];
   uint32_t need_ = 0;
   std::vector<Ranked> chain_;
 };

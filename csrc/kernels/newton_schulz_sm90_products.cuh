@@ -221,14 +221,17 @@ __device__ __forceinline__ uint32_t pack2(float x, float y, NsType type) {
 // A warpgroup's way out: registers, a swizzled box in shared memory, the copy engine.
 struct Writer {
   uint32_t staged;  // this group's boxes
-  int group, thread;
+  int group;
   int turn = 0;
+
+  // Read again at each use: a register held through the products would be spilled.
+  __device__ __forceinline__ static uint32_t thread() { return threadIdx.x % kGroupThreads; }
 
   // Eight columns j of a 64x64 block: v[4 j ..] as wgmma_64x128x16 leaves them.
   __device__ __forceinline__ void store(const uint32_t (&v)[16], const CUtensorMap* map, int row, int column,
                                         int matrix, bool mirror) {
-    const int lane = thread % kLanes, warp = thread / kLanes;
-    if (thread == 0) {
+    const uint32_t lane = thread() % kLanes, warp = thread() / kLanes;
+    if (thread() == 0) {
       if (mirror) {
         tma_store_wait_read<0>();
       } else {
@@ -239,18 +242,18 @@ struct Writer {
     const uint32_t box = staged + turn * kBoxBytes, other = staged + (turn ^ 1) * kBoxBytes;
     PGOLF_UNROLL
     for (int q = 0; q < 4; ++q) {
-      const int r = warp * 16 + lane % 16, chunk = 2 * q + lane / 16;
+      const uint32_t r = warp * 16 + lane % 16, chunk = 2 * q + lane / 16;
       stmatrix_x4<false>(box + r * 128 + ((chunk ^ r % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
                          v[4 * q + 3]);
       if (mirror) {
-        const int mr = (2 * q + lane / 16) * 8 + lane % 8, mchunk = warp * 2 + lane / 8 % 2;
+        const uint32_t mr = (2 * q + lane / 16) * 8 + lane % 8, mchunk = warp * 2 + lane / 8 % 2;
         stmatrix_x4<true>(other + mr * 128 + ((mchunk ^ mr % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
                           v[4 * q + 3]);
       }
     }
     fence_proxy_shared();
     named_barrier(1 + group, kGroupThreads);
-    if (thread == 0) {
+    if (thread() == 0) {
       tma_store(map, box, column, row, matrix);
       tma_store_commit();
       if (mirror) {
@@ -272,7 +275,7 @@ __device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, c
                                        const Task& task, int row, int column, uint32_t tiles) {
   const float sigma = plan.sigma[p.first_matrix + task.matrix];
   const float alpha = p.alpha * power(sigma, p.alpha_power), beta = p.beta * power(sigma, p.beta_power);
-  const int lane = writer.thread % kLanes, warp = writer.thread / kLanes;
+  const auto lane = static_cast<int>(writer.thread() % kLanes), warp = static_cast<int>(writer.thread() / kLanes);
   const int64_t size = static_cast<int64_t>(p.rows) * p.cols;
   PGOLF_UNROLL
   for (int block = 0; block < 2 * Rows; ++block) {
@@ -283,7 +286,7 @@ __device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, c
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) v[i] *= alpha;
     if (p.c != nullptr) {
-      const __half* source = p.c + task.matrix * size;
+      const __half* source = p.c + task.matrix * p.c_batch;
       PGOLF_UNROLL
       for (int i = 0; i < 16; ++i) {
         const int ri = r + i % 2 * 8, ci = c + i / 2 * 8;
@@ -318,7 +321,7 @@ __device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, c
     for (int i = 0; i < 16; ++i) packed[i] = pack2(v[2 * i], v[2 * i + 1], p.type);
     writer.store(packed, plan.maps + p.out, r0, c0, task.matrix, p.symmetric && r0 > c0);
   }
-  if (writer.thread == 0) {
+  if (writer.thread() == 0) {
     tma_store_wait();
     fence_proxy();
     release_add(plan.done + p.first_matrix + task.matrix, tiles);
@@ -347,11 +350,10 @@ __device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Par
 }
 
 __device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
-  const int thread = static_cast<int>(threadIdx.x) % kGroupThreads;
-  Writer writer{base + kStagedOffset + group * kStagedPerGroup * kBoxBytes, group, thread};
+  Writer writer{base + kStagedOffset + group * kStagedPerGroup * kBoxBytes, group};
   int a_index = 0, b_index = 0;
-  // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot of B again
-  // it must know that the other's are filled: parities cannot tell phases further apart.
+  // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot again it
+  // must know that the other's are filled: a parity cannot tell phases further apart.
   int alone = 0, seen = 0;
   auto passed = [&](int owner) { return base + kBarrierOffset + 8 * (kPassedBarrier + owner); };
   auto catch_up = [&] {
@@ -364,30 +366,33 @@ __device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
     RingTask::wait_filled(base, n);
     const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     __syncwarp();
-    if (thread % kLanes == 0) mbarrier_arrive(RingTask::free(base, n), 1);
+    if (threadIdx.x % kLanes == 0) mbarrier_arrive(RingTask::free(base, n), 1);
     if (task.product < 0) return;
     const Product& p = plan.products[task.product];
-    if (task.count == 1 && !p.tall) {  // 64 rows of the tile each
+    if (p.spread && task.count == 1) {  // 64 rows of the tile each
       const bool diagonal = operands_coincide(p, task.panel, task.column);
       const Part part{a_index, 1, static_cast<uint32_t>(group * kBoxBytes), 1, b_index, 1, diagonal,
                       0, p.depth, 0};
       catch_up();
+      tile_of<1>(writer, base, part, plan, p, task, task.panel * kTile + group * kBox, task.column * kTile, 1);
       a_index += p.depth;
       b_index += diagonal ? 0 : p.depth;
-      tile_of<1>(writer, base, part, plan, p, task, task.panel * kTile + group * kBox, task.column * kTile, 1);
       continue;
     }
     // Tiles of 256x128: 128 rows each. Otherwise tiles in turn, so that one group stores while the other
-    // multiplies; a group lets go of A with its last tile.
+    // multiplies; each lets go of A with its last tile.
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile;
       const bool diagonal = operands_coincide(p, task.panel, column);
       if (p.tall || alone % kGroups == group) {
-        const uint32_t a_releases = p.tall ? 1 : tile + kGroups >= task.count ? 1 : 0;
-        const Part part{p.tall ? a_index + group : a_index, p.tall ? 2 : 1, 0, a_releases, b_index,
-                        p.tall ? 1u : 2u, diagonal, p.tall ? 1 - 2 * group : 0, p.depth, p.tall ? 0 : passed(group)};
+        Part part{a_index, 1, 0, 1, b_index, 2, diagonal, 0, p.depth, passed(group)};
+        if (p.tall) {
+          part.a_index += group, part.a_stride = 2, part.a_other = 1 - 2 * group, part.b_releases = 1, part.passed = 0;
+        } else {
+          part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
+        }
         catch_up();
-        tile_of<2>(writer, base, part, plan, p, task, p.tall ? (task.panel * 2 + group) * kTile : task.panel * kTile,
+        tile_of<2>(writer, base, part, plan, p, task, (p.tall ? task.panel * 2 + group : task.panel) * kTile,
                    column * kTile, p.tall ? 1 : 2);
       }
       b_index += diagonal ? 0 : p.depth;
