@@ -14,8 +14,8 @@ namespace pgolf {
 // Seconds of polling; no wait of a correct kernel comes near it.
 inline constexpr uint32_t kMaxPolls = 1u << 22;
 
-// Ends the launch with an error (illegal address). Not a trap: with one in the code, ptxas 13.0 ignores setmaxnreg
-// without a word and spills everything above the entry's registers.
+// Ends the launch with an error (illegal address). Not a trap: with one in the code, ptxas 13.0 ignores
+// setmaxnreg without a word and spills everything above the entry's registers.
 __device__ __forceinline__ void give_up() {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(16ull), "r"(0) : "memory");
 }
@@ -30,7 +30,8 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 
 __device__ __forceinline__ void mbarrier_expect_bytes(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+               : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, uint32_t arrivals) {
@@ -74,7 +75,9 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t share
                : "memory");
 }
 
-__device__ __forceinline__ void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void tma_store_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // Waits until the sources of all but the newest `Pending` groups have been read.
 template <int Pending>
@@ -129,20 +132,23 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float x, float y) {
 
 // Four 8x8 matrices of 16-bit elements to shared memory, the mirror of ldmatrix_x4.
 template <bool Transposed>
-__device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+__device__ __forceinline__ void stmatrix_x4(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2,
+                                            uint32_t r3) {
   if constexpr (Transposed) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r0),
-                 "r"(r1), "r"(r2), "r"(r3)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared),
+                 "r"(r0), "r"(r1), "r"(r2), "r"(r3)
                  : "memory");
   } else {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r0), "r"(r1),
-                 "r"(r2), "r"(r3)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r0),
+                 "r"(r1), "r"(r2), "r"(r3)
                  : "memory");
   }
 }
 
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
 template <int Pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
@@ -165,8 +171,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
   return kSwizzle128 | kStride | kLeading | ((shared & 0x3ffff) >> 4);
 }
 
-// d (64x128, float32) += a (64x16) b (16x128), float16 operands. Lane 4 g + t of warp w holds, for each n of 16,
-// d[4 n ..]: (16 w + g, 8 n + 2 t), the next column, then the same two of row 16 w + g + 8.
+// d (64x128, float32) += a (64x16) b (16x128), float16 operands. Lane 4 g + t of warp w holds, for each n of
+// 16, d[4 n ..]: (16 w + g, 8 n + 2 t), the next column, then the same two of row 16 w + g + 8.
 #define PGOLF_R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define PGOLF_R16(d, i) PGOLF_R4(d, i), PGOLF_R4(d, i + 4), PGOLF_R4(d, i + 8), PGOLF_R4(d, i + 12)
 template <bool AAlongK, bool BAlongK>

@@ -21,9 +21,10 @@ EncodeFunction encode_function() {
   static const EncodeFunction function = [] {
     void* symbol = nullptr;
     cudaDriverEntryPointQueryResult result;
-    PGOLF_CUDA_CHECK(
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000, cudaEnableDefault, &result));
-    if (symbol == nullptr) throw std::runtime_error("newton_schulz: the driver has no cuTensorMapEncodeTiled");
+    PGOLF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
+                                                      cudaEnableDefault, &result));
+    if (symbol == nullptr)
+      throw std::runtime_error("newton_schulz: the driver has no cuTensorMapEncodeTiled");
     return reinterpret_cast<EncodeFunction>(symbol);
   }();
   return function;
@@ -32,12 +33,14 @@ EncodeFunction encode_function() {
 CUtensorMap tensor_map(const Place& place, int64_t batch) {
   const cuuint64_t size[3] = {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
                               static_cast<cuuint64_t>(batch)};
-  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * place.cols), static_cast<cuuint64_t>(2 * place.batch)};
+  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * place.cols),
+                                static_cast<cuuint64_t>(2 * place.batch)};
   const cuuint32_t box[3] = {kBox, kBox, 1}, step[3] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult result = encode_function()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, place.first, size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, place.first, size, stride, box, step,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) throw std::runtime_error("newton_schulz: cuTensorMapEncodeTiled failed");
   return map;
 }
@@ -72,7 +75,8 @@ Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   return tuning;
 }
 
-void launch_products(const Plan& plan, int first, int last, int queue, int multiprocessors, cudaStream_t stream) {
+void launch_products(const Plan& plan, int first, int last, int queue, int multiprocessors,
+                     cudaStream_t stream) {
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(products_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
   const int blocks = std::min(last - first, multiprocessors);
@@ -161,10 +165,12 @@ bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
   if (major != 9) return false;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
-    if (bank.batch < 1 || bank.rows < 8 || bank.cols < 8 || bank.rows % 8 != 0 || bank.cols % 8 != 0) return false;
+    if (bank.batch < 1 || bank.rows < 8 || bank.cols < 8 || bank.rows % 8 != 0 || bank.cols % 8 != 0)
+      return false;
     if (bank.batch >= (1 << 20) || bank.rows > (1 << 16) || bank.cols > (1 << 16)) return false;
     if (bank.batch * chunks_of(bank) >= (1 << 24)) return false;
-    if (reinterpret_cast<uintptr_t>(bank.in) % 16 != 0 || reinterpret_cast<uintptr_t>(bank.out) % 16 != 0) return false;
+    if (reinterpret_cast<uintptr_t>(bank.in) % 16 != 0 || reinterpret_cast<uintptr_t>(bank.out) % 16 != 0)
+      return false;
   }
   return true;
 }
@@ -185,8 +191,9 @@ void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficien
   const int multiprocessors = multiprocessor_count();
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
-    run_banks(banks + first, here, coefficients, steps, normalize, eps, static_cast<unsigned char*>(workspace),
-              tune(banks + first, here, multiprocessors), multiprocessors, stream);
+    run_banks(banks + first, here, coefficients, steps, normalize, eps,
+              static_cast<unsigned char*>(workspace), tune(banks + first, here, multiprocessors),
+              multiprocessors, stream);
   }
 }
 

@@ -25,7 +25,8 @@ struct NsBank {
   int64_t batch, rows, cols;
 };
 
-// Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are multiples of 8.
+// Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are
+// multiples of 8.
 bool newton_schulz_sm90_supports(const NsBank* banks, int count);
 
 // Bytes of scratch memory, to be 256-byte aligned.

@@ -1,5 +1,5 @@
-// The products that newton_schulz_sm90 runs, for each matrix in order, and the buffers that they move between.
-// Host code, and the structures that it hands to the kernels.
+// The products that newton_schulz_sm90 runs, for each matrix in order, and the buffers that they move
+// between. Host code, and the structures that it hands to the kernels.
 #pragma once
 
 #include <cuda.h>
@@ -20,15 +20,15 @@ inline constexpr int kSlotBytes = 2 * kBoxBytes;  // 128 x 64 of an operand
 inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
 inline constexpr int kMaxBanks = 8;
 inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
-inline constexpr int kAlignment = 256;  // bytes, of each buffer in the workspace
+inline constexpr int kAlignment = 256;    // bytes, of each buffer in the workspace
 inline constexpr int kCastThreads = 256;
 inline constexpr int kChunk = kCastThreads * 8 * 4;  // elements that a block of the normalising kernels takes
 
 enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A B, A^T B
 
-// X moves between kOut (`out`, where that can hold float16) and kX. The squares R, Z and T of a matrix lie where its
-// next X will be written, as far as they fit; kFactor is read by that product and lies apart, as does kSpare,
-// which stands for T where only two fit.
+// X moves between kOut (`out`, where that can hold float16) and kX. The squares R, Z and T of a matrix lie
+// where its next X will be written, as far as they fit; kFactor is read by that product and lies apart, as
+// does kSpare, which stands for T where only two fit.
 enum Buffer : uint8_t { kOut, kX, kSquaresOut, kSquaresX = kSquaresOut + 3, kFactor = kSquaresX + 3, kSpare };
 inline constexpr int kMapsPerBank = kSpare + 1;
 
@@ -37,29 +37,29 @@ struct Product {
   float alpha, beta, gamma;
   uint8_t alpha_power, beta_power;
   Layout layout;
-  bool symmetric;       // only blocks of 64 on and below the diagonal are stored, with their mirror images
-  bool tall;            // tiles of 256x128
-  bool spread;          // the warpgroups share a task of one tile: latency before throughput
-  uint8_t a, b, out;    // tensor maps
-  NsType type;          // of out
-  const __half* c;      // (rows, cols) of the first matrix, or null
-  int64_t c_batch;      // elements from one matrix of c to the next
-  float* direct;        // out where its type is float32
+  bool symmetric;     // only blocks of 64 on and below the diagonal are stored, with their mirror images
+  bool tall;          // tiles of 256x128
+  bool spread;        // the warpgroups share a task of one tile: latency before throughput
+  uint8_t a, b, out;  // tensor maps
+  NsType type;        // of out
+  const __half* c;    // (rows, cols) of the first matrix, or null
+  int64_t c_batch;    // elements from one matrix of c to the next
+  float* direct;      // out where its type is float32
   int rows, cols;
-  int depth;            // blocks of 64 along k
-  int chunk;            // tiles of a row panel in one task
-  int panels, across;   // tiles down and across
-  int tasks;            // per matrix
+  int depth;           // blocks of 64 along k
+  int chunk;           // tiles of a row panel in one task
+  int panels, across;  // tiles down and across
+  int tasks;           // per matrix
   int first_task, first_matrix;
-  uint32_t need;        // the matrix' counter before this product may start
+  uint32_t need;  // the matrix' counter before this product may start
 };
 
 struct Plan {
   CUtensorMap maps[kMaxBanks * kMapsPerBank];
   Product products[kMaxProducts];
   int product_count;
-  const float* sigma;   // per matrix
-  uint32_t* done;       // per matrix: two for each stored tile
+  const float* sigma;  // per matrix
+  uint32_t* done;      // per matrix: two for each stored tile
   uint32_t* queue;
 };
 
@@ -70,7 +70,7 @@ struct Task {
 #ifdef __CUDACC__
 __host__ __device__
 #endif
-inline int tiles_in_panel(const Product& p, int panel) {
+    inline int tiles_in_panel(const Product& p, int panel) {
   const int reach = (panel + 1) * (p.tall ? 2 : 1);
   return p.symmetric && reach < p.across ? reach : p.across;
 }
@@ -283,7 +283,8 @@ class Chain {
     p.layout = wide ? kRowsColumns : kRowsRows;
     p.type = last ? bank_.type : NsType::kFloat16;
     p.direct = static_cast<float*>(bank_.out);
-    add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to, tuning_.update_chunk);
+    add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to,
+        tuning_.update_chunk);
   }
 
   NsBank bank_;

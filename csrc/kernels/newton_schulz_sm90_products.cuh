@@ -1,10 +1,10 @@
 // The kernel of newton_schulz_sm90 that runs every product of every matrix.
 //
-// It is persistent. A queue of tasks (one or more 128x128 tiles of one product of one matrix) lies in an order
-// in which every task follows those it needs; blocks take tasks from its head, so the oldest unfinished task
-// can always run, whatever is resident. A task waits until its matrix' counter says that all tiles of that
-// matrix' earlier products are stored. One thread feeds operands through shared memory with the copy engine;
-// two warpgroups multiply and store.
+// It is persistent. A queue of tasks (one or more 128x128 tiles of one product of one matrix) lies in an
+// order in which every task follows those it needs; blocks take tasks from its head, so the oldest unfinished
+// task can always run, whatever is resident. A task waits until its matrix' counter says that all tiles of
+// that matrix' earlier products are stored. One thread feeds operands through shared memory with the copy
+// engine; two warpgroups multiply and store.
 #pragma once
 
 #include "kernels/hopper.cuh"
@@ -90,13 +90,14 @@ __device__ __forceinline__ void init_barriers(uint32_t base) {
     mbarrier_init(RingTask::filled(base, i), 1);
     mbarrier_init(RingTask::free(base, i), kReleases);
   }
-  for (int i = 0; i < kGroups; ++i) mbarrier_init(base + kBarrierOffset + 8 * (kPassedBarrier + i), kWarpsPerGroup);
+  for (int i = 0; i < kGroups; ++i)
+    mbarrier_init(base + kBarrierOffset + 8 * (kPassedBarrier + i), kWarpsPerGroup);
 }
 
 // ---- The feeding warp
 
-__device__ __forceinline__ void load_slot(uint32_t slot, uint32_t filled, const CUtensorMap* map, bool along_k,
-                                          int origin, int depth, int matrix) {
+__device__ __forceinline__ void load_slot(uint32_t slot, uint32_t filled, const CUtensorMap* map,
+                                          bool along_k, int origin, int depth, int matrix) {
   mbarrier_expect_bytes(filled, kSlotBytes);
   PGOLF_UNROLL
   for (int i = 0; i < 2; ++i) {
@@ -146,8 +147,8 @@ __device__ void feed(const Plan& plan, uint32_t base, char* shared, int first, i
         }
         if (!diagonal) {
           RingB::wait_free(base, b_index);
-          load_slot(RingB::slot(base, b_index), RingB::filled(base, b_index), map_b, b_along_k, column * kTile,
-                    k * kBox, task.matrix);
+          load_slot(RingB::slot(base, b_index), RingB::filled(base, b_index), map_b, b_along_k,
+                    column * kTile, k * kBox, task.matrix);
           ++b_index;
         }
       }
@@ -159,15 +160,15 @@ __device__ void feed(const Plan& plan, uint32_t base, char* shared, int first, i
 
 // Where a warpgroup's part of a tile lies in the rings.
 struct Part {
-  int a_index, a_stride;    // first use of ring A and the step per block of k
-  uint32_t a_offset;        // bytes, of the group's rows within a slot
-  uint32_t a_releases;      // arrivals of each warp when it has read a slot; 0: another tile needs it
+  int a_index, a_stride;  // first use of ring A and the step per block of k
+  uint32_t a_offset;      // bytes, of the group's rows within a slot
+  uint32_t a_releases;    // arrivals of each warp when it has read a slot; 0: another tile needs it
   int b_index;
   uint32_t b_releases;
-  bool diagonal;            // B is A
-  int a_other;              // step from our slot of A to the other group's; 0: they are the same
+  bool diagonal;  // B is A
+  int a_other;    // step from our slot of A to the other group's; 0: they are the same
   int depth;
-  uint32_t passed;          // barrier to arrive at when the last slot is filled; 0: none
+  uint32_t passed;  // barrier to arrive at when the last slot is filled; 0: none
 };
 
 template <int Rows, bool AAlongK, bool BAlongK>
@@ -271,11 +272,13 @@ __device__ __forceinline__ float power(float x, int n) {
 
 // Stores rows `row` .. of this group, `Rows` blocks of 64, and columns `column` .. + 127.
 template <int Rows>
-__device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, const Plan& plan, const Product& p,
-                                       const Task& task, int row, int column, uint32_t tiles) {
+__device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, const Plan& plan,
+                                       const Product& p, const Task& task, int row, int column,
+                                       uint32_t tiles) {
   const float sigma = plan.sigma[p.first_matrix + task.matrix];
   const float alpha = p.alpha * power(sigma, p.alpha_power), beta = p.beta * power(sigma, p.beta_power);
-  const auto lane = static_cast<int>(writer.thread() % kLanes), warp = static_cast<int>(writer.thread() / kLanes);
+  const auto lane = static_cast<int>(writer.thread() % kLanes),
+             warp = static_cast<int>(writer.thread() / kLanes);
   const int64_t size = static_cast<int64_t>(p.rows) * p.cols;
   PGOLF_UNROLL
   for (int block = 0; block < 2 * Rows; ++block) {
@@ -292,7 +295,8 @@ __device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, c
         const int ri = r + i % 2 * 8, ci = c + i / 2 * 8;
         if (ri < p.rows && ci < p.cols) {
           // Not through L1: other multiprocessors wrote it during this launch.
-          const uint32_t bits = __ldcg(reinterpret_cast<const unsigned int*>(source + ri * int64_t{p.cols} + ci));
+          const uint32_t bits =
+              __ldcg(reinterpret_cast<const unsigned int*>(source + ri * int64_t{p.cols} + ci));
           const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
           v[2 * i] = fmaf(beta, pair.x, v[2 * i]);
           v[2 * i + 1] = fmaf(beta, pair.y, v[2 * i + 1]);
@@ -331,7 +335,8 @@ __device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, c
 // One warpgroup's part of a tile, `Rows` blocks of 64 rows from `row` on.
 template <int Rows, bool AAlongK, bool BAlongK>
 __device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Part& part, const Plan& plan,
-                                        const Product& p, const Task& task, int row, int column, uint32_t tiles) {
+                                        const Product& p, const Task& task, int row, int column,
+                                        uint32_t tiles) {
   float sum[Rows][64];
   multiply<Rows, AAlongK, BAlongK>(sum, base, part);
   finish<Rows>(sum, writer, plan, p, task, row, column, tiles);
@@ -339,7 +344,8 @@ __device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Par
 
 template <int Rows>
 __device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Part& part, const Plan& plan,
-                                        const Product& p, const Task& task, int row, int column, uint32_t tiles) {
+                                        const Product& p, const Task& task, int row, int column,
+                                        uint32_t tiles) {
   if (p.layout == kRowsRows) {
     tile_of<Rows, true, true>(writer, base, part, plan, p, task, row, column, tiles);
   } else if (p.layout == kRowsColumns) {
@@ -371,10 +377,11 @@ __device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
     const Product& p = plan.products[task.product];
     if (p.spread && task.count == 1) {  // 64 rows of the tile each
       const bool diagonal = operands_coincide(p, task.panel, task.column);
-      const Part part{a_index, 1, static_cast<uint32_t>(group * kBoxBytes), 1, b_index, 1, diagonal,
-                      0, p.depth, 0};
+      const Part part{a_index, 1, static_cast<uint32_t>(group * kBoxBytes), 1, b_index, 1, diagonal, 0,
+                      p.depth, 0};
       catch_up();
-      tile_of<1>(writer, base, part, plan, p, task, task.panel * kTile + group * kBox, task.column * kTile, 1);
+      tile_of<1>(writer, base, part, plan, p, task, task.panel * kTile + group * kBox, task.column * kTile,
+                 1);
       a_index += p.depth;
       b_index += diagonal ? 0 : p.depth;
       continue;
@@ -387,7 +394,8 @@ __device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
       if (p.tall || alone % kGroups == group) {
         Part part{a_index, 1, 0, 1, b_index, 2, diagonal, 0, p.depth, passed(group)};
         if (p.tall) {
-          part.a_index += group, part.a_stride = 2, part.a_other = 1 - 2 * group, part.b_releases = 1, part.passed = 0;
+          part.a_index += group, part.a_stride = 2, part.a_other = 1 - 2 * group, part.b_releases = 1,
+                                 part.passed = 0;
         } else {
           part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
         }

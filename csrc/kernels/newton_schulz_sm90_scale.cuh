@@ -8,14 +8,14 @@
 namespace pgolf {
 namespace ns90 {
 
-constexpr int kNormExponent = 5;              // scaled norms lie in [2^4, 2^5)
+constexpr int kNormExponent = 5;  // scaled norms lie in [2^4, 2^5)
 
 struct CastBank {
   const void* in;
   __half* x;
   NsType type;
-  int64_t count;          // elements per matrix, a multiple of 8
-  int chunks;             // per matrix
+  int64_t count;  // elements per matrix, a multiple of 8
+  int chunks;     // per matrix
   int first_block, first_matrix;
 };
 
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   const float scale = power_of_two(first), rest = power_of_two(min(max(exponent - first, -126), 127));
   PGOLF_UNROLL
   for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
-    const int64_t at = static_cast<int64_t>(chunk) * kChunk + (i * kCastThreads + static_cast<int>(threadIdx.x)) * 8;
+    const int64_t at =
+        static_cast<int64_t>(chunk) * kChunk + (i * kCastThreads + static_cast<int>(threadIdx.x)) * 8;
     if (at >= bank.count) break;
     float value[8];
     load8(value, bank.in, bank.type, matrix * bank.count + at);

@@ -13,7 +13,8 @@
 namespace pgolf {
 namespace {
 
-// Whether "auto" takes the Hopper kernel where it can. False until that kernel has passed its tests on an H100.
+// Whether "auto" takes the Hopper kernel where it can. False until that kernel has passed its tests on an
+// H100.
 [[maybe_unused]] constexpr bool kAutoTakesHopper = false;
 
 NewtonSchulzShape check_inputs(const at::Tensor& x, at::ArrayRef<double> coefficients, double eps,
@@ -69,13 +70,14 @@ at::Tensor run_cuda(const at::Tensor& x, at::ArrayRef<double> coefficients, doub
   at::Tensor out = at::empty(in.sizes(), in.options());
   if (algorithm == "gram" || (kAutoTakesHopper && algorithm == "auto")) {
     dispatch_float("newton_schulz", in.scalar_type(), [](auto) {});
-    const NsBank bank{in.const_data_ptr(), out.mutable_data_ptr(), type_of(in.scalar_type()), shape.batch,
-                      shape.rows, shape.cols};
+    const NsBank bank{
+        in.const_data_ptr(), out.mutable_data_ptr(), type_of(in.scalar_type()), shape.batch, shape.rows,
+        shape.cols};
     if (newton_schulz_sm90_supports(&bank, 1)) {
       const auto bytes = static_cast<int64_t>(newton_schulz_sm90_workspace(&bank, 1, shape.steps));
       const at::Tensor scratch = at::empty({bytes}, in.options().dtype(at::kByte));
-      newton_schulz_sm90(&bank, 1, shape.coefficients, shape.steps, true, shape.eps, scratch.mutable_data_ptr(),
-                         c10::cuda::getCurrentCUDAStream().stream());
+      newton_schulz_sm90(&bank, 1, shape.coefficients, shape.steps, true, shape.eps,
+                         scratch.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
       return out;
     }
     TORCH_CHECK(algorithm != "gram" || out.numel() == 0,

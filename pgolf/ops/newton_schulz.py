@@ -15,7 +15,6 @@ from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 
-
 Algorithm = Literal["auto", "standard", "gram"]
 
 
@@ -43,8 +42,9 @@ def newton_schulz(
     Nearly square matrices take the steps above; those with a side at least twice the other take two steps at
     once on the short side (the first alone where their number is odd), then start from X again:
         R = X X^T,   Z = p(R),   R' = Z R Z,   X = p'(R') Z X       with p(R) = a I + b R + c R^2
-    Longer chains lose small singular values in float16: by up to 0.2 (measured by emulation, 512x2048, power-law and
-    rank-deficient spectra); pairs stay within 0.01 of the exact map for tables that do not amplify beyond 1.
+    Longer chains lose small singular values in float16, by up to 0.2 (emulated: power-law and rank-deficient
+    spectra of 512 x 2048); pairs stay within 0.01 of the exact map, with tables that tolerate s a little
+    above 1 (`safety`).
 
     Args:
         x: `(m, n)` or `(b, m, n)` float32, bfloat16 or float16; each matrix is normalised by itself.
