@@ -158,7 +158,7 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
 
 }  // namespace
 
-bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
+bool newton_schulz_sm90_can_run(const NsBank* banks, int count) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;

@@ -2,7 +2,12 @@
 
 from pgolf.ops._extension import KernelRow, kernel_table
 from pgolf.ops.int6 import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref
-from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_ref
+from pgolf.ops.newton_schulz import (
+    newton_schulz,
+    newton_schulz_banks,
+    newton_schulz_banks_ref,
+    newton_schulz_ref,
+)
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 
@@ -14,6 +19,8 @@ __all__ = [
     "encode_codes_ref",
     "kernel_table",
     "newton_schulz",
+    "newton_schulz_banks",
+    "newton_schulz_banks_ref",
     "newton_schulz_ref",
     "pack_int6",
     "pack_int6_ref",

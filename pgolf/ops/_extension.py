@@ -21,7 +21,14 @@ except ImportError as e:
         f"{BUILD_COMMAND}"
     ) from e
 
-OPERATORS = ("newton_schulz", "softcap_ce", "softcap_ce_backward", "pack_int6", "unpack_int6")
+OPERATORS = (
+    "newton_schulz",
+    "newton_schulz_banks",
+    "softcap_ce",
+    "softcap_ce_backward",
+    "pack_int6",
+    "unpack_int6",
+)
 """Every operator of `torch.ops.pgolf`, in the order of the table."""
 
 

@@ -65,12 +65,44 @@ def newton_schulz(
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
     """
+    out: Tensor = torch.ops.pgolf.newton_schulz(x, _flat(coefficients), eps, algorithm)
+    return out
+
+
+def newton_schulz_banks(
+    banks: Sequence[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+    *,
+    eps: float = 1e-7,
+    algorithm: Algorithm = "auto",
+) -> list[Tensor]:
+    """Iterate several banks of matrices, of any shapes, with one table.
+
+    Equals `[newton_schulz(x, coefficients, eps=eps, algorithm=algorithm) for x in banks]`; algorithm="gram"
+    runs all of them in the same three launches.
+
+    Args:
+        banks: as `x` of `newton_schulz`, on one device.
+        coefficients, eps, algorithm: as of `newton_schulz`, which also says what is raised.
+    """
+    if not banks:  # nothing that tells the dispatcher a device
+        return []
+    out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(list(banks), _flat(coefficients), eps, algorithm)
+    return out
+
+
+def newton_schulz_banks_ref(
+    banks: Sequence[Tensor], coefficients: Sequence[tuple[float, float, float]], *, eps: float = 1e-7
+) -> list[Tensor]:
+    """Compute what `newton_schulz_banks` computes, as `newton_schulz_ref` does."""
+    return [newton_schulz_ref(x, coefficients, eps=eps) for x in banks]
+
+
+def _flat(coefficients: Sequence[tuple[float, float, float]]) -> list[float]:
     for row in coefficients:
         if len(row) != 3:
             raise ValueError(f"newton_schulz: coefficients must be triples (a, b, c), got {tuple(row)}")
-    flat = [float(value) for row in coefficients for value in row]
-    out: Tensor = torch.ops.pgolf.newton_schulz(x, flat, eps, algorithm)
-    return out
+    return [float(value) for row in coefficients for value in row]
 
 
 def newton_schulz_ref(
@@ -93,7 +125,13 @@ def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float, _algorithm: st
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _backward(_ctx: Any, _grad: Tensor) -> None:
+def _fake_banks(
+    banks: Sequence[Tensor], coefficients: Sequence[float], eps: float, algorithm: str = "auto"
+) -> list[Tensor]:
+    return [_fake(x, coefficients, eps, algorithm) for x in banks]
+
+
+def _backward(_ctx: Any, _grad: Any) -> None:
     raise RuntimeError(
         "newton_schulz: not differentiable; call it under torch.no_grad() or on x.detach(), "
         "or use newton_schulz_ref where a gradient is needed"
@@ -102,3 +140,5 @@ def _backward(_ctx: Any, _grad: Tensor) -> None:
 
 torch.library.register_fake("pgolf::newton_schulz", _fake)
 torch.library.register_autograd("pgolf::newton_schulz", _backward)
+torch.library.register_fake("pgolf::newton_schulz_banks", _fake_banks)
+torch.library.register_autograd("pgolf::newton_schulz_banks", _backward)

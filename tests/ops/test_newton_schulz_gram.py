@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops import newton_schulz, newton_schulz_ref
+from pgolf.ops import newton_schulz, newton_schulz_banks, newton_schulz_ref
 from pgolf.optim.polar import coefficients, scalar_map
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,6 +78,19 @@ def test_gram_says_where_it_runs() -> None:
         newton_schulz(torch.zeros(8, 8), TABLE, algorithm="gram")
 
 
+def test_banks_are_iterated_as_one_by_one(device) -> None:
+    g = torch.Generator().manual_seed(0)
+    banks = [torch.randn(s, generator=g).to(device) for s in [(2, 24, 40), (16, 16), (0, 8, 8), (1, 40, 24)]]
+    for got, x in zip(newton_schulz_banks(banks, TABLE), banks, strict=True):
+        assert torch.equal(got, newton_schulz(x, TABLE))
+    assert newton_schulz_banks([], TABLE) == []
+
+
+def test_opcheck_accepts_banks(device) -> None:
+    banks = [torch.randn(2, 9, 17, device=device), torch.randn(8, 8, device=device)]
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz_banks, (banks, [3.4445, -4.7750, 2.0315], 1e-7))
+
+
 def test_unknown_algorithm_is_named(device) -> None:
     with pytest.raises(ValueError, match="must be 'auto', 'standard' or 'gram', got 'fast'"):
         newton_schulz(torch.zeros(8, 8, device=device), TABLE, algorithm="fast")  # type: ignore[arg-type]
@@ -129,6 +142,18 @@ def check_extremes() -> None:
     torch.testing.assert_close(got[2:], want[2:], rtol=2e-2, atol=2e-3)
 
 
+def check_banks() -> None:
+    g = torch.Generator().manual_seed(4)
+    # 66 matrices in long tasks, and ten banks: more than one launch takes.
+    real = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
+    for shapes in (real, [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)], [(1, 64, 136)] * 10):
+        banks = [torch.randn(s, generator=g).to("cuda", torch.bfloat16) for s in shapes]
+        for got, x in zip(newton_schulz_banks(banks, TABLE, algorithm="gram"), banks, strict=True):
+            want = newton_schulz_ref(x.float(), TABLE)
+            error = ((got.float() - want).norm() / want.norm()).item()
+            assert error < 1e-2, f"{tuple(x.shape)} of {len(banks)} banks: {error:.4f}"
+
+
 def check_repeats_in_a_graph(runs: int) -> None:
     x = torch.randn(11, 512, 2048, generator=torch.Generator().manual_seed(3)).to("cuda", torch.bfloat16)
     first = newton_schulz(x, TABLE, algorithm="gram")
@@ -149,6 +174,8 @@ def test_singular_values_follow_the_exact_map(kind: str) -> None:
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("check", ["check_shapes()", "check_extremes()", "check_repeats_in_a_graph(10_000)"])
+@pytest.mark.parametrize(
+    "check", ["check_shapes()", "check_banks()", "check_extremes()", "check_repeats_in_a_graph(10_000)"]
+)
 def test_on_hopper(check: str) -> None:
     run_check(check)
