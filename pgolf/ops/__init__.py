@@ -23,7 +23,12 @@ from pgolf.ops.muon_step import (
     muon_step,
     muon_step_ref,
 )
-from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_ref
+from pgolf.ops.newton_schulz import (
+    newton_schulz,
+    newton_schulz_banks,
+    newton_schulz_banks_ref,
+    newton_schulz_ref,
+)
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 
@@ -43,6 +48,8 @@ __all__ = [
     "muon_step",
     "muon_step_ref",
     "newton_schulz",
+    "newton_schulz_banks",
+    "newton_schulz_banks_ref",
     "newton_schulz_ref",
     "pack_int6",
     "pack_int6_ref",
