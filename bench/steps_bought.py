@@ -6,21 +6,22 @@ where f is the fraction of the run before depth recurrence is switched on and of
 and after. Each part is measured elsewhere and read from the committed result files, or given here:
 
 - forward+backward: `ms_fwd_bwd` of the newest bench `step` file;
-- Muon: `pgolf` of the newest bench `optimizer` file, for the share of one rank of `world` (as a graph with one
-  rank, as launched with several: their collectives are not captured);
+- Muon: `pgolf` of the newest bench `optimizer` file, for the share of one rank of `world` (as a graph with
+  one rank, as launched with several: their collectives are not captured);
 - the rest of the tail (clip, AdamW, average, zero): bench `tail` of one GPU less Muon of one GPU;
 - communication: bench `tail` of that many GPUs less the two above where it was measured (torchrun); else the
   bytes that cross the wires at --bandwidth, a model, not a measurement.
 
-What a step is worth comes from runs of different lengths of one configuration (--runs), else from the slope of
-the loss inside one run near its end. The latter is an upper bound: most of that fall is the learning rate's,
-and does not move with the number of steps. Or --bpb-per-100-steps gives it. Errors are standard errors:
-spreads / 1.35, in quadrature.
+More steps by a fraction are worth that fraction of d bpb / d ln(steps). It comes from runs of different
+lengths of one configuration (--runs), or is given (--bpb-per-100-steps), else it is the slope of the loss
+inside one run near its end, times its steps. The latter is an upper bound: most of that fall is the learning
+rate's, and does not move with the number of steps. Errors are standard errors, in quadrature.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -67,10 +68,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Slope:
-    """What one more step changes."""
+    """What more steps change."""
 
     bpb: Value
-    """bits per byte per step; negative is better."""
+    """d bpb / d ln(steps); negative is better."""
     source: str
     """Where it comes from, and in which direction it errs."""
 
@@ -108,7 +109,7 @@ def wire_ms(world: int, bandwidth: float) -> Value:
 
 
 def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
-    """Return the fall of the loss a step over the last part of one run, as bits per byte.
+    """Return the slope of the loss over the last part of one run times its steps, as bits per byte.
 
     The error is that of the mean of the slopes between neighbouring blocks.
     """
@@ -120,15 +121,17 @@ def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
     if size < 2:
         raise ValueError(f"{folder}: {len(losses)} steps are too few for a slope; pass --bpb-per-100-steps")
     means = [mean(tail[i * size : (i + 1) * size]) for i in range(blocks)]
-    falls = [(b - a) / size for a, b in zip(means, means[1:], strict=False)]
+    falls = [(b - a) / size for a, b in itertools.pairwise(means)]
     total = (means[-1] - means[0]) / (size * (blocks - 1))
     bits = score["bpb"] / score["loss"]  # bits per byte of a nat per token, on this text
     error = stdev(falls) / math.sqrt(len(falls))
-    return Slope(Value(total, error).scaled(bits), f"upper bound: inside {folder.name}, last {last:.0%}")
+    return Slope(
+        Value(total, error).scaled(bits * len(losses)), f"upper bound: inside {folder.name}, last {last:.0%}"
+    )
 
 
 def slope_between(folders: Sequence[Path]) -> Slope:
-    """Return the slope at the longest of several runs of one configuration, linear in the log of the steps.
+    """Return the slope between the two longest of several runs of one configuration.
 
     Runs of one length are averaged, and their spread is the error.
     """
@@ -151,7 +154,7 @@ def slope_between(folders: Sequence[Path]) -> Slope:
         error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
         ends.append(Value(mean(values), error))
     per_log = (ends[1] - ends[0]).scaled(1 / math.log(long / short))
-    return Slope(per_log.scaled(1 / long), f"between runs of {short} and {long} steps")
+    return Slope(per_log, f"between runs of {short} and {long} steps")
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--communication-ms", nargs="+", metavar="WORLD=MS")
     p.add_argument("--runs", nargs="+", type=Path, help="run folders of different lengths")
     p.add_argument("--run", type=Path, help="one run folder, for the slope inside it")
-    p.add_argument("--bpb-per-100-steps", nargs=2, type=float, metavar=("VALUE", "ERROR"))
+    p.add_argument("--bpb-per-100-steps", nargs=3, type=float, metavar=("VALUE", "ERROR", "AT_STEPS"))
     p.add_argument(
         "--out", type=Path, help="folder of the result file and the plot; nothing is written without"
     )
@@ -279,8 +282,8 @@ def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> 
 def find_slope(args: argparse.Namespace) -> Slope:
     """Return what a step is worth, from the best source that there is."""
     if args.bpb_per_100_steps:
-        value, error = args.bpb_per_100_steps
-        return Slope(Value(value / 100, error / 100), "given")
+        value, error, at = args.bpb_per_100_steps
+        return Slope(Value(value, error).scaled(at / 100), f"given, at {at:g} steps")
     if args.runs:
         return slope_between(args.runs)
     folders = sorted(p.parent for p in args.results.glob("*_record_600s*/metrics.jsonl"))
@@ -322,9 +325,9 @@ def answer(setting: Setting, muon: dict[str, Value], other: Value, slope: Slope,
     rows = []
     for variant, ms in sorted(muon.items(), key=lambda item: item[1].value):
         gained = Value(0.0) if variant == base else setting.gained(ms, muon[base])
-        rows.append(
-            Row(variant, setting.world, ms, setting.steps(ms + other), gained, gained.times(slope.bpb))
-        )
+        steps = setting.steps(ms + other)
+        worth = gained.scaled(1 / steps.value).times(slope.bpb)
+        rows.append(Row(variant, setting.world, ms, steps, gained, worth))
     return rows
 
 
@@ -348,7 +351,7 @@ def main() -> None:
     args = arguments()
     muon = muon_times(args)
     others, slope, pass_ms = other_times(args, muon), find_slope(args), passes(args)
-    print(f"one more step is worth {slope.bpb} bpb ({slope.source})")
+    print(f"1 % more steps are worth {slope.bpb.scaled(0.01)} bpb ({slope.source})")
     print(
         f"forward+backward of {args.micro_tokens:,} tokens: {pass_ms[0]} ms loop off, {pass_ms[1]} ms loop on"
     )
@@ -367,7 +370,7 @@ def main() -> None:
         other, source = others[world]
         off = pass_ms[0].value * setting.micro_steps + muon[world][args.baseline].value + other.value
         print(
-            f"\nworld {world}: a step takes {off:.1f} ms loop off; all but passes and Muon {other} ms ({source})"
+            f"\nworld {world}: {off:.1f} ms a step, loop off; all but passes and Muon {other} ms ({source})"
         )
         print(f"{'variant':<32}{'Muon ms':>22}{'steps':>22}{'gained':>22}{'worth, bpb':>22}")
         found = answer(setting, muon[world], other, slope, args.baseline)
