@@ -11,6 +11,11 @@
 #include "kernels/newton_schulz.h"
 #include "ops/checks.h"
 
+// The Hopper iteration of all banks at once, where the tree has it.
+#if __has_include("kernels/newton_schulz_sm90.h")
+#include "kernels/newton_schulz_sm90.h"
+#endif
+
 namespace pgolf {
 namespace {
 
@@ -188,13 +193,50 @@ void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList av
   });
 }
 
+at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+#if __has_include("kernels/newton_schulz_sm90.h")
+NsType ns_type(float) { return NsType::kFloat32; }
+NsType ns_type(bf16) { return NsType::kBfloat16; }
+
+// False, and nothing done, where that kernel does not take the banks.
 template <typename X>
-void iterate(const NewtonSchulzShape& shape, const void* direction, const at::Tensor& update,
-             cudaStream_t stream) {
-  const at::Tensor workspace =
-      at::empty({newton_schulz_workspace_bytes(shape)}, update.options().dtype(at::kByte));
-  newton_schulz_cuda(static_cast<const X*>(direction), mutable_pointer<X>(update),
-                     workspace.mutable_data_ptr(), shape, stream);
+bool iterate_at_once(const std::vector<MuonDirection>& banks, at::TensorList updates,
+                     const std::vector<NewtonSchulzShape>& shapes, cudaStream_t stream) {
+  std::vector<NsBank> list;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    if (updates[i].numel() == 0) continue;
+    list.push_back({banks[i].direction, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch,
+                    shapes[i].rows, shapes[i].cols});
+  }
+  const int count = static_cast<int>(list.size());
+  if (list.empty() || !newton_schulz_sm90_supports(list.data(), count)) return list.empty();
+  const NewtonSchulzShape& shape = shapes[0];
+  const at::Tensor scratch = scratch_bytes(
+      static_cast<int64_t>(newton_schulz_sm90_workspace(list.data(), count, shape.steps)), updates[0]);
+  newton_schulz_sm90(list.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+                     scratch.mutable_data_ptr(), stream);
+  return true;
+}
+#else
+template <typename X>
+bool iterate_at_once(const std::vector<MuonDirection>&, at::TensorList, const std::vector<NewtonSchulzShape>&,
+                     cudaStream_t) {
+  return false;
+}
+#endif
+
+template <typename X>
+void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
+             const std::vector<NewtonSchulzShape>& shapes, cudaStream_t stream) {
+  if (iterate_at_once<X>(banks, updates, shapes, stream)) return;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
+    newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
+                       scratch.mutable_data_ptr(), shapes[i], stream);
+  }
 }
 
 void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
@@ -214,8 +256,7 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
         muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
                                                          const_pointer<float>(scalars),
                                                          {nesterov, lerp, row_normalize}, stream);
-        for (size_t i = 0; i < shapes.size(); ++i)
-          iterate<X>(shapes[i], banks[i].direction, updates[i], stream);
+        iterate<X>(banks, updates, shapes, stream);
       });
     });
   });

