@@ -49,11 +49,11 @@ def banked_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = TA
 
 def banks(shapes: Shapes, device: torch.device) -> list[MuonBank]:
     """Return random banks with 16-bit momentum and updates on CUDA, float32 on CPU."""
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator(device).manual_seed(0)
     state = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = []
     for shape in shapes:
-        param, grad = (torch.randn(shape, generator=rng).to(device) for _ in range(2))
+        param, grad = (torch.randn(shape, generator=rng, device=device) for _ in range(2))
         momentum, update = (torch.zeros(shape, dtype=state, device=device) for _ in range(2))
         found.append(MuonBank(grad, momentum, update, param, lr_scale=lr_scale(*shape[1:])))
     return found
