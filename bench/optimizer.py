@@ -4,6 +4,7 @@ A variant is a coefficient table and a number of steps, `polar_express_golf5` fo
 the share that one rank of `world` ranks owns of the record model's 66 matrices: ms of `muon_step` (momentum,
 row normalization, iteration, decay, float32 update) as launched and as a CUDA graph, and how orthogonal the
 updates of random gradients are: extreme singular values, and RMS deviation of the singular values from 1.
+`pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once.
 Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
 installed, gram-newton-schulz (the iteration alone).
 
@@ -106,6 +107,16 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
     return found
 
 
+def takes(own: list[MuonBank], scalars: Tensor, rule: MuonRule) -> bool:
+    """Return whether this device and build can run the rule."""
+    try:
+        muon_step(own, scalars, rule)
+    except RuntimeError as e:
+        print(f"algorithm {rule.algorithm!r} left out: {str(e).splitlines()[0]}")
+        return False
+    return True
+
+
 def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, *, with_peers: bool) -> None:
     """Time one variant on the share of one rank of `world`, and record how orthogonal its updates are."""
     device = recorder.device
@@ -116,6 +127,9 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(table, row_normalize=True)
     calls: dict[str, Callable[[], object]] = {"pgolf": lambda: muon_step(own, scalars, rule)}
+    gram = rule._replace(algorithm="gram")
+    if takes(own, scalars, gram):
+        calls["pgolf gram"] = lambda: muon_step(own, scalars, gram)
     if with_peers:
         calls |= peers(shapes, table, device)
     case = f"{variant}_w{world}"
@@ -123,9 +137,11 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
         recorder.add(case, impl, "ms_launched", sample, "ms")
     for impl, sample in time_graph(calls, device, repeats=repeats).items():
         recorder.add(case, impl, "ms_graph", sample, "ms")
-    if world == 1:
-        for metric, value in orthogonality([bank.update for bank in own]).items():
-            recorder.add(case, "pgolf", metric, Sample(value, 0.0, 1), "1")
+    for impl in ("pgolf", "pgolf gram"):
+        if world == 1 and impl in calls:
+            calls[impl]()
+            for metric, value in orthogonality([bank.update for bank in own]).items():
+                recorder.add(case, impl, metric, Sample(value, 0.0, 1), "1")
 
 
 def torch_tail(model: GPT) -> Callable[[], object]:

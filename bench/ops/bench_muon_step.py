@@ -65,12 +65,16 @@ def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object
     scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(TABLE, row_normalize=True)
     compiled_step = torch.compile(banked_step, dynamic=False, fullgraph=True)
-    return {
+    found: dict[str, Callable[[], object]] = {
         "pgolf": lambda: muon_step(ours, scalars, rule),
         torch_name("eager"): lambda: [banked_step(b.param, b.grad, b.momentum) for b in eager],
         torch_name("compile"): lambda: [compiled_step(b.param, b.grad, b.momentum) for b in compiled],
         torch_name("optim.Muon"): torch_muon(CASES[case], device),
     }
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        gram = rule._replace(algorithm="gram")
+        found["pgolf gram"] = lambda: muon_step(ours, scalars, gram)
+    return found
 
 
 def torch_muon(shapes: Shapes, device: torch.device) -> Callable[[], object]:

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <string_view>
 #include <vector>
 
 #include "kernels/newton_schulz.h"
@@ -20,6 +21,10 @@ namespace pgolf {
 namespace {
 
 constexpr int64_t kAlign = 64;  // elements between the directions of two banks
+
+// Whether "auto" takes the Hopper iteration where it can; as in newton_schulz.cpp, false until that kernel
+// has passed its tests on an H100.
+[[maybe_unused]] constexpr bool kAutoTakesHopper = false;
 
 using Doubles = at::ArrayRef<double>;
 
@@ -93,8 +98,10 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
 
 std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
                                            at::TensorList updates, const at::Tensor& scalars,
-                                           Doubles coefficients, double eps) {
+                                           Doubles coefficients, double eps, std::string_view algorithm) {
   check_scalars(scalars);
+  TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
+                    "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
   check_counts(momenta.size(), grads.size(), "momenta");
   check_counts(updates.size(), grads.size(), "updates");
   check_list(grads, "grad", first_type(grads), scalars);
@@ -158,8 +165,10 @@ void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList ave
 
 void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
               at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
-              double eps, bool nesterov, bool lerp, bool row_normalize) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps);
+              double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
+  TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
+              "use 'auto'");
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const std::vector<int64_t> offsets = direction_offsets(updates);
   const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
@@ -230,8 +239,13 @@ bool iterate_at_once(const std::vector<MuonDirection>&, at::TensorList, const st
 
 template <typename X>
 void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
-             const std::vector<NewtonSchulzShape>& shapes, cudaStream_t stream) {
-  if (iterate_at_once<X>(banks, updates, shapes, stream)) return;
+             const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm, cudaStream_t stream) {
+  if (algorithm == "gram" || (kAutoTakesHopper && algorithm == "auto")) {
+    if (iterate_at_once<X>(banks, updates, shapes, stream)) return;
+    TORCH_CHECK(algorithm != "gram",
+                "muon_step: algorithm 'gram' needs a Hopper GPU, a build with its kernel, ",
+                "and banks with sides that are multiples of 8; use 'auto'");
+  }
   for (size_t i = 0; i < shapes.size(); ++i) {
     const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
     newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
@@ -241,8 +255,8 @@ void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
 
 void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
                at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
-               double eps, bool nesterov, bool lerp, bool row_normalize) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps);
+               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const c10::cuda::CUDAGuard guard(scalars.device());
   const std::vector<int64_t> offsets = direction_offsets(updates);
@@ -256,7 +270,7 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
         muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
                                                          const_pointer<float>(scalars),
                                                          {nesterov, lerp, row_normalize}, stream);
-        iterate<X>(banks, updates, shapes, stream);
+        iterate<X>(banks, updates, shapes, algorithm, stream);
       });
     });
   });
@@ -271,7 +285,7 @@ TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
       "Tensor(d!)[] averages, Tensor scalars, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize) -> ()",
+      "bool nesterov, bool lerp, bool row_normalize, str algorithm=\"auto\") -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor scalars, "
