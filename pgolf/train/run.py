@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
-from pgolf.evaluate.corpus import Corpus, score_model
+from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -51,7 +51,7 @@ class Summary:
     attention: str
     parameters: int
     scores: dict[str, Score] = field(default_factory=dict)
-    """raw, ema, quantized."""
+    """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of every phase."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -209,11 +209,33 @@ class Run:
                 continue
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
-            self._summary.scores[name] = score
-            self._summary.seconds[f"score_{name}"] = score.seconds
-            self._log.line(
-                f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s"
+            self._add_score(name, score)
+        self._score_otherwise()
+
+    def _score_otherwise(self) -> None:
+        """Score the quantized weights, which are in the model, in the further ways that are asked for."""
+        config = self._config.evaluate
+        wanted: dict[Literal["sliding", "ttt"], bool] = {"sliding": config.sliding, "ttt": config.ttt}
+        modes = [mode for mode, asked in wanted.items() if asked]
+        text = self._corpus.validation() if modes else None
+        for mode in modes:
+            assert text is not None
+            score = score_as(
+                mode,
+                self._model,
+                self._corpus,
+                text,
+                self._dist,
+                batch_tokens=self._config.data.micro_tokens,
+                stride=config.stride,
+                ttt=config.adapters,
             )
+            self._add_score(mode, score)
+
+    def _add_score(self, name: str, score: Score) -> None:
+        self._summary.scores[name] = score
+        self._summary.seconds[f"score_{name}"] = score.seconds
+        self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
 
     def _timed(self, phase: str, work: Any) -> Any:
         began = time.perf_counter()
