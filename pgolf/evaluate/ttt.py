@@ -3,8 +3,8 @@
 Documents start from the same adapters and share nothing, so the score of a token is a function of the
 artifact and of the document's tokens before it:
  1. A document is read in chunks. Where one ends depends on positions only, never on the document's length.
- 2. A chunk's tokens are scored by one forward over a window of at most `max_context` tokens that ends with the
-    chunk. `scored_chunks` hands the losses out before it does anything else with them.
+ 2. A chunk's tokens are scored by one forward over a window of at most `max_context` tokens that ends with
+    the chunk. `scored_chunks` hands the losses out before it does anything else with them.
  3. Then the mean loss of the chunk, from that same forward, gives one step of AdamW without momentum to the
     document's adapters; the model's own weights stay as they are.
 Documents of similar length advance in lock step, the longest first in the batch, so that those still being
