@@ -250,8 +250,9 @@ class TrainConfig:
     """Wall-clock budget of training plus quantization, seconds; 0 = no clock, run `steps` steps."""
     steps: int = 0
     """Stop after this many optimizer steps; 0 = only the clock stops the run."""
-    quantize_reserve: float = 7.0
-    """Seconds of the budget kept for calibration and quantization (one H100: 5); 0 puts them after it."""
+    quantize_reserve: float | None = None
+    """Seconds of the budget kept for calibration and quantization; none given: what a rehearsal of both
+    before the clock took, and 15 %; 0 puts them after the budget."""
     seed: int = 42
     """Seeds initialization and data order."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -272,7 +273,7 @@ class TrainConfig:
             "train.seconds and train.steps are both 0: the run would never stop; set one of them",
         )
         _require(
-            self.seconds == 0 or self.quantize_reserve < self.seconds,
+            self.seconds == 0 or (self.quantize_reserve or 0.0) < self.seconds,
             f"train.quantize_reserve={self.quantize_reserve} leaves no time to train in "
             f"train.seconds={self.seconds}",
         )

@@ -1,6 +1,8 @@
-"""pack_int6 and unpack_int6 on the model's 35.9 M codes, against the references in eager mode and compiled.
+"""Packing and the fused quantizers on the model's 35.9 M codes, against references and a copy.
 
-GB/s counts the bytes that must move: one per code and three per four codes.
+GB/s counts the bytes that must move: a code, its packed bits, a float32 read (quantize) or a bfloat16 written
+(dequantize), the rows' steps. `copy` moves the same number of bytes, half read and half written, with
+Tensor.copy_: what the memory gives. `gcodes_per_s` is the same in codes.
 """
 
 from __future__ import annotations
@@ -11,10 +13,21 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, Sample, parser, time_launched, torch_name
-from pgolf.ops import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref
+from pgolf.ops import (
+    pack_int6,
+    pack_int6_ref,
+    quantize_pack,
+    quantize_pack_sdclip,
+    unpack_dequantize,
+    unpack_int6,
+    unpack_int6_ref,
+)
+from pgolf.quant.grid import dequantize, quantize, sdclip_scales
 
 ROWS, COLUMNS = 70144, 512  # 35.9 M codes
-CASES = ["pack", "unpack"]
+CASES = ["pack", "unpack", "quantize_pack", "quantize_pack_sdclip", "unpack_dequantize"]
+OTHER_BITS = [f"{case}_{bits}bit" for case in CASES[2:] for bits in (4, 5, 7, 8)]
+CLIP = 12.0
 
 
 def contenders(case: str, codes: Tensor) -> dict[str, Callable[[], Tensor]]:
@@ -35,24 +48,59 @@ def contenders(case: str, codes: Tensor) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def fused(case: str, weight: Tensor, bits: int) -> dict[str, Callable[[], object]]:
+    """Return every implementation of a fused case; the peer writes one byte a code, no packed bits."""
+    packed, scales = quantize_pack_sdclip(weight, CLIP, bits)
+    codes = quantize(weight, scales, bits=bits)
+
+    def eager_sdclip() -> Tensor:
+        return quantize(weight, sdclip_scales(weight, bits=bits, clip=CLIP), bits=bits)
+
+    ours: dict[str, Callable[[], object]] = {
+        "quantize_pack": lambda: quantize_pack(weight, scales, bits),
+        "quantize_pack_sdclip": lambda: quantize_pack_sdclip(weight, CLIP, bits),
+        "unpack_dequantize": lambda: unpack_dequantize(packed, scales, COLUMNS, bits),
+    }
+    eager: dict[str, Callable[[], object]] = {
+        "quantize_pack": lambda: quantize(weight, scales, bits=bits),
+        "quantize_pack_sdclip": eager_sdclip,
+        "unpack_dequantize": lambda: dequantize(codes, scales).bfloat16(),
+    }
+    return {"pgolf": ours[case], torch_name("eager") + " unpacked": eager[case]}
+
+
+def copy_of(moved: int, device: torch.device) -> Callable[[], object]:
+    """Return a copy that moves `moved` bytes, reads and writes together."""
+    source = torch.ones(moved // 8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
 def measure(recorder: Recorder, case: str, rows: int, repeats: int) -> None:
     """Time one case and record it."""
     g = torch.Generator().manual_seed(0)
-    codes = torch.randint(-32, 32, (rows, COLUMNS), generator=g, dtype=torch.int8).to(recorder.device)
-    moved = codes.numel() * 1.75e-9  # GB
+    base, bits = (case[: -len("_4bit")], int(case[-4])) if case.endswith("bit") else (case, 6)
+    found: dict[str, Callable[[], object]]
+    if base in ("pack", "unpack"):
+        codes = torch.randint(-32, 32, (rows, COLUMNS), generator=g, dtype=torch.int8).to(recorder.device)
+        found, a_code, a_row = {**contenders(base, codes)}, 1.0 + bits / 8, 0
+    else:
+        weight = (torch.randn(rows, COLUMNS, generator=g) * 0.02).to(recorder.device)
+        found, a_row = fused(base, weight, bits), 2
+        a_code = (2.0 if base == "unpack_dequantize" else 4.0) + bits / 8
+    moved = round(rows * (COLUMNS * a_code + a_row))
+    found["copy"] = copy_of(moved, recorder.device)
     calls = 10 if recorder.device.type == "cuda" else 1
-    for name, sample in time_launched(
-        contenders(case, codes), recorder.device, repeats=repeats, calls=calls
-    ).items():
-        rate = moved / (sample.value * 1e-3)
-        recorder.add(
-            case, name, "gb_per_s", Sample(rate, rate * sample.spread / sample.value, sample.n), "GB/s"
-        )
+    for name, sample in time_launched(found, recorder.device, repeats=repeats, calls=calls).items():
+        for metric, amount, unit in (("gb_per_s", moved, "GB/s"), ("gcodes_per_s", rows * COLUMNS, "G/s")):
+            rate = amount * 1e-9 / (sample.value * 1e-3)
+            spread = rate * sample.spread / sample.value
+            recorder.add(case, name, metric, Sample(rate, spread, sample.n), unit)
 
 
 def main() -> None:
     """Parse arguments, measure, write."""
-    args = parser(__doc__ or "", CASES).parse_args()
+    args = parser(__doc__ or "", CASES + OTHER_BITS).parse_args()
     recorder = Recorder("int6", torch.device(args.device))
     for case in args.cases:
         torch.compiler.reset()

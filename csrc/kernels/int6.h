@@ -22,6 +22,7 @@ namespace pgolf {
 
 inline constexpr int kInt6Min = -32;
 inline constexpr int kInt6Max = 31;
+inline constexpr int kInt6Mantissa = 14;  // bits of the integers whose sums give a row's step, see below
 
 // Bytes that a row of n codes takes.
 inline int64_t int6_row_bytes(int64_t n) { return (n + 3) / 4 * 3; }

@@ -17,7 +17,6 @@ namespace {
 
 constexpr int64_t kGrainCodes = 1 << 18;  // below which another thread costs more than it saves
 constexpr int64_t kBuffer = 512;          // codes between rounding and packing, in the first-level cache
-constexpr int kMantissa = 20;             // bits of the integers that a row's weights become for its step
 
 // The low kBits of eight bytes -> 8 * kBits bits, first byte lowest.
 template <int kBits>
@@ -72,8 +71,8 @@ PGOLF_INLINE f16 row_scale(const float* w, int64_t n, float clip, int q_max) {
   uint32_t largest = 0;
   for (int64_t j = 0; j < n; ++j) largest = std::max(largest, float_to_bits(w[j]) & 0x7fffffffu);
   if (largest >= 0x7f800000u) return f16{0x7e00};
-  const int exponent = std::max(static_cast<int>(largest >> 23) - 127, kMantissa - 127);
-  const int shift = kMantissa - exponent;  // at most 127
+  const int exponent = std::max(static_cast<int>(largest >> 23) - 127, kInt6Mantissa - 127);
+  const int shift = kInt6Mantissa - exponent;  // at most 127
   const Moments m = moments(w, n, bits_to_float(static_cast<uint32_t>(shift + 127) << 23));
   const double count = static_cast<double>(n), total = static_cast<double>(m.sum);
   const double variance = (static_cast<double>(m.squares) - total * total / count) / (count - 1.0);

@@ -19,7 +19,6 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kPerThread = 16;
 constexpr int kTileCodes = kThreads * kPerThread;
 constexpr int kTileGroups = kTileCodes / 4;
-constexpr int kMantissa = 14;  // as on the CPU
 
 __device__ __forceinline__ float step_of(f16 scale) { return __half2float(__ushort_as_half(scale.bits)); }
 
@@ -50,7 +49,7 @@ struct Moments {
 __device__ __forceinline__ uint32_t magnitude(float w) { return __float_as_uint(w) & 0x7fffffffu; }
 
 __device__ __forceinline__ int shift_for(uint32_t largest) {
-  return kMantissa - max(static_cast<int>(largest >> 23) - 127, kMantissa - 127);
+  return kInt6Mantissa - max(static_cast<int>(largest >> 23) - 127, kInt6Mantissa - 127);
 }
 
 __device__ __forceinline__ void add(Moments& m, float w, float factor) {

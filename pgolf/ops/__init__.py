@@ -4,7 +4,6 @@ from pgolf.ops._extension import KernelRow, kernel_table
 from pgolf.ops.int6 import (
     pack_int6,
     pack_int6_ref,
-    packed_bytes,
     quantize_pack,
     quantize_pack_ref,
     quantize_pack_sdclip,
@@ -29,7 +28,6 @@ __all__ = [
     "newton_schulz_ref",
     "pack_int6",
     "pack_int6_ref",
-    "packed_bytes",
     "quantize_pack",
     "quantize_pack_ref",
     "quantize_pack_sdclip",

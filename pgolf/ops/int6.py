@@ -86,7 +86,7 @@ def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
         scales: `(...)` float16, steps > 0, one a row.
         bits: 4 to 8.
     Returns:
-        `(..., packed_bytes(n, bits))` uint8, the same bytes on CPU and CUDA.
+        `(..., bytes of a row)` uint8, the same bytes on CPU and CUDA.
     Raises:
         ValueError: bits out of range, scales of another shape or device. TypeError: other dtypes.
     Source: csrc/kernels/int6.h.
@@ -106,7 +106,7 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
         weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the step NaN.
         clip: > 0. bits: 4 to 8.
     Returns:
-        packed `(..., packed_bytes(n, bits))` uint8 and scales `(...)` float16, the same on CPU and CUDA.
+        packed `(..., bytes of a row)` uint8 and scales `(...)` float16, the same on CPU and CUDA.
     Raises:
         ValueError: bits, clip or n out of range. TypeError: not float32.
     Source: csrc/kernels/int6.h; SDClip of SPEC 6.3.
@@ -121,7 +121,7 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tens
     w = bfloat16(q * s), the product in float32, rounded to nearest even.
 
     Args:
-        packed: `(..., packed_bytes(n, bits))` uint8. scales: `(...)` float16.
+        packed: `(..., bytes of a row)` uint8. scales: `(...)` float16.
         n: codes in a row, >= 0. bits: 4 to 8.
     Returns:
         `(..., n)` bfloat16.
@@ -133,7 +133,7 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tens
     return weight
 
 
-def packed_bytes(n: int, bits: int) -> int:
+def _packed_bytes(n: int, bits: int) -> int:
     """Return the bytes of a row of n codes: whole groups of 2, 8, 4, 8, 1 codes for 4, 5, 6, 7, 8 bits."""
     group = GROUP[bits]
     return (n + group - 1) // group * group * bits // 8
@@ -146,7 +146,7 @@ def quantize_pack_ref(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % GROUP[bits]))
     stream = (padded.unsqueeze(-1) >> torch.arange(bits, device=codes.device) & 1).flatten(-2)
     powers = 1 << torch.arange(8, device=codes.device)
-    return (stream.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
+    return (stream.reshape(*weight.shape[:-1], -1, 8) * powers).sum(-1).to(torch.uint8)
 
 
 def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,8 @@ def unpack_dequantize_ref(packed: Tensor, scales: Tensor, n: int, bits: int) -> 
     """Compute what `unpack_dequantize` computes, bit by bit."""
     stream = (packed.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1).flatten(-2)
     powers = 1 << torch.arange(bits, device=packed.device)
-    u = (stream[..., : stream.shape[-1] // bits * bits].unflatten(-1, (-1, bits)) * powers).sum(-1)[..., :n]
+    fields = stream[..., : n * bits].reshape(*packed.shape[:-1], n, bits)
+    u = (fields * powers).sum(-1)
     sign = 1 << (bits - 1)
     return (((u ^ sign) - sign).float() * scales.float().unsqueeze(-1)).bfloat16()
 
@@ -179,7 +180,7 @@ def _unpack_fake(packed: Tensor, n: int) -> Tensor:
 
 
 def _quantize_fake(weight: Tensor, _scales: Tensor, bits: int) -> Tensor:
-    return weight.new_empty((*weight.shape[:-1], packed_bytes(weight.shape[-1], bits)), dtype=torch.uint8)
+    return weight.new_empty((*weight.shape[:-1], _packed_bytes(weight.shape[-1], bits)), dtype=torch.uint8)
 
 
 def _sdclip_fake(weight: Tensor, _clip: float, bits: int) -> tuple[Tensor, Tensor]:

@@ -185,7 +185,7 @@ class Trainer:
             loop=loop,
             tokens=(tick.step + 1) * config.data.batch_tokens,
         )
-        left = after.left(config.train)
+        left = after.left
         to_go = (
             f"{left:6.1f} s left"
             if math.isfinite(left)

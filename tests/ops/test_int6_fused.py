@@ -8,7 +8,6 @@ from torch import Tensor
 
 from pgolf.ops import (
     pack_int6,
-    packed_bytes,
     quantize_pack,
     quantize_pack_ref,
     quantize_pack_sdclip,
@@ -16,6 +15,7 @@ from pgolf.ops import (
     unpack_dequantize,
     unpack_dequantize_ref,
 )
+from pgolf.ops.int6 import _packed_bytes
 from pgolf.quant.grid import dequantize, max_code, quantize, sdclip_scales
 
 ALL_BITS = (4, 5, 6, 7, 8)
@@ -70,7 +70,7 @@ def test_kernels_equal_the_references_to_the_bit(shape: tuple[int, ...], bits: i
     packed, scales = quantize_pack_sdclip(w, 2.5, bits)
     expected, expected_scales = quantize_pack_sdclip_ref(w, 2.5, bits)
     assert torch.equal(scales, expected_scales) and torch.equal(packed, expected)
-    assert packed.shape == (*shape[:-1], packed_bytes(n, bits)) and packed.dtype == torch.uint8
+    assert packed.shape == (*shape[:-1], _packed_bytes(n, bits)) and packed.dtype == torch.uint8
     assert torch.equal(quantize_pack(w, scales, bits), expected)
     back = unpack_dequantize(packed, scales, n, bits)
     assert back.dtype == torch.bfloat16
