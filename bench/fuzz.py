@@ -24,8 +24,8 @@ CASES = ["decoder", "reader"]
 SOURCES = ["csrc/fuzz/fuzz_range_coder.cpp", "csrc/kernels/range_coder_cpu.cpp"]
 SANITIZE = ["-fno-sanitize-recover=all", "-std=c++20", "-O2", "-g", "-I", "csrc"]
 FUZZER = "-fsanitize=fuzzer,address,undefined"
-LONGEST_INPUT = 640
-"""Bytes of an input of the decoder: its matrices have at most 512 codes."""
+LONGEST_INPUT = 256
+"""Bytes of an input of the decoder: its matrices have at most 192 codes."""
 
 
 def find_clang() -> str | None:

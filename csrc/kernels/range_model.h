@@ -59,7 +59,18 @@ constexpr std::array<uint32_t, 25 * 32> inverse_table() {
   return table;
 }
 
+constexpr uint32_t kCounts = 1001;
+
+constexpr std::array<int64_t, kCounts> rate_table() {  // 2^16 / (count + 3/2)
+  std::array<int64_t, kCounts> table{};
+  for (size_t count = 0; count < kCounts; ++count) {
+    table[count] = 131072 / (2 * static_cast<int64_t>(count) + 3);
+  }
+  return table;
+}
+
 constexpr auto kTail = tail_table();
+constexpr auto kRates = rate_table();
 constexpr auto kInverse = inverse_table();
 
 inline uint64_t tail(uint64_t distance, uint64_t inverse) {  // distance in 1/256
@@ -83,7 +94,6 @@ class Correction {
     for (size_t i = 0; i < points_.size(); ++i) {
       points_[i] = std::clamp<uint32_t>(static_cast<uint32_t>(i % 33) << 11, 1, 65535) << 16 | 30;
     }
-    for (uint32_t count = 0; count < kCounts; ++count) rates_[count] = 131072 / (2 * count + 3);
   }
 
   template <typename Coder>
@@ -99,17 +109,14 @@ class Correction {
   }
 
  private:
-  static constexpr uint32_t kCounts = 1001;
-
   void learn(uint32_t& point, int bit) const {
     const uint32_t count = point & 1023;
     const int64_t mean = point >> 10;
-    const int64_t moved = mean + (((bit ? 4194303 : 0) - mean) * rates_[count] >> 16);
+    const int64_t moved = mean + (((bit ? 4194303 : 0) - mean) * kRates[count] >> 16);
     point = static_cast<uint32_t>(moved) << 10 | std::min(count + 1, kCounts - 1);
   }
 
   std::array<uint32_t, 33 * 33> points_;  // mean << 10 | count
-  std::array<int64_t, kCounts> rates_;    // 2^16 / (count + 3/2)
 };
 
 inline __attribute__((always_inline)) uint32_t dot_body(const uint32_t* w, const uint32_t* x, int64_t n) {
