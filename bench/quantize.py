@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,11 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.common import RESULTS, Recorder, Sample
 from pgolf.artifact.codec import compress, split_bytes
-from pgolf.config import Config, DataConfig
+from pgolf.config import Config, DataConfig, from_dict
 from pgolf.dist import Dist
 from pgolf.evaluate.corpus import Corpus, score_model
 from pgolf.model.gpt import GPT
@@ -59,28 +61,28 @@ class Setting:
 LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
 SETTINGS = [
     Setting("gptq", size=0.0),
+    Setting("rows+columns", LOSS),
     Setting("rtn", gptq=False),
     Setting("columns", {"column_steps": True, "matrix_bits": 8, "embed_bits": 8}),
-    Setting("rows+columns", LOSS),
     Setting("rows", LOSS | {"column_steps": False}),
+    Setting("rows+columns rate 1/12", LOSS | {"rate": 1 / 12}),
+    Setting("gptq lqer asym", {"lqer": "asym"}),
     Setting("rows+columns head H", LOSS | {"embed_gram": 0.0}),
     Setting("rows+columns gram 0.3", LOSS | {"matrix_gram": 0.3}),
     Setting("rows+columns floor 0.1", LOSS | {"row_floor": 0.1}),
-    Setting("rows+columns floor 0.002", LOSS | {"row_floor": 0.002}),
-    Setting("rows+columns rate 1/12", LOSS | {"rate": 1 / 12}),
-    Setting("rows+columns raw", LOSS, weights="raw"),
-    Setting("gptq raw", weights="raw"),
-    Setting("gptq rate 1/12", {"rate": 1 / 12}),
-    Setting("rows+columns in order", LOSS | {"act_order": False}),
-    Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
-    Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),
-    Setting("rows+columns -4 %", LOSS | {"rate": 1 / 12}, size=0.96),
-    Setting("rows+columns +4 %", LOSS | {"rate": 1 / 12}, size=1.04),
-    Setting("gptq -4 %", size=0.96),
-    Setting("gptq +4 %", size=1.04),
-    Setting("gptq lqer asym", {"lqer": "asym"}),
     Setting("gptq lqer sym", {"lqer": "sym"}),
     Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
+    Setting("gptq raw", weights="raw"),
+    Setting("rows+columns raw", LOSS, weights="raw"),
+    Setting("rows+columns -4 %", LOSS, size=0.96),
+    Setting("rows+columns +4 %", LOSS, size=1.04),
+    Setting("gptq -4 %", size=0.96),
+    Setting("gptq +4 %", size=1.04),
+    Setting("gptq rate 1/12", {"rate": 1 / 12}),
+    Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
+    Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),
+    Setting("rows+columns floor 0.002", LOSS | {"row_floor": 0.002}),
+    Setting("rows+columns in order", LOSS | {"act_order": False}),
     Setting("gptq in order", {"act_order": False}),
     Setting("rows+columns damp 0.1", LOSS | {"damp": 0.1}),
     Setting("rows+columns damp 0.001", LOSS | {"damp": 0.001}),
@@ -106,17 +108,16 @@ class Bench:
     """A checkpoint with its calibration; `measure` tries one setting."""
 
     def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int) -> None:
-        averaged, saved, _ = load_weights(folder / "ema.safetensors")
-        raw, _, _ = load_weights(folder / "raw.safetensors")
+        averaged, saved = load_checkpoint(folder, "ema")
         self.dist = Dist.start(device)
         micro = min(saved.data.micro_tokens, micro_tokens)
         self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
         self.corpus = Corpus.open(data, vocab_size=saved.model.vocab_size)
         self.model = GPT(saved.model).prepare(self.dist.device)
-        self.weights = {
-            "ema": {k: v.to(self.dist.device) for k, v in averaged.items()},
-            "raw": {k: v.to(self.dist.device) for k, v in raw.items()},
-        }
+        self.weights = {"ema": {k: v.to(self.dist.device) for k, v in averaged.items()}}
+        if (folder / "raw.safetensors").is_file():
+            raw, _ = load_checkpoint(folder, "raw")
+            self.weights["raw"] = {k: v.to(self.dist.device) for k, v in raw.items()}
         self.seconds: dict[str, float] = {}
         self.pool = ThreadPoolExecutor()
         self._calibrate(saved.data)
@@ -224,6 +225,16 @@ class Bench:
             errors = row_errors(before, tensors[name].to(before.device).reshape(shape), h)
             total += 0.5 * float((c.rows.double() * errors).sum())
         return total
+
+
+def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, Tensor], Config]:
+    """Return float32 weights and configuration of NAME.safetensors, or of NAME.fp16.safetensors."""
+    if (folder / f"{name}.safetensors").is_file():
+        tensors, config, _ = load_weights(folder / f"{name}.safetensors")
+        return tensors, config
+    halves = folder / f"{name}.fp16.safetensors"
+    config = from_dict(Config, json.loads((folder / "config.json").read_text()), where="config.json")
+    return {k: v.float() for k, v in load_file(halves).items()}, config
 
 
 def count_bytes(state: QuantizedState, pool: ThreadPoolExecutor) -> dict[str, int]:
@@ -359,7 +370,7 @@ def main() -> None:
         flush=True,
     )
     outcomes: list[Outcome] = []
-    for setting in (s for s in SETTINGS if s.name in args.settings):
+    for setting in (s for s in SETTINGS if s.name in args.settings and s.weights in bench.weights):
         if time.perf_counter() - began > args.seconds:
             print(f"out of time before {setting.name!r}; raise --seconds")
             break

@@ -23,11 +23,14 @@ CASES = {
     "eighth": [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)],
     "bank66": [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)],
 }
+Table = tuple[tuple[float, float, float], ...]
+Shapes = list[tuple[int, int, int]]
+
 LR, MOMENTUM, WEIGHT_DECAY = 0.026, 0.97, 0.095
 TABLE = coefficients("polar_express_golf", 5)
 
 
-def banked_step(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
+def banked_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = TABLE) -> None:
     """One bank's step as the record stack writes it: bfloat16 throughout, float32 parameters."""
     g = grad.to(momentum.dtype)
     momentum.mul_(MOMENTUM).add_(g)
@@ -36,7 +39,7 @@ def banked_step(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
     tall = u.shape[-2] > u.shape[-1]
     x = u.mT if tall else u
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for a, b, c in TABLE:
+    for a, b, c in table:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     update = x.mT if tall else x
@@ -44,13 +47,13 @@ def banked_step(param: Tensor, grad: Tensor, momentum: Tensor) -> None:
     param.add_(update.to(param.dtype), alpha=-LR * lr_scale(*param.shape[-2:]))
 
 
-def banks(case: str, device: torch.device) -> list[MuonBank]:
-    """Return random banks of a case with 16-bit momentum and updates on CUDA, float32 on CPU."""
-    rng = torch.Generator().manual_seed(0)
+def banks(shapes: Shapes, device: torch.device) -> list[MuonBank]:
+    """Return random banks with 16-bit momentum and updates on CUDA, float32 on CPU."""
+    rng = torch.Generator(device).manual_seed(0)
     state = torch.bfloat16 if device.type == "cuda" else torch.float32
     found = []
-    for shape in CASES[case]:
-        param, grad = (torch.randn(shape, generator=rng).to(device) for _ in range(2))
+    for shape in shapes:
+        param, grad = (torch.randn(shape, generator=rng, device=device) for _ in range(2))
         momentum, update = (torch.zeros(shape, dtype=state, device=device) for _ in range(2))
         found.append(MuonBank(grad, momentum, update, param, lr_scale=lr_scale(*shape[1:])))
     return found
@@ -58,22 +61,26 @@ def banks(case: str, device: torch.device) -> list[MuonBank]:
 
 def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return every implementation as a call over all banks; each has tensors of its own."""
-    ours, eager, compiled = (banks(case, device) for _ in range(3))
+    ours, eager, compiled = (banks(CASES[case], device) for _ in range(3))
     scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(TABLE, row_normalize=True)
     compiled_step = torch.compile(banked_step, dynamic=False, fullgraph=True)
-    return {
+    found: dict[str, Callable[[], object]] = {
         "pgolf": lambda: muon_step(ours, scalars, rule),
         torch_name("eager"): lambda: [banked_step(b.param, b.grad, b.momentum) for b in eager],
         torch_name("compile"): lambda: [compiled_step(b.param, b.grad, b.momentum) for b in compiled],
-        torch_name("optim.Muon"): torch_muon(case, device),
+        torch_name("optim.Muon"): torch_muon(CASES[case], device),
     }
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
+        gram = rule._replace(algorithm="gram")
+        found["pgolf gram"] = lambda: muon_step(ours, scalars, gram)
+    return found
 
 
-def torch_muon(case: str, device: torch.device) -> Callable[[], object]:
+def torch_muon(shapes: Shapes, device: torch.device) -> Callable[[], object]:
     """Return a step of torch.optim.Muon on the matrices of the banks."""
     params = []
-    for bank in banks(case, device):
+    for bank in banks(shapes, device):
         assert bank.param is not None
         for p, g in zip(bank.param, bank.grad, strict=True):
             params.append(torch.nn.Parameter(p.clone()))

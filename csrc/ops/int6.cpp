@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "ops/checks.h"
@@ -85,22 +86,124 @@ at::Tensor unpack_cuda(const at::Tensor& packed, int64_t n) {
 }
 #endif
 
+void check_bits(const char* op, int64_t bits) {
+  TORCH_CHECK_VALUE(bits >= 4 && bits <= 8, op, ": bits must be one of (4, 5, 6, 7, 8), got ", bits);
+}
+
+void check_scales(const char* op, const at::Tensor& scales, const at::Tensor& rows_of) {
+  TORCH_CHECK_TYPE(scales.scalar_type() == at::kHalf, op, ": scales must be float16, got ",
+                   scales.scalar_type());
+  TORCH_CHECK_VALUE(scales.sizes() == rows_of.sizes().slice(0, rows_of.dim() - 1), op,
+                    ": scales must have one step a row ", rows_of.sizes().slice(0, rows_of.dim() - 1),
+                    ", got ", scales.sizes());
+  TORCH_CHECK_VALUE(scales.device() == rows_of.device(), op, ": scales must be on ", rows_of.device(),
+                    ", got ", scales.device());
+}
+
+Rows check_weight(const char* op, const at::Tensor& weight, int64_t bits) {
+  TORCH_CHECK_TYPE(weight.scalar_type() == at::kFloat, op, ": weight must be float32, got ",
+                   weight.scalar_type());
+  TORCH_CHECK_VALUE(weight.dim() >= 1, op, ": weight must be (..., n) with at least one dimension, got ",
+                    weight.sizes());
+  check_bits(op, bits);
+  Rows result{1, weight.size(-1), weight.sizes().vec()};
+  for (int64_t i = 0; i + 1 < weight.dim(); ++i) result.rows *= weight.size(i);
+  result.sizes.back() = packed_row_bytes(result.n, static_cast<int>(bits));
+  return result;
+}
+
+// Either device's quantize_pack: `scales` are given, or with clip > 0 computed into it.
+at::Tensor quantize_into(const char* op, const at::Tensor& weight, const at::Tensor& scales, int64_t bits,
+                         double clip) {
+  const Rows shape = check_weight(op, weight, bits);
+  check_scales(op, scales, weight);
+  const at::Tensor in = weight.contiguous();
+  at::Tensor out = at::empty(shape.sizes, in.options().dtype(at::kByte));
+  f16* steps = static_cast<f16*>(scales.data_ptr());  // read only when clip == 0
+#ifdef PGOLF_WITH_CUDA
+  if (weight.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(weight.device());
+    quantize_pack_cuda(const_pointer<float>(in), steps, mutable_pointer<uint8_t>(out), shape.rows, shape.n,
+                       static_cast<int>(bits), static_cast<float>(clip),
+                       c10::cuda::getCurrentCUDAStream().stream());
+    return out;
+  }
+#endif
+  quantize_pack_cpu(const_pointer<float>(in), steps, mutable_pointer<uint8_t>(out), shape.rows, shape.n,
+                    static_cast<int>(bits), static_cast<float>(clip), at::get_num_threads());
+  return out;
+}
+
+at::Tensor quantize_pack(const at::Tensor& weight, const at::Tensor& scales, int64_t bits) {
+  return quantize_into("quantize_pack", weight, scales.contiguous(), bits, 0.0);
+}
+
+std::tuple<at::Tensor, at::Tensor> quantize_pack_sdclip(const at::Tensor& weight, double clip, int64_t bits) {
+  const Rows shape = check_weight("quantize_pack_sdclip", weight, bits);
+  TORCH_CHECK_VALUE(clip > 0, "quantize_pack_sdclip: clip must be > 0 standard deviations, got ", clip);
+  TORCH_CHECK_VALUE(shape.n >= 2 && shape.n <= (1 << 20),
+                    "quantize_pack_sdclip: rows must have 2 to 2^20 columns (a deviation needs two), got ",
+                    shape.n);
+  at::Tensor scales = at::empty(weight.sizes().slice(0, weight.dim() - 1), weight.options().dtype(at::kHalf));
+  at::Tensor packed = quantize_into("quantize_pack_sdclip", weight, scales, bits, clip);
+  return {packed, scales};
+}
+
+at::Tensor unpack_dequantize(const at::Tensor& packed, const at::Tensor& scales, int64_t n, int64_t bits) {
+  TORCH_CHECK_TYPE(packed.scalar_type() == at::kByte, "unpack_dequantize: packed must be uint8, got ",
+                   packed.scalar_type());
+  check_bits("unpack_dequantize", bits);
+  TORCH_CHECK_VALUE(n >= 0, "unpack_dequantize: n must be >= 0, got ", n);
+  const int64_t row_bytes = packed_row_bytes(n, static_cast<int>(bits));
+  TORCH_CHECK_VALUE(packed.dim() >= 1 && packed.size(-1) == row_bytes,
+                    "unpack_dequantize: packed must be (..., ", row_bytes, ") for n=", n, " of ", bits,
+                    " bits, got ", packed.sizes());
+  check_scales("unpack_dequantize", scales, packed);
+  const at::Tensor in = packed.contiguous(), steps = scales.contiguous();
+  std::vector<int64_t> sizes = packed.sizes().vec();
+  sizes.back() = n;
+  at::Tensor out = at::empty(sizes, in.options().dtype(at::kBFloat16));
+#ifdef PGOLF_WITH_CUDA
+  if (packed.is_cuda()) {
+    const c10::cuda::CUDAGuard guard(packed.device());
+    unpack_dequantize_cuda(const_pointer<uint8_t>(in), const_pointer<f16>(steps), mutable_pointer<bf16>(out),
+                           steps.numel(), n, static_cast<int>(bits),
+                           c10::cuda::getCurrentCUDAStream().stream());
+    return out;
+  }
+#endif
+  unpack_dequantize_cpu(const_pointer<uint8_t>(in), const_pointer<f16>(steps), mutable_pointer<bf16>(out),
+                        steps.numel(), n, static_cast<int>(bits), at::get_num_threads());
+  return out;
+}
+
 }  // namespace
 }  // namespace pgolf
 
 TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def("pack_int6(Tensor codes) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def("unpack_int6(Tensor packed, SymInt n) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("quantize_pack(Tensor weight, Tensor scales, int bits) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def("quantize_pack_sdclip(Tensor weight, float clip, int bits) -> (Tensor, Tensor)",
+        {at::Tag::pt2_compliant_tag});
+  m.def("unpack_dequantize(Tensor packed, Tensor scales, SymInt n, int bits) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
 TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
   m.impl("pack_int6", &pgolf::pack_cpu);
   m.impl("unpack_int6", &pgolf::unpack_cpu);
+  m.impl("quantize_pack", &pgolf::quantize_pack);
+  m.impl("quantize_pack_sdclip", &pgolf::quantize_pack_sdclip);
+  m.impl("unpack_dequantize", &pgolf::unpack_dequantize);
 }
 
 #ifdef PGOLF_WITH_CUDA
 TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
   m.impl("pack_int6", &pgolf::pack_cuda);
   m.impl("unpack_int6", &pgolf::unpack_cuda);
+  m.impl("quantize_pack", &pgolf::quantize_pack);
+  m.impl("quantize_pack_sdclip", &pgolf::quantize_pack_sdclip);
+  m.impl("unpack_dequantize", &pgolf::unpack_dequantize);
 }
 #endif

@@ -6,15 +6,25 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <string_view>
 #include <vector>
 
 #include "kernels/newton_schulz.h"
 #include "ops/checks.h"
 
+// The Hopper iteration of all banks at once, where the tree has it.
+#if __has_include("kernels/newton_schulz_sm90.h")
+#include "kernels/newton_schulz_sm90.h"
+#endif
+
 namespace pgolf {
 namespace {
 
 constexpr int64_t kAlign = 64;  // elements between the directions of two banks
+
+// Whether "auto" takes the Hopper iteration where it can; as in newton_schulz.cpp, false until that kernel
+// has passed its tests on an H100.
+[[maybe_unused]] constexpr bool kAutoTakesHopper = false;
 
 using Doubles = at::ArrayRef<double>;
 
@@ -88,8 +98,10 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
 
 std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
                                            at::TensorList updates, const at::Tensor& scalars,
-                                           Doubles coefficients, double eps) {
+                                           Doubles coefficients, double eps, std::string_view algorithm) {
   check_scalars(scalars);
+  TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
+                    "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
   check_counts(momenta.size(), grads.size(), "momenta");
   check_counts(updates.size(), grads.size(), "updates");
   check_list(grads, "grad", first_type(grads), scalars);
@@ -153,8 +165,10 @@ void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList ave
 
 void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
               at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
-              double eps, bool nesterov, bool lerp, bool row_normalize) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps);
+              double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
+  TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
+              "use 'auto'");
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const std::vector<int64_t> offsets = direction_offsets(updates);
   const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
@@ -188,19 +202,61 @@ void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList av
   });
 }
 
+at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+#if __has_include("kernels/newton_schulz_sm90.h")
+NsType ns_type(float) { return NsType::kFloat32; }
+NsType ns_type(bf16) { return NsType::kBfloat16; }
+
+// False, and nothing done, where that kernel does not take the banks.
 template <typename X>
-void iterate(const NewtonSchulzShape& shape, const void* direction, const at::Tensor& update,
-             cudaStream_t stream) {
-  const at::Tensor workspace =
-      at::empty({newton_schulz_workspace_bytes(shape)}, update.options().dtype(at::kByte));
-  newton_schulz_cuda(static_cast<const X*>(direction), mutable_pointer<X>(update),
-                     workspace.mutable_data_ptr(), shape, stream);
+bool iterate_at_once(const std::vector<MuonDirection>& banks, at::TensorList updates,
+                     const std::vector<NewtonSchulzShape>& shapes, cudaStream_t stream) {
+  std::vector<NsBank> list;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    if (updates[i].numel() == 0) continue;
+    list.push_back({banks[i].direction, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch,
+                    shapes[i].rows, shapes[i].cols});
+  }
+  const int count = static_cast<int>(list.size());
+  if (list.empty() || !newton_schulz_sm90_supports(list.data(), count)) return list.empty();
+  const NewtonSchulzShape& shape = shapes[0];
+  const at::Tensor scratch = scratch_bytes(
+      static_cast<int64_t>(newton_schulz_sm90_workspace(list.data(), count, shape.steps)), updates[0]);
+  newton_schulz_sm90(list.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+                     scratch.mutable_data_ptr(), stream);
+  return true;
+}
+#else
+template <typename X>
+bool iterate_at_once(const std::vector<MuonDirection>&, at::TensorList, const std::vector<NewtonSchulzShape>&,
+                     cudaStream_t) {
+  return false;
+}
+#endif
+
+template <typename X>
+void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
+             const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm, cudaStream_t stream) {
+  if (algorithm == "gram" || (kAutoTakesHopper && algorithm == "auto")) {
+    if (iterate_at_once<X>(banks, updates, shapes, stream)) return;
+    TORCH_CHECK(algorithm != "gram",
+                "muon_step: algorithm 'gram' needs a Hopper GPU, a build with its kernel, ",
+                "and banks with sides that are multiples of 8; use 'auto'");
+  }
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
+    newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
+                       scratch.mutable_data_ptr(), shapes[i], stream);
+  }
 }
 
 void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
                at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
-               double eps, bool nesterov, bool lerp, bool row_normalize) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps);
+               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const c10::cuda::CUDAGuard guard(scalars.device());
   const std::vector<int64_t> offsets = direction_offsets(updates);
@@ -214,8 +270,7 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
         muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
                                                          const_pointer<float>(scalars),
                                                          {nesterov, lerp, row_normalize}, stream);
-        for (size_t i = 0; i < shapes.size(); ++i)
-          iterate<X>(shapes[i], banks[i].direction, updates[i], stream);
+        iterate<X>(banks, updates, shapes, algorithm, stream);
       });
     });
   });
@@ -230,7 +285,7 @@ TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
       "Tensor(d!)[] averages, Tensor scalars, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize) -> ()",
+      "bool nesterov, bool lerp, bool row_normalize, str algorithm=\"auto\") -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor scalars, "

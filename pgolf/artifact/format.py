@@ -5,7 +5,7 @@ All integers are little-endian.
 | offset | bytes | meaning |
 |---|---|---|
 | 0 | 4 | magic `PGLF` |
-| 4 | 2 | format version, 2 (1 had brotli streams of column-major codes) |
+| 4 | 2 | format version, 3 (1 had brotli streams of column-major codes, 2 matrices without a pool) |
 | 6 | 2 | zero |
 | 8 | 4 | `n`, bytes of the stored header |
 | 12 | 4 | `m`, bytes of the header's JSON, at most 1 MiB |
@@ -16,25 +16,37 @@ All integers are little-endian.
 Header JSON, one object with exactly these keys:
 - `model`: the resolved `ModelConfig`; `tokenizer_sha256`: 64 hex digits; `config_hash`: 16 hex digits;
   `limit`: the byte limit that the file was written under.
-- `tensors`: the parameters, `{"name", "kind", "shape", "bits"}`; kind `matrix` (int8 codes and float16 row
-  steps, bits 4-8), `gate` (the same, bits 8) or `small` (float16 values, bits 16).
-- `sections`: the table, `{"name", "kind", "dtype", "shape", "offset", "length", "raw"}`; `offset` from the
-  end of the header, `length` stored bytes, `raw` bytes after decoding.
+- `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns"}`; kind `matrix` (int8
+  codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none"). The steps
+  of a row are "float16" or, for a matrix, "log": float16(2^(n / 8)) with an integer n in [-160, 127]; then
+  `columns` may be true, for factors of the columns in the same form. w = code * step * column factor.
+- `corrections`: `{"name", "index", "rank", "left_scales", "group"}`: the product A B that is added to matrix
+  `index` of a parameter `(R, C)`. A `(R, rank)` int8 has `left_scales` = 1 or R scales (a row), B `(rank, C)`
+  int8 one for every `group` elements, row-major.
+- `sections`: the table, `{"name", "kind", "dtype", "shape", "transposed", "pool", "offset", "length",
+  "raw"}`; `offset` from the end of the header, `length` stored bytes, `raw` bytes after decoding.
 
-Sections follow from the tensors and nothing else (`plan_sections`), in this order:
+Sections follow from the tensors and corrections and nothing else (`plan_sections`), in this order:
 1. kind `codes`: for each matrix parameter, in order, one section for each matrix `(R, C)` of the bank, named
    `parameter.index`: the stream of `pgolf.ops.encode_codes`, whose bytes csrc/kernels/range_coder.h specifies
-   (and `decode_codes_ref` reads with nothing compiled). Matrices do not depend on each other.
-2. kind `steps`, named `scales`: the row steps of all matrix parameters, then of all gates, float16 as two
-   byte planes (all low bytes, then all high bytes).
+   (and `decode_codes_ref` reads with nothing compiled). Three kinds of matrices are coded with the rows of
+   another as their `pool` (null for the rest), which must be decoded first:
+   `qo_bank.i` with `kv_bank.i`, if the banks have as many matrices of one width, and the second half of them
+   (outputs of the heads, with the values) transposed; `mlp_down_bank.i`, transposed, with `mlp_up_bank.i`.
+2. kind `steps`: `scales`, the "float16" row steps of all matrices, then of all gates; then, for the "log"
+   ones, in groups (each matrix's rows, then its columns if they have factors): `centers`, one int16 a group,
+   and `exponents`, int8, n less the group's center.
 3. kind `gates`, named `gates`: the int8 codes of all gates, row-major.
-4. kind `small`, named `small`: the values of all small parameters, float16, two byte planes.
-The last three are brotli streams and always there, empty or not.
+4. kind `small`, named `small`: the values of all small parameters, float16.
+5. kind `corrections`: `corrections`, int8, A then B of each; `correction_scales`, float16, of A then of B.
+All but the codes are brotli streams and always there, empty or not. float16 and int16 are stored as two
+planes: all low bytes, then all high bytes.
 
 A reader goes through the file once, front to back, and must reject whatever disagrees with this text. Ours
 raises `ArtifactError` and nothing else. It allocates only what the file's own length allows: the header at
 most 1 MiB, all sections together at most 1 MiB + 64 x the file's bytes (and at most 1 GiB) after decoding,
-checked before the first section is read; a decoder of codes takes at most 26 MiB of its own.
+checked before the first section is read; a decoder of codes
+takes at most 26 MiB of its own, and 2 bytes for each code of its matrix and pool.
 """
 
 from __future__ import annotations
@@ -51,7 +63,7 @@ from pgolf.artifact.header import MAX_RAW_BYTES, ArtifactError, Header, Section,
 __all__ = ["MAGIC", "VERSION", "ArtifactError", "Reader", "frame", "parse", "raw_limit"]
 
 MAGIC = b"PGLF"
-VERSION = 2
+VERSION = 3
 PREFIX = struct.Struct("<4sHHII")
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 20

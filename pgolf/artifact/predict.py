@@ -16,6 +16,7 @@ from pgolf.artifact.codec import compress
 from pgolf.artifact.format import DIGEST_BYTES, PREFIX
 from pgolf.artifact.header import (
     Header,
+    StepForm,
     TensorEntry,
     encode_header,
     matrix_shapes,
@@ -35,8 +36,16 @@ SAMPLE_ROWS = 2048
 """Rows of a sampled matrix: the coder has learned its columns by then, and `record` takes 0.3 s."""
 TRAINED = {"tok_emb": 0.95, "mlp_down_bank": 0.99}
 """Coded bytes of trained matrices over those of Gaussian ones of the same shape and step, 1 where absent."""
-STEP_BYTES, SMALL_BYTES, GATE_BYTES = 1.5, 1.6, 0.9
-"""Stored bytes of a row's step, of a float16 and of a gate's code."""
+STORED = {
+    "scales": 1.5,
+    "centers": 2.0,
+    "exponents": 0.35,
+    "gates": 0.9,
+    "small": 1.6,
+    "corrections": 0.5,
+    "correction_scales": 2.0,
+}
+"""Stored bytes a value of the sections that are not codes."""
 
 
 def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
@@ -65,10 +74,9 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
                 rates[key] = _gaussian_rate(plan.shape, max_code(bits) / (clip * clip_scale), max_code(bits))
             lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
         else:
-            per_value = {"steps": STEP_BYTES, "gates": GATE_BYTES, "small": SMALL_BYTES}[plan.kind]
-            lengths.append(per_value * math.prod(plan.shape))
+            lengths.append(STORED[plan.name] * math.prod(plan.shape))
     sections = place_sections(plan_sections(entries), [bytes(round(n)) for n in lengths])
-    header = Header(model, "0" * 64, "0" * 16, limit, entries, sections)
+    header = Header(model, "0" * 64, "0" * 16, limit, entries, (), sections)
     framing = PREFIX.size + DIGEST_BYTES + len(compress(encode_header(header), quality=11))
     return make_ledger(header, file_bytes=framing + sum(s.length for s in sections), clip_scale=clip_scale)
 
@@ -76,13 +84,16 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
 def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     """Return the directory of the model's parameters, in the order of `write.py`."""
     matrices, gates, small = [], [], []
+    logarithmic = quant.row_steps == "loss" or quant.column_steps
+    steps: StepForm = "log" if logarithmic else "float16"
     for name, shape in parameter_shapes(model).items():
         if name in matrix_shapes(model):
-            matrices.append(TensorEntry(name, "matrix", shape, family_grid(name, quant)[0]))
+            bits = family_grid(name, quant)[0]
+            matrices.append(TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps))
         elif is_gate(name, shape):
-            gates.append(TensorEntry(name, "gate", shape, 8))
+            gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
         else:
-            small.append(TensorEntry(name, "small", shape, 16))
+            small.append(TensorEntry(name, "small", shape, 16, "none", False))
     return (*matrices, *gates, *small)
 
 

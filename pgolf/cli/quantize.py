@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     from pgolf.dist import Dist
     from pgolf.evaluate.corpus import Corpus, score_model
     from pgolf.model.gpt import GPT
-    from pgolf.quant.calibrate import quantize_model
-    from pgolf.train.run import calibrate, open_loader, write_quantized
+    from pgolf.quant.calibrate import calibrate, quantize_model
+    from pgolf.train.run import open_loader, write_quantized
     from pgolf.train.state import copy_parameters, load_weights
 
     state, saved, _ = load_weights(args.checkpoint)
@@ -52,10 +52,17 @@ def main(argv: list[str]) -> int:
         copy_parameters(model, state)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
         with open_loader(config, corpus, dist) as loader:
-            hessians = calibrate(model, loader, quant, dist)
+            found = calibrate(model, iter(loader.next, None), quant, dist)
         ledger = write_quantized(
             args.out,
-            lambda scale: quantize_model(state, model.quant_inputs(), hessians, quant, clip_scale=scale),
+            lambda scale: quantize_model(
+                state,
+                model.quant_inputs(),
+                found.hessians,
+                quant,
+                clip_scale=scale,
+                curvature=found.curvature,
+            ),
             config,
             tokenizer_sha256=corpus.sha256,
         )

@@ -1,7 +1,19 @@
 """Operators with CPU and CUDA kernels, for eager mode, torch.compile and CUDA graphs."""
 
 from pgolf.ops._extension import KernelRow, kernel_table
-from pgolf.ops.int6 import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref
+from pgolf.ops.int6 import (
+    pack_int6,
+    pack_int6_ref,
+    packed_bytes,
+    quantize_pack,
+    quantize_pack_ref,
+    quantize_pack_sdclip,
+    quantize_pack_sdclip_ref,
+    unpack_dequantize,
+    unpack_dequantize_ref,
+    unpack_int6,
+    unpack_int6_ref,
+)
 from pgolf.ops.linear_softcap_ce import linear_softcap_ce, linear_softcap_ce_ref
 from pgolf.ops.muon_step import (
     MuonBank,
@@ -11,7 +23,12 @@ from pgolf.ops.muon_step import (
     muon_step,
     muon_step_ref,
 )
-from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_ref
+from pgolf.ops.newton_schulz import (
+    newton_schulz,
+    newton_schulz_banks,
+    newton_schulz_banks_ref,
+    newton_schulz_ref,
+)
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 
@@ -31,11 +48,20 @@ __all__ = [
     "muon_step",
     "muon_step_ref",
     "newton_schulz",
+    "newton_schulz_banks",
+    "newton_schulz_banks_ref",
     "newton_schulz_ref",
     "pack_int6",
     "pack_int6_ref",
+    "packed_bytes",
+    "quantize_pack",
+    "quantize_pack_ref",
+    "quantize_pack_sdclip",
+    "quantize_pack_sdclip_ref",
     "softcap_ce",
     "softcap_ce_ref",
+    "unpack_dequantize",
+    "unpack_dequantize_ref",
     "unpack_int6",
     "unpack_int6_ref",
 ]

@@ -23,6 +23,7 @@ except ImportError as e:
 
 OPERATORS = (
     "newton_schulz",
+    "newton_schulz_banks",
     "muon_step",
     "muon_apply",
     "softcap_ce",

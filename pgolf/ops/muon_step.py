@@ -11,7 +11,7 @@ Legend: `B` matrices of a bank, `m` rows, `n` columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,9 @@ class MuonRule(NamedTuple):
     """Divide each row of the direction by its L2 norm (MuonEq-R)."""
     eps: float = 1e-7
     """Added to the Frobenius norm of a direction."""
+    algorithm: Literal["auto", "standard", "gram"] = "auto"
+    """The polar iteration: "gram" is Hopper's kernel for all banks at once (sides that are multiples of 8),
+    "standard" the portable one; "auto" takes what has proven itself fastest."""
 
 
 def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
@@ -80,7 +83,8 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
 
     Raises:
         ValueError: shapes, devices or strides that do not fit, a param or average in some banks only, no, too
-            many or non-finite coefficients, eps < 0.
+            many or non-finite coefficients, eps < 0, an unknown algorithm.
+        RuntimeError: "gram" where it cannot run.
         TypeError: a dtype that is not float32 or bfloat16, or not the same in all banks.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; MuonEq-R, arXiv 2603.28254.
@@ -105,6 +109,7 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
         rule.nesterov,
         rule.lerp,
         rule.row_normalize,
+        rule.algorithm,
     )
 
 
@@ -203,6 +208,7 @@ def _fake_step(
     _nesterov: bool,
     _lerp: bool,
     _row_normalize: bool,
+    _algorithm: str = "auto",
 ) -> None:
     return None
 

@@ -166,6 +166,29 @@ def scalar_map(table: Sequence[Coefficients], s: float) -> float:
     return s
 
 
+DIVERGES_ABOVE = 10.0
+"""From a singular value beyond it the next step, of degree five, goes to thousands. Tables in use stay below
+2; one that overshoots near 1, where few singular values lie, passes."""
+
+
+@functools.lru_cache(maxsize=64)
+def check_converges(table: tuple[Coefficients, ...]) -> None:
+    """Raise unless every step of `table` keeps all singular values of [0, 1] bounded.
+
+    Raises:
+        ValueError: a step takes some s of 2,001 in [0, 1] beyond it, or a coefficient is not finite.
+    """
+    values = [i / 2000 for i in range(2001)]
+    for step, poly in enumerate(table):
+        values = [_value(poly, s) for s in values]
+        worst = max(values, key=abs) if all(map(math.isfinite, values)) else math.nan
+        if not abs(worst) <= DIVERGES_ABOVE:
+            raise ValueError(
+                f"polar coefficients diverge: step {step}, {poly}, takes a singular value of [0, 1] to "
+                f"{worst:.4g}, more than {DIVERGES_ABOVE:g}; use a table of pgolf.optim.polar"
+            )
+
+
 def slope(table: Sequence[Coefficients]) -> float:
     """Return the derivative of the scalar map at 0: what it multiplies the smallest singular values by."""
     return math.prod(a for a, _, _ in table)

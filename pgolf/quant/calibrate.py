@@ -11,6 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,14 @@ from torch import Tensor, nn
 from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
+from pgolf.model.gpt import GPT
 from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
 from pgolf.quant.plan import Matrices, common_step, prepare
-from pgolf.quant.sensitivity import Curvature
+from pgolf.quant.sensitivity import Curvature, collect_curvature
 from pgolf.quant.state import QuantizedState, dequantize_state
 
-__all__ = ["collect_hessians", "dequantize_state", "quantize_model"]
+__all__ = ["Calibration", "calibrate", "collect_hessians", "dequantize_state", "quantize_model"]
 
 GATE_NAME = "head_gate"
 GATE_MIN, GATE_MAX = 32, 8192
@@ -34,6 +37,33 @@ SMALL_MAX = 65_536
 FLOAT16_MAX = 65504.0
 
 InputKey = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What training text says about a model's matrices."""
+
+    hessians: dict[InputKey, Tensor]
+    """From `collect_hessians`."""
+    curvature: dict[str, Curvature] | None = None
+    """From `collect_curvature`, where quant.row_steps asks for it."""
+
+
+def calibrate(model: GPT, batches: Iterator[Batch], config: QuantConfig, dist: Dist) -> Calibration:
+    """Measure a model on this rank's share of quant.calibration_batches and quant.gradient_batches.
+
+    Args:
+        model: with the weights that will be quantized. batches: this rank's, endless.
+    """
+
+    def share(count: int) -> Iterator[Batch]:
+        return islice(batches, max(1, count // dist.world_size))
+
+    hessians = collect_hessians(model, share(config.calibration_batches), dist)
+    if config.row_steps == "spread":
+        return Calibration(hessians)
+    names = model.quant_inputs()
+    return Calibration(hessians, collect_curvature(model, share(config.gradient_batches), names, dist))
 
 
 def collect_hessians(model: nn.Module, batches: Iterable[Batch], dist: Dist) -> dict[InputKey, Tensor]:

@@ -28,7 +28,9 @@ OUTPUT = "output.txt"
 RECORD = "cell.json"
 MAX_CRASHES = 3
 """This many crashes in a row stop the plan: the next cells would not do better."""
-DIVERGED = re.compile(r"the loss is (?:nan|-?inf) at step \d+[^\n;]*")
+DIVERGED = re.compile(
+    r"the loss is (?:nan|-?inf) at step \d+[^\n;]*|the loss is \S+ at step \d+, but the gradient [^\n;]*"
+)
 """What `Trainer.run` raises; a test runs into it."""
 
 

@@ -30,14 +30,25 @@ class Tick:
     last_loss: float
     """Rank 0's loss of the previous step, nats per token; NaN before the first."""
 
-    def left(self, config: TrainConfig) -> float:
-        """Return the seconds of training time left, or NaN without a clock."""
-        return training_seconds(config) - self.elapsed if config.seconds else math.nan
+    left: float = math.nan
+    """Seconds of training time left; NaN without a clock."""
 
 
 def training_seconds(config: TrainConfig) -> float:
-    """Return the seconds that training itself may use."""
-    return config.seconds - config.quantize_reserve
+    """Return the seconds that training itself may use.
+
+    Raises:
+        ValueError: the reserve is not known yet (`Run` measures it), or leaves no time.
+    """
+    if config.quantize_reserve is None:
+        raise ValueError("train.quantize_reserve is not set; measure it before the clock starts")
+    left = config.seconds - config.quantize_reserve
+    if config.seconds and left <= 0:
+        raise ValueError(
+            f"calibration and quantization need {config.quantize_reserve:.1f} s, no time is left to train "
+            f"in train.seconds={config.seconds:g}; raise it or lower quant.calibration_batches"
+        )
+    return left
 
 
 class Clock:
@@ -76,4 +87,5 @@ class Clock:
             frac = max(frac, elapsed / budget)
             stop = stop or elapsed + (duration if step else 0.0) > budget
         shared = self._dist.share([elapsed, min(frac, 1.0), float(stop), last_loss])
-        return Tick(step, shared[0], shared[1], bool(shared[2]), shared[3])
+        left = training_seconds(config) - shared[0] if config.seconds else math.nan
+        return Tick(step, shared[0], shared[1], bool(shared[2]), shared[3], left)

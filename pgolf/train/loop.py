@@ -28,6 +28,14 @@ from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.state import clone_parameters, copy_parameters
 
+MAX_SKIPPED_IN_A_ROW = 2
+"""Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""
+
+ADVICE = (
+    "lower optim.muon.lr or optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was "
+    "quantized"
+)
+
 
 @dataclass
 class TrainResult:
@@ -86,22 +94,34 @@ class _Rows:
     def __init__(self, log: RunLog) -> None:
         self.log = log
         self._row: dict[str, Any] = {}
+        self._skipped_in_a_row = 0
 
     def start(self, **fields: Any) -> None:
         """Keep what is known of a step when its loss has arrived."""
         self._row = fields
 
     def finish(self, grad_norm: float, skipped: int, result: TrainResult) -> None:
-        """Write the line that was started, if any; say so if its step was skipped."""
+        """Write the line that was started, if any; say so if its step was skipped.
+
+        Raises:
+            RuntimeError: the last steps were all skipped (the same on every rank).
+        """
         if not self._row:
             return
         row, self._row = self._row, {}
         self.log.metric(**row, grad_norm=grad_norm, skipped=skipped)
-        if skipped > result.skipped:
-            self.log.line(
-                f"step {row['step']:5d}  the gradient's norm is {grad_norm}: step skipped, {skipped} so far"
-            )
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > result.skipped else 0
         result.skipped = skipped
+        if not self._skipped_in_a_row:
+            return
+        self.log.line(
+            f"step {row['step']:5d}  the gradient's norm is {grad_norm}: step skipped, {skipped} so far"
+        )
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the loss is {row['loss']:.4f} at step {row['step']}, but the gradient was not finite in "
+                f"{self._skipped_in_a_row} steps in a row: the run has diverged; {ADVICE}"
+            )
 
 
 def passes_per_step(data: DataConfig, world_size: int) -> int:
@@ -159,7 +179,8 @@ class Trainer:
         """Train until the clock stops the run; `result` is kept up to date all along.
 
         Raises:
-            RuntimeError: the loss is not finite (on every rank, naming the step).
+            RuntimeError: the loss, or the gradient of several steps in a row, is not finite (on every rank,
+                naming the step).
         """
         config = self._config
         host = _HostValues(self._dist.device)
@@ -211,10 +232,7 @@ class Trainer:
         """Log step `tick`, whose loss and end time are known now that the clock shows `after`."""
         loss, seconds, config = after.last_loss, after.elapsed - tick.elapsed, self._config
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); lower optim.muon.lr or "
-                f"optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was quantized"
-            )
+            raise RuntimeError(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
         mode = "loop_on" if loop else "loop_off"
         if tick.step and tick.step != result.loop_step:
             result.step_ms[mode].append(1000 * seconds)
@@ -233,7 +251,7 @@ class Trainer:
             loop=loop,
             tokens=(tick.step + 1) * config.data.batch_tokens,
         )
-        left = after.left(config.train)
+        left = after.left
         to_go = (
             f"{left:6.1f} s left"
             if math.isfinite(left)

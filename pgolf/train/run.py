@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,24 +20,24 @@ from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
-from pgolf.config import Config, QuantConfig, config_hash, to_dict
+from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
-from pgolf.evaluate.corpus import Corpus, score_model
+from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
-from pgolf.quant.calibrate import collect_hessians, quantize_model
+from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult, passes_per_step
+from pgolf.train.rehearse import rehearse
 from pgolf.train.state import clone_parameters, copy_parameters, save_weights, write_json
 
 ARTIFACT = "model.pgolf"
-Hessians = dict[tuple[str, int], Tensor]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Summary:
     attention: str
     parameters: int
     scores: dict[str, Score] = field(default_factory=dict)
-    """raw, ema, quantized."""
+    """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of every phase."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -97,14 +97,16 @@ class Run:
         with open_loader(config, self._corpus, dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
             s.seconds["warm_up"] = trainer.warm_up(log)
-            clock = Clock(config.train, dist)
+            clock = Clock(self._with_reserve(loader), dist)
             clock.start()
             result = self._train(trainer, clock)
             self._record_training(result)
             raw, best = self._save(result)
-            hessians = self._timed("calibrate", lambda: calibrate(self._model, loader, config.quant, dist))
+            calibration = self._timed(
+                "calibrate", lambda: calibrate(self._model, iter(loader.next, None), config.quant, dist)
+            )
         dist.assert_replicas_equal(raw)
-        ledger = self._write(best, hessians, clock)
+        ledger = self._write(best, calibration, clock)
         self._score(raw, best)
         s.ledger = ledger
         if dist.is_main:
@@ -113,6 +115,16 @@ class Run:
                 log.line(f"loss plot: {self._folder / 'loss.png'}")
             log.line(format_table(s))
         return s
+
+    def _with_reserve(self, loader: TrainLoader) -> TrainConfig:
+        """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
+        train = self._config.train
+        if train.quantize_reserve is None and train.seconds:
+            reserve = rehearse(self._model, loader, self._config.quant, self._dist)
+            train = replace(train, quantize_reserve=reserve)
+            self._log.line(f"rehearsal: {reserve:.2f} s of the clock are kept for quantization")
+        self._summary.seconds["reserve"] = train.quantize_reserve or 0.0
+        return train
 
     def _train(self, trainer: Trainer, clock: Clock) -> TrainResult:
         """Run the loop; when interrupted, keep the weights that there are."""
@@ -153,14 +165,21 @@ class Run:
             save_weights(self._folder / "ema.safetensors", best, self._config, **facts)
         return raw, best
 
-    def _write(self, best: dict[str, Tensor], hessians: Hessians, clock: Clock) -> Ledger | None:
+    def _write(self, best: dict[str, Tensor], calibration: Calibration, clock: Clock) -> Ledger | None:
         """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
         began = time.perf_counter()
 
         def quantize(clip_scale: float) -> QuantizedState:
-            state = quantize_model(best, inputs, hessians, config.quant, clip_scale=clip_scale)
+            state = quantize_model(
+                best,
+                inputs,
+                calibration.hessians,
+                config.quant,
+                clip_scale=clip_scale,
+                curvature=calibration.curvature,
+            )
             if "clock" not in s.seconds:
                 s.seconds["quantize"] = time.perf_counter() - began
                 s.seconds["clock"] = clock.elapsed
@@ -190,11 +209,33 @@ class Run:
                 continue
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
-            self._summary.scores[name] = score
-            self._summary.seconds[f"score_{name}"] = score.seconds
-            self._log.line(
-                f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s"
+            self._add_score(name, score)
+        self._score_otherwise()
+
+    def _score_otherwise(self) -> None:
+        """Score the quantized weights, which are in the model, in the further ways that are asked for."""
+        config = self._config.evaluate
+        wanted: dict[Literal["sliding", "ttt"], bool] = {"sliding": config.sliding, "ttt": config.ttt}
+        modes = [mode for mode, asked in wanted.items() if asked]
+        text = self._corpus.validation() if modes else None
+        for mode in modes:
+            assert text is not None
+            score = score_as(
+                mode,
+                self._model,
+                self._corpus,
+                text,
+                self._dist,
+                batch_tokens=self._config.data.micro_tokens,
+                stride=config.stride,
+                ttt=config.adapters,
             )
+            self._add_score(mode, score)
+
+    def _add_score(self, name: str, score: Score) -> None:
+        self._summary.scores[name] = score
+        self._summary.seconds[f"score_{name}"] = score.seconds
+        self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
 
     def _timed(self, phase: str, work: Any) -> Any:
         began = time.perf_counter()
@@ -215,12 +256,6 @@ def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
         world_size=dist.world_size,
         device=dist.device,
     )
-
-
-def calibrate(model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist) -> Hessians:
-    """Return the Hessians of every matrix input on the loader's next batches, over all ranks."""
-    count = max(1, config.calibration_batches // dist.world_size)
-    return collect_hessians(model, (loader.next() for _ in range(count)), dist)
 
 
 def write_quantized(

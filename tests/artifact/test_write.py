@@ -12,6 +12,8 @@ from pgolf.artifact.write import write_artifact
 from pgolf.quant.grid import QuantizedTensor
 from pgolf.quant.state import QuantizedState
 
+OTHERS = {"scales", "centers", "exponents", "gates", "small", "corrections", "correction_scales", "header"}
+
 
 def write(path, state, *, limit=16_000_000):
     return write_artifact(path, state, CONFIG, **FACTS, limit=limit, quality=1)
@@ -87,7 +89,7 @@ def test_states_that_the_format_cannot_hold_are_refused(tmp_path, state):
 def test_ledger_adds_up_and_names_parameters(tmp_path, state):
     ledger = write(tmp_path / "a", state)
     names = dict(ledger.parts)
-    assert set(names) == {*state.quantized, "scales", "gates", "small", "header"}
+    assert set(names) == {*state.quantized, *OTHERS}
     assert sum(names.values()) == (tmp_path / "a").stat().st_size == ledger.model_bytes
     assert ledger.total == ledger.model_bytes + code_bytes()
     assert [size for _, size in ledger.parts] == sorted(names.values(), reverse=True)

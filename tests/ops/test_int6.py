@@ -1,4 +1,4 @@
-"""pack_int6 and unpack_int6: golden bytes, round trips, errors."""
+"""pack_int6, unpack_int6 and the fused quantizers: golden bytes, round trips, errors."""
 
 import pytest
 import torch

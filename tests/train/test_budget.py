@@ -40,7 +40,7 @@ def test_fraction_counts_training_time_without_the_quantization_reserve():
     time.now += 25.0
     tick = clock.tick(1, last_loss=1.0)
     assert tick.frac == 0.25 and tick.elapsed == 25.0 and not tick.stop
-    assert tick.left(config) == 75.0
+    assert tick.left == 75.0
 
 
 def test_run_stops_before_a_step_that_would_overrun_the_budget():
@@ -65,7 +65,7 @@ def test_fixed_steps_count_steps_and_ignore_the_time():
 
 
 def test_every_rank_obeys_the_values_of_rank_0():
-    clock = Clock(TrainConfig(), FakeDist([17.0, 0.5, 1.0, 2.5]), now=FakeTime())
+    clock = Clock(TrainConfig(quantize_reserve=7.0), FakeDist([17.0, 0.5, 1.0, 2.5]), now=FakeTime())
     clock.start()
     tick = clock.tick(3, last_loss=99.0)
     assert (tick.elapsed, tick.frac, tick.stop, tick.last_loss) == (17.0, 0.5, True, 2.5)
