@@ -6,7 +6,7 @@
 // cap), a normal float32. Three special-function instructions an element, 0.65 ms at 98304 x 8192 on an H100
 // (KERNELS D.2), beside the 1.07 ms that one read and one write take.
 //
-// Loss and gradient at once: a row of up to 32768 elements waits in registers between the sum and the
+// Loss and gradient at once: a row of up to 32768 16-bit elements waits in registers between the sum and the
 // gradient (gradient_kernel); a longer or misaligned one is read twice, the second time mostly from L2
 // (two_pass_kernel).
 #include "kernels/convert.cuh"
@@ -19,13 +19,14 @@ namespace pgolf {
 namespace {
 
 constexpr int kThreads = 256;
-// 16-byte loads in flight per thread.
-constexpr int kUnroll = 4;
+// 16-byte loads in flight per thread where it only reads, and where it writes as well.
+constexpr int kReadUnroll = 4, kStoreUnroll = 2;
 // Caps the kernels at 64 registers: 32 warps to hide the special-function latency behind.
 constexpr int kBlocksPerSm = 4;
 constexpr int kWideThreads = 512;  // of two_pass_kernel
 // gradient_kernel: elements a thread holds, and threads on one multiprocessor.
-constexpr int kHeld = 32;
+template <typename D>
+constexpr int kHeld = sizeof(D) == 2 ? 32 : 16;
 constexpr int kHeldThreads = 1024;
 constexpr float kFixedOffsetCap = 40.0f;  // exp(-80) = 1.8e-35
 constexpr float kLog2e = 1.44269504f;
@@ -177,6 +178,7 @@ __device__ __forceinline__ void walk_row(const D* row, D* out, int64_t count, in
 
   constexpr int kCount = Pack<D>::kCount;
   const Pack<D>* packs = reinterpret_cast<const Pack<D>*>(row + split.head);
+  constexpr int kUnroll = Store ? kStoreUnroll : kReadUnroll;
   const int64_t stride = blockDim.x;
   for (int64_t first = threadIdx.x; first < split.packs; first += stride * kUnroll) {
     Pack<D> loaded[kUnroll];
@@ -330,12 +332,12 @@ __global__ void __launch_bounds__(kWideThreads)
                  [&](float value, bool own) { return gradient.at<Sum::kFixedOffset>(value, own); });
 }
 
-// Loss and gradient of a row of at most Threads * kHeld elements, 16-byte aligned: read once. What waits in
-// registers is exp(z - cap) (1 - tanh^2) / 4 where the offset is fixed, else the logits.
+// Loss and gradient of a row of at most Threads * kHeld<D> elements, 16-byte aligned: read once. What waits
+// in registers is exp(z - cap) (1 - tanh^2) / 4 where the offset is fixed, else the logits.
 template <typename D, typename Sum, int Threads>
 __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
     gradient_kernel(const D* logits, D* grads, GradientArgs args, SoftcapCeShape shape) {
-  constexpr int kCount = Pack<D>::kCount, kPacks = kHeld / kCount;
+  constexpr int kCount = Pack<D>::kCount, kPacks = kHeld<D> / kCount;
   const int64_t row = blockIdx.x;
   const D* x = logits + row * shape.vocab;
   const Pack<D>* packs = reinterpret_cast<const Pack<D>*>(x);
@@ -360,7 +362,7 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
   const float x_target = load_float(x[target]);
   const int target_pack = static_cast<int>(target) / kCount, target_place = static_cast<int>(target) % kCount;
   const float rate = exp_rate(shape);
-  float held[kHeld];
+  float held[kHeld<D>];
   Sum sum = Sum::empty();
   PGOLF_UNROLL
   for (int p = 0; p < kPacks; ++p) {
@@ -460,11 +462,11 @@ void launch_gradient(const D* logits, D* grads, const GradientArgs& args, const 
   const unsigned int blocks = grid_blocks(shape.rows, 1, "softcap_ce_gradient");
   const auto alignment = reinterpret_cast<uint64_t>(logits) | reinterpret_cast<uint64_t>(grads);
   const bool aligned = alignment % 16 == 0 && shape.vocab % Pack<D>::kCount == 0;
-  if (aligned && shape.vocab <= 64 * kHeld) {
+  if (aligned && shape.vocab <= 64 * kHeld<D>) {
     gradient_kernel<D, Sum, 64><<<blocks, 64, 0, stream>>>(logits, grads, args, shape);
-  } else if (aligned && shape.vocab <= 256 * kHeld) {
+  } else if (aligned && shape.vocab <= 256 * kHeld<D>) {
     gradient_kernel<D, Sum, 256><<<blocks, 256, 0, stream>>>(logits, grads, args, shape);
-  } else if (aligned && shape.vocab <= 1024 * kHeld) {
+  } else if (aligned && shape.vocab <= 1024 * kHeld<D>) {
     gradient_kernel<D, Sum, 1024><<<blocks, 1024, 0, stream>>>(logits, grads, args, shape);
   } else {
     two_pass_kernel<D, Sum><<<blocks, kWideThreads, 0, stream>>>(logits, grads, args, shape);
