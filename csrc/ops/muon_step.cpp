@@ -10,21 +10,13 @@
 #include <vector>
 
 #include "kernels/newton_schulz.h"
-#include "ops/checks.h"
-
-// The Hopper iteration of all banks at once, where the tree has it.
-#if __has_include("kernels/newton_schulz_sm90.h")
 #include "kernels/newton_schulz_sm90.h"
-#endif
+#include "ops/checks.h"
 
 namespace pgolf {
 namespace {
 
 constexpr int64_t kAlign = 64;  // elements between the directions of two banks
-
-// Whether "auto" takes the Hopper iteration where it can; as in newton_schulz.cpp, false until that kernel
-// has passed its tests on an H100.
-[[maybe_unused]] constexpr bool kAutoTakesHopper = false;
 
 using Doubles = at::ArrayRef<double>;
 
@@ -206,45 +198,42 @@ at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
   return at::empty({bytes}, like.options().dtype(at::kByte));
 }
 
-#if __has_include("kernels/newton_schulz_sm90.h")
 NsType ns_type(float) { return NsType::kFloat32; }
 NsType ns_type(bf16) { return NsType::kBfloat16; }
 
-// False, and nothing done, where that kernel does not take the banks.
+// The banks, where all are to be iterated in one call of the Hopper kernel, else nothing.
 template <typename X>
-bool iterate_at_once(const std::vector<MuonDirection>& banks, at::TensorList updates,
-                     const std::vector<NewtonSchulzShape>& shapes, cudaStream_t stream) {
+std::vector<NsBank> hopper_banks(const std::vector<MuonDirection>& banks, at::TensorList updates,
+                                 const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm) {
   std::vector<NsBank> list;
+  if (algorithm == "standard") return list;
   for (size_t i = 0; i < shapes.size(); ++i) {
     if (updates[i].numel() == 0) continue;
     list.push_back({banks[i].direction, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch,
                     shapes[i].rows, shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  if (list.empty() || !newton_schulz_sm90_supports(list.data(), count)) return list.empty();
-  const NewtonSchulzShape& shape = shapes[0];
-  const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(list.data(), count, shape.steps)), updates[0]);
-  newton_schulz_sm90(list.data(), count, shape.coefficients, shape.steps, true, shape.eps,
-                     scratch.mutable_data_ptr(), stream);
-  return true;
+  if (count > 0 && algorithm == "gram") {
+    TORCH_CHECK(newton_schulz_sm90_can_run(list.data(), count), "muon_step: algorithm 'gram' needs a Hopper ",
+                "GPU and banks with sides that are multiples of 8; use 'auto'");
+    return list;
+  }
+  if (count == 0 || !newton_schulz_sm90_supports(list.data(), count)) list.clear();
+  return list;
 }
-#else
-template <typename X>
-bool iterate_at_once(const std::vector<MuonDirection>&, at::TensorList, const std::vector<NewtonSchulzShape>&,
-                     cudaStream_t) {
-  return false;
-}
-#endif
 
 template <typename X>
 void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
-             const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm, cudaStream_t stream) {
-  if (algorithm == "gram" || (kAutoTakesHopper && algorithm == "auto")) {
-    if (iterate_at_once<X>(banks, updates, shapes, stream)) return;
-    TORCH_CHECK(algorithm != "gram",
-                "muon_step: algorithm 'gram' needs a Hopper GPU, a build with its kernel, ",
-                "and banks with sides that are multiples of 8; use 'auto'");
+             const std::vector<NewtonSchulzShape>& shapes, const std::vector<NsBank>& hopper,
+             cudaStream_t stream) {
+  if (!hopper.empty()) {
+    const int count = static_cast<int>(hopper.size());
+    const NewtonSchulzShape& shape = shapes[0];  // coefficients and eps are the same for all
+    const at::Tensor scratch = scratch_bytes(
+        static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), updates[0]);
+    newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+                       scratch.mutable_data_ptr(), stream);
+    return;
   }
   for (size_t i = 0; i < shapes.size(); ++i) {
     const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
@@ -267,10 +256,11 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
         using X = decltype(x);
         const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
         const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
+        const std::vector<NsBank> hopper = hopper_banks<X>(banks, updates, shapes, algorithm);
         muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
                                                          const_pointer<float>(scalars),
                                                          {nesterov, lerp, row_normalize}, stream);
-        iterate<X>(banks, updates, shapes, algorithm, stream);
+        iterate<X>(banks, updates, shapes, hopper, stream);
       });
     });
   });
