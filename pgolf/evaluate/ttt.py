@@ -3,8 +3,8 @@
 Documents start from the same adapters and share nothing, so the score of a token is a function of the
 artifact and of the document's tokens before it:
  1. A document is read in chunks. Where one ends depends on positions only, never on the document's length.
- 2. A chunk's tokens are scored by one forward over a window of at most `max_context` tokens that ends with the
-    chunk. `scored_chunks` hands the losses out before it does anything else with them.
+ 2. A chunk's tokens are scored by one forward over a window of at most `max_context` tokens that ends with
+    the chunk. `scored_chunks` hands the losses out before it does anything else with them.
  3. Then the mean loss of the chunk, from that same forward, gives one step of AdamW without momentum to the
     document's adapters; the model's own weights stay as they are.
 Documents of similar length advance in lock step, the longest first in the batch, so that those still being
@@ -39,7 +39,6 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import Adapters, bind, initial_adapters
-from pgolf.ops import softcap_ce
 
 CHUNK_MULTIPLE = 16
 """Chunks that have grown are whole multiples of this, which suits the matrix units."""
@@ -254,8 +253,13 @@ class Reader:
 
 
 def _losses(hidden: Tensor, table: Tensor, adapters: Adapters, targets: Tensor, *, cap: float) -> Tensor:
-    """Return the losses `(T,)` of final states `(T, D)`, the adapted head included."""
-    return softcap_ce(F.linear(hidden, table) + adapters.head(hidden), targets, cap)
+    """Return the losses `(T,)` in nats of final states `(T, D)`, the adapted head included.
+
+    Plain operators: the adapters add to the logits, and a chunk's rows are few beside those of its window.
+    """
+    logits = (F.linear(hidden, table) + adapters.head(hidden)).float()
+    capped = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(capped, targets, ignore_index=IGNORED_TARGET, reduction="none")
 
 
 def _uncompiled(model: GPT) -> GPT:
