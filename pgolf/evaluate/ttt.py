@@ -39,7 +39,6 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import Adapters, bind, initial_adapters
-from pgolf.ops import softcap_ce
 
 CHUNK_MULTIPLE = 16
 """Chunks that have grown are whole multiples of this, which suits the matrix units."""
@@ -254,8 +253,13 @@ class Reader:
 
 
 def _losses(hidden: Tensor, table: Tensor, adapters: Adapters, targets: Tensor, *, cap: float) -> Tensor:
-    """Return the losses `(T,)` of final states `(T, D)`, the adapted head included."""
-    return softcap_ce(F.linear(hidden, table) + adapters.head(hidden), targets, cap)
+    """Return the losses `(T,)` in nats of final states `(T, D)`, the adapted head included.
+
+    Plain operators: the adapters add to the logits, and a chunk's rows are few beside those of its window.
+    """
+    logits = (F.linear(hidden, table) + adapters.head(hidden)).float()
+    capped = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(capped, targets, ignore_index=IGNORED_TARGET, reduction="none")
 
 
 def _uncompiled(model: GPT) -> GPT:

@@ -25,9 +25,9 @@ def small_config(**changes) -> ModelConfig:
     return replace(tiny().model, max_context=CONTEXT, **sizes, **layers, **changes)
 
 
-def small_model(seed: int = 0) -> GPT:
+def small_model(seed: int = 0, shape: ModelConfig | None = None) -> GPT:
     """A model whose zero-initialized parts are random, so that every path carries signal."""
-    model = GPT(small_config(), seed=seed).prepare(torch.device("cpu"))
+    model = GPT(shape or small_config(), seed=seed).prepare(torch.device("cpu"))
     rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():

@@ -18,6 +18,7 @@ from tests.evaluate.legal_helpers import (
     VOCAB,
     make_text,
     random_documents,
+    small_config,
     small_model,
     token_losses,
 )
@@ -224,3 +225,22 @@ def test_adapting_helps_on_documents_that_repeat_themselves(trained):
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TttConfig(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_scores_as_the_cpu_does():
+    """bfloat16 there, float32 here: single losses differ by its rounding, their mean hardly."""
+    shape = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)
+    text = make_text(random_documents(LENGTHS))
+    # A small rate: the first steps have the size of the rate whatever the gradient's, so signs that rounding
+    # turns would show.
+    config = replace(TTT, rank=8, alpha=16.0, lr=1e-3)
+    scores = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        model = small_model(shape=shape).prepare(device)
+        dist = FakeDist()
+        dist.device = device
+        scores.append(score_adapted(model, text, dist, bos_id=BOS, config=config))
+    assert (scores[0].tokens, scores[0].bytes) == (scores[1].tokens, scores[1].bytes)
+    assert scores[1].loss == pytest.approx(scores[0].loss, rel=1e-2)
