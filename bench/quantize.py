@@ -58,8 +58,14 @@ class Setting:
     """Bytes wanted, as a multiple of those of `--match`; 0 takes the configured clips as they are."""
 
 
-SPREAD = {"row_steps": "spread", "column_steps": False, "matrix_bits": 6, "embed_bits": 7}
-LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
+SPREAD = {
+    "row_steps": "spread",
+    "column_steps": False,
+    "matrix_bits": 6,
+    "embed_bits": 7,
+    "rate": 0.0,
+}
+LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8, "rate": 0.0}
 SETTINGS = [
     Setting("gptq", SPREAD, size=0.0),
     Setting("rows+columns", LOSS),
