@@ -50,19 +50,21 @@ __device__ __forceinline__ void saturated(const Args& args, float w, float& expo
   slope = 4.0f * e * q * q;
 }
 
-// log2(e) z where |w| < 2.
+// log2(e) z / w where |w| < 2.
 __device__ __forceinline__ float polynomial(const Args& args, float w) {
   const float square = w * w;
   float p = args.polynomial[kTerms - 1];
   PGOLF_UNROLL
   for (int k = kTerms - 2; k >= 0; --k) p = fmaf(p, square, args.polynomial[k]);
-  return p * w;
+  return p;
 }
 
 template <bool Factor, bool Saturates>
 __device__ __forceinline__ Element capped_exponential(const Args& args, float w) {
-  const float z = polynomial(args, w);
-  float exponent = z - args.log2_cap;
+  const float p = polynomial(args, w);
+  const float z = p * w;
+  // An explicit fmaf, so that the sums of both values of Factor agree in every bit.
+  float exponent = fmaf(p, w, -args.log2_cap);
   float slope = fmaf(z * args.slope_scale, -z, 1.0f);
   if constexpr (Saturates) {
     float other_exponent, other_slope;
