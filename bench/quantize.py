@@ -58,35 +58,44 @@ class Setting:
     """Bytes wanted, as a multiple of those of `--match`; 0 takes the configured clips as they are."""
 
 
-LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
+SPREAD = {
+    "row_steps": "spread",
+    "column_steps": False,
+    "matrix_bits": 6,
+    "embed_bits": 7,
+    "rate": 0.0,
+}
+LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8, "rate": 0.0}
 SETTINGS = [
-    Setting("gptq", size=0.0),
+    Setting("gptq", SPREAD, size=0.0),
     Setting("rows+columns", LOSS),
-    Setting("rtn", gptq=False),
-    Setting("columns", {"column_steps": True, "matrix_bits": 8, "embed_bits": 8}),
+    Setting("rows+columns floor 0.02", LOSS | {"embed_floor": 0.02}),
+    Setting("rows+columns floor 1", LOSS | {"embed_floor": 1.0}),
+    Setting("rtn", SPREAD, gptq=False),
+    Setting("columns", LOSS | {"row_steps": "spread"}),
     Setting("rows", LOSS | {"column_steps": False}),
     Setting("rows+columns rate 1/12", LOSS | {"rate": 1 / 12}),
-    Setting("gptq lqer asym", {"lqer": "asym"}),
+    Setting("gptq lqer asym", SPREAD | {"lqer": "asym"}),
     Setting("rows+columns head H", LOSS | {"embed_gram": 0.0}),
     Setting("rows+columns gram 0.3", LOSS | {"matrix_gram": 0.3}),
-    Setting("rows+columns floor 0.1", LOSS | {"row_floor": 0.1}),
-    Setting("gptq lqer sym", {"lqer": "sym"}),
+    Setting("rows+columns floor 0.1", LOSS | {"embed_floor": 0.1}),
+    Setting("gptq lqer sym", SPREAD | {"lqer": "sym"}),
     Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
-    Setting("gptq raw", weights="raw"),
+    Setting("gptq raw", SPREAD, weights="raw"),
     Setting("rows+columns raw", LOSS, weights="raw"),
     Setting("rows+columns -4 %", LOSS, size=0.96),
     Setting("rows+columns +4 %", LOSS, size=1.04),
-    Setting("gptq -4 %", size=0.96),
-    Setting("gptq +4 %", size=1.04),
-    Setting("gptq rate 1/12", {"rate": 1 / 12}),
+    Setting("gptq -4 %", SPREAD, size=0.96),
+    Setting("gptq +4 %", SPREAD, size=1.04),
+    Setting("gptq rate 1/12", SPREAD | {"rate": 1 / 12}),
     Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
     Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),
-    Setting("rows+columns floor 0.002", LOSS | {"row_floor": 0.002}),
+    Setting("rows+columns rows floor 0.2", LOSS | {"row_floor": 0.2}),
     Setting("rows+columns in order", LOSS | {"act_order": False}),
-    Setting("gptq in order", {"act_order": False}),
+    Setting("gptq in order", SPREAD | {"act_order": False}),
     Setting("rows+columns damp 0.1", LOSS | {"damp": 0.1}),
     Setting("rows+columns damp 0.001", LOSS | {"damp": 0.001}),
-    Setting("gptq damp 0.1", {"damp": 0.1}),
+    Setting("gptq damp 0.1", SPREAD | {"damp": 0.1}),
 ]
 
 

@@ -210,7 +210,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--batch-tokens", type=int, default=record().data.batch_tokens)
     p.add_argument("--micro-tokens", type=int, default=record().data.micro_tokens)
     p.add_argument("--seconds", type=float, default=600.0)
-    p.add_argument("--reserve", type=float, default=record().train.quantize_reserve)
+    p.add_argument("--reserve", type=float, default=7.0, help="seconds of the limit kept for quantization")
     p.add_argument("--bandwidth", type=float, default=300.0, help="GB/s of collectives, for the model")
     p.add_argument("--forward-backward-ms", nargs=2, type=float, metavar=("OFF", "ON"))
     p.add_argument("--optimizer-ms", nargs="+", metavar="VARIANT=MS", help="Muon, at every world size")

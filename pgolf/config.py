@@ -314,6 +314,8 @@ class QuantConfig:
     """The same for all other matrices."""
     row_floor: float = 0.02
     """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
+    embed_floor: float = 0.3
+    """The same for the embedding, where few of the rows occur in the calibration text."""
     lqer: Literal["off", "asym", "sym"] = "off"
     """Low-rank correction of the matrices with the largest errors; the form of its codes."""
     lqer_rank: int = 4
@@ -335,7 +337,7 @@ class QuantConfig:
         for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("embed_gram", "matrix_gram", "row_floor"):
+        for name in ("embed_gram", "matrix_gram", "row_floor", "embed_floor"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
         _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")

@@ -61,7 +61,15 @@ def naive() -> Config:
             min_lr=0.0,
             ema_horizon=0.0,
         ),
-        quant=QuantConfig(matrix_bits=8, embed_bits=8, mlp_clip=20.0, attn_clip=20.0, embed_clip=20.0),
+        quant=QuantConfig(
+            matrix_bits=8,
+            embed_bits=8,
+            mlp_clip=20.0,
+            attn_clip=20.0,
+            embed_clip=20.0,
+            row_steps="spread",
+            column_steps=False,
+        ),
     )
 
 

@@ -25,9 +25,8 @@ struct NsBank {
   int64_t batch, rows, cols;
 };
 
-// Whether callers that let the kernels choose get this one. False until its tests have passed on an H100;
-// turn it on here and nowhere else.
-inline constexpr bool kNewtonSchulzSm90IsDefault = false;
+// Whether callers that let the kernels choose get this one; false sends them all to the portable kernel.
+inline constexpr bool kNewtonSchulzSm90IsDefault = true;
 
 // Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are
 // multiples of 8.

@@ -51,7 +51,7 @@ def newton_schulz(
         coefficients: 1 to 10 triples (a, b, c), one per step.
         eps: added to the Frobenius norm, >= 0; a zero matrix stays zero.
         algorithm: "standard" as above; "gram" needs a Hopper GPU and sides that are multiples of 8; "auto"
-            takes what has proven itself fastest, today "standard".
+            takes "gram" where it can run, else "standard".
 
     Returns:
         The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it raises

@@ -107,7 +107,8 @@ def prepare(
         share = config.embed_gram if family == "head" else config.matrix_gram
         hessian = blend(hessian, curvature.gram, share)
         g = curvature.rows.to(hessian.device)
-        g = g.clamp(min=config.row_floor * g.mean(-1, keepdim=True))
+        floor = config.embed_floor if family == "head" else config.row_floor
+        g = g.clamp(min=floor * g.mean(-1, keepdim=True))
     clips = {"mlp": config.mlp_clip, "attn": config.attn_clip, "head": config.embed_clip}
     return Matrices(
         weight=stack,

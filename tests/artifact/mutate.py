@@ -115,7 +115,7 @@ class Mutator:
             rows = fields[self.random.choice(("sections", "tensors", "tensors", "model"))]
             row = rows if isinstance(rows, dict) else self.random.choice(rows)
             key = self.random.choice(sorted(row))
-            if isinstance(row[key], list) and self.random.random() < 0.7:
+            if isinstance(row[key], list) and row[key] and self.random.random() < 0.7:
                 row[key][self.random.randrange(len(row[key]))] = self.number(0)
             elif isinstance(row[key], int) and self.random.random() < 0.7:
                 row[key] = self.number(row[key])

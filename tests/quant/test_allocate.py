@@ -13,6 +13,7 @@ from pgolf.quant.grid import from_exponents, log_steps, quantize, sdclip_scales,
 from pgolf.quant.plan import common_step, prepare
 from pgolf.quant.sensitivity import Curvature
 
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5)
 LOSS = QuantConfig(row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, row_floor=0.0)
 
 
@@ -97,7 +98,7 @@ def test_balanced_steps_beat_sdclip_at_equal_entropy():
         return cost, float(gaussian_bits(0.5 * spread.clamp(min=1e-9).log2()).mean()), p
 
     ours, bits, _ = cost_and_bits(replace(LOSS, mean_bits=3.4))
-    theirs, their_bits, _ = cost_and_bits(QuantConfig(mlp_clip=11.5))
+    theirs, their_bits, _ = cost_and_bits(SPREAD)
     at_equal_bits = ours * 4 ** (bits - their_bits)
     assert at_equal_bits < 0.5 * theirs
 

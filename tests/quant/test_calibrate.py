@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -23,6 +23,9 @@ CONFIG = ModelConfig(
     loop_end=2,
     loops=1,
 )
+
+
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7)
 
 
 @dataclass
@@ -104,7 +107,7 @@ def test_quantized_model_keeps_every_parameter_and_the_loss():
     model = trained_like_model()
     state = {k: v.detach() for k, v in model.named_parameters()}
     hessians = collect_hessians(model, batches(8), FakeDist())
-    qs = quantize_model(state, model.quant_inputs(), hessians, QuantConfig())
+    qs = quantize_model(state, model.quant_inputs(), hessians, SPREAD)
     assert set(qs.quantized) == {"tok_emb", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
     assert set(qs.gates) == {"head_gate"} and set(qs.seconds) == set(qs.quantized)
     back = dequantize_state(qs)
@@ -131,7 +134,7 @@ def test_each_family_gets_its_bits_and_clip():
     model = trained_like_model()
     state = {k: v.detach() for k, v in model.named_parameters()}
     hessians = collect_hessians(model, batches(2), FakeDist())
-    config = QuantConfig(matrix_bits=6, embed_bits=7, mlp_clip=11.5, attn_clip=13.0, embed_clip=14.0)
+    config = replace(SPREAD, mlp_clip=11.5, attn_clip=13.0, embed_clip=14.0)
     qs = quantize_model(state, model.quant_inputs(), hessians, config, clip_scale=1.25)
     for name, bits, clip in (
         ("tok_emb", 7, 14.0),
@@ -147,7 +150,7 @@ def test_each_family_gets_its_bits_and_clip():
 
 def test_small_gates_stay_float16():
     state = {"head_gate": torch.ones(2, 3, 5)}  # 15 elements a layer, the rule starts at 32
-    qs = quantize_model(state, {}, {}, QuantConfig())
+    qs = quantize_model(state, {}, {}, SPREAD)
     assert not qs.gates and qs.small["head_gate"].dtype == torch.float16
 
 
@@ -180,7 +183,7 @@ def test_small_gates_stay_float16():
 )
 def test_bad_state_is_explained(state, inputs, hessians, message):
     with pytest.raises(ValueError, match=message):
-        quantize_model(state, inputs, hessians, QuantConfig())
+        quantize_model(state, inputs, hessians, SPREAD)
 
 
 def test_calibration_without_batches_is_explained():

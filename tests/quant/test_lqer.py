@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pgolf.config import QuantConfig
 from pgolf.quant.calibrate import collect_hessians, dequantize_state, quantize_model
 from pgolf.quant.gptq import hessian_error
 from pgolf.quant.lqer import correct, largest_errors
-from tests.quant.test_calibrate import CONFIG, FakeDist, trained_like_model
+from tests.quant.test_calibrate import CONFIG, SPREAD, FakeDist, trained_like_model
 from tests.quant.test_sensitivity import batches
 
 
@@ -67,7 +66,7 @@ def test_a_model_gets_its_worst_matrices_corrected():
     model = trained_like_model()
     hessians = collect_hessians(model, batches(2), FakeDist())
     state = {name: p.detach() for name, p in model.named_parameters()}
-    config = QuantConfig(matrix_bits=4, embed_bits=4, mlp_clip=4.0, attn_clip=4.0, embed_clip=4.0)
+    config = replace(SPREAD, matrix_bits=4, embed_bits=4, mlp_clip=4.0, attn_clip=4.0, embed_clip=4.0)
     inputs = model.quant_inputs()
     plain = quantize_model(state, inputs, hessians, config)
     better = quantize_model(state, inputs, hessians, replace(config, lqer="sym", lqer_top=2, lqer_rank=8))
