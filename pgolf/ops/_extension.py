@@ -36,6 +36,9 @@ OPERATORS = (
     "linear_softcap_ce_gradients",
     "pack_int6",
     "unpack_int6",
+    "quantize_pack",
+    "quantize_pack_sdclip",
+    "unpack_dequantize",
 )
 """Every operator of `torch.ops.pgolf`, in the order of the table."""
 

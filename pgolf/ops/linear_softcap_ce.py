@@ -170,6 +170,8 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, target, *options, keep, _check = inputs
     _loss, factor, scale, weight_cast = output
     ctx.mark_non_differentiable(factor, scale, weight_cast)
+    # Else backward begins by filling a gradient of the factor, (rows, vocab), with zeros.
+    ctx.set_materialize_grads(False)
     ctx.keep, ctx.options, ctx.weight_dtype = keep, options, weight.dtype
     if keep:
         cast = weight.dtype != hidden.dtype
@@ -178,7 +180,9 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(hidden, weight, target)
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
     need_hidden, need_weight = ctx.needs_input_grad[:2]
     ops = torch.ops.pgolf
     if ctx.keep:
@@ -195,11 +199,14 @@ def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor) -> tuple[Tensor | N
 
 def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.weight_dtype = inputs[2].dtype
     ctx.save_for_backward(*output[1:])
 
 
-def _scale_gradients(ctx: Any, grad_loss: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 10
     grads = tuple(g * grad_loss.detach() for g in ctx.saved_tensors)
     grads = grads[0], grads[1].to(ctx.weight_dtype)
     return (None, *_needed(grads, ctx.needs_input_grad[1:]), *(None,) * 7)
