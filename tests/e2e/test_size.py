@@ -3,7 +3,7 @@
 import json
 import re
 
-from pgolf.artifact.predict import predict_ledger
+from pgolf.artifact.predict import TRAINED, predict_ledger
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 
@@ -13,7 +13,7 @@ def total(text):
 
 
 def test_prediction_of_a_trained_run_is_near_its_artifact(run):
-    """Six steps on a width of 32: hardly the record, but its matrices are as random as any."""
+    """Six steps on a width of 32: matrices as random as any, without what long training makes alike."""
     real = json.loads((run / "summary.json").read_text())["bytes"]
     config = load_base(str(run / "config.json"))
     scale, limit = real["clip_scale"], config.artifact.limit
@@ -21,7 +21,8 @@ def test_prediction_of_a_trained_run_is_near_its_artifact(run):
     banks = {name for name in parts if name.endswith("bank")}
     assert len(banks) == 4
     for name in banks:
-        assert abs(parts[name] - real["parts"][name]) < 0.02 * real["parts"][name], name
+        gaussian = parts[name] / TRAINED.get(name, 1.0)
+        assert abs(gaussian - real["parts"][name]) < 0.02 * real["parts"][name], name
     assert abs(sum(parts.values()) - real["model"]) < 0.1 * real["model"]
 
 
