@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/kernels/* csrc/ops/*)
 TEST_BUILD := build/tests
 
-.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu bench clean size todo
+.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench clean size todo
 
 setup: $(VENV)/built.stamp
 
@@ -49,6 +49,10 @@ sanitize: setup
 sanitize-gpu:
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/ops
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(PYTHON) -m pytest -q -m gpu tests/ops
+
+# About 20 minutes on two idle cores; a few thousand of these inputs are part of `make test` and `make sanitize`.
+fuzz: setup
+	$(BIN)/python -m bench.fuzz
 
 bench:
 	set -e; for file in bench/ops/bench_*.py; do $(PYTHON) -m bench.ops.$$(basename $$file .py); done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,15 +87,15 @@ def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int)
 def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
     """Time what follows the backward passes of a step: reduce, clip, AdamW, Muon, zero, EMA."""
     config = record()
-    optimizer = Optimizer(model, config.optim, Dist.start("cuda"))
     ema = Ema(dict(model.named_parameters()))
+    for metric, capture in (("ms_launched", False), ("ms_graph", True)):
+        optimizer = Optimizer(model, config.optim, Dist.start("cuda"), ema=ema, capture=capture)
 
-    def tail() -> None:
-        optimizer.step(0.5)
-        ema.update(0.99)
+        def tail(step: Callable[..., None] = optimizer.step) -> None:
+            step(0.5, ema_decay=0.99)
 
-    for name, sample in time_launched({"pgolf": tail}, recorder.device, repeats=repeats).items():
-        recorder.add("record_1gpu", name, "ms_launched", sample, "ms")
+        for name, sample in time_launched({"pgolf": tail}, recorder.device, repeats=repeats).items():
+            recorder.add("record_1gpu", name, metric, sample, "ms")
 
 
 def main() -> None:

@@ -353,7 +353,70 @@ class ArtifactConfig:
     limit: int = 16_000_000
     """Bytes of code plus model that the artifact may have (decimal)."""
     fit: bool = True
-    """Widen the clips and quantize again when the artifact comes out above the limit (at most 3 times)."""
+    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TttConfig:
+    """Test-time training: low-rank adapters per document, scored first, then trained (PR #1855's values)."""
+
+    rank: int = 80
+    """Rank r of every adapter."""
+    alpha: float = 144.0
+    """Adapter outputs are multiplied by alpha / rank."""
+    lr: float = 1e-4
+    """Learning rate of AdamW without momentum (beta1 = 0), one step after every chunk."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    eps: float = 1e-10
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.5
+    """Decoupled weight decay, multiplied by lr."""
+    chunk: int = 48
+    """Shortest chunk, tokens: how many are scored before the adapters learn from them."""
+    chunk_growth: int = 16
+    """From position p on, chunks have p / chunk_growth tokens, if that is more; 0 = all as long as chunk."""
+    chunk_max: int = 256
+    """Longest chunk, tokens."""
+    batch_tokens: int = 65_536
+    """Tokens of one forward and backward, over all documents in it; speed and memory, not the score."""
+    batch_documents: int = 128
+    """Most documents of a batch: each has its own adapters and second moments (record: 84 MB)."""
+    seed: int = 0
+    """Seeds the adapters' start, the same for every document."""
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
+            value = getattr(self, name)
+            _require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
+        _require(
+            self.chunk_max >= self.chunk,
+            f"ttt.chunk_max must be at least ttt.chunk={self.chunk}, got {self.chunk_max}",
+        )
+        for name in ("lr", "weight_decay", "chunk_growth", "seed"):
+            value = getattr(self, name)
+            _require(value >= 0, f"ttt.{name} must be >= 0, got {value}")
+        _require(
+            self.alpha > 0 and self.eps > 0, f"ttt.alpha, eps: must be > 0, got {self.alpha}, {self.eps}"
+        )
+        _require(0 <= self.beta2 < 1, f"ttt.beta2 must be in [0, 1), got {self.beta2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Further rows of a run's table: other legal ways to score the quantized weights."""
+
+    sliding: bool = False
+    """Add a row `sliding`: a window over each document, so that more tokens see a long context."""
+    stride: int = 64
+    """Tokens that each window of `sliding` scores."""
+    ttt: bool = False
+    """Add a row `ttt`: adapters that learn each document while it is read."""
+    adapters: TttConfig = field(default_factory=TttConfig)
+    """Settings of `ttt`."""
+
+    def __post_init__(self) -> None:
+        _require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,6 +437,8 @@ class Config:
     """Quantization."""
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     """The counted file."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Further ways to score."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The package's only reader of environment variables: the launcher's rank variables."""
+"""The package's only reader of environment variables: the launcher's ranks, and one debugging switch."""
 
 from __future__ import annotations
 
@@ -33,3 +33,18 @@ def launch() -> Launch:
         )
     rank, world, local = (int(os.environ[n]) for n in names)
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
+
+
+def check_targets() -> bool:
+    """Return whether PGOLF_CHECK_TARGETS asks for targets to be checked on the GPU too.
+
+    Then a target out of range raises and names its row, where it otherwise makes the row's loss NaN. Every
+    loss waits for the GPU, and CUDA graphs cannot be captured: for debugging.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("PGOLF_CHECK_TARGETS", "0")
+    if value not in ("0", "1"):
+        raise ValueError(f"PGOLF_CHECK_TARGETS must be 0 or 1, got {value!r}")
+    return value == "1"

@@ -11,6 +11,8 @@ import json
 import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,33 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """Lines on stderr while something long runs: how much is done, how many seconds are left.
+
+    Args:
+        label: begins every line. total: amount of work, any unit, > 0.
+        is_main: whether this rank prints. every_s: seconds between two lines.
+    """
+
+    def __init__(self, label: str, total: float, *, is_main: bool, every_s: float = 5.0) -> None:
+        self._label, self._total, self._is_main, self._every_s = label, total, is_main, every_s
+        self._start = self._last = time.perf_counter()
+        self._done = 0.0
+
+    def advance(self, amount: float, note: Callable[[], str] = lambda: "") -> None:
+        """Count work that is done; now and then print a line that ends with what `note` returns then."""
+        self._done += amount
+        now = time.perf_counter()
+        if not self._is_main or now - self._last < self._every_s or self._done <= 0:
+            return
+        text = note()  # may wait for the device, so the clock is read after it
+        self._last = time.perf_counter()
+        elapsed = self._last - self._start
+        left = elapsed * max(self._total / self._done - 1, 0.0)
+        share = 100 * self._done / self._total
+        sys.stderr.write(
+            f"{self._label}: {share:3.0f} %  {elapsed:.0f} s, {left:.0f} s left  {text}".rstrip() + "\n"
+        )
+        sys.stderr.flush()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.log import RunLog
+from pgolf.log import Progress, RunLog
 
 
 def rows(log):
@@ -65,3 +65,21 @@ def test_full_disk_warns_once_and_the_run_goes_on(tmp_path, capsys):
     assert "metrics.jsonl" in captured.err
     assert captured.out == "step 0\nstep 1\nstep 2\n"
     assert log.text_path.read_text() == captured.out
+
+
+def test_progress_says_what_is_done_and_left_on_the_main_rank_only(capsys):
+    for is_main in (True, False):
+        progress = Progress("ttt", 10, is_main=is_main, every_s=0.0)
+        progress.advance(4, lambda: "1.05 bpb")
+        progress.advance(8)  # more than announced: nothing left, not a negative time
+    captured = capsys.readouterr()
+    first, second = captured.err.splitlines()
+    assert first.startswith("ttt:  40 %") and first.endswith(" s left  1.05 bpb")
+    assert second.startswith("ttt: 120 %") and second.endswith(" 0 s left")
+    assert captured.out == ""
+
+
+def test_progress_waits_between_lines(capsys):
+    progress = Progress("plain", 10, is_main=True, every_s=60.0)
+    progress.advance(5, lambda: pytest.fail("nobody asked for a line"))
+    assert capsys.readouterr().err == ""

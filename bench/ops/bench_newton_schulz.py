@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
-from pgolf.ops import newton_schulz
+from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
 
 Banks = list[Tensor]
@@ -58,9 +58,11 @@ def eager(x: Tensor, table: Table) -> Tensor:
 
 def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
+    hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
     return {
-        "pgolf": lambda: [newton_schulz(x, table) for x in banks],
+        "pgolf": lambda: newton_schulz_banks(banks, table),
+        **({"pgolf gram": lambda: newton_schulz_banks(banks, table, algorithm="gram")} if hopper else {}),
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],

@@ -1,19 +1,24 @@
 """encode_codes and decode_codes on the codes of a trained model, against general compressors.
 
-Give `--artifact PATH`. Every contender gets the same matrices, one by one, in one thread; general compressors
-get them column-major, which is best for them. `entropy` is the order-0 entropy of each parameter's histogram.
-`Msym` are millions of codes.
+Give `--artifact PATH`. Ours gets matrix by matrix what an artifact stores: transposed and with a pool where
+the format says so; `pgolf fast` gets no pool. General compressors get each parameter in one piece, every
+matrix column-major, which is best for them. `entropy` is the order-0 entropy of each parameter's histogram.
+Everything runs in one thread, and its seconds are CPU time (with that of lrzip and zstd, programs of their
+own); `seconds_*_2_cores` are wall time of ours in two threads.
 """
 
 from __future__ import annotations
 
 import argparse
 import lzma
+import os
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import brotli
@@ -27,13 +32,28 @@ from pgolf.ops import decode_codes, encode_codes
 
 CASES = ["record_checkpoint"]
 Codes = NDArray[np.int8]
-Coder = tuple[Callable[[Codes], bytes], Callable[[bytes, Codes], object]]
+Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], object]]
 
 
-def load(path: Path, *, most: int | None) -> dict[str, list[Codes]]:
-    """Return the matrices of each parameter, at most `most` of each."""
-    banks = read_state(path)[1].quantized
-    return {name: list(t.codes.reshape(-1, *t.codes.shape[-2:]).numpy())[:most] for name, t in banks.items()}
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as an artifact codes it."""
+
+    codes: Codes
+    pool: Codes | None
+
+
+def load(path: Path, *, most: int | None) -> tuple[dict[str, list[Codes]], list[Matrix]]:
+    """Return the matrices of each parameter, at most `most` of each, and all of them as they are coded."""
+    header, state = read_state(path)
+    banks = {n: list(t.codes.reshape(-1, *t.codes.shape[-2:]).numpy()) for n, t in state.quantized.items()}
+    names = {n if len(b) == 1 else f"{n}.{i}": m for n, b in banks.items() for i, m in enumerate(b)}
+    coded = [
+        Matrix(names[p.name].T if p.transposed else names[p.name], names[p.pool] if p.pool else None)
+        for p in (section.plan for section in header.sections)
+        if p.kind == "codes" and (most is None or p.name.endswith(("emb", ".0")))
+    ]
+    return {name: bank[:most] for name, bank in banks.items()}, coded
 
 
 def entropy_bytes(matrices: list[Codes]) -> float:
@@ -42,9 +62,9 @@ def entropy_bytes(matrices: list[Codes]) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
 
 
-def column_major(codes: Codes) -> bytes:
-    """Return the codes as general compressors like them."""
-    return codes.T.tobytes()
+def column_major(matrices: list[Codes]) -> bytes:
+    """Return a parameter's codes as general compressors like them."""
+    return b"".join(m.T.tobytes() for m in matrices)
 
 
 def lrzip(arguments: list[str], data: bytes) -> bytes:
@@ -53,60 +73,105 @@ def lrzip(arguments: list[str], data: bytes) -> bytes:
 
 
 def coders() -> dict[str, Coder]:
-    """Return every coder that is installed: encode(codes), decode(stream, codes)."""
+    """Return every general compressor that is installed: compress(data), decompress(stream)."""
     result: dict[str, Coder] = {
-        "pgolf": (encode_codes, lambda data, m: decode_codes(data, (m.shape[0], m.shape[1]))),
         f"brotli-11 {brotli.__version__}": (
-            lambda m: brotli.compress(column_major(m), quality=11, lgwin=24),
-            lambda data, _: brotli.decompress(data),
+            lambda data: brotli.compress(data, quality=11, lgwin=24),
+            brotli.decompress,
         ),
-        "xz-9e": (
-            lambda m: lzma.compress(column_major(m), preset=9 | lzma.PRESET_EXTREME),
-            lambda data, _: lzma.decompress(data),
-        ),
+        "xz-9": (lambda data: lzma.compress(data, preset=9), lzma.decompress),
     }
-    if find_spec("zstandard"):
-        import zstandard
-
-        result[f"zstd-22 {zstandard.__version__}"] = (
-            lambda m: zstandard.ZstdCompressor(22).compress(column_major(m)),
-            lambda data, _: zstandard.ZstdDecompressor().decompress(data),
+    if shutil.which("zstd"):
+        result["zstd-19"] = (
+            lambda data: pipe(["zstd", "-q", "-19", "--single-thread"], data),
+            lambda data: pipe(["zstd", "-q", "-d"], data),
         )
     if shutil.which("lrzip"):
-        result["lrzip -z"] = (
-            lambda m: lrzip(["-z", "-L9", "-p1"], column_major(m)),
-            lambda data, _: lrzip(["-d", "-p1"], data),
+        result["lrzip -z -L 9"] = (
+            lambda data: pipe(["lrzip", "-q", "-z", "-L9", "-p1"], data),
+            lambda data: pipe(["lrzip", "-q", "-d", "-p1"], data),
         )
     return result
 
 
+def pipe(command: list[str], data: bytes) -> bytes:
+    """Return what a program writes for `data`."""
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and of its finished children, seconds."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def ours(recorder: Recorder, matrices: list[Matrix], repeats: int) -> None:
+    """Size and speed of our two profiles, in one thread and in two."""
+    million = sum(m.codes.size for m in matrices) * 1e-6
+
+    def decode(item: tuple[bytes, Matrix], *, fast: bool) -> None:
+        pool = None if fast else item[1].pool
+        back = decode_codes(item[0], item[1].codes.shape, pool=pool)
+        assert np.array_equal(back, item[1].codes)
+
+    for name, fast in (("pgolf", False), ("pgolf fast", True)):
+        encode = partial(encode_matrix, fast=fast)
+        encoding, decoding, streams = [], [], []
+        for _ in range(repeats):
+            began = cpu_seconds()
+            streams = [encode(m) for m in matrices]
+            encoding.append(cpu_seconds() - began)
+            began = cpu_seconds()
+            for item in zip(streams, matrices, strict=True):
+                decode(item, fast=fast)
+            decoding.append(cpu_seconds() - began)
+        recorder.add(CASES[0], name, "bytes", Sample(sum(map(len, streams)), 0.0, 1), "bytes")
+        for metric, times in (("encode", encoding), ("decode", decoding)):
+            recorder.add(CASES[0], name, f"seconds_{metric}", Sample.of(times), "s")
+            recorder.add(
+                CASES[0], name, f"{metric}_msym_per_s", Sample.of([million / t for t in times]), "Msym/s"
+            )
+        with ThreadPoolExecutor(2) as pool:
+            began = time.perf_counter()
+            list(pool.map(encode, matrices))
+            encoded = time.perf_counter()
+            list(pool.map(partial(decode, fast=fast), zip(streams, matrices, strict=True)))
+            both = {"encode": encoded - began, "decode": time.perf_counter() - encoded}
+        for metric, seconds in both.items():
+            recorder.add(CASES[0], name, f"seconds_{metric}_2_cores", Sample(seconds, 0.0, 1), "s")
+
+
+def encode_matrix(matrix: Matrix, *, fast: bool) -> bytes:
+    """Return the stream of one matrix; the fast profile has no use for a pool or an orientation."""
+    return encode_codes(matrix.codes, pool=None if fast else matrix.pool, fast=fast)
+
+
 def measure(recorder: Recorder, args: argparse.Namespace) -> None:
     """Size and speed of every coder."""
-    banks = load(args.artifact, most=1 if args.quick else None)
-    matrices = [m for bank in banks.values() for m in bank]
-    million = sum(m.size for m in matrices) * 1e-6
+    banks, matrices = load(args.artifact, most=1 if args.quick else None)
+    million = sum(m.size for bank in banks.values() for m in bank) * 1e-6
     entropy = sum(entropy_bytes(bank) for bank in banks.values())
     recorder.add(CASES[0], "entropy", "bytes", Sample(entropy, 0.0, 1), "bytes")
-    for name, (encode, decode) in coders().items():
-        encoding, decoding, streams = [], [], []
-        for _ in range(args.repeats if name == "pgolf" else 1):
-            begin = time.perf_counter()
-            streams = [encode(m) for m in matrices]
-            encoding.append(time.perf_counter() - begin)
-            begin = time.perf_counter()
-            for stream, codes in zip(streams, matrices, strict=True):
-                decode(stream, codes)
-            decoding.append(time.perf_counter() - begin)
+    ours(recorder, matrices, args.repeats)
+    data = [column_major(bank) for bank in banks.values()]
+    for name, (compress, decompress) in coders().items():
+        began = cpu_seconds()
+        streams = [compress(piece) for piece in data]
+        encoding = cpu_seconds() - began
+        began = cpu_seconds()
+        assert [decompress(stream) for stream in streams] == data
+        decoding = cpu_seconds() - began
         recorder.add(CASES[0], name, "bytes", Sample(sum(map(len, streams)), 0.0, 1), "bytes")
-        for metric, times in (("encode_msym_per_s", encoding), ("decode_msym_per_s", decoding)):
-            recorder.add(CASES[0], name, metric, Sample.of([million / t for t in times]), "Msym/s")
+        for metric, seconds in (("encode", encoding), ("decode", decoding)):
+            recorder.add(CASES[0], name, f"seconds_{metric}", Sample(seconds, 0.0, 1), "s")
+            recorder.add(CASES[0], name, f"{metric}_msym_per_s", Sample(million / seconds, 0.0, 1), "Msym/s")
 
 
 def main() -> None:
     """Parse arguments, measure, write."""
     arguments = parser(__doc__ or "", CASES)
     arguments.add_argument("--artifact", type=Path, required=True, help="file whose codes are coded")
-    arguments.set_defaults(repeats=3, device="cpu")
+    arguments.set_defaults(repeats=1, device="cpu")
     args = arguments.parse_args()
     torch.set_num_threads(1)
     recorder = Recorder("range_coder", torch.device("cpu"))

@@ -1,16 +1,16 @@
-"""softcap_ce forward, and forward with backward, against eager PyTorch and torch.compile.
+"""softcap_ce forward, and forward with backward, against eager PyTorch, torch.compile and what else is there.
 
-bfloat16 logits, cap 30. Traffic floors at 3.0 TB/s for 98304 x 8192: forward 0.54 ms (one read), forward and
-backward 1.61 ms (two reads, one write).
+bfloat16 logits, cap 30, mean loss. Traffic floors at 3.0 TB/s for 98304 x 8192: forward 0.54 ms (one read);
+forward and backward 1.07 ms in one pass (one read, one write), 1.61 ms in two. `pgolf none` is the two-pass
+form, which takes any upstream gradient. Peak memory counts the gradient, but not the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from bench import ce_peers
 from bench.common import Recorder, parser, peak_mib, time_launched, torch_name
 from pgolf.ops import softcap_ce, softcap_ce_ref
 
@@ -18,21 +18,28 @@ CAP = 30.0
 # case -> (rows, vocab); from the smallest to the largest
 CASES = {"n1024_v8192": (1024, 8192), "n98304_v8192": (98304, 8192)}
 
-Loss = Callable[[Tensor, Tensor, float], Tensor]
 
-
-def losses() -> dict[str, Loss]:
+def losses() -> dict[str, ce_peers.FromLogits]:
     """Return every implementation."""
     return {
         "pgolf": softcap_ce,
+        "pgolf inplace": lambda x, y, cap: softcap_ce(x, y, cap, inplace=True),
+        "pgolf none": lambda x, y, cap: softcap_ce(x, y, cap, reduction="none").mean(),
         torch_name("eager"): softcap_ce_ref,
         torch_name("compile"): torch.compile(softcap_ce_ref, dynamic=False, fullgraph=True),
+        **ce_peers.from_logits(),
     }
 
 
-def forward_backward(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
+def forward(loss: ce_peers.FromLogits, logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean loss, without a graph."""
+    with torch.no_grad():
+        return loss(logits, target, CAP)
+
+
+def forward_backward(loss: ce_peers.FromLogits, logits: Tensor, target: Tensor) -> Tensor:
     """Return the gradient of the mean loss."""
-    (grad,) = torch.autograd.grad(loss(logits, target, CAP).mean(), logits)
+    (grad,) = torch.autograd.grad(loss(logits, target, CAP), logits)
     return grad
 
 
@@ -43,14 +50,17 @@ def measure(recorder: Recorder, case: str, repeats: int) -> None:
     g = torch.Generator().manual_seed(0)
     target = torch.randint(vocab, (rows,), generator=g).to(device)
     logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device).normal_(0, 5).requires_grad_()
-    frozen = logits.detach()
+    # For those that overwrite their input. A kernel's time does not depend on the values.
+    scratch = logits.detach().clone().requires_grad_()
     implementations = losses()
-    forward = {name: lambda f=f: f(frozen, target, CAP) for name, f in implementations.items()}
-    both = {name: lambda f=f: forward_backward(f, logits, target) for name, f in implementations.items()}
-    for name, sample in time_launched(forward, device, repeats=repeats).items():
-        recorder.add(case, name, "ms_fwd", sample, "ms")
-    for name, sample in time_launched(both, device, repeats=repeats).items():
-        recorder.add(case, name, "ms_fwd_bwd", sample, "ms")
+    inputs = {n: scratch if "inplace" in n or "liger" in n else logits for n in implementations}
+    both = ce_peers.working(
+        {n: lambda f=f, n=n: forward_backward(f, inputs[n], target) for n, f in implementations.items()}
+    )
+    only = {n: lambda n=n: forward(implementations[n], inputs[n], target) for n in both if "inplace" not in n}
+    for metric, calls in (("ms_fwd", only), ("ms_fwd_bwd", both)):
+        for name, sample in time_launched(calls, device, repeats=repeats).items():
+            recorder.add(case, name, metric, sample, "ms")
     for name, call in both.items():
         peak = peak_mib(call, device)
         if peak is not None:

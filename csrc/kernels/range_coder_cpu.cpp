@@ -1,224 +1,20 @@
 // CPU kernel of range_coder.h, which describes the format.
 #include <algorithm>
-#include <array>
-#include <bit>
-#include <cstdlib>
 #include <utility>
 
-#include "kernels/isa.h"
 #include "kernels/range_coder.h"
+#include "kernels/range_model.h"
 
 namespace pgolf {
 namespace {
 
+using namespace range_model;
+
 constexpr int64_t kMostCols = 1 << 20;
-constexpr int64_t kPredictCols = 2048;
+constexpr int64_t kRowsCols = 2048;
 constexpr int64_t kPredictRatio = 8;
-constexpr int kPriorRows = 24;         // weight of the matrix's variance in a column's
-constexpr int kBias = 16;              // the predictor's constant input
-constexpr int64_t kStep = 40265318;    // 0.15 * 2^28
-constexpr uint64_t kRowPrior = 64;     // weight of 1 in a row's variance ratio
-constexpr uint64_t kRatioMost = 4096;  // 16, in 1/256
-constexpr uint64_t kVarianceLeast = 16;
-constexpr uint64_t kVarianceMost = (1u << 25) - 1;
-constexpr int kTails = 256;  // z in [0, 8) in steps of 1 / 32
 
-enum Mode : uint8_t { kRaw = 0, kColumns = 1, kPredicted = 2 };
-
-// T[i] ~ integral of exp(-z^2 / 2) above i / 32: trapezoids over a Gaussian made by two recurrences, plus
-// what keeps the table positive and strictly falling.
-constexpr std::array<uint64_t, kTails + 1> tail_table() {
-  std::array<uint64_t, kTails + 2> density{};
-  uint64_t value = 1u << 31, ratio = 2146435328;  // 2^31 exp(-h^2 / 2), h = 1 / 32
-  for (uint64_t& d : density) {
-    d = value;
-    value = value * ratio >> 31;
-    ratio = ratio * 2145387520 >> 31;  // 2^31 exp(-h^2)
-  }
-  std::array<uint64_t, kTails + 1> tails{};
-  uint64_t sum = 0;
-  for (int i = kTails; i >= 0; --i) {
-    const auto at = static_cast<size_t>(i);
-    sum += (density[at] + density[at + 1]) / 2 + 1;
-    tails[at] = sum;
-  }
-  return tails;
-}
-
-constexpr uint64_t square_root(uint64_t value) {
-  uint64_t root = 0;
-  for (uint64_t bit = uint64_t{1} << 31; bit != 0; bit >>= 1) {
-    if ((root | bit) * (root | bit) <= value) root |= bit;
-  }
-  return root;
-}
-
-// 2^21 / standard deviation for variances (in 1/256) of 32 mantissas an octave, at the middle of each.
-constexpr std::array<uint32_t, 25 * 32> inverse_table() {
-  std::array<uint32_t, 25 * 32> table{};
-  for (size_t i = 0; i < table.size(); ++i) {
-    table[i] = static_cast<uint32_t>(square_root((uint64_t{1} << 56) / ((65 + 2 * (i & 31)) << (i >> 5))));
-  }
-  return table;
-}
-
-constexpr auto kTail = tail_table();
-constexpr auto kInverse = inverse_table();
-
-uint64_t tail(uint64_t distance, uint64_t inverse) {  // distance in 1/256
-  const uint64_t z = distance * inverse >> 8;         // 1/32 in 16 bits of fraction
-  const uint64_t i = z >> 16;
-  if (i >= kTails) return kTail[kTails];
-  return kTail[i] - ((kTail[i] - kTail[i + 1]) * (z & 65535) >> 16);
-}
-
-uint64_t inverse_deviation(uint64_t variance) {
-  const int octave = std::bit_width(variance) - 1;  // 4 to 24
-  const uint64_t mantissa = octave >= 5 ? variance >> (octave - 5) : variance << (5 - octave);
-  return kInverse[static_cast<size_t>(octave) * 32 + (mantissa & 31)];
-}
-
-// Learns what a predicted probability is really worth: for each kind of bit, 33 points on the line of
-// predictions, each a running mean of 22 bits with its count; the two next to a prediction answer and learn.
-class Correction {
- public:
-  Correction() {
-    for (size_t i = 0; i < points_.size(); ++i) {
-      points_[i] = std::clamp<uint32_t>(static_cast<uint32_t>(i % 33) << 11, 1, 65535) << 16 | 30;
-    }
-    for (uint32_t count = 0; count < kCounts; ++count) rates_[count] = 131072 / (2 * count + 3);
-  }
-
-  template <typename Coder>
-  int code(Coder& coder, uint64_t predicted, int kind, int bit) {
-    const auto p = static_cast<uint32_t>(std::clamp<uint64_t>(predicted, 1, 65535));
-    uint32_t* point = &points_[static_cast<size_t>(kind) * 33 + (p >> 11)];
-    const uint32_t above = p & 2047;
-    const uint32_t learned = ((point[0] >> 16) * (2048 - above) + (point[1] >> 16) * above) >> 11;
-    bit = coder.bit(std::clamp<uint32_t>((p + learned) >> 1, 16, 65520), bit);
-    learn(point[0], bit);
-    learn(point[1], bit);
-    return bit;
-  }
-
- private:
-  static constexpr uint32_t kCounts = 1001;
-
-  void learn(uint32_t& point, int bit) const {
-    const uint32_t count = point & 1023;
-    const int64_t mean = point >> 10;
-    const int64_t moved = mean + (((bit ? 4194303 : 0) - mean) * rates_[count] >> 16);
-    point = static_cast<uint32_t>(moved) << 10 | std::min(count + 1, kCounts - 1);
-  }
-
-  std::array<uint32_t, 33 * 33> points_;  // mean << 10 | count
-  std::array<int64_t, kCounts> rates_;    // 2^16 / (count + 3/2)
-};
-
-inline __attribute__((always_inline)) uint32_t dot_body(const uint32_t* w, const uint32_t* x, int64_t n) {
-  uint32_t sum = 0;
-  for (int64_t k = 0; k < n; ++k) sum += w[k] * x[k];
-  return sum;
-}
-
-inline __attribute__((always_inline)) void add_body(uint32_t* w, const uint32_t* x, uint32_t g, int64_t n) {
-  for (int64_t k = 0; k < n; ++k) w[k] += g * x[k];
-}
-
-struct VectorOps {
-  uint32_t (*dot)(const uint32_t*, const uint32_t*, int64_t);
-  void (*add)(uint32_t*, const uint32_t*, uint32_t, int64_t);
-};
-
-uint32_t dot_any(const uint32_t* w, const uint32_t* x, int64_t n) { return dot_body(w, x, n); }
-void add_any(uint32_t* w, const uint32_t* x, uint32_t g, int64_t n) { add_body(w, x, g, n); }
-
-#if defined(__x86_64__)
-PGOLF_TARGET("avx2") uint32_t dot_avx2(const uint32_t* w, const uint32_t* x, int64_t n) {
-  return dot_body(w, x, n);
-}
-PGOLF_TARGET("avx2") void add_avx2(uint32_t* w, const uint32_t* x, uint32_t g, int64_t n) {
-  add_body(w, x, g, n);
-}
-
-VectorOps best_ops() {
-  return best_isa() == Isa::kBaseline ? VectorOps{dot_any, add_any} : VectorOps{dot_avx2, add_avx2};
-}
-#else
-VectorOps best_ops() { return {dot_any, add_any}; }
-#endif
-
-// The mean of a code from the codes to its left: one row of weights for each column.
-class Predictor {
- public:
-  explicit Predictor(int64_t cols)
-      : stride_(cols + 1),
-        weights_(static_cast<size_t>(cols * (cols + 1))),
-        inputs_(static_cast<size_t>(cols + 1)),
-        ops_(best_ops()) {
-    inputs_[0] = kBias;
-  }
-
-  void start_row(int64_t row) {
-    const int64_t energy = std::max<int64_t>(16, (energy_ + 7 * (stride_ - 1)) / (row + 1));
-    gain_ = kStep / energy;
-  }
-
-  int mean(int64_t col, int lo, int hi) const {  // in 1/256
-    const uint32_t sum = ops_.dot(weights_.data() + col * stride_, inputs_.data(), col + 1);
-    return std::clamp(static_cast<int32_t>(sum) >> 12, lo * 256, hi * 256);
-  }
-
-  void learn(int64_t col, int code, int residual) {
-    const auto g = static_cast<uint32_t>(residual * gain_ >> 16);
-    ops_.add(weights_.data() + col * stride_, inputs_.data(), g, col + 1);
-    inputs_[static_cast<size_t>(col + 1)] = static_cast<uint32_t>(code);
-    energy_ += code * code;
-  }
-
- private:
-  int64_t stride_;
-  int64_t energy_ = 0;
-  int64_t gain_ = 0;
-  std::vector<uint32_t> weights_;  // (cols, cols + 1), those left of the diagonal are used
-  std::vector<uint32_t> inputs_;
-  VectorOps ops_;
-};
-
-// The variance of a column's residuals, and of the row so far relative to what its columns promised.
-class Variances {
- public:
-  explicit Variances(int64_t cols) : sums_(static_cast<size_t>(cols)) {}
-
-  void start_row(int64_t row) {
-    const auto seen = static_cast<uint64_t>(row);
-    const uint64_t mean = (total_ + 7 * 256 * 64) / (seen * sums_.size() + 64);
-    prior_ = mean * kPriorRows;
-    reciprocal_ = (uint64_t{1} << 32) / (seen + kPriorRows);
-    ratio_sum_ = kRowPrior * 256;
-    ratio_count_ = kRowPrior;
-  }
-
-  uint64_t column(int64_t col) const {
-    return clamped((sums_[static_cast<size_t>(col)] + prior_) * reciprocal_ >> 32);
-  }
-
-  uint64_t scaled(uint64_t variance) const { return clamped(variance * (ratio_sum_ / ratio_count_) >> 8); }
-
-  void learn(int64_t col, int residual, uint64_t variance) {
-    const uint64_t square = static_cast<uint64_t>(int64_t{residual} * residual) >> 8;
-    sums_[static_cast<size_t>(col)] += square;
-    total_ += square;
-    ratio_sum_ += std::min((square << 8) / variance, kRatioMost);
-    ++ratio_count_;
-  }
-
- private:
-  static uint64_t clamped(uint64_t variance) { return std::clamp(variance, kVarianceLeast, kVarianceMost); }
-
-  std::vector<uint64_t> sums_;
-  uint64_t total_ = 0, prior_ = 0, reciprocal_ = 0, ratio_sum_ = 0, ratio_count_ = 0;
-};
+enum Mode : uint8_t { kRaw = 0, kColumns = 1, kRows = 2, kPredicted = 3 };
 
 class Encoder {
  public:
@@ -237,6 +33,7 @@ class Encoder {
   }
 
   bool failed() const { return out_.size() > most_; }  // longer than another mode's stream
+  static int64_t refuse() { return -1; }               // nothing that is encoded is out of range
 
   void finish();
 
@@ -284,7 +81,12 @@ class Decoder {
     return bit;
   }
 
-  bool failed() const { return left() > size_; }
+  bool failed() const { return refused_ || left() > size_; }
+
+  int64_t refuse() {
+    refused_ = true;
+    return -1;
+  }
 
   // Whether the encoder would have ended here, with these bytes.
   bool finished() const {
@@ -304,6 +106,7 @@ class Decoder {
   int64_t size_;
   int64_t next_ = 0;
   uint64_t low_ = 0, high_ = ~uint64_t{0}, value_ = 0;
+  bool refused_ = false;
 };
 
 struct Gaussian {
@@ -340,74 +143,225 @@ int code_value(Coder& coder, Correction& correction, const Gaussian& g, int lo, 
   return up ? center + size : center - size;
 }
 
-template <bool kPredict, typename Coder, typename Code>
-void code_matrix(Coder& coder, Code* codes, int64_t rows, int64_t cols, int largest) {
+// For every row of an encoder the earlier one that says most about it: not part of the format.
+class Search {
+ public:
+  Search(const Rows& rows, int64_t first, int64_t count, int64_t cols)
+      : cols_(cols), ops_(best_ops()), values_(static_cast<size_t>(count * cols)) {
+    for (int64_t i = 0; i < count * cols; ++i) {  // whole codes: their products fit 32 bits
+      values_[static_cast<size_t>(i)] = static_cast<int16_t>((rows.row(0)[i] + 8) >> 4);
+    }
+    for (int64_t i = 0; i < count; ++i) energies_.push_back(ops_.product(row(i), row(i), cols));
+    found_.resize(static_cast<size_t>(count), {-1, 0});
+    // A few rows at a time against all before them, or the rows would pass through the cache for each.
+    for (int64_t begin = first; begin < count; begin += kRowsAtOnce) {
+      const int64_t end = std::min(begin + kRowsAtOnce, count);
+      for (int64_t i = 0; i < end; ++i) {
+        for (int64_t j = std::max(begin, i + 1); j < end; ++j) compare(i, j);
+      }
+    }
+  }
+
+  // The row that `index` should lean on, -1 if none pays.
+  int64_t best(int64_t index, int64_t following) const {
+    const Found& found = found_[static_cast<size_t>(index)];
+    const int64_t price = 16 * (std::bit_width(static_cast<uint64_t>(index)) + 5);
+    const int64_t along = following < 0 ? -1 : gain(following, index) - 8;
+    if (along > 0 && along >= found.gain - price) return following;
+    return found.gain > price ? found.index : -1;
+  }
+
+ private:
+  struct Found {
+    int64_t index, gain;
+  };
+  static constexpr int64_t kRowsAtOnce = 16;
+
+  const int16_t* row(int64_t index) const { return values_.data() + index * cols_; }
+
+  // 16 times the bits that leaning saves: cols / 2 log2(1 / (1 - r^2)), about 0.72 cols r^2.
+  int64_t gain(int64_t earlier, int64_t later) const {
+    const int64_t energies = energies_[static_cast<size_t>(earlier)];
+    const int64_t product = ops_.product(row(earlier), row(later), cols_);
+    if (energies == 0) return 0;
+    return product * product / energies * cols_ * 23 / (2 * energies_[static_cast<size_t>(later)] + 1);
+  }
+
+  void compare(int64_t earlier, int64_t later) {
+    Found& found = found_[static_cast<size_t>(later)];
+    const int64_t saved = gain(earlier, later);
+    if (saved > found.gain) found = {earlier, saved};
+  }
+
+  int64_t cols_;
+  VectorOps ops_;
+  std::vector<int16_t> values_;  // (rows, cols)
+  std::vector<int64_t> energies_;
+  std::vector<Found> found_;
+};
+
+// Mode 1: every column on its own.
+template <typename Coder, typename Code>
+void code_columns(Coder& coder, Code* codes, const Shape& shape, int largest) {
   const int lo = -largest, hi = std::min(largest, 127);
   Correction correction;
-  Variances variances(cols);
-  Predictor predictor(kPredict ? cols : 0);
-  for (int64_t row = 0; row < rows && !coder.failed(); ++row) {
+  Variances variances(shape.cols);
+  for (int64_t row = 0; row < shape.rows && !coder.failed(); ++row) {
     variances.start_row(row);
-    if constexpr (kPredict) predictor.start_row(row);
-    for (int64_t col = 0; col < cols; ++col, ++codes) {
-      const uint64_t column = variances.column(col);
-      const uint64_t variance = kPredict ? variances.scaled(column) : column;
-      const int mean = kPredict ? predictor.mean(col, lo, hi) : 0;
-      const Gaussian g{mean, inverse_deviation(variance), kPredict};
+    for (int64_t col = 0; col < shape.cols; ++col, ++codes) {
+      const uint64_t variance = variances.column(col);
+      const Gaussian g{0, inverse_deviation(variance), false};
       const int code = code_value(coder, correction, g, lo, hi, Coder::kDecodes ? 0 : *codes);
       if constexpr (Coder::kDecodes) *codes = static_cast<int8_t>(code);
-      const int residual = code * 256 - mean;
-      variances.learn(col, residual, column);
-      if constexpr (kPredict) predictor.learn(col, code, residual);
+      variances.learn(col, code * 256, variance);
     }
   }
 }
 
+// Modes 2 and 3: rows lean on earlier rows; mode 3 predicts from the codes to the left before that.
+template <bool kPredict, typename Coder>
+class RowCoder {
+ public:
+  RowCoder(Coder& coder, const int8_t* pool, const Shape& shape, int largest)
+      : coder_(coder),
+        shape_(shape),
+        lo_(-largest),
+        hi_(std::min(largest, 127)),
+        variances_(shape.cols),
+        predictor_(kPredict ? shape.cols : 0),
+        rows_(pool, shape.pool_rows, shape.rows, shape.cols) {}
+
+  void encode(const int8_t* codes) {
+    const std::vector<int> bases = look_ahead(codes);
+    const Search search(rows_, shape_.pool_rows, rows_.count(), shape_.cols);
+    for (int64_t row = 0; row < shape_.rows && !coder_.failed(); ++row) {
+      const int64_t count = shape_.pool_rows + row;
+      lean_.start_row(rows_, choice_.code(coder_, count, search.best(count, choice_.following(count))));
+      code_row(row, rows_.row(count), codes + row * shape_.cols, bases.data() + row * shape_.cols);
+    }
+  }
+
+  void decode(int8_t* codes) {
+    for (int64_t row = 0; row < shape_.rows && !coder_.failed(); ++row) {
+      const int64_t count = shape_.pool_rows + row;
+      if constexpr (kPredict) predictor_.start_row(row);
+      lean_.start_row(rows_, choice_.code(coder_, count, -1));
+      code_row(row, rows_.next(), codes + row * shape_.cols, nullptr);
+      rows_.finish();
+    }
+  }
+
+ private:
+  // An encoder knows all rows, so it predicts first, and compares what is left of them.
+  std::vector<int> look_ahead(const int8_t* codes) {
+    std::vector<int> bases(static_cast<size_t>(shape_.rows * shape_.cols));
+    int* base = bases.data();
+    for (int64_t row = 0; row < shape_.rows; ++row) {
+      if constexpr (kPredict) predictor_.start_row(row);
+      for (int64_t col = 0; col < shape_.cols; ++col, ++codes, ++base) {
+        if constexpr (kPredict) {
+          *base = predictor_.mean(col, lo_, hi_);
+          predictor_.learn(col, *codes, *codes * 256 - *base);
+        }
+        rows_.next()[col] = static_cast<int16_t>((*codes * 256 - *base) >> 4);
+      }
+      rows_.finish();
+    }
+    return bases;
+  }
+
+  template <typename Left, typename Code>
+  void code_row(int64_t row, Left* left, Code* codes, const int* bases) {
+    variances_.start_row(row);
+    for (int64_t col = 0; col < shape_.cols; ++col) {
+      int base = 0;
+      if constexpr (kPredict) base = Coder::kDecodes ? predictor_.mean(col, lo_, hi_) : bases[col];
+      const int mean = std::clamp(base + lean_.mean(col), lo_ * 256, hi_ * 256);
+      const uint64_t column = variances_.column(col);
+      const Gaussian g{mean, inverse_deviation(variances_.scaled(column)), true};
+      const int code = code_value(coder_, correction_, g, lo_, hi_, Coder::kDecodes ? 0 : codes[col]);
+      if constexpr (Coder::kDecodes) {
+        codes[col] = static_cast<int8_t>(code);
+        left[col] = static_cast<int16_t>((code * 256 - base) >> 4);
+        if constexpr (kPredict) predictor_.learn(col, code, code * 256 - base);
+      }
+      variances_.learn(col, code * 256 - mean, column);
+      lean_.learn(col, left[col]);
+      if ((col & 7) == 7) {
+        variances_.refresh();
+        lean_.refresh();
+      }
+    }
+    lean_.finish_row();
+  }
+
+  Coder& coder_;
+  Shape shape_;
+  int lo_, hi_;
+  Correction correction_;
+  Variances variances_;
+  Predictor predictor_;
+  Rows rows_;
+  Lean lean_;
+  Choice choice_;
+};
+
+template <bool kPredict>
+void code_rows(Encoder& coder, const int8_t* pool, const int8_t* codes, const Shape& shape, int largest) {
+  RowCoder<kPredict, Encoder>(coder, pool, shape, largest).encode(codes);
+}
+
+template <bool kPredict>
+void code_rows(Decoder& coder, const int8_t* pool, int8_t* codes, const Shape& shape, int largest) {
+  RowCoder<kPredict, Decoder>(coder, pool, shape, largest).decode(codes);
+}
+
+template <typename Coder, typename Code>
+void code_matrix(Mode mode, Coder& coder, const int8_t* pool, Code* codes, const Shape& shape, int largest) {
+  if (mode == kColumns) {
+    code_columns(coder, codes, shape, largest);
+  } else if (mode == kRows) {
+    code_rows<false>(coder, pool, codes, shape, largest);
+  } else {
+    code_rows<true>(coder, pool, codes, shape, largest);
+  }
+}
+
 // The stream in one of the coded modes, or one longer than `most` bytes.
-std::vector<uint8_t> encode_in(Mode mode, const int8_t* codes, int64_t rows, int64_t cols, int largest,
-                               size_t most) {
+std::vector<uint8_t> encode_in(Mode mode, const int8_t* pool, const int8_t* codes, const Shape& shape,
+                               int largest, size_t most) {
   std::vector<uint8_t> out{mode, static_cast<uint8_t>(largest)};
   if (largest == 0) return out;
   Encoder encoder(out, most);
-  if (mode == kPredicted) {
-    code_matrix<true>(encoder, codes, rows, cols, largest);
-  } else {
-    code_matrix<false>(encoder, codes, rows, cols, largest);
-  }
+  code_matrix(mode, encoder, pool, codes, shape, largest);
   encoder.finish();
   return out;
 }
 
-const char* decode_coded(Mode mode, Decoder& decoder, int8_t* codes, int64_t rows, int64_t cols,
-                         int largest) {
-  if (mode == kPredicted) {
-    code_matrix<true>(decoder, codes, rows, cols, largest);
-  } else {
-    code_matrix<false>(decoder, codes, rows, cols, largest);
-  }
-  if (decoder.failed()) return "the stream ends before the last code";
-  return decoder.finished() ? nullptr : "the stream does not end with the last code";
-}
-
 }  // namespace
 
-std::vector<uint8_t> encode_codes_cpu(const int8_t* codes, int64_t rows, int64_t cols) {
-  const int64_t count = rows * cols;
+std::vector<uint8_t> encode_codes_cpu(const int8_t* codes, const int8_t* pool, const Shape& shape,
+                                      bool fast) {
+  const int64_t count = shape.rows * shape.cols;
   int largest = 0;
   for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::abs(int{codes[i]}));
   std::vector<uint8_t> best(static_cast<size_t>(count + 1), kRaw);
   std::transform(codes, codes + count, best.begin() + 1, [](int8_t q) { return static_cast<uint8_t>(q); });
-  const bool predictable = largest > 0 && cols <= kPredictCols && rows >= kPredictRatio * cols;
-  for (const Mode mode : {kColumns, kPredicted}) {
-    if (count == 0 || cols > kMostCols || (mode == kPredicted && !predictable)) continue;
-    std::vector<uint8_t> coded = encode_in(mode, codes, rows, cols, largest, best.size());
+  std::vector<Mode> modes;
+  if (count > 0 && shape.cols <= kMostCols) modes.push_back(kColumns);
+  if (!modes.empty() && !fast && largest > 0 && shape.cols <= kRowsCols) {
+    modes.push_back(shape.rows >= kPredictRatio * shape.cols ? kPredicted : kRows);
+  }
+  for (const Mode mode : modes) {
+    std::vector<uint8_t> coded = encode_in(mode, pool, codes, shape, largest, best.size());
     if (coded.size() < best.size()) best = std::move(coded);
   }
   return best;
 }
 
-const char* decode_codes_cpu(const uint8_t* data, int64_t size, int8_t* codes, int64_t rows, int64_t cols) {
-  const int64_t count = rows * cols;
+const char* decode_codes_cpu(const uint8_t* data, int64_t size, const int8_t* pool, int8_t* codes,
+                             const Shape& shape) {
+  const int64_t count = shape.rows * shape.cols;
   if (size < 1 || data[0] > kPredicted) return "the stream has no known mode";
   const auto mode = static_cast<Mode>(data[0]);
   if (mode == kRaw) {
@@ -415,18 +369,20 @@ const char* decode_codes_cpu(const uint8_t* data, int64_t size, int8_t* codes, i
     std::transform(data + 1, data + size, codes, [](uint8_t byte) { return static_cast<int8_t>(byte); });
     return nullptr;
   }
-  if (cols > kMostCols) return "the stream models more columns than are ever modelled";
+  if (shape.cols > kMostCols) return "the stream models more columns than are ever modelled";
   if (size < 2 || data[1] > 128) return "the stream has no possible largest code";
   const int largest = data[1];
-  if (mode == kPredicted && (largest == 0 || cols > kPredictCols)) {
-    return "the stream predicts a matrix that is never predicted";
+  if (mode != kColumns && (largest == 0 || shape.cols > kRowsCols)) {
+    return "the stream compares rows of a matrix whose rows are never compared";
   }
   if (largest == 0) {
     std::fill_n(codes, count, int8_t{0});
     return size == 2 ? nullptr : "the stream of zeros has another length";
   }
   Decoder decoder(data + 2, size - 2);
-  return decode_coded(mode, decoder, codes, rows, cols, largest);
+  code_matrix(mode, decoder, pool, codes, shape, largest);
+  if (decoder.failed()) return "the stream ends before the last code, or leans on a row that is not there";
+  return decoder.finished() ? nullptr : "the stream does not end with the last code";
 }
 
 }  // namespace pgolf

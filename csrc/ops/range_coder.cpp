@@ -39,9 +39,21 @@ void check_shape(const char* op, int64_t rows, int64_t cols) {
   }
 }
 
-py::bytes encode(const py::buffer& codes, int64_t rows, int64_t cols) {
-  check_shape("encode_codes", rows, cols);
-  const View view(codes);
+// The matrix's shape with its pool's; the pool is a buffer of whole rows.
+Shape shape_of(const char* op, int64_t rows, int64_t cols, const View& pool) {
+  check_shape(op, rows, cols);
+  const int64_t pool_rows = cols > 0 ? pool.size() / cols : 0;
+  if (pool_rows * cols != pool.size()) {
+    throw py::value_error(std::string(op) + ": the pool's " + std::to_string(pool.size()) +
+                          " codes are no whole rows of " + std::to_string(cols) + " columns");
+  }
+  check_shape(op, rows + pool_rows, cols);
+  return {rows, cols, pool_rows};
+}
+
+py::bytes encode(const py::buffer& codes, int64_t rows, int64_t cols, const py::buffer& pool, bool fast) {
+  const View view(codes), earlier(pool);
+  const Shape shape = shape_of("encode_codes", rows, cols, earlier);
   if (view.size() != rows * cols) {
     throw py::value_error("encode_codes: expected " + std::to_string(rows * cols) + " codes, got " +
                           std::to_string(view.size()));
@@ -49,14 +61,14 @@ py::bytes encode(const py::buffer& codes, int64_t rows, int64_t cols) {
   std::vector<uint8_t> stream;
   {
     const py::gil_scoped_release unlocked;
-    stream = encode_codes_cpu(view.data<int8_t>(), rows, cols);
+    stream = encode_codes_cpu(view.data<int8_t>(), earlier.data<int8_t>(), shape, fast);
   }
   return {reinterpret_cast<const char*>(stream.data()), stream.size()};
 }
 
-py::bytearray decode(const py::buffer& data, int64_t rows, int64_t cols) {
-  check_shape("decode_codes", rows, cols);
-  const View view(data);
+py::bytearray decode(const py::buffer& data, int64_t rows, int64_t cols, const py::buffer& pool) {
+  const View view(data), earlier(pool);
+  const Shape shape = shape_of("decode_codes", rows, cols, earlier);
   const auto count = static_cast<Py_ssize_t>(rows * cols);
   auto codes = py::reinterpret_steal<py::bytearray>(PyByteArray_FromStringAndSize(nullptr, count));
   if (!codes) throw py::error_already_set();
@@ -64,7 +76,7 @@ py::bytearray decode(const py::buffer& data, int64_t rows, int64_t cols) {
   const char* error = nullptr;
   {
     const py::gil_scoped_release unlocked;
-    error = decode_codes_cpu(view.data<uint8_t>(), view.size(), out, rows, cols);
+    error = decode_codes_cpu(view.data<uint8_t>(), view.size(), earlier.data<int8_t>(), out, shape);
   }
   if (error != nullptr) {
     throw py::value_error("decode_codes: expected the codes of a " + std::to_string(rows) + " x " +
@@ -77,9 +89,9 @@ py::bytearray decode(const py::buffer& data, int64_t rows, int64_t cols) {
 }  // namespace
 
 void bind_range_coder(py::module_& m) {
-  m.def("encode_codes", &encode, py::arg("codes"), py::arg("rows"), py::arg("cols"),
-        "The entropy-coded stream of (rows, cols) int8 codes, row-major.");
-  m.def("decode_codes", &decode, py::arg("data"), py::arg("rows"), py::arg("cols"),
+  m.def("encode_codes", &encode, py::arg("codes"), py::arg("rows"), py::arg("cols"), py::arg("pool"),
+        py::arg("fast"), "The entropy-coded stream of (rows, cols) int8 codes, row-major.");
+  m.def("decode_codes", &decode, py::arg("data"), py::arg("rows"), py::arg("cols"), py::arg("pool"),
         "The (rows, cols) int8 codes of a stream, row-major.");
 }
 

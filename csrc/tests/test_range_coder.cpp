@@ -10,17 +10,20 @@ namespace {
 using Bytes = std::vector<uint8_t>;
 using Codes = std::vector<int8_t>;
 
-// A copy of exactly the stream's size, so that ASan sees a byte too many.
-const char* decode(const Bytes& stream, Codes& codes, int64_t rows, int64_t cols) {
+// Copies of exactly the streams' and the pool's sizes, so that ASan sees a byte too many.
+const char* decode(const Bytes& stream, Codes& codes, int64_t rows, int64_t cols, const Codes& pool = {}) {
   const Bytes exact(stream.begin(), stream.end());
-  return decode_codes_cpu(exact.data(), static_cast<int64_t>(exact.size()), codes.data(), rows, cols);
+  const Shape shape{rows, cols, cols > 0 ? static_cast<int64_t>(pool.size()) / cols : 0};
+  return decode_codes_cpu(exact.data(), static_cast<int64_t>(exact.size()), pool.data(), codes.data(), shape);
 }
 
-Bytes round_trip(const Codes& codes, int64_t rows, int64_t cols, const std::string& what) {
-  const Bytes stream = encode_codes_cpu(codes.data(), rows, cols);
+Bytes round_trip(const Codes& codes, int64_t rows, int64_t cols, const std::string& what,
+                 const Codes& pool = {}) {
+  const Shape shape{rows, cols, cols > 0 ? static_cast<int64_t>(pool.size()) / cols : 0};
+  const Bytes stream = encode_codes_cpu(codes.data(), pool.data(), shape);
   check(stream.size() <= codes.size() + 1, what + ": at most one byte more than raw");
   Codes back(codes.size(), 99);
-  const char* error = decode(stream, back, rows, cols);
+  const char* error = decode(stream, back, rows, cols, pool);
   check(error == nullptr, what + ": " + (error == nullptr ? "" : error));
   check(codes == back, what + ": codes survive");
   return stream;
@@ -73,43 +76,45 @@ void test_sizes_follow_the_entropy() {
   Codes random(4000);
   for (int8_t& code : random) code = static_cast<int8_t>(generator());
   check(round_trip(random, 40, 100, "random bytes").size() <= 4001, "random bytes are stored");
-  check(round_trip(predictable(512, 16), 512, 16, "predictable")[0] == 2, "prediction is chosen");
+  check(round_trip(predictable(512, 16), 512, 16, "predictable")[0] == 3, "prediction is chosen");
+  const Codes same = gaussian(20, 300, 3.0f, 9);
+  check(round_trip(same, 20, 300, "rows of the pool", same).size() < 20 * 300 / 8, "the pool is leaned on");
 }
 
-void test_damage_never_escapes(const Codes& codes, int64_t rows, int64_t cols) {
-  const Bytes good = round_trip(codes, rows, cols, "good");
+void test_damage_never_escapes(const Codes& codes, int64_t rows, int64_t cols, const Codes& pool = {}) {
+  const Bytes good = round_trip(codes, rows, cols, "good", pool);
   Codes back(codes.size());
   for (size_t size = 0; size < good.size(); size += 1 + size / 16) {
     const Bytes cut(good.begin(), good.begin() + static_cast<int64_t>(size));
-    const bool refused = decode(cut, back, rows, cols) != nullptr;
+    const bool refused = decode(cut, back, rows, cols, pool) != nullptr;
     check(refused || back != codes, "cut at " + std::to_string(size));
   }
   for (const uint8_t extra : {0, 255}) {
     Bytes longer = good;
     longer.push_back(extra);
-    check(decode(longer, back, rows, cols) != nullptr || back != codes, "one byte more");
+    check(decode(longer, back, rows, cols, pool) != nullptr || back != codes, "one byte more");
   }
   std::mt19937 generator(4);
   for (int i = 0; i < 100; ++i) {
     Bytes damaged = good;
     damaged[generator() % (i % 4 ? damaged.size() : 4)] ^= static_cast<uint8_t>(1u << generator() % 8);
-    decode(damaged, back, rows, cols);  // any answer, but no sanitizer report
+    decode(damaged, back, rows, cols, pool);  // any answer, but no sanitizer report
     for (uint8_t& byte : damaged) byte = static_cast<uint8_t>(generator());
-    damaged[0] = static_cast<uint8_t>(1 + i % 2);
+    damaged[0] = static_cast<uint8_t>(1 + i % 3);
     damaged[1] = static_cast<uint8_t>(i % 2 ? 128 : generator());
-    decode(damaged, back, rows, cols);
+    decode(damaged, back, rows, cols, pool);
   }
 }
 
 void test_impossible_headers_are_refused() {
   Codes back(3000);
   check(decode({}, back, 1, 1) != nullptr, "empty");
-  check(decode({3, 1, 0}, back, 1, 1) != nullptr, "unknown mode");
+  check(decode({4, 1, 0}, back, 1, 1) != nullptr, "unknown mode");
   check(decode({1}, back, 1, 1) != nullptr, "no largest code");
   check(decode({1, 129, 0}, back, 1, 1) != nullptr, "largest code above 128");
   check(decode({1, 0, 0}, back, 1, 1) != nullptr, "zeros with a byte too many");
-  check(decode({2, 0}, back, 1, 1) != nullptr, "predicted zeros");
-  check(decode({2, 1, 0}, back, 1, 2049) != nullptr, "too wide to predict");
+  check(decode({2, 0}, back, 1, 1) != nullptr, "compared zeros");
+  check(decode({2, 1, 0}, back, 1, 2049) != nullptr, "too wide to compare");
   check(decode({1, 1, 0}, back, 0, (1 << 20) + 1) != nullptr, "too wide to model");
   check(decode({0, 1, 2}, back, 1, 1) != nullptr, "raw of another length");
 }
@@ -125,6 +130,7 @@ int main() {
     test_damage_never_escapes(gaussian(31, 20, 2.7f, 7), 31, 20);
     test_damage_never_escapes(gaussian(31, 20, 200.0f, 7), 31, 20);
     test_damage_never_escapes(predictable(160, 7), 160, 7);
+    test_damage_never_escapes(gaussian(24, 30, 2.7f, 7), 24, 30, gaussian(24, 30, 2.7f, 7));
     test_impossible_headers_are_refused();
   });
 }

@@ -18,6 +18,7 @@ MAX_RAW_BYTES = 1 << 30
 MAX_SECTIONS = 4096
 
 TensorKind = Literal["matrix", "gate", "small"]
+StepForm = Literal["none", "float16", "log"]
 _BITS = {"matrix": range(4, 9), "gate": range(8, 9), "small": range(16, 17)}
 
 
@@ -33,6 +34,10 @@ class TensorEntry:
     kind: TensorKind
     shape: tuple[int, ...]
     bits: int
+    steps: StepForm
+    """How the steps of its rows are stored; none for small ones."""
+    columns: bool
+    """Whether its columns have factors on the steps, stored like those."""
 
     @property
     def numel(self) -> int:
@@ -44,15 +49,42 @@ class TensorEntry:
         """Number of rows, which is the number of steps of a matrix or gate."""
         return math.prod(self.shape[:-1])
 
+    @property
+    def groups(self) -> list[int]:
+        """Sizes of its groups of logarithmic steps: each matrix's rows and, if they have any, its columns."""
+        if self.steps != "log":
+            return []
+        each = [self.shape[-2], self.shape[-1]] if self.columns else [self.shape[-2]]
+        return each * math.prod(self.shape[:-2])
+
+
+@dataclass(frozen=True)
+class CorrectionEntry:
+    """One low-rank correction A B of a matrix `(R, C)`: A is `(R, rank)`, B is `(rank, C)`."""
+
+    name: str
+    """Parameter."""
+    index: int
+    """Matrix in its bank, 0 for a plain matrix."""
+    rank: int
+    left_scales: int
+    """1, or R: one a row of A."""
+    group: int
+    """Elements of B that share a scale."""
+
 
 @dataclass(frozen=True)
 class SectionPlan:
     """What a section must be, as its tensors say."""
 
     name: str
-    kind: Literal["codes", "steps", "gates", "small"]
-    dtype: Literal["int8", "float16"]
+    kind: Literal["codes", "steps", "gates", "small", "corrections"]
+    dtype: Literal["int8", "int16", "float16"]
     shape: tuple[int, ...]
+    transposed: bool = False
+    """Whether the stream holds the transpose of the matrix."""
+    pool: str | None = None
+    """The section of codes whose rows this one's may lean on."""
 
     @property
     def raw(self) -> int:
@@ -80,24 +112,53 @@ class Header:
     config_hash: str
     limit: int
     tensors: tuple[TensorEntry, ...]
+    corrections: tuple[CorrectionEntry, ...]
     sections: tuple[Section, ...]
 
 
-def plan_sections(tensors: tuple[TensorEntry, ...]) -> list[SectionPlan]:
+def plan_sections(
+    tensors: tuple[TensorEntry, ...], corrections: tuple[CorrectionEntry, ...] = ()
+) -> list[SectionPlan]:
     """Return the sections that hold `tensors`, in file order (module docstring, list of sections)."""
+    banks = {t.name: t.shape for t in tensors if t.kind == "matrix"}
     plans = []
     for t in tensors:
         if t.kind == "matrix" and len(t.shape) == 2:
             plans.append(SectionPlan(t.name, "codes", "int8", t.shape))
         elif t.kind == "matrix":
-            plans += [SectionPlan(f"{t.name}.{i}", "codes", "int8", t.shape[1:]) for i in range(t.shape[0])]
-    steps = sum(t.rows for t in tensors if t.kind != "small")
+            plans += [_bank_section(t, i, banks) for i in range(t.shape[0])]
+    steps = sum(t.rows for t in tensors if t.steps == "float16")
+    groups = [size for t in tensors for size in t.groups]
     gates = sum(t.numel for t in tensors if t.kind == "gate")
     small = sum(t.numel for t in tensors if t.kind == "small")
+    sizes = [correction_sizes(c, banks[c.name]) for c in corrections]
     plans.append(SectionPlan("scales", "steps", "float16", (steps,)))
+    plans.append(SectionPlan("centers", "steps", "int16", (len(groups),)))
+    plans.append(SectionPlan("exponents", "steps", "int8", (sum(groups),)))
     plans.append(SectionPlan("gates", "gates", "int8", (gates,)))
     plans.append(SectionPlan("small", "small", "float16", (small,)))
+    plans.append(SectionPlan("corrections", "corrections", "int8", (sum(a + b for a, b, _, _ in sizes),)))
+    plans.append(
+        SectionPlan("correction_scales", "corrections", "float16", (sum(c + d for _, _, c, d in sizes),))
+    )
     return plans
+
+
+def correction_sizes(c: CorrectionEntry, shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    """Return the elements of A, of B, and their scales, for a correction of a parameter of this shape."""
+    rows, cols = shape[-2:]
+    return rows * c.rank, c.rank * cols, c.left_scales, -(-c.rank * cols // c.group)
+
+
+def _bank_section(t: TensorEntry, index: int, banks: dict[str, tuple[int, ...]]) -> SectionPlan:
+    """Return the section of one matrix of a bank; queries, outputs and MLP-down have a pool."""
+    pool, transposed, shape = None, False, t.shape[1:]
+    keys, up = banks.get("kv_bank", ()), banks.get("mlp_up_bank", ())
+    if t.name == "qo_bank" and len(keys) == 3 and keys[0] == t.shape[0] and keys[2] == shape[0] == shape[1]:
+        pool, transposed = f"kv_bank.{index}", index >= t.shape[0] // 2
+    elif t.name == "mlp_down_bank" and up == (t.shape[0], shape[1], shape[0]):
+        pool, transposed = f"mlp_up_bank.{index}", True
+    return SectionPlan(f"{t.name}.{index}", "codes", "int8", shape, transposed, pool)
 
 
 def matrix_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -129,6 +190,7 @@ def encode_header(header: Header) -> bytes:
         "config_hash": header.config_hash,
         "limit": header.limit,
         "tensors": [asdict(t) for t in header.tensors],
+        "corrections": [asdict(c) for c in header.corrections],
         "sections": [_section_dict(s) for s in header.sections],
     }
     return json.dumps(fields, separators=(",", ":")).encode()
@@ -139,12 +201,15 @@ def _section_dict(section: Section) -> dict[str, Any]:
     return {**row, "offset": section.offset, "length": section.length, "raw": section.plan.raw}
 
 
-def parse_header(text: bytes) -> Header:
+def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
     """Return the header that `text` spells.
 
+    Args:
+        text: UTF-8 JSON.
+        raw_limit: bytes that the sections may have after decoding.
     Raises:
         ArtifactError: not JSON, keys missing or unknown, values out of bounds, sections that do not fit the
-            tensors, more than 1 GiB of raw bytes.
+            tensors, more raw bytes than are allowed.
     """
     try:
         fields = json.loads(text)
@@ -154,13 +219,16 @@ def parse_header(text: bytes) -> Header:
     tensors = tuple(_parse_tensor(t) for t in _list(fields["tensors"], "tensors"))
     if len({t.name for t in tensors}) != len(tensors):
         raise ArtifactError("artifact header names a tensor twice")
+    shapes = {t.name: t.shape for t in tensors if t.kind == "matrix"}
+    corrections = tuple(_parse_correction(c, shapes) for c in _list(fields["corrections"], "corrections"))
     return Header(
         model=_parse_model(fields["model"]),
         tokenizer_sha256=_text(fields["tokenizer_sha256"], "[0-9a-f]{64}", "tokenizer_sha256"),
         config_hash=_text(fields["config_hash"], "[0-9a-f]{16}", "config_hash"),
         limit=_count(fields["limit"], "limit"),
         tensors=tensors,
-        sections=_parse_sections(_list(fields["sections"], "sections"), tensors),
+        corrections=corrections,
+        sections=_parse_sections(_list(fields["sections"], "sections"), tensors, corrections, raw_limit),
     )
 
 
@@ -184,23 +252,53 @@ def _parse_tensor(row: object) -> TensorEntry:
     wanted = {"matrix": (2, 3), "gate": (2, 3), "small": (0, 1, 2, 3)}[kind]
     if len(shape) not in wanted or math.prod(shape) > MAX_RAW_BYTES or 0 in shape:
         raise ArtifactError(f"artifact tensor {name!r}: shape {shape} is not possible for kind {kind!r}")
-    return TensorEntry(name, cast(TensorKind, kind), shape, bits)
+    steps, columns = row["steps"], row["columns"]
+    forms = {"matrix": ("float16", "log"), "gate": ("float16",), "small": ("none",)}[kind]
+    if steps not in forms or not isinstance(columns, bool) or (columns and steps != "log"):
+        raise ArtifactError(
+            f"artifact tensor {name!r}: steps {steps!r} with columns {columns!r} do not go with {kind!r}"
+        )
+    return TensorEntry(name, cast(TensorKind, kind), shape, bits, cast(StepForm, steps), columns)
 
 
-def _parse_sections(rows: list[object], tensors: tuple[TensorEntry, ...]) -> tuple[Section, ...]:
+def _parse_correction(row: object, shapes: dict[str, tuple[int, ...]]) -> CorrectionEntry:
+    _keys(row, {f.name for f in dataclass_fields(CorrectionEntry)}, "correction")
+    assert isinstance(row, dict)
+    name = _text(row["name"], r"[A-Za-z0-9_.]{1,64}", "correction name")
+    numbers = {key: _count(row[key], f"{key} of a correction") for key in row if key != "name"}
+    c = CorrectionEntry(name, **numbers)
+    shape = shapes.get(name, ())
+    count = shape[0] if len(shape) == 3 else 1
+    if not shape or c.index >= count or not 1 <= c.rank <= min(shape[-2:]):
+        raise ArtifactError(
+            f"artifact correction of {name!r}: index {c.index} and rank {c.rank} fit no matrix"
+        )
+    if c.left_scales not in (1, shape[-2]) or not 1 <= c.group <= MAX_RAW_BYTES:
+        raise ArtifactError(f"artifact correction of {name!r}: {c.left_scales} scales, groups of {c.group}")
+    return c
+
+
+def _parse_sections(
+    rows: list[object],
+    tensors: tuple[TensorEntry, ...],
+    corrections: tuple[CorrectionEntry, ...],
+    raw_limit: int,
+) -> tuple[Section, ...]:
     """Return the table; every row must be what the tensors call for."""
     count = sum(t.shape[0] if t.kind == "matrix" and len(t.shape) == 3 else 1 for t in tensors)
     if count > MAX_SECTIONS:
         raise ArtifactError(f"artifact has {count} matrices, at most {MAX_SECTIONS} are allowed")
-    plans = plan_sections(tensors)
+    plans = plan_sections(tensors, corrections)
     total = sum(plan.raw for plan in plans)
-    if total > MAX_RAW_BYTES:
-        raise ArtifactError(f"artifact would unpack to {total} bytes, at most {MAX_RAW_BYTES} are allowed")
+    if total > raw_limit:
+        raise ArtifactError(
+            f"artifact would unpack to {total} bytes, at most {raw_limit} are allowed for a file of its size"
+        )
     if len(rows) != len(plans):
         raise ArtifactError(f"artifact has {len(rows)} sections, its tensors need {len(plans)}")
     sections = []
     for row, plan in zip(rows, plans, strict=True):
-        _keys(row, {"name", "kind", "dtype", "shape", "offset", "length", "raw"}, "section")
+        _keys(row, {f.name for f in dataclass_fields(SectionPlan)} | {"offset", "length", "raw"}, "section")
         assert isinstance(row, dict)
         offset = _count(row["offset"], f"offset of section {plan.name}")
         section = Section(plan, offset, _count(row["length"], f"length of section {plan.name}"))

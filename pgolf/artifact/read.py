@@ -6,25 +6,42 @@ Reads with nothing of the trainer present. Every malformed file gives `ArtifactE
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pgolf.artifact.codec import decompress, in_threads, join_bytes
-from pgolf.artifact.format import parse
-from pgolf.artifact.header import MAX_RAW_BYTES, ArtifactError, Header, Section, TensorEntry, matrix_shapes
+from pgolf.artifact.format import Reader
+from pgolf.artifact.header import (
+    MAX_RAW_BYTES,
+    ArtifactError,
+    Header,
+    Section,
+    SectionPlan,
+    TensorEntry,
+    correction_sizes,
+    matrix_shapes,
+)
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.ops import decode_codes
-from pgolf.quant.grid import QuantizedTensor, max_code
+from pgolf.quant.grid import LEAST_EXPONENT, MOST_EXPONENT, QuantizedTensor, from_exponents, max_code
+from pgolf.quant.lqer import Correction
 from pgolf.quant.state import QuantizedState, dequantize_state
 
 MAX_LOOPS = 64
 """The layer order is built in memory from `loops`; the record uses 2."""
+
+
+THREADS_PAY = 1 << 20
+"""Decoded bytes below which starting threads takes longer than decoding."""
 
 
 @dataclass(frozen=True)
@@ -79,73 +96,174 @@ def read_artifact(path: Path) -> Artifact:
 
 def read_state(path: Path) -> tuple[Header, QuantizedState]:
     """Return the header and the parameters as stored: codes, steps and float16; raises as `read_artifact`."""
-    header, streams = parse(_read_bytes(path))
-    raws = in_threads(_unpack, zip(header.sections, streams, strict=True))
-    return header, _assemble(header.tensors, raws)
+    with open_artifact(path) as reader:
+        return decode_artifact(reader)
 
 
-def _read_bytes(path: Path) -> bytes:
+def decode_artifact(reader: Reader) -> tuple[Header, QuantizedState]:
+    """Read all sections and decode them; raises `ArtifactError` as `read_artifact`."""
+    stored = list(reader.sections())
+    return reader.header, _assemble(reader.header, _decode(stored))
+
+
+@contextmanager
+def open_artifact(path: Path) -> Iterator[Reader]:
+    """Yield a file's reader, whose header has been read and checked; raises as `read_artifact`."""
     if not path.exists():
         raise FileNotFoundError(f"no artifact at {path}; a run writes one: python -m pgolf train PRESET")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file, expected an artifact")
-    size = path.stat().st_size
-    if size > MAX_RAW_BYTES:
-        raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
-    return path.read_bytes()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size  # of this file, not of one that replaces it meanwhile
+        if size > MAX_RAW_BYTES:
+            raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
+        yield Reader(file, size)
 
 
-def _unpack(item: tuple[Section, memoryview]) -> bytes:
-    section, stream = item
-    plan = section.plan
-    try:
-        if plan.kind == "codes":
-            return decode_codes(stream, (plan.shape[0], plan.shape[1])).tobytes()
+Raw = bytes | NDArray[np.int8]
+
+
+def _decode(stored: list[tuple[Section, bytes]]) -> dict[str, Raw]:
+    """Return every section decoded, by name: in threads, each matrix after the one that is its pool."""
+    chains: dict[str, list[tuple[Section, bytes]]] = {}
+    for item in stored:
+        plan = item[0].plan
+        chains.setdefault(plan.pool or plan.name, []).append(item)
+    # A pool goes first in its chain; the longest chain starts first.
+    ordered = [sorted(chain, key=lambda item: item[0].plan.pool is not None) for chain in chains.values()]
+    ordered.sort(key=lambda chain: -sum(section.plan.raw for section, _ in chain))
+    small = sum(section.plan.raw for section, _ in stored) < THREADS_PAY
+    parts = map(_decode_chain, ordered) if small else in_threads(_decode_chain, ordered)
+    return {name: raw for part in parts for name, raw in part.items()}
+
+
+def _decode_chain(chain: list[tuple[Section, bytes]]) -> dict[str, Raw]:
+    done: dict[str, Raw] = {}
+    for section, stream in chain:
+        plan = section.plan
+        pool = done[plan.pool] if plan.pool is not None else None
+        assert not isinstance(pool, bytes)
+        try:
+            done[plan.name] = _unpack(plan, stream, pool)
+        except ValueError as e:  # CodecError, or what decode_codes says
+            raise ArtifactError(f"artifact section {plan.name!r}: {e}") from e
+    return done
+
+
+def _unpack(plan: SectionPlan, stream: bytes, pool: NDArray[np.int8] | None) -> Raw:
+    if plan.kind != "codes":
         return decompress(stream, raw_length=plan.raw)
-    except ValueError as e:  # CodecError, or what decode_codes says
-        raise ArtifactError(f"artifact section {plan.name!r}: {e}") from e
+    rows, cols = plan.shape
+    if plan.transposed:
+        rows, cols = cols, rows
+    codes = decode_codes(stream, (rows, cols), pool=pool)
+    return codes.T if plan.transposed else codes
 
 
-def _assemble(tensors: tuple[TensorEntry, ...], raws: list[bytes]) -> QuantizedState:
-    """Return the parameters out of the sections' raw bytes, which come in the order of `plan_sections`."""
-    matrices, gates, small = ([t for t in tensors if t.kind == kind] for kind in ("matrix", "gate", "small"))
-    sections = iter(raws)
-    codes = [_matrices(t, sections) for t in matrices]
-    steps = _floats(next(sections), "scales")
-    if not bool((steps > 0).all()):
-        raise ArtifactError("artifact section 'scales' holds a step that is not positive")
-    gate_codes = torch.from_numpy(np.frombuffer(next(sections), np.int8).copy())
+def _assemble(header: Header, raws: dict[str, Raw]) -> QuantizedState:
+    """Return the parameters out of the decoded sections."""
+    matrices, gates, small = (
+        [t for t in header.tensors if t.kind == kind] for kind in ("matrix", "gate", "small")
+    )
+    codes = [_matrices(t, raws) for t in matrices]
+    steps = _positive(raws["scales"], "scales")
+    plain = [t for t in (*matrices, *gates) if t.steps == "float16"]
+    scales = dict(zip((t.name for t in plain), _split(steps, [t.shape[:-1] for t in plain]), strict=True))
+    rows, columns = _log_steps([t for t in matrices if t.steps == "log"], raws)
+    gate_codes = torch.from_numpy(np.frombuffer(_bytes(raws["gates"]), np.int8).copy())
     codes += _split(gate_codes, [t.shape for t in gates])
-    scales = _split(steps, [t.shape[:-1] for t in (*matrices, *gates)])
-    coded = [_coded(t, c, s) for t, c, s in zip((*matrices, *gates), codes, scales, strict=True)]
-    values = _split(_floats(next(sections), "small"), [t.shape for t in small])
+    coded = {
+        t.name: _coded(t, c, (scales | rows)[t.name], columns.get(t.name))
+        for t, c in zip((*matrices, *gates), codes, strict=True)
+    }
+    values = _split(_floats(raws["small"], "small"), [t.shape for t in small])
     return QuantizedState(
-        quantized={t.name: q for t, q in zip(matrices, coded, strict=False)},
-        gates={t.name: q for t, q in zip(gates, coded[len(matrices) :], strict=True)},
+        quantized={t.name: coded[t.name] for t in matrices},
+        gates={t.name: coded[t.name] for t in gates},
         small={t.name: v for t, v in zip(small, values, strict=True)},
+        corrections=_corrections(header, raws),
     )
 
 
-def _matrices(tensor: TensorEntry, sections: Iterator[bytes]) -> Tensor:
-    """Return a matrix parameter's codes in its own shape; each section is one matrix, row-major."""
-    raw = bytearray().join(next(sections) for _ in range(math.prod(tensor.shape[:-2])))
-    return torch.from_numpy(np.frombuffer(raw, np.int8)).reshape(tensor.shape)
+def _log_steps(
+    tensors: list[TensorEntry], raws: dict[str, Raw]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the steps of rows and the factors of columns that are stored as exponents, by parameter."""
+    groups = [size for t in tensors for size in t.groups]
+    centers = join_bytes(_bytes(raws["centers"]), np.int16).astype(int)
+    exponents = np.frombuffer(_bytes(raws["exponents"]), np.int8).astype(int) + np.repeat(centers, groups)
+    if exponents.size and not LEAST_EXPONENT <= exponents.min() <= exponents.max() <= MOST_EXPONENT:
+        raise ArtifactError(
+            f"artifact section 'exponents': steps must lie in [{LEAST_EXPONENT}, {MOST_EXPONENT}] eighths of "
+            f"an octave, got {exponents.min()} to {exponents.max()}"
+        )
+    parts = iter(torch.split(from_exponents(torch.from_numpy(exponents)), groups))
+    rows, columns = {}, {}
+    for t in tensors:
+        pairs = [(next(parts), next(parts) if t.columns else None) for _ in range(math.prod(t.shape[:-2]))]
+        rows[t.name] = torch.cat([row for row, _ in pairs]).reshape(t.shape[:-1])
+        factors = [column for _, column in pairs if column is not None]
+        if factors:
+            columns[t.name] = torch.cat(factors).reshape(*t.shape[:-2], t.shape[-1])
+    return rows, columns
 
 
-def _coded(tensor: TensorEntry, codes: Tensor, scales: Tensor) -> QuantizedTensor:
-    largest = int(codes.abs().max()) if int(codes.min()) > -128 else 128
+def _corrections(header: Header, raws: dict[str, Raw]) -> dict[str, Correction]:
+    shapes = {t.name: t.shape for t in header.tensors}
+    codes = torch.from_numpy(np.frombuffer(_bytes(raws["corrections"]), np.int8).copy())
+    scales = _floats(raws["correction_scales"], "correction_scales")
+    sizes = [correction_sizes(c, shapes[c.name]) for c in header.corrections]
+    factors = iter(torch.split(codes, [size for a, b, _, _ in sizes for size in (a, b)]))
+    grids = iter(torch.split(scales, [size for _, _, a, b in sizes for size in (a, b)]))
+    return {
+        f"{c.name}.{c.index}": Correction(
+            left=next(factors).reshape(-1, c.rank),
+            left_scales=next(grids),
+            right=next(factors).reshape(c.rank, -1),
+            right_scales=next(grids),
+            group=c.group,
+        )
+        for c in header.corrections
+    }
+
+
+def _matrices(tensor: TensorEntry, raws: dict[str, Raw]) -> Tensor:
+    """Return a matrix parameter's codes in its own shape; each section is one matrix."""
+    names = [tensor.name]
+    if len(tensor.shape) == 3:
+        names = [f"{tensor.name}.{i}" for i in range(tensor.shape[0])]
+    codes = np.empty((len(names), *tensor.shape[-2:]), np.int8)
+    for matrix, name in zip(codes, names, strict=True):
+        matrix[:] = raws.pop(name)
+    return torch.from_numpy(codes).reshape(tensor.shape)
+
+
+def _coded(tensor: TensorEntry, codes: Tensor, scales: Tensor, columns: Tensor | None) -> QuantizedTensor:
+    largest = max(int(codes.max()), -int(codes.min()))
     if largest > max_code(tensor.bits):
         raise ArtifactError(
             f"artifact tensor {tensor.name!r}: code magnitude {largest} is not on a {tensor.bits}-bit grid"
         )
-    return QuantizedTensor(codes, scales, tensor.bits)
+    return QuantizedTensor(codes, scales, tensor.bits, columns)
 
 
-def _floats(raw: bytes, name: str) -> Tensor:
-    values = join_bytes(raw)
+def _bytes(raw: Raw) -> bytes:
+    assert isinstance(raw, bytes)
+    return raw
+
+
+def _floats(raw: Raw, name: str) -> Tensor:
+    values = join_bytes(_bytes(raw))
     if not bool(np.isfinite(values).all()):
         raise ArtifactError(f"artifact section {name!r} holds NaN or infinity")
     return torch.from_numpy(values)
+
+
+def _positive(raw: Raw, name: str) -> Tensor:
+    steps = _floats(raw, name)
+    if not bool((steps > 0).all()):
+        raise ArtifactError(f"artifact section {name!r} holds a step that is not positive")
+    return steps
 
 
 def _split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

@@ -1,11 +1,10 @@
 """From a quantized state to a file: compress, count, refuse or write.
 
-Owns the order of bytes inside the sections (with `read.py`, its inverse) and the search for a clip that fits.
+Owns the order of bytes inside the sections (with `read.py`, its inverse). The search for clips is `fit.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,10 @@ from pgolf.artifact.codec import compress, in_threads, split_bytes
 from pgolf.artifact.format import frame, parse
 from pgolf.artifact.header import (
     ArtifactError,
+    CorrectionEntry,
     Header,
+    SectionPlan,
+    StepForm,
     TensorEntry,
     TensorKind,
     place_sections,
@@ -30,10 +32,8 @@ from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
 from pgolf.data.shards import atomic_file
 from pgolf.ops import encode_codes
+from pgolf.quant.grid import QuantizedTensor, step_exponents
 from pgolf.quant.state import QuantizedState
-
-FIT_MARGIN = 1.002
-"""Widening beyond the predicted need, SPEC 6.7: real weights shrink a little slower than the model says."""
 
 
 def write_artifact(
@@ -61,65 +61,21 @@ def write_artifact(
         ArtifactError: above the limit (with the ledger), or a state that the format cannot hold.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    facts = _Facts(tokenizer_sha256, config_hash, limit, 1.0)
-    data, ledger = _build(state, model, facts, quality=quality)
+    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0)
+    data, ledger = build_file(state, model, facts, quality=quality)
     check(ledger, limit)
-    with atomic_file(path) as file:
-        file.write(data)
+    save_file(path, data)
     return ledger
 
 
-def fit_artifact(
-    path: Path,
-    quantize: Callable[[float], QuantizedState],
-    model: ModelConfig,
-    *,
-    tokenizer_sha256: str,
-    config_hash: str,
-    limit: int,
-    tries: int = 3,
-) -> Ledger:
-    """Quantize and write at brotli quality 11, with wider clips while the artifact is above the limit.
-
-    A clip wider by f makes N weights N * log2(f) / 8 bytes smaller, so an excess of x bytes asks for
-    f = 2^(8 x / N), times 1.002.
-
-    Args:
-        path: as for `write_artifact`, as are `model` and the next three.
-        quantize: clip_scale -> state; called with 1.0 first.
-        tries: quantizations at most, >= 1; 1 means take it or fail.
-    Returns:
-        The ledger of the written file; its `clip_scale` is the one that fitted.
-    Raises:
-        ArtifactError: the last try is still above the limit (with the ledger); nothing is written.
-        ValueError: tries < 1. FileNotFoundError: the folder of `path` does not exist.
-    """
-    if tries < 1:
-        raise ValueError(f"fit_artifact: tries must be >= 1, got {tries}")
-    clip_scale = 1.0
-    while True:
-        state = quantize(clip_scale)
-        facts = _Facts(tokenizer_sha256, config_hash, limit, clip_scale)
-        data, ledger = _build(state, model, facts, quality=11)
-        tries -= 1
-        if ledger.total <= limit or not tries:
-            break
-        weights = sum(t.codes.numel() for t in state.quantized.values())
-        clip_scale *= _widening(ledger.total - limit, weights)
-    check(ledger, limit)
+def save_file(path: Path, data: bytes) -> None:
+    """Put a finished artifact at `path`, atomically."""
     with atomic_file(path) as file:
         file.write(data)
-    return ledger
-
-
-def _widening(excess: int, weights: int) -> float:
-    """Return the factor on the clips that saves `excess` bytes; a code has no more than 8 bits to save."""
-    factor: float = 2.0 ** min(8 * excess / max(weights, 1), 8.0)
-    return factor * FIT_MARGIN
 
 
 @dataclass(frozen=True)
-class _Facts:
+class Facts:
     """What the header and the ledger say besides the parameters."""
 
     tokenizer_sha256: str
@@ -128,13 +84,17 @@ class _Facts:
     clip_scale: float
 
 
-def _build(state: QuantizedState, model: ModelConfig, facts: _Facts, *, quality: int) -> tuple[bytes, Ledger]:
+def build_file(
+    state: QuantizedState, model: ModelConfig, facts: Facts, *, quality: int
+) -> tuple[bytes, Ledger]:
     """Return the complete file and its ledger; the file has been parsed once to prove that it can be."""
-    tensors = _entries(state)
-    plans = plan_sections(tensors)
-    streams = in_threads(partial(_encode, quality=quality), _payloads(state))
+    tensors, corrections = _entries(state), _corrections(state)
+    plans = plan_sections(tensors, corrections)
+    streams = in_threads(partial(_encode, quality=quality), _payloads(state, tensors, plans))
     sections = place_sections(plans, streams)
-    header = Header(model, facts.tokenizer_sha256, facts.config_hash, facts.limit, tensors, sections)
+    header = Header(
+        model, facts.tokenizer_sha256, facts.config_hash, facts.limit, tensors, corrections, sections
+    )
     data = frame(header, streams)
     if parse(data)[0] != header:
         raise ArtifactError("artifact header changes when it is written and read back; nothing was written")
@@ -156,29 +116,118 @@ def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
                     f"artifact: {name} needs one scale a row {tuple(t.codes.shape[:-1])}, "
                     f"got {tuple(t.scales.shape)}"
                 )
-            entries.append(TensorEntry(name, cast(TensorKind, kind), tuple(t.codes.shape), t.bits))
+            steps = _step_form(name, t) if kind == "matrix" else "float16"
+            shape = tuple(t.codes.shape)
+            entries.append(
+                TensorEntry(name, cast(TensorKind, kind), shape, t.bits, steps, t.columns is not None)
+            )
     for name, small in state.small.items():
         if small.dtype != torch.float16:
             raise TypeError(f"artifact: {name} must be float16, got {small.dtype}")
-        entries.append(TensorEntry(name, "small", tuple(small.shape), 16))
+        entries.append(TensorEntry(name, "small", tuple(small.shape), 16, "none", False))
     return tuple(entries)
 
 
-def _encode(payload: NDArray[np.int8] | bytes, *, quality: int) -> bytes:
-    return compress(payload, quality=quality) if isinstance(payload, bytes) else encode_codes(payload)
+def _step_form(name: str, t: QuantizedTensor) -> StepForm:
+    """Return how a matrix's steps are stored: as exponents if all are on the logarithmic grid."""
+    if t.columns is not None and t.columns.shape != (*t.codes.shape[:-2], t.codes.shape[-1]):
+        raise ArtifactError(
+            f"artifact: {name} needs one factor a column, got {tuple(t.columns.shape)} for "
+            f"{tuple(t.codes.shape)}"
+        )
+    try:
+        for group in _step_groups(t):
+            exponents = step_exponents(group)
+            if int(exponents.max()) - int(exponents.min()) > 255:
+                raise ValueError("more than 256 steps apart")
+    except ValueError as e:
+        if t.columns is not None:
+            raise ArtifactError(f"artifact: {name} has factors of columns, and steps that {e}") from e
+        return "float16"
+    return "log"
 
 
-def _payloads(state: QuantizedState) -> list[NDArray[np.int8] | bytes]:
-    """Return every section's codes or raw bytes, in the order of `plan_sections`."""
-    payloads: list[NDArray[np.int8] | bytes] = []
-    for t in state.quantized.values():
-        stack = t.codes.reshape(-1, *t.codes.shape[-2:])
-        payloads += list(stack.numpy())
-    scales = [t.scales for t in (*state.quantized.values(), *state.gates.values())]
-    payloads.append(split_bytes(_flat(scales)))
+def _step_groups(t: QuantizedTensor) -> list[Tensor]:
+    """Return the steps of each matrix's rows and, if there are factors, of its columns, in file order."""
+    groups = []
+    stack = t.scales.reshape(-1, t.codes.shape[-2])
+    factors = None if t.columns is None else t.columns.reshape(-1, t.codes.shape[-1])
+    for i, rows in enumerate(stack):
+        groups += [rows] if factors is None else [rows, factors[i]]
+    return groups
+
+
+def _corrections(state: QuantizedState) -> tuple[CorrectionEntry, ...]:
+    """Return the directory of low-rank corrections."""
+    entries = []
+    for key, c in state.corrections.items():
+        name, _, index = key.rpartition(".")
+        if c.left.dtype != torch.int8 or c.right.dtype != torch.int8:
+            raise TypeError(f"artifact: the correction of {key} must have int8 codes, got {c.left.dtype}")
+        rank = c.left.shape[-1]
+        shape = state.quantized[name].codes.shape if name in state.quantized else ()
+        if (c.left.shape[0], *c.right.shape) != (*shape[-2:-1], rank, *shape[-1:]):
+            raise ArtifactError(
+                f"artifact: the correction of {key} is {tuple(c.left.shape)} times {tuple(c.right.shape)}, "
+                f"its matrices are {tuple(shape[-2:])}"
+            )
+        entries.append(CorrectionEntry(name, int(index), rank, c.left_scales.numel(), c.group))
+    return tuple(entries)
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """A matrix as it is coded, and the rows that it may lean on."""
+
+    codes: NDArray[np.int8]
+    pool: NDArray[np.int8] | None
+
+
+def _encode(payload: _Matrix | bytes, *, quality: int) -> bytes:
+    if isinstance(payload, bytes):
+        return compress(payload, quality=quality)
+    return encode_codes(payload.codes, pool=payload.pool)
+
+
+def _payloads(
+    state: QuantizedState, tensors: tuple[TensorEntry, ...], plans: list[SectionPlan]
+) -> list[_Matrix | bytes]:
+    """Return every section's matrix or raw bytes, in the order of `plan_sections`."""
+    matrices: dict[str, NDArray[np.int8]] = {}
+    for name, t in state.quantized.items():
+        stack = t.codes.reshape(-1, *t.codes.shape[-2:]).numpy()
+        names = [name] if t.codes.dim() == 2 else [f"{name}.{i}" for i in range(len(stack))]
+        matrices |= dict(zip(names, stack, strict=True))
+    coded = [plan for plan in plans if plan.kind == "codes"]
+    payloads: list[_Matrix | bytes] = [
+        _Matrix(
+            matrices[p.name].T if p.transposed else matrices[p.name], matrices[p.pool] if p.pool else None
+        )
+        for p in coded
+    ]
+    forms = {t.name: t.steps for t in tensors}
+    everyone = (*state.quantized.items(), *state.gates.items())
+    payloads.append(split_bytes(_flat([t.scales for name, t in everyone if forms[name] == "float16"])))
+    payloads += _exponents([t for name, t in state.quantized.items() if forms[name] == "log"])
     payloads.append(b"".join(t.codes.contiguous().numpy().tobytes() for t in state.gates.values()))
     payloads.append(split_bytes(_flat(list(state.small.values()))))
-    return payloads
+    corrections = state.corrections.values()
+    codes = [part.contiguous().numpy().tobytes() for c in corrections for part in (c.left, c.right)]
+    scales = [part for c in corrections for part in (c.left_scales, c.right_scales)]
+    return [*payloads, b"".join(codes), split_bytes(_flat(scales))]
+
+
+def _exponents(tensors: list[QuantizedTensor]) -> list[bytes]:
+    """Return the centers and, less those, the exponents of logarithmic steps."""
+    centers, exponents = [], [np.zeros(0, np.int8)]
+    for group in (g for t in tensors for g in _step_groups(t)):
+        n = step_exponents(group).numpy().astype(int)
+        least, most = int(n.min()), int(n.max())
+        # The median wastes least; the ends must be reachable with an int8.
+        center = min(max(int(np.median(n)), most - 127), least + 128)
+        centers.append(center)
+        exponents.append((n - center).astype(np.int8))
+    return [split_bytes(np.array(centers, np.int16)), np.concatenate(exponents).tobytes()]
 
 
 def _flat(tensors: list[Tensor]) -> NDArray[np.float16]:

@@ -27,7 +27,9 @@ class Ablate:
     report_only: bool = False
     """Run nothing; write the report of what is there."""
     gpus: int | None = None
-    """GPUs to use, one run each; all visible ones when absent. 0 runs one at a time, where the base says."""
+    """GPUs to use; all visible ones when absent. 0 runs where the base says."""
+    per_gpu: int = 1
+    """Runs that share a GPU; above 1 only for plans of fixed steps (small models leave most of it idle)."""
 
 
 def main(argv: list[str]) -> int:
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
     try:
         if not args.report_only:
             gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
-            run_plan(plan, start_process, gpus=gpus, commit=_commit(), say=say)
+            run_plan(plan, start_process, gpus=gpus, per_gpu=args.per_gpu, commit=_commit(), say=say)
     finally:
         result = gather(plan, args.plan)
         paths = write_report(result, plan.out)

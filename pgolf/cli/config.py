@@ -12,13 +12,13 @@ from pgolf.config import config_hash, to_dict
 def main(argv: list[str]) -> int:
     """Print the resolved configuration as JSON, then the figures that follow from it."""
     config = parse_config("config", argv)
-    from pgolf.artifact.size import predict_bytes
+    from pgolf.artifact.predict import predict_ledger
     from pgolf.model.gpt import layer_order, parameter_shapes
 
     print(json.dumps(to_dict(config), indent=2))
     shapes = parameter_shapes(config.model)
     total = sum(math.prod(shape) for shape in shapes.values())
-    size = predict_bytes(config.model, config.quant)
+    ledger = predict_ledger(config.model, config.quant, limit=config.artifact.limit)
     passes = config.data.batch_tokens // config.data.micro_tokens
     print(f"\nhash            {config_hash(config)}")
     print(f"parameters      {total:,}")
@@ -26,5 +26,5 @@ def main(argv: list[str]) -> int:
         encoder, decoder = layer_order(config.model, loop=loop)
         print(f"layers loop {'on ' if loop else 'off'} {encoder} | {decoder}")
     print(f"step            {config.data.batch_tokens:,} tokens in {passes} x {config.data.micro_tokens:,}")
-    print(f"artifact        about {size:,} bytes of {config.artifact.limit:,}")
+    print(f"artifact        about {ledger.total:,} bytes of {ledger.limit:,}; pgolf size says where")
     return 0

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
+
+from pgolf.config import TttConfig, to_dict
+
+if TYPE_CHECKING:
+    from pgolf.artifact.read import Artifact
+    from pgolf.dist import Dist
+    from pgolf.evaluate.bpb import Score
+
+Mode = Literal["plain", "sliding", "ttt"]
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score an artifact over the whole validation set of a data folder."""
+    """Score an artifact over the validation set of a data folder; a line for each mode."""
 
     artifact: tyro.conf.Positional[Path]
     """A file written by `pgolf train` or `pgolf quantize`."""
     data: Path
     """Folder of shards with its tokenizer."""
+    mode: tuple[Mode, ...] = ("plain",)
+    """plain: documents in segments of max_context. sliding: a window over each document. ttt: adapters that
+    learn each document after scoring it."""
+    documents: int = 0
+    """Score only the first n documents; 0 = all. Only all of them make a figure to quote."""
+    stride: int = 64
+    """Tokens that each window of `sliding` scores."""
     tokens: int = 98_304
-    """Tokens per forward pass; changes speed and memory, not the score."""
+    """Tokens per forward pass of plain and sliding; changes speed and memory, not the score."""
+    ttt: TttConfig = field(default_factory=TttConfig)
+    """Settings of `ttt`."""
+    json: Path | None = None
+    """Write the results to this file as well."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
 
@@ -26,11 +48,30 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     """Read, score and print."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
-    from pgolf.artifact.read import build_model, read_artifact
+    from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
-    from pgolf.evaluate.corpus import Corpus, score_model
 
     artifact = read_artifact(args.artifact)
+    dist = Dist.start(args.device)
+    try:
+        scores = _score(args, artifact, dist)
+    finally:
+        dist.close()
+    if dist.is_main:
+        note = f"  (first {args.documents:,} documents only)" if args.documents else ""
+        for mode, s in scores.items():
+            counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
+            print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {mode}{note}")
+        if args.json is not None:
+            _write(args.json, args, scores)
+    return 0
+
+
+def _score(args: Evaluate, artifact: Artifact, dist: Dist) -> dict[str, Score]:
+    """Return the score of every mode that was asked for."""
+    from pgolf.artifact.read import build_model
+    from pgolf.evaluate.corpus import Corpus, score_as
+
     header = artifact.header
     corpus = Corpus.open(args.data, vocab_size=header.model.vocab_size)
     if header.tokenizer_sha256 != corpus.sha256:
@@ -39,13 +80,27 @@ def main(argv: list[str]) -> int:
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
             f"({ours}...); use the run's tokenizer.model"
         )
-    dist = Dist.start(args.device)
-    try:
-        model = build_model(artifact, dist.device)
-        model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
-        score = score_model(model, corpus, args.tokens, dist)
-    finally:
-        dist.close()
-    if dist.is_main:
-        print(f"{score.bpb:.4f} bpb  {score.loss:.4f} nats/token  {score.tokens:,} tokens  {score.bytes:,} B")
-    return 0
+    text = corpus.validation(documents=args.documents)
+    model = build_model(artifact, dist.device)
+    model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
+    return {
+        mode: score_as(
+            mode, model, corpus, text, dist, batch_tokens=args.tokens, stride=args.stride, ttt=args.ttt
+        )
+        for mode in dict.fromkeys(args.mode)
+    }
+
+
+def _write(path: Path, args: Evaluate, scores: dict[str, Score]) -> None:
+    """Write the scores and the settings that they depend on as JSON."""
+    from pgolf.data.shards import atomic_file
+
+    data: dict[str, Any] = {
+        "artifact": str(args.artifact),
+        "documents": args.documents or "all",
+        "stride": args.stride,
+        "ttt": to_dict(args.ttt),
+        "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},
+    }
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")

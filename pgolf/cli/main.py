@@ -8,6 +8,8 @@ import sys
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
     "config": "show what a preset would do, every setting with its value",
+    "size": "bytes of an artifact by section: predicted for a preset, measured for a checkpoint",
+    "artifact": "look into an artifact, export its weights to safetensors",
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",

@@ -55,8 +55,13 @@ def parse_config(verb: str, args: list[str]) -> Config:
             print(text)
             raise SystemExit(0)
         raise ValueError(f"name a preset first\n\n{text}")
+    return override(verb, args[0], args[1:], load_base(args[0]))
+
+
+def override(verb: str, name: str, words: list[str], base: Config) -> Config:
+    """Return `base`, which was called `name`, with the settings of `words` changed."""
     rest = []
-    for word in args[1:]:
+    for word in words:
         flag, equals, value = word.partition("=")
         rest.append(SHORT.get(flag, flag) + equals + value)
-    return tyro.cli(Config, prog=f"pgolf {verb} {args[0]}", default=load_base(args[0]), args=rest)
+    return tyro.cli(Config, prog=f"pgolf {verb} {name}", default=base, args=rest)

@@ -169,7 +169,7 @@ class TrainLoader:
         batch = Batch(
             inputs=torch.from_numpy(tokens[:-1]),
             targets=torch.from_numpy(tokens[1:]),
-            cu_seqlens=_cu_seqlens(starts, count),
+            cu_seqlens=padded_cu_seqlens(starts, count),
             max_seqlen=self._max_context,
             epoch=(index + 1) * count / self._total,
         )
@@ -205,8 +205,8 @@ def _move(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
-    """Return starts, then total up to a multiple of 64 entries, as int32."""
+def padded_cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
+    """Return starts, then `total` up to a multiple of 64 entries (once at least), as int32."""
     size = -(-(starts.size + 1) // _CU_MULTIPLE) * _CU_MULTIPLE
     out = torch.full((size,), total, dtype=torch.int32)
     out[: starts.size] = torch.from_numpy(starts)
@@ -387,7 +387,7 @@ def _pack(
         inputs=inputs.to(device),
         targets=targets.to(device),
         target_bytes=target_bytes.to(device),
-        cu_seqlens=_cu_seqlens(cut_segments(local, size, max_context), size).to(device),
+        cu_seqlens=padded_cu_seqlens(cut_segments(local, size, max_context), size).to(device),
         max_seqlen=max_context,
         tokens=count,
     )

@@ -67,46 +67,79 @@ def evaluate_bpb(
             f"evaluate_bpb: expected a split that is not empty, got {expected_tokens} tokens and "
             f"{expected_bytes} bytes"
         )
-    start = time.perf_counter()
-    sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
-    bad = torch.full((dist.world_size,), 0, dtype=torch.float64, device=dist.device)
     training = model.training
     model.eval()
+    tally = Tally(dist)
     with torch.no_grad():
-        for index, batch in enumerate(batches):
-            nats, counts = _score(model, batch, dist.device, loop=loop)
-            sums += counts
-            finite = torch.isfinite(nats).all()
-            # Batch number plus one: 0 means none, and the sum over ranks keeps each rank's own.
-            mine = bad[dist.rank]
-            bad[dist.rank] = torch.where(finite | (mine > 0), mine, float(index + 1))
+        for batch in batches:
+            tally.add(*_score(model, batch, dist.device, loop=loop))
     model.train(training)
-    dist.all_reduce(sums)
-    dist.all_reduce(bad)
-    _check_finite(bad)
-    total, tokens, size = sums.tolist()
-    _check_count("tokens", round(tokens), expected_tokens)
-    _check_count("bytes", round(size), expected_bytes)
-    return Score(
-        nats=total,
-        tokens=round(tokens),
-        bytes=round(size),
-        bpb=total / math.log(2) / size,
-        loss=total / tokens,
-        seconds=time.perf_counter() - start,
-    )
+    return tally.total(expected_tokens=expected_tokens, expected_bytes=expected_bytes)
 
 
-def _score(model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool) -> tuple[Tensor, Tensor]:
-    """Return the losses `(T,)` and the batch's [nats, tokens, bytes] in float64, on the device."""
+class Tally:
+    """The running sums of one rank: float64, on the device, no host sync until they are read.
+
+    Every way to score adds to one of these: the whole split's score is `total`.
+    """
+
+    def __init__(self, dist: Dist) -> None:
+        self._dist = dist
+        self._start = time.perf_counter()
+        self._batches = 0
+        self._sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
+        self._bad = torch.zeros(dist.world_size, dtype=torch.float64, device=dist.device)
+
+    def add(self, nats: Tensor, scored: Tensor, sizes: Tensor) -> None:
+        """Count the tokens of one batch.
+
+        Args:
+            nats: losses, float32, any shape; 0 where not scored.
+            scored: bool, the same shape: which targets count.
+            sizes: int64, the same shape: bytes of each target.
+        """
+        self._batches += 1
+        self._sums += torch.stack(
+            [nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()]
+        )
+        # Batch number plus one: 0 means none, and the sum over ranks keeps each rank's own.
+        mine = self._bad[self._dist.rank]
+        finite = torch.isfinite(nats).all()
+        self._bad[self._dist.rank] = torch.where(finite | (mine > 0), mine, float(self._batches))
+
+    def so_far(self) -> float:
+        """Return this rank's bits per byte until now; waits for the device."""
+        nats, _, size = self._sums.tolist()
+        return float(nats / math.log(2) / max(size, 1.0))
+
+    def total(self, *, expected_tokens: int, expected_bytes: int) -> Score:
+        """Sum over the ranks, check and return the score; every rank calls it. Raises as `evaluate_bpb`."""
+        self._dist.all_reduce(self._sums)
+        self._dist.all_reduce(self._bad)
+        _check_finite(self._bad)
+        total, tokens, size = self._sums.tolist()
+        _check_count("tokens", round(tokens), expected_tokens)
+        _check_count("bytes", round(size), expected_bytes)
+        return Score(
+            nats=total,
+            tokens=round(tokens),
+            bytes=round(size),
+            bpb=total / math.log(2) / size,
+            loss=total / tokens,
+            seconds=time.perf_counter() - self._start,
+        )
+
+
+def _score(
+    model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the losses of a batch, which targets count, and their bytes, each `(T,)` on the device."""
     inputs, targets, cu_seqlens, sizes = (
         t.to(device, non_blocking=True)
         for t in (batch.inputs, batch.targets, batch.cu_seqlens, batch.target_bytes)
     )
     nats: Tensor = model(inputs, targets, cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop)
-    scored = targets != IGNORED_TARGET
-    counts = torch.stack([nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()])
-    return nats, counts
+    return nats, targets != IGNORED_TARGET, sizes
 
 
 def _check_finite(bad: Tensor) -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from pgolf.data.loader import validation_batches, validation_totals
+from pgolf.config import TttConfig
+from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
 from pgolf.data.shards import file_sha256
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
+from pgolf.evaluate.documents import first_documents
+from pgolf.evaluate.sliding import score_sliding
+from pgolf.evaluate.ttt import score_adapted
 from pgolf.model.gpt import GPT
 
 
@@ -41,6 +46,11 @@ class Corpus:
             )
         return cls(folder, tokenizer, file_sha256(tokenizer.path))
 
+    def validation(self, *, documents: int = 0) -> ValidationText:
+        """Return the validation text, or only its first `documents` documents."""
+        text = load_validation(self.folder, tokenizer=self.tokenizer, vocab_size=self.tokenizer.vocab_size)
+        return first_documents(text, self.tokenizer.bos_id, documents) if documents else text
+
 
 def score_model(model: GPT, corpus: Corpus, batch_tokens: int, dist: Dist) -> Score:
     """Return bits per byte of `model` over the whole validation text of `corpus`, counts asserted.
@@ -65,3 +75,38 @@ def score_model(model: GPT, corpus: Corpus, batch_tokens: int, dist: Dist) -> Sc
         device=dist.device,
     )
     return evaluate_bpb(model, batches, dist, expected_tokens=tokens, expected_bytes=size)
+
+
+def score_as(
+    mode: Literal["plain", "sliding", "ttt"],
+    model: GPT,
+    corpus: Corpus,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    batch_tokens: int,
+    stride: int,
+    ttt: TttConfig,
+) -> Score:
+    """Return bits per byte of `model` over `text`, counts asserted.
+
+    plain cuts documents into segments of max_context (a window that moves on by its own length), sliding
+    moves it by `stride`, ttt adapts to each document.
+
+    Args:
+        mode: which. model: prepared on dist.device. text: of `corpus.validation`. dist: ranks that share.
+        batch_tokens: tokens of a forward pass of plain and sliding.
+        stride: tokens that a window of sliding scores. ttt: settings of ttt.
+    """
+    bos_id, context = corpus.tokenizer.bos_id, model.config.max_context
+    if mode == "ttt":
+        return score_adapted(model, text, dist, bos_id=bos_id, config=ttt)
+    return score_sliding(
+        model,
+        text,
+        dist,
+        bos_id=bos_id,
+        context=context,
+        stride=context if mode == "plain" else stride,
+        batch_tokens=batch_tokens,
+    )

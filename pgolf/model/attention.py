@@ -19,9 +19,11 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
+from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
+AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -68,9 +70,7 @@ def _varlen_has_gqa_flag() -> bool:
 _VARLEN_HAS_GQA_FLAG = _varlen_has_gqa_flag()
 
 
-def select_attention(
-    name: Literal["auto", "varlen", "fa4", "sdpa"], device: torch.device
-) -> tuple[str, AttentionKernel]:
+def select_attention(name: AttentionName, device: torch.device) -> tuple[AttentionName, AttentionKernel]:
     """Return the name and the attention kernel to use on `device`.
 
     auto is flash-attn-4 on Hopper when installed, else torch varlen on CUDA sm_80 and newer, else SDPA.
@@ -117,14 +117,19 @@ def attention_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
+    lora: LayerLora | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
 
     QK-norm, partial RoPE, learned gain on q, causal attention per segment, exclusive self-attention, head
-    gate, output projection, in the order of PR #1855.
+    gate, output projection, in the order of PR #1855. Adapters add to q, k and v before the norm, and to the
+    output (a bypass with the input n).
     """
     qkv = F.linear(n, weights.qkv)
+    if lora is not None:
+        extra, bypass = lora.attention(n)
+        qkv = qkv + extra
     q, k, v = (
         part.view(n.shape[0], -1, config.head_dim)
         for part in torch.split(qkv, [config.width, config.kv_width, config.kv_width], dim=-1)
@@ -141,4 +146,5 @@ def attention_branch(
     if observe is not None:
         observe("attn_in", n)
         observe("attn_out", y)
-    return F.linear(y, weights.out)
+    out = F.linear(y, weights.out)
+    return out if lora is None else out + bypass

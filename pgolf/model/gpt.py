@@ -17,11 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
-from pgolf.model.attention import AttentionKernel, AttentionWeights, attention_branch, select_attention
+from pgolf.model.attention import (
+    AttentionKernel,
+    AttentionName,
+    AttentionWeights,
+    attention_branch,
+    select_attention,
+)
 from pgolf.model.gates import rms_norm, skip_mix, smear
+from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
-from pgolf.ops import softcap_ce
+from pgolf.ops import linear_softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -56,6 +63,7 @@ class LayerWeights(NamedTuple):
     ln_scale: Tensor  # ()
     lane_post: Tensor | None  # (2, 2), [branch, destination lane]
     lane_resid: Tensor | None  # (2,)
+    lora: LayerLora | None = None
 
 
 class Context(NamedTuple):
@@ -88,6 +96,7 @@ def attend(
         exclusive=exclusive,
         rope=ctx.rope,
         cu_seqlens=ctx.cu_seqlens,
+        lora=w.lora,
         observe=tap,
     )
     return u, w.attn_scale * a
@@ -96,7 +105,8 @@ def attend(
 def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> Tensor:
     """Return the scaled output `(T, D)` of a layer's MLP on the residual stream `x`."""
     n = rms_norm(x) * w.ln_scale
-    return w.mlp_scale * mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    m = mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    return w.mlp_scale * (m if w.lora is None else m + w.lora.mlp(n))
 
 
 def serial_block(
@@ -166,6 +176,7 @@ class GPT(nn.Module):
     smear_lambda: nn.Parameter
     bank_names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
     embed_names = ("tok_emb",)
+    attention_name: AttentionName
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -186,7 +197,7 @@ class GPT(nn.Module):
         self,
         device: torch.device,
         *,
-        attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto",
+        attention: AttentionName = "auto",
         compile: Literal["off", "blocks", "model"] = "off",
         backend: str = "inductor",
     ) -> GPT:
@@ -243,11 +254,11 @@ class GPT(nn.Module):
         Raises:
             ValueError: max_seqlen above config.max_context.
         """
-        hidden, table = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
+        hidden, _ = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
         if observe is not None:
             observe("head", 0, hidden)
-        logits = F.linear(hidden, table)
-        return softcap_ce(logits, targets, self.config.softcap)
+        # The float32 table: its gradient is then summed in float32 and never rounded to the compute dtype.
+        return linear_softcap_ce(hidden, self.tok_emb, targets, self.config.softcap, reduction="none")
 
     def logits(self, inputs: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, loop: bool) -> Tensor:
         """Return the soft-capped logits `(T, V)` float32."""
@@ -263,8 +274,13 @@ class GPT(nn.Module):
         max_seqlen: int,
         loop: bool,
         observe: Observe | None = None,
+        adapters: Adapters | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype."""
+        """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
+
+        Args as `forward`; `adapters` add to the layers (their head is the caller's) and want documents of one
+        length each, in order, and a model that is not compiled.
+        """
         config = self.config
         if max_seqlen > config.max_context:
             raise ValueError(
@@ -278,10 +294,17 @@ class GPT(nn.Module):
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
         ctx = Context(x, self._rope_for(inputs), cu_seqlens)
         layers = self._layers if observe is not None else (self._compiled_layers or self._layers)
+        if adapters is not None:
+            return self._layers(weights, ctx, loop, observe, adapters), table
         return layers(weights, ctx, loop, observe), table
 
     def _layers(
-        self, weights: list[LayerWeights], ctx: Context, loop: bool, observe: Observe | None
+        self,
+        weights: list[LayerWeights],
+        ctx: Context,
+        loop: bool,
+        observe: Observe | None,
+        adapters: Adapters | None = None,
     ) -> Tensor:
         """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
         config = self.config
@@ -289,19 +312,18 @@ class GPT(nn.Module):
         x = ctx.x0.view(ctx.x0.shape)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
-        for i in encoder:
-            x = self._run_serial(x, i, weights, ctx, observe)
+        for slot, i in enumerate(encoder):
+            x = self._run_serial(x, i, _adapt(weights[i], adapters, slot), ctx, observe)
             saved.append(x)
         lanes = (x, x)
         for j, i in enumerate(decoder):
+            w = _adapt(weights[i], adapters, len(encoder) + j)
             s = saved.pop().view(x.shape) if saved else None
             if i < config.parallel_from:
-                x = self._run_serial(self._join_skip(x, s, j), i, weights, ctx, observe)
+                x = self._run_serial(self._join_skip(x, s, j), i, w, ctx, observe)
                 lanes = (x, x)
             else:
-                lanes = self._run_parallel(
-                    (self._join_skip(lanes[0], s, j), lanes[1]), i, weights, ctx, observe
-                )
+                lanes = self._run_parallel((self._join_skip(lanes[0], s, j), lanes[1]), i, w, ctx, observe)
         return self._join(*lanes)
 
     def _embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -347,7 +369,9 @@ class GPT(nn.Module):
     def _rope_for(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         tokens, config = inputs.shape[0], self.config
         if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != inputs.device:
-            self._rope = rope_tables(tokens, config.rope_dims, base=config.rope_base, device=inputs.device)
+            # A power of two, so that batches that grow token by token make few tables.
+            size = 1 << (tokens - 1).bit_length()
+            self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=inputs.device)
         return self._rope[0][:tokens], self._rope[1][:tokens]
 
     def _kernel(self) -> AttentionKernel:
@@ -357,23 +381,21 @@ class GPT(nn.Module):
         return self._attention
 
     def _run_serial(
-        self, x: Tensor, i: int, weights: list[LayerWeights], ctx: Context, observe: Observe | None
+        self, x: Tensor, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
     ) -> Tensor:
         block = self._serial if observe is None else serial_block
-        return block(self.config, self._kernel(), x, weights[i], ctx, self._exclusive(i), _tap(observe, i))
+        return block(self.config, self._kernel(), x, w, ctx, self._exclusive(i), _tap(observe, i))
 
     def _run_parallel(
         self,
         lanes: tuple[Tensor, Tensor],
         i: int,
-        weights: list[LayerWeights],
+        w: LayerWeights,
         ctx: Context,
         observe: Observe | None,
     ) -> tuple[Tensor, Tensor]:
         block = self._parallel if observe is None else parallel_block
-        return block(
-            self.config, self._kernel(), lanes, weights[i], ctx, self._exclusive(i), _tap(observe, i)
-        )
+        return block(self.config, self._kernel(), lanes, w, ctx, self._exclusive(i), _tap(observe, i))
 
     def _exclusive(self, i: int) -> bool:
         return i >= self.config.layers - self.config.xsa_layers
@@ -384,6 +406,11 @@ class GPT(nn.Module):
         weight = self.skip_weights[j].to(self.compute_dtype)
         gate = self.skip_gates[j].to(self.compute_dtype) if self.config.skip == "gated" else None
         return self._skip(x, s, weight, gate)
+
+
+def _adapt(w: LayerWeights, adapters: Adapters | None, slot: int) -> LayerWeights:
+    """Return a layer's weights with the adapters of its execution `slot`."""
+    return w if adapters is None else w._replace(lora=adapters.layers[slot])
 
 
 def _tap(observe: Observe | None, layer: int) -> Tap:

@@ -13,18 +13,42 @@ from pgolf.ops.int6 import (
     unpack_int6,
     unpack_int6_ref,
 )
-from pgolf.ops.newton_schulz import newton_schulz, newton_schulz_ref
+from pgolf.ops.linear_softcap_ce import linear_softcap_ce, linear_softcap_ce_ref
+from pgolf.ops.muon_step import (
+    MuonBank,
+    MuonRule,
+    muon_apply,
+    muon_apply_ref,
+    muon_step,
+    muon_step_ref,
+)
+from pgolf.ops.newton_schulz import (
+    newton_schulz,
+    newton_schulz_banks,
+    newton_schulz_banks_ref,
+    newton_schulz_ref,
+)
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 
 __all__ = [
     "KernelRow",
+    "MuonBank",
+    "MuonRule",
     "decode_codes",
     "decode_codes_ref",
     "encode_codes",
     "encode_codes_ref",
     "kernel_table",
+    "linear_softcap_ce",
+    "linear_softcap_ce_ref",
+    "muon_apply",
+    "muon_apply_ref",
+    "muon_step",
+    "muon_step_ref",
     "newton_schulz",
+    "newton_schulz_banks",
+    "newton_schulz_banks_ref",
     "newton_schulz_ref",
     "pack_int6",
     "pack_int6_ref",

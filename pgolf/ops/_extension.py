@@ -21,7 +21,22 @@ except ImportError as e:
         f"{BUILD_COMMAND}"
     ) from e
 
-OPERATORS = ("newton_schulz", "softcap_ce", "softcap_ce_backward", "pack_int6", "unpack_int6")
+OPERATORS = (
+    "newton_schulz",
+    "newton_schulz_banks",
+    "muon_step",
+    "muon_apply",
+    "softcap_ce",
+    "softcap_ce_backward",
+    "softcap_ce_gradient",
+    "softcap_ce_gradient_",
+    "softcap_ce_rescale_",
+    "linear_softcap_ce",
+    "linear_softcap_ce_backward",
+    "linear_softcap_ce_gradients",
+    "pack_int6",
+    "unpack_int6",
+)
 """Every operator of `torch.ops.pgolf`, in the order of the table."""
 
 

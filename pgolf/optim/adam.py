@@ -1,8 +1,8 @@
-"""AdamW on one group of parameters with one learning rate, in one launch on CUDA.
+"""AdamW on one group of parameters with one learning rate, in one pass.
 
-torch's own fused (CUDA) and foreach (CPU) kernels on state that this class owns: allocated once, zeroed in
-place, and named, so that it can be saved without pickle. Replicated: every rank holds all of it and takes the
-same step.
+torch's own fused kernels on state that this class owns: allocated once, zeroed in place, and named, so that
+it can be saved without pickle. What changes from step to step can be tensors on the device, so the step fits
+into a CUDA graph. Replicated: every rank holds all of it and takes the same step.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ class AdamW:
         self._weight_decay = weight_decay
         self._mean = [torch.zeros_like(p) for p in self._params]
         self._square = [torch.zeros_like(p) for p in self._params]
-        self._cuda = bool(self._params) and self._params[0].is_cuda
         device = self._params[0].device if self._params else None
         # One counter a parameter, as the kernels want it, in one tensor, so that it is reset and saved as
         # one.
@@ -48,8 +47,16 @@ class AdamW:
         self._step_views = list(self._steps.unbind())
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Apply the gradients with learning rate `lr`; does not zero them, does not synchronize."""
+    def step(
+        self, lr: float | Tensor, *, grad_divisor: Tensor | None = None, skip: Tensor | None = None
+    ) -> None:
+        """Apply the gradients with learning rate `lr`; does not zero them, does not synchronize.
+
+        Args:
+            lr: a number, or `()` float32 on the device.
+            grad_divisor: `()` float32 on the device; the gradients are divided by it first, in place.
+            skip: `()` float32 on the device; 1 leaves parameters, moments and counts as they are, 0 does not.
+        """
         if not self._params:
             return
         adamw(
@@ -59,10 +66,12 @@ class AdamW:
             self._square,
             [],
             self._step_views,
-            foreach=not self._cuda,
-            fused=self._cuda,
+            foreach=False,
+            fused=True,
             capturable=False,
             differentiable=False,
+            grad_scale=grad_divisor,
+            found_inf=skip,
             amsgrad=False,
             beta1=self._config.beta1,
             beta2=self._config.beta2,

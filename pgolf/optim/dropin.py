@@ -25,7 +25,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
 from pgolf.optim.muon import lr_scale, row_normalize_
-from pgolf.optim.polar import JORDAN, Coefficients, coefficients
+from pgolf.optim.polar import JORDAN, Coefficients, check_converges, coefficients
 
 ADJUST = (None, "original", "match_rms_adamw")
 ADAM_EPS = 1e-8  # torch.optim.AdamW's; Muon's own eps, 1e-7, guards a norm instead
@@ -48,7 +48,9 @@ class Muon(Optimizer):
             `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`.
         split_sizes: rows of the matrices that are fused in each parameter of the group, as `(d, k, k)` for
             QKV; each is iterated by itself.
-    `lr`, `weight_decay`, `momentum` are read from the groups at each step, so schedulers work.
+    `lr`, `weight_decay`, `momentum` are read from the groups at each step, so schedulers work. A zero
+    direction has a zero update; an empty parameter is passed over. A gradient that is not finite spoils its
+    own matrix and momentum, as in torch.optim: skip the step where `clip_grad_norm_` returns such a norm.
     """
 
     # What a copied or unpickled optimizer falls back to: a process group cannot be copied.
@@ -335,7 +337,9 @@ def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
         raise ValueError(
             f"Muon: ns_coefficients has {len(rows)} triples for ns_steps={steps}; pass ns_steps={len(rows)}"
         )
-    return tuple((float(a), float(b), float(c)) for a, b, c in rows)
+    table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
+    check_converges(table)
+    return table
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -32,13 +32,17 @@ class Ema:
         Raises:
             ValueError: decay is outside [0, 1]. RuntimeError: the averages are swapped in.
         """
+        self.check_update(decay)
+        if self._average:
+            live = [t.float() for t in self._live.values()]
+            torch._foreach_lerp_(list(self._average.values()), live, 1 - decay)
+
+    def check_update(self, decay: float) -> None:
+        """Raise what `update` raises; for an optimizer that moves the averages itself."""
         if not 0 <= decay <= 1:
             raise ValueError(f"ema: decay must be in [0, 1], got {decay}")
         if self._swapped:
             raise RuntimeError("ema: update inside swap() would average the average; leave swap() first")
-        if self._average:
-            live = [t.float() for t in self._live.values()]
-            torch._foreach_lerp_(list(self._average.values()), live, 1 - decay)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

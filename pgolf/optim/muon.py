@@ -2,38 +2,29 @@
 
 Per step (Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon; banks and overlap: parameter-golf PR
 #399 and #549; row normalization: MuonEq-R, arXiv 2603.28254): average the gradients and scatter them
-(`reduce`), let the caller clip the shards, then momentum, row normalization, polar iteration, gather and
-apply (`step`). Unlike the record stack, clipping sees the averaged gradient and the sharded momentum is part
-of the state.
+(`reduce`), let the caller measure the shards, then momentum, row normalization, polar iteration, gather and
+apply (`step`, by `pgolf.ops.muon_step`). Unlike the record stack, clipping sees the averaged gradient and the
+sharded momentum is part of the state.
 
 Legend: `B` matrices in a bank, `S` matrices of it on one rank = ceil(B / world size), `m` rows, `n` columns.
 A rank owns matrices rank * S to rank * S + S - 1; those past B are padding, zero in gradient, momentum and
-update. One process has no padding and no collectives; on CPU its shard is the gradient itself.
+update. One process has no padding and no collectives; its shard is the gradient itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
-from pgolf.ops import newton_schulz
+from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
 from pgolf.optim.flat import flat_views
-from pgolf.optim.polar import Coefficients, coefficients
-
-
-class Polar(Protocol):
-    """A batched polar iteration: `(b, m, n)` to the same shape and dtype."""
-
-    def __call__(self, x: Tensor, coefficients: Sequence[Coefficients], *, eps: float = 1e-7) -> Tensor:
-        """Iterate each matrix of `x`; see `pgolf.ops.newton_schulz`."""
-        ...
+from pgolf.optim.polar import coefficients
 
 
 def by_size(banks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -61,9 +52,10 @@ class _Bank:
 
     param: Tensor  # (B, m, n) float32, detached
     grad: Tensor  # (B, m, n) float32, local
+    average: Tensor | None  # (B, m, n) float32 moving average of param
     shard: Tensor  # (S, m, n) averaged gradient of the owned matrices
     momentum: Tensor  # (S, m, n)
-    direction: Tensor  # (S, m, n) what the polar iteration gets; scratch
+    update: Tensor  # (S, m, n) what the polar iteration gives
     wire: Tensor | None  # (S * world size, m, n) to send gradients and to receive updates; None on one rank
     scale: float
 
@@ -71,14 +63,15 @@ class _Bank:
 class BankMuon:
     """Momentum, MuonEq-R and polar iteration on `(B, m, n)` banks, sharded over the ranks by matrix.
 
-    buf <- mu buf + g;   u = g + mu buf (nesterov) or buf;   u <- row_normalize(u);   O = polar(u);
-    p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
-    with g the averaged, clipped gradient. Shards, momentum and updates are bfloat16 on CUDA and float32 on
-    CPU, at any world size; everything between two roundings is computed in float32.
+    g = grad_scale * averaged gradient;   buf <- mu buf + g;   u = g + mu buf (nesterov) or buf
+    u <- row_normalize(u);   O = polar(u);   p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
+    average <- average + average_weight (p - average)
+    Momentum and updates, and with several processes the averaged gradients, are bfloat16 on CUDA and float32
+    on CPU; everything between two roundings is computed in float32.
 
     Attributes:
-        shard: 1-D; this rank's averaged gradients of all banks (and zero gaps), valid after `reduce`. Scale
-            it in place to clip. Disjoint between ranks, so squared norms add up.
+        shard: 1-D; this rank's averaged gradients of all banks (and zero gaps), valid after `reduce`.
+            Disjoint between ranks, so squared norms add up.
     """
 
     def __init__(
@@ -89,45 +82,45 @@ class BankMuon:
         config: MuonConfig,
         dist: Dist,
         *,
-        polar: Polar = newton_schulz,
+        averages: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Take banks and gradients in the order of `by_size`; both are read in place at each step.
 
         Args:
             banks: float32 parameters by name. flat_grad, grads: their gradients, from `flat_views`.
-            polar: the polar iteration.
+            averages: float32 moving averages by name, moved at each step; None has none.
         """
-        self._config, self._dist, self._polar = config, dist, polar
-        self._table = coefficients(config.coefficients, config.ns_steps)
-        self._flat_grad = flat_grad
-        self._dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
+        self._dist, self._flat_grad = dist, flat_grad
+        self._rule = MuonRule(
+            coefficients(config.coefficients, config.ns_steps),
+            nesterov=config.nesterov,
+            row_normalize=config.row_normalize,
+        )
+        dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         world, device = dist.world_size, dist.device
         shapes = {name: (-(-p.shape[0] // world), p.shape[1], p.shape[2]) for name, p in banks.items()}
-        if world == 1 and self._dtype == flat_grad.dtype:
+        if world == 1:
             self.shard, shards = flat_grad, dict(grads)
         else:
-            self.shard, shards = flat_views(shapes, dtype=self._dtype, device=device)
-        self._momentum, momenta = flat_views(shapes, dtype=self._dtype, device=device)
-        self._direction, directions = flat_views(shapes, dtype=self._dtype, device=device)
+            self.shard, shards = flat_views(shapes, dtype=dtype, device=device)
+        self._momentum, momenta = flat_views(shapes, dtype=dtype, device=device)
+        _, updates = flat_views(shapes, dtype=dtype, device=device)
         self._banks: dict[str, _Bank] = {}
         for name, p in banks.items():
             s, m, n = shapes[name]
             self._banks[name] = _Bank(
                 param=p.detach(),
                 grad=grads[name],
+                average=None if averages is None else averages[name],
                 shard=shards[name],
                 momentum=momenta[name],
-                direction=directions[name],
-                wire=None if world == 1 else torch.zeros(s * world, m, n, dtype=self._dtype, device=device),
+                update=updates[name],
+                wire=None if world == 1 else torch.zeros(s * world, m, n, dtype=dtype, device=device),
                 scale=lr_scale(m, n),
             )
 
     def reduce(self) -> list[Pending]:
         """Start averaging the local gradients into `shard`, largest bank first; wait for what it returns."""
-        if self._dist.world_size == 1:
-            if self.shard is not self._flat_grad:
-                self.shard.copy_(self._flat_grad)  # the same layout: no rank, no padding
-            return []
         started = []
         for bank in self._banks.values():
             if bank.wire is not None:
@@ -136,35 +129,35 @@ class BankMuon:
         return started
 
     @torch.no_grad()
-    def step(self, lr: float, *, momentum: float) -> None:
-        """Update momentum and all banks from `shard`; does not synchronize the host.
+    def step(self, scalars: Tensor) -> None:
+        """Update momentum, all banks and their averages from `shard`; does not synchronize the host.
 
-        The gather of one bank runs while the next bank is iterated.
+        Args:
+            scalars: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. Where its grad_scale is not
+                finite nothing changes.
         """
-        if not self._banks:
+        banks = list(self._banks.values())
+        if self._dist.world_size == 1:
+            muon_step([_whole(bank) for bank in banks], scalars, self._rule)
             return
-        self._momentum.mul_(momentum).add_(self.shard)
-        if self._config.nesterov:
-            torch.add(self.shard, self._momentum, alpha=momentum, out=self._direction)
-        else:
-            self._direction.copy_(self._momentum)
-        torch._foreach_mul_([bank.param for bank in self._banks.values()], 1 - lr * self._config.weight_decay)
-        gathering: tuple[_Bank, Pending] | None = None
-        for bank in self._banks.values():
-            update = self._update(bank)
-            if bank.wire is None:
-                bank.param.add_(update, alpha=-lr * bank.scale)
-                continue
-            work = self._dist.all_gather(bank.wire, update)
-            if gathering is not None:
-                _apply(*gathering, lr=lr)
-            gathering = (bank, work)
-        if gathering is not None:
-            _apply(*gathering, lr=lr)
-
-    def _update(self, bank: _Bank) -> Tensor:
-        u = row_normalize_(bank.direction) if self._config.row_normalize else bank.direction
-        return self._polar(u, self._table)
+        # The gather of one bank runs while the next bank is iterated.
+        gathers: list[Pending] = []
+        for bank in banks:
+            own = MuonBank(bank.shard, bank.momentum, bank.update)
+            muon_step([own], scalars, self._rule)
+            assert bank.wire is not None
+            gathers.append(self._dist.all_gather(bank.wire, bank.update))
+        for gather in gathers:
+            gather.wait()
+        # The padding at the end of a wire is zero, as the polar iteration keeps zero matrices: it can carry
+        # the next gradients as it is.
+        muon_apply(
+            [bank.param for bank in banks],
+            [bank.wire[: bank.param.shape[0]] for bank in banks if bank.wire is not None],
+            scalars,
+            lr_scales=[bank.scale for bank in banks],
+            averages=[bank.average for bank in banks if bank.average is not None],
+        )
 
     def reset(self) -> None:
         """Zero the momentum, in place."""
@@ -197,9 +190,6 @@ class BankMuon:
             bank.momentum[: mine.shape[0]].copy_(mine)
 
 
-def _apply(bank: _Bank, gathered: Pending, *, lr: float) -> None:
-    gathered.wait()
-    assert bank.wire is not None
-    # The padding at the end of the wire is zero, as the polar iteration keeps zero matrices: it can carry the
-    # next gradients as it is.
-    bank.param.add_(bank.wire[: bank.param.shape[0]], alpha=-lr * bank.scale)
+def _whole(bank: _Bank) -> MuonBank:
+    """Return all of a bank, which one process owns, for a step in one call."""
+    return MuonBank(bank.shard, bank.momentum, bank.update, bank.param, bank.average, bank.scale)

@@ -3,7 +3,8 @@
 A step is batch_tokens / (micro_tokens * world size) forward/backward passes on each rank and one optimizer
 step. The host waits, once a step, for the end of the previous backward pass, never for the optimizer behind
 it: the queue of the device does not run dry, the clock is right to a few milliseconds, and the previous
-loss is there to print.
+loss is there to print. What the optimizer found (gradient norm, skipped steps) arrives one step later still,
+so a step's line in metrics.jsonl is written when the next one is reported.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentu
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.state import clone_parameters, copy_parameters
+
+MAX_SKIPPED_IN_A_ROW = 2
+"""Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""
+
+ADVICE = (
+    "lower optim.muon.lr or optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was "
+    "quantized"
+)
 
 
 @dataclass
@@ -42,27 +51,77 @@ class TrainResult:
     """Milliseconds of every step, by loop mode, without the first step of a mode."""
     losses: list[float] = field(default_factory=list)
     """Rank 0's loss of every step, nats per token."""
+    skipped: int = 0
+    """Steps whose gradient was not finite: they changed nothing."""
 
 
-class _HostLoss:
-    """The loss of the last step, on its way to the host without a sync of the device."""
+class _Seen(NamedTuple):
+    """What the host knows of the device at the end of a backward pass."""
+
+    loss: float
+    """Of the step of that pass."""
+    grad_norm: float
+    """Of the step before."""
+    skipped: int
+    """Steps before this one that were skipped."""
+
+
+class _HostValues:
+    """The scalars of the last step, on their way to the host without a sync of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._value = torch.full((), math.nan, pin_memory=self._cuda)
+        self._values = torch.tensor([math.nan, math.nan, 0.0], pin_memory=self._cuda)
         self._event: Any = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
 
-    def send(self, loss: Tensor) -> None:
+    def send(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """Queue the copy; `wait` returns it once the device has come this far."""
-        self._value.copy_(loss, non_blocking=True)
+        self._values.copy_(torch.stack((loss, grad_norm, skipped)), non_blocking=True)
         if self._event is not None:
             self._event.record()
 
-    def wait(self) -> float:
-        """Wait until the device has finished everything queued before `send`, and return the loss."""
+    def wait(self) -> _Seen:
+        """Wait until the device has finished everything queued before `send`, and return what was sent."""
         if self._event is not None:
             self._event.synchronize()
-        return float(self._value)
+        loss, grad_norm, skipped = self._values.tolist()
+        return _Seen(loss, grad_norm, int(skipped))
+
+
+class _Rows:
+    """The lines of metrics.jsonl: each is started with its loss and finished with its gradient norm."""
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+        self._row: dict[str, Any] = {}
+        self._skipped_in_a_row = 0
+
+    def start(self, **fields: Any) -> None:
+        """Keep what is known of a step when its loss has arrived."""
+        self._row = fields
+
+    def finish(self, grad_norm: float, skipped: int, result: TrainResult) -> None:
+        """Write the line that was started, if any; say so if its step was skipped.
+
+        Raises:
+            RuntimeError: the last steps were all skipped (the same on every rank).
+        """
+        if not self._row:
+            return
+        row, self._row = self._row, {}
+        self.log.metric(**row, grad_norm=grad_norm, skipped=skipped)
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > result.skipped else 0
+        result.skipped = skipped
+        if not self._skipped_in_a_row:
+            return
+        self.log.line(
+            f"step {row['step']:5d}  the gradient's norm is {grad_norm}: step skipped, {skipped} so far"
+        )
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise RuntimeError(
+                f"the loss is {row['loss']:.4f} at step {row['step']}, but the gradient was not finite in "
+                f"{self._skipped_in_a_row} steps in a row: the run has diverged; {ADVICE}"
+            )
 
 
 def passes_per_step(data: DataConfig, world_size: int) -> int:
@@ -105,9 +164,7 @@ class Trainer:
         for loop in modes:
             for _ in range(self._config.train.warmup_steps):
                 self._accumulate(loop=loop)
-                self._optimizer.step(0.0)
-                if self._ema is not None:
-                    self._ema.update(0.5)
+                self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
             log.line(f"warm-up: loop {'on' if loop else 'off'} ready at {time.perf_counter() - began:.1f} s")
         copy_parameters(self._model, weights)
@@ -122,29 +179,41 @@ class Trainer:
         """Train until the clock stops the run; `result` is kept up to date all along.
 
         Raises:
-            RuntimeError: the loss is not finite (on every rank, naming the step).
+            RuntimeError: the loss, or the gradient of several steps in a row, is not finite (on every rank,
+                naming the step).
         """
         config = self._config
-        host_loss = _HostLoss(self._dist.device)
+        host = _HostValues(self._dist.device)
+        optimizer, log_rows = self._optimizer, _Rows(log)
         previous: tuple[Tick, bool] | None = None
-        while True:
-            tick = clock.tick(result.steps, last_loss=host_loss.wait())
-            loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
-            if previous is not None:
-                self._report(*previous, tick, result, log)
-            if tick.stop:
-                break
-            if loop and result.loop_step is None:
-                result.loop_step = tick.step
-            host_loss.send(self._accumulate(loop=loop))
-            self._optimizer.step(tick.frac)
-            if self._ema is not None and previous is not None:
-                self._ema.update(ema_decay(tick.frac - previous[0].frac, config.optim))
-            result.steps += 1
-            result.tokens += config.data.batch_tokens
-            previous = (tick, loop)
-        self._synchronize()
+        try:
+            while True:
+                seen = host.wait()
+                tick = clock.tick(result.steps, last_loss=seen.loss)
+                loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
+                if previous is not None:
+                    log_rows.finish(seen.grad_norm, seen.skipped, result)
+                    self._report(*previous, tick, result, log_rows)
+                if tick.stop:
+                    break
+                if loop and result.loop_step is None:
+                    result.loop_step = tick.step
+                host.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
+                optimizer.step(tick.frac, ema_decay=self._decay(tick, previous))
+                result.steps += 1
+                result.tokens += config.data.batch_tokens
+                previous = (tick, loop)
+            self._synchronize()
+            log_rows.finish(float(optimizer.grad_norm), int(optimizer.skipped), result)
+        finally:
+            log_rows.finish(math.nan, result.skipped, result)
         result.seconds = clock.elapsed
+
+    def _decay(self, tick: Tick, previous: tuple[Tick, bool] | None) -> float | None:
+        """Return the decay of the average, or None at the first step, whose length is not known."""
+        if self._ema is None or previous is None:
+            return None
+        return ema_decay(tick.frac - previous[0].frac, self._config.optim)
 
     def _accumulate(self, *, loop: bool) -> Tensor:
         """Run this rank's forward/backward passes of one step; return their mean loss (on the device)."""
@@ -159,14 +228,11 @@ class Trainer:
             total += loss.detach()
         return total
 
-    def _report(self, tick: Tick, loop: bool, after: Tick, result: TrainResult, log: RunLog) -> None:
+    def _report(self, tick: Tick, loop: bool, after: Tick, result: TrainResult, rows: _Rows) -> None:
         """Log step `tick`, whose loss and end time are known now that the clock shows `after`."""
         loss, seconds, config = after.last_loss, after.elapsed - tick.elapsed, self._config
         if not math.isfinite(loss):
-            raise RuntimeError(
-                f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); lower optim.muon.lr or "
-                f"optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was quantized"
-            )
+            raise RuntimeError(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
         mode = "loop_on" if loop else "loop_off"
         if tick.step and tick.step != result.loop_step:
             result.step_ms[mode].append(1000 * seconds)
@@ -174,7 +240,7 @@ class Trainer:
         result.last_loss = loss
         rate = config.data.batch_tokens / seconds
         lr = lr_multiplier(tick.frac, config.optim)
-        log.metric(
+        rows.start(
             step=tick.step,
             loss=loss,
             elapsed=after.elapsed,
@@ -191,7 +257,7 @@ class Trainer:
             if math.isfinite(left)
             else f"{config.train.steps - tick.step - 1} steps left"
         )
-        log.line(
+        rows.log.line(
             f"step {tick.step:5d}  loss {loss:7.4f}  {1000 * seconds:8.1f} ms  {rate / 1e3:8.1f} ktok/s  "
             f"lr x{lr:.3f}  {'loop  ' if loop else ''}{to_go}"
         )

@@ -81,6 +81,8 @@ class Plan:
     base: str
     length: str
     """What is held fixed, in words: "1,000 steps" or "120 s"."""
+    fixed_steps: bool
+    """Steps are held fixed, not seconds."""
     out: Path
     baseline: str
     arms: dict[str, Config]
@@ -158,6 +160,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         comment=file.comment,
         base=file.base,
         length=f"{file.steps:,} steps" if file.steps else f"{file.seconds:g} s",
+        fixed_steps=file.steps > 0,
         out=out or file.out or Path("ablations") / file.name,
         baseline=file.baseline,
         arms=arms,

@@ -11,19 +11,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
-from pgolf.artifact.write import fit_artifact
+from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
-from pgolf.evaluate.corpus import Corpus, score_model
+from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -50,7 +51,7 @@ class Summary:
     attention: str
     parameters: int
     scores: dict[str, Score] = field(default_factory=dict)
-    """raw, ema, quantized."""
+    """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of every phase."""
     train: dict[str, Any] = field(default_factory=dict)
@@ -71,8 +72,8 @@ class Run:
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
         parameters = dict(self._model.named_parameters())
-        self._optimizer = Optimizer(self._model, config.optim, dist)
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
+        self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
         self._summary = Summary(
             name=config.name,
             config_hash=config_hash(config),
@@ -145,6 +146,7 @@ class Run:
             "tokens": result.tokens,
             "loop_step": result.loop_step,
             "last_loss": result.last_loss,
+            "skipped_steps": result.skipped,
             "ms_loop_off": median["loop_off"],
             "ms_loop_on": median["loop_on"],
             "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
@@ -207,11 +209,33 @@ class Run:
                 continue
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
-            self._summary.scores[name] = score
-            self._summary.seconds[f"score_{name}"] = score.seconds
-            self._log.line(
-                f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s"
+            self._add_score(name, score)
+        self._score_otherwise()
+
+    def _score_otherwise(self) -> None:
+        """Score the quantized weights, which are in the model, in the further ways that are asked for."""
+        config = self._config.evaluate
+        wanted: dict[Literal["sliding", "ttt"], bool] = {"sliding": config.sliding, "ttt": config.ttt}
+        modes = [mode for mode, asked in wanted.items() if asked]
+        text = self._corpus.validation() if modes else None
+        for mode in modes:
+            assert text is not None
+            score = score_as(
+                mode,
+                self._model,
+                self._corpus,
+                text,
+                self._dist,
+                batch_tokens=self._config.data.micro_tokens,
+                stride=config.stride,
+                ttt=config.adapters,
             )
+            self._add_score(mode, score)
+
+    def _add_score(self, name: str, score: Score) -> None:
+        self._summary.scores[name] = score
+        self._summary.seconds[f"score_{name}"] = score.seconds
+        self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
 
     def _timed(self, phase: str, work: Any) -> Any:
         began = time.perf_counter()
@@ -237,19 +261,18 @@ def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
 def write_quantized(
     path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
 ) -> Ledger:
-    """Quantize, compress and write the artifact; with artifact.fit, widen the clips until it fits.
+    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
 
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
-    return fit_artifact(
-        path,
-        quantize,
-        config.model,
-        tokenizer_sha256=tokenizer_sha256,
-        config_hash=config_hash(config),
-        limit=config.artifact.limit,
-        tries=3 if config.artifact.fit else 1,
+    limit, facts = config.artifact.limit, config_hash(config)
+    if config.artifact.fit:
+        return fit_artifact(
+            path, quantize, config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
+        )
+    return write_artifact(
+        path, quantize(1.0), config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
     )
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.data.shards import atomic_file
 
@@ -22,16 +21,11 @@ def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts
     Raises:
         OSError: the file could not be written (disk full, no permission); names the file.
     """
-    temporary = path.with_name(path.name + ".tmp")
     metadata = {"config": json.dumps(to_dict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except (OSError, SafetensorError) as e:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"could not write {path}: {e}; free some space or choose another --train.out") from e
+        write_tensors(path, tensors, metadata)
+    except OSError as e:
+        raise OSError(f"{e}; free some space or choose another --train.out") from e
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 
 from pgolf.config import ModelConfig
@@ -21,6 +23,9 @@ CONFIG = ModelConfig(
     loop_end=1,
     loops=1,
 )
+FEW = {"vocab_size": 32, "layers": 2, "xsa_layers": 2, "parallel_from": 1, "loop_start": 0, "loop_end": 0}
+TOY = replace(CONFIG, width=16, heads=4, **FEW)
+"""The smallest network that has a section of every kind."""
 MATRICES = ("tok_emb", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 FACTS = {"tokenizer_sha256": "ab" * 32, "config_hash": "0123456789abcdef"}
 

@@ -1,6 +1,7 @@
 """Whatever the bytes, a reader answers with a state or ArtifactError: nothing else, no big allocation."""
 
 import hashlib
+import io
 import json
 import random
 import struct
@@ -10,7 +11,7 @@ import pytest
 from artifact_helpers import CONFIG, FACTS
 
 from pgolf.artifact.codec import compress, decompress
-from pgolf.artifact.format import parse
+from pgolf.artifact.format import Reader, parse, raw_limit
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import read_state
 from pgolf.artifact.write import write_artifact
@@ -63,7 +64,7 @@ def test_random_flips_and_truncations_are_refused(tmp_path, good):
     for size in [*range(80), *(rng.randrange(len(good)) for _ in range(300)), len(good) - 1]:
         with pytest.raises(ArtifactError, match=r"truncated|corrupt"):
             parse(good[:size])
-    refused(tmp_path / "a", good + b"\0", "checksum")
+    refused(tmp_path / "a", good + b"\0", "corrupt or not whole")
     refused(tmp_path / "a", b"", "truncated: 0 bytes")
 
 
@@ -141,7 +142,10 @@ def set_tensor(index, **values):
         (lambda f: f["sections"].pop(), "sections, its tensors need"),
         (lambda f: f["sections"][0].pop("raw"), "section: expected the keys"),
         (set_tensor(0, shape=[2**30, 2**30]), "shape .* is not possible"),
-        (set_tensor(0, shape=[2**29, 2]), "would unpack to .* at most 1073741824 are allowed"),
+        (
+            set_tensor(0, shape=[2**29, 2]),
+            "would unpack to .* at most [0-9]+ are allowed for a file of its size",
+        ),
         (set_tensor(1, shape=[2**30, 1, 1]), "matrices, at most 4096 are allowed"),
         (set_tensor(0, shape=[0, 5]), "shape .* is not possible"),
         (set_tensor(0, shape=[[]]), "must be an integer"),
@@ -185,9 +189,9 @@ def test_other_files_are_named(tmp_path):
     refused(
         tmp_path / "a", b"PK\x03\x04" + bytes(100), r"not a pgolf artifact: expected magic b'PGLF', got b'PK"
     )
-    for version in (1, 3):
+    for version in (1, 2, 4):
         refused(
-            tmp_path / "a", b"PGLF" + bytes([version, 0]) + bytes(100), rf"version {version} .* expected 2"
+            tmp_path / "a", b"PGLF" + bytes([version, 0]) + bytes(100), rf"version {version} .* expected 3"
         )
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_state(tmp_path)
@@ -209,3 +213,27 @@ def test_broken_numbers_are_refused(tmp_path, state):
         target.view(-1)[0] = kept
         with pytest.raises(ArtifactError, match=f"section '{section}' holds .*{name}"):
             read_state(tmp_path / "a")
+
+
+def test_declared_bytes_are_bounded_by_the_file_before_anything_is_allocated(tmp_path, good):
+    """1 MiB + 64 x the file, whatever the header says; a gate of 2 MiB in a file of 8 KiB is refused."""
+    limit = raw_limit(len(good))
+    assert limit == (1 << 20) + 64 * len(good) and raw_limit(1 << 30) == 1 << 30
+
+    def gate(rows):
+        return with_header(
+            good, lambda f: next(t for t in f["tensors"] if t["kind"] == "gate").update(shape=[rows, 1])
+        )
+
+    tracemalloc.start()
+    try:
+        refused(tmp_path / "a", gate(limit), "are allowed for a file of its size")
+        refused(tmp_path / "a", gate(limit // 3 - 20_000), "section 'scales': expected")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_refused(good):
+    with pytest.raises(ArtifactError, match="truncated"):
+        list(Reader(io.BytesIO(good[:-100]), len(good)).sections())

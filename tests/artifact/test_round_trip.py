@@ -73,21 +73,35 @@ def test_bytes_are_laid_out_as_documented(tmp_path, state):
     write(tmp_path / "model.pgolf", state)
     data = (tmp_path / "model.pgolf").read_bytes()
     magic, version, zero, stored, raw = struct.unpack_from("<4sHHII", data)
-    assert (magic, version, zero) == (b"PGLF", 2, 0)
+    assert (magic, version, zero) == (b"PGLF", 3, 0)
     text = brotli.decompress(data[16 : 16 + stored])
     header = json.loads(text)
     assert len(text) == raw
     assert data[-32:] == hashlib.sha256(data[:-32]).digest()
-    sections = {}
+    sections, streams = {}, {}
     for row in header["sections"]:
         begin = 16 + stored + row["offset"]
         stream = data[begin : begin + row["length"]]
-        codes = row["kind"] == "codes"
-        raw = decode_codes_ref(stream, row["shape"]).tobytes() if codes else brotli.decompress(stream)
-        sections[row["name"]] = raw
-        assert len(raw) == row["raw"]
+        streams[row["name"]] = stream, row
+    # A pool may stand later in the file than what is coded with it.
+    for name, (stream, row) in sorted(streams.items(), key=lambda item: item[1][1]["pool"] is not None):
+        if row["kind"] == "codes":
+            shape = row["shape"][::-1] if row["transposed"] else row["shape"]
+            pool = sections[row["pool"]] if row["pool"] else None
+            codes = decode_codes_ref(stream, shape, pool=pool)
+            sections[name] = codes.T if row["transposed"] else codes
+            assert sections[name].nbytes == row["raw"]
+        else:
+            sections[name] = brotli.decompress(stream)
+            assert len(sections[name]) == row["raw"]
     up = state.quantized["mlp_up_bank"]
-    assert sections["mlp_up_bank.1"] == up.codes[1].numpy().tobytes()
+    down, outputs = state.quantized["mlp_down_bank"], state.quantized["qo_bank"]
+    assert np.array_equal(sections["mlp_up_bank.1"], up.codes[1].numpy())
+    assert np.array_equal(sections["mlp_down_bank.2"], down.codes[2].numpy())
+    assert np.array_equal(sections["qo_bank.0"], outputs.codes[0].numpy())
+    assert np.array_equal(sections["qo_bank.4"], outputs.codes[4].numpy())
+    assert streams["qo_bank.4"][1]["pool"] == "kv_bank.4" and streams["qo_bank.4"][1]["transposed"]
+    assert streams["mlp_down_bank.2"][1]["pool"] == "mlp_up_bank.2"
     planes = np.frombuffer(sections["scales"], np.uint8)
     half = len(planes) // 2
     first = planes[:half].astype(np.uint16) | planes[half:].astype(np.uint16) << 8

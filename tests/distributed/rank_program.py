@@ -46,8 +46,11 @@ def accumulate(model, step, rank, world_size):
         p.grad += (shared + 5 * own * (rank - (world_size - 1) / 2)).to(p.device)
 
 
-def train(dist, first, last, state=None):
-    """Run steps first to last - 1; return the parameters, the optimizer's state and the gradient norms."""
+def train(dist, first, last, state=None, broken=None):
+    """Run steps first to last - 1; return the parameters, the optimizer's state and the gradient norms.
+
+    In step `broken` the last rank's gradient of one bank is not finite.
+    """
     model = Toy().to(dist.device)
     optimizer = Optimizer(model, CONFIG, dist)
     if state is not None:
@@ -60,10 +63,13 @@ def train(dist, first, last, state=None):
     norms = []
     for step in range(first, last):
         accumulate(model, step, dist.rank, dist.world_size)
+        if step == broken and dist.rank == dist.world_size - 1:
+            model.one.grad[0, 0, 0] = float("inf")
         optimizer.step(step / STEPS)
         norms.append(optimizer.grad_norm.item())
     tensors = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
     tensors.update({f"optim.{k}": v for k, v in optimizer.state_dict().items()})
+    tensors["skipped"] = optimizer.skipped.clone()
     return tensors, norms
 
 
@@ -119,6 +125,8 @@ def main(folder, device):
     dist = Dist.start(device, timeout_s=60)
     rank, last = dist.rank, dist.world_size - 1
     tensors, norms = train(dist, 0, STEPS)
+    start, _ = train(dist, 0, 0)
+    broken, _ = train(dist, 0, 1, broken=0)
     resumed, _ = train(dist, RESUME_AT, STEPS, load_file(folder / "resume.safetensors"))
     seen = {
         "norms": norms,
@@ -135,7 +143,9 @@ def main(folder, device):
         "is_main": dist.is_main,
         "device": dist.device.type,
     }
-    save_file(tensors | {f"resumed.{k}": v for k, v in resumed.items()}, folder / f"rank{rank}.safetensors")
+    saved = tensors | {f"resumed.{k}": v for k, v in resumed.items()}
+    saved |= {f"start.{k}": v for k, v in start.items()} | {f"broken.{k}": v for k, v in broken.items()}
+    save_file(saved, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     dist.close()
     dist.close()

@@ -75,6 +75,13 @@ def test_ranks_are_identical_bit_for_bit(ranks):
         assert [name for name in first if not torch.equal(first[name], tensors[name])] == []
 
 
+def test_one_rank_with_a_broken_gradient_makes_all_skip_the_step(ranks):
+    for _, tensors in ranks:
+        assert (tensors["skipped"], tensors["broken.skipped"]) == (0, 1)
+        names = [n.removeprefix("start.") for n in tensors if n.startswith("start.") and "skipped" not in n]
+        assert [n for n in names if not torch.equal(tensors[f"start.{n}"], tensors[f"broken.{n}"])] == []
+
+
 def test_state_of_one_process_continues_on_many(ranks, alone):
     assert_like_alone(*ranks[0], alone[0][0], "resumed.")
 

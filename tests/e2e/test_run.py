@@ -51,6 +51,8 @@ def test_run_writes_everything_and_learns(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(6))
     assert rows[-1]["loss"] < rows[0]["loss"]
+    assert all(r["grad_norm"] > 0 and r["skipped"] == 0 for r in rows)
+    assert len({r["grad_norm"] for r in rows}) == 6, "each step has its own norm"
     assert [r["loop"] for r in rows] == [False, False, False, True, True, True]  # on from frac 0.35
     s = summary(run)
     assert s["train"]["steps"] == 6 and s["train"]["loop_step"] == 3
@@ -210,3 +212,34 @@ def test_the_baseline_preset_runs_without_average_loop_or_gates(shards, tmp_path
     s = summary(folder)
     assert s["scores"].keys() == {"raw", "quantized"} and s["train"]["loop_step"] is None
     assert abs(s["scores"]["quantized"]["bpb"] - s["scores"]["raw"]["bpb"]) < 0.02  # 8 bits lose little
+
+
+def test_every_way_to_score_counts_the_same_text(run, shards, tmp_path, capsys):
+    out = tmp_path / "scores.json"
+    words = ["evaluate", str(run / "model.pgolf"), "--data", str(shards), "--device", "cpu"]
+    small = ["--ttt.rank=2", "--ttt.chunk=32", "--ttt.batch-tokens=4096", "--stride=32", "--tokens=2048"]
+    part = ["--documents=8", "--mode", "plain", "sliding", "ttt", f"--json={out}"]
+    assert main([*words, *small, *part]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    scores = json.loads(out.read_text())["scores"]
+    assert list(scores) == ["plain", "sliding", "ttt"] and len(lines) == 3
+    for line, score in zip(lines, scores.values(), strict=True):
+        assert abs(float(line.split()[0]) - score["bpb"]) < 1e-4
+        assert "(first 8 documents only)" in line
+    assert len({(s["tokens"], s["bytes"]) for s in scores.values()}) == 1
+    assert main([*words, "--documents=-1"]) == 2
+    assert "documents must be at least 1, got -1" in capsys.readouterr().err
+
+
+def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
+    small = ["rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192"]
+    asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.ttt"]
+    asked += [f"--evaluate.adapters.{setting}" for setting in small]
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=3", *asked]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    scores = summary(folder)["scores"]
+    assert list(scores) == ["raw", "ema", "quantized", "sliding", "ttt"]
+    assert {s["bytes"] for s in scores.values()} == {scores["raw"]["bytes"]}
+    # A stride of the whole context is the plain pass.
+    assert abs(scores["sliding"]["bpb"] - scores["quantized"]["bpb"]) < 1e-6

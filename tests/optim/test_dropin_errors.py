@@ -26,6 +26,7 @@ def parameters(shapes, dtype=torch.float32):
         ({"ns_coefficients": "polar"}, r"must be one of \('jordan', .*got 'polar'"),
         ({"ns_coefficients": (1.0, 2.0)}, r"must be a triple \(a, b, c\), a list .*got \(1\.0, 2\.0\)"),
         ({"ns_coefficients": [(1.0, 2.0)] * 5}, r"must be a triple"),
+        ({"ns_coefficients": (3.4, 4.8, 2.0)}, "polar coefficients diverge: step 0"),
         ({"ns_coefficients": [JORDAN] * 4}, r"has 4 triples for ns_steps=5; pass ns_steps=4"),
         ({"adjust_lr_fn": "spectral"}, r"one of \(None, 'original', 'match_rms_adamw'\), got 'spectral'"),
         ({"maximize": True}, r"maximize is not supported; negate the loss"),

@@ -41,6 +41,11 @@ def reference_step(params, grads, buffers, config, momentum):
             matrices[i] = p * (1 - LR * config.weight_decay) - LR * update
 
 
+def scalars(momentum, weight_decay, device="cpu"):
+    """What a step reads on the device: no clip, no average."""
+    return torch.tensor([LR, momentum, weight_decay, 1.0, 0.0], device=device)
+
+
 def build(config, device):
     dist = Dist.start(device)
     params = by_size(random(0, device))
@@ -68,7 +73,7 @@ def test_steps_equal_the_reference(config, device):
         for name, value in random(1 + step, device).items():
             grads[name].copy_(value)
         assert muon.reduce() == [], "one process must not communicate"
-        muon.step(LR, momentum=momentum)
+        muon.step(scalars(momentum, config.weight_decay, device))
         reference_step(expected, {n: g.cpu() for n, g in grads.items()}, buffers, config, momentum)
     # CUDA takes gradients and iterates in bfloat16; the polar map amplifies what is small by up to 990.
     # Measured on an H100: 0.06 for the 3x3 matrix, less for the others.
@@ -84,7 +89,7 @@ def test_update_is_orthogonal_with_the_size_of_its_shape():
     before = {n: p.clone() for n, p in params.items()}
     for name, value in random(7).items():
         grads[name].copy_(value)
-    muon.step(LR, momentum=0.9)
+    muon.step(scalars(0.9, 0.0))
     for name, p in params.items():
         values = torch.linalg.svdvals(before[name] - p) / LR / lr_scale(*p.shape[1:])
         assert values.min() > 0.85
@@ -94,7 +99,7 @@ def test_update_is_orthogonal_with_the_size_of_its_shape():
 def test_zero_gradient_only_decays():
     params, _, muon = build(MuonConfig(), "cpu")
     before = {n: p.clone() for n, p in params.items()}
-    muon.step(LR, momentum=0.9)
+    muon.step(scalars(0.9, WEIGHT_DECAY))
     for name, p in params.items():
         torch.testing.assert_close(p, before[name] * (1 - LR * 0.095))
 
@@ -129,7 +134,7 @@ def test_state_is_the_momentum_and_reset_zeroes_it():
     params, grads, muon = build(MuonConfig(), "cpu")
     for name, value in random(5).items():
         grads[name].copy_(value)
-    muon.step(LR, momentum=0.9)
+    muon.step(scalars(0.9, WEIGHT_DECAY))
     state = muon.state()
     assert {k: v.shape for k, v in state.items()} == {f"momentum.{n}": p.shape for n, p in params.items()}
     torch.testing.assert_close(state["momentum.tall"], grads["tall"])

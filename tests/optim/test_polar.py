@@ -7,6 +7,7 @@ import pytest
 from pgolf.optim.polar import (
     NAMES,
     POLAR_EXPRESS_GOLF,
+    check_converges,
     coefficients,
     golf_lower,
     named_tables,
@@ -86,6 +87,7 @@ def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, worst,
         ("jordan", 5, 0.68, 1.20, 0.19, 485),
         ("jordan", 4, 0.41, 1.20, 0.23, 141),
         ("polar_express_golf", 5, 0.859, 1.141, 0.094, 989),
+        ("polar_express_refit", 5, 0.992, 1.008, 0.005, 537),
         ("polar_express_golf_truncated", 4, 0.42, 1.58, 0.39, 422),
     ],
 )
@@ -212,3 +214,22 @@ def test_generator_rejects_arguments_out_of_range(bad):
     name = next(iter(bad))
     with pytest.raises(ValueError, match=rf"polar_express: .*{name}.*got.*{bad[name]}"):
         polar_express(arguments.pop("lower"), arguments.pop("steps"), **arguments)
+
+
+@pytest.mark.parametrize("steps", range(1, 11))
+def test_named_tables_converge(steps):
+    for table in named_tables(steps).values():
+        check_converges(tuple(table))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (((3.4445, 4.7750, 2.0315),), r"step 0, .* to 10.25, more than 10"),
+        (((1.5, -0.5, 0.0), (-12.0, 0.0, 0.0)), r"step 1, .* to -12, more than 10"),
+        (((1.0, float("nan"), 0.0),), "diverge: step 0, .* to nan"),
+    ],
+)
+def test_diverging_table_is_refused_and_names_the_step(table, message):
+    with pytest.raises(ValueError, match=message):
+        check_converges(table)

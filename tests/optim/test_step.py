@@ -85,7 +85,7 @@ def test_step_equals_its_parts_on_the_clipped_gradient(device, factor):
             group["lr"] = group["base"] * lr
         adam.step()
         muon.reduce()
-        muon.step(0.05 * lr, momentum=mu)
+        muon.step(torch.tensor([0.05 * lr, mu, CONFIG.muon.weight_decay, 1.0, 0.0], device=device))
         optimizer.step(frac)
         # CUDA measures the gradient after rounding it to bfloat16.
         torch.testing.assert_close(optimizer.grad_norm, norm, rtol=1e-5 if device == "cpu" else 1e-3, atol=0)
@@ -183,6 +183,96 @@ def test_load_rejects_foreign_state():
 def test_model_on_another_device_is_refused():
     with pytest.raises(ValueError, match="parameter up must be on cpu, got meta; move the model first"):
         Optimizer(Toy("meta"), CONFIG, Dist.start("cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["up", "emb", "scale"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_gradient_that_is_not_finite_skips_and_counts_the_step(device, name, bad):
+    model, twin = Toy(device), Toy(device)
+    emas = [Ema(dict(m.named_parameters())) for m in (model, twin)]
+    optimizer, other = (
+        Optimizer(m, CONFIG, Dist.start(device), ema=e) for m, e in zip((model, twin), emas, strict=True)
+    )
+    for step in range(4):
+        backward(model, step)
+        if step == 2:  # one element of one parameter; 1e30 is finite, its square is not
+            getattr(model, name).grad.view(-1)[0] = bad
+        else:
+            backward(twin, step)
+            other.step(0.1 * step, ema_decay=0.5)
+        optimizer.step(0.1 * step, ema_decay=0.5)
+        assert not any(p.grad.any() for p in model.parameters())
+        assert optimizer.grad_norm.isfinite() == (step != 2)
+    assert (optimizer.skipped, other.skipped) == (1, 0)
+    assert_same_bits(model, twin)
+    for a, b in zip(emas[0].tensors.values(), emas[1].tensors.values(), strict=True):
+        assert torch.equal(a, b)
+    state, want = optimizer.state_dict(), other.state_dict()
+    assert [key for key in want if not torch.equal(state[key], want[key])] == []
+
+
+def test_first_step_may_be_the_skipped_one():
+    model = Toy()
+    start = snapshot(model)
+    optimizer = Optimizer(model, CONFIG, Dist.start("cpu"))
+    for p in model.parameters():
+        p.grad.fill_(float("nan"))
+    optimizer.step(0.0)
+    assert all(torch.equal(p, start[n]) for n, p in model.named_parameters())
+    assert not any(t.any() for t in optimizer.state_dict().values())
+    optimizer.reset()
+    assert optimizer.skipped == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_step_moves_the_averages_as_update_does(device):
+    model, twin = Toy(device), Toy(device)
+    ema, other_ema = (Ema(dict(m.named_parameters())) for m in (model, twin))
+    optimizer, other = (
+        Optimizer(model, CONFIG, Dist.start(device), ema=ema),
+        Optimizer(twin, CONFIG, Dist.start(device)),
+    )
+    for step, decay in enumerate((None, 0.9, 0.3, 0.0)):
+        for m in (model, twin):
+            backward(m, step)
+        optimizer.step(0.1 * step, ema_decay=decay)
+        other.step(0.1 * step)
+        if decay is not None:
+            other_ema.update(decay)
+        for name, average in ema.tensors.items():
+            torch.testing.assert_close(average, other_ema.tensors[name], rtol=1e-6, atol=1e-6)
+    assert_same_bits(model, twin)
+    with ema.swap(), pytest.raises(RuntimeError, match="inside swap"):
+        optimizer.step(0.5, ema_decay=0.5)
+    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\], got 1.5"):
+        optimizer.step(0.5, ema_decay=1.5)
+    with pytest.raises(ValueError, match="ema_decay needs averages"):
+        other.step(0.5, ema_decay=0.5)
+
+
+def test_average_of_other_parameters_is_refused():
+    ema = Ema({"up": torch.zeros(5, 8, 6)})
+    with pytest.raises(ValueError, match="parameter down has no average"):
+        Optimizer(Toy(), CONFIG, Dist.start("cpu"), ema=ema)
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_replayed_steps_equal_launched_ones(device):
+    models = [Toy(device) for _ in range(2)]
+    emas = [Ema(dict(m.named_parameters())) for m in models]
+    optimizers = [
+        Optimizer(m, CONFIG, Dist.start(device), ema=e, capture=capture)
+        for m, e, capture in zip(models, emas, (True, False), strict=True)
+    ]
+    for step in range(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward(model, step)
+            optimizer.step(0.2 * step, ema_decay=None if step == 0 else 0.9)
+        assert torch.equal(optimizers[0].grad_norm, optimizers[1].grad_norm)
+        assert_same_bits(*models)
+    for a, b in zip(emas[0].tensors.values(), emas[1].tensors.values(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_training_lowers_a_loss():

@@ -115,9 +115,10 @@ def test_override_that_changes_nothing_is_named(tmp_path):
     assert second == "arms 'base' and 'clip' are the same run: their difference is noise only"
 
 
-def test_example_plan_is_valid():
-    plan = read_plan(Path(__file__).parents[2] / "bench" / "ablations" / "example.json", load_base)
-    assert len(plan.cells()) == 32 and not plan.warnings
+@pytest.mark.parametrize(("name", "cells"), [("example", 32), ("polar_proxy", 64)])
+def test_plans_of_the_bench_are_valid(name, cells):
+    plan = read_plan(Path(__file__).parents[2] / "bench" / "ablations" / f"{name}.json", load_base)
+    assert len(plan.cells()) == cells and not plan.warnings
 
 
 # The runner, with cells that only write files
@@ -165,9 +166,9 @@ class FakeProcess:
 DIVERGED = "pgolf train: the loss is nan at step 3 (0.2 s); lower optim.muon.lr; nothing was quantized"
 
 
-def run_all(plan, start, gpus=0):
+def run_all(plan, start, gpus=0, per_gpu=1):
     lines = []
-    run_plan(plan, start, gpus=gpus, commit="abc", say=lines.append, poll_seconds=0.0)
+    run_plan(plan, start, gpus=gpus, per_gpu=per_gpu, commit="abc", say=lines.append, poll_seconds=0.0)
     return lines
 
 
@@ -262,6 +263,20 @@ def test_cells_spread_over_gpus(tmp_path):
     assert len(cells.started) == 6 and {gpu for _, _, gpu in cells.started} == {0, 1}
     for arm in ("base", "jordan"):  # no arm has a GPU to itself
         assert len({gpu for a, _, gpu in cells.started if a == arm}) == 2
+
+
+def test_gpus_are_shared_where_asked(tmp_path):
+    cells, at_once = FakeCells(), []
+    run_all(make_plan(tmp_path), lambda cell, gpu: at_once.append(gpu) or cells(cell, gpu), gpus=2, per_gpu=2)
+    assert at_once[:4] == [0, 1, 0, 1] and len(at_once) == 6
+
+
+def test_runs_of_fixed_seconds_share_no_gpu(tmp_path):
+    plan = replace(make_plan(tmp_path), fixed_steps=False, length="10 s")
+    with pytest.raises(ValueError, match="per_gpu 2 in a plan of 10 s: runs that share a GPU slow"):
+        run_all(plan, FakeCells(), gpus=1, per_gpu=2)
+    with pytest.raises(ValueError, match="per_gpu must be >= 1, got 0"):
+        run_all(plan, FakeCells(), gpus=1, per_gpu=0)
 
 
 # The real thing

@@ -29,8 +29,8 @@ def test_failed_write_keeps_the_old_file_and_names_it(tmp_path, monkeypatch):
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pgolf.train.state.save_file", full)
-    with pytest.raises(OSError, match=r"could not write .*w\.safetensors.*No space left"):
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*w\.safetensors: No space left.*another --train\.out"):
         save_weights(path, {"a": torch.ones(9)}, tiny())
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 

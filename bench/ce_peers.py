@@ -1,0 +1,101 @@
+"""Other implementations of (capped) cross-entropy, found by import when a bench runs.
+
+Each is a function that returns a mean loss and is named with its version. One that cannot cap is named so:
+it does less work. What is not installed is printed, not counted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FromLogits = Callable[[Tensor, Tensor, float], Tensor]
+"""(logits, target, cap) -> mean loss."""
+FromHidden = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+"""(hidden, weight, target, cap) -> mean loss."""
+
+
+def find(name: str, package: str, module: str, attribute: str) -> tuple[str, Any] | None:
+    """Return (name with version, attribute of the module), or None after saying that it is not there."""
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+        return f"{name} {metadata.version(package)}", found
+    except (ImportError, AttributeError, metadata.PackageNotFoundError) as e:
+        print(f"{name:<28} not installed ({e})")
+        return None
+
+
+def _triton_ce() -> tuple[str, Any] | None:
+    return find("record form, triton", "triton", "bench.triton_softcap_ce", "softcap_ce_triton")
+
+
+def from_logits() -> dict[str, FromLogits]:
+    """Return the peers that take logits."""
+    peers: dict[str, FromLogits] = {}
+    if triton := _triton_ce():
+        name, triton_ce = triton
+        peers[name] = lambda x, y, cap: triton_ce(x, y, cap).mean()
+    if liger := find(
+        "liger", "liger-kernel", "liger_kernel.transformers.cross_entropy", "LigerCrossEntropyLoss"
+    ):
+        name, liger_ce = liger
+        # It overwrites its input; the clone that spares ours is not its fault, so hand it a fresh leaf.
+        peers[name] = lambda x, y, cap: liger_ce(softcap=cap)(x, y)
+    if quack := find("quack, no cap", "quack-kernels", "quack.cross_entropy", "cross_entropy"):
+        name, quack_ce = quack
+        peers[name] = lambda x, y, _cap: quack_ce(x, y, reduction="mean")
+    return peers
+
+
+def materialising() -> dict[str, FromHidden]:
+    """Return the peers from hidden states that hold all logits at once."""
+    peers: dict[str, FromHidden] = {}
+    if triton := _triton_ce():
+        name, triton_ce = triton
+        peers[name] = lambda x, w, y, cap: triton_ce(F.linear(x, w), y, cap).mean()
+    return peers
+
+
+def chunked() -> dict[str, FromHidden]:
+    """Return the peers from hidden states that hold a part of the logits at a time."""
+    peers: dict[str, FromHidden] = {}
+    fused = "liger_kernel.transformers.fused_linear_cross_entropy"
+    if liger := find("liger", "liger-kernel", fused, "LigerFusedLinearCrossEntropyLoss"):
+        name, liger_ce = liger
+        peers[name] = lambda x, w, y, cap: liger_ce(softcap=cap)(w, x, y)
+    if cce := find("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"):
+        name, cce_loss = cce
+        peers[name] = lambda x, w, y, cap: cce_loss(x, w, y, softcap=cap)
+    if quack := find(
+        "quack, no cap", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
+    ):
+        name, quack_ce = quack
+        peers[name] = lambda x, w, y, _cap: quack_ce(x, w, y, reduction="mean")
+    if own := find("torch.linear_ce, no cap", "torch", "torch.nn.functional", "linear_cross_entropy"):
+        name, torch_ce = own
+        peers[name] = lambda x, w, y, _cap: torch_ce(x, w, y)
+    return peers
+
+
+def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Return the calls that run once without an error, after saying which do not and why."""
+    result = {}
+    for name, call in peers.items():
+        try:
+            call()
+        except Exception as e:
+            if name.startswith("pgolf"):
+                raise
+            lines = str(e).splitlines()
+            print(f"{name:<28} failed: {type(e).__name__}: {lines[0] if lines else ''}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        else:
+            result[name] = call
+    return result

@@ -1,0 +1,123 @@
+"""Damaged artifacts by the million: the compiled decoder under ASan and UBSan, the whole reader in processes.
+
+`make fuzz` runs it and writes bench/results/*_fuzz.jsonl: inputs, what became of them, seconds. Any sanitizer
+report, exception other than the reader's own, hang or excess of memory stops it with an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench.common import ROOT, Recorder, Sample, parser
+
+CASES = ["decoder", "reader"]
+SOURCES = ["csrc/fuzz/fuzz_range_coder.cpp", "csrc/kernels/range_coder_cpu.cpp"]
+SANITIZE = ["-fno-sanitize-recover=all", "-std=c++20", "-O2", "-g", "-I", "csrc"]
+FUZZER = "-fsanitize=fuzzer,address,undefined"
+LONGEST_INPUT = 256
+"""Bytes of an input of the decoder: its matrices have at most 192 codes."""
+
+
+def find_clang() -> str | None:
+    """Return a clang++ that can link libFuzzer, if there is one."""
+    names = ["clang++", *(f"clang++-{version}" for version in range(22, 13, -1))]
+    with tempfile.TemporaryDirectory() as folder:
+        probe = Path(folder) / "probe.cpp"
+        probe.write_text('extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }\n')
+        for name in filter(shutil.which, names):
+            build = [
+                name,
+                "-fsanitize=fuzzer,address,undefined",
+                str(probe),
+                "-o",
+                str(probe.with_suffix("")),
+            ]
+            if subprocess.run(build, capture_output=True, check=False).returncode == 0:
+                return name
+    return None
+
+
+def fuzz_decoder(count: int, workers: int, folder: Path) -> tuple[str, int, float]:
+    """Build the decoder's fuzzer and run `count` inputs; return the engine, the inputs and the seconds."""
+    clang, program = find_clang(), folder / "fuzz"
+    if clang is not None:
+        engine, build = "libFuzzer", [clang, FUZZER]
+        words = [f"-runs={count // workers}", f"-max_len={LONGEST_INPUT}"]
+        commands = [
+            [*words, f"-seed={seed}", str(folder / f"corpus{seed}")] for seed in range(1, workers + 1)
+        ]
+    else:
+        engine, build = "own mutator", ["g++", "-fsanitize=address,undefined", "-DPGOLF_FUZZ_MAIN"]
+        commands = [[str(count // workers), str(seed)] for seed in range(1, workers + 1)]
+    subprocess.run([*build, *SANITIZE, *SOURCES, "-o", str(program)], cwd=ROOT, check=True)
+    began = time.perf_counter()
+    for seed in range(1, workers + 1):
+        (folder / f"corpus{seed}").mkdir()
+    outputs = run_all([[str(program), *words] for words in commands])
+    done = sum(int(m) for text in outputs for m in re.findall(r"Done (\d+) runs", text))
+    return engine, done, time.perf_counter() - began
+
+
+def run_all(commands: list[list[str]]) -> list[str]:
+    """Run commands side by side and return what each printed.
+
+    Raises:
+        RuntimeError: one failed; with the end of its output.
+    """
+    started = [
+        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for c in commands
+    ]
+    outputs = [process.communicate()[0] for process in started]
+    for process, output in zip(started, outputs, strict=True):
+        if process.returncode:
+            raise RuntimeError(f"fuzzing found something (exit {process.returncode}):\n{output[-6000:]}")
+    return outputs
+
+
+def measure(recorder: Recorder, args: argparse.Namespace) -> None:
+    """Run both fuzzers and record what they saw."""
+    if "decoder" in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            engine, done, seconds = fuzz_decoder(args.decoder, args.workers, Path(folder))
+        recorder.add("decoder", f"{engine}, ASan, UBSan", "inputs", Sample(done, 0, 1), "inputs")
+        recorder.add("decoder", f"{engine}, ASan, UBSan", "seconds", Sample(seconds, 0, 1), "s")
+    if "reader" in args.cases:
+        program, share = "tests/artifact/fuzz_reader.py", args.reader // args.workers
+        words = [sys.executable, program, "--count", str(share), "--seed"]
+        rows = [json.loads(t) for t in run_all([[*words, str(seed)] for seed in range(1, args.workers + 1)])]
+        for metric in ("count", "refused", "read"):
+            total = sum(row[metric] for row in rows)
+            recorder.add("reader", "own mutator", metric, Sample(total, 0, 1), "files")
+        for metric, unit in (("seconds", "s"), ("slowest", "s"), ("grown", "bytes"), ("bound", "bytes")):
+            recorder.add("reader", "own mutator", metric, Sample(max(r[metric] for r in rows), 0, 1), unit)
+
+
+def main() -> None:
+    """Parse arguments, run, write."""
+    arguments = parser(__doc__ or "", CASES)
+    arguments.add_argument("--decoder", type=int, default=1_000_000, help="inputs of the compiled decoder")
+    arguments.add_argument("--reader", type=int, default=1_000_000, help="files of the reader")
+    arguments.add_argument("--workers", type=int, default=2, help="processes side by side")
+    arguments.set_defaults(device="cpu")
+    args = arguments.parse_args()
+    if args.quick:
+        args.decoder, args.reader = 4000, 400
+    recorder = Recorder("fuzz", torch.device("cpu"))
+    measure(recorder, args)
+    if not args.quick:
+        recorder.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

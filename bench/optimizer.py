@@ -1,0 +1,229 @@
+"""What the optimizer costs a step: every variant of Muon, beside its peers, and the whole tail of a step.
+
+A variant is a coefficient table and a number of steps, `polar_express_golf5` for example. For each, and for
+the share that one rank of `world` ranks owns of the record model's 66 matrices: ms of `muon_step` (momentum,
+row normalization, iteration, decay, float32 update) as launched and as a CUDA graph, and how orthogonal the
+updates of random gradients are: extreme singular values, and RMS deviation of the singular values from 1.
+`pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once.
+Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
+installed, gram-newton-schulz (the iteration alone).
+
+The tail is reduce, clip, AdamW, Muon, average and zero on the record model, against the same with torch's
+fused kernels; under torchrun it includes the communication of that many ranks. On CPU all shapes are small.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
+from bench.ops.bench_muon_step import (
+    CASES as BANKS,
+)
+from bench.ops.bench_muon_step import (
+    LR,
+    MOMENTUM,
+    WEIGHT_DECAY,
+    Shapes,
+    Table,
+    banked_step,
+    banks,
+    torch_muon,
+)
+from pgolf.dist import Dist
+from pgolf.model.gpt import GPT
+from pgolf.ops import MuonBank, MuonRule, muon_step
+from pgolf.optim.ema import Ema
+from pgolf.optim.muon import lr_scale
+from pgolf.optim.polar import coefficients
+from pgolf.optim.step import Optimizer
+from pgolf.presets import record, tiny
+
+# name -> (table, steps). The fixed quintic, the per-iteration tables solved for their number of steps, the
+# published list cut short, and the lists of five.
+VARIANTS = {f"{name}{n}": (name, n) for name in ("jordan", "polar_express_golf") for n in (3, 4, 5, 6)}
+VARIANTS |= {"polar_express_refit5": ("polar_express_refit", 5), "polar_express5": ("polar_express", 5)}
+VARIANTS |= {f"polar_express_golf_truncated{n}": ("polar_express_golf_truncated", n) for n in (3, 4)}
+VARIANTS |= {"cans5": ("cans", 5), "you5": ("you", 5)}
+BASELINE = "polar_express_golf5"
+TAIL = "tail"
+
+
+def share(shapes: Shapes, world: int) -> Shapes:
+    """Return what one rank of `world` owns of each bank: whole matrices, rounded up."""
+    return [(-(-b // world), m, n) for b, m, n in shapes]
+
+
+def orthogonality(updates: list[Tensor]) -> dict[str, float]:
+    """Return sv_min, sv_max and sv_rms over the first matrix of each update."""
+    values = torch.cat([torch.linalg.svdvals(u[0].float()) for u in updates])
+    return {
+        "sv_min": values.min().item(),
+        "sv_max": values.max().item(),
+        "sv_rms": math.sqrt((values - 1).square().mean().item()),
+    }
+
+
+def baddbmm_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table) -> None:
+    """The step with three cuBLAS calls an iteration, scaling fused into the products."""
+    momentum.mul_(MOMENTUM).add_(grad)
+    u = torch.add(grad.to(momentum.dtype), momentum, alpha=MOMENTUM)
+    u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-7)
+    tall = u.shape[-2] > u.shape[-1]
+    x = u.mT if tall else u
+    x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(momentum.dtype)
+    for a, b, c in table:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    param.mul_(1 - LR * WEIGHT_DECAY).add_(x.mT if tall else x, alpha=-LR * lr_scale(*param.shape[-2:]))
+
+
+def per_bank(step: Callable[..., None], own: list[MuonBank], table: Table) -> Callable[[], object]:
+    """Return a call that steps each bank of its own."""
+    return lambda: [step(bank.param, bank.grad, bank.momentum, table) for bank in own]
+
+
+def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return the same step by others, each on tensors of its own."""
+    compiled = torch.compile(banked_step, dynamic=False, fullgraph=True)
+    found = {
+        torch_name("eager"): per_bank(banked_step, banks(shapes, device), table),
+        torch_name("baddbmm"): per_bank(baddbmm_step, banks(shapes, device), table),
+        torch_name("compile"): per_bank(compiled, banks(shapes, device), table),
+        torch_name("optim.Muon"): torch_muon(shapes, device),
+    }
+    if device.type == "cuda" and importlib.util.find_spec("gram_newton_schulz") is not None:
+        from gram_newton_schulz import GramNewtonSchulz
+
+        gram = GramNewtonSchulz(ns_coefficients=[list(row) for row in table])
+        inputs = [bank.grad.bfloat16() for bank in banks(shapes, device)]
+        found["gram-newton-schulz, iteration only"] = lambda: [gram(x) for x in inputs]
+    return found
+
+
+def takes(own: list[MuonBank], scalars: Tensor, rule: MuonRule) -> bool:
+    """Return whether this device and build can run the rule."""
+    try:
+        muon_step(own, scalars, rule)
+    except RuntimeError as e:
+        print(f"algorithm {rule.algorithm!r} left out: {str(e).splitlines()[0]}")
+        return False
+    return True
+
+
+def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, *, with_peers: bool) -> None:
+    """Time one variant on the share of one rank of `world`, and record how orthogonal its updates are."""
+    device = recorder.device
+    name, steps = VARIANTS[variant]
+    table = coefficients(name, steps)
+    shapes = share(BANKS["bank66" if device.type == "cuda" else "tiny"], world)
+    own = banks(shapes, device)
+    scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
+    rule = MuonRule(table, row_normalize=True)
+    calls: dict[str, Callable[[], object]] = {"pgolf": lambda: muon_step(own, scalars, rule)}
+    gram = rule._replace(algorithm="gram")
+    if takes(own, scalars, gram):
+        calls["pgolf gram"] = lambda: muon_step(own, scalars, gram)
+    if with_peers:
+        calls |= peers(shapes, table, device)
+    case = f"{variant}_w{world}"
+    for impl, sample in time_launched(calls, device, repeats=repeats).items():
+        recorder.add(case, impl, "ms_launched", sample, "ms")
+    for impl, sample in time_graph(calls, device, repeats=repeats).items():
+        recorder.add(case, impl, "ms_graph", sample, "ms")
+    for impl in ("pgolf", "pgolf gram"):
+        if world == 1 and impl in calls:
+            calls[impl]()
+            for metric, value in orthogonality([bank.update for bank in own]).items():
+                recorder.add(case, impl, metric, Sample(value, 0.0, 1), "1")
+
+
+def torch_tail(model: GPT) -> Callable[[], object]:
+    """Return clip, Muon, AdamW, average and zero by torch's fused kernels; Muon is compiled on CUDA."""
+    config = record().optim
+    names = dict(model.named_parameters())
+    own = {n: p.detach().clone().requires_grad_() for n, p in names.items()}
+    for p in own.values():
+        p.grad = torch.randn_like(p)
+    state = torch.bfloat16 if next(iter(own.values())).is_cuda else torch.float32
+    matrices = [own[n] for n in model.bank_names]
+    momenta = [torch.zeros_like(p, dtype=state) for p in matrices]
+    rest = [p for n, p in own.items() if n not in model.bank_names]
+    adam = torch.optim.AdamW(rest, lr=config.adam.scalar_lr, betas=(0.9, 0.99), fused=True)
+    averages = [p.detach().clone() for p in own.values()]
+    table = coefficients(config.muon.coefficients, config.muon.ns_steps)
+    step = banked_step if matrices[0].device.type == "cpu" else torch.compile(banked_step, dynamic=False)
+
+    def tail() -> None:
+        torch.nn.utils.clip_grad_norm_(list(own.values()), config.grad_clip, foreach=True)
+        adam.step()
+        with torch.no_grad():
+            for p, momentum in zip(matrices, momenta, strict=True):
+                assert p.grad is not None
+                step(p.detach(), p.grad, momentum, table)
+            torch._foreach_lerp_(averages, [p.detach() for p in own.values()], 0.01)
+        torch._foreach_zero_([p.grad for p in own.values()])
+
+    return tail
+
+
+def measure_tail(device: torch.device, repeats: int) -> Recorder:
+    """Time what follows the backward passes of a step, as launched and replayed, against torch's kernels."""
+    dist = Dist.start("cuda" if device.type == "cuda" else "cpu")
+    recorder = Recorder("tail", device)
+    config = record() if device.type == "cuda" else tiny()
+    model = GPT(config.model).to(dist.device)
+    ema = Ema(dict(model.named_parameters()))
+    case = f"record_{dist.world_size}gpu" if device.type == "cuda" else "tiny_cpu"
+    for metric, capture in (("ms_launched", False), ("ms_graph", True)):
+        if capture and (device.type != "cuda" or dist.world_size > 1):
+            continue
+        optimizer = Optimizer(model, config.optim, dist, ema=ema, capture=capture)
+
+        def tail(step: Callable[..., None] = optimizer.step) -> None:
+            step(0.5, ema_decay=0.99)
+
+        calls: dict[str, Callable[[], object]] = {"pgolf": tail}
+        if not capture and dist.world_size == 1:
+            calls[torch_name("fused")] = torch_tail(model)
+        for impl, sample in time_launched(calls, device, repeats=repeats).items():
+            recorder.add(case, impl, metric, sample, "ms")
+    dist.close()
+    return recorder
+
+
+def main() -> None:
+    """Parse arguments, measure, write."""
+    arguments = parser(__doc__ or "", [*VARIANTS, TAIL])
+    arguments.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4, 8], help="shares to measure")
+    arguments.add_argument("--peers", nargs="*", default=[BASELINE], help="variants with peers, at world 1")
+    args = arguments.parse_args()
+    device, repeats = torch.device(args.device), 3 if args.quick else args.repeats
+    cases = [BASELINE, TAIL] if args.quick else args.cases
+    written = []
+    # One rank is enough for what does not communicate.
+    variants = [c for c in cases if c != TAIL] if int(os.environ.get("WORLD_SIZE", "1")) == 1 else []
+    recorder = Recorder("optimizer", device)
+    with torch.no_grad():
+        for variant in variants:
+            for world in args.worlds[:1] if args.quick else args.worlds:
+                torch.compiler.reset()
+                with_peers = variant in args.peers and world == 1
+                measure_variant(recorder, variant, world, repeats, with_peers=with_peers)
+    if variants:
+        written.append(recorder)
+    if TAIL in cases:
+        written.append(measure_tail(device, repeats))
+    for found in written:
+        if not args.quick and int(os.environ.get("RANK", "0")) == 0:
+            found.write(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+// Cross-entropy of tanh-capped logits from hidden states, per row, in nats; the logits are never stored.
+//
+//   x = hidden weight^T   t = tanh(x / cap)   z = cap t   lse = logsumexp(z)
+//   loss = lse - z[target] + z_loss lse^2
+//
+// Because |z| <= cap, exp(z - cap) needs no row maximum. The product's epilogue stores the factor
+//   F = exp(z - cap) (1 - t^2)            bf16, in place of the logits
+// and with S = sum exp(z - cap), w = 1 + 2 z_loss lse, v = grad_loss w / S per row, the gradients are
+// products of stored matrices, once F of the target is replaced by S ((p - 1) + (w - 1) / w) (1 - t^2):
+//   grad_hidden = v (F weight)            v scales rows
+//   grad_weight = F^T (v hidden)
+//
+// Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows; none of
+// these changes F.
+// Deterministic. Rows whose target is ignore_index: loss, lse, F and v are 0. NaN in a row makes its loss
+// NaN. Targets outside [0, vocab): loss, lse and v are NaN.
+#pragma once
+
+#include "kernels/common.h"
+
+namespace pgolf {
+
+struct LinearSoftcapCeShape {
+  int64_t rows;
+  int64_t vocab;
+  int64_t width;
+  float cap;  // > 0
+  int64_t ignore_index;
+  float z_loss;  // >= 0
+};
+
+struct LinearSoftcapCeForward {
+  const bf16* hidden;     // (rows, width) row-major, 16-byte aligned
+  const bf16* weight;     // (vocab, width) row-major, 16-byte aligned
+  const int64_t* target;  // (rows,)
+  bf16* factor;           // (rows, factor_ld) out, 16-byte aligned; null: forward only, never written
+  int64_t factor_ld;      // elements, >= vocab, a multiple of 8; columns past vocab become 0
+  float* partial_sums;    // (rows, tiles) out: sums of exp(z - cap) over all columns but the target
+  float* target_logit;    // (rows,) out: x[target], before the cap; 0 where ignored
+};
+
+// Whether the current device and this shape can run the Hopper kernel: compute capability 9.0, width a
+// multiple of 8, cap <= 40 (exp(-2 cap) must be a normal float32).
+bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape);
+
+// Partial sums per row.
+int64_t linear_softcap_ce_sm90_tiles(int64_t vocab);
+
+void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
+                                    CUstream_st* stream);
+
+// Sums the partial sums in a fixed order and replaces the target's F. Any GPU.
+void linear_softcap_ce_loss_cuda(const float* partial_sums,  // (rows, tiles)
+                                 int64_t tiles,
+                                 const float* target_logit,  // (rows,)
+                                 const int64_t* target,      // (rows,)
+                                 bf16* factor,       // (rows, factor_ld) in and out, or null: no gradient
+                                 int64_t factor_ld,  // elements
+                                 float* loss,        // (rows,) out
+                                 float* lse,         // (rows,) out
+                                 const LinearSoftcapCeShape& shape, CUstream_st* stream);
+
+struct LinearSoftcapCeFactor {
+  const float* grad_loss;  // (rows,), or one value where grad_stride is 0
+  int64_t grad_stride;     // 1, or 0: the same for all rows
+  const float* lse;        // (rows,) from loss
+  const int64_t* target;   // (rows,)
+  const bf16* hidden;      // (rows, width) row-major
+  float* row_scale;        // (rows,) out: v
+  bf16* scaled_hidden;     // (rows, width) row-major out: v hidden; null: not wanted
+};
+
+void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, const LinearSoftcapCeShape& shape,
+                                   CUstream_st* stream);
+
+// out = row_scale[row] * product[row]; product may alias out when the types agree. T is float or bf16.
+template <typename T>
+void linear_softcap_ce_scale_rows_cuda(const T* product,        // (rows, width) row-major
+                                       const float* row_scale,  // (rows,)
+                                       bf16* out,               // (rows, width) row-major
+                                       int64_t rows, int64_t width, CUstream_st* stream);
+
+}  // namespace pgolf

@@ -1,0 +1,458 @@
+// Hopper kernel of linear_softcap_ce.h: x = hidden weight^T on wgmma, the soft-capped exponential in the
+// epilogue.
+//
+// Persistent blocks, in clusters along the rows, of one producer thread (bulk tensor copies into a ring of
+// k slices) and two consumer warpgroups, each of which owns every second 128 x kTileColumns tile: while one
+// runs its product on the tensor cores, the other computes its epilogue. The blocks of a cluster work on
+// neighbouring row blocks and the same columns, and multicast their share of the weight to each other.
+// Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident).
+#include <cuda.h>
+
+#include "kernels/cuda_check.cuh"
+#include "kernels/linear_softcap_ce.h"
+#include "kernels/linear_softcap_ce_epilogue.cuh"
+#include "kernels/ptx_sm90.cuh"
+
+namespace pgolf {
+namespace {
+
+constexpr int kTileRows = 128;
+constexpr int kTileColumns = 128;
+constexpr int kCluster = 2;
+constexpr bool kPermute = true;  // of the weight's rows where vocab allows it, see Config
+constexpr int kDepth = 64;       // slice of k: 128 bytes, the width of the swizzle
+constexpr int kGroup = 128;      // threads of a warpgroup
+constexpr int kThreads = 3 * kGroup;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+constexpr int kSharedLimit = 232448;  // of a block on sm_90
+constexpr int kMaxSlices = 8;         // of a resident row block
+constexpr int kSliceBytes = kTileRows * kDepth * 2;
+constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
+constexpr bool kEnabled = true;   // false: callers take the path for any GPU
+
+template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
+struct Config {
+  static constexpr int kColumns = TileColumns;
+  static constexpr int kBlocks = Cluster;
+  static constexpr bool kResident = Resident;
+  // The thread of lane 4 g + t holds columns 2 t, 2 t + 1 of every eight. Where vocab is a multiple of 32 the
+  // copy engine permutes the weight's rows so that these are columns 8 t .. 8 t + 7 of every 32: 16 bytes of
+  // F.
+  static constexpr bool kPermuted = Permuted;
+  static constexpr bool kFactor = Factor;
+  static constexpr int kColumnBytes = TileColumns * kDepth * 2;
+  static constexpr int kStageBytes = kColumnBytes + (Resident ? 0 : kSliceBytes);
+  static constexpr int kResidentBytes = Resident ? kMaxSlices * kSliceBytes : 0;
+  static constexpr int kStages = (kSharedLimit - 1024 - 512 - kResidentBytes) / kStageBytes;
+  static constexpr int kBarriers = 2 * kStages + 2 * kMaxSlices;
+  static constexpr int kSharedBytes = 1024 + kResidentBytes + kStages * kStageBytes + kBarriers * 8;
+  static constexpr int kAccumulators = TileColumns / 2;  // of a thread, for 64 rows
+  static_assert(kSharedBytes <= kSharedLimit && kStages >= 3, "shared memory");
+};
+
+struct KernelArgs : epilogue::Args {
+  const int64_t* target;
+  int64_t ignore_index;
+  int row_tiles;  // of kBlocks row blocks each
+  int slices;     // of k
+};
+
+// Rows of tiles that a schedule walks down before the next column.
+constexpr int kBand = 8;
+
+struct Tile {
+  int row, column;  // in units of clusters and of column tiles
+};
+
+// The tiles of one cluster. Resident: a contiguous range of row-major order, so that `hidden` is rarely
+// reloaded. Otherwise every clusters-th tile of an order that walks down kBand row tiles before the next
+// column: the tiles of all clusters at one time share few rows and columns, which stay in L2.
+template <bool Resident>
+struct Schedule {
+  int64_t first;
+  int count;
+  int stride, column_tiles, row_tiles;
+
+  __device__ Schedule(const KernelArgs& args, int cluster, int clusters)
+      : column_tiles(args.column_tiles), row_tiles(args.row_tiles) {
+    const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
+    if constexpr (Resident) {
+      first = tiles * cluster / clusters;
+      count = static_cast<int>(tiles * (cluster + 1) / clusters - first);
+      stride = 1;
+    } else {
+      first = cluster;
+      count = static_cast<int>((tiles - cluster + clusters - 1) / clusters);
+      stride = clusters;
+    }
+  }
+
+  __device__ __forceinline__ Tile operator[](int i) const {
+    const int64_t index = first + static_cast<int64_t>(i) * stride;
+    if constexpr (Resident) {
+      const int row = static_cast<int>(index / column_tiles);
+      return {row, static_cast<int>(index - static_cast<int64_t>(row) * column_tiles)};
+    } else {
+      const int band = static_cast<int>(index / (static_cast<int64_t>(kBand) * column_tiles));
+      const int within = static_cast<int>(index - static_cast<int64_t>(band) * kBand * column_tiles);
+      const int height = min(kBand, row_tiles - band * kBand);
+      return {band * kBand + within % height, within / height};
+    }
+  }
+};
+
+// Shared memory.
+template <typename C>
+struct Shared {
+  uint32_t resident, ring, barriers;
+  __device__ explicit Shared(uint32_t base) {
+    resident = (base + 1023u) & ~1023u;
+    ring = resident + C::kResidentBytes;
+    barriers = ring + C::kStages * C::kStageBytes;
+  }
+  __device__ uint32_t columns(int stage) const { return ring + stage * C::kStageBytes; }
+  __device__ uint32_t rows(int stage, int slice) const {
+    return C::kResident ? resident + slice * kSliceBytes : columns(stage) + C::kColumnBytes;
+  }
+  __device__ uint32_t full(int stage) const { return barriers + stage * 8; }
+  __device__ uint32_t empty(int stage) const { return barriers + (C::kStages + stage) * 8; }
+  __device__ uint32_t rows_full(int slice) const { return barriers + (2 * C::kStages + slice) * 8; }
+  __device__ uint32_t rows_empty(int slice) const {
+    return barriers + (2 * C::kStages + kMaxSlices + slice) * 8;
+  }
+};
+
+template <typename C>
+struct RingPosition {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == C::kStages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+  __device__ __forceinline__ void skip(int steps) {
+    const int laps = (stage + steps) / C::kStages;
+    stage += steps - laps * C::kStages;
+    phase ^= laps & 1;
+  }
+};
+
+// Producer.
+template <typename C>
+__device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full, int slice, int column,
+                             uint32_t rank) {
+  constexpr int kShare = C::kColumns / C::kBlocks;
+  constexpr uint16_t kAll = (1u << C::kBlocks) - 1;
+  to += rank * kShare * kDepth * 2;
+  const int first = column + static_cast<int>(rank) * kShare;
+  if constexpr (C::kPermuted) {
+    if constexpr (C::kBlocks == 1) tensor_load_5d(to, map, full, slice * kDepth, first / 32);
+    if constexpr (C::kBlocks > 1) {
+      tensor_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
+    }
+  } else {
+    if constexpr (C::kBlocks == 1) tensor_load_2d(to, map, full, slice * kDepth, first);
+    if constexpr (C::kBlocks > 1) tensor_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
+  }
+}
+
+template <typename C>
+__device__ void produce(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
+                        const CUtensorMap* hidden, const CUtensorMap* weight, uint32_t rank) {
+  RingPosition<C> at;
+  int row_block = -1;
+  uint32_t row_blocks = 0;  // loaded so far
+  for (int i = 0; i < tiles.count; ++i) {
+    const Tile tile = tiles[i];
+    const int first_row = (tile.row * C::kBlocks + static_cast<int>(rank)) * kTileRows;
+    const bool new_rows = tile.row != row_block;
+    for (int slice = 0; slice < args.slices; ++slice) {
+      if (C::kResident && new_rows) {
+        if (row_blocks > 0) barrier_wait(shared.rows_empty(slice), (row_blocks - 1) & 1);
+        barrier_expect(shared.rows_full(slice), kSliceBytes);
+        tensor_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
+      }
+      barrier_wait(shared.empty(at.stage), at.phase ^ 1);
+      const uint32_t full = shared.full(at.stage);
+      barrier_expect(full, C::kStageBytes);
+      if constexpr (!C::kResident) {
+        tensor_load_2d(shared.rows(at.stage, slice), hidden, full, slice * kDepth, first_row);
+      }
+      load_columns<C>(shared.columns(at.stage), weight, full, slice, tile.column * C::kColumns, rank);
+      at.advance();
+    }
+    if (new_rows) {
+      row_block = tile.row;
+      ++row_blocks;
+    }
+  }
+}
+
+template <typename C>
+__device__ void consume(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
+                        uint32_t rank) {
+  const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+  RingPosition<C> at;
+  at.skip(group * args.slices);
+  // The first row block of the schedule is released by both groups even if one has no tile in it.
+  if (C::kResident && group == 1 && tiles.count > 1 && tiles[0].row != tiles[1].row && lane == 0) {
+    for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
+  }
+  const int first_row_block = tiles[0].row;
+  for (int i = group; i < tiles.count; i += 2) {
+    const Tile tile = tiles[i];
+    const bool first_use = i < 2 || tiles[i - 2].row != tile.row;
+    const bool last_use = i + 2 >= tiles.count || tiles[i + 2].row != tile.row;
+    const uint32_t rows_phase = (tile.row - first_row_block) & 1;
+
+    const int64_t first_row =
+        (static_cast<int64_t>(tile.row) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
+    int target[4];  // column within the tile, epilogue::kElsewhere or epilogue::kIgnored, of rows +0, +8,
+                    // +64, +72
+    PGOLF_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const int64_t row = first_row + r / 2 * 64 + r % 2 * 8;
+      const int64_t label = row < args.rows ? args.target[row] : args.ignore_index;
+      const bool ignored = label == args.ignore_index;
+      const bool valid = !ignored && label >= 0 && label < args.vocab;
+      const int64_t column = label - static_cast<int64_t>(tile.column) * C::kColumns;
+      const bool here = valid && column >= 0 && column < C::kColumns;
+      target[r] = ignored ? epilogue::kIgnored : here ? static_cast<int>(column) : epilogue::kElsewhere;
+      if (!valid && tile.column == 0 && t == 0 && row < args.rows) {
+        args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
+      }
+    }
+
+    float c[2][C::kAccumulators];
+    // Tiles take turns on the tensor cores. It also keeps this group's waits at most one phase ahead.
+    if (i > 0) named_sync(1 + group, 2 * kGroup);
+    int previous = 0;
+    for (int slice = 0; slice < args.slices; ++slice) {
+      if (C::kResident && first_use) barrier_wait(shared.rows_full(slice), rows_phase);
+      barrier_wait(shared.full(at.stage), at.phase);
+      const uint64_t a = wgmma_operand(shared.rows(at.stage, slice));
+      const uint64_t b = wgmma_operand(shared.columns(at.stage));
+      wgmma_fence();
+      PGOLF_UNROLL
+      for (int k = 0; k < kDepth / 16; ++k) {
+        const int accumulate = slice > 0 || k > 0;
+        wgmma_64x128x16(c[0], a + k * 2, b + k * 2, accumulate);
+        wgmma_64x128x16(c[1], a + k * 2 + (64 * 128 >> 4), b + k * 2, accumulate);
+      }
+      wgmma_commit();
+      if (slice > 0) {
+        wgmma_wait<1>();
+        if (lane < C::kBlocks) barrier_arrive_cluster(shared.empty(previous), lane);
+        if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(slice - 1));
+      }
+      previous = at.stage;
+      at.advance();
+    }
+    if (i + 1 < tiles.count) named_arrive(2 - group, 2 * kGroup);
+    wgmma_wait<0>();
+    wgmma_fence_result(c[0]);
+    wgmma_fence_result(c[1]);
+    if (lane < C::kBlocks) barrier_arrive_cluster(shared.empty(previous), lane);
+    if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
+    at.skip(args.slices);
+
+    epilogue::Row<C, 0>{args, c[0]}.run(first_row, tile.column, target[0], t);
+    epilogue::Row<C, 1>{args, c[0]}.run(first_row + 8, tile.column, target[1], t);
+    epilogue::Row<C, 0>{args, c[1]}.run(first_row + 64, tile.column, target[2], t);
+    epilogue::Row<C, 1>{args, c[1]}.run(first_row + 72, tile.column, target[3], t);
+  }
+}
+
+template <typename C>
+__global__ void __launch_bounds__(kThreads, 1)
+    forward_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
+                   const __grid_constant__ KernelArgs args) {
+  extern __shared__ unsigned char shared_bytes[];
+  const Shared<C> shared(shared_address(shared_bytes));
+  const uint32_t rank = C::kBlocks > 1 ? cluster_rank() : 0;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      barrier_init(shared.full(stage), 1);
+      barrier_init(shared.empty(stage), 4 * C::kBlocks);  // the warps of one group in each block
+    }
+    for (int slice = 0; slice < kMaxSlices; ++slice) {
+      barrier_init(shared.rows_full(slice), 1);
+      barrier_init(shared.rows_empty(slice), 8);
+    }
+    barrier_init_fence();
+    tensor_prefetch(&hidden);
+    tensor_prefetch(&weight);
+  }
+  if constexpr (C::kBlocks > 1) cluster_sync();
+  __syncthreads();
+
+  const Schedule<C::kResident> tiles(args, blockIdx.x / C::kBlocks, gridDim.x / C::kBlocks);
+  if (threadIdx.x < kGroup) {
+    register_limit_lower<kProducerRegisters>();
+    if (threadIdx.x == 0) produce<C>(args, shared, tiles, &hidden, &weight, rank);
+    __syncwarp();
+  } else {
+    register_limit_raise<kConsumerRegisters>();
+    consume<C>(args, shared, tiles, rank);
+  }
+  // Shared memory must outlive the copies and arrivals that come from the other blocks.
+  if constexpr (C::kBlocks > 1) cluster_sync();
+}
+
+// Launcher.
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
+                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
+                                 CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
+                                 CUtensorMapFloatOOBfill);
+
+// The driver's function, found at run time so that nothing links with libcuda.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult status;
+    PGOLF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
+                                                      cudaEnableDefault, &status));
+    if (status != cudaDriverEntryPointSuccess || found == nullptr) {
+      throw std::runtime_error("linear_softcap_ce: the driver has no cuTensorMapEncodeTiled; update it");
+    }
+    return reinterpret_cast<EncodeTiled>(found);
+  }();
+  return function;
+}
+
+struct MapShape {
+  int rank;
+  cuuint64_t sizes[5];
+  cuuint64_t strides[4];  // bytes, of dimensions 1 and on
+  cuuint32_t box[5];
+};
+
+CUtensorMap tensor_map(const bf16* matrix, const MapShape& shape) {
+  CUtensorMap map;
+  const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
+  const CUresult result = encode_tiled()(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(shape.rank), const_cast<bf16*>(matrix),
+      shape.sizes, shape.strides, shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("linear_softcap_ce: cuTensorMapEncodeTiled failed with error " +
+                             std::to_string(static_cast<int>(result)));
+  }
+  return map;
+}
+
+MapShape plain_map(int64_t rows, int64_t width, int box_rows) {
+  const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
+  return {2,
+          {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
+          {row_bytes},
+          {kDepth, static_cast<cuuint32_t>(box_rows)}};
+}
+
+// Row 32 m + 8 t + 2 j + e of the matrix becomes row 32 m + 8 j + 2 t + e of the copy.
+MapShape permuted_map(int64_t rows, int64_t width, int box_rows) {
+  const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
+  return {5,
+          {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
+          {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
+          {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  PGOLF_CUDA_CHECK(cudaGetDevice(&device));
+  PGOLF_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+template <typename C>
+void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
+  const int64_t cluster_rows = C::kBlocks * kTileRows;
+  const double cap = shape.cap, log2_cap = cap * epilogue::kLog2e;
+  KernelArgs args{};
+  args.target = in.target;
+  args.factor = in.factor;
+  args.factor_ld = in.factor_ld;
+  args.partial_sums = in.partial_sums;
+  args.target_logit = in.target_logit;
+  args.rows = shape.rows;
+  args.ignore_index = shape.ignore_index;
+  args.vocab = static_cast<int>(shape.vocab);
+  args.column_tiles = static_cast<int>((shape.vocab + C::kColumns - 1) / C::kColumns);
+  args.row_tiles = static_cast<int>((shape.rows + cluster_rows - 1) / cluster_rows);
+  args.slices = static_cast<int>((shape.width + kDepth - 1) / kDepth);
+  args.scale = static_cast<float>(2.0 / (epilogue::kPolynomialRange * cap));
+  args.range_rate = static_cast<float>(epilogue::kPolynomialRange * epilogue::kLog2e);
+  args.log2_cap = static_cast<float>(log2_cap);
+  args.slope_scale = static_cast<float>(1.0 / (log2_cap * log2_cap));
+  args.to_logit = static_cast<float>(epilogue::kPolynomialRange * cap / 2.0);
+  for (int k = 0; k < epilogue::kTerms; ++k)
+    args.polynomial[k] = static_cast<float>(log2_cap * epilogue::kPolynomial[k]);
+
+  constexpr int kShare = C::kColumns / C::kBlocks;
+  const CUtensorMap hidden = tensor_map(in.hidden, plain_map(shape.rows, shape.width, kTileRows));
+  const CUtensorMap weight =
+      tensor_map(in.weight, C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
+                                         : plain_map(shape.vocab, shape.width, kShare));
+  const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
+  const int64_t clusters = device_attribute(cudaDevAttrMultiProcessorCount) / C::kBlocks;
+
+  auto kernel = forward_kernel<C>;
+  PGOLF_CUDA_CHECK(
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = C::kBlocks;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * C::kBlocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = C::kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, hidden, weight, args));
+}
+
+template <int TileColumns, int Cluster, bool Resident, bool Permuted>
+void launch_factor(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
+  if (in.factor != nullptr) {
+    launch<Config<TileColumns, Cluster, Resident, Permuted, true>>(in, shape, stream);
+  } else {
+    launch<Config<TileColumns, Cluster, Resident, Permuted, false>>(in, shape, stream);
+  }
+}
+
+}  // namespace
+
+bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
+  constexpr int64_t kMaxRows = int64_t{1} << 30, kMaxVocab = int64_t{1} << 30;
+  return kEnabled && shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab &&
+         shape.rows < kMaxRows && shape.cap <= kMaxCap &&
+         device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
+int64_t linear_softcap_ce_sm90_tiles(int64_t vocab) { return (vocab + kTileColumns - 1) / kTileColumns; }
+
+void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
+                                    CUstream_st* stream) {
+  if (shape.rows == 0) return;
+  constexpr int64_t kResidentWeightBytes = 24 << 20;  // half of the L2: all clusters walk it out of step
+  const bool permuted = kPermute && shape.vocab % 32 == 0;
+  const bool resident = (permuted || !kPermute) && shape.width <= kMaxSlices * kDepth &&
+                        shape.vocab >= 4 * kTileColumns &&
+                        shape.vocab * shape.width * 2 <= kResidentWeightBytes;
+  if (resident) {
+    launch_factor<kTileColumns, kCluster, true, kPermute>(args, shape, stream);
+  } else if (permuted) {
+    launch_factor<kTileColumns, kCluster, false, kPermute>(args, shape, stream);
+  } else {
+    launch_factor<kTileColumns, kCluster, false, false>(args, shape, stream);
+  }
+}
+
+}  // namespace pgolf

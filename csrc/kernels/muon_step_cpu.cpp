@@ -1,0 +1,108 @@
+// CPU kernels of muon_step.h: rows and runs of elements over threads.
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "kernels/muon_step.h"
+#include "kernels/parallel.h"
+
+namespace pgolf {
+namespace {
+
+constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
+
+// u for one row, and the new momentum; both rounded to their types only when stored.
+template <typename G, typename M>
+void momentum_row(const G* grad, M* momentum, float* u, int64_t cols, const float* scalars,
+                  MuonOptions options) {
+  const float mu = scalars[kMuonMomentum];
+  const float share = options.lerp ? 1.0f - mu : 1.0f;
+  const float scale = scalars[kMuonGradScale] * share;
+  for (int64_t j = 0; j < cols; ++j) {
+    const float g = to_float(grad[j]) * scale;
+    momentum[j] = from_float<M>(mu * to_float(momentum[j]) + g);
+    u[j] = options.nesterov ? g + mu * to_float(momentum[j]) : to_float(momentum[j]);
+  }
+}
+
+float row_scale(const float* u, int64_t cols) {
+  double sum = 0.0;
+  for (int64_t j = 0; j < cols; ++j) sum += static_cast<double>(u[j]) * u[j];
+  return 1.0f / std::max(static_cast<float>(std::sqrt(sum)), kMuonRowEps);
+}
+
+template <typename X>
+void apply_range(const MuonTarget& t, const float* scalars, int64_t begin, int64_t end) {
+  const float lr = scalars[kMuonLr];
+  const float keep = 1.0f - lr * scalars[kMuonWeightDecay];
+  const float step = lr * t.lr_scale;
+  if (t.update != nullptr) {
+    const X* update = static_cast<const X*>(t.update);
+    for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
+  }
+  if (t.average == nullptr) return;
+  // Two forms, as torch.lerp: exact at both ends of the weight.
+  const float weight = scalars[kMuonAverageWeight];
+  if (weight < 0.5f) {
+    for (int64_t i = begin; i < end; ++i) t.average[i] += weight * (t.param[i] - t.average[i]);
+  } else {
+    for (int64_t i = begin; i < end; ++i)
+      t.average[i] = t.param[i] - (t.param[i] - t.average[i]) * (1.0f - weight);
+  }
+}
+
+}  // namespace
+
+template <typename G, typename M, typename X>
+void muon_direction_cpu(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
+                        int threads) {
+  const bool skip = !std::isfinite(scalars[kMuonGradScale]);
+  for (int i = 0; i < count; ++i) {
+    const MuonDirection& bank = banks[i];
+    const int64_t cols = bank.cols;
+    if (cols == 0) continue;
+    if (skip) {
+      std::fill_n(static_cast<X*>(bank.direction), bank.rows * cols, from_float<X>(0.0f));
+      continue;
+    }
+    parallel_for(bank.rows, std::max<int64_t>(kGrain / cols, 1), threads, [&](int64_t begin, int64_t end) {
+      std::vector<float> u(static_cast<size_t>(cols));
+      for (int64_t row = begin; row < end; ++row) {
+        momentum_row(static_cast<const G*>(bank.grad) + row * cols,
+                     static_cast<M*>(bank.momentum) + row * cols, u.data(), cols, scalars, options);
+        const float scale = options.row_normalize ? row_scale(u.data(), cols) : 1.0f;
+        X* out = static_cast<X*>(bank.direction) + row * cols;
+        for (int64_t j = 0; j < cols; ++j) out[j] = from_float<X>(u[static_cast<size_t>(j)] * scale);
+      }
+    });
+  }
+}
+
+template <typename X>
+void muon_apply_cpu(const MuonTarget* targets, int count, const float* scalars, int threads) {
+  if (!std::isfinite(scalars[kMuonGradScale])) return;
+  for (int i = 0; i < count; ++i) {
+    parallel_for(targets[i].count, kGrain, threads,
+                 [&](int64_t begin, int64_t end) { apply_range<X>(targets[i], scalars, begin, end); });
+  }
+}
+
+template void muon_direction_cpu<float, float, float>(const MuonDirection*, int, const float*, MuonOptions,
+                                                      int);
+template void muon_direction_cpu<float, float, bf16>(const MuonDirection*, int, const float*, MuonOptions,
+                                                     int);
+template void muon_direction_cpu<float, bf16, float>(const MuonDirection*, int, const float*, MuonOptions,
+                                                     int);
+template void muon_direction_cpu<float, bf16, bf16>(const MuonDirection*, int, const float*, MuonOptions,
+                                                    int);
+template void muon_direction_cpu<bf16, float, float>(const MuonDirection*, int, const float*, MuonOptions,
+                                                     int);
+template void muon_direction_cpu<bf16, float, bf16>(const MuonDirection*, int, const float*, MuonOptions,
+                                                    int);
+template void muon_direction_cpu<bf16, bf16, float>(const MuonDirection*, int, const float*, MuonOptions,
+                                                    int);
+template void muon_direction_cpu<bf16, bf16, bf16>(const MuonDirection*, int, const float*, MuonOptions, int);
+template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, int);
+template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, int);
+
+}  // namespace pgolf

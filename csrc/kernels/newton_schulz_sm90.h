@@ -1,0 +1,48 @@
+// Hopper (sm_90a) form of newton_schulz.h for several banks of matrices at once.
+//
+// Per matrix, exactly the iteration of newton_schulz.h, on the short side. Tensor-core products of float16
+// operands with float32 accumulation. The input is scaled by a power of two that brings its Frobenius norm to
+// [16, 32), exactly for bfloat16 and float16 input; the rest of 1 / (norm + eps) is folded, in float32, into
+// the first polynomial. Nearly square matrices take each step as R = X X^T, Z = a I + b R + c R^2, X = Z X.
+// Longer ones take two steps at once (the first alone where the number of steps is odd):
+//   R = X X^T,  Z = p(R),  R1 = Z (R Z),  Q = p1(R1) Z,  X = Q X
+// and then start from X again: longer chains in float16 lose the small singular values (up to 0.2 on
+// power-law and rank-deficient input), pairs stay within 0.01 of the exact map. Deterministic.
+#pragma once
+
+#include <cstddef>
+
+#include "kernels/common.h"
+
+namespace pgolf {
+
+enum class NsType : uint8_t { kFloat32, kBfloat16, kFloat16 };
+
+struct NsBank {
+  const void* in;  // (batch, rows, cols) row-major
+  void* out;       // the same shape and type; must not alias `in`
+  NsType type;
+  int64_t batch, rows, cols;
+};
+
+// Whether callers that let the kernels choose get this one. False until its tests have passed on an H100;
+// turn it on here and nowhere else.
+inline constexpr bool kNewtonSchulzSm90IsDefault = false;
+
+// Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are
+// multiples of 8.
+bool newton_schulz_sm90_can_run(const NsBank* banks, int count);
+
+// Whether a caller without a wish of its own should take this kernel.
+inline bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
+  return kNewtonSchulzSm90IsDefault && newton_schulz_sm90_can_run(banks, count);
+}
+
+// Bytes of scratch memory, to be 256-byte aligned.
+size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps);
+
+// Banks that newton_schulz_sm90_can_run takes. `normalize` false: the caller vouches for norms of at most 1.
+void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
+                        bool normalize, float eps, void* workspace, CUstream_st* stream);
+
+}  // namespace pgolf

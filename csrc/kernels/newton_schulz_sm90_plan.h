@@ -1,0 +1,301 @@
+// The products that newton_schulz_sm90 runs, for each matrix in order, and the buffers that they move
+// between. Host code, and the structures that it hands to the kernels.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels/newton_schulz_sm90.h"
+
+namespace pgolf {
+namespace ns90 {
+
+inline constexpr int kBox = 64;  // side of the blocks that the copy engine moves, elements
+inline constexpr int kBoxBytes = 2 * kBox * kBox;
+inline constexpr int kTile = 128;                 // side of an output tile
+inline constexpr int kSlotBytes = 2 * kBoxBytes;  // 128 x 64 of an operand
+inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
+inline constexpr int kMaxBanks = 8;
+inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
+inline constexpr int kAlignment = 256;    // bytes, of each buffer in the workspace
+inline constexpr int kCastThreads = 256;
+inline constexpr int kChunk = kCastThreads * 8 * 4;  // elements that a block of the normalising kernels takes
+
+enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A B, A^T B
+
+// X moves between kOut (`out`, where that can hold float16) and kX. The squares R, Z and T of a matrix lie
+// where its next X will be written, as far as they fit; kFactor is read by that product and lies apart, as
+// does kSpare, which stands for T where only two fit.
+enum Buffer : uint8_t { kOut, kX, kSquaresOut, kSquaresX = kSquaresOut + 3, kFactor = kSquaresX + 3, kSpare };
+inline constexpr int kMapsPerBank = kSpare + 1;
+
+// out = alpha sigma^alpha_power A B + beta sigma^beta_power C + gamma I, for each matrix of a bank.
+struct Product {
+  float alpha, beta, gamma;
+  uint8_t alpha_power, beta_power;
+  Layout layout;
+  bool symmetric;     // only blocks of 64 on and below the diagonal are stored, with their mirror images
+  bool tall;          // tiles of 256x128
+  bool spread;        // the warpgroups share a task of one tile: latency before throughput
+  uint8_t a, b, out;  // tensor maps
+  NsType type;        // of out
+  const __half* c;    // (rows, cols) of the first matrix, or null
+  int64_t c_batch;    // elements from one matrix of c to the next
+  float* direct;      // out where its type is float32
+  int rows, cols;
+  int depth;           // blocks of 64 along k
+  int chunk;           // tiles of a row panel in one task
+  int panels, across;  // tiles down and across
+  int tasks;           // per matrix
+  int first_task, first_matrix;
+  uint32_t need;  // the matrix' counter before this product may start
+};
+
+struct Plan {
+  CUtensorMap maps[kMaxBanks * kMapsPerBank];
+  Product products[kMaxProducts];
+  int product_count;
+  const float* sigma;  // per matrix
+  uint32_t* done;      // per matrix: two for each stored tile
+  uint32_t* queue;
+};
+
+struct Task {
+  int product, matrix, panel, column, count;  // tiles `column` .. `column + count - 1` of row panel `panel`
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+    inline int tiles_in_panel(const Product& p, int panel) {
+  const int reach = (panel + 1) * (p.tall ? 2 : 1);
+  return p.symmetric && reach < p.across ? reach : p.across;
+}
+
+inline size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+struct Tuning {
+  int small_chunk, update_chunk;  // tiles of a task
+  bool spread;                    // both warpgroups share a tile
+  bool grouped;                   // one launch for each rank of products instead of one for all
+};
+
+// Pairs of steps where the products on the short side are enough cheaper.
+inline bool takes_pairs(const NsBank& bank, int steps) {
+  return steps >= 2 && std::max(bank.rows, bank.cols) >= 2 * std::min(bank.rows, bank.cols);
+}
+
+inline int segment_count(const NsBank& bank, int steps) {
+  return takes_pairs(bank, steps) ? (steps + 1) / 2 : steps;
+}
+
+inline int product_count(const NsBank& bank, int steps) {
+  return takes_pairs(bank, steps) ? steps / 2 * 7 + steps % 2 * 3 : 3 * steps;
+}
+
+// Whether T lies with R and Z in the place of the next X.
+inline bool has_room_for_three(const NsBank& bank) {
+  return std::max(bank.rows, bank.cols) >= 3 * std::min(bank.rows, bank.cols);
+}
+
+// A matrix of a bank's buffer: where the first lies, and the step to the next, elements.
+struct Place {
+  __half* first;
+  int64_t batch;
+  int64_t rows, cols;
+};
+
+// Offsets of a bank's buffers in the workspace.
+struct BankSpace {
+  size_t x, even;  // `even` stands for `out` where that cannot hold float16
+  size_t factor, spare;
+  size_t end;
+
+  BankSpace(const NsBank& bank, int steps, size_t at) {
+    const size_t matrix = static_cast<size_t>(bank.batch * bank.rows * bank.cols) * 2;
+    const auto side = static_cast<size_t>(std::min(bank.rows, bank.cols));
+    const size_t square = static_cast<size_t>(bank.batch) * side * side * 2;
+    auto take = [&](bool needed, size_t bytes) {
+      const size_t begin = at;
+      if (needed) at += round_up(bytes);
+      return begin;
+    };
+    x = take(true, matrix);
+    even = take(bank.type == NsType::kFloat32, matrix);
+    factor = take(true, square);
+    spare = take(takes_pairs(bank, steps) && !has_room_for_three(bank), square);
+    end = at;
+  }
+};
+
+inline Place place_of(const NsBank& bank, unsigned char* workspace, const BankSpace& space, int buffer) {
+  auto at = [&](size_t offset) { return reinterpret_cast<__half*>(workspace + offset); };
+  __half* out = bank.type == NsType::kFloat32 ? at(space.even) : static_cast<__half*>(bank.out);
+  const int64_t size = bank.rows * bank.cols, side = std::min(bank.rows, bank.cols);
+  if (buffer == kOut) return {out, size, bank.rows, bank.cols};
+  if (buffer == kX) return {at(space.x), size, bank.rows, bank.cols};
+  if (buffer == kFactor) return {at(space.factor), side * side, side, side};
+  if (buffer == kSpare) return {at(space.spare), side * side, side, side};
+  __half* around = buffer < kSquaresX ? out : at(space.x);
+  return {around + (buffer - kSquaresOut) % 3 * side * side, size, side, side};
+}
+
+inline int64_t chunks_of(const NsBank& bank) { return (bank.rows * bank.cols + kChunk - 1) / kChunk; }
+
+// Matrices' words: partial sums, sigma, counters, queues.
+inline size_t words_bytes(const NsBank* banks, int count) {
+  size_t blocks = 0, matrices = 0;
+  for (int i = 0; i < count; ++i) {
+    blocks += static_cast<size_t>(banks[i].batch * chunks_of(banks[i]));
+    matrices += static_cast<size_t>(banks[i].batch);
+  }
+  return round_up(4 * (3 * blocks + 2 * matrices + kMaxProducts));
+}
+
+inline int tiles_of(int64_t extent, int tile) { return static_cast<int>((extent + tile - 1) / tile); }
+
+// A product with its place in the order of the queue.
+struct Ranked {
+  Product product;
+  int rank;         // position among its matrix' products
+  double progress;  // share of the matrix' work before it
+  int64_t batch;
+};
+
+// Writes one bank's chain of products.
+class Chain {
+ public:
+  Chain(const NsBank& bank, unsigned char* workspace, const BankSpace& space, int first_map, int first_matrix,
+        const Tuning& tuning)
+      : bank_(bank),
+        workspace_(workspace),
+        space_(space),
+        first_map_(first_map),
+        first_matrix_(first_matrix),
+        tuning_(tuning),
+        small_(std::min(bank.rows, bank.cols)),
+        large_(std::max(bank.rows, bank.cols)) {}
+
+  std::vector<Ranked> run(const float (*table)[3], int steps) {
+    const bool pairs = takes_pairs(bank_, steps);
+    const int segments = segment_count(bank_, steps);
+    int step = 0;
+    for (int segment = 0; segment < segments; ++segment) {
+      const int length = !pairs || (segment == 0 && steps % 2 == 1) ? 1 : 2;
+      const uint8_t power = segment == 0 ? 1 : 0;
+      const Buffer from = x_buffer(segments - segment), to = x_buffer(segments - segment - 1);
+      const auto square = [&](int i) {
+        return static_cast<Buffer>((to == kOut ? kSquaresOut : kSquaresX) + i);
+      };
+      const Buffer r = square(0), z = square(1), t = has_room_for_three(bank_) ? square(2) : kSpare;
+      gram(from, r);
+      if (length == 1) {
+        polynomial(r, kFactor, table[step], power);
+      } else {
+        polynomial(r, z, table[step], power);
+        small(r, z, t);
+        small(z, t, r);
+        polynomial(r, t, table[step + 1], power);
+        small(t, z, kFactor);
+      }
+      update(from, to, power, segment + 1 == segments);
+      step += length;
+    }
+    double total = 0.0;
+    for (const Ranked& ranked : chain_) total += cost(ranked.product);
+    double before = 0.0;
+    for (Ranked& ranked : chain_) {
+      ranked.progress = before / total;
+      before += cost(ranked.product);
+    }
+    return chain_;
+  }
+
+  // X after all but `left` segments: `out` and the workspace in turn, `out` last.
+  static Buffer x_buffer(int left) { return left % 2 == 0 ? kOut : kX; }
+
+ private:
+  // What one tile takes, in blocks of k; 6 stand for its latency.
+  static double cost(const Product& p) { return p.depth + 6.0; }
+
+  void add(Product p, int64_t rows, int64_t cols, int64_t depth, Buffer a, Buffer b, Buffer out, int chunk) {
+    p.a = static_cast<uint8_t>(first_map_ + a);
+    p.b = static_cast<uint8_t>(first_map_ + b);
+    p.out = static_cast<uint8_t>(first_map_ + out);
+    p.rows = static_cast<int>(rows);
+    p.cols = static_cast<int>(cols);
+    p.depth = tiles_of(depth, kBox);
+    p.tall = p.depth > kASlots && rows >= 1024;
+    p.spread = tuning_.spread && !p.tall;
+    p.chunk = p.depth <= kASlots && !p.tall ? chunk : 1;
+    p.panels = tiles_of(rows, p.tall ? 2 * kTile : kTile);
+    p.across = tiles_of(cols, kTile);
+    p.first_matrix = first_matrix_;
+    p.need = need_;
+    for (int panel = 0; panel < p.panels; ++panel) {
+      p.tasks += (tiles_in_panel(p, panel) + p.chunk - 1) / p.chunk;
+      need_ += 2 * static_cast<uint32_t>(tiles_in_panel(p, panel));
+    }
+    chain_.push_back({p, static_cast<int>(chain_.size()), 0.0, bank_.batch});
+  }
+
+  void gram(Buffer x, Buffer r) {
+    Product p{};
+    p.alpha = 1.0f;
+    p.layout = bank_.rows <= bank_.cols ? kRowsRows : kColumnsColumns;
+    p.symmetric = true;
+    p.type = NsType::kFloat16;
+    add(p, small_, small_, large_, x, x, r, tuning_.small_chunk);
+  }
+
+  // out = a I + b r + c r^2 with the scale of r, sigma^-2, taken out.
+  void polynomial(Buffer r, Buffer out, const float (&abc)[3], uint8_t power) {
+    Product p{};
+    p.alpha = abc[2], p.beta = abc[1], p.gamma = abc[0];
+    p.alpha_power = static_cast<uint8_t>(4 * power), p.beta_power = static_cast<uint8_t>(2 * power);
+    p.layout = kRowsRows;
+    p.symmetric = true;
+    p.type = NsType::kFloat16;
+    const Place place = place_of(bank_, workspace_, space_, r);
+    p.c = place.first;
+    p.c_batch = place.batch;
+    add(p, small_, small_, small_, r, r, out, tuning_.small_chunk);
+  }
+
+  // A product of polynomials of one symmetric matrix is symmetric.
+  void small(Buffer a, Buffer b, Buffer out) {
+    Product p{};
+    p.alpha = 1.0f;
+    p.layout = kRowsRows;
+    p.symmetric = true;
+    p.type = NsType::kFloat16;
+    add(p, small_, small_, small_, a, b, out, tuning_.small_chunk);
+  }
+
+  void update(Buffer from, Buffer to, uint8_t power, bool last) {
+    Product p{};
+    p.alpha = 1.0f;
+    p.alpha_power = power;
+    const bool wide = bank_.rows <= bank_.cols;
+    p.layout = wide ? kRowsColumns : kRowsRows;
+    p.type = last ? bank_.type : NsType::kFloat16;
+    p.direct = static_cast<float*>(bank_.out);
+    add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to,
+        tuning_.update_chunk);
+  }
+
+  NsBank bank_;
+  unsigned char* workspace_;
+  BankSpace space_;
+  int first_map_, first_matrix_;
+  Tuning tuning_;
+  int64_t small_, large_;
+  uint32_t need_ = 0;
+  std::vector<Ranked> chain_;
+};
+
+}  // namespace ns90
+}  // namespace pgolf

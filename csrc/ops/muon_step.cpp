@@ -1,0 +1,296 @@
+// Binding of muon_step and muon_apply: schema, checks, scratch memory, dispatch. Maths: kernels/muon_step.h
+// around kernels/newton_schulz.h.
+#include "kernels/muon_step.h"
+
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <string_view>
+#include <vector>
+
+#include "kernels/newton_schulz.h"
+#include "kernels/newton_schulz_sm90.h"
+#include "ops/checks.h"
+
+namespace pgolf {
+namespace {
+
+constexpr int64_t kAlign = 64;  // elements between the directions of two banks
+
+using Doubles = at::ArrayRef<double>;
+
+// Calls body(T{}) for float32 and bfloat16; TypeError otherwise.
+template <typename Body>
+void dispatch_state(const char* what, at::ScalarType type, const Body& body) {
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, "muon_step: ", what,
+                   " must be float32 or bfloat16, got ", type);
+  if (type == at::kFloat) return body(float{});
+  body(bf16{});
+}
+
+void check_scalars(const at::Tensor& scalars) {
+  TORCH_CHECK_TYPE(scalars.scalar_type() == at::kFloat, "muon_step: scalars must be float32, got ",
+                   scalars.scalar_type());
+  TORCH_CHECK_VALUE(scalars.dim() == 1 && scalars.size(0) == kMuonScalars && scalars.is_contiguous(),
+                    "muon_step: scalars must be (", int{kMuonScalars}, ",) contiguous, got ",
+                    scalars.sizes());
+}
+
+// `tensor` of list `what` at `index` must look like `model`, in memory order, on the device of the scalars.
+void check_like(const at::Tensor& tensor, const at::Tensor& model, const char* what, size_t index) {
+  TORCH_CHECK_VALUE(tensor.sizes() == model.sizes(), "muon_step: ", what, " ", index, " must have shape ",
+                    model.sizes(), ", got ", tensor.sizes());
+}
+
+void check_list(at::TensorList list, const char* what, at::ScalarType type, const at::Tensor& scalars) {
+  for (size_t i = 0; i < list.size(); ++i) {
+    TORCH_CHECK_TYPE(list[i].scalar_type() == type, "muon_step: ", what, " ", i, " must be ", type, ", got ",
+                     list[i].scalar_type());
+    TORCH_CHECK_VALUE(list[i].device() == scalars.device(), "muon_step: ", what, " ", i, " must be on ",
+                      scalars.device(), " like the scalars, got ", list[i].device());
+    TORCH_CHECK_VALUE(list[i].is_contiguous(), "muon_step: ", what, " ", i,
+                      " must be contiguous, got strides ", list[i].strides(),
+                      "; it is read and written in place");
+  }
+}
+
+void check_counts(size_t got, size_t want, const char* what) {
+  TORCH_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one a tensor, got ", got);
+}
+
+at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloat : list[0].scalar_type(); }
+
+// What muon_apply works on; `updates` and `averages` may be empty.
+std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList updates, at::TensorList averages,
+                                      const at::Tensor& scalars, Doubles lr_scales) {
+  check_scalars(scalars);
+  if (!updates.empty()) check_counts(updates.size(), params.size(), "updates");
+  if (!updates.empty()) check_counts(lr_scales.size(), params.size(), "lr_scales");
+  if (!averages.empty()) check_counts(averages.size(), params.size(), "averages");
+  check_list(params, "param", at::kFloat, scalars);
+  check_list(updates, "update", first_type(updates), scalars);
+  check_list(averages, "average", at::kFloat, scalars);
+  std::vector<MuonTarget> targets;
+  for (size_t i = 0; i < params.size(); ++i) {
+    MuonTarget target{mutable_pointer<float>(params[i]), nullptr, nullptr, params[i].numel(), 0.0f};
+    if (!updates.empty()) {
+      check_like(updates[i], params[i], "update", i);
+      target.update = updates[i].const_data_ptr();
+      target.lr_scale = static_cast<float>(lr_scales[i]);
+    }
+    if (!averages.empty()) {
+      check_like(averages[i], params[i], "average", i);
+      target.average = mutable_pointer<float>(averages[i]);
+    }
+    targets.push_back(target);
+  }
+  return targets;
+}
+
+std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
+                                           at::TensorList updates, const at::Tensor& scalars,
+                                           Doubles coefficients, double eps, std::string_view algorithm) {
+  check_scalars(scalars);
+  TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
+                    "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
+  check_counts(momenta.size(), grads.size(), "momenta");
+  check_counts(updates.size(), grads.size(), "updates");
+  check_list(grads, "grad", first_type(grads), scalars);
+  check_list(momenta, "momentum", first_type(momenta), scalars);
+  check_list(updates, "update", first_type(updates), scalars);
+  const auto count = static_cast<int64_t>(coefficients.size());
+  TORCH_CHECK_VALUE(count % 3 == 0 && count >= 3 && count <= 3 * kNewtonSchulzMaxSteps,
+                    "muon_step: coefficients must be 1 to ", kNewtonSchulzMaxSteps,
+                    " triples (a, b, c), got ", count, " numbers");
+  TORCH_CHECK_VALUE(eps >= 0, "muon_step: eps must be >= 0, got ", eps);
+  NewtonSchulzShape shape{};
+  shape.steps = static_cast<int>(count / 3);
+  shape.eps = static_cast<float>(eps);
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = coefficients[static_cast<size_t>(i)];
+    TORCH_CHECK_VALUE(std::isfinite(value), "muon_step: coefficients must be finite, got ", value,
+                      " in triple ", i / 3);
+    shape.coefficients[i / 3][i % 3] = static_cast<float>(value);
+  }
+  std::vector<NewtonSchulzShape> shapes;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK_VALUE(grads[i].dim() == 3, "muon_step: grad ", i,
+                      " must be a bank (matrices, rows, cols), got ", grads[i].sizes());
+    check_like(momenta[i], grads[i], "momentum", i);
+    check_like(updates[i], grads[i], "update", i);
+    shape.batch = grads[i].size(0);
+    shape.rows = grads[i].size(1);
+    shape.cols = grads[i].size(2);
+    shapes.push_back(shape);
+  }
+  return shapes;
+}
+
+// Directions of all banks in one scratch buffer: element offsets, the total last.
+std::vector<int64_t> direction_offsets(at::TensorList updates) {
+  std::vector<int64_t> offsets{0};
+  for (const at::Tensor& update : updates)
+    offsets.push_back(offsets.back() + (update.numel() + kAlign - 1) / kAlign * kAlign);
+  return offsets;
+}
+
+template <typename X>
+std::vector<MuonDirection> directions(at::TensorList grads, at::TensorList momenta, X* scratch,
+                                      const std::vector<int64_t>& offsets) {
+  std::vector<MuonDirection> banks;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    banks.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), scratch + offsets[i],
+                     grads[i].size(0) * grads[i].size(1), grads[i].size(2)});
+  }
+  return banks;
+}
+
+void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList averages,
+               const at::Tensor& scalars, Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, scalars, lr_scales);
+  dispatch_state("updates", first_type(updates), [&](auto tag) {
+    muon_apply_cpu<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
+                                  const_pointer<float>(scalars), at::get_num_threads());
+  });
+}
+
+void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
+              at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
+              double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
+  TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
+              "use 'auto'");
+  if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
+  const std::vector<int64_t> offsets = direction_offsets(updates);
+  const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
+  dispatch_state("grads", first_type(grads), [&](auto g) {
+    dispatch_state("momenta", first_type(momenta), [&](auto m) {
+      dispatch_state("updates", first_type(updates), [&](auto x) {
+        using X = decltype(x);
+        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
+        const int threads = at::get_num_threads();
+        muon_direction_cpu<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
+                                                        const_pointer<float>(scalars),
+                                                        {nesterov, lerp, row_normalize}, threads);
+        for (size_t i = 0; i < shapes.size(); ++i) {
+          newton_schulz_cpu(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
+                            shapes[i], threads);
+        }
+      });
+    });
+  });
+  if (!params.empty()) apply_cpu(params, updates, averages, scalars, lr_scales);
+}
+
+#ifdef PGOLF_WITH_CUDA
+void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList averages,
+                const at::Tensor& scalars, Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, scalars, lr_scales);
+  const c10::cuda::CUDAGuard guard(scalars.device());
+  dispatch_state("updates", first_type(updates), [&](auto tag) {
+    muon_apply_cuda<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
+                                   const_pointer<float>(scalars), c10::cuda::getCurrentCUDAStream().stream());
+  });
+}
+
+at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte));
+}
+
+NsType ns_type(float) { return NsType::kFloat32; }
+NsType ns_type(bf16) { return NsType::kBfloat16; }
+
+// The banks, where all are to be iterated in one call of the Hopper kernel, else nothing.
+template <typename X>
+std::vector<NsBank> hopper_banks(const std::vector<MuonDirection>& banks, at::TensorList updates,
+                                 const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm) {
+  std::vector<NsBank> list;
+  if (algorithm == "standard") return list;
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    if (updates[i].numel() == 0) continue;
+    list.push_back({banks[i].direction, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch,
+                    shapes[i].rows, shapes[i].cols});
+  }
+  const int count = static_cast<int>(list.size());
+  if (count > 0 && algorithm == "gram") {
+    TORCH_CHECK(newton_schulz_sm90_can_run(list.data(), count), "muon_step: algorithm 'gram' needs a Hopper ",
+                "GPU and banks with sides that are multiples of 8; use 'auto'");
+    return list;
+  }
+  if (count == 0 || !newton_schulz_sm90_supports(list.data(), count)) list.clear();
+  return list;
+}
+
+template <typename X>
+void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
+             const std::vector<NewtonSchulzShape>& shapes, const std::vector<NsBank>& hopper,
+             cudaStream_t stream) {
+  if (!hopper.empty()) {
+    const int count = static_cast<int>(hopper.size());
+    const NewtonSchulzShape& shape = shapes[0];  // coefficients and eps are the same for all
+    const at::Tensor scratch = scratch_bytes(
+        static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), updates[0]);
+    newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+                       scratch.mutable_data_ptr(), stream);
+    return;
+  }
+  for (size_t i = 0; i < shapes.size(); ++i) {
+    const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
+    newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
+                       scratch.mutable_data_ptr(), shapes[i], stream);
+  }
+}
+
+void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
+               at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
+               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
+  if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
+  const c10::cuda::CUDAGuard guard(scalars.device());
+  const std::vector<int64_t> offsets = direction_offsets(updates);
+  const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
+  dispatch_state("grads", first_type(grads), [&](auto g) {
+    dispatch_state("momenta", first_type(momenta), [&](auto m) {
+      dispatch_state("updates", first_type(updates), [&](auto x) {
+        using X = decltype(x);
+        const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
+        const std::vector<NsBank> hopper = hopper_banks<X>(banks, updates, shapes, algorithm);
+        muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
+                                                         const_pointer<float>(scalars),
+                                                         {nesterov, lerp, row_normalize}, stream);
+        iterate<X>(banks, updates, shapes, hopper, stream);
+      });
+    });
+  });
+  if (!params.empty()) apply_cuda(params, updates, averages, scalars, lr_scales);
+}
+#endif
+
+}  // namespace
+}  // namespace pgolf
+
+TORCH_LIBRARY_FRAGMENT(pgolf, m) {
+  m.def(
+      "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
+      "Tensor(d!)[] averages, Tensor scalars, float[] lr_scales, float[] coefficients, float eps, "
+      "bool nesterov, bool lerp, bool row_normalize, str algorithm=\"auto\") -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor scalars, "
+      "float[] lr_scales) -> ()",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
+  m.impl("muon_step", &pgolf::step_cpu);
+  m.impl("muon_apply", &pgolf::apply_cpu);
+}
+
+#ifdef PGOLF_WITH_CUDA
+TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
+  m.impl("muon_step", &pgolf::step_cuda);
+  m.impl("muon_apply", &pgolf::apply_cuda);
+}
+#endif

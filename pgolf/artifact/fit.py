@@ -1,0 +1,110 @@
+"""The search for the clips that fill the byte limit: coarser grids when over it, finer ones when below.
+
+A clip wider by f makes N weights N log2(f) / 8 bytes smaller (SPEC 6.7), so bytes over log2(clip) is nearly a
+straight line and a secant finds the place; a bracket keeps it honest where the line bends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgolf.artifact.size import Ledger, check
+from pgolf.artifact.write import Facts, build_file, save_file
+from pgolf.config import ModelConfig
+from pgolf.quant.state import QuantizedState
+
+WINDOW = 1e-3
+"""The search ends when the counted bytes are below the limit by at most this fraction of it."""
+AIM = 0.4 * WINDOW
+"""Where it aims, below the limit: nearer to it than to the window's other end, with room for noise."""
+NARROWEST, WIDEST = 0.5, 64.0
+"""Factors on the configured clips. Half of 11.5 standard deviations still clips nothing of a Gaussian, and
+codes of one bit more than that are beyond the grid's ends; 64 leaves nothing of a matrix but zeros."""
+MOST_TRIES = 8
+
+
+@dataclass(frozen=True)
+class Try:
+    """One quantization and what it weighs."""
+
+    octaves: float
+    """log2 of the factor on the clips."""
+    total: int
+    """Counted bytes: file and code."""
+
+
+def fit_artifact(
+    path: Path,
+    quantize: Callable[[float], QuantizedState],
+    model: ModelConfig,
+    *,
+    tokenizer_sha256: str,
+    config_hash: str,
+    limit: int,
+) -> Ledger:
+    """Write the largest artifact found in [0.999 limit, limit], code included, by scaling the clips.
+
+    Usually two quantizations, at most 8. Where even half the configured clips leave it smaller than that
+    (a toy under a large limit), those are taken.
+
+    Args:
+        path: as for `write_artifact`, as are `model` and the next three.
+        quantize: clip_scale -> state; called with 1.0 first.
+    Returns:
+        The ledger of the written file; its `clip_scale` is the factor that was chosen.
+    Raises:
+        ArtifactError: no try is below the limit (with the smallest one's ledger); nothing is written.
+        FileNotFoundError: the folder of `path` does not exist.
+    """
+    tries: list[Try] = []
+    best: tuple[bytes, Ledger] | None = None
+    octaves: float | None = 0.0
+    while octaves is not None and len(tries) < MOST_TRIES:
+        scale = 2.0**octaves
+        state = quantize(scale)
+        data, ledger = build_file(
+            state, model, Facts(tokenizer_sha256, config_hash, limit, scale), quality=11
+        )
+        tries.append(Try(octaves, ledger.total))
+        if best is None or _better(ledger, best[1], limit):
+            best = data, ledger
+        if (1 - WINDOW) * limit <= ledger.total <= limit:
+            break
+        weights = sum(t.codes.numel() for t in state.quantized.values())
+        octaves = next_try(tries, limit=limit, weights=weights)
+    assert best is not None
+    check(best[1], limit)
+    save_file(path, best[0])
+    return best[1]
+
+
+def _better(new: Ledger, old: Ledger, limit: int) -> bool:
+    """Return whether `new` is nearer to the goal: the largest that fits, else the smallest."""
+    if (new.total <= limit) != (old.total <= limit):
+        return new.total <= limit
+    return (new.total > old.total) == (new.total <= limit)
+
+
+def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
+    """Return the next log2 of the factor on the clips, None when nothing new is left to try.
+
+    Newton's step from the last try with the slope of SPEC 6.7, -weights / 8 bytes an octave, then of the two
+    last tries; halfway between the nearest try above and the nearest below the limit where it leaves those.
+    """
+    target = (1 - AIM) * limit
+    last = tries[-1]
+    slope = -max(weights, 1) / 8
+    if len(tries) > 1 and tries[-2].octaves != last.octaves:
+        measured = (last.total - tries[-2].total) / (last.octaves - tries[-2].octaves)
+        slope = min(measured, slope / 8)  # never flat or rising: that is noise, or the floor of zeros
+    step = min(max((target - last.total) / slope, -1.0), 4.0)
+    place = last.octaves + step
+    over = max((t.octaves for t in tries if t.total > limit), default=-math.inf)
+    under = min((t.octaves for t in tries if t.total <= limit), default=math.inf)
+    if over < under and not over < place < under:
+        place = (over + under) / 2
+    place = min(max(place, math.log2(NARROWEST)), math.log2(WIDEST))
+    return None if any(abs(place - t.octaves) < 1e-9 for t in tries) else place

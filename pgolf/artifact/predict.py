@@ -1,0 +1,147 @@
+"""What an artifact will weigh, before a run is paid for, and what a checkpoint weighs, in seconds.
+
+Owns the two estimates of `pgolf size`. Without weights: codes of Gaussian rows through the real coder, one
+matrix of each shape, times what training has been measured to save. With weights: round to nearest and code.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pgolf.artifact.codec import compress
+from pgolf.artifact.format import DIGEST_BYTES, PREFIX
+from pgolf.artifact.header import (
+    Header,
+    StepForm,
+    TensorEntry,
+    encode_header,
+    matrix_shapes,
+    place_sections,
+    plan_sections,
+)
+from pgolf.artifact.size import Ledger, make_ledger
+from pgolf.artifact.write import Facts, build_file
+from pgolf.config import ModelConfig, QuantConfig
+from pgolf.model.gpt import parameter_shapes
+from pgolf.ops import encode_codes
+from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
+from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
+from pgolf.quant.state import QuantizedState
+
+SAMPLE_ROWS = 2048
+"""Rows of a sampled matrix: the coder has learned its columns by then, and `record` takes 0.3 s."""
+TRAINED = {"tok_emb": 0.952, "qo_bank": 0.980, "kv_bank": 0.986, "mlp_down_bank": 0.9975}
+"""Coded bytes of trained matrices after GPTQ over those of Gaussian ones of the same shape and step, 1 where
+absent: what coding finds in `record` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
+resemble each other, queries their keys and outputs of heads their values; MLP-up has no structure at all."""
+STORED = {
+    "scales": 1.13,
+    "centers": 2.0,
+    "exponents": 0.35,
+    "gates": 1.0,
+    "small": 1.44,
+    "corrections": 0.5,
+    "correction_scales": 2.0,
+}
+"""Stored bytes a value of the sections that are not codes; the first, gates and small from the same run."""
+
+
+def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
+    """Return bits and clip of a matrix parameter."""
+    if name == "tok_emb":
+        return config.embed_bits, config.embed_clip
+    return config.matrix_bits, config.mlp_clip if name.startswith("mlp") else config.attn_clip
+
+
+def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_scale: float = 1.0) -> Ledger:
+    """Return the ledger that a trained model's artifact is expected to have, within 0.5 % in total.
+
+    Args:
+        model: the network. quant: bits and clips.
+        limit: goes into the header. clip_scale: factor on the clips, as `quantize_model` takes it.
+    """
+    entries = _entries(model, quant)
+    rates: dict[tuple[int, ...], float] = {}
+    lengths = []
+    for plan in plan_sections(entries):
+        name = plan.name.split(".")[0]
+        if plan.kind == "codes":
+            bits, clip = family_grid(name, quant)
+            key = (*plan.shape, bits)
+            if key not in rates:
+                rates[key] = _gaussian_rate(plan.shape, max_code(bits) / (clip * clip_scale), max_code(bits))
+            lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
+        else:
+            lengths.append(STORED[plan.name] * math.prod(plan.shape))
+    sections = place_sections(plan_sections(entries), [bytes(round(n)) for n in lengths])
+    header = Header(model, "0" * 64, "0" * 16, limit, entries, (), sections)
+    framing = PREFIX.size + DIGEST_BYTES + len(compress(encode_header(header), quality=11))
+    return make_ledger(header, file_bytes=framing + sum(s.length for s in sections), clip_scale=clip_scale)
+
+
+def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
+    """Return the directory of the model's parameters, in the order of `write.py`."""
+    matrices, gates, small = [], [], []
+    logarithmic = quant.row_steps == "loss" or quant.column_steps
+    steps: StepForm = "log" if logarithmic else "float16"
+    for name, shape in parameter_shapes(model).items():
+        if name in matrix_shapes(model):
+            bits = family_grid(name, quant)[0]
+            matrices.append(TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps))
+        elif is_gate(name, shape):
+            gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
+        else:
+            small.append(TensorEntry(name, "small", shape, 16, "none", False))
+    return (*matrices, *gates, *small)
+
+
+def is_gate(name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a parameter is stored as int8 rows with a step each."""
+    return name == GATE_NAME and GATE_MIN <= math.prod(shape[1:]) <= GATE_MAX
+
+
+def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int) -> float:
+    """Return coded bytes a code of a matrix of Gaussian codes, `deviation` in steps."""
+    rows = min(shape[0], SAMPLE_ROWS)
+    values = np.random.default_rng(0).normal(scale=deviation, size=(rows, shape[1]))
+    codes = np.clip(np.rint(values), -largest, largest).astype(np.int8)
+    return len(encode_codes(codes)) / codes.size
+
+
+def nearest_ledger(
+    tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, limit: int, clip_scale: float = 1.0
+) -> Ledger:
+    """Return the ledger of weights rounded to nearest and coded for real; nothing is written."""
+    state = nearest_state(tensors, model, quant, clip_scale=clip_scale)
+    facts = Facts("0" * 64, "0" * 16, limit, clip_scale)
+    return build_file(state, model, facts, quality=11)[1]
+
+
+def nearest_state(
+    tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, clip_scale: float = 1.0
+) -> QuantizedState:
+    """Return the parameters on their grids, each rounded to nearest.
+
+    Raises:
+        ValueError: a matrix of the model is missing, or NaN or infinity in the weights.
+    """
+    missing = sorted(matrix_shapes(model).keys() - tensors.keys())
+    if missing:
+        raise ValueError(
+            f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model"
+        )
+    state = QuantizedState({}, {}, {})
+    for name, weight in tensors.items():
+        if name in matrix_shapes(model):
+            bits, clip = family_grid(name, quant)
+            steps = sdclip_scales(weight, bits=bits, clip=clip * clip_scale)
+            state.quantized[name] = QuantizedTensor(quantize(weight, steps, bits=bits), steps, bits)
+        elif is_gate(name, tuple(weight.shape)):
+            state.gates[name] = quantize_gate_rows(weight)
+        else:
+            state.small[name] = weight.to(torch.float16)
+    return state

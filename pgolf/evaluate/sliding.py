@@ -1,0 +1,140 @@
+"""Sliding-window scoring: every token but a document's first ones sees nearly `max_context` tokens before it.
+
+The plain pass cuts a long document into segments, so a segment's first tokens have no context. Here windows
+of `max_context` tokens move on by `stride`, each scores only the tokens that no earlier window scored, and no
+window leaves its document. Where a window begins depends on positions alone, so no score depends on how long
+the document is. With stride = max_context this is the plain pass.
+Cost: a document of n tokens takes about n * max_context / stride tokens of forward.
+Legend: `T` tokens of a buffer, `K` windows. Source: SPEC 7.2 (the tail is scored once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pgolf.data.loader import IGNORED_TARGET, ValBatch, ValidationText, padded_cu_seqlens
+from pgolf.data.stream import cut_segments
+from pgolf.dist import Dist
+from pgolf.evaluate.bpb import Score, evaluate_bpb
+from pgolf.evaluate.documents import document_bounds
+from pgolf.log import Progress
+
+
+def sliding_windows(
+    starts: NDArray[np.int64], lengths: NDArray[np.int64], *, context: int, stride: int
+) -> NDArray[np.int64]:
+    """Return the windows of all documents, `(K, 3)` int64 rows (begin, first scored, end), in order.
+
+    Positions are those of inputs; the first window of a document scores all of its `context` tokens, the k-th
+    further one ends at start + context + k * stride (or with the document) and scores the last `stride`.
+
+    Args:
+        starts, lengths: `(n,)` inputs of each document, as `document_bounds`.
+        context: longest window, tokens. stride: in [1, context].
+    Raises:
+        ValueError: a stride out of range.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride must be in [1, max_context={context}], got {stride}")
+    more = -(-np.maximum(lengths - context, 0) // stride)  # windows after the first
+    document = np.repeat(np.arange(starts.size), more + 1)
+    first = np.concatenate(([0], np.cumsum(more + 1)[:-1]))
+    k = np.arange(document.size) - first[document]
+    begin = starts[document] + k * stride
+    scored = np.where(k == 0, begin, begin + context - stride)
+    end = np.minimum(begin + context, starts[document] + lengths[document])
+    return np.stack((begin, scored, end), axis=1)
+
+
+def window_batches(
+    text: ValidationText,
+    windows: NDArray[np.int64],
+    *,
+    context: int,
+    batch_tokens: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[ValBatch]:
+    """Pack whole windows, in order, into buffers; yield this rank's, of buffer b rank b mod world_size.
+
+    Args:
+        text: what the windows index. windows: `(K, 3)` of `sliding_windows`.
+        context: longest window. batch_tokens: T, at least context.
+    Raises:
+        ValueError: batch_tokens < context.
+    """
+    if batch_tokens < context:
+        raise ValueError(f"batch_tokens must be at least max_context={context}, got {batch_tokens}")
+    offsets = np.concatenate(([0], np.cumsum(windows[:, 2] - windows[:, 0])))
+    index, first = 0, 0
+    while first < len(windows):
+        last = int(np.searchsorted(offsets, offsets[first] + batch_tokens, side="right")) - 1
+        if index % world_size == rank:
+            yield _pack(text, windows[first:last], batch_tokens, context)
+        index, first = index + 1, last
+
+
+def _pack(text: ValidationText, windows: NDArray[np.int64], size: int, context: int) -> ValBatch:
+    """Copy windows into one padded buffer; targets that another window scores are ignored."""
+    inputs = torch.zeros(size, dtype=torch.int64)
+    targets = torch.full((size,), IGNORED_TARGET, dtype=torch.int64)
+    sizes = torch.zeros(size, dtype=torch.int64)
+    starts, at, tokens = [], 0, 0
+    for begin, scored, end in windows.tolist():
+        ids = torch.from_numpy(text.tokens[begin : end + 1].astype(np.int64))
+        skip, stop = scored - begin, at + end - begin
+        inputs[at:stop] = ids[:-1]
+        targets[at + skip : stop] = ids[1 + skip :]
+        sizes[at + skip : stop] = torch.from_numpy(text.bytes[scored + 1 : end + 1])
+        starts.append(at)
+        at, tokens = stop, tokens + end - scored
+    bounds = np.array(starts if at == size else [*starts, at], dtype=np.int64)
+    cu_seqlens = padded_cu_seqlens(cut_segments(bounds, size, context), size)
+    return ValBatch(inputs, targets, sizes, cu_seqlens, max_seqlen=context, tokens=tokens)
+
+
+def score_sliding(
+    model: nn.Module,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    bos_id: int,
+    context: int,
+    stride: int,
+    batch_tokens: int,
+) -> Score:
+    """Return bits per byte with a sliding window, every token of `text` but the first scored once.
+
+    Args:
+        model: as in `evaluate_bpb`. text: the validation split. dist: ranks that share the buffers.
+        bos_id: starts a document. context: longest window, tokens. stride: in [1, context].
+        batch_tokens: tokens of a forward pass (at least one window); speed and memory, not the score.
+    Raises:
+        ValueError, RuntimeError: as `sliding_windows`, `evaluate_bpb`.
+    """
+    starts, lengths = document_bounds(text, bos_id)
+    windows = sliding_windows(starts, lengths, context=context, stride=stride)
+    work = int((windows[:, 2] - windows[:, 0]).sum())
+    batches = window_batches(
+        text,
+        windows,
+        context=context,
+        batch_tokens=max(batch_tokens, context),
+        rank=dist.rank,
+        world_size=dist.world_size,
+    )
+    progress = Progress(f"stride {stride}", work, is_main=dist.is_main)
+
+    def reported() -> Iterator[ValBatch]:
+        for batch in batches:
+            yield batch
+            progress.advance(dist.world_size * max(batch_tokens, context))
+
+    return evaluate_bpb(
+        model, reported(), dist, expected_tokens=text.tokens.size - 1, expected_bytes=int(text.bytes.sum())
+    )

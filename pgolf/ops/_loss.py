@@ -1,0 +1,56 @@
+"""What the two cross-entropies share: reductions, the debugging switch, refusal of second derivatives."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pgolf import env
+
+Reduction = Literal["none", "mean", "sum"]
+
+CHECK_TARGETS = env.check_targets()
+"""Whether CUDA targets are checked too, at the price of a synchronisation; read once, at import."""
+
+
+def check_reduction(op: str, reduction: str) -> None:
+    """Raise ValueError unless `reduction` is one of the three."""
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {reduction!r}')
+
+
+def row_weight(target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """Return what the reduction multiplies every counted row's loss by: one float32, on the device."""
+    if reduction == "sum":
+        return torch.ones((), dtype=torch.float32, device=target.device)
+    return (target != ignore_index).sum().clamp_(min=1).float().reciprocal_()
+
+
+def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: Reduction) -> Tensor:
+    """Reduce per-row losses, in which ignored rows are 0."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
+
+
+def refuse_second_order(grad: Tensor, message: str) -> Tensor:
+    """Return `grad`; where a graph of the backward pass is recorded, differentiating it raises `message`."""
+    if not torch.is_grad_enabled():
+        return grad
+    return _Refuse.apply(grad, grad.new_empty(0).requires_grad_(), message)  # type: ignore[no-any-return,no-untyped-call]
+
+
+class _Refuse(torch.autograd.Function):
+    """The identity, whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, _anchor: Tensor, message: str) -> Tensor:
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> Any:
+        raise RuntimeError(ctx.message)

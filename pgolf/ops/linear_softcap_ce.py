@@ -1,0 +1,226 @@
+"""Cross-entropy of tanh-capped logits, fused with the projection that makes them: loss from hidden states.
+
+Owns the Python face of `torch.ops.pgolf.linear_softcap_ce*`: public function, reference, fake kernels,
+autograd. Binding and memory plan: csrc/ops/linear_softcap_ce.cpp. From logits: pgolf/ops/softcap_ce.py.
+Legend: `rows` tokens, `width` of the hidden states, `vocab`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pgolf.ops._loss import (
+    CHECK_TARGETS,
+    Reduction,
+    check_reduction,
+    reduce_rows,
+    refuse_second_order,
+    row_weight,
+)
+from pgolf.ops.softcap_ce import softcap_ce_ref
+
+_SECOND_ORDER = (
+    "linear_softcap_ce: second derivatives are not implemented; "
+    "use linear_softcap_ce_ref where a gradient of a gradient is needed"
+)
+
+
+def linear_softcap_ce(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cap: float | None = 30.0,
+    *,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+    memory: Literal["fast", "low"] = "fast",
+) -> Tensor:
+    """Cross-entropy of the tanh-capped logits `hidden @ weight.T`, in nats.
+
+    loss_i = lse_i - z_i,target_i + z_loss * lse_i^2   with   z = cap * tanh(hidden @ weight.T / cap)
+    Equals `F.cross_entropy(cap * torch.tanh(F.linear(hidden, weight) / cap), target)`.
+
+    Differentiable in `hidden` and `weight`, once; each gradient has the dtype of its tensor, the weight's is
+    accumulated in float32. Deterministic: bitwise the same from run to run. Under autocast, `hidden` is cast
+    to its dtype first, as `F.linear` would.
+
+    Args:
+        hidden: `(rows, width)`, or any leading shape `(..., width)`; float32, bfloat16 or float16.
+        weight: `(vocab, width)` float32 or the dtype of `hidden`. A float32 weight is cast to `hidden`'s
+            dtype once, and its gradient never passes through that dtype.
+        target: `(rows,)`, or the leading shape of `hidden`; int64 in [0, vocab) or `ignore_index`. Out of
+            range as in `softcap_ce`: an error on the CPU, NaN on CUDA (an error with PGOLF_CHECK_TARGETS=1).
+        cap: soft limit on |z|, > 0, or None for plain cross-entropy.
+        reduction: "mean" over the rows that are not ignored (0 if all are, where `F.cross_entropy` gives
+            NaN), "sum", or "none", which takes any upstream gradient.
+        ignore_index: target value of rows with loss 0 and gradient 0.
+        z_loss: weight of lse^2, >= 0.
+        memory: what a loss that needs gradients keeps for the backward pass. "fast": one `(rows, vocab)`
+            tensor in `hidden`'s dtype (half of what `F.linear` and `F.cross_entropy` need at the least).
+            "low": never more than a chunk of logits, 256 MiB or 2048 rows; "mean" and "sum" compute the
+            gradients along with the loss, "none" (and float16) computes the logits a second time. Without
+            gradients both are the same, and no logits are kept.
+
+    Returns:
+        float32 loss, nats: a scalar, or of the shape of `target` for "none".
+
+    Raises:
+        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, unknown reduction or memory, or a target
+            out of range.
+        TypeError: unsupported dtype.
+
+    Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
+    """
+    check_reduction("linear_softcap_ce", reduction)
+    if memory not in ("fast", "low"):
+        raise ValueError(f'linear_softcap_ce: memory must be "fast" or "low", got {memory!r}')
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"linear_softcap_ce: hidden must be (rows, width) or (..., width), got {tuple(hidden.shape)}"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "
+            f"dimension, got {tuple(target.shape)}"
+        )
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    x, y = hidden.flatten(0, -2), target.flatten()
+    options = (cap, ignore_index, z_loss)
+    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+    ops = torch.ops.pgolf
+    # float16 must see the upstream gradient before it rounds: that is what gradient scalers are for.
+    if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
+        share = row_weight(y, ignore_index, reduction)
+        total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[
+            0
+        ]
+        return total
+    keep = memory == "fast" and any(needs)
+    loss: Tensor = ops.linear_softcap_ce(x, weight, y, *options, keep, CHECK_TARGETS)[0]
+    return reduce_rows(loss, y, ignore_index, reduction).reshape(target.shape if reduction == "none" else ())
+
+
+def linear_softcap_ce_ref(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    cap: float | None = 30.0,
+    *,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """Compute what `linear_softcap_ce` computes with PyTorch operators; float64 is computed in float64."""
+    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2)
+    loss = softcap_ce_ref(
+        logits, target.flatten(), cap, reduction=reduction, ignore_index=ignore_index, z_loss=z_loss
+    )
+    return loss.reshape(target.shape if reduction == "none" else ())
+
+
+def _forward_fake(
+    hidden: Tensor, weight: Tensor, _target: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep, rows = others[-2], hidden.shape[0]
+    kept_rows = rows if keep else 0
+    factor = hidden.new_empty((rows, weight.shape[0]) if keep else (0,))
+    scale = hidden.new_empty(kept_rows, dtype=torch.float32)
+    cast = keep and weight.dtype != hidden.dtype
+    return (
+        hidden.new_empty(rows, dtype=torch.float32),
+        factor,
+        scale,
+        hidden.new_empty(weight.shape if cast else (0,)),
+    )
+
+
+def _backward_fake(
+    _grad_loss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    _factor: Tensor,
+    _scale: Tensor,
+    weight_dtype: torch.dtype,
+    need_hidden: bool,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=weight_dtype),
+    )
+
+
+def _gradients_fake(
+    _grad_loss: Tensor, hidden: Tensor, weight: Tensor, _target: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_hidden, need_weight = others[-3:-1]
+    return (
+        hidden.new_empty((), dtype=torch.float32),
+        hidden.new_empty(hidden.shape if need_hidden else (0,)),
+        hidden.new_empty(weight.shape if need_weight else (0,), dtype=torch.float32),
+    )
+
+
+def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, *options, keep, _check = inputs
+    _loss, factor, scale, weight_cast = output
+    ctx.mark_non_differentiable(factor, scale, weight_cast)
+    ctx.keep, ctx.options, ctx.weight_dtype = keep, options, weight.dtype
+    if keep:
+        cast = weight.dtype != hidden.dtype
+        ctx.save_for_backward(hidden, weight_cast if cast else weight, factor, scale)
+    else:
+        ctx.save_for_backward(hidden, weight, target)
+
+
+def _backward(ctx: Any, grad_loss: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+    need_hidden, need_weight = ctx.needs_input_grad[:2]
+    ops = torch.ops.pgolf
+    if ctx.keep:
+        hidden, weight, factor, scale = ctx.saved_tensors
+        arguments = (ctx.weight_dtype, need_hidden, need_weight)
+        grads = ops.linear_softcap_ce_backward(grad_loss, hidden, weight, factor, scale, *arguments)
+    else:
+        hidden, weight, target = ctx.saved_tensors
+        arguments = (*ctx.options, need_hidden, need_weight, False)
+        grads = ops.linear_softcap_ce_gradients(grad_loss, hidden, weight, target, *arguments)[1:]
+        grads = grads[0], grads[1].to(ctx.weight_dtype)
+    return _needed(grads, ctx.needs_input_grad) + (None,) * 6
+
+
+def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.weight_dtype = inputs[2].dtype
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad_loss: Tensor, *_others: Tensor) -> tuple[Tensor | None, ...]:
+    grads = tuple(g * grad_loss.detach() for g in ctx.saved_tensors)
+    grads = grads[0], grads[1].to(ctx.weight_dtype)
+    return (None, *_needed(grads, ctx.needs_input_grad[1:]), *(None,) * 7)
+
+
+def _needed(grads: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Return None for the gradients that nobody asked for."""
+    return tuple(
+        refuse_second_order(g, _SECOND_ORDER) if n else None for g, n in zip(grads, needed[:2], strict=True)
+    )
+
+
+def _second_order(_ctx: Any, *_grads: Tensor) -> None:
+    raise RuntimeError(_SECOND_ORDER)
+
+
+torch.library.register_fake("pgolf::linear_softcap_ce", _forward_fake)
+torch.library.register_fake("pgolf::linear_softcap_ce_backward", _backward_fake)
+torch.library.register_fake("pgolf::linear_softcap_ce_gradients", _gradients_fake)
+torch.library.register_autograd("pgolf::linear_softcap_ce", _backward, setup_context=_setup_forward)
+torch.library.register_autograd("pgolf::linear_softcap_ce_backward", _second_order)
+torch.library.register_autograd(
+    "pgolf::linear_softcap_ce_gradients", _scale_gradients, setup_context=_setup_gradients
+)

@@ -1,0 +1,227 @@
+"""One Muon step over banks of matrices: momentum, row normalization, polar iteration, decay and update.
+
+Owns the Python face of `torch.ops.pgolf.muon_step` and `muon_apply`, which work in place on lists of tensors.
+What changes from step to step (learning rate, momentum, decay, clip factor, weight of the average) is read
+from one small tensor on the device, so a captured CUDA graph follows a schedule, and a step with non-finite
+gradients is skipped there. Tables: `pgolf.optim.polar`. Kernels: csrc/kernels/muon_step.h.
+
+Legend: `B` matrices of a bank, `m` rows, `n` columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops.newton_schulz import newton_schulz_ref
+
+LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
+"""Places in `scalars`, which is `(SCALARS,)` float32."""
+SCALARS = 5
+
+ROW_EPS = 1e-7
+
+
+class MuonBank(NamedTuple):
+    """The tensors of one bank, all `(B, m, n)`, contiguous, on one device; one dtype a field in a list."""
+
+    grad: Tensor
+    """float32 or bfloat16; read."""
+    momentum: Tensor
+    """float32 or bfloat16; updated."""
+    update: Tensor
+    """float32 or bfloat16; receives the iterated direction, for example a buffer to gather from."""
+    param: Tensor | None = None
+    """float32 master weights; updated. None in every bank: the caller applies the updates (`muon_apply`)."""
+    average: Tensor | None = None
+    """float32 moving average of the weights; updated. None in every bank: no average."""
+    lr_scale: float = 1.0
+    """Factor on the learning rate, for example sqrt(max(1, m / n))."""
+
+
+class MuonRule(NamedTuple):
+    """What stays the same from step to step."""
+
+    coefficients: Sequence[tuple[float, float, float]]
+    """1 to 10 triples of the polar iteration, one a step."""
+    nesterov: bool = True
+    """The direction is g + mu * momentum rather than the momentum."""
+    lerp: bool = False
+    """Momentum is (1 - mu) g + mu * momentum, as in torch.optim.Muon, rather than g + mu * momentum."""
+    row_normalize: bool = False
+    """Divide each row of the direction by its L2 norm (MuonEq-R)."""
+    eps: float = 1e-7
+    """Added to the Frobenius norm of a direction."""
+    algorithm: Literal["auto", "standard", "gram"] = "auto"
+    """The polar iteration: "gram" is Hopper's kernel for all banks at once (sides that are multiples of 8),
+    "standard" the portable one; "auto" takes what has proven itself fastest."""
+
+
+def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
+    """Take one Muon step on all banks, in place.
+
+    g' = grad_scale * g;   buf <- mu buf + g';   u = g' + mu buf (nesterov) or buf
+    (lerp: buf <- mu buf + (1 - mu) g';   u = (1 - mu) g' + mu buf)
+    u <- u / max(||u_row||, 1e-7) (row_normalize);   update <- newton_schulz(u)
+    param <- param (1 - lr wd) - lr lr_scale update;   average <- average + average_weight (param - average)
+    Equals `muon_step_ref` on the same tensors. Between two roundings everything is float32: the momentum is
+    rounded to its dtype, and u to that of the updates. CUDA launches one kernel for all banks before the
+    iteration and one after it, allocates from torch's pool only, and never synchronizes; deterministic.
+
+    A zero matrix has a zero update. An empty bank, or none, is no work.
+
+    Args:
+        banks: see `MuonBank`. Gradients of matrices that are padding must be zero.
+        scalars: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
+            Where grad_scale is not finite the step is skipped: momentum, parameters and averages keep their
+            values, the updates are zero. A caller gets that for non-finite gradients by deriving the clip
+            factor from their norm.
+
+    Raises:
+        ValueError: shapes, devices or strides that do not fit, a param or average in some banks only, no, too
+            many or non-finite coefficients, eps < 0, an unknown algorithm.
+        RuntimeError: "gram" where it cannot run.
+        TypeError: a dtype that is not float32 or bfloat16, or not the same in all banks.
+
+    Source: Muon, https://kellerjordan.github.io/posts/muon; MuonEq-R, arXiv 2603.28254.
+    """
+    for row in rule.coefficients:
+        if len(row) != 3:
+            raise ValueError(f"muon_step: coefficients must be triples (a, b, c), got {tuple(row)}")
+    params = _all_or_none([bank.param for bank in banks], "param")
+    averages = _all_or_none([bank.average for bank in banks], "average")
+    if averages and not params:
+        raise ValueError("muon_step: average needs param; without it, pass averages to muon_apply")
+    torch.ops.pgolf.muon_step(
+        params,
+        [bank.grad for bank in banks],
+        [bank.momentum for bank in banks],
+        [bank.update for bank in banks],
+        averages,
+        scalars,
+        [float(bank.lr_scale) for bank in banks],
+        [float(value) for row in rule.coefficients for value in row],
+        rule.eps,
+        rule.nesterov,
+        rule.lerp,
+        rule.row_normalize,
+        rule.algorithm,
+    )
+
+
+def muon_step_ref(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
+    """Do what `muon_step` does in plain torch, bank by bank, in float32 (float64 tensors: in float64)."""
+    if not scalars[GRAD_SCALE].isfinite():
+        for bank in banks:
+            bank.update.zero_()
+        return
+    mu, scale = scalars[MOMENTUM], scalars[GRAD_SCALE]
+    for bank in banks:
+        wide = torch.float64 if bank.grad.dtype == torch.float64 else torch.float32
+        g = bank.grad.to(wide) * scale
+        if rule.lerp:
+            g = g * (1 - mu)
+        bank.momentum.copy_(mu * bank.momentum.to(wide) + g)
+        buffer = bank.momentum.to(wide)
+        u = g + mu * buffer if rule.nesterov else buffer
+        if rule.row_normalize:
+            u = u / u.norm(dim=-1, keepdim=True).clamp(min=ROW_EPS)
+        bank.update.copy_(newton_schulz_ref(u.to(bank.update.dtype), rule.coefficients, eps=rule.eps))
+    params = _all_or_none([bank.param for bank in banks], "param")
+    if params:
+        averages = _all_or_none([bank.average for bank in banks], "average")
+        lr_scales = [bank.lr_scale for bank in banks]
+        muon_apply_ref(params, [b.update for b in banks], scalars, lr_scales=lr_scales, averages=averages)
+
+
+def muon_apply(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scalars: Tensor,
+    *,
+    lr_scales: Sequence[float] = (),
+    averages: Sequence[Tensor] = (),
+) -> None:
+    """Decay and update parameters, then move their averages, in place; one launch on CUDA.
+
+    param <- param (1 - lr wd) - lr lr_scale update;   average <- average + average_weight (param - average)
+    The second half of `muon_step`, for updates that were gathered from other ranks. Skipped where
+    grad_scale is not finite. Equals `muon_apply_ref` on the same tensors.
+
+    Args:
+        params: float32, any shape, contiguous.
+        updates: float32 or bfloat16, shaped like the parameters; none of them: only the averages move.
+        scalars: as in `muon_step`.
+        lr_scales: one for each update.
+        averages: float32, shaped like the parameters; none of them: no averages.
+
+    Raises:
+        ValueError, TypeError: as in `muon_step`.
+    """
+    torch.ops.pgolf.muon_apply(
+        list(params), list(updates), list(averages), scalars, [float(s) for s in lr_scales]
+    )
+
+
+def muon_apply_ref(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    scalars: Tensor,
+    *,
+    lr_scales: Sequence[float] = (),
+    averages: Sequence[Tensor] = (),
+) -> None:
+    """Do what `muon_apply` does in plain torch."""
+    if not scalars[GRAD_SCALE].isfinite():
+        return
+    lr = scalars[LR]
+    for i, param in enumerate(params):
+        if updates:
+            param.mul_(1 - lr * scalars[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
+        if averages:
+            averages[i].lerp_(param, scalars[AVERAGE_WEIGHT].to(param.dtype))
+
+
+def _all_or_none(tensors: list[Tensor | None], what: str) -> list[Tensor]:
+    found = [t for t in tensors if t is not None]
+    if found and len(found) != len(tensors):
+        raise ValueError(
+            f"muon_step: {what} must be given in all banks or in none, got {len(found)} of {len(tensors)}"
+        )
+    return found
+
+
+def _fake_step(
+    _params: list[Tensor],
+    _grads: list[Tensor],
+    _momenta: list[Tensor],
+    _updates: list[Tensor],
+    _averages: list[Tensor],
+    _scalars: Tensor,
+    _lr_scales: list[float],
+    _coefficients: list[float],
+    _eps: float,
+    _nesterov: bool,
+    _lerp: bool,
+    _row_normalize: bool,
+    _algorithm: str = "auto",
+) -> None:
+    return None
+
+
+def _fake_apply(
+    _params: list[Tensor],
+    _updates: list[Tensor],
+    _averages: list[Tensor],
+    _scalars: Tensor,
+    _lr_scales: list[float],
+) -> None:
+    return None
+
+
+torch.library.register_fake("pgolf::muon_step", _fake_step)
+torch.library.register_fake("pgolf::muon_apply", _fake_apply)

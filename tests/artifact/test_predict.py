@@ -1,0 +1,73 @@
+"""The two estimates of `pgolf size`: against SPEC 6.7, Gaussian codes, and files that were written."""
+
+import math
+
+import pytest
+from artifact_helpers import CONFIG, FACTS, make_state
+
+from pgolf.artifact.predict import TRAINED, nearest_ledger, nearest_state, predict_ledger
+from pgolf.artifact.write import write_artifact
+from pgolf.config import ModelConfig, QuantConfig
+from pgolf.model.gpt import GPT
+from pgolf.presets import record
+
+LIMIT = 16_000_000
+
+
+def codes_bytes(ledger):
+    parts = dict(ledger.parts)
+    return sum(n for name, n in parts.items() if name.endswith("bank") or name == "tok_emb")
+
+
+def entropy_bytes(model, quant, *, noise):
+    """SPEC 6.7: N / 8 (2.047 + log2(Q / k)); rounding adds `noise` = 1/12 to the variance (Q / k)^2."""
+
+    def bits(count, largest, clip):
+        return count * (2.047 + math.log2((largest / clip) ** 2 + noise) / 2)
+
+    d, h, layers = model.width, model.hidden, model.layers
+    total = bits(2 * layers * d * h, 31, quant.mlp_clip)
+    total += bits(2 * layers * d * (d + model.kv_width), 31, quant.attn_clip)
+    return (total + bits(model.vocab_size * d, 63, quant.embed_clip)) / 8
+
+
+OLDER = QuantConfig(mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
+
+
+@pytest.mark.parametrize(("quant", "published"), [(QuantConfig(), 15.809e6), (OLDER, 15.579e6)])
+def test_codes_of_the_record_follow_the_entropy_formula_and_the_measured_gains(quant, published):
+    model = record().model
+    assert entropy_bytes(model, quant, noise=0) == pytest.approx(published, rel=1e-3)
+    parts = dict(predict_ledger(model, quant, limit=LIMIT).parts)
+    gaussian = {name: size / TRAINED.get(name, 1.0) for name, size in parts.items()}
+    matrices = sum(n for name, n in gaussian.items() if name.endswith("bank") or name == "tok_emb")
+    assert matrices == pytest.approx(entropy_bytes(model, quant, noise=1 / 12), rel=1e-3)
+
+
+def test_wider_clips_save_what_the_formula_says():
+    model, quant = ModelConfig(), QuantConfig()
+    saved = codes_bytes(predict_ledger(model, quant, limit=LIMIT)) - codes_bytes(
+        predict_ledger(model, quant, limit=LIMIT, clip_scale=1.1)
+    )
+    assert saved == pytest.approx(35_913_728 * math.log2(1.1) / 8, rel=0.03)
+
+
+def test_nearest_state_is_what_the_writer_counts(tmp_path):
+    tensors = {n: p.detach() for n, p in GPT(CONFIG).named_parameters()}
+    quant = QuantConfig(mlp_clip=12.0, attn_clip=12.0, embed_clip=12.0)
+    ledger = nearest_ledger(tensors, CONFIG, quant, limit=LIMIT)
+    state = nearest_state(tensors, CONFIG, quant)
+    written = write_artifact(tmp_path / "a", state, CONFIG, **FACTS, limit=LIMIT)
+    assert abs(ledger.total - written.total) <= 40  # the hashes in the header differ
+    same = make_state()
+    assert {n: q.bits for n, q in state.quantized.items()} == {n: q.bits for n, q in same.quantized.items()}
+    assert list(state.gates) == list(same.gates) and list(state.small) == list(same.small)
+    with pytest.raises(ValueError, match="lack the parameters tok_emb of their model"):
+        nearest_state({n: t for n, t in tensors.items() if n != "tok_emb"}, CONFIG, quant)
+
+
+def test_prediction_names_the_sections_of_a_real_file(tmp_path):
+    ledger = predict_ledger(CONFIG, QuantConfig(), limit=LIMIT)
+    written = write_artifact(tmp_path / "a", make_state(), CONFIG, **FACTS, limit=LIMIT, quality=1)
+    assert set(dict(ledger.parts)) == set(dict(written.parts))
+    assert ledger.limit == LIMIT and ledger.code == written.code

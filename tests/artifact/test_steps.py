@@ -1,0 +1,92 @@
+"""Logarithmic steps, factors of columns, low-rank corrections: exact through the file, refused when off."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from artifact_helpers import CONFIG, FACTS, make_state
+
+from pgolf.artifact.header import ArtifactError
+from pgolf.artifact.read import read_state
+from pgolf.artifact.write import write_artifact
+from pgolf.quant.grid import from_exponents, log_steps
+from pgolf.quant.lqer import correct
+from pgolf.quant.state import QuantizedState, dequantize_state
+
+
+def write(path, state):
+    return write_artifact(path, state, CONFIG, **FACTS, limit=16_000_000, quality=1)
+
+
+def with_columns():
+    """A state whose banks have factors of columns, whose embedding has logarithmic rows only."""
+    g = torch.Generator().manual_seed(5)
+    plain = make_state()
+    quantized = {}
+    for name, t in plain.quantized.items():
+        shape = (*t.codes.shape[:-2], t.codes.shape[-1])
+        columns = None if name == "tok_emb" else log_steps(torch.rand(shape, generator=g) + 0.5)
+        quantized[name] = replace(t, scales=log_steps(t.scales.float()), columns=columns)
+    error = torch.randn(24, 24, generator=g)
+    corrections = {
+        "qo_bank.4": correct(error, torch.ones(24), rank=2, kind="asym", group=7),
+        "tok_emb.0": correct(torch.randn(61, 24, generator=g), torch.ones(24), rank=3, kind="sym"),
+    }
+    return QuantizedState(quantized, plain.gates, plain.small, corrections)
+
+
+def test_columns_and_corrections_round_trip_exactly(tmp_path):
+    state = with_columns()
+    ledger = write(tmp_path / "a", state)
+    header, back = read_state(tmp_path / "a")
+    assert {t.name: (t.steps, t.columns) for t in header.tensors if t.kind == "matrix"} == {
+        n: ("log", n != "tok_emb") for n in state.quantized
+    }
+    for name, t in state.quantized.items():
+        other = back.quantized[name]
+        assert torch.equal(t.codes, other.codes) and torch.equal(t.scales, other.scales)
+        assert (t.columns is None) == (other.columns is None)
+        assert t.columns is None or torch.equal(t.columns, other.columns)
+    assert list(back.corrections) == list(state.corrections)
+    expected, got = dequantize_state(state), dequantize_state(back)
+    assert all(torch.equal(expected[n], got[n]) for n in expected)
+    assert dict(ledger.parts)["exponents"] > 0 and dict(ledger.parts)["corrections"] > 0
+
+
+def test_steps_at_the_ends_of_the_grid_survive(tmp_path):
+    state = make_state()
+    t = state.quantized["tok_emb"]
+    for n in (
+        torch.linspace(-160, 90, 61).round(),
+        torch.linspace(-120, 127, 61).round(),
+        torch.full((61,), 127),
+    ):
+        steps = from_exponents(n)
+        write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=steps)}))
+        header, back = read_state(tmp_path / "a")
+        assert header.tensors[0].steps == "log"
+        assert torch.equal(back.quantized["tok_emb"].scales, steps)
+    steps = from_exponents(torch.linspace(-160, 127, 61).round())  # more than an int8 spans
+    write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=steps)}))
+    header, back = read_state(tmp_path / "a")
+    assert header.tensors[0].steps == "float16" and torch.equal(back.quantized["tok_emb"].scales, steps)
+
+
+def test_corrections_of_another_shape_are_refused(tmp_path):
+    state = make_state()
+    other = correct(torch.randn(8, 24), torch.ones(24), rank=2, kind="sym")
+    for key in ("qo_bank.0", "nothing.0"):
+        with pytest.raises(ArtifactError, match=rf"correction of {key} is \(8, 2\) times \(2, 24\)"):
+            write(tmp_path / "a", replace(state, corrections={key: other}))
+
+
+def test_columns_that_the_format_cannot_hold_are_refused(tmp_path):
+    state = make_state()
+    t = state.quantized["qo_bank"]
+    ones = torch.ones(6, 24, dtype=torch.float16)
+    off = replace(t, columns=ones)  # the steps of the rows are not on the grid
+    with pytest.raises(ArtifactError, match=r"qo_bank has factors of columns, and steps that .*not float16"):
+        write(tmp_path / "a", replace(state, quantized={"qo_bank": off}))
+    short = replace(t, scales=log_steps(t.scales.float()), columns=ones[:3])
+    with pytest.raises(ArtifactError, match=r"qo_bank needs one factor a column, got \(3, 24\)"):
+        write(tmp_path / "a", replace(state, quantized={"qo_bank": short}))

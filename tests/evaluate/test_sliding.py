@@ -1,0 +1,102 @@
+"""Windows: which token is scored where, and with what context."""
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.data.loader import validation_segments
+from pgolf.evaluate.documents import document_bounds, first_documents
+from pgolf.evaluate.sliding import score_sliding, sliding_windows, window_batches
+from tests.evaluate.legal_helpers import (
+    BOS,
+    CONTEXT,
+    make_text,
+    random_documents,
+    small_model,
+    token_losses,
+)
+from tests.evaluate.test_bpb import FakeDist
+
+# A lone BOS, around one window, around one window and a stride, and many windows.
+LENGTHS = [0, 30, 31, 32, 35, 36, 37, 150, 1]
+
+
+@pytest.fixture(scope="module")
+def text():
+    return make_text(random_documents(LENGTHS))
+
+
+@pytest.mark.parametrize("stride", [1, 5, 31, 32])
+def test_windows_score_each_token_once_with_all_the_context_there_is(text, stride):
+    starts, lengths = document_bounds(text, BOS)
+    windows = sliding_windows(starts, lengths, context=CONTEXT, stride=stride)
+    scored = np.concatenate([np.arange(first, end) for _, first, end in windows.tolist()])
+    np.testing.assert_array_equal(scored, np.arange(text.tokens.size - 1))
+    for begin, first, end in windows.tolist():
+        document = int(np.searchsorted(starts, begin, side="right")) - 1
+        assert starts[document] <= begin <= first < end <= starts[document] + lengths[document]
+        assert end - begin <= CONTEXT
+        context = first - begin
+        assert context >= min(first - starts[document], CONTEXT - stride)
+
+
+def test_a_stride_of_the_whole_context_is_the_plain_pass(text):
+    starts, lengths = document_bounds(text, BOS)
+    windows = sliding_windows(starts, lengths, context=CONTEXT, stride=CONTEXT)
+    segments, sizes = validation_segments(text.tokens, bos_id=BOS, max_context=CONTEXT)
+    np.testing.assert_array_equal(windows[:, 0], segments)
+    np.testing.assert_array_equal(windows[:, 1], segments)
+    np.testing.assert_array_equal(windows[:, 2], segments + sizes)
+
+
+@pytest.mark.parametrize("stride", [5, 32])
+def test_each_loss_is_that_of_its_window_alone(text, stride):
+    model = small_model()
+    starts, lengths = document_bounds(text, BOS)
+    got = token_losses("sliding", model, text, stride=stride)
+    ids = torch.from_numpy(text.tokens.astype(np.int64))
+    for begin, first, end in sliding_windows(starts, lengths, context=CONTEXT, stride=stride).tolist():
+        cu = torch.tensor([0, end - begin], dtype=torch.int32)
+        with torch.no_grad():
+            nats = model(ids[begin:end], ids[begin + 1 : end + 1], cu, max_seqlen=CONTEXT, loop=True)
+        np.testing.assert_allclose(got[first + 1 : end + 1], nats[first - begin :], atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [32, 33, 100, 1000])  # one window a buffer, one and a bit, several, all
+def test_the_buffer_size_does_not_change_the_score(text, size):
+    model = small_model()
+    settings = {"bos_id": BOS, "context": CONTEXT, "stride": 5}
+    losses = token_losses("sliding", model, text)
+    score = score_sliding(model, text, FakeDist(), batch_tokens=size, **settings)
+    assert score.nats == pytest.approx(np.nansum(losses), rel=1e-5)
+    assert (score.tokens, score.bytes) == (text.tokens.size - 1, int(text.bytes.sum()))
+
+
+def test_ranks_share_the_buffers(text):
+    starts, lengths = document_bounds(text, BOS)
+    windows = sliding_windows(starts, lengths, context=CONTEXT, stride=5)
+    sizes = {"context": CONTEXT, "batch_tokens": 64}
+    alone = list(window_batches(text, windows, **sizes))
+    for world in (2, 3, 100):
+        shares = [
+            list(window_batches(text, windows, rank=r, world_size=world, **sizes)) for r in range(world)
+        ]
+        for index, batch in enumerate(alone):
+            assert torch.equal(batch.targets, shares[index % world][index // world].targets)
+        assert sum(map(len, shares)) == len(alone)
+
+
+@pytest.mark.parametrize("stride", [0, -1, 33])
+def test_a_stride_out_of_range_is_refused(text, stride):
+    with pytest.raises(ValueError, match=rf"stride must be in \[1, max_context=32\], got {stride}"):
+        sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=stride)
+
+
+def test_first_documents_are_a_split_of_their_own(text):
+    starts, lengths = document_bounds(text, BOS)
+    part = first_documents(text, BOS, 3)
+    assert part.tokens.size == lengths[:3].sum() + 1
+    np.testing.assert_array_equal(document_bounds(part, BOS)[0], starts[:3])
+    assert first_documents(text, BOS, 100).tokens.size == text.tokens.size
+    with pytest.raises(ValueError, match="documents must be at least 1, got -2"):
+        first_documents(text, BOS, -2)

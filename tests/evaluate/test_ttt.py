@@ -1,0 +1,246 @@
+"""Test-time training: plans, the optimizer, and that adapting to a document helps with the rest of it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pgolf.config import TttConfig
+from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, score_adapted, share_batches
+from pgolf.model.gpt import layer_order
+from pgolf.model.lora import adapter_shapes, bind, initial_adapters
+from pgolf.presets import record
+from tests.evaluate.legal_helpers import (
+    BOS,
+    CONTEXT,
+    TTT,
+    VOCAB,
+    make_text,
+    random_documents,
+    small_config,
+    small_model,
+    token_losses,
+)
+from tests.evaluate.test_bpb import FakeDist
+
+LENGTHS = [5, 100, 9, 31, 60, 0, 17, 44]
+
+
+@pytest.mark.parametrize("length", [1, 47, 48, 49, 3000])
+def test_chunks_tile_a_document_and_do_not_know_its_length(length):
+    longer = plan_chunks(40_000, 2048, TttConfig())
+    chunks = plan_chunks(length, 2048, TttConfig())
+    assert chunks == longer[: len(chunks)]
+    assert [c.begin for c in longer] == [0, *[c.end for c in longer[:-1]]]
+    assert all(c.end - c.start == min(c.end, 2048) for c in longer)
+    assert chunks[-1].begin < length <= chunks[-1].end
+
+
+def test_chunks_grow_from_48_to_256():
+    sizes = {c.begin: c.end - c.begin for c in plan_chunks(97_113, 2048, TttConfig())}
+    assert sizes[0] == 48 and max(sizes.values()) == 256
+    assert all(size == 48 for begin, size in sizes.items() if begin < 1024)
+    assert all(size == 256 for begin, size in sizes.items() if begin >= 4096)
+    assert list(sizes.values()) == sorted(sizes.values())
+    assert len(sizes) == 410  # the longest document of the challenge: 2,024 chunks of 48
+    assert len(plan_chunks(97_113, 2048, TttConfig(chunk_growth=0))) == 2024
+
+
+def test_batches_hold_every_document_once_and_ranks_every_batch_once():
+    lengths = np.random.default_rng(0).integers(1, 3000, 500)
+    config = TttConfig(batch_tokens=8192, batch_documents=20)
+    batches = plan_batches(lengths, 2048, config)
+    assert sorted(np.concatenate([b.documents for b in batches]).tolist()) == list(range(500))
+    for b in batches:
+        widest = max(c.end - c.start for c in b.chunks)
+        assert b.documents.size <= 20 and b.documents.size * widest <= 8192
+        assert (np.diff(lengths[b.documents]) <= 0).all()
+    for world in (1, 3, 8):
+        shares = [share_batches(batches, rank, world) for rank in range(world)]
+        assert sorted(id(b) for s in shares for b in s) == sorted(id(b) for b in batches)
+        loads = [sum(b.tokens for b in s) for s in shares]
+        assert max(loads) <= sum(loads) / world + max(b.tokens for b in batches)
+
+
+def test_record_has_the_published_number_of_adapter_parameters():
+    config = record().model
+    slots = sum(map(len, layer_order(config, loop=True)))
+    shapes = adapter_shapes(config, slots, TttConfig().rank)
+    assert slots == 17 and sum(np.prod(s) for s in shapes.values()) == 17 * 368_640 + 696_320
+
+
+def test_fresh_adapters_change_nothing_and_others_do():
+    model = small_model()
+    ids = torch.randint(2, VOCAB, (3 * 20,), generator=torch.Generator().manual_seed(0))
+    cu = torch.tensor([0, 20, 40, 60], dtype=torch.int32)
+    slots = sum(map(len, layer_order(model.config, loop=True)))
+    start = initial_adapters(model.config, slots, 4, seed=0)
+    leaves = {n: t.expand(3, *t.shape).clone() for n, t in start.items()}
+
+    def hidden(adapted: bool) -> torch.Tensor:
+        adapters = bind(leaves, torch.float32, scale=2.0) if adapted else None
+        with torch.no_grad():
+            return model.hidden(ids, cu, max_seqlen=20, loop=True, adapters=adapters)[0]
+
+    plain = hidden(False)
+    torch.testing.assert_close(hidden(True), plain, atol=0, rtol=0)
+    for name in [n for n in leaves if n.endswith("_b") and n != "head_b"]:
+        leaves[name][1] += 0.1  # the second document only
+        adapted = hidden(True)
+        assert torch.equal(adapted[:20], plain[:20]) and torch.equal(adapted[40:], plain[40:]), name
+        assert (adapted[20:40] - plain[20:40]).abs().max() > 1e-3, name
+        leaves[name][1] -= 0.1
+
+
+def test_a_layer_adapter_is_the_sum_that_its_docstring_says():
+    model = small_model()
+    rng = torch.Generator().manual_seed(0)
+    shapes = adapter_shapes(model.config, 2, 3)
+    tensors = {n: torch.randn((2, *s), generator=rng) for n, s in shapes.items()}
+    adapters = bind(tensors, torch.float32, scale=1.5)
+    x = torch.randn(2 * 7, 32, generator=rng)
+    for slot, layer in enumerate(adapters.layers):
+        qkv, bypass = layer.attention(x)
+        for n in range(2):
+            rows = x[7 * n : 7 * n + 7]
+            a = tensors["attn_a"][n, slot].split(3)
+            names = ("q_b", "k_b", "v_b", "bypass_b")
+            q, k, v, o = (1.5 * rows @ a[i].T @ tensors[m][n, slot].T for i, m in enumerate(names))
+            torch.testing.assert_close(qkv[7 * n : 7 * n + 7], torch.cat((q, k, v), dim=1))
+            torch.testing.assert_close(bypass[7 * n : 7 * n + 7], o)
+            m = 1.5 * rows @ tensors["mlp_a"][n, slot].T @ tensors["mlp_b"][n, slot].T
+            torch.testing.assert_close(layer.mlp(x)[7 * n : 7 * n + 7], m)
+
+
+def test_the_step_is_adamw_without_momentum_on_a_prefix():
+    model, config = small_model(), replace(TTT, lr=0.01, weight_decay=0.5)
+    state = AdapterState(model, config, 3)
+    state.reset()
+    mine = {n: t.detach().clone() for n, t in state.leaves(3).items()}
+    theirs = {n: torch.nn.Parameter(t[:2].clone()) for n, t in mine.items()}
+    adamw = torch.optim.AdamW(
+        theirs.values(), lr=0.01, betas=(0.0, config.beta2), eps=config.eps, weight_decay=0.5
+    )
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        gradients = {n: torch.randn(t.shape, generator=rng) for n, t in mine.items()}
+        for n, p in theirs.items():
+            p.grad = gradients[n][:2].clone()
+        adamw.step()
+        state.step(gradients, 2)
+    for n, t in state.leaves(3).items():
+        torch.testing.assert_close(t[:2].detach(), theirs[n].detach(), atol=1e-6, rtol=1e-5)
+        assert torch.equal(t[2], mine[n][2])
+
+
+def test_without_learning_the_scores_are_those_of_the_windows():
+    model, text = small_model(), make_text(random_documents(LENGTHS))
+    config = replace(TTT, lr=0.0, chunk=8, chunk_growth=0)
+    got = token_losses("ttt", model, text, config=config)
+    want = token_losses("sliding", model, text, stride=8)  # 32 + 8 k, as chunks of 8 end
+    np.testing.assert_allclose(got[1:], want[1:], atol=2e-5)
+
+
+@pytest.mark.parametrize("batch", [{"batch_documents": 1}, {"batch_tokens": 40}, {"batch_tokens": 4096}])
+def test_the_batches_do_not_change_the_scores(batch):
+    model, text = small_model(), make_text(random_documents(LENGTHS))
+    got, want = (token_losses("ttt", model, text, config=c) for c in (replace(TTT, **batch), TTT))
+    np.testing.assert_allclose(got[1:], want[1:], atol=5e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])  # 8 ranks: some have nothing to do
+def test_the_score_is_the_sum_over_tokens_at_any_number_of_ranks(world_size):
+    model, text = small_model(), make_text(random_documents(LENGTHS))
+    losses = token_losses("ttt", model, text)
+    alone = score_adapted(model, text, FakeDist(), bos_id=BOS, config=TTT)
+    assert alone.nats == pytest.approx(float(np.nansum(losses)), rel=1e-9)
+    assert (alone.tokens, alone.bytes) == (text.tokens.size - 1, int(text.bytes.sum()))
+    sent = []
+    for rank in range(world_size):
+        dist = FakeDist(rank, world_size)
+        with pytest.raises(ValueError, match="scored"):
+            score_adapted(model, text, dist, bos_id=BOS, config=TTT)
+        sent.append(dist.seen)
+    others = [sum(s[i] for s in sent[1:]) for i in range(2)]
+    score = score_adapted(model, text, FakeDist(0, world_size, others), bos_id=BOS, config=TTT)
+    assert score.nats == pytest.approx(alone.nats, rel=1e-12)
+
+
+def test_the_model_is_left_as_it_was():
+    model, text = small_model(), make_text(random_documents(LENGTHS))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.train()
+    score_adapted(model, text, FakeDist(), bos_id=BOS, config=TTT)
+    assert model.training and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def patterned(count: int, seed: int) -> list[list[int]]:
+    """Documents that repeat a random line of 40 tokens, longer than the window, six times."""
+    rng = np.random.default_rng(seed)
+    return [np.tile(rng.integers(2, VOCAB, 40), 6).tolist() for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """A model trained for a moment on such documents; it cannot know those of the tests."""
+    model = small_model()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for step in range(40):
+        ids = torch.tensor([t for d in patterned(2, 100 + step) for t in (BOS, *d)])
+        cu = torch.arange(0, ids.numel() + 1, 241 // 8, dtype=torch.int32)
+        cu = torch.cat((cu, torch.tensor([ids.numel()], dtype=torch.int32)))
+        model(ids, ids.roll(-1), cu, max_seqlen=CONTEXT, loop=True).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_adapting_helps_on_documents_that_repeat_themselves(trained):
+    """The pattern is longer than the window, so only what the adapters keep can help."""
+    text = make_text(patterned(4, seed=0))
+    fixed = token_losses("ttt", trained, text, config=replace(TTT, lr=0.0))
+    adapted = token_losses("ttt", trained, text)
+    scores = [
+        score_adapted(trained, text, FakeDist(), bos_id=BOS, config=c).bpb
+        for c in (replace(TTT, lr=0.0), TTT)
+    ]
+    assert scores[1] < 0.9 * scores[0], scores
+    gain = (fixed - adapted)[1:].reshape(4, 241)
+    assert (gain[:, 200:].mean(axis=1) > 0.5).all(), "every document gains at its end"
+    assert abs(gain[:, :8]).max() == 0, "the first chunk is scored before anything is learned"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, r"ttt.rank must be >= 1, got 0"),
+        ({"chunk": 64, "chunk_max": 32}, r"ttt.chunk_max must be at least ttt.chunk=64, got 32"),
+        ({"beta2": 1.0}, r"ttt.beta2 must be in \[0, 1\), got 1.0"),
+        ({"lr": -1.0}, r"ttt.lr must be >= 0, got -1.0"),
+        ({"alpha": 0.0}, r"must be > 0, got 0.0"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        TttConfig(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_scores_as_the_cpu_does():
+    """bfloat16 there, float32 here: single losses differ by its rounding, their mean hardly."""
+    shape = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)
+    text = make_text(random_documents(LENGTHS))
+    # A small rate: the first steps have the size of the rate whatever the gradient's, so signs that rounding
+    # turns would show.
+    config = replace(TTT, rank=8, alpha=16.0, lr=1e-3)
+    scores = []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        model = small_model(shape=shape).prepare(device)
+        dist = FakeDist()
+        dist.device = device
+        scores.append(score_adapted(model, text, dist, bos_id=BOS, config=config))
+    assert (scores[0].tokens, scores[0].bytes) == (scores[1].tokens, scores[1].bytes)
+    assert scores[1].loss == pytest.approx(scores[0].loss, rel=1e-2)

@@ -1,0 +1,392 @@
+"""muon_step and muon_apply against their references, and what they do when there is nothing good to do."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_apply_ref, muon_step, muon_step_ref
+from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, LR, MOMENTUM, WEIGHT_DECAY
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+LR_SCALE = 2.0
+# One element; odd sides; a row of one vector, of one warp and one past it; more columns than a warp holds in
+# registers (2048); an empty bank; wide, square and tall.
+SHAPES = [(1, 1, 1), (3, 5, 7), (2, 7, 8), (1, 9, 256), (2, 3, 257), (1, 2, 2056), (0, 4, 4), (2, 33, 12)]
+STATE = [torch.float32, torch.bfloat16]
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def make_scalars(device: torch.device, **changes: float) -> Tensor:
+    values = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "grad_scale": 0.5, "average_weight": 0.25}
+    return torch.tensor(list((values | changes).values()), device=device)
+
+
+def make_banks(
+    device: torch.device,
+    *,
+    grad: torch.dtype = torch.float32,
+    momentum: torch.dtype = torch.float32,
+    update: torch.dtype = torch.float32,
+    shapes: list[tuple[int, ...]] = SHAPES,
+) -> list[MuonBank]:
+    rng = torch.Generator().manual_seed(0)
+
+    def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device, dtype)
+
+    return [
+        MuonBank(
+            grad=random(s, grad),
+            momentum=random(s, momentum),
+            update=random(s, update),
+            param=random(s, torch.float32),
+            average=random(s, torch.float32),
+            lr_scale=LR_SCALE,
+        )
+        for s in shapes
+    ]
+
+
+def clone(banks: list[MuonBank]) -> list[MuonBank]:
+    return [MuonBank(*(t.clone() if isinstance(t, Tensor) else t for t in bank)) for bank in banks]
+
+
+def assert_banks_close(got: list[MuonBank], want: list[MuonBank], rounding: float, polar: float) -> None:
+    """`rounding` bounds what is one rounding away, `polar` what went through the iteration."""
+    for index, (a, b) in enumerate(zip(got, want, strict=True)):
+        for name, bound in (
+            ("grad", 0.0),
+            ("momentum", rounding),
+            ("update", polar),
+            ("param", polar),
+            ("average", polar),
+        ):
+            error = (getattr(a, name).double() - getattr(b, name).double()).abs()
+            assert not error.numel() or error.max() <= bound, f"bank {index} {name}: {error.max():.2e}"
+
+
+@pytest.mark.parametrize(
+    ("nesterov", "lerp", "row_normalize"), list(itertools.product((True, False), repeat=3))
+)
+def test_step_equals_the_reference(nesterov, lerp, row_normalize, device) -> None:
+    rule = MuonRule([JORDAN] * 2, nesterov=nesterov, lerp=lerp, row_normalize=row_normalize)
+    banks, scalars = make_banks(device), make_scalars(device)
+    expected = clone(banks)
+    muon_step_ref(expected, scalars, rule)
+    muon_step(banks, scalars, rule)
+    # CUDA iterates in bfloat16: 3e-2 of values up to 1; the parameter takes 0.1 of it.
+    assert_banks_close(banks, expected, 2e-6, 2e-5 if device.type == "cpu" else 6e-2)
+
+
+HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")]
+
+
+@pytest.mark.parametrize("update", [pytest.param(dtype, marks=HOPPER) for dtype in STATE])
+def test_hopper_iteration_of_all_banks_equals_the_reference(update) -> None:
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    shapes = [(3, 64, 128), (2, 256, 64), (0, 8, 8), (1, 8, 8), (2, 136, 136)]
+    rule = MuonRule([JORDAN] * 2, row_normalize=True, algorithm="gram")
+    banks = make_banks(device, momentum=torch.bfloat16, update=update, shapes=shapes)
+    expected = clone(banks)
+    muon_step_ref(expected, make_scalars(device), rule)
+    muon_step(banks, make_scalars(device), rule)
+    assert_banks_close(banks, expected, 2.0**-6, 6e-2)
+
+
+@pytest.mark.parametrize(("grad", "momentum", "update"), list(itertools.product(STATE, repeat=3)))
+def test_every_dtype_rounds_once(grad, momentum, update, device) -> None:
+    rule = MuonRule([(1.0, 0.0, 0.0)], row_normalize=True)  # an iteration that only divides by the norm
+    banks = make_banks(device, grad=grad, momentum=momentum, update=update)
+    scalars = make_scalars(device)
+    expected = clone(banks)
+    muon_step_ref(expected, scalars, rule)
+    muon_step(banks, scalars, rule)
+    half = torch.bfloat16 in (momentum, update)
+    # A value that float32 rounding moves across a midpoint lands on the next bfloat16: 2^-7 of up to 4, of 1.
+    # CUDA rounds the normalised direction and the product to bfloat16 too.
+    polar = 2.0**-6 if device.type == "cuda" else 2.0**-7 if half else 2e-5
+    assert_banks_close(banks, expected, 2.0**-6 if momentum == torch.bfloat16 else 2e-6, polar)
+
+
+def test_step_equals_its_formula_in_float64() -> None:
+    # One matrix, written out without the reference.
+    banks = make_banks(torch.device("cpu"), shapes=[(1, 4, 6)])
+    bank = clone(banks)[0]
+    muon_step(banks, make_scalars(torch.device("cpu")), MuonRule([JORDAN], row_normalize=True))
+    g, m, p, average = (t[0].double() for t in (bank.grad, bank.momentum, bank.param, bank.average))
+    m = 0.9 * m + 0.5 * g
+    u = 0.5 * g + 0.9 * m
+    u = torch.stack([row / row.norm() for row in u])
+    x = u / u.norm()
+    a = x @ x.T
+    o = JORDAN[0] * x + (JORDAN[1] * a + JORDAN[2] * a @ a) @ x
+    p = p * (1 - 0.05 * 0.1) - 0.05 * LR_SCALE * o
+    average = average + 0.25 * (p - average)
+    for got, want in ((banks[0].momentum, m), (banks[0].update, o), (banks[0].param, p)):
+        torch.testing.assert_close(got[0].double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(banks[0].average[0].double(), average, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+def test_step_without_a_finite_scale_changes_nothing(scale, device) -> None:
+    banks, rule = make_banks(device), MuonRule([JORDAN], row_normalize=True)
+    banks[1].grad[0, 0, 0] = math.nan
+    before = clone(banks)
+    muon_step(banks, make_scalars(device, grad_scale=scale), rule)
+    muon_apply(
+        [b.param for b in banks],
+        [b.update for b in banks],
+        make_scalars(device, grad_scale=scale),
+        lr_scales=[1.0] * len(banks),
+        averages=[b.average for b in banks],
+    )
+    for bank, old in zip(banks, before, strict=True):
+        for name in ("momentum", "param", "average"):
+            assert torch.equal(getattr(bank, name), getattr(old, name)), name
+        assert not bank.update.any()
+
+
+def test_zero_rows_and_matrices_stay_zero(device) -> None:
+    banks = make_banks(device, shapes=[(3, 6, 9)])
+    banks[0].grad[0], banks[0].momentum[0] = 0, 0
+    banks[0].grad[1, 2], banks[0].momentum[1, 2] = 0, 0
+    before = clone(banks)[0]
+    muon_step(banks, make_scalars(device), MuonRule([JORDAN], row_normalize=True))
+    assert not banks[0].update[0].any() and not banks[0].update[1, 2].any()
+    assert banks[0].update[2].all() and banks[0].update.isfinite().all()
+    torch.testing.assert_close(banks[0].param[0], before.param[0] * (1 - 0.05 * 0.1))
+
+
+def test_updates_alone_leave_the_parameters_to_apply(device) -> None:
+    rule, scalars = MuonRule([JORDAN] * 2), make_scalars(device)
+    whole = make_banks(device)
+    split = clone(whole)
+    muon_step(whole, scalars, rule)
+    muon_step([bank._replace(param=None, average=None) for bank in split], scalars, rule)
+    muon_apply(
+        [bank.param for bank in split],
+        [bank.update for bank in split],
+        scalars,
+        lr_scales=[LR_SCALE] * len(split),
+        averages=[bank.average for bank in split],
+    )
+    for a, b in zip(whole, split, strict=True):
+        assert torch.equal(a.param, b.param) and torch.equal(a.average, b.average)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.9, 1.0])
+def test_apply_without_updates_only_averages(weight, device) -> None:
+    # More tensors than one launch takes, of any shape; the ends of the weight must be exact.
+    rng = torch.Generator().manual_seed(1)
+    shapes = [(), (7,), (3, 5), (0,), (4099,)] * 20
+    params = [torch.randn(s, generator=rng).to(device) for s in shapes]
+    averages = [torch.randn(s, generator=rng).to(device) for s in shapes]
+    old = [p.clone() for p in params]
+    expected = [a.clone() for a in averages]
+    scalars = make_scalars(device, average_weight=weight)
+    muon_apply_ref(params, [], scalars, averages=expected)
+    muon_apply(params, [], scalars, averages=averages)
+    exact = {"rtol": 0, "atol": 0} if weight in (0.0, 1.0) else {"rtol": 1e-6, "atol": 1e-6}
+    for p, was, a, want in zip(params, old, averages, expected, strict=True):
+        assert torch.equal(p, was)
+        torch.testing.assert_close(a, want, **exact)
+
+
+def test_misaligned_views_are_served(device) -> None:
+    # Views that start in the middle of a buffer cannot be loaded 16 bytes at a time.
+    def shifted(t: Tensor) -> Tensor:
+        return torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape)
+
+    rule, scalars = MuonRule([JORDAN], row_normalize=True), make_scalars(device)
+    banks = make_banks(device, momentum=torch.bfloat16, shapes=[(2, 16, 24), (1, 5, 9)])
+    moved = [MuonBank(*(shifted(t) if isinstance(t, Tensor) else t for t in bank)) for bank in banks]
+    muon_step(banks, scalars, rule)
+    muon_step(moved, scalars, rule)
+    for a, b in zip(banks, moved, strict=True):
+        assert torch.equal(a.momentum, b.momentum)
+        # The iteration may take another kernel for an update that is not aligned.
+        exact = device.type == "cpu"
+        torch.testing.assert_close(a.param, b.param, rtol=0, atol=0 if exact else 6e-3)
+
+
+def test_step_is_the_same_on_every_call(device) -> None:
+    rule, scalars = MuonRule([JORDAN] * 3, row_normalize=True), make_scalars(device)
+    first, second = (make_banks(device, momentum=torch.bfloat16, update=torch.bfloat16) for _ in range(2))
+    for banks in (first, second):
+        for _ in range(3):
+            muon_step(banks, scalars, rule)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.momentum, b.momentum) and torch.equal(a.param, b.param)
+
+
+def test_no_banks_is_no_work(device) -> None:
+    muon_step([], make_scalars(device), MuonRule([JORDAN]))
+    muon_apply([], [], make_scalars(device))
+
+
+def op_arguments(device: torch.device) -> tuple[object, ...]:
+    banks = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
+    names = ("param", "grad", "momentum", "update", "average")
+    lists = [[getattr(bank, name) for bank in banks] for name in names]
+    return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True)
+
+
+def test_opcheck_accepts_both_operators(device) -> None:
+    torch.library.opcheck(torch.ops.pgolf.muon_step, op_arguments(device))
+    params, _, _, updates, averages, scalars, scales, *_ = op_arguments(device)
+    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, scalars, scales))
+
+
+def test_compile_in_one_graph_matches_eager(device) -> None:
+    rule, scalars = MuonRule([JORDAN] * 2, row_normalize=True), make_scalars(device)
+    eager = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
+    compiled = clone(eager)
+
+    def step(banks: list[MuonBank], scalars: Tensor) -> Tensor:
+        muon_step(banks, scalars * 1.0, rule)
+        return banks[0].param * 2
+
+    want = step(eager, scalars)
+    got = torch.compile(step, fullgraph=True)(compiled, scalars)
+    torch.testing.assert_close(got, want)
+    assert_banks_close(compiled, eager, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
+def test_captured_step_follows_the_scalars(anything) -> None:
+    device = torch.device("cuda")
+    rule = MuonRule([JORDAN] * 2, row_normalize=True)
+    banks, scalars = make_banks(device), make_scalars(device)
+    expected = clone(banks)
+    graph = torch.cuda.CUDAGraph()
+    muon_step(clone(banks), scalars, rule)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        muon_step(banks, scalars, rule)
+    for lr, momentum in ((0.1, 0.8), (0.01, 0.95)):
+        scalars.copy_(make_scalars(device, lr=lr, momentum=momentum))
+        graph.replay()
+        muon_step(expected, make_scalars(device, lr=lr, momentum=momentum), rule)
+    assert_banks_close(banks, expected, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
+def test_step_does_not_wait_for_the_gpu(anything) -> None:
+    device = torch.device("cuda")
+    banks, scalars, rule = make_banks(device), make_scalars(device), MuonRule([JORDAN])
+    muon_step(banks, scalars, rule)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        muon_step(banks, scalars, rule)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def change(index: int, **fields: object):
+    """Return what replaces fields of one bank."""
+    return lambda banks: [b._replace(**fields) if i == index else b for i, b in enumerate(banks)]
+
+
+@pytest.mark.parametrize(
+    ("banks", "rule", "error", "message"),
+    [
+        (change(0, grad=torch.zeros(5, 7)), {}, ValueError, r"grad 0 must be a bank .*, got \[5, 7\]"),
+        (change(1, momentum=torch.zeros(1, 4, 8)), {}, ValueError, r"momentum 1 must have shape \[1, 8, 4\]"),
+        (
+            change(0, update=torch.zeros(2, 7, 5)),
+            {},
+            ValueError,
+            r"update 0 must have shape \[2, 5, 7\], got",
+        ),
+        (change(0, param=torch.zeros(2, 5, 8)), {}, ValueError, "update 0 must have shape"),
+        (change(1, average=torch.zeros(1, 4, 8)), {}, ValueError, r"average 1 must have shape \[1, 8, 4\]"),
+        (change(1, grad=torch.zeros(1, 8, 4).half()), {}, TypeError, "grad 1 must be Float, got Half"),
+        (change(0, grad=torch.zeros(2, 5, 7).double()), {}, TypeError, "grad 1 must be Double, got Float"),
+        (
+            change(0, param=torch.zeros(2, 5, 7).bfloat16()),
+            {},
+            TypeError,
+            "param 0 must be Float, got BFloat",
+        ),
+        (change(0, momentum=torch.zeros(2, 7, 5).mT), {}, ValueError, "momentum 0 must be contiguous"),
+        (change(0, param=None), {}, ValueError, "param must be given in all banks or in none, got 1 of 2"),
+        (
+            lambda banks: [b._replace(param=None) for b in banks],
+            {},
+            ValueError,
+            "average needs param",
+        ),
+        (list, {"coefficients": []}, ValueError, "must be 1 to 10 triples .* got 0 numbers"),
+        (list, {"coefficients": [JORDAN] * 11}, ValueError, "must be 1 to 10 triples .* got 33 numbers"),
+        (list, {"coefficients": [(1.0, 2.0)]}, ValueError, r"must be triples \(a, b, c\), got \(1.0, 2.0\)"),
+        (list, {"coefficients": [(1.0, 0.0, math.nan)]}, ValueError, "must be finite, got nan in triple 0"),
+        (list, {"eps": -1.0}, ValueError, "eps must be >= 0, got -1"),
+        (list, {"algorithm": "fast"}, ValueError, "must be 'auto', 'standard' or 'gram', got 'fast'"),
+        (list, {"algorithm": "gram"}, RuntimeError, "'gram' needs a Hopper GPU, got CPU tensors"),
+    ],
+)
+def test_bad_banks_are_named_and_nothing_is_changed(banks, rule, error, message) -> None:
+    cpu = torch.device("cpu")
+    good = make_banks(cpu, shapes=[(2, 5, 7), (1, 8, 4)])
+    bad = banks(good)
+    before = clone(good)
+    with pytest.raises(error, match=message):
+        muon_step(bad, make_scalars(cpu), MuonRule([JORDAN])._replace(**rule))
+    for bank, old in zip(good, before, strict=True):
+        assert torch.equal(bank.param, old.param) and torch.equal(bank.momentum, old.momentum)
+
+
+@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
+def test_tensors_on_two_devices_are_refused(anything) -> None:
+    banks = make_banks(torch.device("cpu"), shapes=[(2, 5, 7)])
+    with pytest.raises(ValueError, match="must be on cuda:0 like the scalars, got cpu"):
+        muon_step(banks, make_scalars(torch.device("cuda:0")), MuonRule([JORDAN]))
+
+
+@pytest.mark.parametrize(
+    ("scalars", "error", "message"),
+    [
+        (torch.zeros(4), ValueError, r"scalars must be \(5,\) contiguous, got \[4\]"),
+        (torch.zeros(5).double(), TypeError, "scalars must be float32, got Double"),
+    ],
+)
+def test_bad_scalars_are_named(scalars, error, message) -> None:
+    with pytest.raises(error, match=message):
+        muon_step([], scalars, MuonRule([JORDAN]))
+    with pytest.raises(error, match=message):
+        muon_apply([], [], scalars)
+
+
+def test_apply_names_lists_that_do_not_fit() -> None:
+    scalars, p = make_scalars(torch.device("cpu")), torch.zeros(3)
+    with pytest.raises(ValueError, match="expected 2 updates, one a tensor, got 1"):
+        muon_apply([p, p], [p], scalars, lr_scales=[1.0])
+    with pytest.raises(ValueError, match="expected 1 lr_scales, one a tensor, got 0"):
+        muon_apply([p], [p], scalars)
+    with pytest.raises(ValueError, match="expected 1 averages, one a tensor, got 2"):
+        muon_apply([p], [], scalars, averages=[p, p])
+
+
+def test_places_of_the_scalars_are_those_of_the_kernels() -> None:
+    # Each scalar moves what it should and nothing else.
+    assert (LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT) == (0, 1, 2, 3, 4)
+    cpu, rule = torch.device("cpu"), MuonRule([JORDAN])
+    for name in ("lr", "momentum", "weight_decay", "grad_scale", "average_weight"):
+        banks = make_banks(cpu, shapes=[(1, 3, 4)])
+        old = clone(banks)[0]
+        only = dict.fromkeys(("lr", "momentum", "weight_decay", "grad_scale", "average_weight"), 0.0)
+        scalars = make_scalars(cpu, **(only | {name: 0.5} | ({"lr": 0.5} if name == "weight_decay" else {})))
+        muon_step(banks, scalars, rule)
+        bank = banks[0]
+        keep = {"momentum": 0.5 * old.momentum, "grad_scale": 0.5 * old.grad}
+        torch.testing.assert_close(bank.momentum, keep.get(name, torch.zeros_like(old.momentum)))
+        torch.testing.assert_close(
+            bank.param, 0.75 * old.param if name == "weight_decay" else old.param, rtol=1e-6, atol=1e-6
+        )
+        moved = 0.5 * (old.average + bank.param) if name == "average_weight" else old.average
+        torch.testing.assert_close(bank.average, moved)
