@@ -69,7 +69,7 @@ LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits
 SETTINGS = [
     Setting("gptq", SPREAD, size=0.0),
     Setting("rows+columns", LOSS),
-    Setting("rows+columns floor 0.02", LOSS | {"embed_floor": 0.02}),
+    Setting("rows+columns floor 0.3", LOSS | {"embed_floor": 0.3}),
     Setting("rows+columns floor 1", LOSS | {"embed_floor": 1.0}),
     Setting("rtn", SPREAD, gptq=False),
     Setting("columns", LOSS | {"row_steps": "spread"}),

@@ -69,6 +69,7 @@ def naive() -> Config:
             embed_clip=20.0,
             row_steps="spread",
             column_steps=False,
+            rate=0.0,
         ),
     )
 
@@ -100,7 +101,7 @@ def tiny() -> Config:
         # A few hundred small steps want a shorter memory and larger steps than the record's thousands.
         optim=replace(base.optim, muon=muon, adam=adam, grad_clip=1.0),
         train=TrainConfig(seconds=80.0, warmup_steps=1),
-        quant=QuantConfig(calibration_batches=4),
+        quant=QuantConfig(calibration_batches=4, embed_floor=0.3),
     )
 
 

@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
 )
 
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7)
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7, rate=0.0)
 
 
 @dataclass
