@@ -306,9 +306,9 @@ class QuantConfig:
     """Steps of columns: by what is left of the input given the inputs rounded after it, instead of equal."""
     mean_bits: float = 3.45
     """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""
-    rate: float = 1 / 12
+    rate: float = 0.0
     """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves (0.009 bits a
-    code less at equal error on three matrices of a 600 s run; 1/6 gains nothing); 0 rounds to the nearest."""
+    code less at equal error on three matrices of a 600 s run, not yet confirmed in bpb; 1/6 gains nothing)."""
     embed_gram: float = 1.0
     """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
     matrix_gram: float = 0.0
