@@ -308,7 +308,7 @@ class QuantConfig:
     """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""
     rate: float = 0.0
     """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves (0.009 bits a
-    code less at equal error on three matrices of a 600 s run, not yet confirmed in bpb; 1/6 gains nothing)."""
+    code less at equal error on three matrices of a 600 s run, not confirmed in bpb yet; 1/6 gains none)."""
     embed_gram: float = 1.0
     """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
     matrix_gram: float = 0.0
