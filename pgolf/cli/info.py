@@ -59,7 +59,9 @@ def main(argv: list[str]) -> int:
         return 1
     for key, value in _C.build_info().items():
         print(f"build          {key}: {value}")
-    for row in kernel_table():
+    rows = kernel_table()
+    width = 2 + max(len(row["op"]) for row in rows)
+    for row in rows:
         have = "  ".join(f"{kind} {'yes' if row[kind] else 'no '}" for kind in ("cpu", "cuda"))
-        print(f"op             {row['op']:<22}{have}  {row['reason']}")
+        print(f"op             {row['op']:<{width}}{have}  {row['reason']}")
     return 0
