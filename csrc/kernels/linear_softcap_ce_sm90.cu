@@ -8,6 +8,8 @@
 // Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident).
 #include <cuda.h>
 
+#include <cmath>
+
 #include "kernels/cuda_check.cuh"
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
@@ -29,6 +31,7 @@ constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
 constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
+constexpr float kMinCap = 0.125f;  // cap^-11, in the polynomial, stays far from overflow
 constexpr bool kEnabled = true;   // false: callers take the path for any GPU
 
 template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
@@ -191,6 +194,24 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, const S
   }
 }
 
+// The target's column, epilogue::kNowhere or epilogue::kIgnored; the logits of both are written here.
+__device__ __forceinline__ int load_target(const KernelArgs& args, int64_t row) {
+  if (row >= args.rows) return epilogue::kIgnored;
+  const int64_t label = args.target[row];
+  if (label != args.ignore_index && label >= 0 && label < args.vocab) return static_cast<int>(label);
+  const bool ignored = label == args.ignore_index;
+  args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
+  return ignored ? epilogue::kIgnored : epilogue::kNowhere;
+}
+
+// The accumulators of one of the two rows that a thread holds of 64.
+template <int Half, int Count>
+__device__ __forceinline__ int take_row(const float (&c)[2 * Count], int target, float (&value)[Count]) {
+  PGOLF_UNROLL
+  for (int i = 0; i < Count; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
+  return target;
+}
+
 template <typename C>
 __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
                         uint32_t rank) {
@@ -203,6 +224,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
     for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
   }
   const int first_row_block = tiles[0].row;
+  int target[4];  // of rows +0, +8, +64, +72
   for (int i = group; i < tiles.count; i += 2) {
     const Tile tile = tiles[i];
     const bool first_use = i < 2 || tiles[i - 2].row != tile.row;
@@ -211,20 +233,9 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
 
     const int64_t first_row =
         (static_cast<int64_t>(tile.row) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
-    int target[4];  // column within the tile, epilogue::kElsewhere or epilogue::kIgnored, of rows +0, +8,
-                    // +64, +72
-    PGOLF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const int64_t row = first_row + r / 2 * 64 + r % 2 * 8;
-      const int64_t label = row < args.rows ? args.target[row] : args.ignore_index;
-      const bool ignored = label == args.ignore_index;
-      const bool valid = !ignored && label >= 0 && label < args.vocab;
-      const int64_t column = label - static_cast<int64_t>(tile.column) * C::kColumns;
-      const bool here = valid && column >= 0 && column < C::kColumns;
-      target[r] = ignored ? epilogue::kIgnored : here ? static_cast<int>(column) : epilogue::kElsewhere;
-      if (!valid && tile.column == 0 && t == 0 && row < args.rows) {
-        args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
-      }
+    if (first_use || !C::kResident) {
+      PGOLF_UNROLL
+      for (int r = 0; r < 4; ++r) target[r] = load_target(args, first_row + r / 2 * 64 + r % 2 * 8);
     }
 
     float c[2][C::kAccumulators];
@@ -260,10 +271,22 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, const S
     if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
     at.skip(args.slices);
 
-    epilogue::Row<C, 0>{args, c[0]}.run(first_row, tile.column, target[0], t);
-    epilogue::Row<C, 1>{args, c[0]}.run(first_row + 8, tile.column, target[1], t);
-    epilogue::Row<C, 0>{args, c[1]}.run(first_row + 64, tile.column, target[2], t);
-    epilogue::Row<C, 1>{args, c[1]}.run(first_row + 72, tile.column, target[3], t);
+    // A loop, though the rows' accumulators have to be moved: four copies of the epilogue would be fetched
+    // from beyond the instruction cache for every tile.
+    _Pragma("unroll 1") for (int r = 0; r < 4; ++r) {
+      float value[C::kColumns / 4];
+      int label;
+      if (r == 0) {
+        label = take_row<0>(c[0], target[0], value);
+      } else if (r == 1) {
+        label = take_row<1>(c[0], target[1], value);
+      } else if (r == 2) {
+        label = take_row<0>(c[1], target[2], value);
+      } else {
+        label = take_row<1>(c[1], target[3], value);
+      }
+      epilogue::Row<C>{args, value, first_row + r / 2 * 64 + r % 2 * 8, tile.column, t}.run(label);
+    }
   }
 }
 
@@ -385,13 +408,15 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.column_tiles = static_cast<int>((shape.vocab + C::kColumns - 1) / C::kColumns);
   args.row_tiles = static_cast<int>((shape.rows + cluster_rows - 1) / cluster_rows);
   args.slices = static_cast<int>((shape.width + kDepth - 1) / kDepth);
-  args.scale = static_cast<float>(2.0 / (epilogue::kPolynomialRange * cap));
-  args.range_rate = static_cast<float>(epilogue::kPolynomialRange * epilogue::kLog2e);
   args.log2_cap = static_cast<float>(log2_cap);
-  args.slope_scale = static_cast<float>(1.0 / (log2_cap * log2_cap));
-  args.to_logit = static_cast<float>(epilogue::kPolynomialRange * cap / 2.0);
-  for (int k = 0; k < epilogue::kTerms; ++k)
-    args.polynomial[k] = static_cast<float>(log2_cap * epilogue::kPolynomial[k]);
+  args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
+  args.limit = static_cast<float>(epilogue::kPolynomialRange * cap);
+  args.least = -std::nextafter(args.limit, 0.0f);
+  double power = 1.0 / cap;
+  for (int k = 0; k < epilogue::kTerms; ++k) {
+    args.polynomial[k] = static_cast<float>(epilogue::kPolynomial[k] * power);
+    power /= cap * cap;
+  }
 
   constexpr int kShare = C::kColumns / C::kBlocks;
   const CUtensorMap hidden = tensor_map(in.hidden, plain_map(shape.rows, shape.width, kTileRows));
@@ -432,7 +457,7 @@ void launch_factor(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape&
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
   constexpr int64_t kMaxRows = int64_t{1} << 30, kMaxVocab = int64_t{1} << 30;
   return kEnabled && shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab &&
-         shape.rows < kMaxRows && shape.cap <= kMaxCap &&
+         shape.rows < kMaxRows && shape.cap >= kMinCap && shape.cap <= kMaxCap &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
