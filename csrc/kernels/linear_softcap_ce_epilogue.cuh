@@ -2,8 +2,8 @@
 // logit.
 //
 // With u = x / cap, t = tanh(u) is u times a polynomial in u^2 for |u| < kPolynomialRange: one
-// special-function instruction an element. Rows with an element beyond it, with columns past the vocabulary or
-// with NaN take a loop that computes 1 - 2 / (1 + exp(2 |u|)) instead.
+// special-function instruction an element. Rows with an element beyond it, with columns past the vocabulary
+// or with NaN take a loop that computes 1 - 2 / (1 + exp(2 |u|)) instead.
 //
 // What bounds it is instructions: the code of a tile must stay in the instruction cache, and 14 instructions
 // an element take half of the time of the product at width 512.
@@ -31,10 +31,10 @@ struct Args {
   int64_t rows;
   int vocab;
   int column_tiles;
-  float log2_cap;  // cap log2(e)
-  float rate;      // 2 log2(e) / cap: exp(-2 |u|) = 2^(-rate |x|)
-  float limit;     // the polynomial is taken for |x| < limit
-  float least;     // -limit, rounded towards 0
+  float log2_cap;            // cap log2(e)
+  float rate;                // 2 log2(e) / cap: exp(-2 |u|) = 2^(-rate |x|)
+  float limit;               // the polynomial is taken for |x| < limit
+  float least;               // -limit, rounded towards 0
   float polynomial[kTerms];  // in powers of x
 };
 

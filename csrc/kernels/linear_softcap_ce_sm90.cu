@@ -30,9 +30,9 @@ constexpr int kConsumerRegisters = 240;
 constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
-constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
+constexpr float kMaxCap = 40.0f;   // exp(-80) = 1.8e-35
 constexpr float kMinCap = 0.125f;  // cap^-11, in the polynomial, stays far from overflow
-constexpr bool kEnabled = true;   // false: callers take the path for any GPU
+constexpr bool kEnabled = true;    // false: callers take the path for any GPU
 
 template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
 struct Config {
