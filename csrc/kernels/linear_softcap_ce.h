@@ -5,15 +5,16 @@
 //
 // Because |z| <= cap, exp(z - cap) needs no row maximum. The product's epilogue stores the factor
 //   F = exp(z - cap) (1 - t^2)            bf16, in place of the logits
-// and with S = sum exp(z - cap), w = 1 + 2 z_loss lse, v = grad_loss w / S per row, the gradients are
-// products of stored matrices, once F of the target is replaced by S ((p - 1) + (w - 1) / w) (1 - t^2):
+// and with S = sum exp(z - cap), w = 1 + 2 z_loss lse, scale = w / S and v = grad_loss scale per row, the
+// gradients are products of stored matrices, once F of the target is replaced by
+// S ((p - 1) + (w - 1) / w) (1 - t^2):
 //   grad_hidden = v (F weight)            v scales rows
 //   grad_weight = F^T (v hidden)
 //
 // Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows; none of
 // these changes F.
-// Deterministic. Rows whose target is ignore_index: loss, lse, F and v are 0. NaN in a row makes its loss
-// NaN. Targets outside [0, vocab): loss, lse and v are NaN.
+// Deterministic. Rows whose target is ignore_index: loss, scale, F and v are 0. NaN in a row makes its loss
+// NaN. Targets outside [0, vocab): loss, scale and v are NaN.
 #pragma once
 
 #include "kernels/common.h"
@@ -40,7 +41,7 @@ struct LinearSoftcapCeForward {
 };
 
 // Whether the current device and this shape can run the Hopper kernel: compute capability 9.0, width a
-// multiple of 8, cap <= 40 (exp(-2 cap) must be a normal float32).
+// multiple of 8, 1/8 <= cap <= 40 (exp(-2 cap) must be a normal float32).
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape);
 
 // Partial sums per row.
@@ -57,27 +58,24 @@ void linear_softcap_ce_loss_cuda(const float* partial_sums,  // (rows, tiles)
                                  bf16* factor,       // (rows, factor_ld) in and out, or null: no gradient
                                  int64_t factor_ld,  // elements
                                  float* loss,        // (rows,) out
-                                 float* lse,         // (rows,) out
+                                 float* scale,       // (rows,) out
                                  const LinearSoftcapCeShape& shape, CUstream_st* stream);
 
 struct LinearSoftcapCeFactor {
   const float* grad_loss;  // (rows,), or one value where grad_stride is 0
   int64_t grad_stride;     // 1, or 0: the same for all rows
-  const float* lse;        // (rows,) from loss
-  const int64_t* target;   // (rows,)
+  const float* scale;      // (rows,) from loss; where it is 0, v is 0 whatever grad_loss is
   const bf16* hidden;      // (rows, width) row-major
   float* row_scale;        // (rows,) out: v
   bf16* scaled_hidden;     // (rows, width) row-major out: v hidden; null: not wanted
 };
 
-void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, const LinearSoftcapCeShape& shape,
+void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, int64_t rows, int64_t width,
                                    CUstream_st* stream);
 
-// out = row_scale[row] * product[row]; product may alias out when the types agree. T is float or bf16.
-template <typename T>
-void linear_softcap_ce_scale_rows_cuda(const T* product,        // (rows, width) row-major
+// product[row] *= row_scale[row].
+void linear_softcap_ce_scale_rows_cuda(bf16* product,           // (rows, width) row-major, in and out
                                        const float* row_scale,  // (rows,)
-                                       bf16* out,               // (rows, width) row-major
                                        int64_t rows, int64_t width, CUstream_st* stream);
 
 }  // namespace pgolf

@@ -28,7 +28,7 @@ __device__ __forceinline__ float upstream_weight(float lse, const LinearSoftcapC
 
 __global__ void __launch_bounds__(kThreads)
     loss_kernel(const float* partial_sums, int64_t tiles, const float* target_logits, const int64_t* targets,
-                __nv_bfloat16* factor, int64_t factor_ld, float* losses, float* lses,
+                __nv_bfloat16* factor, int64_t factor_ld, float* losses, float* scales,
                 LinearSoftcapCeShape shape) {
   const int64_t row = warp_row();
   const int lane = threadIdx.x % kWarp;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   if (lane != 0) return;
   if (target == shape.ignore_index || !is_valid(target, shape)) {
-    losses[row] = lses[row] = target == shape.ignore_index ? 0.0f : kNan;
+    losses[row] = scales[row] = target == shape.ignore_index ? 0.0f : kNan;
     return;
   }
   // z - cap = -2 cap r and 1 - tanh^2 = 4 e q^2 do not cancel near the cap.
@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads)
   // Where the target dominates, log1p keeps the relative precision of a loss near 0.
   const float loss = others < own ? log1pf(others / own) : log_sum - offset;
   losses[row] = fmaf(shape.z_loss * lse, lse, loss);
-  lses[row] = lse;
+  const float w = upstream_weight(lse, shape);
+  scales[row] = w / (others + own);
   if (factor != nullptr) {
-    const float w = upstream_weight(lse, shape);
     const float slope = 4.0f * e * q * q;
     factor[row * factor_ld + target] =
         store_float<__nv_bfloat16>((others + own) * (expm1f(-loss) + (w - 1.0f) / w) * slope);
@@ -77,56 +77,41 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uint64_t>(pointer) % 16 == 0;
 }
 
-// to[i] = scale * from[i] for one row.
-template <typename D>
-__device__ __forceinline__ void scale_row(const D* from, float scale, __nv_bfloat16* to, int64_t width) {
+// to[i] = scale * from[i] for one row; `to` may be `from`.
+__device__ __forceinline__ void scale_row(const __nv_bfloat16* from, float scale, __nv_bfloat16* to,
+                                          int64_t width) {
+  using Eight = Pack<__nv_bfloat16>;
   for_each_eight(
       width, is_aligned(from) && is_aligned(to),
       [&](int64_t i) {
-        constexpr int kCount = Pack<D>::kCount;
-        Pack<D> in[8 / kCount];
-        PGOLF_UNROLL
-        for (int p = 0; p < 8 / kCount; ++p) in[p] = reinterpret_cast<const Pack<D>*>(from + i)[p];
-        Pack<__nv_bfloat16> out;
+        Eight pack = *reinterpret_cast<const Eight*>(from + i);
         PGOLF_UNROLL
         for (int k = 0; k < 8; ++k) {
-          out.value[k] = store_float<__nv_bfloat16>(scale * load_float(in[k / kCount].value[k % kCount]));
+          pack.value[k] = store_float<__nv_bfloat16>(scale * load_float(pack.value[k]));
         }
-        *reinterpret_cast<Pack<__nv_bfloat16>*>(to + i) = out;
+        *reinterpret_cast<Eight*>(to + i) = pack;
       },
       [&](int64_t i) { to[i] = store_float<__nv_bfloat16>(scale * load_float(from[i])); });
 }
 
-struct FactorArgs {
-  const float* grad_loss;
-  int64_t grad_stride;
-  const float* lse;
-  const int64_t* target;
-  const __nv_bfloat16* hidden;
-  float* row_scale;
-  __nv_bfloat16* scaled_hidden;
-};
-
-__global__ void __launch_bounds__(kThreads) factor_kernel(FactorArgs args, LinearSoftcapCeShape shape) {
-  const int64_t row = warp_row();
-  if (row >= shape.rows) return;
-  float scale = 0.0f;
-  if (args.target[row] != shape.ignore_index) {
-    const float lse = args.lse[row];
-    scale = args.grad_loss[row * args.grad_stride] * upstream_weight(lse, shape) * expf(shape.cap - lse);
-  }
-  if (threadIdx.x % kWarp == 0) args.row_scale[row] = scale;
-  if (args.scaled_hidden == nullptr) return;
-  scale_row(args.hidden + row * shape.width, scale, args.scaled_hidden + row * shape.width, shape.width);
-}
-
-template <typename D>
 __global__ void __launch_bounds__(kThreads)
-    scale_rows_kernel(const D* product, const float* row_scale, __nv_bfloat16* out, int64_t rows,
-                      int64_t width) {
+    factor_kernel(const float* grad_loss, int64_t grad_stride, const float* scales,
+                  const __nv_bfloat16* hidden, float* row_scale, __nv_bfloat16* scaled_hidden, int64_t rows,
+                  int64_t width) {
   const int64_t row = warp_row();
   if (row >= rows) return;
-  scale_row(product + row * width, row_scale[row], out + row * width, width);
+  const float scale = scales[row];
+  const float v = scale == 0.0f ? 0.0f : grad_loss[row * grad_stride] * scale;
+  if (threadIdx.x % kWarp == 0) row_scale[row] = v;
+  if (scaled_hidden == nullptr) return;
+  scale_row(hidden + row * width, v, scaled_hidden + row * width, width);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    scale_rows_kernel(__nv_bfloat16* product, const float* row_scale, int64_t rows, int64_t width) {
+  const int64_t row = warp_row();
+  if (row >= rows) return;
+  scale_row(product + row * width, row_scale[row], product + row * width, width);
 }
 
 unsigned int row_blocks(int64_t rows) { return grid_blocks(rows, kWarps, "linear_softcap_ce"); }
@@ -135,41 +120,29 @@ unsigned int row_blocks(int64_t rows) { return grid_blocks(rows, kWarps, "linear
 
 void linear_softcap_ce_loss_cuda(const float* partial_sums, int64_t tiles, const float* target_logit,
                                  const int64_t* target, bf16* factor, int64_t factor_ld, float* loss,
-                                 float* lse, const LinearSoftcapCeShape& shape, CUstream_st* stream) {
+                                 float* scale, const LinearSoftcapCeShape& shape, CUstream_st* stream) {
   if (shape.rows == 0) return;
   loss_kernel<<<row_blocks(shape.rows), kThreads, 0, stream>>>(partial_sums, tiles, target_logit, target,
                                                                reinterpret_cast<__nv_bfloat16*>(factor),
-                                                               factor_ld, loss, lse, shape);
+                                                               factor_ld, loss, scale, shape);
   PGOLF_LAUNCH_CHECK();
 }
 
-void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, const LinearSoftcapCeShape& shape,
+void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, int64_t rows, int64_t width,
                                    CUstream_st* stream) {
-  if (shape.rows == 0) return;
-  const FactorArgs device_args{args.grad_loss,
-                               args.grad_stride,
-                               args.lse,
-                               args.target,
-                               reinterpret_cast<const __nv_bfloat16*>(args.hidden),
-                               args.row_scale,
-                               reinterpret_cast<__nv_bfloat16*>(args.scaled_hidden)};
-  factor_kernel<<<row_blocks(shape.rows), kThreads, 0, stream>>>(device_args, shape);
-  PGOLF_LAUNCH_CHECK();
-}
-
-template <typename T>
-void linear_softcap_ce_scale_rows_cuda(const T* product, const float* row_scale, bf16* out, int64_t rows,
-                                       int64_t width, CUstream_st* stream) {
   if (rows == 0) return;
-  using D = typename DeviceType<T>::type;
-  scale_rows_kernel<<<row_blocks(rows), kThreads, 0, stream>>>(
-      reinterpret_cast<const D*>(product), row_scale, reinterpret_cast<__nv_bfloat16*>(out), rows, width);
+  factor_kernel<<<row_blocks(rows), kThreads, 0, stream>>>(
+      args.grad_loss, args.grad_stride, args.scale, reinterpret_cast<const __nv_bfloat16*>(args.hidden),
+      args.row_scale, reinterpret_cast<__nv_bfloat16*>(args.scaled_hidden), rows, width);
   PGOLF_LAUNCH_CHECK();
 }
 
-template void linear_softcap_ce_scale_rows_cuda(const float*, const float*, bf16*, int64_t, int64_t,
-                                                CUstream_st*);
-template void linear_softcap_ce_scale_rows_cuda(const bf16*, const float*, bf16*, int64_t, int64_t,
-                                                CUstream_st*);
+void linear_softcap_ce_scale_rows_cuda(bf16* product, const float* row_scale, int64_t rows, int64_t width,
+                                       CUstream_st* stream) {
+  if (rows == 0) return;
+  scale_rows_kernel<<<row_blocks(rows), kThreads, 0, stream>>>(reinterpret_cast<__nv_bfloat16*>(product),
+                                                               row_scale, rows, width);
+  PGOLF_LAUNCH_CHECK();
+}
 
 }  // namespace pgolf

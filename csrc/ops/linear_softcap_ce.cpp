@@ -160,8 +160,8 @@ void write_factor(const Problem& chunk, const at::Tensor& grad_loss, at::Tensor&
 }
 
 #ifdef PGOLF_WITH_CUDA
-// Writes loss and lse and, where `factor` is defined, the factor without its scale.
-void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& lse, const at::Tensor& factor) {
+// Writes loss and scale and, where `factor` is defined, the factor without its scale.
+void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& scale, const at::Tensor& factor) {
   const LinearSoftcapCeShape shape = hopper_shape(chunk);
   const int64_t tiles = linear_softcap_ce_sm90_tiles(shape.vocab);
   const at::Tensor sums = at::empty({shape.rows, tiles}, loss.options());
@@ -174,32 +174,42 @@ void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& lse, const
                                  shape, current_stream());
   linear_softcap_ce_loss_cuda(const_pointer<float>(sums), tiles, const_pointer<float>(target_logit),
                               const_pointer<int64_t>(chunk.target), stored, stride,
-                              mutable_pointer<float>(loss), mutable_pointer<float>(lse), shape,
+                              mutable_pointer<float>(loss), mutable_pointer<float>(scale), shape,
                               current_stream());
-}
-
-// Writes v for grad_loss, one number or (rows,), and v hidden where `scaled` is defined.
-void write_row_scale(const Problem& chunk, const at::Tensor& grad_loss, const at::Tensor& lse,
-                     const at::Tensor& v, const at::Tensor& scaled) {
-  linear_softcap_ce_factor_cuda(
-      {const_pointer<float>(grad_loss), grad_loss.dim() == 0 ? 0 : 1, const_pointer<float>(lse),
-       const_pointer<int64_t>(chunk.target), const_pointer<bf16>(chunk.hidden), mutable_pointer<float>(v),
-       scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
-      hopper_shape(chunk), current_stream());
 }
 #endif
 
-// out = v product, row by row; `out` may be `product`.
-void scale_rows(const at::Tensor& product, const at::Tensor& v, at::Tensor& out) {
+// Returns v (rows,), what multiplies the rows of the factor, for grad_loss, one number or (rows,), and writes
+// v hidden where `scaled` is defined. Rows without a gradient (scale 0) stay without, whatever grad_loss is.
+at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale, const at::Tensor& hidden,
+                     at::Tensor& scaled) {
+#ifdef PGOLF_WITH_CUDA
+  if (hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16) {
+    at::Tensor v = empty_rows(scale, scale.size(0));
+    const at::Tensor upstream = grad_loss.contiguous();
+    linear_softcap_ce_factor_cuda(
+        {const_pointer<float>(upstream), upstream.dim() == 0 ? 0 : 1, const_pointer<float>(scale),
+         const_pointer<bf16>(hidden), mutable_pointer<float>(v),
+         scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        hidden.size(0), hidden.size(1), current_stream());
+    return v;
+  }
+#endif
+  at::Tensor v = grad_loss.mul(scale).masked_fill_(scale.eq(0), 0.0);
+  if (scaled.defined()) at::mul_out(scaled, hidden, v.unsqueeze(1));
+  return v;
+}
+
+// product = v product, row by row.
+void scale_rows(at::Tensor& product, const at::Tensor& v) {
 #ifdef PGOLF_WITH_CUDA
   if (product.is_cuda() && product.scalar_type() == at::kBFloat16) {
-    linear_softcap_ce_scale_rows_cuda(const_pointer<bf16>(product), const_pointer<float>(v),
-                                      mutable_pointer<bf16>(out), product.size(0), product.size(1),
-                                      current_stream());
+    linear_softcap_ce_scale_rows_cuda(mutable_pointer<bf16>(product), const_pointer<float>(v),
+                                      product.size(0), product.size(1), current_stream());
     return;
   }
 #endif
-  at::mul_out(out, product, v.unsqueeze(1));
+  product.mul_(v.unsqueeze(1));
 }
 
 // sum (+)= factor^T hidden, with float32 `sum` and accumulation.
@@ -215,22 +225,17 @@ void add_weight_product(at::Tensor& sum, const at::Tensor& factor, const at::Ten
   }
 }
 
-// v (rows,): what multiplies the rows of the factor. Rows without a gradient stay without, whatever the
-// upstream gradient is.
-at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale) {
-  return grad_loss.mul(scale).masked_fill_(scale.eq(0), 0.0);
-}
-
 // Per-row losses; no logits are kept.
 at::Tensor loss_only(const Problem& problem) {
   at::Tensor loss = empty_rows(problem.hidden, problem.shape.rows);
-  at::Tensor lse = empty_rows(problem.hidden, problem.shape.rows);
 #ifdef PGOLF_WITH_CUDA
   if (use_hopper(problem, false)) {
-    write_hopper(problem, loss, lse, {});
+    at::Tensor scale = empty_rows(loss, problem.shape.rows);
+    write_hopper(problem, loss, scale, {});
     return loss;
   }
 #endif
+  at::Tensor lse = empty_rows(loss, problem.shape.rows);
   for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, at::Tensor logits) {
     write_logits(chunk, logits);
     at::Tensor part = loss.narrow(0, begin, chunk.shape.rows);
@@ -250,16 +255,14 @@ Kept loss_and_factor(const Problem& problem) {
   const int64_t rows = problem.shape.rows;
   at::Tensor loss = empty_rows(problem.hidden, rows);
   const at::Tensor factor = at::empty({rows, problem.shape.vocab}, problem.hidden.options());
-  const at::Tensor one = at::ones({}, loss.options());
 #ifdef PGOLF_WITH_CUDA
   if (use_hopper(problem, true)) {
-    at::Tensor lse = empty_rows(loss, rows);
     at::Tensor scale = empty_rows(loss, rows);
-    write_hopper(problem, loss, lse, factor);
-    write_row_scale(problem, one, lse, scale, {});
+    write_hopper(problem, loss, scale, factor);
     return {loss, factor, scale};
   }
 #endif
+  const at::Tensor one = at::ones({}, loss.options());
   // On the CPU in chunks all the same: the loss then finds most of the logits in the cache.
   const int64_t rows_each = factor.is_cpu() ? chunk_rows(problem) : std::max<int64_t>(rows, 1);
   for_chunks(problem, rows_each, factor, [&](const Problem& chunk, int64_t begin, at::Tensor logits) {
@@ -285,18 +288,17 @@ void add_chunk(const Problem& chunk, int64_t begin, const at::Tensor& grad_loss,
   if (!hopper) write_factor(chunk, grad_loss, loss, factor);
 #ifdef PGOLF_WITH_CUDA
   if (hopper) {
-    at::Tensor lse = empty_rows(loss, count);
-    v = empty_rows(loss, count);
-    write_hopper(chunk, loss, lse, factor);
-    if (out.grad_weight.defined()) scaled = at::empty_like(chunk.hidden);
-    write_row_scale(chunk, grad_loss, lse, v, out.grad_weight.defined() ? scaled : at::Tensor());
+    at::Tensor scale = empty_rows(loss, count);
+    write_hopper(chunk, loss, scale, factor);
+    scaled = out.grad_weight.defined() ? at::empty_like(chunk.hidden) : at::Tensor();
+    v = row_scale(grad_loss, scale, chunk.hidden, scaled);
   }
 #endif
   if (out.grad_weight.defined()) add_weight_product(out.grad_weight, factor, scaled, begin == 0);
   if (out.grad_hidden.defined()) {
     at::Tensor part = out.grad_hidden.narrow(0, begin, count);
     at::mm_out(part, factor, chunk.weight);
-    if (v.defined()) scale_rows(part, v, part);
+    if (v.defined()) scale_rows(part, v);
   }
 }
 
@@ -330,19 +332,18 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const a
                     grad_loss.sizes(), " and ", scale.sizes());
   const OperatorScope scope(hidden);
   const at::Tensor x = hidden.contiguous();
-  const at::Tensor v = row_scale(grad_loss, scale);
+  at::Tensor scaled = need_weight ? at::empty_like(x) : at::Tensor();
+  const at::Tensor v = row_scale(grad_loss, scale, x, scaled);
   at::Tensor grad_hidden = at::empty({0}, x.options());
   at::Tensor grad_weight = at::empty({0}, x.options().dtype(weight_dtype));
   if (need_weight) {
-    at::Tensor scaled = at::empty_like(x);
-    scale_rows(x, v, scaled);
     at::Tensor sum = at::empty(weight.sizes(), x.options().dtype(at::kFloat));
     add_weight_product(sum, factor, scaled, true);
     grad_weight = sum.to(weight_dtype);
   }
   if (need_hidden) {
     grad_hidden = at::mm(factor, weight);
-    scale_rows(grad_hidden, v, grad_hidden);
+    scale_rows(grad_hidden, v);
   }
   return {grad_hidden, grad_weight};
 }
