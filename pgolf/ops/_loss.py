@@ -36,6 +36,15 @@ def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: Redu
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
+def rescale_once(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """Multiply a saved gradient by the upstream one, in place; nothing is read or written where that is 1."""
+    with torch.no_grad():
+        torch.ops.pgolf.softcap_ce_rescale_(grad, grad_loss)
+        # A second backward would rescale twice: make its unpacking fail.
+        torch.autograd.graph.increment_version(grad)
+    return grad
+
+
 def second_order_error(op: str) -> RuntimeError:
     """Return the error of differentiating a gradient of `op`."""
     return RuntimeError(
@@ -44,7 +53,7 @@ def second_order_error(op: str) -> RuntimeError:
 
 
 def refuse_second_order(op: str, grad: Tensor) -> Tensor:
-    """Return `grad` of `op`; where a graph of the backward pass is recorded, differentiating it is an error."""
+    """Return `grad` of `op`; where the backward pass is recorded too, differentiating it is an error."""
     if not torch.is_grad_enabled():
         return grad
     return _Refuse.apply(op, grad, grad.new_empty(0).requires_grad_())  # type: ignore[no-any-return,no-untyped-call]

@@ -18,6 +18,7 @@ from pgolf.ops._loss import (
     check_reduction,
     reduce_rows,
     refuse_second_order,
+    rescale_once,
     row_weight,
     second_order_error,
 )
@@ -92,6 +93,8 @@ def linear_softcap_ce(
     # float16 must see the upstream gradient before it rounds: that is what gradient scalers are for.
     if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
         share = row_weight(y, ignore_index, reduction)
+        if not torch.compiler.is_compiling():
+            return _OnePass.apply(x, weight, y, share, options, needs)  # type: ignore[no-any-return,no-untyped-call]
         total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[
             0
         ]
@@ -117,6 +120,40 @@ def linear_softcap_ce_ref(
         logits, target.flatten(), cap, reduction=reduction, ignore_index=ignore_index, z_loss=z_loss
     )
     return loss.reshape(target.shape if reduction == "none" else ())
+
+
+class _OnePass(torch.autograd.Function):
+    """Reduced loss whose gradients are computed in the forward pass, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        share: Tensor,
+        options: tuple[float | None, int, float],
+        needs: list[bool],
+    ) -> Tensor:
+        loss, *grads = torch.ops.pgolf.linear_softcap_ce_gradients(
+            share, hidden, weight, target, *options, *needs, CHECK_TARGETS
+        )
+        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(*grads)
+        total: Tensor = loss
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_loss: Tensor) -> Any:
+        needed = ctx.needs_input_grad
+        # A graph that is kept must keep its gradients too.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scale = torch.mul if kept else rescale_once
+        grads = [
+            scale(g, grad_loss[0].detach()) if n else g
+            for g, n in zip(ctx.saved_tensors, needed, strict=False)
+        ]
+        return *_needed((grads[0], grads[1].to(ctx.weight_dtype)), needed), None, None, None, None
 
 
 def _forward_fake(
@@ -211,7 +248,8 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tu
 def _needed(grads: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return None for the gradients that nobody asked for."""
     return tuple(
-        refuse_second_order("linear_softcap_ce", g) if n else None for g, n in zip(grads, needed[:2], strict=True)
+        refuse_second_order("linear_softcap_ce", g) if n else None
+        for g, n in zip(grads, needed[:2], strict=True)
     )
 
 

@@ -20,6 +20,7 @@ from pgolf.ops._loss import (
     check_reduction,
     reduce_rows,
     refuse_second_order,
+    rescale_once,
     row_weight,
     second_order_error,
 )
@@ -128,10 +129,7 @@ class _OnePass(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_loss: Tensor) -> Any:
         (grad,) = ctx.saved_tensors
-        with torch.no_grad():
-            torch.ops.pgolf.softcap_ce_rescale_(grad, grad_loss[0])
-            # A second backward would rescale twice: make its unpacking fail.
-            torch.autograd.graph.increment_version(grad)
+        grad = rescale_once(grad, grad_loss[0])
         return refuse_second_order("softcap_ce", grad), None, None, None, None
 
 
