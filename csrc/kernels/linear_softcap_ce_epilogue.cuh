@@ -1,9 +1,12 @@
 // Epilogue of linear_softcap_ce_sm90.cu: from one row of accumulators of wgmma to F, its sum and the target's
 // logit.
 //
-// With u = x / cap, t = tanh(u) is u times a polynomial in u^2 for |u| < kPolynomialRange, and
-// 1 - 2 / (1 + exp(2 u)) beyond, in a branch that few warps take: one special-function instruction an element
-// instead of three, which would take 0.65 of the 1.1 ms that the product takes (N = 98304, V = 8192).
+// With u = x / cap, t = tanh(u) is u times a polynomial in u^2 for |u| < kPolynomialRange: one
+// special-function instruction an element. Rows with an element beyond it, with columns past the vocabulary
+// or with NaN take a loop that computes 1 - 2 / (1 + exp(2 |u|)) instead.
+//
+// What bounds it is instructions: the code of a tile must stay in the instruction cache, and 14 instructions
+// an element take half of the time of the product at width 512.
 #pragma once
 
 #include "kernels/common.h"
@@ -12,16 +15,13 @@
 namespace pgolf::epilogue {
 
 constexpr double kLog2e = 1.4426950408889634;
-// tanh(u) = w P(w^2), w = 2 u / kPolynomialRange, minimax over |w| < 2: error 2.9e-7 (Lawson's iteration on
-// Chebyshev nodes). |w| >= 2, infinity and NaN have bit 30 of the float set.
+// tanh(u) = u P(u^2), minimax over |u| < kPolynomialRange: error 2.4e-6 (Lawson's iteration on Chebyshev
+// nodes), 1e-4 of a bfloat16 logit's rounding near the cap.
 constexpr double kPolynomialRange = 1.25;
-constexpr int kTerms = 7;
-constexpr double kPolynomial[kTerms] = {0.624997785,     -0.08135794793,   0.01265030198,  -0.00192391459,
-                                        0.0002566409952, -2.458755787e-05, 1.166805605e-06};
-constexpr uint32_t kOutOfRangeBit = 1u << 30;
-constexpr int kElsewhere = -1, kIgnored = -2;
-constexpr float kLeast = -1.9999999f;
-constexpr float kExcluded = -3.402823466e38f;  // marks elements that count neither in sums nor in F
+constexpr int kTerms = 6;
+constexpr double kPolynomial[kTerms] = {0.9999746925067065,    -0.3328393217344489,  0.13053625430520283,
+                                        -0.046926759675204745, 0.012532020996462025, -0.0016820722403244543};
+constexpr int kNowhere = -1, kIgnored = -2;  // of a target
 
 struct Args {
   bf16* factor;
@@ -31,9 +31,11 @@ struct Args {
   int64_t rows;
   int vocab;
   int column_tiles;
-  // w = x * scale; log2(e) z = w P(w^2) with P scaled; slope = 1 - slope_scale (log2(e) z)^2
-  float scale, range_rate, log2_cap, slope_scale, to_logit;
-  float polynomial[kTerms];
+  float log2_cap;            // cap log2(e)
+  float rate;                // 2 log2(e) / cap: exp(-2 |u|) = 2^(-rate |x|)
+  float limit;               // the polynomial is taken for |x| < limit
+  float least;               // -limit, rounded towards 0
+  float polynomial[kTerms];  // in powers of x
 };
 
 struct Element {
@@ -41,40 +43,24 @@ struct Element {
   float factor;  // e (1 - tanh^2)
 };
 
-// log2(e) (z - cap) and 1 - tanh^2 where |w| >= 2, both without cancellation.
-__device__ __forceinline__ void saturated(const Args& args, float w, float& exponent, float& slope) {
-  const float e = ex2_approx(-fabsf(w) * args.range_rate);
-  const float q = rcp_approx(1.0f + e);
-  exponent = -2.0f * args.log2_cap * (w > 0.0f ? e * q : q);
-  if (w == kExcluded) exponent = -INFINITY;
-  slope = 4.0f * e * q * q;
-}
-
-// log2(e) z / w where |w| < 2.
-__device__ __forceinline__ float polynomial(const Args& args, float w) {
-  const float square = w * w;
+// |x| < args.limit. Explicit operations, so that the sums with and without F agree in every bit.
+template <bool Factor>
+__device__ __forceinline__ Element inner(const Args& args, float x, float offset) {
+  const float square = x * x;
   float p = args.polynomial[kTerms - 1];
   PGOLF_UNROLL
   for (int k = kTerms - 2; k >= 0; --k) p = fmaf(p, square, args.polynomial[k]);
-  return p;
+  const float t = __fmul_rn(p, x);
+  const float e = ex2_approx(fmaf(t, args.log2_cap, offset));
+  return {e, Factor ? e * fmaf(-t, t, 1.0f) : 0.0f};
 }
 
-template <bool Factor, bool Saturates>
-__device__ __forceinline__ Element capped_exponential(const Args& args, float w) {
-  const float p = polynomial(args, w);
-  const float z = p * w;
-  // An explicit fmaf, so that the sums of both values of Factor agree in every bit.
-  float exponent = fmaf(p, w, -args.log2_cap);
-  float slope = fmaf(z * args.slope_scale, -z, 1.0f);
-  if constexpr (Saturates) {
-    float other_exponent, other_slope;
-    saturated(args, w, other_exponent, other_slope);
-    const bool inside = fabsf(w) < 2.0f;
-    exponent = inside ? exponent : other_exponent;
-    slope = inside ? slope : other_slope;
-  }
-  const float e = ex2_approx(exponent);
-  return {e, Factor ? e * slope : 0.0f};
+// Any x; neither z - cap nor 1 - tanh^2 cancels.
+__device__ __forceinline__ Element outer(const Args& args, float x) {
+  const float e = ex2_approx(-fabsf(x) * args.rate);
+  const float q = rcp_approx(1.0f + e);
+  const float exponential = ex2_approx(-2.0f * args.log2_cap * (x > 0.0f ? e * q : q));
+  return {exponential, exponential * (4.0f * e * q * q)};
 }
 
 // Lanes t = 0 .. 3 exchange a 4 x 4 matrix of words: word j of lane t becomes word t of lane j.
@@ -99,80 +85,68 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return word;
 }
 
-// One row of the tile: this thread's kTileColumns / 4 columns of it, values(i) for i = 2 j + e being element
-// 4 j + e of the accumulators.
-template <typename C, int Half>
+// One row of the tile: this thread's kColumns / 4 columns of it, of which value[2 j + e] was element 4 j + e
+// (or 4 j + e + 2) of the accumulators.
+template <typename C>
 struct Row {
   static constexpr int kCount = C::kColumns / 4;
   const Args& args;
-  float (&c)[C::kAccumulators];
+  float (&value)[kCount];
+  int64_t row;
+  int column_tile;
+  int t;  // lane % 4
 
-  __device__ __forceinline__ float& value(int i) { return c[i / 2 * 4 + Half * 2 + i % 2]; }
-
-  // Column within the tile of values(i).
-  __device__ __forceinline__ static int column(int i, int t) {
+  // Column within the tile of value[i].
+  __device__ __forceinline__ int column(int i) const {
     if constexpr (C::kPermuted) return i / 8 * 32 + t * 8 + i % 8;
     return i / 2 * 8 + t * 2 + i % 2;
   }
 
-  // Index of a column among this thread's values, or -1.
-  __device__ __forceinline__ static int index(int column, int t) {
-    if (column < 0) return -1;
+  // Index of a column of the tile among this thread's values, or -1.
+  __device__ __forceinline__ int index(int column) const {
+    if (column < 0 || column >= C::kColumns) return -1;
     if constexpr (C::kPermuted) return column / 8 % 4 == t ? column / 32 * 8 + column % 8 : -1;
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // `target` is the target's column within the tile, kElsewhere or kIgnored.
-  __device__ __forceinline__ void run(int64_t row, int column_tile, int target, int t) {
-    const bool ignored = target == kIgnored;
+  // `target` is a column of the whole matrix, kNowhere or kIgnored.
+  __device__ __forceinline__ void run(int target) {
     const int first = column_tile * C::kColumns;
-    uint32_t bits = 0;
+    const int own = target < 0 ? -1 : index(target - first);
+    float most[4] = {};
     PGOLF_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      value(i) *= args.scale;
-      bits |= __float_as_uint(value(i));
-    }
-    if (first + C::kColumns > args.vocab) {
-      PGOLF_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        if (first + column(i, t) >= args.vocab) value(i) = kExcluded;
-      }
-      bits = kOutOfRangeBit;
-    }
-    const int own = index(target, t);
-    const bool saturates = __any_sync(0xffffffffu, (bits & kOutOfRangeBit) != 0);
-    float excess = 0.0f;
-    if (__any_sync(0xffffffffu, own >= 0)) {
-      // Takes the target out of the sum. Where nothing saturates it becomes the least of the polynomial's
-      // range, whose exponential is at most that of each other element, so that subtracting it loses nothing.
-      const float out = saturates ? kExcluded : kLeast;
-      float w = 0.0f;
-      PGOLF_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        if (i != own) continue;
-        w = value(i);
-        value(i) = out;
-      }
-      if (own >= 0) {
-        args.target_logit[row] = w * args.to_logit;
-        if (!saturates) excess = capped_exponential<false, false>(args, kLeast).e;
-      }
-    }
+    for (int i = 0; i < kCount; ++i) most[i % 4] = max_nan(most[i % 4], fabsf(value[i]));
+    const float largest = max_nan(max_nan(most[0], most[1]), max_nan(most[2], most[3]));
+    const bool fits = largest < args.limit && first + C::kColumns <= args.vocab;
     float sum;
-    if (saturates) {
-      sum = elements<true>(row, first, ignored, t);
+    if (__all_sync(0xffffffffu, fits)) {
+      sum = inside(own, target == kIgnored);
     } else {
-      sum = elements<false>(row, first, ignored, t) - excess;
+      sum = anywhere(own, target == kIgnored);
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0 && row < args.rows) {
-      args.partial_sums[row * args.column_tiles + column_tile] = ignored ? 0.0f : sum;
-    }
+    if (t == 0 && row < args.rows) args.partial_sums[row * args.column_tiles + column_tile] = sum;
   }
 
-  template <bool Saturates>
-  __device__ __forceinline__ float elements(int64_t row, int first, bool ignored, int t) {
+  __device__ __forceinline__ float inside(int own, bool ignored) {
+    // An exponent of -infinity makes e and F zero.
+    const float offset = ignored ? -INFINITY : -args.log2_cap;
+    float excess = 0.0f;
+    if (__any_sync(0xffffffffu, own >= 0)) {
+      // Takes the target out of the sum: it becomes the least of the polynomial's range, whose exponential is
+      // at most that of each other element, so that subtracting it loses nothing.
+      float x = 0.0f;
+      PGOLF_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        x = i == own ? value[i] : x;
+        value[i] = i == own ? args.least : value[i];
+      }
+      if (own >= 0) {
+        args.target_logit[row] = x;
+        excess = inner<false>(args, args.least, offset).e;
+      }
+    }
     float sums[4] = {};
     PGOLF_UNROLL
     for (int group = 0; group < kCount / 8; ++group) {
@@ -180,22 +154,51 @@ struct Row {
       PGOLF_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int i = group * 8 + j * 2;
-        const Element low = capped_exponential<C::kFactor, Saturates>(args, value(i));
-        const Element high = capped_exponential<C::kFactor, Saturates>(args, value(i + 1));
+        const Element low = inner<C::kFactor>(args, value[i], offset);
+        const Element high = inner<C::kFactor>(args, value[i + 1], offset);
         sums[j] += low.e + high.e;
         if constexpr (C::kFactor) word[j] = pack_pair(low.factor, high.factor);
       }
-      if constexpr (C::kFactor) {
-        if constexpr (!C::kPermuted) transpose_quad(word, t);
-        const int at = first + group * 32 + t * 8;
-        if (ignored) word[0] = word[1] = word[2] = word[3] = 0;
-        if (row < args.rows && at < args.factor_ld) {
-          *reinterpret_cast<uint4*>(args.factor + row * args.factor_ld + at) =
-              make_uint4(word[0], word[1], word[2], word[3]);
-        }
-      }
+      if constexpr (C::kFactor) store(group, word);
     }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]) - excess;
+  }
+
+  // The same for any values, in a loop.
+  __device__ __forceinline__ float anywhere(int own, bool ignored) {
+    float copy[kCount];
+    PGOLF_UNROLL
+    for (int i = 0; i < kCount; ++i) copy[i] = value[i];
+    const int first = column_tile * C::kColumns;
+    float sum = 0.0f;
+    _Pragma("unroll 1") for (int group = 0; group < kCount / 8; ++group) {
+      uint32_t word[4];
+      PGOLF_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        Element pair[2];
+        PGOLF_UNROLL
+        for (int k = 0; k < 2; ++k) {
+          const int i = group * 8 + j * 2 + k;
+          const bool counts = !ignored && i != own && first + column(i) < args.vocab;
+          pair[k] = outer(args, copy[i]);
+          if (i == own) args.target_logit[row] = copy[i];
+          if (!counts) pair[k] = {0.0f, 0.0f};
+          sum += pair[k].e;
+        }
+        word[j] = pack_pair(pair[0].factor, pair[1].factor);
+      }
+      if constexpr (C::kFactor) store(group, word);
+    }
+    return sum;
+  }
+
+  __device__ __forceinline__ void store(int group, uint32_t (&word)[4]) {
+    if constexpr (!C::kPermuted) transpose_quad(word, t);
+    const int64_t at = column_tile * C::kColumns + group * 32 + t * 8;
+    if (row < args.rows && at < args.factor_ld) {
+      *reinterpret_cast<uint4*>(args.factor + row * args.factor_ld + at) =
+          make_uint4(word[0], word[1], word[2], word[3]);
+    }
   }
 };
 

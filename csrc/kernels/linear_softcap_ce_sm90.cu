@@ -8,6 +8,8 @@
 // Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident).
 #include <cuda.h>
 
+#include <cmath>
+
 #include "kernels/cuda_check.cuh"
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
@@ -28,8 +30,9 @@ constexpr int kConsumerRegisters = 240;
 constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
-constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
-constexpr bool kEnabled = true;   // false: callers take the path for any GPU
+constexpr float kMaxCap = 40.0f;   // exp(-80) = 1.8e-35
+constexpr float kMinCap = 0.125f;  // cap^-11, in the polynomial, stays far from overflow
+constexpr bool kEnabled = true;    // false: callers take the path for any GPU
 
 template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
 struct Config {
@@ -59,46 +62,54 @@ struct KernelArgs : epilogue::Args {
 };
 
 // Rows of tiles that a schedule walks down before the next column.
-constexpr int kBand = 8;
+constexpr uint32_t kBand = 8;
 
-struct Tile {
-  int row, column;  // in units of clusters and of column tiles
-};
-
-// The tiles of one cluster. Resident: a contiguous range of row-major order, so that `hidden` is rarely
-// reloaded. Otherwise every clusters-th tile of an order that walks down kBand row tiles before the next
-// column: the tiles of all clusters at one time share few rows and columns, which stay in L2.
+// A walk over the tiles of one cluster. Resident: a contiguous range of row-major order, so that `hidden` is
+// rarely reloaded. Otherwise every clusters-th tile of an order that walks down kBand row tiles before the
+// next column: the tiles of all clusters at one time share few rows and columns, which stay in L2.
 template <bool Resident>
-struct Schedule {
-  int64_t first;
-  int count;
-  int stride, column_tiles, row_tiles;
+struct Walk {
+  int count;  // of tiles
+  int row, column;
+  uint32_t index, stride, row_tiles, column_tiles;
 
-  __device__ Schedule(const KernelArgs& args, int cluster, int clusters)
-      : column_tiles(args.column_tiles), row_tiles(args.row_tiles) {
-    const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
+  __device__ __forceinline__ Walk(const KernelArgs& args, uint32_t cluster, uint32_t clusters)
+      : row_tiles(args.row_tiles), column_tiles(args.column_tiles) {
+    const uint32_t tiles = row_tiles * column_tiles;
     if constexpr (Resident) {
-      first = tiles * cluster / clusters;
-      count = static_cast<int>(tiles * (cluster + 1) / clusters - first);
+      index = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * cluster / clusters);
+      count = static_cast<int>(static_cast<uint64_t>(tiles) * (cluster + 1) / clusters - index);
       stride = 1;
+      row = static_cast<int>(index / column_tiles);
+      column = static_cast<int>(index % column_tiles);
     } else {
-      first = cluster;
+      index = cluster;
       count = static_cast<int>((tiles - cluster + clusters - 1) / clusters);
       stride = clusters;
+      locate();
     }
   }
 
-  __device__ __forceinline__ Tile operator[](int i) const {
-    const int64_t index = first + static_cast<int64_t>(i) * stride;
+  // `steps` is at most 2.
+  __device__ __forceinline__ void advance(int steps) {
     if constexpr (Resident) {
-      const int row = static_cast<int>(index / column_tiles);
-      return {row, static_cast<int>(index - static_cast<int64_t>(row) * column_tiles)};
+      column += steps;
+      while (column >= static_cast<int>(column_tiles)) {
+        column -= static_cast<int>(column_tiles);
+        ++row;
+      }
     } else {
-      const int band = static_cast<int>(index / (static_cast<int64_t>(kBand) * column_tiles));
-      const int within = static_cast<int>(index - static_cast<int64_t>(band) * kBand * column_tiles);
-      const int height = min(kBand, row_tiles - band * kBand);
-      return {band * kBand + within % height, within / height};
+      index += static_cast<uint32_t>(steps) * stride;
+      locate();
     }
+  }
+
+  __device__ __forceinline__ void locate() {
+    const uint32_t band = index / (kBand * column_tiles);
+    const uint32_t within = index - band * kBand * column_tiles;
+    const uint32_t height = min(static_cast<uint32_t>(kBand), row_tiles - band * kBand);
+    row = static_cast<int>(band * kBand + within % height);
+    column = static_cast<int>(within / height);
   }
 };
 
@@ -106,8 +117,10 @@ struct Schedule {
 template <typename C>
 struct Shared {
   uint32_t resident, ring, barriers;
+  // The compiler sees that a value from one lane is the same in all and keeps what follows from it in uniform
+  // registers, where the addresses of wgmma's operands have to be.
   __device__ explicit Shared(uint32_t base) {
-    resident = (base + 1023u) & ~1023u;
+    resident = __shfl_sync(0xffffffffu, (base + 1023u) & ~1023u, 0);
     ring = resident + C::kResidentBytes;
     barriers = ring + C::kStages * C::kStageBytes;
   }
@@ -160,13 +173,12 @@ __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full,
 }
 
 template <typename C>
-__device__ void produce(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
+__device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C::kResident> tile,
                         const CUtensorMap* hidden, const CUtensorMap* weight, uint32_t rank) {
   RingPosition<C> at;
   int row_block = -1;
   uint32_t row_blocks = 0;  // loaded so far
-  for (int i = 0; i < tiles.count; ++i) {
-    const Tile tile = tiles[i];
+  for (int i = 0; i < tile.count; ++i) {
     const int first_row = (tile.row * C::kBlocks + static_cast<int>(rank)) * kTileRows;
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
@@ -188,82 +200,118 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, const S
       row_block = tile.row;
       ++row_blocks;
     }
+    tile.advance(1);
   }
 }
 
+// The target's column, epilogue::kNowhere or epilogue::kIgnored; the logits of both are written here.
+__device__ __forceinline__ int load_target(const KernelArgs& args, int64_t row) {
+  if (row >= args.rows) return epilogue::kIgnored;
+  const int64_t label = args.target[row];
+  if (label != args.ignore_index && label >= 0 && label < args.vocab) return static_cast<int>(label);
+  const bool ignored = label == args.ignore_index;
+  args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
+  return ignored ? epilogue::kIgnored : epilogue::kNowhere;
+}
+
+// The accumulators of one of the two rows that a thread holds of 64.
+template <int Half, int Count>
+__device__ __forceinline__ int take_row(const float (&c)[2 * Count], int target, float (&value)[Count]) {
+  PGOLF_UNROLL
+  for (int i = 0; i < Count; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
+  return target;
+}
+
+// A tile's product, once this group's turn has come.
 template <typename C>
-__device__ void consume(const KernelArgs& args, const Shared<C>& shared, const Schedule<C::kResident>& tiles,
+__device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>& shared, RingPosition<C>& at,
+                                         float (&c)[2][C::kAccumulators], int group, bool await_rows,
+                                         uint32_t rows_phase, bool release_rows, bool last_tile) {
+  const uint32_t lane = threadIdx.x % 32;
+  uint32_t previous = 0;
+  for (int slice = 0; slice < args.slices; ++slice) {
+    if (C::kResident && await_rows) barrier_wait(shared.rows_full(slice), rows_phase);
+    barrier_wait(shared.full(at.stage), at.phase);
+    // All of this group's copies have arrived: the other group's waits are at most one phase ahead.
+    if (slice == args.slices - 1 && !last_tile) named_arrive(2 - group, 2 * kGroup);
+    const uint64_t a = wgmma_operand(shared.rows(at.stage, slice));
+    const uint64_t b = wgmma_operand(shared.columns(at.stage));
+    wgmma_fence();
+    PGOLF_UNROLL
+    for (int k = 0; k < kDepth / 16; ++k) {
+      const int accumulate = slice > 0 || k > 0;
+      wgmma_64x128x16(c[0], wgmma_advance(a, k * 32), wgmma_advance(b, k * 32), accumulate);
+      wgmma_64x128x16(c[1], wgmma_advance(a, k * 32 + 64 * kDepth * 2), wgmma_advance(b, k * 32), accumulate);
+    }
+    wgmma_commit();
+    if (slice > 0) {
+      wgmma_wait<1>();
+      if (lane < C::kBlocks) barrier_arrive_cluster(previous, lane);
+      if (C::kResident && release_rows && lane == 0) barrier_arrive(shared.rows_empty(slice - 1));
+    }
+    previous = shared.empty(at.stage);
+    at.advance();
+  }
+  wgmma_wait<0>();
+  wgmma_fence_result(c[0]);
+  wgmma_fence_result(c[1]);
+  if (lane < C::kBlocks) barrier_arrive_cluster(previous, lane);
+  if (C::kResident && release_rows && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
+}
+
+template <typename C>
+__device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C::kResident> tile,
                         uint32_t rank) {
-  const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
   RingPosition<C> at;
   at.skip(group * args.slices);
-  // The first row block of the schedule is released by both groups even if one has no tile in it.
-  if (C::kResident && group == 1 && tiles.count > 1 && tiles[0].row != tiles[1].row && lane == 0) {
-    for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
+  const int first_row_block = tile.row;
+  if (group == 1) {
+    tile.advance(1);
+    // The first row block of the schedule is released by both groups even if one has no tile in it.
+    if (C::kResident && tile.count > 1 && tile.row != first_row_block && lane == 0) {
+      for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
+    }
   }
-  const int first_row_block = tiles[0].row;
-  for (int i = group; i < tiles.count; i += 2) {
-    const Tile tile = tiles[i];
-    const bool first_use = i < 2 || tiles[i - 2].row != tile.row;
-    const bool last_use = i + 2 >= tiles.count || tiles[i + 2].row != tile.row;
-    const uint32_t rows_phase = (tile.row - first_row_block) & 1;
-
+  int row_block = -1;
+  int target[4];  // of rows +0, +8, +64, +72
+  for (int i = group; i < tile.count; i += 2) {
+    const int column_tile = tile.column;
+    const bool new_rows = tile.row != row_block;
+    row_block = tile.row;
+    tile.advance(2);
+    const bool release_rows = i + 2 >= tile.count || tile.row != row_block;
     const int64_t first_row =
-        (static_cast<int64_t>(tile.row) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
-    int target[4];  // column within the tile, epilogue::kElsewhere or epilogue::kIgnored, of rows +0, +8,
-                    // +64, +72
-    PGOLF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const int64_t row = first_row + r / 2 * 64 + r % 2 * 8;
-      const int64_t label = row < args.rows ? args.target[row] : args.ignore_index;
-      const bool ignored = label == args.ignore_index;
-      const bool valid = !ignored && label >= 0 && label < args.vocab;
-      const int64_t column = label - static_cast<int64_t>(tile.column) * C::kColumns;
-      const bool here = valid && column >= 0 && column < C::kColumns;
-      target[r] = ignored ? epilogue::kIgnored : here ? static_cast<int>(column) : epilogue::kElsewhere;
-      if (!valid && tile.column == 0 && t == 0 && row < args.rows) {
-        args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
-      }
+        (static_cast<int64_t>(row_block) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
+    if (new_rows || !C::kResident) {
+      PGOLF_UNROLL
+      for (int r = 0; r < 4; ++r) target[r] = load_target(args, first_row + r / 2 * 64 + r % 2 * 8);
     }
 
     float c[2][C::kAccumulators];
-    // Tiles take turns on the tensor cores. It also keeps this group's waits at most one phase ahead.
+    // Tiles take turns on the tensor cores.
     if (i > 0) named_sync(1 + group, 2 * kGroup);
-    int previous = 0;
-    for (int slice = 0; slice < args.slices; ++slice) {
-      if (C::kResident && first_use) barrier_wait(shared.rows_full(slice), rows_phase);
-      barrier_wait(shared.full(at.stage), at.phase);
-      const uint64_t a = wgmma_operand(shared.rows(at.stage, slice));
-      const uint64_t b = wgmma_operand(shared.columns(at.stage));
-      wgmma_fence();
-      PGOLF_UNROLL
-      for (int k = 0; k < kDepth / 16; ++k) {
-        const int accumulate = slice > 0 || k > 0;
-        wgmma_64x128x16(c[0], a + k * 2, b + k * 2, accumulate);
-        wgmma_64x128x16(c[1], a + k * 2 + (64 * 128 >> 4), b + k * 2, accumulate);
-      }
-      wgmma_commit();
-      if (slice > 0) {
-        wgmma_wait<1>();
-        if (lane < C::kBlocks) barrier_arrive_cluster(shared.empty(previous), lane);
-        if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(slice - 1));
-      }
-      previous = at.stage;
-      at.advance();
-    }
-    if (i + 1 < tiles.count) named_arrive(2 - group, 2 * kGroup);
-    wgmma_wait<0>();
-    wgmma_fence_result(c[0]);
-    wgmma_fence_result(c[1]);
-    if (lane < C::kBlocks) barrier_arrive_cluster(shared.empty(previous), lane);
-    if (C::kResident && last_use && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
+    multiply<C>(args, shared, at, c, group, new_rows, (row_block - first_row_block) & 1, release_rows,
+                i + 1 >= tile.count);
     at.skip(args.slices);
 
-    epilogue::Row<C, 0>{args, c[0]}.run(first_row, tile.column, target[0], t);
-    epilogue::Row<C, 1>{args, c[0]}.run(first_row + 8, tile.column, target[1], t);
-    epilogue::Row<C, 0>{args, c[1]}.run(first_row + 64, tile.column, target[2], t);
-    epilogue::Row<C, 1>{args, c[1]}.run(first_row + 72, tile.column, target[3], t);
+    // A loop, though the rows' accumulators have to be moved: four copies of the epilogue would be fetched
+    // from beyond the instruction cache for every tile.
+    _Pragma("unroll 1") for (int r = 0; r < 4; ++r) {
+      float value[C::kColumns / 4];
+      int label;
+      if (r == 0) {
+        label = take_row<0>(c[0], target[0], value);
+      } else if (r == 1) {
+        label = take_row<1>(c[0], target[1], value);
+      } else if (r == 2) {
+        label = take_row<0>(c[1], target[2], value);
+      } else {
+        label = take_row<1>(c[1], target[3], value);
+      }
+      epilogue::Row<C>{args, value, first_row + r / 2 * 64 + r % 2 * 8, column_tile, t}.run(label);
+    }
   }
 }
 
@@ -290,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (C::kBlocks > 1) cluster_sync();
   __syncthreads();
 
-  const Schedule<C::kResident> tiles(args, blockIdx.x / C::kBlocks, gridDim.x / C::kBlocks);
+  const Walk<C::kResident> tiles(args, blockIdx.x / C::kBlocks, gridDim.x / C::kBlocks);
   if (threadIdx.x < kGroup) {
     register_limit_lower<kProducerRegisters>();
     if (threadIdx.x == 0) produce<C>(args, shared, tiles, &hidden, &weight, rank);
@@ -385,13 +433,15 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.column_tiles = static_cast<int>((shape.vocab + C::kColumns - 1) / C::kColumns);
   args.row_tiles = static_cast<int>((shape.rows + cluster_rows - 1) / cluster_rows);
   args.slices = static_cast<int>((shape.width + kDepth - 1) / kDepth);
-  args.scale = static_cast<float>(2.0 / (epilogue::kPolynomialRange * cap));
-  args.range_rate = static_cast<float>(epilogue::kPolynomialRange * epilogue::kLog2e);
   args.log2_cap = static_cast<float>(log2_cap);
-  args.slope_scale = static_cast<float>(1.0 / (log2_cap * log2_cap));
-  args.to_logit = static_cast<float>(epilogue::kPolynomialRange * cap / 2.0);
-  for (int k = 0; k < epilogue::kTerms; ++k)
-    args.polynomial[k] = static_cast<float>(log2_cap * epilogue::kPolynomial[k]);
+  args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
+  args.limit = static_cast<float>(epilogue::kPolynomialRange * cap);
+  args.least = -std::nextafter(args.limit, 0.0f);
+  double power = 1.0 / cap;
+  for (int k = 0; k < epilogue::kTerms; ++k) {
+    args.polynomial[k] = static_cast<float>(epilogue::kPolynomial[k] * power);
+    power /= cap * cap;
+  }
 
   constexpr int kShare = C::kColumns / C::kBlocks;
   const CUtensorMap hidden = tensor_map(in.hidden, plain_map(shape.rows, shape.width, kTileRows));
@@ -431,8 +481,10 @@ void launch_factor(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape&
 
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
   constexpr int64_t kMaxRows = int64_t{1} << 30, kMaxVocab = int64_t{1} << 30;
+  constexpr int64_t kMaxTiles = int64_t{1} << 30;  // of 128 x 128; their indices have 32 bits
   return kEnabled && shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab &&
-         shape.rows < kMaxRows && shape.cap <= kMaxCap &&
+         shape.rows < kMaxRows && (shape.rows / 128 + 2) * (shape.vocab / 128 + 1) < kMaxTiles &&
+         shape.cap >= kMinCap && shape.cap <= kMaxCap &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 

@@ -127,6 +127,11 @@ __device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared) {
   return kSwizzle128 | kEightRows | (1ull << 16) | ((shared & 0x3ffffu) >> 4);
 }
 
+// The operand `bytes` further on in shared memory. Addresses stay in the low word.
+__device__ __forceinline__ uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) {
+  return (operand & 0xffffffff00000000ull) | (static_cast<uint32_t>(operand) + (bytes >> 4));
+}
+
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() {

@@ -119,23 +119,28 @@ void rescale_(at::Tensor& grad, const at::Tensor& factor) {
   if (factor.item<float>() != 1.0f) grad.mul_(factor.reshape({}));
 }
 
+// Calls cuda(arguments.., stream) or cpu(arguments.., threads): where `on` is.
+template <typename Cuda, typename Cpu, typename... Arguments>
+void call_kernel([[maybe_unused]] const at::Tensor& on, [[maybe_unused]] const Cuda& cuda, const Cpu& cpu,
+                 const Arguments&... arguments) {
+#ifdef PGOLF_WITH_CUDA
+  if (on.is_cuda()) {
+    cuda(arguments..., c10::cuda::getCurrentCUDAStream().stream());
+    return;
+  }
+#endif
+  cpu(arguments..., at::get_num_threads());
+}
+
 }  // namespace
 
 void softcap_ce_forward(const at::Tensor& logits, const at::Tensor& target, at::Tensor& loss, at::Tensor& lse,
                         const SoftcapCeShape& shape) {
   dispatch_float("softcap_ce", logits.scalar_type(), [&](auto tag) {
-    using T = decltype(tag);
-    const T* x = const_pointer<T>(logits);
-    const int64_t* y = const_pointer<int64_t>(target);
-#ifdef PGOLF_WITH_CUDA
-    if (logits.is_cuda()) {
-      softcap_ce_forward_cuda(x, y, mutable_pointer<float>(loss), mutable_pointer<float>(lse), shape,
-                              c10::cuda::getCurrentCUDAStream().stream());
-      return;
-    }
-#endif
-    softcap_ce_forward_cpu(x, y, mutable_pointer<float>(loss), mutable_pointer<float>(lse), shape,
-                           at::get_num_threads());
+    call_kernel(
+        logits, [](const auto&... a) { softcap_ce_forward_cuda(a...); },
+        [](const auto&... a) { softcap_ce_forward_cpu(a...); }, const_pointer<decltype(tag)>(logits),
+        const_pointer<int64_t>(target), mutable_pointer<float>(loss), mutable_pointer<float>(lse), shape);
   });
 }
 
@@ -144,18 +149,11 @@ void softcap_ce_backward(const at::Tensor& grad_loss, const at::Tensor& logits, 
                          const SoftcapCeShape& shape) {
   dispatch_float("softcap_ce_backward", logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const T* x = const_pointer<T>(logits);
-    const int64_t* y = const_pointer<int64_t>(target);
-    const float* g = const_pointer<float>(grad_loss);
-#ifdef PGOLF_WITH_CUDA
-    if (logits.is_cuda()) {
-      softcap_ce_backward_cuda(g, x, y, const_pointer<float>(loss), const_pointer<float>(lse),
-                               mutable_pointer<T>(grad), shape, c10::cuda::getCurrentCUDAStream().stream());
-      return;
-    }
-#endif
-    softcap_ce_backward_cpu(g, x, y, const_pointer<float>(loss), const_pointer<float>(lse),
-                            mutable_pointer<T>(grad), shape, at::get_num_threads());
+    call_kernel(
+        logits, [](const auto&... a) { softcap_ce_backward_cuda(a...); },
+        [](const auto&... a) { softcap_ce_backward_cpu(a...); }, const_pointer<float>(grad_loss),
+        const_pointer<T>(logits), const_pointer<int64_t>(target), const_pointer<float>(loss),
+        const_pointer<float>(lse), mutable_pointer<T>(grad), shape);
   });
 }
 
@@ -164,18 +162,11 @@ void softcap_ce_gradient(const at::Tensor& logits, const at::Tensor& target, con
   const int64_t stride = grad_loss.dim() == 1 && grad_loss.size(0) == shape.rows ? 1 : 0;
   dispatch_float("softcap_ce", logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    const T* x = const_pointer<T>(logits);
-    const int64_t* y = const_pointer<int64_t>(target);
-    const float* g = const_pointer<float>(grad_loss);
-#ifdef PGOLF_WITH_CUDA
-    if (logits.is_cuda()) {
-      softcap_ce_gradient_cuda(x, y, g, stride, mutable_pointer<float>(loss), mutable_pointer<float>(lse),
-                               mutable_pointer<T>(grad), shape, c10::cuda::getCurrentCUDAStream().stream());
-      return;
-    }
-#endif
-    softcap_ce_gradient_cpu(x, y, g, stride, mutable_pointer<float>(loss), mutable_pointer<float>(lse),
-                            mutable_pointer<T>(grad), shape, at::get_num_threads());
+    call_kernel(
+        logits, [](const auto&... a) { softcap_ce_gradient_cuda(a...); },
+        [](const auto&... a) { softcap_ce_gradient_cpu(a...); }, const_pointer<T>(logits),
+        const_pointer<int64_t>(target), const_pointer<float>(grad_loss), stride, mutable_pointer<float>(loss),
+        mutable_pointer<float>(lse), mutable_pointer<T>(grad), shape);
   });
 }
 

@@ -36,21 +36,28 @@ def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: Redu
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
-def refuse_second_order(grad: Tensor, message: str) -> Tensor:
-    """Return `grad`; where a graph of the backward pass is recorded, differentiating it raises `message`."""
+def second_order_error(op: str) -> RuntimeError:
+    """Return the error of differentiating a gradient of `op`."""
+    return RuntimeError(
+        f"{op}: second derivatives are not implemented; use {op}_ref where a gradient of a gradient is needed"
+    )
+
+
+def refuse_second_order(op: str, grad: Tensor) -> Tensor:
+    """Return `grad` of `op`; where a graph of the backward pass is recorded, differentiating it is an error."""
     if not torch.is_grad_enabled():
         return grad
-    return _Refuse.apply(grad, grad.new_empty(0).requires_grad_(), message)  # type: ignore[no-any-return,no-untyped-call]
+    return _Refuse.apply(op, grad, grad.new_empty(0).requires_grad_())  # type: ignore[no-any-return,no-untyped-call]
 
 
 class _Refuse(torch.autograd.Function):
     """The identity, whose derivative is an error."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, _anchor: Tensor, message: str) -> Tensor:
-        ctx.message = message
+    def forward(ctx: Any, op: str, grad: Tensor, _anchor: Tensor) -> Tensor:
+        ctx.op = op
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_grads: Tensor) -> Any:
-        raise RuntimeError(ctx.message)
+        raise second_order_error(ctx.op)

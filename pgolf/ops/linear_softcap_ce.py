@@ -19,13 +19,9 @@ from pgolf.ops._loss import (
     reduce_rows,
     refuse_second_order,
     row_weight,
+    second_order_error,
 )
 from pgolf.ops.softcap_ce import softcap_ce_ref
-
-_SECOND_ORDER = (
-    "linear_softcap_ce: second derivatives are not implemented; "
-    "use linear_softcap_ce_ref where a gradient of a gradient is needed"
-)
 
 
 def linear_softcap_ce(
@@ -215,12 +211,12 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tu
 def _needed(grads: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return None for the gradients that nobody asked for."""
     return tuple(
-        refuse_second_order(g, _SECOND_ORDER) if n else None for g, n in zip(grads, needed[:2], strict=True)
+        refuse_second_order("linear_softcap_ce", g) if n else None for g, n in zip(grads, needed[:2], strict=True)
     )
 
 
 def _second_order(_ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError(_SECOND_ORDER)
+    raise second_order_error("linear_softcap_ce")
 
 
 torch.library.register_fake("pgolf::linear_softcap_ce", _forward_fake)

@@ -21,11 +21,7 @@ from pgolf.ops._loss import (
     reduce_rows,
     refuse_second_order,
     row_weight,
-)
-
-_SECOND_ORDER = (
-    "softcap_ce: second derivatives are not implemented; "
-    "use softcap_ce_ref where a gradient of a gradient is needed"
+    second_order_error,
 )
 
 
@@ -136,7 +132,7 @@ class _OnePass(torch.autograd.Function):
             torch.ops.pgolf.softcap_ce_rescale_(grad, grad_loss[0])
             # A second backward would rescale twice: make its unpacking fail.
             torch.autograd.graph.increment_version(grad)
-        return refuse_second_order(grad, _SECOND_ORDER), None, None, None, None
+        return refuse_second_order("softcap_ce", grad), None, None, None, None
 
 
 def _forward_fake(logits: Tensor, *_others: object) -> tuple[Tensor, Tensor]:
@@ -171,7 +167,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _grad_lse: Tensor) -> tuple[Tensor | 
 
 
 def _second_order(_ctx: Any, *_grads: Tensor) -> None:
-    raise RuntimeError(_SECOND_ORDER)
+    raise second_order_error("softcap_ce")
 
 
 torch.library.register_fake("pgolf::softcap_ce", _forward_fake)
