@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from statistics import median, quantiles
 import torch
 
 import pgolf
+from pgolf.env import source_commit
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -71,27 +71,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> tuple[str, bool]:
-    """Return the commit of the tree and whether files differ from it; ("unknown", True) outside of git.
-
-    A tree that was copied without its history (to a GPU machine) carries the commit in a file `.commit`,
-    written by `git rev-parse HEAD > .commit` from a clean tree.
-    """
-    copied = ROOT / ".commit"
-    if copied.is_file():
-        return copied.read_text().strip(), False
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown", True
-
-
 @dataclass
 class Recorder:
     """Collects the measurements of one bench run and writes them as one file."""
@@ -100,7 +79,7 @@ class Recorder:
     """Name of the bench, as in the house's table."""
     device: torch.device
     lines: list[dict[str, object]] = field(default_factory=list)
-    _commit: tuple[str, bool] = field(default_factory=commit)
+    _commit: tuple[str, bool] = field(default_factory=source_commit)
 
     def add(self, case: str, impl: str, metric: str, sample: Sample, unit: str) -> None:
         """Keep one measurement and print it."""

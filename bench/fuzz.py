@@ -1,6 +1,7 @@
-"""Damaged artifacts by the million: the compiled decoder under ASan and UBSan, the whole reader in processes.
+"""Damaged artifacts by the million, under ASan and UBSan: the compiled decoder alone, and the whole reader.
 
-`make fuzz` runs it and writes bench/results/*_fuzz.jsonl: inputs, what became of them, seconds. Any sanitizer
+`make fuzz` runs it and writes bench/results/*_fuzz.jsonl: inputs, what became of them, seconds. The reader's
+processes import a build of the extension made for it, g++'s sanitizers in every C++ file. Any sanitizer
 report, exception other than the reader's own, hang or excess of memory stops it with an error.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +24,7 @@ from bench.common import ROOT, Recorder, Sample, parser
 
 CASES = ["decoder", "reader"]
 SOURCES = ["csrc/fuzz/fuzz_range_coder.cpp", "csrc/kernels/range_coder_cpu.cpp"]
+SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE = ["-fno-sanitize-recover=all", "-std=c++20", "-O2", "-g", "-I", "csrc"]
 FUZZER = "-fsanitize=fuzzer,address,undefined"
 LONGEST_INPUT = 256
@@ -57,25 +60,64 @@ def fuzz_decoder(count: int, workers: int, folder: Path) -> tuple[str, int, floa
             [*words, f"-seed={seed}", str(folder / f"corpus{seed}")] for seed in range(1, workers + 1)
         ]
     else:
-        engine, build = "own mutator", ["g++", "-fsanitize=address,undefined", "-DPGOLF_FUZZ_MAIN"]
+        engine, build = "own mutator", ["g++", SANITIZERS, "-DPGOLF_FUZZ_MAIN"]
         commands = [[str(count // workers), str(seed)] for seed in range(1, workers + 1)]
     subprocess.run([*build, *SANITIZE, *SOURCES, "-o", str(program)], cwd=ROOT, check=True)
     began = time.perf_counter()
     for seed in range(1, workers + 1):
         (folder / f"corpus{seed}").mkdir()
-    outputs = run_all([[str(program), *words] for words in commands])
+    outputs = run_all([[str(program), *words] for words in commands], dict(os.environ))
     done = sum(int(m) for text in outputs for m in re.findall(r"Done (\d+) runs", text))
     return engine, done, time.perf_counter() - began
 
 
-def run_all(commands: list[list[str]]) -> list[str]:
+def sanitized_package(folder: Path) -> dict[str, str]:
+    """Build the extension with the sanitizers into a package in `folder`; return how to run Python with it.
+
+    Raises:
+        RuntimeError: the extension has not been built as usual before, whose settings are taken over.
+    """
+    tree = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
+    if not (tree / "CMakeCache.txt").is_file():
+        raise RuntimeError(f"no build in {tree}; run: pip install --no-build-isolation -e .")
+    package = folder / "package" / "pgolf"
+    package.mkdir(parents=True)
+    kept = r"^(PGOLF_(?:TORCH|PYTHON|PYBIND11|MODULE|LIBSTDCXX)\w*|CMAKE_MAKE_PROGRAM):\w+=(.*)$"
+    facts = [
+        f"-D{key}={value}"
+        for key, value in re.findall(kept, (tree / "CMakeCache.txt").read_text(), flags=re.M)
+    ]
+    flags = f"-DCMAKE_CXX_FLAGS={SANITIZERS} -fno-sanitize-recover=all -g1"
+    choices = ["-DPGOLF_BUILD_MODULE=ON", "-DPGOLF_CUDA=OFF", "-DPGOLF_WERROR=OFF", flags]
+    quiet = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run(["cmake", "-S", ".", "-B", str(folder / "tree"), "-G", "Ninja", *choices, *facts], **quiet)
+    subprocess.run(["cmake", "--build", str(folder / "tree"), "--target", "pgolf_all"], **quiet)
+    parts = [p for p in (ROOT / "pgolf").iterdir() if not p.name.startswith("_C")]
+    for part in (*parts, *(folder / "tree").glob("_C*.so")):
+        (package / part.name).symlink_to(part)
+    # The sanitizer must come first in the process, and finds __cxa_throw only if libstdc++ is there as early.
+    libraries = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
+        for name in ("libasan.so", "libstdc++.so.6")
+    ]
+    return os.environ | {
+        "PYTHONPATH": str(package.parent),
+        "LD_PRELOAD": " ".join(library.strip() for library in libraries),
+        # Python does not free all it has at its end; freed memory that is kept back would count as growth.
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16",
+    }
+
+
+def run_all(commands: list[list[str]], environment: dict[str, str]) -> list[str]:
     """Run commands side by side and return what each printed.
 
     Raises:
         RuntimeError: one failed; with the end of its output.
     """
     started = [
-        subprocess.Popen(c, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            c, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         for c in commands
     ]
     outputs = [process.communicate()[0] for process in started]
@@ -94,13 +136,16 @@ def measure(recorder: Recorder, args: argparse.Namespace) -> None:
         recorder.add("decoder", f"{engine}, ASan, UBSan", "seconds", Sample(seconds, 0, 1), "s")
     if "reader" in args.cases:
         program, share = "tests/artifact/fuzz_reader.py", args.reader // args.workers
-        words = [sys.executable, program, "--count", str(share), "--seed"]
-        rows = [json.loads(t) for t in run_all([[*words, str(seed)] for seed in range(1, args.workers + 1)])]
+        words, seeds = [sys.executable, program, "--count", str(share), "--seed"], range(1, args.workers + 1)
+        with tempfile.TemporaryDirectory() as folder:
+            environment = sanitized_package(Path(folder))
+            rows = [json.loads(text) for text in run_all([[*words, str(n)] for n in seeds], environment)]
         for metric in ("count", "refused", "read"):
             total = sum(row[metric] for row in rows)
-            recorder.add("reader", "own mutator", metric, Sample(total, 0, 1), "files")
+            recorder.add("reader", "own mutator, ASan, UBSan", metric, Sample(total, 0, 1), "files")
         for metric, unit in (("seconds", "s"), ("slowest", "s"), ("grown", "bytes"), ("bound", "bytes")):
-            recorder.add("reader", "own mutator", metric, Sample(max(r[metric] for r in rows), 0, 1), unit)
+            most = Sample(max(r[metric] for r in rows), 0, 1)
+            recorder.add("reader", "own mutator, ASan, UBSan", metric, most, unit)
 
 
 def main() -> None:

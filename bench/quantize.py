@@ -3,9 +3,9 @@
 `python -m bench.quantize RUN_FOLDER --data SHARDS` calibrates once, then quantizes the run's averaged weights
 in each way of `SETTINGS`, codes them with the real coder and scores them over the whole validation text.
 Every way is scaled to the bytes of `--match` (its steps times one factor, coded again), so that rows of the
-table compare at equal bytes; `bytes` is exact for codes, steps and small tensors. The raw weights are
-quantized with the averaged weights' Hessians. `bpb_loss` is bpb less the bpb of the same weights unquantized;
-`predicted` is the same difference as the calibration foresees it, 1/2 sum g_r e_r H e_r.
+table compare at equal bytes; `bytes` are those of the whole file. The raw weights are quantized with the
+averaged weights' Hessians. `bpb_loss` is bpb less the bpb of the same weights unquantized; `predicted` is the
+same difference as the calibration foresees it, 1/2 sum g_r e_r H e_r.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,23 +24,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.common import RESULTS, Recorder, Sample
-from pgolf.artifact.codec import compress, split_bytes
-from pgolf.config import Config, DataConfig, from_dict
+from pgolf.artifact.write import Facts, build_file
+from pgolf.config import Config, DataConfig, ModelConfig, from_dict
 from pgolf.dist import Dist
 from pgolf.evaluate.corpus import Corpus, score_model
 from pgolf.model.gpt import GPT
-from pgolf.ops import encode_codes
 from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.gptq import factorize, row_errors
-from pgolf.quant.grid import step_exponents
-from pgolf.quant.lqer import Correction
 from pgolf.quant.sensitivity import blend, collect_curvature
 from pgolf.quant.state import QuantizedState, dequantize_state
 from pgolf.train.run import open_loader
 from pgolf.train.state import copy_parameters, load_weights
-
-HEADER_BYTES = 1_300
-"""The file's header and checksum, which do not depend on the setting."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +74,7 @@ SETTINGS = [
     Setting("rows+columns floor 0.1", LOSS | {"embed_floor": 0.1}),
     Setting("gptq lqer sym", SPREAD | {"lqer": "sym"}),
     Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
+    Setting("rows+columns lqer sym", LOSS | {"lqer": "sym"}),
     Setting("gptq raw", SPREAD, weights="raw"),
     Setting("rows+columns raw", LOSS, weights="raw"),
     Setting("rows+columns -4 %", LOSS, size=0.96),
@@ -128,7 +122,6 @@ class Bench:
             raw, _ = load_checkpoint(folder, "raw")
             self.weights["raw"] = {k: v.to(self.dist.device) for k, v in raw.items()}
         self.seconds: dict[str, float] = {}
-        self.pool = ThreadPoolExecutor()
         self._calibrate(saved.data)
         self.unquantized = {name: self.score(state) for name, state in self.weights.items()}
 
@@ -190,7 +183,7 @@ class Bench:
             state = self.quantize(setting, scale)
             seconds["quantize"] = self._now() - began
             began = time.perf_counter()
-            parts = count_bytes(state, self.pool)
+            parts = count_bytes(state, self.config.model)
             seconds["code"] = time.perf_counter() - began
             total = sum(parts.values())
             if not setting.size or abs(total / (wanted * setting.size) - 1) < 1e-3 or attempt == 2:
@@ -246,47 +239,10 @@ def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, Tensor], Config]
     return {k: v.float() for k, v in load_file(halves).items()}, config
 
 
-def count_bytes(state: QuantizedState, pool: ThreadPoolExecutor) -> dict[str, int]:
-    """Return the stored bytes of every part of the file but its header."""
-    jobs = {}
-    for name, t in state.quantized.items():
-        stack = t.codes.reshape(-1, *t.codes.shape[-2:]).numpy()
-        jobs[name] = [pool.submit(encode_codes, matrix) for matrix in stack]
-    parts = {"header": HEADER_BYTES}
-    steps = [t.scales for t in state.quantized.values()]
-    columns = [t.columns for t in state.quantized.values() if t.columns is not None]
-    parts["steps"] = sum(_step_bytes(s) for s in steps) + _float_bytes(
-        [g.scales for g in state.gates.values()]
-    )
-    parts["columns"] = sum(_step_bytes(c) for c in columns)
-    parts["lqer"] = sum(_correction_bytes(c) for c in state.corrections.values())
-    parts["gates"] = len(
-        compress(b"".join(g.codes.numpy().tobytes() for g in state.gates.values()), quality=11)
-    )
-    parts["small"] = _float_bytes(list(state.small.values()))
-    return parts | {name: sum(len(job.result()) for job in group) for name, group in jobs.items()}
-
-
-def _correction_bytes(c: Correction) -> int:
-    codes = len(encode_codes(c.left.numpy())) + len(encode_codes(c.right.numpy()))
-    return codes + _float_bytes([c.left_scales, c.right_scales])
-
-
-def _float_bytes(tensors: list[Tensor]) -> int:
-    flat = np.concatenate([np.zeros(0, np.float16), *(t.numpy().reshape(-1) for t in tensors)])
-    return len(compress(split_bytes(flat), quality=11))
-
-
-def _step_bytes(steps: Tensor) -> int:
-    """Return the bytes of steps: the coded exponents where they are on the logarithmic grid, else float16."""
-    try:
-        n = step_exponents(steps).numpy()
-    except ValueError:
-        return _float_bytes([steps])
-    flat = n.reshape(-1, n.shape[-1]).astype(np.int64)
-    centred = flat - np.round(np.median(flat, axis=-1, keepdims=True)).astype(np.int64)
-    codes = np.clip(centred, -128, 127).astype(np.int8)
-    return min(len(encode_codes(codes)), len(compress(codes.tobytes(), quality=11))) + 2 * len(flat)
+def count_bytes(state: QuantizedState, model: ModelConfig) -> dict[str, int]:
+    """Return the bytes of every part of the file that would be written."""
+    facts = Facts("0" * 64, "0" * 16, limit=16_000_000, clip_scale=1.0)
+    return dict(build_file(state, model, facts, quality=11)[1].parts)
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -359,7 +315,9 @@ def main() -> None:
     parser.add_argument(
         "--match", type=int, default=0, help="model bytes; default: those of the first setting"
     )
-    parser.add_argument("--settings", nargs="+", default=[s.name for s in SETTINGS], help="names of SETTINGS")
+    parser.add_argument(
+        "--settings", nargs="+", default=[s.name for s in SETTINGS], help="names of SETTINGS, in order"
+    )
     parser.add_argument("--seconds", type=float, default=140.0, help="start no setting after this time")
     parser.add_argument(
         "--micro-tokens", type=int, default=32_768, help="largest batch of calibration and scoring"
@@ -379,7 +337,8 @@ def main() -> None:
         flush=True,
     )
     outcomes: list[Outcome] = []
-    for setting in (s for s in SETTINGS if s.name in args.settings and s.weights in bench.weights):
+    named = {s.name: s for s in SETTINGS}
+    for setting in (named[name] for name in args.settings if named[name].weights in bench.weights):
         if time.perf_counter() - began > args.seconds:
             print(f"out of time before {setting.name!r}; raise --seconds")
             break

@@ -121,10 +121,6 @@ class Dist:
         td.broadcast(box, src=0, group=self._host)
         return [float(v) for v in box.tolist()]
 
-    def any(self, flag: bool) -> bool:
-        """Return whether `flag` is true on at least one rank; every rank calls it and gets the same."""
-        return flag if self._host is None else max(self._gather_ints([int(flag)]))[0] > 0
-
     def check(self, error: str | None) -> None:
         """Let every rank fail together: raise everywhere if any rank passes a message.
 

@@ -1,9 +1,11 @@
-"""The package's only reader of environment variables: the launcher's ranks, and one debugging switch."""
+"""Where this process runs: the package's only reader of environment variables, and its sources' commit."""
 
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -48,3 +50,25 @@ def check_targets() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"PGOLF_CHECK_TARGETS must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+def source_commit() -> tuple[str, bool]:
+    """Return the commit of this package's tree and whether files differ; ("unknown", True) outside of git.
+
+    A tree that was copied without its history (to a GPU machine) carries the commit in a file `.commit`,
+    written by `git rev-parse HEAD > .commit` from a clean tree.
+    """
+    root = Path(__file__).resolve().parents[1]
+    copied = root / ".commit"
+    if copied.is_file():
+        return copied.read_text().strip(), False
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown", True

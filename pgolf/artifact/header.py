@@ -116,6 +116,12 @@ class Header:
     sections: tuple[Section, ...]
 
 
+_HEADER_KEYS, _TENSOR_KEYS, _CORRECTION_KEYS, _PLAN_KEYS = (
+    {f.name for f in dataclass_fields(kind)} for kind in (Header, TensorEntry, CorrectionEntry, SectionPlan)
+)
+_SECTION_KEYS = _PLAN_KEYS | {"offset", "length", "raw"}
+
+
 def plan_sections(
     tensors: tuple[TensorEntry, ...], corrections: tuple[CorrectionEntry, ...] = ()
 ) -> list[SectionPlan]:
@@ -197,8 +203,9 @@ def encode_header(header: Header) -> bytes:
 
 
 def _section_dict(section: Section) -> dict[str, Any]:
-    row = asdict(section.plan)
-    return {**row, "offset": section.offset, "length": section.length, "raw": section.plan.raw}
+    plan = section.plan
+    place = {"offset": section.offset, "length": section.length, "raw": plan.raw}
+    return vars(plan) | {"shape": list(plan.shape)} | place
 
 
 def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
@@ -215,7 +222,7 @@ def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
         fields = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ArtifactError(f"artifact header is not JSON: {e}") from e
-    _keys(fields, {f.name for f in dataclass_fields(Header)}, "header")
+    _keys(fields, _HEADER_KEYS, "header")
     tensors = tuple(_parse_tensor(t) for t in _list(fields["tensors"], "tensors"))
     if len({t.name for t in tensors}) != len(tensors):
         raise ArtifactError("artifact header names a tensor twice")
@@ -242,7 +249,7 @@ def _parse_model(value: object) -> ModelConfig:
 
 
 def _parse_tensor(row: object) -> TensorEntry:
-    _keys(row, {f.name for f in dataclass_fields(TensorEntry)}, "tensor")
+    _keys(row, _TENSOR_KEYS, "tensor")
     assert isinstance(row, dict)
     name = _text(row["name"], r"[A-Za-z0-9_.]{1,64}", "tensor name")
     kind, bits = row["kind"], _count(row["bits"], f"bits of {name}")
@@ -262,7 +269,7 @@ def _parse_tensor(row: object) -> TensorEntry:
 
 
 def _parse_correction(row: object, shapes: dict[str, tuple[int, ...]]) -> CorrectionEntry:
-    _keys(row, {f.name for f in dataclass_fields(CorrectionEntry)}, "correction")
+    _keys(row, _CORRECTION_KEYS, "correction")
     assert isinstance(row, dict)
     name = _text(row["name"], r"[A-Za-z0-9_.]{1,64}", "correction name")
     numbers = {key: _count(row[key], f"{key} of a correction") for key in row if key != "name"}
@@ -298,11 +305,11 @@ def _parse_sections(
         raise ArtifactError(f"artifact has {len(rows)} sections, its tensors need {len(plans)}")
     sections = []
     for row, plan in zip(rows, plans, strict=True):
-        _keys(row, {f.name for f in dataclass_fields(SectionPlan)} | {"offset", "length", "raw"}, "section")
+        _keys(row, _SECTION_KEYS, "section")
         assert isinstance(row, dict)
         offset = _count(row["offset"], f"offset of section {plan.name}")
         section = Section(plan, offset, _count(row["length"], f"length of section {plan.name}"))
-        expected = json.loads(json.dumps(_section_dict(section)))
+        expected = _section_dict(section)
         if row != expected:
             raise ArtifactError(f"artifact section {plan.name!r}: expected {expected}, got {row}")
         sections.append(section)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +46,7 @@ def main(argv: list[str]) -> int:
     try:
         if not args.report_only:
             gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
-            run_plan(plan, start_process, gpus=gpus, per_gpu=args.per_gpu, commit=_commit(), say=say)
+            run_plan(plan, start_process, gpus=gpus, per_gpu=args.per_gpu, commit=_commit_name(), say=say)
     finally:
         result = gather(plan, args.plan)
         paths = write_report(result, plan.out)
@@ -73,13 +72,9 @@ def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
     return 0 if on_cpu else there if asked is None else asked
 
 
-def _commit() -> str:
-    """Return the commit of this package's tree, with -dirty if files differ; "" outside of git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, check=True)
-        state = [*git, "status", "--porcelain", "--untracked-files=no"]
-        changed = subprocess.run(state, capture_output=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.decode().strip() + ("-dirty" if changed else "")
+def _commit_name() -> str:
+    """Return the commit of this package's tree as a report shows it; "" where it is not known."""
+    from pgolf.env import source_commit
+
+    commit, dirty = source_commit()
+    return "" if commit == "unknown" else commit[:12] + ("-dirty" if dirty else "")

@@ -1,4 +1,4 @@
-"""`pgolf artifact inspect FILE [--json]` and `pgolf artifact export FILE OUT.safetensors`."""
+"""`pgolf artifact inspect FILE [--json]`, `export FILE OUT.safetensors` and `code FOLDER`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,29 @@ class Export:
     """The .safetensors file to write."""
 
 
+@dataclass(frozen=True)
+class Code:
+    """Write the sources that are counted with an artifact: what reads and scores it, stripped."""
+
+    out: tyro.conf.Positional[Path]
+    """A folder that does not exist."""
+
+
 def main(argv: list[str]) -> int:
     """Run `pgolf artifact VERB ...`."""
-    job: Inspect | Export = tyro.extras.subcommand_cli_from_dict(
-        {"inspect": Inspect, "export": Export},
+    job: Inspect | Export | Code = tyro.extras.subcommand_cli_from_dict(
+        {"inspect": Inspect, "export": Export, "code": Code},
         prog="pgolf artifact",
-        description="Look into an artifact, or take its weights out.",
+        description="Look into an artifact, take its weights out, or see the code that is counted with it.",
         args=argv,
     )
+    if isinstance(job, Code):
+        from pgolf.artifact.code import code_bytes, code_text, unpack_code
+
+        if job.out.exists():
+            raise ValueError(f"{job.out} exists; give a folder that does not")
+        print(f"{job.out}: {len(unpack_code(code_text(), job.out))} modules, {code_bytes():,} bytes counted")
+        return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 
     if isinstance(job, Export):

@@ -82,14 +82,6 @@ def _zeros(parameter: Tensor, device: torch.device) -> Curvature:
     )
 
 
-def row_weights(curvature: Curvature) -> Tensor:
-    """Return g `(B, R)` for Hessians of trace 1.
-
-    E|d loss / d w_r|^2 = g_r tr(H), as the gradient of w_r is (d loss / d y_r) x.
-    """
-    return curvature.rows
-
-
 def blend(hessian: Tensor, gram: Tensor, share: float) -> Tensor:
     """Return (1 - share) H / tr(H) + share A / tr(A), `(B, C, C)` of trace 1 (0 where both are 0).
 

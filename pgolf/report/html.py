@@ -69,6 +69,7 @@ def _plots(ablation: Ablation) -> list[str]:
     curves = [(c, _curve(c)) for c in ablation.cells if c.metrics is not None and c.metrics.is_file()]
     return [
         _differences_plot(ablation),
+        _gap_plot(ablation, curves),
         _loss_plot(ablation, curves, "step", "step"),
         _loss_plot(ablation, curves, "elapsed", "seconds of training"),
         _speed_plot(ablation),
@@ -125,6 +126,28 @@ def _loss_plot(
     if named:
         axes.legend()
     return _image(figure, f"training loss by {label}")
+
+
+def _gap_plot(ablation: Ablation, curves: list[tuple[CellResult, dict[str, list[float]]]]) -> str:
+    """Draw the loss less the baseline's of the same seed: where in the run the pairs part, and how far."""
+    base = {c.seed: curve for c, curve in curves if c.arm == ablation.baseline}
+    figure, axes = _figure(8, 4.2)
+    named: set[str] = set()
+    for cell, curve in curves:
+        if cell.arm == ablation.baseline or cell.seed not in base:
+            continue
+        other = dict(zip(base[cell.seed]["step"], base[cell.seed]["loss"], strict=True))
+        steps = [s for s in curve["step"] if s in other]
+        gap = [v - other[s] for s, v in zip(curve["step"], curve["loss"], strict=True) if s in other]
+        name = "_" if cell.arm in named else cell.arm
+        named.add(cell.arm)
+        axes.plot(steps, gap, color=_color(ablation, cell.arm), linewidth=0.9, label=name)
+    axes.axhline(0, color="#222222", linewidth=1)
+    title = f"training loss less that of {ablation.baseline}, a line a pair"
+    axes.set(xlabel="step", ylabel="nats per token", title=title)
+    if named:
+        axes.legend()
+    return _image(figure, title)
 
 
 def _differences_plot(ablation: Ablation) -> str:

@@ -5,9 +5,10 @@ import pytest
 import torch
 from artifact_helpers import CONFIG, FACTS, make_state
 
+from pgolf.artifact.code import code_bytes
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import read_artifact
-from pgolf.artifact.size import Ledger, check, code_bytes, make_ledger, reader_sources
+from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.quant.grid import QuantizedTensor
 from pgolf.quant.state import QuantizedState
@@ -23,10 +24,10 @@ def test_over_the_limit_is_refused_with_the_ledger_and_touches_nothing(tmp_path,
     path = tmp_path / "model.pgolf"
     path.write_bytes(b"old")
     with pytest.raises(ArtifactError) as e:
-        write(path, state, limit=40_000)
+        write(path, state, limit=20_000)
     text = str(e.value)
     total = code_bytes()
-    assert text.startswith("artifact is ") and "limit 40_000" in text
+    assert text.startswith("artifact is ") and "limit 20_000" in text
     assert "largest sections: tok_emb" in text or "largest sections: " in text
     assert "raise quant.mlp_clip" in text and f"{total:,} bytes" in text
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.pgolf"]
@@ -98,24 +99,9 @@ def test_ledger_adds_up_and_names_parameters(tmp_path, state):
     assert ledger.to_dict()["parts"] == names
     header = read_artifact(tmp_path / "a").header
     assert make_ledger(header, file_bytes=ledger.model_bytes) == ledger
-    assert Ledger.empty().total == 0
 
 
 def test_check_passes_at_the_limit_and_fails_one_byte_above():
     check(Ledger((("a", 60),), 40, 100), 100)
     with pytest.raises(ArtifactError, match="artifact is 101 bytes, limit 100, 1 too many"):
         check(Ledger((("a", 61),), 40, 100), 100)
-
-
-def test_counted_code_is_what_reading_and_scoring_import():
-    names = {"/".join(p.parts[-2:]) for p in reader_sources()}
-    assert {
-        "artifact/read.py",
-        "evaluate/bpb.py",
-        "model/gpt.py",
-        "quant/grid.py",
-        "pgolf/config.py",
-    } <= names
-    assert "quant/gptq.py" not in names and "artifact/write.py" not in names
-    assert not any(name.startswith(("train/", "optim/", "cli/")) for name in names)
-    assert 5_000 < code_bytes() < 80_000

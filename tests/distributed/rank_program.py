@@ -134,7 +134,6 @@ def main(folder, device):
         "float32": collectives(dist, torch.float32),
         "bfloat16": collectives(dist, torch.bfloat16),
         "share": dist.share([0.1 + rank, 1e300, float(rank)]),
-        "any": [dist.any(rank == last), dist.any(False), dist.any(True)],
         "check_ok": message(dist.check, None),
         "check_one": message(dist.check, "the disk is full: \u00e9" if rank == last else None),
         "check_all": message(dist.check, f"no {rank}"),

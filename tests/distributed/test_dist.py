@@ -103,10 +103,6 @@ def test_share_gives_rank_0_values_bit_for_bit(ranks):
     assert [seen["is_main"] for seen, _ in ranks] == [True] + [False] * (len(ranks) - 1)
 
 
-def test_any_is_true_everywhere_if_one_rank_says_so(ranks):
-    assert [seen["any"] for seen, _ in ranks] == [[True, False, True]] * len(ranks)
-
-
 def test_check_raises_on_every_rank_and_names_the_failed_ones(ranks):
     world = len(ranks)
     for seen, _ in ranks:
@@ -132,7 +128,6 @@ def test_one_process_needs_no_process_group():
     assert (dist.rank, dist.world_size, dist.local_rank, dist.is_main) == (0, 1, 0, True)
     assert not torch.distributed.is_initialized()
     assert dist.share([1.5, 2.0]) == [1.5, 2.0]
-    assert (dist.any(True), dist.any(False)) == (True, False)
     dist.check(None)
     with pytest.raises(RuntimeError, match="rank 0 failed: broken"):
         dist.check("broken")

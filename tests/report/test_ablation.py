@@ -81,7 +81,7 @@ def test_page_is_well_formed_and_needs_nothing_else(tmp_path):
     page = path.read_text()
     root = ET.fromstring(page)
     sources = [e.get("src") for e in root.iter() if e.get("src") is not None]
-    assert len(sources) == 4 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
+    assert len(sources) == 5 and all(s.startswith("data:image/svg+xml;base64,") for s in sources)
     assert not re.search(r"<(script|link|iframe)|@import|url\(|href=", page)
     assert "t&lt;&amp;&gt;" in page
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.md"]

@@ -1,0 +1,164 @@
+"""The counted code: what reading an artifact and scoring it need of pgolf's sources, as small as it ships.
+
+Owns the rule. From the names in `ROOTS`, imports are followed (those inside functions too), and on the way,
+all on the syntax trees, so that what is left behaves as the whole does:
+1. comments, docstrings and other bare strings go, and what stands under `if TYPE_CHECKING`;
+2. a function, class or constant at the top of a module goes if nothing that stays names it, be it as a name,
+   an attribute, an import or inside a string; decorated functions, and values that are computed by a call,
+   stay, because they may register something;
+3. imports of what went go too, so that modules nobody imports any more are not followed;
+4. the rest is one text, a line `# path` before each module, compressed with brotli 11.
+`unpack_code` makes a folder of the text again; a test reads and scores an artifact with that and `pgolf._C`.
+Not counted, as in the challenge: installed libraries, the tokenizer file, and the compiled extension (an
+installed library too). A few bytes depend on how the running Python spells a syntax tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import pgolf
+from pgolf.artifact.codec import compress
+
+ROOTS = {
+    "pgolf.artifact.read": ("read_artifact", "load_model"),
+    "pgolf.evaluate.corpus": ("Corpus", "score_model", "score_as"),
+}
+"""Where reading and scoring (plain, sliding and with test-time training) begin: modules and names."""
+CODE_RULE = (
+    "code: the pgolf sources that reading and scoring import, less comments, docstrings and unused functions,"
+    "\nin one text compressed with brotli 11; installed libraries (pgolf's compiled extension with them) and "
+    "the\ntokenizer do not count"
+)
+"""The rule above, for people who see only the ledger."""
+
+
+@lru_cache(maxsize=1)
+def code_bytes() -> int:
+    """Return the counted bytes of the code (module docstring)."""
+    return len(compress(code_text().encode(), quality=11))
+
+
+def code_text() -> str:
+    """Return the code as one text, which `unpack_code` takes apart."""
+    return "".join(f"# {path}\n{source}\n" for path, source in reader_code().items())
+
+
+def unpack_code(text: str, folder: Path) -> list[Path]:
+    """Write the modules of `code_text` below `folder` and return their paths.
+
+    Put the compiled `pgolf/_C*.so` next to them and `folder` first on Python's path, and they are pgolf.
+    """
+    parts = re.split(r"^# (pgolf/[a-zA-Z0-9_/]+\.py)\n", text, flags=re.MULTILINE)
+    paths = [folder / name for name in parts[1::2]]
+    for path, source in zip(paths, parts[2::2], strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return paths
+
+
+def reader_code() -> dict[str, str]:
+    """Return the stripped sources that reading and scoring need, by path ("pgolf/config.py"), in order."""
+    sources = _Sources(Path(pgolf.__file__).parent.parent)
+    names = {name for wanted in ROOTS.values() for name in wanted}
+    modules = {part for module in ROOTS for part in _packages(module)}
+    # Names and modules only ever join, so this ends; a few rounds do.
+    size = (0, 0)
+    while size != (len(names), len(modules)):
+        size = (len(names), len(modules))
+        for module in sorted(modules):
+            for node in sources.kept(module, names):
+                names |= _mentioned(node)
+                modules |= {part for name in _imported(node) if sources.has(name) for part in _packages(name)}
+    trees = {sources.path(module): sources.kept(module, names) for module in modules}
+    return {path: ast.unparse(ast.Module(trees[path], [])) for path in sorted(trees)}
+
+
+class _Sources:
+    """The modules of the package as stripped trees, parsed when they are asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._trees: dict[str, list[ast.stmt]] = {}
+
+    def path(self, module: str) -> str:
+        """Return the file of a module, relative to the package's parent."""
+        name = module.replace(".", "/")
+        return f"{name}/__init__.py" if (self._root / name).is_dir() else f"{name}.py"
+
+    def has(self, module: str) -> bool:
+        """Tell whether this is a module of the package, not a name in one or somebody else's."""
+        return module.split(".")[0] == "pgolf" and (self._root / self.path(module)).is_file()
+
+    def kept(self, module: str, names: set[str]) -> list[ast.stmt]:
+        """Return the statements of a module that stay if `names` are the names that are used."""
+        if module not in self._trees:
+            tree = ast.parse((self._root / self.path(module)).read_text(encoding="utf-8"))
+            self._trees[module] = _Strip().visit(tree).body
+        kept = (self._prune(node, names) for node in self._trees[module])
+        return [node for node in kept if node is not None]
+
+    def _prune(self, node: ast.stmt, names: set[str]) -> ast.stmt | None:
+        if (isinstance(node, ast.FunctionDef) and not node.decorator_list) or isinstance(node, ast.ClassDef):
+            return node if node.name in names else None
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, calls = node.targets[0].id, any(isinstance(n, ast.Call) for n in ast.walk(node.value))
+            return node if calls or name in names else None
+        if isinstance(node, ast.ImportFrom) and self.has(node.module or ""):
+            aliases = [a for a in node.names if (a.asname or a.name) in names]
+            return ast.ImportFrom(node.module, aliases, node.level) if aliases else None
+        return node
+
+
+class _Strip(ast.NodeTransformer):
+    """Removes bare strings and what only a type checker sees."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if bare else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        node = self.generic_visit(node)  # type: ignore[assignment]
+        return node.orelse if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        node = super().generic_visit(node)
+        if getattr(node, "body", None) == [] and not isinstance(node, ast.Module):
+            node.body = [ast.Pass()]  # type: ignore[attr-defined]
+        return node
+
+
+def _packages(module: str) -> list[str]:
+    """Return a module and the packages around it, which are run before it."""
+    parts = module.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _mentioned(node: ast.AST) -> set[str]:
+    """Return every identifier in a statement that could mean a function or class of another."""
+    found: set[str] = set()
+    top = isinstance(node, ast.Import | ast.ImportFrom)  # says what may be used, not that it is
+    for n in () if top else ast.walk(node):
+        if isinstance(n, ast.Name):
+            found.add(n.id)
+        elif isinstance(n, ast.Attribute):
+            found.add(n.attr)
+        elif isinstance(n, ast.alias):
+            found.add(n.name.rpartition(".")[2])
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str):
+            found.update(re.findall(r"\w+", n.value))
+    return found
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    """Yield every dotted name that a statement imports, at any depth; `from a import b` gives a and a.b."""
+    for n in ast.walk(node):
+        if isinstance(n, ast.Import):
+            yield from (alias.name for alias in n.names)
+        elif isinstance(n, ast.ImportFrom):
+            yield n.module or ""
+            yield from (f"{n.module}.{alias.name}" for alias in n.names)
