@@ -41,7 +41,7 @@ struct LinearSoftcapCeForward {
 };
 
 // Whether the current device and this shape can run the Hopper kernel: compute capability 9.0, width a
-// multiple of 8, 1/8 <= cap <= 40 (exp(-2 cap) must be a normal float32).
+// multiple of 8, 1e-6 <= cap <= 40 (exp(-2 cap) must be a normal float32).
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape);
 
 // Partial sums per row.

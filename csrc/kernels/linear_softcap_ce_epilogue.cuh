@@ -1,12 +1,10 @@
 // Epilogue of linear_softcap_ce_sm90.cu: from one row of accumulators of wgmma to F, its sum and the target's
 // logit.
 //
-// With u = x / cap, t = tanh(u) is u times a polynomial in u^2 for |u| < kPolynomialRange: one
-// special-function instruction an element. Rows with an element beyond it, with columns past the vocabulary
-// or with NaN take a loop that computes 1 - 2 / (1 + exp(2 |u|)) instead.
-//
-// What bounds it is instructions: the code of a tile must stay in the instruction cache, and 14 instructions
-// an element take half of the time of the product at width 512.
+// With q = 1 / (1 + exp(2 x / cap)): z - cap = -2 cap q and 1 - t^2 = 4 (q - q^2), so nothing cancels where t
+// is near 1 and infinities need no care. Three of an element's ten instructions are special functions. A
+// polynomial for tanh needs one, but fourteen others, and they slow the other group's wgmma: both want the
+// registers.
 #pragma once
 
 #include "kernels/common.h"
@@ -15,12 +13,7 @@
 namespace pgolf::epilogue {
 
 constexpr double kLog2e = 1.4426950408889634;
-// tanh(u) = u P(u^2), minimax over |u| < kPolynomialRange: error 2.4e-6 (Lawson's iteration on Chebyshev
-// nodes), 1e-4 of a bfloat16 logit's rounding near the cap.
-constexpr double kPolynomialRange = 1.25;
-constexpr int kTerms = 6;
-constexpr double kPolynomial[kTerms] = {0.9999746925067065,    -0.3328393217344489,  0.13053625430520283,
-                                        -0.046926759675204745, 0.012532020996462025, -0.0016820722403244543};
+constexpr float kOffset = 2.0f;
 constexpr int kNowhere = -1, kIgnored = -2;  // of a target
 
 struct Args {
@@ -31,36 +24,22 @@ struct Args {
   int64_t rows;
   int vocab;
   int column_tiles;
-  float log2_cap;            // cap log2(e)
-  float rate;                // 2 log2(e) / cap: exp(-2 |u|) = 2^(-rate |x|)
-  float limit;               // the polynomial is taken for |x| < limit
-  float least;               // -limit, rounded towards 0
-  float polynomial[kTerms];  // in powers of x
+  float rate;   // 2 log2(e) / cap: exp(2 x / cap) = 2^(rate x)
+  float slope;  // -2 cap log2(e): exp(z - cap) = 2^(slope q)
 };
 
 struct Element {
-  float e;       // exp(z - cap)
-  float factor;  // e (1 - tanh^2)
+  float e;       // 4 exp(z - cap)
+  float factor;  // exp(z - cap) (1 - tanh^2)
 };
 
-// |x| < args.limit. Explicit operations, so that the sums with and without F agree in every bit.
+// `offset` is kOffset, or -infinity where the element counts neither in sums nor in F; then x must not be
+// NaN.
 template <bool Factor>
-__device__ __forceinline__ Element inner(const Args& args, float x, float offset) {
-  const float square = x * x;
-  float p = args.polynomial[kTerms - 1];
-  PGOLF_UNROLL
-  for (int k = kTerms - 2; k >= 0; --k) p = fmaf(p, square, args.polynomial[k]);
-  const float t = __fmul_rn(p, x);
-  const float e = ex2_approx(fmaf(t, args.log2_cap, offset));
-  return {e, Factor ? e * fmaf(-t, t, 1.0f) : 0.0f};
-}
-
-// Any x; neither z - cap nor 1 - tanh^2 cancels.
-__device__ __forceinline__ Element outer(const Args& args, float x) {
-  const float e = ex2_approx(-fabsf(x) * args.rate);
-  const float q = rcp_approx(1.0f + e);
-  const float exponential = ex2_approx(-2.0f * args.log2_cap * (x > 0.0f ? e * q : q));
-  return {exponential, exponential * (4.0f * e * q * q)};
+__device__ __forceinline__ Element capped_exponential(const Args& args, float x, float offset) {
+  const float q = rcp_approx(1.0f + ex2_approx(x * args.rate));
+  const float e = ex2_approx(fmaf(q, args.slope, offset));
+  return {e, Factor ? e * fmaf(-q, q, q) : 0.0f};
 }
 
 // Lanes t = 0 .. 3 exchange a 4 x 4 matrix of words: word j of lane t becomes word t of lane j.
@@ -90,6 +69,7 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 template <typename C>
 struct Row {
   static constexpr int kCount = C::kColumns / 4;
+  static_assert(kCount <= 32, "bits of a mask");
   const Args& args;
   float (&value)[kCount];
   int64_t row;
@@ -109,42 +89,39 @@ struct Row {
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // `target` is a column of the whole matrix, kNowhere or kIgnored.
+  // `target` is a column of the whole matrix, kNowhere or kIgnored. Inside: no column is past the vocabulary.
+  template <bool Inside>
   __device__ __forceinline__ void run(int target) {
-    const int first = column_tile * C::kColumns;
-    const int own = target < 0 ? -1 : index(target - first);
-    float most[4] = {};
-    PGOLF_UNROLL
-    for (int i = 0; i < kCount; ++i) most[i % 4] = max_nan(most[i % 4], fabsf(value[i]));
-    const float largest = max_nan(max_nan(most[0], most[1]), max_nan(most[2], most[3]));
-    const bool fits = largest < args.limit && first + C::kColumns <= args.vocab;
+    const bool ignored = target == kIgnored;
+    const int own = target < 0 ? -1 : index(target - column_tile * C::kColumns);
     float sum;
-    if (__all_sync(0xffffffffu, fits)) {
-      sum = inside(own, target == kIgnored);
+    if constexpr (Inside) {
+      sum = inside(own, ignored);
     } else {
-      sum = anywhere(own, target == kIgnored);
+      sum = anywhere(own, ignored);
     }
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0 && row < args.rows) args.partial_sums[row * args.column_tiles + column_tile] = sum;
+    if (t == 0 && row < args.rows) args.partial_sums[row * args.column_tiles + column_tile] = 0.25f * sum;
   }
 
   __device__ __forceinline__ float inside(int own, bool ignored) {
-    // An exponent of -infinity makes e and F zero.
-    const float offset = ignored ? -INFINITY : -args.log2_cap;
+    const float offset = ignored ? -INFINITY : kOffset;
+    const uint32_t mask = ignored ? ~0u : own >= 0 ? 1u << own : 0u;
     float excess = 0.0f;
-    if (__any_sync(0xffffffffu, own >= 0)) {
-      // Takes the target out of the sum: it becomes the least of the polynomial's range, whose exponential is
-      // at most that of each other element, so that subtracting it loses nothing.
+    if (__any_sync(0xffffffffu, mask != 0)) {
+      // Takes the target out of the sum: at -infinity its exponential is at most that of each other element,
+      // so that subtracting it loses nothing. Takes out NaN where the row is ignored.
       float x = 0.0f;
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        x = i == own ? value[i] : x;
-        value[i] = i == own ? args.least : value[i];
+        const bool hit = (mask & (1u << i)) != 0;
+        x = hit ? value[i] : x;
+        value[i] = hit ? -INFINITY : value[i];
       }
       if (own >= 0) {
         args.target_logit[row] = x;
-        excess = inner<false>(args, args.least, offset).e;
+        excess = capped_exponential<false>(args, -INFINITY, offset).e;
       }
     }
     float sums[4] = {};
@@ -154,8 +131,8 @@ struct Row {
       PGOLF_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int i = group * 8 + j * 2;
-        const Element low = inner<C::kFactor>(args, value[i], offset);
-        const Element high = inner<C::kFactor>(args, value[i + 1], offset);
+        const Element low = capped_exponential<C::kFactor>(args, value[i], offset);
+        const Element high = capped_exponential<C::kFactor>(args, value[i + 1], offset);
         sums[j] += low.e + high.e;
         if constexpr (C::kFactor) word[j] = pack_pair(low.factor, high.factor);
       }
@@ -164,28 +141,32 @@ struct Row {
     return (sums[0] + sums[1]) + (sums[2] + sums[3]) - excess;
   }
 
-  // The same for any values, in a loop.
+  // The same for the last column tile, in a loop: it is rare, and code that is not there cannot displace
+  // other code from the instruction cache.
   __device__ __forceinline__ float anywhere(int own, bool ignored) {
-    float copy[kCount];
+    // Lies in memory, as it is indexed by group. Of another type than `value`, which the compiler would
+    // otherwise merge with it and store to memory too, also where this function is not called.
+    float copy[kCount / 8][8];
     PGOLF_UNROLL
-    for (int i = 0; i < kCount; ++i) copy[i] = value[i];
-    const int first = column_tile * C::kColumns;
+    for (int i = 0; i < kCount; ++i) copy[i / 8][i % 8] = value[i];
     float sum = 0.0f;
     _Pragma("unroll 1") for (int group = 0; group < kCount / 8; ++group) {
       uint32_t word[4];
       PGOLF_UNROLL
       for (int j = 0; j < 4; ++j) {
-        Element pair[2];
+        float factors[2];
         PGOLF_UNROLL
         for (int k = 0; k < 2; ++k) {
           const int i = group * 8 + j * 2 + k;
-          const bool counts = !ignored && i != own && first + column(i) < args.vocab;
-          pair[k] = outer(args, copy[i]);
-          if (i == own) args.target_logit[row] = copy[i];
-          if (!counts) pair[k] = {0.0f, 0.0f};
-          sum += pair[k].e;
+          const float x = copy[group][j * 2 + k];
+          if (i == own) args.target_logit[row] = x;
+          const bool counts = !ignored && i != own && column_tile * C::kColumns + column(i) < args.vocab;
+          const Element element =
+              capped_exponential<C::kFactor>(args, counts ? x : -INFINITY, counts ? kOffset : -INFINITY);
+          sum += element.e;
+          factors[k] = element.factor;
         }
-        word[j] = pack_pair(pair[0].factor, pair[1].factor);
+        word[j] = pack_pair(factors[0], factors[1]);
       }
       if constexpr (C::kFactor) store(group, word);
     }

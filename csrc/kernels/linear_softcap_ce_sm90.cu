@@ -8,8 +8,6 @@
 // Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident).
 #include <cuda.h>
 
-#include <cmath>
-
 #include "kernels/cuda_check.cuh"
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
@@ -30,9 +28,9 @@ constexpr int kConsumerRegisters = 240;
 constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
-constexpr float kMaxCap = 40.0f;   // exp(-80) = 1.8e-35
-constexpr float kMinCap = 0.125f;  // cap^-11, in the polynomial, stays far from overflow
-constexpr bool kEnabled = true;    // false: callers take the path for any GPU
+constexpr float kMinCap = 1e-6f;
+constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
+constexpr bool kEnabled = true;   // false: callers take the path for any GPU
 
 template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
 struct Config {
@@ -214,12 +212,29 @@ __device__ __forceinline__ int load_target(const KernelArgs& args, int64_t row) 
   return ignored ? epilogue::kIgnored : epilogue::kNowhere;
 }
 
-// The accumulators of one of the two rows that a thread holds of 64.
-template <int Half, int Count>
-__device__ __forceinline__ int take_row(const float (&c)[2 * Count], int target, float (&value)[Count]) {
+struct Place {
+  int64_t first_row;  // of this thread
+  int column_tile;
+  int t;  // lane % 4
+};
+
+// One of the two rows that this thread holds of 64.
+template <typename C, bool Inside, int Half>
+__device__ __forceinline__ void finish_row(const KernelArgs& args, const float (&c)[C::kAccumulators],
+                                           int target, int64_t row, const Place& place) {
+  float value[C::kColumns / 4];
   PGOLF_UNROLL
-  for (int i = 0; i < Count; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
-  return target;
+  for (int i = 0; i < C::kColumns / 4; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
+  epilogue::Row<C>{args, value, row, place.column_tile, place.t}.template run<Inside>(target);
+}
+
+template <typename C, bool Inside>
+__device__ __forceinline__ void finish_tile(const KernelArgs& args, const float (&c)[2][C::kAccumulators],
+                                            const int (&target)[4], const Place& place) {
+  finish_row<C, Inside, 0>(args, c[0], target[0], place.first_row, place);
+  finish_row<C, Inside, 1>(args, c[0], target[1], place.first_row + 8, place);
+  finish_row<C, Inside, 0>(args, c[1], target[2], place.first_row + 64, place);
+  finish_row<C, Inside, 1>(args, c[1], target[3], place.first_row + 72, place);
 }
 
 // A tile's product, once this group's turn has come.
@@ -296,21 +311,11 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C:
                 i + 1 >= tile.count);
     at.skip(args.slices);
 
-    // A loop, though the rows' accumulators have to be moved: four copies of the epilogue would be fetched
-    // from beyond the instruction cache for every tile.
-    _Pragma("unroll 1") for (int r = 0; r < 4; ++r) {
-      float value[C::kColumns / 4];
-      int label;
-      if (r == 0) {
-        label = take_row<0>(c[0], target[0], value);
-      } else if (r == 1) {
-        label = take_row<1>(c[0], target[1], value);
-      } else if (r == 2) {
-        label = take_row<0>(c[1], target[2], value);
-      } else {
-        label = take_row<1>(c[1], target[3], value);
-      }
-      epilogue::Row<C>{args, value, first_row + r / 2 * 64 + r % 2 * 8, column_tile, t}.run(label);
+    const Place place{first_row, column_tile, t};
+    if ((column_tile + 1) * C::kColumns <= args.vocab) {
+      finish_tile<C, true>(args, c, target, place);
+    } else {
+      finish_tile<C, false>(args, c, target, place);
     }
   }
 }
@@ -420,7 +425,7 @@ int device_attribute(cudaDeviceAttr attribute) {
 template <typename C>
 void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
   const int64_t cluster_rows = C::kBlocks * kTileRows;
-  const double cap = shape.cap, log2_cap = cap * epilogue::kLog2e;
+  const double cap = shape.cap;
   KernelArgs args{};
   args.target = in.target;
   args.factor = in.factor;
@@ -433,15 +438,8 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.column_tiles = static_cast<int>((shape.vocab + C::kColumns - 1) / C::kColumns);
   args.row_tiles = static_cast<int>((shape.rows + cluster_rows - 1) / cluster_rows);
   args.slices = static_cast<int>((shape.width + kDepth - 1) / kDepth);
-  args.log2_cap = static_cast<float>(log2_cap);
   args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
-  args.limit = static_cast<float>(epilogue::kPolynomialRange * cap);
-  args.least = -std::nextafter(args.limit, 0.0f);
-  double power = 1.0 / cap;
-  for (int k = 0; k < epilogue::kTerms; ++k) {
-    args.polynomial[k] = static_cast<float>(epilogue::kPolynomial[k] * power);
-    power /= cap * cap;
-  }
+  args.slope = static_cast<float>(-2.0 * epilogue::kLog2e * cap);
 
   constexpr int kShare = C::kColumns / C::kBlocks;
   const CUtensorMap hidden = tensor_map(in.hidden, plain_map(shape.rows, shape.width, kTileRows));

@@ -22,13 +22,6 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
-// The larger one, NaN if either is.
-__device__ __forceinline__ float max_nan(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
-
 // Address in the shared window, as ldmatrix and cp.async want it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
