@@ -1,10 +1,10 @@
 // Epilogue of linear_softcap_ce_sm90.cu: from one row of accumulators of wgmma to F, its sum and the target's
 // logit.
 //
-// With q = 1 / (1 + exp(2 x / cap)): z - cap = -2 cap q and 1 - t^2 = 4 (q - q^2), so nothing cancels where t
-// is near 1 and infinities need no care. Three of an element's ten instructions are special functions. A
-// polynomial for tanh needs one, but fourteen others, and they slow the other group's wgmma: both want the
-// registers.
+// With E = exp(2 x / cap) and q = 1 / (1 + E): z - cap = -2 cap q and 1 - t^2 = 4 E q^2, so nothing cancels
+// where t is near 1 or -1. Two elements share a reciprocal, which makes 2.5 special functions an element. A
+// polynomial for tanh needs one, but fourteen other instructions, and they slow the other group's wgmma: both
+// want the registers.
 #pragma once
 
 #include "kernels/common.h"
@@ -33,13 +33,23 @@ struct Element {
   float factor;  // exp(z - cap) (1 - tanh^2)
 };
 
+// E. The exponent's limit keeps the product of two 1 + E finite; beyond it 1 - t^2 < 5e-19.
+__device__ __forceinline__ float double_exponential(const Args& args, float x) {
+  return ex2_approx(min_nan(x * args.rate, 63.0f));
+}
+
 // `offset` is kOffset, or -infinity where the element counts neither in sums nor in F; then x must not be
 // NaN.
 template <bool Factor>
-__device__ __forceinline__ Element capped_exponential(const Args& args, float x, float offset) {
-  const float q = rcp_approx(1.0f + ex2_approx(x * args.rate));
+__device__ __forceinline__ Element finish_element(const Args& args, float big, float q, float offset) {
   const float e = ex2_approx(fmaf(q, args.slope, offset));
-  return {e, Factor ? e * fmaf(-q, q, q) : 0.0f};
+  return {e, Factor ? e * (big * q * q) : 0.0f};
+}
+
+template <bool Factor>
+__device__ __forceinline__ Element capped_exponential(const Args& args, float x, float offset) {
+  const float big = double_exponential(args, x);
+  return finish_element<Factor>(args, big, rcp_approx(1.0f + big), offset);
 }
 
 // Lanes t = 0 .. 3 exchange a 4 x 4 matrix of words: word j of lane t becomes word t of lane j.
@@ -131,8 +141,12 @@ struct Row {
       PGOLF_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int i = group * 8 + j * 2;
-        const Element low = capped_exponential<C::kFactor>(args, value[i], offset);
-        const Element high = capped_exponential<C::kFactor>(args, value[i + 1], offset);
+        const float low_big = double_exponential(args, value[i]);
+        const float high_big = double_exponential(args, value[i + 1]);
+        const float low_sum = 1.0f + low_big, high_sum = 1.0f + high_big;
+        const float q = rcp_approx(low_sum * high_sum);
+        const Element low = finish_element<C::kFactor>(args, low_big, q * high_sum, offset);
+        const Element high = finish_element<C::kFactor>(args, high_big, q * low_sum, offset);
         sums[j] += low.e + high.e;
         if constexpr (C::kFactor) word[j] = pack_pair(low.factor, high.factor);
       }

@@ -22,6 +22,13 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// The smaller one, NaN if either is.
+__device__ __forceinline__ float min_nan(float a, float b) {
+  float smaller;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
+  return smaller;
+}
+
 // Address in the shared window, as ldmatrix and cp.async want it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

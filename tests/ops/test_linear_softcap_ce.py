@@ -91,6 +91,26 @@ def test_saturated_and_equal_logits_are_at_most_twice_eager(scale: float, memory
 
 
 @pytest.mark.parametrize("memory", MODES)
+@pytest.mark.parametrize("cap", [0.5, 4.0])
+def test_every_logits_gradient_is_relatively_precise_where_tanh_saturates(
+    cap: float, memory: str, device
+) -> None:
+    # One row, whose logits are the weight's first column: from -12 to 12 caps, where 1 - tanh^2 is 1.5e-10.
+    vocab, width = 576, 64
+    hidden = torch.zeros(1, width, dtype=torch.bfloat16, device=device)
+    hidden[0, 0] = 1.0
+    weight = torch.zeros(vocab, width, device=device)
+    weight[:, 0] = torch.linspace(-12 * cap, 12 * cap, vocab).bfloat16().to(device)
+    weight.requires_grad_()
+    target = torch.tensor([200], device=device)
+    (grad,) = torch.autograd.grad(linear_softcap_ce(hidden, weight, target, cap, memory=memory), weight)
+    exact = weight.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(linear_softcap_ce_ref(hidden.double(), exact, target, cap), exact)
+    # Rounded to bfloat16 twice: in the factor and in the scaled hidden state.
+    torch.testing.assert_close(grad[:, 0].double(), want[:, 0], rtol=0.01, atol=0.0)
+
+
+@pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_sure_and_surprised_rows_are_at_most_twice_eager(sign: float, memory: str, device) -> None:
     # Each row's target has the logit 25 (p near 1) or -25 (p near 0), all others are small.
