@@ -211,7 +211,8 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tu
 def _needed(grads: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return None for the gradients that nobody asked for."""
     return tuple(
-        refuse_second_order("linear_softcap_ce", g) if n else None for g, n in zip(grads, needed[:2], strict=True)
+        refuse_second_order("linear_softcap_ce", g) if n else None
+        for g, n in zip(grads, needed[:2], strict=True)
     )
 
 
