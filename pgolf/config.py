@@ -284,9 +284,9 @@ class TrainConfig:
 class QuantConfig:
     """GPTQ on the matrices; clips are in standard deviations of a row (SDClip)."""
 
-    matrix_bits: int = 6
-    """Bits of the attention and MLP matrices."""
-    embed_bits: int = 7
+    matrix_bits: int = 8
+    """Bits of the attention and MLP matrices: the codes' range, which the coder makes 3.5 bits of."""
+    embed_bits: int = 8
     """Bits of the token embedding."""
     mlp_clip: float = 11.5
     """Clip of the MLP matrices, row standard deviations: the step is clip * std / (2^(bits-1) - 1)."""
@@ -300,10 +300,10 @@ class QuantConfig:
     """Columns per GPTQ block."""
     act_order: bool = True
     """Round columns by falling input power instead of from left to right."""
-    row_steps: Literal["spread", "loss"] = "spread"
+    row_steps: Literal["spread", "loss"] = "loss"
     """Steps of rows: by the spread of their weights (SDClip, the clips above), or by what their error costs
     the loss (then the clips do not matter, and bits only cap the codes)."""
-    column_steps: bool = False
+    column_steps: bool = True
     """Steps of columns: by what is left of the input given the inputs rounded after it, instead of equal."""
     mean_bits: float = 3.45
     """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""

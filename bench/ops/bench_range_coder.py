@@ -4,7 +4,9 @@ Give `--artifact PATH`. Ours gets matrix by matrix what an artifact stores: tran
 the format says so; `pgolf fast` gets no pool. General compressors get each parameter in one piece, every
 matrix column-major, which is best for them. `entropy` is the order-0 entropy of each parameter's histogram.
 Everything runs in one thread, and its seconds are CPU time (with that of lrzip and zstd, programs of their
-own); `seconds_*_2_cores` are wall time of ours in two threads.
+own); `seconds_*_2_cores` are wall time of ours in two threads, `seconds_read_file` of reading the whole file
+in as many as there are cores. `machine` tells the cores and the load average before and after: where others
+work too (a load above 1 before), wall time means little, and CPU time is a few tens of percent too long.
 """
 
 from __future__ import annotations
@@ -65,11 +67,6 @@ def entropy_bytes(matrices: list[Codes]) -> float:
 def column_major(matrices: list[Codes]) -> bytes:
     """Return a parameter's codes as general compressors like them."""
     return b"".join(m.T.tobytes() for m in matrices)
-
-
-def lrzip(arguments: list[str], data: bytes) -> bytes:
-    """Return what lrzip writes for `data`."""
-    return subprocess.run(["lrzip", "-q", *arguments], input=data, capture_output=True, check=True).stdout
 
 
 def coders() -> dict[str, Coder]:
@@ -152,7 +149,14 @@ def measure(recorder: Recorder, args: argparse.Namespace) -> None:
     million = sum(m.size for bank in banks.values() for m in bank) * 1e-6
     entropy = sum(entropy_bytes(bank) for bank in banks.values())
     recorder.add(CASES[0], "entropy", "bytes", Sample(entropy, 0.0, 1), "bytes")
+    recorder.add(CASES[0], "machine", "cores", Sample(os.cpu_count() or 0, 0.0, 1), "cores")
+    recorder.add(CASES[0], "machine", "load_before", Sample(os.getloadavg()[0], 0.0, 1), "processes")
     ours(recorder, matrices, args.repeats)
+    began, before = time.perf_counter(), cpu_seconds()
+    read_state(args.artifact)
+    wall, spent = time.perf_counter() - began, cpu_seconds() - before
+    recorder.add(CASES[0], "pgolf", "seconds_read_file", Sample(wall, 0.0, 1), "s")
+    recorder.add(CASES[0], "pgolf", "cpu_seconds_read_file", Sample(spent, 0.0, 1), "s")
     data = [column_major(bank) for bank in banks.values()]
     for name, (compress, decompress) in coders().items():
         began = cpu_seconds()
@@ -165,6 +169,7 @@ def measure(recorder: Recorder, args: argparse.Namespace) -> None:
         for metric, seconds in (("encode", encoding), ("decode", decoding)):
             recorder.add(CASES[0], name, f"seconds_{metric}", Sample(seconds, 0.0, 1), "s")
             recorder.add(CASES[0], name, f"{metric}_msym_per_s", Sample(million / seconds, 0.0, 1), "Msym/s")
+    recorder.add(CASES[0], "machine", "load_after", Sample(os.getloadavg()[0], 0.0, 1), "processes")
 
 
 def main() -> None:

@@ -16,29 +16,36 @@ constexpr int64_t kPredictRatio = 8;
 
 enum Mode : uint8_t { kRaw = 0, kColumns = 1, kRows = 2, kPredicted = 3 };
 
+inline uint64_t split(uint64_t low, uint64_t high, uint32_t p) {
+  return low + static_cast<uint64_t>(static_cast<unsigned __int128>(high - low) * p >> 16);
+}
+
 class Encoder {
  public:
   static constexpr bool kDecodes = false;
 
-  explicit Encoder(std::vector<uint8_t>& out, size_t most) : out_(out), most_(most) {}
+  explicit Encoder(std::vector<uint8_t>& out, size_t most) : out_(&out), most_(most) {}
 
   int bit(uint32_t p, int bit) {
-    const uint64_t range = high_ - low_;
-    const uint64_t middle = low_ + (range >> 16) * p + ((range & 65535) * p >> 16);
-    (bit ? high_ : low_) = bit ? middle : middle + 1;
+    const uint64_t middle = split(low_, high_, p);
+    if (bit) {
+      high_ = middle;
+    } else {
+      low_ = middle + 1;
+    }
     for (; (low_ ^ high_) >> 56 == 0; low_ <<= 8, high_ = high_ << 8 | 255) {
-      out_.push_back(static_cast<uint8_t>(high_ >> 56));
+      out_->push_back(static_cast<uint8_t>(high_ >> 56));
     }
     return bit;
   }
 
-  bool failed() const { return out_.size() > most_; }  // longer than another mode's stream
-  static int64_t refuse() { return -1; }               // nothing that is encoded is out of range
+  bool failed() const { return out_->size() > most_; }  // longer than another mode's stream
+  static int64_t refuse() { return -1; }                // nothing that is encoded is out of range
 
   void finish();
 
  private:
-  std::vector<uint8_t>& out_;
+  std::vector<uint8_t>* out_;
   size_t most_;
   uint64_t low_ = 0, high_ = ~uint64_t{0};
 };
@@ -61,7 +68,7 @@ Ending ending(uint64_t low, uint64_t high) {
 
 void Encoder::finish() {
   const Ending end = ending(low_, high_);
-  for (int i = 0; i < end.bytes; ++i) out_.push_back(static_cast<uint8_t>(end.value >> (56 - 8 * i)));
+  for (int i = 0; i < end.bytes; ++i) out_->push_back(static_cast<uint8_t>(end.value >> (56 - 8 * i)));
 }
 
 class Decoder {
@@ -73,10 +80,13 @@ class Decoder {
   }
 
   int bit(uint32_t p, int) {
-    const uint64_t range = high_ - low_;
-    const uint64_t middle = low_ + (range >> 16) * p + ((range & 65535) * p >> 16);
-    const int bit = value_ <= middle;
-    (bit ? high_ : low_) = bit ? middle : middle + 1;
+    const uint64_t middle = split(low_, high_, p);
+    const bool bit = value_ <= middle;
+    if (bit) {
+      high_ = middle;
+    } else {
+      low_ = middle + 1;
+    }
     for (; (low_ ^ high_) >> 56 == 0; low_ <<= 8, high_ = high_ << 8 | 255) shift();
     return bit;
   }
@@ -109,37 +119,26 @@ class Decoder {
   bool refused_ = false;
 };
 
-struct Gaussian {
-  int mean;          // in 1/256
-  uint64_t inverse;  // 2^21 / standard deviation
-  bool signs_differ;
-};
-
 // Codes one value in [lo, hi]; `code` is ignored by a decoder.
-template <typename Coder>
-int code_value(Coder& coder, Correction& correction, const Gaussian& g, int lo, int hi, int code) {
-  const int center = (g.mean + 128) >> 8;
-  const int offset = g.mean - center * 256;  // in [-128, 127]
-  const uint64_t above = tail(static_cast<uint64_t>(128 - offset), g.inverse);
-  const uint64_t below = tail(static_cast<uint64_t>(128 + offset), g.inverse);
-  const uint64_t outside = ((above + below) << 15) / kTail[0];
-  if (correction.code(coder, outside < 65536 ? 65536 - outside : 1, 0, code == center)) return center;
+template <typename Coder, typename Bits>
+[[gnu::always_inline]] inline int code_value(Coder& coder, Correction& correction, Bits& bits, int lo, int hi,
+                                             int code) {
+  const int center = bits.center();
+  if (correction.code(coder, bits.at_center(), 0, code == center)) return center;
   bool up = center < hi;
   if (up && center > lo) {
-    const uint64_t p = (above << 16) / (above + below);
-    up = g.signs_differ ? correction.code(coder, p, 1, code > center) : coder.bit(32768, code > center);
+    if constexpr (Bits::kSignsDiffer) {
+      up = correction.code(coder, bits.up(), 1, code > center);
+    } else {
+      up = coder.bit(32768, code > center);
+    }
   }
+  bits.go(up);
   const int most = up ? hi - center : center - lo;
   const int wanted = up ? code - center : center - code;
-  uint64_t rest = up ? above : below;
   int size = 1;
-  for (; size < most; ++size) {
-    const int edge = size * 256 + 128 + (up ? -offset : offset);
-    const uint64_t beyond = tail(static_cast<uint64_t>(edge), g.inverse);
-    const uint64_t p = 65536 - (beyond << 16) / rest;
-    if (correction.code(coder, p, 2 + std::min(size, 30), wanted == size)) break;
-    rest = beyond;
-  }
+  while (size < most && !correction.code(coder, bits.step(size), 2 + std::min(size, 30), wanted == size))
+    ++size;
   return up ? center + size : center - size;
 }
 
@@ -206,15 +205,17 @@ void code_columns(Coder& coder, Code* codes, const Shape& shape, int largest) {
   const int lo = -largest, hi = std::min(largest, 127);
   Correction correction;
   Variances variances(shape.cols);
+  Centered bits;
   for (int64_t row = 0; row < shape.rows && !coder.failed(); ++row) {
     variances.start_row(row);
+    Coder local = coder;  // in registers for a row
     for (int64_t col = 0; col < shape.cols; ++col, ++codes) {
-      const uint64_t variance = variances.column(col);
-      const Gaussian g{0, inverse_deviation(variance), false};
-      const int code = code_value(coder, correction, g, lo, hi, Coder::kDecodes ? 0 : *codes);
+      bits.set_variance(variances.column(col));
+      const int code = code_value(local, correction, bits, lo, hi, Coder::kDecodes ? 0 : *codes);
       if constexpr (Coder::kDecodes) *codes = static_cast<int8_t>(code);
-      variances.learn(col, code * 256, variance);
+      variances.learn_column(col, code * 256);
     }
+    coder = local;
   }
 }
 
@@ -273,13 +274,14 @@ class RowCoder {
   template <typename Left, typename Code>
   void code_row(int64_t row, Left* left, Code* codes, const int* bases) {
     variances_.start_row(row);
+    Coder local = coder_;  // in registers for a row
     for (int64_t col = 0; col < shape_.cols; ++col) {
       int base = 0;
       if constexpr (kPredict) base = Coder::kDecodes ? predictor_.mean(col, lo_, hi_) : bases[col];
       const int mean = std::clamp(base + lean_.mean(col), lo_ * 256, hi_ * 256);
       const uint64_t column = variances_.column(col);
-      const Gaussian g{mean, inverse_deviation(variances_.scaled(column)), true};
-      const int code = code_value(coder_, correction_, g, lo_, hi_, Coder::kDecodes ? 0 : codes[col]);
+      Gaussian bits(mean, kInverse[inverse_index(variances_.scaled(column))]);
+      const int code = code_value(local, correction_, bits, lo_, hi_, Coder::kDecodes ? 0 : codes[col]);
       if constexpr (Coder::kDecodes) {
         codes[col] = static_cast<int8_t>(code);
         left[col] = static_cast<int16_t>((code * 256 - base) >> 4);
@@ -293,6 +295,7 @@ class RowCoder {
       }
     }
     lean_.finish_row();
+    coder_ = local;
   }
 
   Coder& coder_;

@@ -73,18 +73,99 @@ constexpr auto kTail = tail_table();
 constexpr auto kRates = rate_table();
 constexpr auto kInverse = inverse_table();
 
-inline uint64_t tail(uint64_t distance, uint64_t inverse) {  // distance in 1/256
-  const uint64_t z = distance * inverse >> 8;                // 1/32 in 16 bits of fraction
+inline uint64_t tail(uint64_t z) {  // z in 1/32, with 16 bits of fraction
   const uint64_t i = z >> 16;
   if (i >= kTails) return kTail[kTails];
   return kTail[i] - ((kTail[i] - kTail[i + 1]) * (z & 65535) >> 16);
 }
 
-inline uint64_t inverse_deviation(uint64_t variance) {
+inline size_t inverse_index(uint64_t variance) {
   const int octave = std::bit_width(variance) - 1;  // 4 to 24
-  const uint64_t mantissa = octave >= 5 ? variance >> (octave - 5) : variance << (5 - octave);
-  return kInverse[static_cast<size_t>(octave) * 32 + (mantissa & 31)];
+  return static_cast<size_t>(octave) * 32 + ((variance << 5 >> octave) & 31);
 }
+
+inline uint32_t probability(uint64_t p) { return static_cast<uint32_t>(std::clamp<uint64_t>(p, 1, 65535)); }
+
+// What a Gaussian says of a code's bits: p(center), p(above it), then p(one more step) from the center out.
+class Gaussian {
+ public:
+  static constexpr bool kSignsDiffer = true;
+
+  Gaussian(int mean, uint64_t inverse) : center_((mean + 128) >> 8), inverse_(inverse) {
+    const int offset = mean - center_ * 256;  // in [-128, 127]
+    z_above_ = static_cast<uint64_t>(128 - offset) * inverse >> 8;
+    z_below_ = static_cast<uint64_t>(128 + offset) * inverse >> 8;
+    above_ = tail(z_above_);
+    below_ = tail(z_below_);
+  }
+
+  int center() const { return center_; }
+
+  uint32_t at_center() const {
+    const uint64_t outside = ((above_ + below_) << 15) / kTail[0];
+    return probability(outside < 65536 ? 65536 - outside : 1);
+  }
+
+  uint32_t up() const { return probability((above_ << 16) / (above_ + below_)); }
+
+  void go(bool up) {
+    z_ = up ? z_above_ : z_below_;
+    rest_ = up ? above_ : below_;
+  }
+
+  uint32_t step(int) {  // sizes in order, after go()
+    z_ += inverse_;
+    const uint64_t beyond = tail(z_);
+    const uint32_t p = probability(65536 - (beyond << 16) / rest_);
+    rest_ = beyond;
+    return p;
+  }
+
+ private:
+  int center_;
+  uint64_t inverse_, z_above_, z_below_, above_, below_;
+  uint64_t z_ = 0, rest_ = 0;
+};
+
+// The same where the mean is 0: nothing but the variance counts, so everything is computed once and kept.
+class Centered {
+ public:
+  static constexpr bool kSignsDiffer = false;
+
+  Centered() : known_(kInverse.size() * kSizes) {}
+
+  void set_variance(uint64_t variance) { index_ = inverse_index(variance); }
+
+  static int center() { return 0; }
+
+  uint32_t at_center() {
+    return known(0, [](uint64_t inverse) { return Gaussian(0, inverse).at_center(); });
+  }
+
+  static void go(bool) {}
+
+  uint32_t step(int size) {
+    const auto compute = [size](uint64_t inverse) {
+      const uint64_t edge = (128 * inverse >> 8) + static_cast<uint64_t>(size) * inverse;
+      return probability(65536 - (tail(edge) << 16) / tail(edge - inverse));
+    };
+    return size < kSizes ? known(size, compute) : compute(kInverse[index_]);
+  }
+
+ private:
+  static constexpr int kSizes = 40;
+
+  template <typename Compute>
+  uint32_t known(int size, const Compute& compute) {
+    uint16_t& p = known_[index_ * kSizes + static_cast<size_t>(size)];
+    if (p == 0) [[unlikely]]
+      p = static_cast<uint16_t>(compute(kInverse[index_]));
+    return p;
+  }
+
+  size_t index_ = 0;
+  std::vector<uint16_t> known_;  // (variances, sizes), 0 where not known yet
+};
 
 // Learns what a predicted probability is really worth: for each kind of bit, 33 points on the line of
 // predictions, each a running mean of 22 bits with its count; the two next to a prediction answer and learn.
@@ -97,39 +178,56 @@ class Correction {
   }
 
   template <typename Coder>
-  int code(Coder& coder, uint64_t predicted, int kind, int bit) {
-    const auto p = static_cast<uint32_t>(std::clamp<uint64_t>(predicted, 1, 65535));
+  [[gnu::always_inline]] inline bool code(Coder& coder, uint32_t p, int kind, int bit) {
     uint32_t* point = &points_[static_cast<size_t>(kind) * 33 + (p >> 11)];
-    const uint32_t above = p & 2047;
-    const uint32_t learned = ((point[0] >> 16) * (2048 - above) + (point[1] >> 16) * above) >> 11;
-    bit = coder.bit(std::clamp<uint32_t>((p + learned) >> 1, 16, 65520), bit);
-    learn(point[0], bit);
-    learn(point[1], bit);
-    return bit;
+    const uint32_t a = point[0], b = point[1];
+    const int first = static_cast<int>(a >> 16), second = static_cast<int>(b >> 16);
+    const int learned = first + ((second - first) * static_cast<int>(p & 2047) >> 11);
+    const int mixed = (static_cast<int>(p) + learned) >> 1;
+    // Two branches, so that what follows in each is known to the processor before the bit is.
+    if (coder.bit(static_cast<uint32_t>(std::clamp(mixed, 16, 65520)), bit)) {
+      learn(point, a, b, 4194303);
+      return true;
+    }
+    learn(point, a, b, 0);
+    return false;
   }
 
  private:
-  void learn(uint32_t& point, int bit) const {
+  [[gnu::always_inline]] static inline void learn(uint32_t* point, uint32_t a, uint32_t b, int target) {
+    constexpr uint32_t kLast = kCounts - 1;
+    if ((((a ^ kLast) | (b ^ kLast)) & 1023) ==
+        0) {  // full counts, which is what nearly all become: 32 bits do
+      constexpr int kRate = kRates[kLast];
+      point[0] = a + (static_cast<uint32_t>((target - static_cast<int>(a >> 10)) * kRate >> 16) << 10);
+      point[1] = b + (static_cast<uint32_t>((target - static_cast<int>(b >> 10)) * kRate >> 16) << 10);
+    } else {
+      point[0] = moved(a, target);
+      point[1] = moved(b, target);
+    }
+  }
+
+  static uint32_t moved(uint32_t point, int64_t target) {
     const uint32_t count = point & 1023;
     const int64_t mean = point >> 10;
-    const int64_t moved = mean + (((bit ? 4194303 : 0) - mean) * kRates[count] >> 16);
-    point = static_cast<uint32_t>(moved) << 10 | std::min(count + 1, kCounts - 1);
+    const int64_t next = mean + ((target - mean) * kRates[count] >> 16);
+    return static_cast<uint32_t>(next) << 10 | std::min(count + 1, kCounts - 1);
   }
 
   std::array<uint32_t, 33 * 33> points_;  // mean << 10 | count
 };
 
-inline __attribute__((always_inline)) uint32_t dot_body(const uint32_t* w, const uint32_t* x, int64_t n) {
+[[gnu::always_inline]] inline uint32_t dot_body(const uint32_t* w, const uint32_t* x, int64_t n) {
   uint32_t sum = 0;
   for (int64_t k = 0; k < n; ++k) sum += w[k] * x[k];
   return sum;
 }
 
-inline __attribute__((always_inline)) void add_body(uint32_t* w, const uint32_t* x, uint32_t g, int64_t n) {
+[[gnu::always_inline]] inline void add_body(uint32_t* w, const uint32_t* x, uint32_t g, int64_t n) {
   for (int64_t k = 0; k < n; ++k) w[k] += g * x[k];
 }
 
-inline __attribute__((always_inline)) int32_t product_body(const int16_t* a, const int16_t* b, int64_t n) {
+[[gnu::always_inline]] inline int32_t product_body(const int16_t* a, const int16_t* b, int64_t n) {
   int32_t sum = 0;
   for (int64_t k = 0; k < n; ++k) sum += int32_t{a[k]} * b[k];
   return sum;
@@ -221,10 +319,15 @@ class Variances {
 
   uint64_t scaled(uint64_t variance) const { return clamped(variance * ratio_ >> 8); }
 
-  void learn(int64_t col, int residual, uint64_t variance) {
+  uint64_t learn_column(int64_t col, int residual) {
     const uint64_t square = static_cast<uint64_t>(int64_t{residual} * residual) >> 8;
     sums_[static_cast<size_t>(col)] += square;
     total_ += square;
+    return square;
+  }
+
+  void learn(int64_t col, int residual, uint64_t variance) {
+    const uint64_t square = learn_column(col, residual);
     found_ += std::min(square, variance * 16);
     promised_ += variance;
   }

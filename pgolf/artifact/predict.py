@@ -32,6 +32,8 @@ from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
 from pgolf.quant.state import QuantizedState
 
+GAUSSIAN_BITS = 2.047
+"""Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
 SAMPLE_ROWS = 2048
 """Rows of a sampled matrix: the coder has learned its columns by then, and `record` takes 0.3 s."""
 TRAINED = {"tok_emb": 0.952, "qo_bank": 0.980, "kv_bank": 0.986, "mlp_down_bank": 0.9975}
@@ -50,8 +52,16 @@ STORED = {
 """Stored bytes a value of the sections that are not codes; the first, gates and small from the same run."""
 
 
+LOSS_EXCESS = 0.066
+"""Bits a code above quant.mean_bits where steps follow the loss: with the factors above, 15,739,571 bytes of
+codes at 3.45 bits and clip_scale 0.980 for the 600 s model (bench/results/20261123_*_quantize.jsonl)."""
+
+
 def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
-    """Return bits and clip of a matrix parameter."""
+    """Return bits and clip of a matrix parameter; by loss, the clip that gives Gaussian rows as many bits."""
+    if config.row_steps == "loss":
+        bits = config.embed_bits if name == "tok_emb" else config.matrix_bits
+        return bits, max_code(bits) / 2 ** (config.mean_bits + LOSS_EXCESS - GAUSSIAN_BITS)
     if name == "tok_emb":
         return config.embed_bits, config.embed_clip
     return config.matrix_bits, config.mlp_clip if name.startswith("mlp") else config.attn_clip

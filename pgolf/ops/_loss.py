@@ -53,7 +53,7 @@ def second_order_error(op: str) -> RuntimeError:
 
 
 def refuse_second_order(op: str, grad: Tensor) -> Tensor:
-    """Return `grad` of `op`; where the backward pass is recorded too, differentiating it is an error."""
+    """Return `grad` of `op`; where the backward pass is recorded, differentiating it is an error."""
     if not torch.is_grad_enabled():
         return grad
     return _Refuse.apply(op, grad, grad.new_empty(0).requires_grad_())  # type: ignore[no-any-return,no-untyped-call]

@@ -7,11 +7,15 @@ Negative differences are better (bits per byte).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Literal
 
+from pgolf.report.plots import read_metrics
 from pgolf.report.stats import (
     ALPHA,
     MIN_PAIRS,
@@ -27,6 +31,8 @@ from pgolf.report.stats import (
 
 Status = Literal["finished", "diverged", "crashed", "missing"]
 WEIGHTS = ("raw", "ema", "quantized")
+PARTS = 10
+"""Pieces of a run in the table of gaps."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +173,7 @@ def tables(ablation: Ablation) -> list[Table]:
         Table("Verdicts", ("arm", "verdict", "in words"), [_words(c, ablation) for c in compared]),
         Table(title, head, [_comparison_row(c) for c in compared]),
         _means(ablation),
+        *_gaps(ablation),
         Table("What each arm sets", ("arm", "overrides"), _changes(ablation)),
     ]
     open_cells = [c for c in ablation.cells if c.status != "finished"]
@@ -254,6 +261,47 @@ def _means(ablation: Ablation) -> Table:
         cells += [_mean(arm_mean(ablation, arm, v), 2) for v in ("ms", "ms_loop_off", "ms_loop_on")]
         rows.append((arm, str(len(ablation.of(arm))), *cells))
     return Table("Means over seeds, +- standard error", head, rows)
+
+
+def _gaps(ablation: Ablation) -> list[Table]:
+    """Return where in the run pairs part: mean gap of the training loss by arm, and the scatter of pairs.
+
+    The scatter is the standard deviation of a pair's gap about its arm's mean, over the arms with two pairs
+    or more. Where it is large, the runs of one seed are at different places of a fall of the loss, and the
+    coefficients, or whatever the arms change, are not what a single pair shows.
+    """
+    curves = {
+        (c.arm, c.seed): [row["loss"] for row in read_metrics(c.metrics) if row.get("loss") is not None]
+        for c in ablation.cells
+        if c.status == "finished" and c.metrics is not None and c.metrics.is_file()
+    }
+    gaps: dict[str, list[list[float]]] = {}
+    for (arm, seed), losses in curves.items():
+        base = curves.get((ablation.baseline, seed), [])
+        if arm != ablation.baseline and len(base) == len(losses) >= PARTS:
+            gaps.setdefault(arm, []).append(_by_part([a - b for a, b in zip(losses, base, strict=True)]))
+    if not gaps:
+        return []
+    means = {arm: [mean(part) for part in zip(*pairs, strict=True)] for arm, pairs in gaps.items()}
+    rows = [
+        (arm, str(len(gaps[arm])), *(f"{v:+.4f}" for v in means[arm])) for arm in ablation.arms if arm in gaps
+    ]
+    free = sum(len(pairs) - 1 for pairs in gaps.values())
+    if free:
+        squares = (
+            sum((pair[i] - means[arm][i]) ** 2 for arm, pairs in gaps.items() for pair in pairs)
+            for i in range(PARTS)
+        )
+        rows.append(("scatter of pairs", f"{free} free", *(f"{math.sqrt(s / free):.4f}" for s in squares)))
+    head = ("arm", "pairs", *(f"{100 * i // PARTS}-{100 * (i + 1) // PARTS} %" for i in range(PARTS)))
+    title = f"Training loss less that of {ablation.baseline} by part of the run, nats per token"
+    return [Table(title, head, rows)]
+
+
+def _by_part(values: list[float]) -> list[float]:
+    """Return the means of PARTS consecutive pieces of nearly equal length."""
+    ends = [len(values) * i // PARTS for i in range(PARTS + 1)]
+    return [mean(values[a:b]) for a, b in itertools.pairwise(ends)]
 
 
 def _mean(m: Mean, digits: int) -> str:

@@ -1,6 +1,7 @@
 """The two estimates of `pgolf size`: against SPEC 6.7, Gaussian codes, and files that were written."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from artifact_helpers import CONFIG, FACTS, make_state
@@ -31,10 +32,11 @@ def entropy_bytes(model, quant, *, noise):
     return (total + bits(model.vocab_size * d, 63, quant.embed_clip)) / 8
 
 
-OLDER = QuantConfig(mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7)
+OLDER = replace(SPREAD, mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
 
 
-@pytest.mark.parametrize(("quant", "published"), [(QuantConfig(), 15.809e6), (OLDER, 15.579e6)])
+@pytest.mark.parametrize(("quant", "published"), [(SPREAD, 15.809e6), (OLDER, 15.579e6)])
 def test_codes_of_the_record_follow_the_entropy_formula_and_the_measured_gains(quant, published):
     model = record().model
     assert entropy_bytes(model, quant, noise=0) == pytest.approx(published, rel=1e-3)
@@ -45,7 +47,7 @@ def test_codes_of_the_record_follow_the_entropy_formula_and_the_measured_gains(q
 
 
 def test_wider_clips_save_what_the_formula_says():
-    model, quant = ModelConfig(), QuantConfig()
+    model, quant = ModelConfig(), SPREAD
     saved = codes_bytes(predict_ledger(model, quant, limit=LIMIT)) - codes_bytes(
         predict_ledger(model, quant, limit=LIMIT, clip_scale=1.1)
     )
@@ -54,7 +56,7 @@ def test_wider_clips_save_what_the_formula_says():
 
 def test_nearest_state_is_what_the_writer_counts(tmp_path):
     tensors = {n: p.detach() for n, p in GPT(CONFIG).named_parameters()}
-    quant = QuantConfig(mlp_clip=12.0, attn_clip=12.0, embed_clip=12.0)
+    quant = replace(SPREAD, mlp_clip=12.0, attn_clip=12.0, embed_clip=12.0)
     ledger = nearest_ledger(tensors, CONFIG, quant, limit=LIMIT)
     state = nearest_state(tensors, CONFIG, quant)
     written = write_artifact(tmp_path / "a", state, CONFIG, **FACTS, limit=LIMIT)
@@ -67,7 +69,14 @@ def test_nearest_state_is_what_the_writer_counts(tmp_path):
 
 
 def test_prediction_names_the_sections_of_a_real_file(tmp_path):
-    ledger = predict_ledger(CONFIG, QuantConfig(), limit=LIMIT)
+    ledger = predict_ledger(CONFIG, SPREAD, limit=LIMIT)
     written = write_artifact(tmp_path / "a", make_state(), CONFIG, **FACTS, limit=LIMIT, quality=1)
     assert set(dict(ledger.parts)) == set(dict(written.parts))
     assert ledger.limit == LIMIT and ledger.code == written.code
+
+
+def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
+    # bench/results/20261123_nvidia-h100-80gb-hbm3_quantize.jsonl, rows+columns: the sections of codes.
+    quant = QuantConfig(row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, mean_bits=3.45)
+    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=0.980003)
+    assert codes_bytes(ledger) == pytest.approx(15_739_571, rel=0.005)

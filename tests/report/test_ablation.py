@@ -76,6 +76,19 @@ def test_markdown_tables_have_equal_columns_and_escape_bars(tmp_path):
         assert len({row.count("|") for row in rows}) == 1
 
 
+def test_gaps_show_where_in_the_run_pairs_part(tmp_path):
+    whole = make_ablation(tmp_path)
+    for c in whole.cells:
+        late = {"base": 0.0, "twin": 0.0, "same": 0.0, "good": 0.5 + 0.1 * c.seed}[c.arm]
+        rows = [{"step": i, "elapsed": i, "loss": 5 + (late if i >= 18 else 0.0)} for i in range(20)]
+        c.metrics.write_text("\n".join(json.dumps(row) for row in rows))
+    part = markdown(whole).split("## Training loss less that of base")[1].split("\n## ")[0]
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in part.splitlines()[2:]}
+    assert rows["good"][1:] == ["6", *["+0.0000"] * 9, "+0.7500"]
+    # 0.1 x seeds 0 to 5 about their mean: squares sum to 0.175; three arms of six pairs leave 15.
+    assert rows["scatter of pairs"][1:] == ["15 free", *["0.0000"] * 9, f"{(0.175 / 15) ** 0.5:.4f}"]
+
+
 def test_page_is_well_formed_and_needs_nothing_else(tmp_path):
     _, path = write_report(make_ablation(tmp_path), tmp_path / "out")
     page = path.read_text()
