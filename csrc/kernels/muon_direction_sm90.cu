@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeld = 8;  // spans of a row that stay in registers
+constexpr int kHeld = 4;  // spans of a row that stay in registers
 
 struct InputBank {
   MuonPolarInput bank;
@@ -33,7 +33,7 @@ struct InputArgs {
 // A warp a row. Where rows are normalised the norm of the matrix is nearly known beforehand, and x is written
 // at once; otherwise in a second pass, that reads the gradient and the new momentum again.
 template <typename G, typename M>
-__global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads, 1)
+__global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads, 2)
     muon_input_kernel(const __grid_constant__ InputArgs args) {
   const int matrix = static_cast<int>(blockIdx.x) / ns90::kParts, part = blockIdx.x % ns90::kParts;
   if (blockIdx.x == 0) {

@@ -69,8 +69,8 @@ template <typename G, typename M, typename X>
 void muon_direction_cuda(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
                          CUstream_st* stream);
 
-// The same directions as float16 times a power of two that brings each matrix' norm to [16, 32), and
-// prepared.sigma = 1 / ((norm + eps) 2^e). At most kNsMaxBanks banks; Hopper.
+// The same directions, not rounded before, as float16 times a power of two that brings each matrix' norm near
+// [16, 32), and prepared.sigma = 1 / ((norm + eps) 2^e). At most kNsMaxBanks banks; Hopper.
 template <typename G, typename M>
 void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepared& prepared, float eps,
                          const float* scalars, MuonOptions options, CUstream_st* stream);

@@ -180,16 +180,17 @@ int banks_of_launch(const NsBank* banks, int count, int steps) {
   return here;
 }
 
-// Tasks of one tile. Panels of four reuse an operand but make each matrix' chain of products longer, and that
-// costs more: 66 matrices on one H100 took 0.89 ms with single tiles and 1.06 ms with panels. Sharing a tile
-// between the warpgroups pays where tiles are few (ten matrices: 0.280 ms, 0.290 without; 66 matrices: 0.95
-// ms).
+// Tiles of a task. Two tiles of an update share an operand (66 matrices on one H100: 0.664 ms, 0.683 with
+// single tiles); longer tasks make each matrix' chain of products longer, and that costs more (0.71 ms with
+// four). Sharing a tile between the warpgroups pays where tiles are few (ten matrices: 0.204 ms, 0.211
+// without).
 Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) {
     panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
   }
-  return {1, 1, panels < multiprocessors, false};
+  const bool few = panels < multiprocessors;
+  return {1, few ? 1 : 2, few, false};
 }
 
 void launch_products(const Plan& plan, int first, int last, int queue, int multiprocessors,

@@ -44,7 +44,7 @@ inline constexpr int kNsMaxBanks = 6;  // of one launch
 
 // Places in the workspace for a caller that writes X itself.
 struct NsPrepared {
-  void* x[kNsMaxBanks];  // float16, each matrix times a power of two 2^e that brings its norm to [16, 32)
+  void* x[kNsMaxBanks];  // float16, each matrix times a power of two 2^e that brings its norm near [16, 32)
   float* sigma;          // 1 / ((norm + eps) 2^e) of all matrices, in the order of the banks
   float* partials;       // scratch, 24 a matrix
   uint32_t* counters;    // to be zeroed

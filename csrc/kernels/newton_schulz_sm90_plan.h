@@ -18,6 +18,7 @@ inline constexpr int kBoxBytes = 2 * kBox * kBox;
 inline constexpr int kTile = 128;                 // side of an output tile
 inline constexpr int kSlotBytes = 2 * kBoxBytes;  // 128 x 64 of an operand
 inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
+inline constexpr int kTallDepth = 8;              // blocks of k above which tiles of 256x128 pay
 inline constexpr int kMaxBanks = kNsMaxBanks;
 inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
 inline constexpr int kCastThreads = 256;
@@ -259,7 +260,7 @@ class Chain {
     p.rows = static_cast<int>(rows);
     p.cols = static_cast<int>(cols);
     p.depth = tiles_of(depth, kBox);
-    p.tall = p.depth > kASlots && rows >= 1024;
+    p.tall = p.depth > kTallDepth && rows >= 1024;
     p.spread = tuning_.spread && !p.tall;
     p.chunk = p.depth <= kASlots && !p.tall ? chunk : 1;
     p.panels = tiles_of(rows, p.tall ? 2 * kTile : kTile);

@@ -95,18 +95,24 @@ constexpr int kSharedBytes =
     kJobOffset + kGroups * kStagedPerGroup * static_cast<int>(sizeof(Job)) + 1024;  // alignment
 static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
 
-// Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0.
-template <int Slots, int Offset, int FirstBarrier, int Bytes>
+// Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0, unsigned and with
+// powers of two for slots because divisions in the loops cost more than the waits.
+template <uint32_t Slots, int Offset, int FirstBarrier, int Bytes>
 struct Ring {
-  __device__ static uint32_t slot(uint32_t base, int index) { return base + Offset + index % Slots * Bytes; }
-  __device__ static uint32_t filled(uint32_t base, int index) {
-    return base + kBarrierOffset + 8 * (FirstBarrier + index % Slots);
+  static_assert((Slots & (Slots - 1)) == 0, "slots are a power of two");
+  __device__ __forceinline__ static uint32_t slot(uint32_t base, uint32_t index) {
+    return base + Offset + index % Slots * Bytes;
   }
-  __device__ static uint32_t free(uint32_t base, int index) { return filled(base, index) + 8 * Slots; }
-  __device__ static void wait_filled(uint32_t base, int index) {
+  __device__ __forceinline__ static uint32_t filled(uint32_t base, uint32_t index) {
+    return base + kBarrierOffset + 8 * FirstBarrier + 8 * (index % Slots);
+  }
+  __device__ __forceinline__ static uint32_t free(uint32_t base, uint32_t index) {
+    return filled(base, index) + 8 * Slots;
+  }
+  __device__ __forceinline__ static void wait_filled(uint32_t base, uint32_t index) {
     mbarrier_wait(filled(base, index), index / Slots & 1);
   }
-  __device__ static void wait_free(uint32_t base, int index) {
+  __device__ __forceinline__ static void wait_free(uint32_t base, uint32_t index) {
     mbarrier_wait(free(base, index), (index / Slots & 1) ^ 1);
   }
 };
@@ -117,7 +123,7 @@ constexpr int kWarpsPerGroup = kGroupThreads / kLanes;
 constexpr int kReleases = kGroups * kWarpsPerGroup;  // arrivals that free a slot
 
 // "Filled"; "free" lies kGroups * kStagedPerGroup further.
-__device__ __forceinline__ uint32_t staged_barrier(uint32_t base, int group, int box) {
+__device__ __forceinline__ uint32_t staged_barrier(uint32_t base, uint32_t group, uint32_t box) {
   return base + kBarrierOffset + 8 * (kStagedBarrier + group * kStagedPerGroup + box);
 }
 
@@ -176,7 +182,7 @@ __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first,
   Cursor<RingA, kASlots> cursor;
   int product = 0;
   int next = first + static_cast<int>(atomicAdd(queue, 1u));
-  for (int n = 0;; ++n) {
+  for (uint32_t n = 0;; ++n) {
     const int task_index = next;
     RingTask::wait_free(base, n);
     Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
@@ -205,7 +211,7 @@ __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first,
 
 __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
   Cursor<RingB, kBSlots> cursor;
-  for (int n = 0;; ++n) {
+  for (uint32_t n = 0;; ++n) {
     RingTask::wait_filled(base, n);
     const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     mbarrier_arrive(RingTask::free(base, n), 1);
@@ -231,65 +237,82 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
 
 // Where a warpgroup's part of a tile lies in the rings.
 struct Part {
-  int a_index, a_stride;  // first use of ring A and the step per block of k
-  uint32_t a_offset;      // bytes, of the group's rows within a slot
-  uint32_t a_releases;    // arrivals of each warp when it has read a slot; 0: another tile needs it
-  int b_index;
-  uint32_t b_releases;
-  bool diagonal;  // B is A
-  int a_other;    // step from our slot of A to the other group's; 0: they are the same
+  uint32_t a_index, a_stride;  // first use of ring A and the step per block of k
+  uint32_t a_offset;           // bytes, of the group's rows within a slot
+  uint32_t a_releases;         // arrivals of each warp when it has read a slot; 0: another tile needs it
+  uint32_t b_index, b_releases;
+  bool diagonal;     // B is A
+  uint32_t a_other;  // step from our slot of A to the other group's; 0: they are the same
   int depth;
   uint32_t passed;  // barrier to arrive at when the last slot is filled; 0: none
   int held;         // last blocks of k whose slots of A stay until finish() has read them
 };
 
-__device__ __forceinline__ void release_a(uint32_t base, const Part& part, int k) {
-  const int a_index = part.a_index + k * part.a_stride;
-  if (part.a_releases) mbarrier_arrive(RingA::free(base, a_index), part.a_releases);
-  if (part.a_other) mbarrier_arrive(RingA::free(base, a_index + part.a_other), part.a_releases);
+__device__ __forceinline__ void release_a(uint32_t base, const Part& part, uint32_t index) {
+  if (part.a_releases) mbarrier_arrive(RingA::free(base, index), part.a_releases);
+  if (part.a_other) mbarrier_arrive(RingA::free(base, index + part.a_other), part.a_releases);
+}
+
+// The low half of wgmma_descriptor(shared), to which sixteenths of bytes can be added; the high half is
+// constant.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t shared) {
+  return static_cast<uint32_t>(wgmma_descriptor(shared));
+}
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t low) {
+  return (wgmma_descriptor(0) >> 32 << 32) | low;
+}
+
+// Opaque to the compiler, which otherwise waits for the products where control flow joins.
+__device__ __forceinline__ void set_zero(float (&sum)[64]) {
+  PGOLF_UNROLL
+  for (int i = 0; i < 64; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[i]));
 }
 
 template <int Rows, bool AAlongK, bool BAlongK>
 __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Part& part) {
-  auto release = [&](int k) {
-    if (threadIdx.x % kLanes != 0) return;
-    if (k + part.held < part.depth) release_a(base, part, k);
-    if (!part.diagonal) mbarrier_arrive(RingB::free(base, part.b_index + k), part.b_releases);
-  };
+  const bool leader = threadIdx.x % kLanes == 0;
+  const uint32_t low_a = descriptor_low(RingA::slot(base, 0)), low_b = descriptor_low(RingB::slot(base, 0));
+  const uint32_t mine = part.a_offset >> 4;
+  uint32_t a = part.a_index, b = part.b_index;
+  PGOLF_UNROLL
+  for (int i = 0; i < Rows; ++i) set_zero(sum[i]);
 #pragma unroll 1
   for (int k = 0; k < part.depth; ++k) {
-    const int a_index = part.a_index + k * part.a_stride;
-    RingA::wait_filled(base, a_index);
+    RingA::wait_filled(base, a);
     // A parity tells a phase from the next only, so neither group may skip a use of a slot.
-    if (part.a_other) RingA::wait_filled(base, a_index + part.a_other);
-    const uint32_t at_a = RingA::slot(base, a_index);
-    uint32_t at_b = at_a;
-    if (!part.diagonal) {
-      RingB::wait_filled(base, part.b_index + k);
-      at_b = RingB::slot(base, part.b_index + k);
-    }
-    if (part.passed && k + 1 == part.depth && threadIdx.x % kLanes == 0) mbarrier_arrive(part.passed, 1);
-    const uint64_t a = wgmma_descriptor(at_a + part.a_offset), b = wgmma_descriptor(at_b);
+    if (part.a_other) RingA::wait_filled(base, a + part.a_other);
+    if (!part.diagonal) RingB::wait_filled(base, b);
+    if (k + 1 == part.depth && part.passed && leader) mbarrier_arrive(part.passed, 1);
+    const uint32_t at_a = low_a + a % kASlots * (kSlotBytes >> 4);
+    const uint32_t at_b = part.diagonal ? at_a : low_b + b % kBSlots * (kSlotBytes >> 4);
     wgmma_fence();
     PGOLF_UNROLL
     for (int depth = 0; depth < kBox / 16; ++depth) {
-      constexpr uint64_t kAStep = (AAlongK ? 32 : 2048) >> 4, kBStep = (BAlongK ? 32 : 2048) >> 4;
+      constexpr uint32_t kAStep = (AAlongK ? 32 : 2048) >> 4, kBStep = (BAlongK ? 32 : 2048) >> 4;
       PGOLF_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        wgmma_64x128x16<AAlongK, BAlongK>(sum[i], a + depth * kAStep + (i * kBoxBytes >> 4),
-                                          b + depth * kBStep, 1);
+        wgmma_64x128x16<AAlongK, BAlongK>(sum[i],
+                                          descriptor_of(at_a + mine + depth * kAStep + (i * kBoxBytes >> 4)),
+                                          descriptor_of(at_b + depth * kBStep), 1);
       }
     }
     wgmma_commit();
     if (k > 0) {
       wgmma_wait<1>();
-      release(k - 1);
+      if (leader) {
+        if (k - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
+        if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+      }
     }
+    a += part.a_stride, ++b;
   }
   wgmma_wait<0>();
   PGOLF_UNROLL
   for (int i = 0; i < Rows; ++i) wgmma_keep_order(sum[i]);
-  release(part.depth - 1);
+  if (leader) {
+    if (part.held == 0) release_a(base, part, a - part.a_stride);
+    if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+  }
 }
 
 // One loop for each layout: with a branch around the products ptxas waits for each block of k.
@@ -314,23 +337,30 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], int blocks, Layout
 
 // ---- A storing warp for each warpgroup
 
+// A box is let go of when the next one's store is on its way, or when all are done.
 __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, int group) {
-  for (int n = 0;; ++n) {
-    const int box = n % kStagedPerGroup;
-    const uint32_t filled = staged_barrier(base, group, box);
-    mbarrier_wait(filled, n / kStagedPerGroup & 1);
-    const Job job = reinterpret_cast<const Job*>(shared + kJobOffset)[group * kStagedPerGroup + box];
+  uint32_t released = 0;
+  auto filled = [&](uint32_t n) { return staged_barrier(base, group, n % kStagedPerGroup); };
+  auto release_before = [&](uint32_t n) {
+    for (; released < n; ++released) mbarrier_arrive(filled(released) + 8 * kGroups * kStagedPerGroup, 1);
+  };
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t box = group * kStagedPerGroup + n % kStagedPerGroup;
+    mbarrier_wait(filled(n), n / kStagedPerGroup & 1);
+    const Job job = reinterpret_cast<const Job*>(shared + kJobOffset)[box];
     if (job.map == kEnd) return;
-    tma_store(plan.maps + job.map, base + kStagedOffset + (group * kStagedPerGroup + box) * kBoxBytes,
-              job.column, job.row, job.matrix);
+    tma_store(plan.maps + job.map, base + kStagedOffset + box * kBoxBytes, job.column, job.row, job.matrix);
     tma_store_commit();
-    tma_store_wait_read<0>();
-    mbarrier_arrive(filled + 8 * kGroups * kStagedPerGroup, 1);
-    if (job.counter >= 0) {
-      tma_store_wait();
-      fence_proxy();
-      release_add(plan.done + job.counter, job.tiles);
+    if (job.counter < 0) {
+      tma_store_wait_read<1>();
+      release_before(n);
+      continue;
     }
+    tma_store_wait_read<0>();
+    release_before(n + 1);
+    tma_store_wait();
+    fence_proxy();
+    release_add(plan.done + job.counter, job.tiles);
   }
 }
 
@@ -339,21 +369,21 @@ struct Writer {
   uint32_t base;
   char* shared;
   int group;
-  int jobs = 0;
+  uint32_t jobs = 0;
 
   // Read again at each use: a register held through the products would be spilled.
   __device__ __forceinline__ static uint32_t thread() { return threadIdx.x % kGroupThreads; }
 
   // The next box, once it is free.
   __device__ __forceinline__ uint32_t open() {
-    const int box = jobs % kStagedPerGroup;
+    const uint32_t box = jobs % kStagedPerGroup;
     mbarrier_wait(staged_barrier(base, group, box) + 8 * kGroups * kStagedPerGroup,
                   (jobs / kStagedPerGroup & 1) ^ 1);
     return base + kStagedOffset + (group * kStagedPerGroup + box) * kBoxBytes;
   }
 
   __device__ __forceinline__ void close(const Job& job) {
-    const int box = jobs % kStagedPerGroup;
+    const uint32_t box = jobs % kStagedPerGroup;
     fence_proxy_shared();
     if (thread() == 0) reinterpret_cast<Job*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
     __syncwarp();
@@ -385,10 +415,9 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
   const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const int from = part.depth - part.held + half;
+    const uint32_t from = part.a_index + (part.depth - part.held + half) * part.a_stride;
     const uint32_t r = warp * 16 + lane % 16;
-    const uint32_t box =
-        RingA::slot(writer.base, part.a_index + from * part.a_stride) + part.a_offset + r * 128;
+    const uint32_t box = RingA::slot(writer.base, from) + part.a_offset + r * 128;
     PGOLF_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (2 * i >= blocks) continue;
@@ -466,7 +495,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
 
 __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
   Writer writer{base, shared, group};
-  int a_index = 0, b_index = 0;
+  uint32_t a_index = 0, b_index = 0;
   // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot again it
   // must know that the other's are filled: a parity cannot tell phases further apart.
   int alone = 0, seen = 0;
@@ -477,7 +506,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
     }
     seen = alone;
   };
-  for (int n = 0;; ++n) {
+  for (uint32_t n = 0;; ++n) {
     RingTask::wait_filled(base, n);
     const Task& task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     if (task.product < 0) {
@@ -495,7 +524,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
         Part part{a_index, 1, 0, 1, b_index, 1, diagonal, 0, task.depth, 0, added_blocks(task, column)};
         int row = task.row, blocks = 4;
         if (task.tall) {
-          part.a_index += group, part.a_stride = 2, part.a_other = 1 - 2 * group, row += group * kTile;
+          part.a_index += group, part.a_stride = 2, part.a_other = 1u - 2u * group, row += group * kTile;
         } else if (task.spread) {
           part.a_offset = group * kBoxBytes, row += group * kBox, blocks = 2;
         } else {
@@ -503,7 +532,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
           part.b_releases = 2, part.passed = passed(group);
         }
         catch_up();
-        float sum[2][64] = {};
+        float sum[2][64];
         multiply(sum, blocks, task.layout, base, part);
         finish(sum, blocks, writer, part, done, task, row, column, together ? 1 : 2);
       }
