@@ -14,7 +14,6 @@ fused kernels; under torchrun it includes the communication of that many ranks. 
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from bench.ops.bench_muon_step import (
     banks,
     torch_muon,
 )
+from bench.polar_peers import gram_newton_schulz
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
@@ -89,6 +89,11 @@ def per_bank(step: Callable[..., None], own: list[MuonBank], table: Table) -> Ca
     return lambda: [step(bank.param, bank.grad, bank.momentum, table) for bank in own]
 
 
+def each(iterate: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
+    """Return a call that iterates each input."""
+    return lambda: [iterate(x) for x in inputs]
+
+
 def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return the same step by others, each on tensors of its own."""
     compiled = torch.compile(banked_step, dynamic=False, fullgraph=True)
@@ -98,12 +103,10 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
         torch_name("compile"): per_bank(compiled, banks(shapes, device), table),
         torch_name("optim.Muon"): torch_muon(shapes, device),
     }
-    if device.type == "cuda" and importlib.util.find_spec("gram_newton_schulz") is not None:
-        from gram_newton_schulz import GramNewtonSchulz
-
-        gram = GramNewtonSchulz(ns_coefficients=[list(row) for row in table])
+    if device.type == "cuda":
         inputs = [bank.grad.bfloat16() for bank in banks(shapes, device)]
-        found["gram-newton-schulz, iteration only"] = lambda: [gram(x) for x in inputs]
+        for name, iterate in gram_newton_schulz(table).items():
+            found[f"{name}, iteration only"] = each(iterate, inputs)
     return found
 
 

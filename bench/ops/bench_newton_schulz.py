@@ -1,4 +1,4 @@
-"""newton_schulz on the model's weight banks and on large matrices, against torch.baddbmm and torch.compile.
+"""newton_schulz on the model's weight banks and on large matrices, against torch and gram-newton-schulz.
 
 `bank66` is all 66 matrices of the record model, `eighth` the share of one rank of eight. bfloat16 in and out,
 coefficients of `polar_express_golf`. A call is the whole set of banks. sv_min and sv_max are the extreme
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
+from bench.polar_peers import Table, gram_newton_schulz
 from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
 
 Banks = list[Tensor]
-Table = tuple[tuple[float, float, float], ...]
 
 BANK66 = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
 EIGHTH = [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)]
@@ -56,6 +56,11 @@ def eager(x: Tensor, table: Table) -> Tensor:
     return X.mT if tall else X
 
 
+def per_bank(iterate: Callable[[Tensor], Tensor], banks: Banks) -> Callable[[], Banks]:
+    """Return a call that iterates each bank on its own."""
+    return lambda: [iterate(x) for x in banks]
+
+
 def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
     hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
@@ -66,6 +71,10 @@ def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],
+        **{
+            name: per_bank(call, banks)
+            for name, call in (gram_newton_schulz(table) if hopper else {}).items()
+        },
     }
 
 

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kernels/common.h"
+#include "kernels/newton_schulz_sm90.h"
 
 namespace pgolf {
 
@@ -34,6 +35,14 @@ struct MuonDirection {
   void* direction;   // (rows, cols) row-major, X; must not alias the others
   int64_t rows;
   int64_t cols;
+};
+
+// One bank of muon_direction_sm90: what newton_schulz_sm90 takes as prepared.
+struct MuonPolarInput {
+  const void* grad;              // (matrices, rows, cols) row-major, G
+  void* momentum;                // the same shape, M, in place
+  void* x;                       // the same shape, float16
+  int64_t matrices, rows, cols;  // cols a multiple of 8; pointers aligned to 16 bytes
 };
 
 struct MuonOptions {
@@ -59,6 +68,12 @@ void muon_direction_cpu(const MuonDirection* banks, int count, const float* scal
 template <typename G, typename M, typename X>
 void muon_direction_cuda(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
                          CUstream_st* stream);
+
+// The same directions, not rounded before, as float16 times a power of two that brings each matrix' norm near
+// [16, 32), and prepared.sigma = 1 / ((norm + eps) 2^e). At most kNsMaxBanks banks; Hopper.
+template <typename G, typename M>
+void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepared& prepared, float eps,
+                         const float* scalars, MuonOptions options, CUstream_st* stream);
 
 template <typename X>
 void muon_apply_cpu(const MuonTarget* targets, int count, const float* scalars, int threads);

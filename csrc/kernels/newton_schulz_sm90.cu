@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "kernels/convert.cuh"
 #include "kernels/cuda_check.cuh"
 #include "kernels/newton_schulz_sm90_products.cuh"
 #include "kernels/newton_schulz_sm90_scale.cuh"
@@ -11,6 +12,124 @@ namespace pgolf {
 namespace {
 
 using namespace ns90;
+
+// ---- Normalising
+
+struct NormalizeBank {
+  const void* in;
+  __half* x;
+  NsType type;
+  int64_t count;  // elements per matrix, a multiple of 8
+  int chunks;     // per matrix
+  int first_block, first_matrix;
+};
+
+struct NormalizePlan {
+  NormalizeBank banks[kMaxBanks];
+  int bank_count;
+  Words words;
+  int counters;
+  bool normalize;
+  float eps;
+};
+
+__device__ __forceinline__ const NormalizeBank& bank_of(const NormalizePlan& plan, int block) {
+  int i = 0;
+  while (i + 1 < plan.bank_count && block >= plan.banks[i + 1].first_block) ++i;
+  return plan.banks[i];
+}
+
+__device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType type, int64_t at) {
+  if (type == NsType::kFloat32) {
+    const float4 lo = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at));
+    const float4 hi = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at) + 1);
+    value[0] = lo.x, value[1] = lo.y, value[2] = lo.z, value[3] = lo.w;
+    value[4] = hi.x, value[5] = hi.y, value[6] = hi.z, value[7] = hi.w;
+    return;
+  }
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in) + at));
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  PGOLF_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    if (type == NsType::kBfloat16) {
+      value[2 * i] = __uint_as_float(words[i] << 16);
+      value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    } else {
+      const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_constant__ NormalizePlan plan) {
+  __shared__ float staged[3][kCastThreads / kWarp];
+  const int block = static_cast<int>(blockIdx.x);
+  const NormalizeBank& bank = bank_of(plan, block);
+  const int local = block - bank.first_block;
+  const int matrix = local / bank.chunks;
+  const int64_t begin = static_cast<int64_t>(local - matrix * bank.chunks) * kChunk;
+  Squares squares;
+  PGOLF_UNROLL
+  for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
+    const int64_t at = begin + (i * kCastThreads + static_cast<int>(threadIdx.x)) * 8;
+    if (at >= bank.count) break;
+    float value[8];
+    load8(value, bank.in, bank.type, matrix * bank.count + at);
+    PGOLF_UNROLL
+    for (int l = 0; l < 8; ++l) squares.add(value[l]);
+  }
+  const float sum = block_sum<kCastThreads>(squares.sum, staged[0]);
+  const float low = block_sum<kCastThreads>(squares.low, staged[1]);
+  const float high = block_sum<kCastThreads>(squares.high, staged[2]);
+  if (threadIdx.x == 0) {
+    float* partials = plan.words.partials + 3 * block;
+    partials[0] = sum, partials[1] = low, partials[2] = high;
+  }
+}
+
+__global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constant__ NormalizePlan plan) {
+  __shared__ float staged[3][kCastThreads / kWarp];
+  __shared__ Scale shared_scale;
+  const int block = static_cast<int>(blockIdx.x);
+  if (block == 0) {
+    for (int i = threadIdx.x; i < plan.counters; i += kCastThreads) plan.words.done[i] = 0;
+  }
+  const NormalizeBank& bank = bank_of(plan, block);
+  const int local = block - bank.first_block;
+  const int matrix = local / bank.chunks;
+  const int chunk = local - matrix * bank.chunks;
+  float sums[3] = {0.0f, 0.0f, 0.0f};
+  if (plan.normalize) {
+    const float* partials = plan.words.partials + 3 * static_cast<int64_t>(block - chunk);
+    for (int i = threadIdx.x; i < bank.chunks; i += kCastThreads) {
+      PGOLF_UNROLL
+      for (int l = 0; l < 3; ++l) sums[l] += partials[3 * i + l];
+    }
+    PGOLF_UNROLL
+    for (int l = 0; l < 3; ++l) sums[l] = block_sum<kCastThreads>(sums[l], staged[l]);
+  }
+  if (threadIdx.x == 0) {
+    shared_scale = plan.normalize ? scale_of(sums[0], sums[1], sums[2], plan.eps)
+                                  : Scale{kNormExponent, power_of_two(-kNormExponent)};
+    if (chunk == 0) plan.words.sigma[bank.first_matrix + matrix] = shared_scale.sigma;
+  }
+  __syncthreads();
+  const PowerOfTwo power(shared_scale.exponent);
+  PGOLF_UNROLL
+  for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
+    const int64_t at =
+        static_cast<int64_t>(chunk) * kChunk + (i * kCastThreads + static_cast<int>(threadIdx.x)) * 8;
+    if (at >= bank.count) break;
+    float value[8];
+    load8(value, bank.in, bank.type, matrix * bank.count + at);
+    Pack<__half> pack;
+    PGOLF_UNROLL
+    for (int l = 0; l < 8; ++l) pack.value[l] = __float2half_rn(power(value[l]));
+    *reinterpret_cast<Pack<__half>*>(bank.x + matrix * bank.count + at) = pack;
+  }
+}
+
+// ---- Products
 
 using EncodeFunction = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                     const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
@@ -30,12 +149,12 @@ EncodeFunction encode_function() {
   return function;
 }
 
-CUtensorMap tensor_map(const Place& place, int64_t batch) {
+CUtensorMap tensor_map(const Place& place, int64_t batch, int box_rows) {
   const cuuint64_t size[3] = {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
                               static_cast<cuuint64_t>(batch)};
   const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * place.cols),
                                 static_cast<cuuint64_t>(2 * place.batch)};
-  const cuuint32_t box[3] = {kBox, kBox, 1}, step[3] = {1, 1, 1};
+  const cuuint32_t box[3] = {kBox, static_cast<cuuint32_t>(box_rows), 1}, step[3] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result =
       encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, place.first, size, stride, box, step,
@@ -61,16 +180,17 @@ int banks_of_launch(const NsBank* banks, int count, int steps) {
   return here;
 }
 
-// Tasks of one tile. Panels of four reuse an operand but make each matrix' chain of products longer, and that
-// costs more: 66 matrices on one H100 took 0.89 ms with single tiles and 1.06 ms with panels. Sharing a tile
-// between the warpgroups pays where tiles are few (ten matrices: 0.280 ms, 0.290 without; 66 matrices: 0.95
-// ms).
+// Tiles of a task. Two tiles of an update share an operand (66 matrices on one H100: 0.664 ms, 0.683 with
+// single tiles); longer tasks make each matrix' chain of products longer, and that costs more (0.71 ms with
+// four). Sharing a tile between the warpgroups pays where tiles are few (ten matrices: 0.204 ms, 0.211
+// without).
 Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) {
     panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
   }
-  return {1, 1, panels < multiprocessors, false};
+  const bool few = panels < multiprocessors;
+  return {1, few ? 1 : 2, few, false};
 }
 
 void launch_products(const Plan& plan, int first, int last, int queue, int multiprocessors,
@@ -82,10 +202,12 @@ void launch_products(const Plan& plan, int first, int last, int queue, int multi
   PGOLF_LAUNCH_CHECK();
 }
 
-void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, bool normalize, float eps,
+enum Scaling { kNormalize, kTrusted, kPrepared };  // by whom the matrices are scaled
+
+void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, Scaling scaling, float eps,
                unsigned char* workspace, const Tuning& tuning, int multiprocessors, cudaStream_t stream) {
   Plan plan{};
-  CastPlan cast{};
+  NormalizePlan scale{};
   std::vector<Ranked> order;
   size_t at = words_bytes(banks, count);
   int matrices = 0, blocks = 0;
@@ -98,32 +220,26 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
       const bool square = buffer >= kSquaresOut && buffer < kFactor;
       const int64_t fitting = std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
       if (square && (buffer - kSquaresOut) % 3 >= fitting) continue;  // no product names it
-      plan.maps[first_map + buffer] = tensor_map(place_of(bank, workspace, space, buffer), bank.batch);
+      const Place place = place_of(bank, workspace, space, buffer);
+      plan.maps[first_map + buffer] = tensor_map(place, bank.batch, kBox);
+      plan.maps[kTallBoxes + first_map + buffer] = tensor_map(place, bank.batch, kTile);
     }
     Chain chain(bank, workspace, space, first_map, matrices, tuning);
     for (const Ranked& ranked : chain.run(table, steps)) order.push_back(ranked);
-    const Buffer start = Chain::x_buffer(segment_count(bank, steps));
-    cast.banks[i] = {bank.in,
-                     place_of(bank, workspace, space, start).first,
-                     bank.type,
-                     bank.rows * bank.cols,
-                     static_cast<int>(chunks_of(bank)),
-                     blocks,
-                     matrices};
+    scale.banks[i] = {bank.in,
+                      first_x(bank, steps, workspace, space),
+                      bank.type,
+                      bank.rows * bank.cols,
+                      static_cast<int>(chunks_of(bank)),
+                      blocks,
+                      matrices};
     blocks += static_cast<int>(bank.batch * chunks_of(bank));
     matrices += static_cast<int>(bank.batch);
   }
-  auto* words = reinterpret_cast<uint32_t*>(workspace);
-  cast.bank_count = count;
-  cast.partials = reinterpret_cast<float*>(words);
-  cast.sigma = reinterpret_cast<float*>(words + 3 * static_cast<size_t>(blocks));
-  cast.clear = words + 3 * static_cast<size_t>(blocks) + matrices;
-  cast.clear_count = matrices + kMaxProducts;
-  cast.normalize = normalize;
-  cast.eps = eps;
-  plan.sigma = cast.sigma;
-  plan.done = cast.clear;
-  plan.queue = cast.clear + matrices;
+  const Words words(workspace, banks, count);
+  plan.sigma = words.sigma;
+  plan.done = words.done;
+  plan.queue = words.queue;
 
   std::stable_sort(order.begin(), order.end(), [&](const Ranked& a, const Ranked& b) {
     return tuning.grouped ? a.rank < b.rank : a.progress < b.progress;
@@ -135,12 +251,19 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
     product.first_task = tasks;
     tasks += static_cast<int>(ranked.batch) * product.tasks;
   }
-  if (normalize) {
-    squares_kernel<<<blocks, kCastThreads, 0, stream>>>(cast);
+  if (scaling != kPrepared) {
+    scale.bank_count = count;
+    scale.words = words;
+    scale.counters = counter_count(matrices);
+    scale.normalize = scaling == kNormalize;
+    scale.eps = eps;
+    if (scale.normalize) {
+      squares_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
+      PGOLF_LAUNCH_CHECK();
+    }
+    cast_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
     PGOLF_LAUNCH_CHECK();
   }
-  cast_kernel<<<blocks, kCastThreads, 0, stream>>>(cast);
-  PGOLF_LAUNCH_CHECK();
   if (!tuning.grouped) {
     launch_products(plan, 0, tasks, 0, multiprocessors, stream);
     return;
@@ -165,8 +288,8 @@ bool newton_schulz_sm90_can_run(const NsBank* banks, int count) {
     const NsBank& bank = banks[i];
     if (bank.batch < 1 || bank.rows < 8 || bank.cols < 8 || bank.rows % 8 != 0 || bank.cols % 8 != 0)
       return false;
-    if (bank.batch >= (1 << 20) || bank.rows > (1 << 16) || bank.cols > (1 << 16)) return false;
     if (bank.batch * chunks_of(bank) >= (1 << 24)) return false;
+    if (bank.batch >= (1 << 20) || bank.rows > (1 << 16) || bank.cols > (1 << 16)) return false;
     if (reinterpret_cast<uintptr_t>(bank.in) % 16 != 0 || reinterpret_cast<uintptr_t>(bank.out) % 16 != 0)
       return false;
   }
@@ -184,12 +307,39 @@ size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
   return most;
 }
 
+int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* workspace,
+                               NsPrepared* prepared) {
+  const int here = banks_of_launch(banks, count, steps);
+  auto* bytes = static_cast<unsigned char*>(workspace);
+  size_t at = words_bytes(banks, here);
+  int matrices = 0;
+  for (int i = 0; i < here; ++i) {
+    const BankSpace space(banks[i], steps, at);
+    at = space.end;
+    prepared->x[i] = first_x(banks[i], steps, bytes, space);
+    matrices += static_cast<int>(banks[i].batch);
+  }
+  const Words words(bytes, banks, here);
+  prepared->sigma = words.sigma;
+  prepared->partials = words.partials;
+  prepared->counters = words.done;
+  prepared->counter_count = counter_count(matrices);
+  return here;
+}
+
+void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
+                                 void* workspace, CUstream_st* stream) {
+  const int multiprocessors = multiprocessor_count();
+  run_banks(banks, count, coefficients, steps, kPrepared, 0.0f, static_cast<unsigned char*>(workspace),
+            tune(banks, count, multiprocessors), multiprocessors, stream);
+}
+
 void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                         bool normalize, float eps, void* workspace, CUstream_st* stream) {
   const int multiprocessors = multiprocessor_count();
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
-    run_banks(banks + first, here, coefficients, steps, normalize, eps,
+    run_banks(banks + first, here, coefficients, steps, normalize ? kNormalize : kTrusted, eps,
               static_cast<unsigned char*>(workspace), tune(banks + first, here, multiprocessors),
               multiprocessors, stream);
   }

@@ -40,6 +40,26 @@ inline bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
 // Bytes of scratch memory, to be 256-byte aligned.
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps);
 
+inline constexpr int kNsMaxBanks = 6;  // of one launch
+
+// Places in the workspace for a caller that writes X itself.
+struct NsPrepared {
+  void* x[kNsMaxBanks];  // float16, each matrix times a power of two 2^e that brings its norm near [16, 32)
+  float* sigma;          // 1 / ((norm + eps) 2^e) of all matrices, in the order of the banks
+  float* partials;       // scratch, 24 a matrix
+  uint32_t* counters;    // to be zeroed
+  int counter_count;
+};
+
+// How many of the banks, from the first on, one launch takes, at least one, and where their X belongs.
+int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* workspace,
+                               NsPrepared* prepared);
+
+// As newton_schulz_sm90, of what the caller wrote to the places that newton_schulz_sm90_prepare named for
+// these banks; their `in` is not read.
+void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
+                                 void* workspace, CUstream_st* stream);
+
 // Banks that newton_schulz_sm90_can_run takes. `normalize` false: the caller vouches for norms of at most 1.
 void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                         bool normalize, float eps, void* workspace, CUstream_st* stream);

@@ -18,11 +18,13 @@ inline constexpr int kBoxBytes = 2 * kBox * kBox;
 inline constexpr int kTile = 128;                 // side of an output tile
 inline constexpr int kSlotBytes = 2 * kBoxBytes;  // 128 x 64 of an operand
 inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
-inline constexpr int kMaxBanks = 8;
+inline constexpr int kTallDepth = 8;              // blocks of k above which tiles of 256x128 pay
+inline constexpr int kMaxBanks = kNsMaxBanks;
 inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
-inline constexpr int kAlignment = 256;    // bytes, of each buffer in the workspace
 inline constexpr int kCastThreads = 256;
 inline constexpr int kChunk = kCastThreads * 8 * 4;  // elements that a block of the normalising kernels takes
+inline constexpr int kPartsOfInput = 8;              // partial sums a matrix of a caller that scales itself
+inline constexpr int kAlignment = 256;               // bytes, of each buffer in the workspace
 
 enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A B, A^T B
 
@@ -31,6 +33,7 @@ enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A
 // does kSpare, which stands for T where only two fit.
 enum Buffer : uint8_t { kOut, kX, kSquaresOut, kSquaresX = kSquaresOut + 3, kFactor = kSquaresX + 3, kSpare };
 inline constexpr int kMapsPerBank = kSpare + 1;
+inline constexpr int kTallBoxes = kMaxBanks * kMapsPerBank;  // first map of the boxes of 128 rows
 
 // out = alpha sigma^alpha_power A B + beta sigma^beta_power C + gamma I, for each matrix of a bank.
 struct Product {
@@ -42,8 +45,7 @@ struct Product {
   bool spread;        // the warpgroups share a task of one tile: latency before throughput
   uint8_t a, b, out;  // tensor maps
   NsType type;        // of out
-  const __half* c;    // (rows, cols) of the first matrix, or null
-  int64_t c_batch;    // elements from one matrix of c to the next
+  bool added;         // C is A; else there is none
   float* direct;      // out where its type is float32
   int rows, cols;
   int depth;           // blocks of 64 along k
@@ -55,7 +57,7 @@ struct Product {
 };
 
 struct Plan {
-  CUtensorMap maps[kMaxBanks * kMapsPerBank];
+  CUtensorMap maps[2 * kMaxBanks * kMapsPerBank];  // boxes of 64x64, then of 128 rows
   Product products[kMaxProducts];
   int product_count;
   const float* sigma;  // per matrix
@@ -63,8 +65,18 @@ struct Plan {
   uint32_t* queue;
 };
 
+// What the multiplying warpgroups know of a task: tiles `column` .. of 128 rows (256 if tall) from `row` on.
 struct Task {
-  int product, matrix, panel, column, count;  // tiles `column` .. `column + count - 1` of row panel `panel`
+  float* direct;             // of the matrix; null: out through the tensor map
+  float alpha, beta, gamma;  // with sigma
+  int product;               // negative: no more tasks
+  int matrix, counter, out;
+  int row, column, count;  // elements, elements, tiles
+  int rows, cols, depth;
+  uint32_t need;  // counter before the task may start
+  uint8_t b;      // tensor map
+  Layout layout;
+  bool symmetric, tall, spread, added, same, bfloat16;  // same: A is B
 };
 
 #ifdef __CUDACC__
@@ -143,17 +155,37 @@ inline Place place_of(const NsBank& bank, unsigned char* workspace, const BankSp
   return {around + (buffer - kSquaresOut) % 3 * side * side, size, side, side};
 }
 
+// Where the products start from.
+inline __half* first_x(const NsBank& bank, int steps, unsigned char* workspace, const BankSpace& space) {
+  return place_of(bank, workspace, space, segment_count(bank, steps) % 2 == 0 ? kOut : kX).first;
+}
+
 inline int64_t chunks_of(const NsBank& bank) { return (bank.rows * bank.cols + kChunk - 1) / kChunk; }
 
-// Matrices' words: partial sums, sigma, counters, queues.
-inline size_t words_bytes(const NsBank* banks, int count) {
-  size_t blocks = 0, matrices = 0;
-  for (int i = 0; i < count; ++i) {
-    blocks += static_cast<size_t>(banks[i].batch * chunks_of(banks[i]));
-    matrices += static_cast<size_t>(banks[i].batch);
+inline int counter_count(int64_t matrices) { return static_cast<int>(matrices) + kMaxProducts; }
+
+// The head of the workspace.
+struct Words {
+  float *partials, *sigma;
+  uint32_t *done, *queue;  // counters
+  size_t bytes;
+
+  Words() = default;
+  Words(unsigned char* workspace, const NsBank* banks, int count) {
+    int64_t chunks = 0, matrices = 0;
+    for (int i = 0; i < count; ++i) {
+      chunks += banks[i].batch * std::max(chunks_of(banks[i]), int64_t{kPartsOfInput});
+      matrices += banks[i].batch;
+    }
+    partials = reinterpret_cast<float*>(workspace);
+    sigma = partials + 3 * chunks;
+    done = reinterpret_cast<uint32_t*>(sigma + matrices);
+    queue = done + matrices;
+    bytes = round_up(static_cast<size_t>(4 * (3 * chunks + matrices + counter_count(matrices))));
   }
-  return round_up(4 * (3 * blocks + 2 * matrices + kMaxProducts));
-}
+};
+
+inline size_t words_bytes(const NsBank* banks, int count) { return Words(nullptr, banks, count).bytes; }
 
 inline int tiles_of(int64_t extent, int tile) { return static_cast<int>((extent + tile - 1) / tile); }
 
@@ -222,13 +254,13 @@ class Chain {
   static double cost(const Product& p) { return p.depth + 6.0; }
 
   void add(Product p, int64_t rows, int64_t cols, int64_t depth, Buffer a, Buffer b, Buffer out, int chunk) {
-    p.a = static_cast<uint8_t>(first_map_ + a);
-    p.b = static_cast<uint8_t>(first_map_ + b);
+    p.a = static_cast<uint8_t>(first_map_ + a + (p.layout != kColumnsColumns ? kTallBoxes : 0));
+    p.b = static_cast<uint8_t>(first_map_ + b + (p.layout == kRowsRows ? kTallBoxes : 0));
     p.out = static_cast<uint8_t>(first_map_ + out);
     p.rows = static_cast<int>(rows);
     p.cols = static_cast<int>(cols);
     p.depth = tiles_of(depth, kBox);
-    p.tall = p.depth > kASlots && rows >= 1024;
+    p.tall = p.depth > kTallDepth && rows >= 1024;
     p.spread = tuning_.spread && !p.tall;
     p.chunk = p.depth <= kASlots && !p.tall ? chunk : 1;
     p.panels = tiles_of(rows, p.tall ? 2 * kTile : kTile);
@@ -259,10 +291,8 @@ class Chain {
     p.layout = kRowsRows;
     p.symmetric = true;
     p.type = NsType::kFloat16;
-    const Place place = place_of(bank_, workspace_, space_, r);
-    p.c = place.first;
-    p.c_batch = place.batch;
-    add(p, small_, small_, small_, r, r, out, tuning_.small_chunk);
+    p.added = true;
+    add(p, small_, small_, small_, r, r, out, 1);
   }
 
   // A product of polynomials of one symmetric matrix is symmetric.

@@ -21,10 +21,14 @@ constexpr int kThreads = (kGroups + 1) * kGroupThreads;
 constexpr int kStagedPerGroup = 2;  // boxes on their way out
 constexpr int kLanes = 32;
 
-__device__ Task decode(const Plan& plan, int task, int& product) {
-  while (product + 1 < plan.product_count && task >= plan.products[product + 1].first_task) ++product;
+__device__ __forceinline__ float power(float x, int n) {
+  return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
+}
+
+__device__ Task decode(const Plan& plan, int index, int& product) {
+  while (product + 1 < plan.product_count && index >= plan.products[product + 1].first_task) ++product;
   const Product& p = plan.products[product];
-  const int local = task - p.first_task;
+  const int local = index - p.first_task;
   const int matrix = local / p.tasks;
   int left = local - matrix * p.tasks;
   int panel = p.panels - 1;  // the longest panels of a symmetric product first
@@ -35,13 +39,45 @@ __device__ Task decode(const Plan& plan, int task, int& product) {
   }
   const int column = left * p.chunk;
   const int rest = tiles_in_panel(p, panel) - column;
-  return Task{product, matrix, panel, column, rest < p.chunk ? rest : p.chunk};
+  const float sigma = p.alpha_power + p.beta_power > 0 ? plan.sigma[p.first_matrix + matrix] : 1.0f;
+  Task task;
+  task.direct = p.type == NsType::kFloat32 ? p.direct + int64_t{matrix} * p.rows * p.cols : nullptr;
+  task.alpha = p.alpha * power(sigma, p.alpha_power), task.beta = p.beta * power(sigma, p.beta_power);
+  task.gamma = p.gamma;
+  task.product = product, task.matrix = matrix, task.counter = p.first_matrix + matrix, task.out = p.out;
+  task.row = panel * (p.tall ? 2 * kTile : kTile), task.column = column * kTile;
+  task.count = min(rest, p.chunk);
+  task.rows = p.rows, task.cols = p.cols, task.depth = p.depth;
+  task.layout = p.layout, task.symmetric = p.symmetric, task.tall = p.tall;
+  task.spread = p.spread && task.count == 1;
+  task.need = p.need, task.b = p.b;
+  task.added = p.added, task.same = p.symmetric && p.a == p.b, task.bfloat16 = p.type == NsType::kBfloat16;
+  return task;
 }
 
 // Whether the tile needs the same rows of the same matrix on both sides.
-__device__ __forceinline__ bool operands_coincide(const Product& p, int panel, int column) {
-  return p.symmetric && p.a == p.b && !p.tall && column == panel;
+__device__ __forceinline__ bool operands_coincide(const Task& task, int column) {
+  return task.same && !task.tall && column == task.row;
 }
+
+// Blocks of A among the last along k that hold the tile's part of C = A.
+__device__ __forceinline__ int added_blocks(const Task& task, int column) {
+  return task.added ? min(2, task.depth - column / kBox) : 0;
+}
+
+// The block of k that comes first: those that a tile adds, too, come last.
+__device__ __forceinline__ int first_depth(const Task& task, int column) {
+  const int after = column / kBox + 2;
+  return task.added && after < task.depth ? after : 0;
+}
+
+// A staged box on its way out.
+struct Job {
+  int map, row, column, matrix;
+  int counter;  // to add `tiles` to when all of this group's boxes are stored; negative: not yet
+  int tiles;
+};
+constexpr int kEnd = -1;  // in place of a map: no more jobs
 
 // ---- Shared memory
 
@@ -50,24 +86,33 @@ constexpr int kBOffset = kAOffset + kASlots * kSlotBytes;
 constexpr int kStagedOffset = kBOffset + kBSlots * kSlotBytes;
 constexpr int kBarrierOffset = kStagedOffset + kGroups * kStagedPerGroup * kBoxBytes;
 constexpr int kPassedBarrier = 2 * (kASlots + kBSlots + kTaskSlots);  // one per group
-constexpr int kBarriers = kPassedBarrier + kGroups;
+constexpr int kStagedBarrier = kPassedBarrier + kGroups;
+constexpr int kBarriers = kStagedBarrier + 2 * kGroups * kStagedPerGroup;
 constexpr int kTaskOffset = kBarrierOffset + 8 * kBarriers;
 static_assert(kTaskOffset % 8 == 0, "barriers and tasks are aligned");
-constexpr int kSharedBytes = kTaskOffset + kTaskSlots * static_cast<int>(sizeof(Task)) + 1024;  // alignment
+constexpr int kJobOffset = kTaskOffset + kTaskSlots * static_cast<int>(sizeof(Task));
+constexpr int kSharedBytes =
+    kJobOffset + kGroups * kStagedPerGroup * static_cast<int>(sizeof(Job)) + 1024;  // alignment
 static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
 
-// Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0.
-template <int Slots, int Offset, int FirstBarrier, int Bytes>
+// Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0, unsigned and with
+// powers of two for slots because divisions in the loops cost more than the waits.
+template <uint32_t Slots, int Offset, int FirstBarrier, int Bytes>
 struct Ring {
-  __device__ static uint32_t slot(uint32_t base, int index) { return base + Offset + index % Slots * Bytes; }
-  __device__ static uint32_t filled(uint32_t base, int index) {
-    return base + kBarrierOffset + 8 * (FirstBarrier + index % Slots);
+  static_assert((Slots & (Slots - 1)) == 0, "slots are a power of two");
+  __device__ __forceinline__ static uint32_t slot(uint32_t base, uint32_t index) {
+    return base + Offset + index % Slots * Bytes;
   }
-  __device__ static uint32_t free(uint32_t base, int index) { return filled(base, index) + 8 * Slots; }
-  __device__ static void wait_filled(uint32_t base, int index) {
+  __device__ __forceinline__ static uint32_t filled(uint32_t base, uint32_t index) {
+    return base + kBarrierOffset + 8 * FirstBarrier + 8 * (index % Slots);
+  }
+  __device__ __forceinline__ static uint32_t free(uint32_t base, uint32_t index) {
+    return filled(base, index) + 8 * Slots;
+  }
+  __device__ __forceinline__ static void wait_filled(uint32_t base, uint32_t index) {
     mbarrier_wait(filled(base, index), index / Slots & 1);
   }
-  __device__ static void wait_free(uint32_t base, int index) {
+  __device__ __forceinline__ static void wait_free(uint32_t base, uint32_t index) {
     mbarrier_wait(free(base, index), (index / Slots & 1) ^ 1);
   }
 };
@@ -76,6 +121,11 @@ using RingB = Ring<kBSlots, kBOffset, 2 * kASlots, kSlotBytes>;
 using RingTask = Ring<kTaskSlots, kTaskOffset, 2 * (kASlots + kBSlots), static_cast<int>(sizeof(Task))>;
 constexpr int kWarpsPerGroup = kGroupThreads / kLanes;
 constexpr int kReleases = kGroups * kWarpsPerGroup;  // arrivals that free a slot
+
+// "Filled"; "free" lies kGroups * kStagedPerGroup further.
+__device__ __forceinline__ uint32_t staged_barrier(uint32_t base, uint32_t group, uint32_t box) {
+  return base + kBarrierOffset + 8 * (kStagedBarrier + group * kStagedPerGroup + box);
+}
 
 __device__ __forceinline__ void init_barriers(uint32_t base) {
   for (int i = 0; i < kASlots; ++i) {
@@ -88,28 +138,51 @@ __device__ __forceinline__ void init_barriers(uint32_t base) {
   }
   for (int i = 0; i < kTaskSlots; ++i) {
     mbarrier_init(RingTask::filled(base, i), 1);
-    mbarrier_init(RingTask::free(base, i), kReleases);
+    mbarrier_init(RingTask::free(base, i), kReleases + 1);
   }
   for (int i = 0; i < kGroups; ++i)
     mbarrier_init(base + kBarrierOffset + 8 * (kPassedBarrier + i), kWarpsPerGroup);
-}
-
-// ---- The feeding warp
-
-__device__ __forceinline__ void load_slot(uint32_t slot, uint32_t filled, const CUtensorMap* map,
-                                          bool along_k, int origin, int depth, int matrix) {
-  mbarrier_expect_bytes(filled, kSlotBytes);
-  PGOLF_UNROLL
-  for (int i = 0; i < 2; ++i) {
-    const int at = origin + i * kBox;
-    tma_load(slot + i * kBoxBytes, map, along_k ? depth : at, along_k ? at : depth, matrix, filled);
+  for (int i = 0; i < kGroups * kStagedPerGroup; ++i) {
+    mbarrier_init(staged_barrier(base, 0, i), kWarpsPerGroup);
+    mbarrier_init(staged_barrier(base, 0, i) + 8 * kGroups * kStagedPerGroup, 1);
   }
 }
 
-__device__ void feed(const Plan& plan, uint32_t base, char* shared, int first, int last, uint32_t* queue) {
-  int a_index = 0, b_index = 0, product = 0;
+// ---- The feeding warps: one for A, which also takes the tasks, and one for B
+
+// Position in a ring: slot and parity, kept apart because one thread has no time for divisions.
+template <typename Ring, int Slots>
+struct Cursor {
+  int slot = 0;
+  uint32_t parity = 1;
+  // Fills the next slot, once free, with 128 rows (along k) or columns from `origin` on.
+  __device__ __forceinline__ void load(uint32_t base, const CUtensorMap* map, bool along_k, int origin,
+                                       int depth, int matrix) {
+    const uint32_t filled = Ring::filled(base, 0) + 8 * slot, at = Ring::slot(base, 0) + slot * kSlotBytes;
+    mbarrier_wait(filled + 8 * Slots, parity);
+    mbarrier_expect_bytes(filled, kSlotBytes);
+    if (along_k) {
+      tma_load(at, map, depth, origin, matrix, filled);
+    } else {
+      tma_load(at, map, origin, depth, matrix, filled);
+      tma_load(at + kBoxBytes, map, origin + kBox, depth, matrix, filled);
+    }
+    if (++slot == Slots) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
+  for (uint32_t polls = 0; load_acquire(done) < need; ++polls) {
+    if (polls == kMaxPolls) give_up();
+  }
+  fence_proxy();
+}
+
+__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first, int last, uint32_t* queue) {
+  Cursor<RingA, kASlots> cursor;
+  int product = 0;
   int next = first + static_cast<int>(atomicAdd(queue, 1u));
-  for (int n = 0;; ++n) {
+  for (uint32_t n = 0;; ++n) {
     const int task_index = next;
     RingTask::wait_free(base, n);
     Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
@@ -122,35 +195,39 @@ __device__ void feed(const Plan& plan, uint32_t base, char* shared, int first, i
     const Task task = decode(plan, task_index, product);
     *slot = task;
     mbarrier_arrive(RingTask::filled(base, n), 1);
-
-    const Product& p = plan.products[task.product];
-    const uint32_t* done = plan.done + p.first_matrix + task.matrix;
-    for (uint32_t polls = 0; load_acquire(done) < p.need; ++polls) {
-      if (polls == kMaxPolls) give_up();
+    const CUtensorMap* map = plan.maps + plan.products[product].a;
+    const bool along_k = task.layout != kColumnsColumns;
+    wait_for(plan.done + task.counter, task.need);
+    int k = first_depth(task, task.column) * kBox;
+    const int end = task.depth * kBox;
+    for (int step = 0; step < task.depth; ++step) {
+      cursor.load(base, map, along_k, task.row, k, task.matrix);
+      if (task.tall) cursor.load(base, map, along_k, task.row + kTile, k, task.matrix);
+      k += kBox;
+      if (k == end) k = 0;
     }
-    fence_proxy();
+  }
+}
 
-    const CUtensorMap* map_a = plan.maps + p.a;
-    const CUtensorMap* map_b = plan.maps + p.b;
-    const bool a_along_k = p.layout != kColumnsColumns, b_along_k = p.layout == kRowsRows;
-    const int per_depth = p.tall ? 2 : 1;
+__device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
+  Cursor<RingB, kBSlots> cursor;
+  for (uint32_t n = 0;; ++n) {
+    RingTask::wait_filled(base, n);
+    const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
+    mbarrier_arrive(RingTask::free(base, n), 1);
+    if (task.product < 0) return;
+    const CUtensorMap* map = plan.maps + task.b;
+    const bool along_k = task.layout == kRowsRows;
+    wait_for(plan.done + task.counter, task.need);
+    const int end = task.depth * kBox;
     for (int tile = 0; tile < task.count; ++tile) {
-      const int column = task.column + tile;
-      const bool diagonal = operands_coincide(p, task.panel, column);
-      for (int k = 0; k < p.depth; ++k) {
-        if (tile == 0) {
-          for (int i = 0; i < per_depth; ++i, ++a_index) {
-            RingA::wait_free(base, a_index);
-            load_slot(RingA::slot(base, a_index), RingA::filled(base, a_index), map_a, a_along_k,
-                      (task.panel * per_depth + i) * kTile, k * kBox, task.matrix);
-          }
-        }
-        if (!diagonal) {
-          RingB::wait_free(base, b_index);
-          load_slot(RingB::slot(base, b_index), RingB::filled(base, b_index), map_b, b_along_k,
-                    column * kTile, k * kBox, task.matrix);
-          ++b_index;
-        }
+      const int column = task.column + tile * kTile;
+      if (operands_coincide(task, column)) continue;
+      int k = first_depth(task, column) * kBox;
+      for (int step = 0; step < task.depth; ++step) {
+        cursor.load(base, map, along_k, column, k, task.matrix);
+        k += kBox;
+        if (k == end) k = 0;
       }
     }
   }
@@ -160,204 +237,265 @@ __device__ void feed(const Plan& plan, uint32_t base, char* shared, int first, i
 
 // Where a warpgroup's part of a tile lies in the rings.
 struct Part {
-  int a_index, a_stride;  // first use of ring A and the step per block of k
-  uint32_t a_offset;      // bytes, of the group's rows within a slot
-  uint32_t a_releases;    // arrivals of each warp when it has read a slot; 0: another tile needs it
-  int b_index;
-  uint32_t b_releases;
-  bool diagonal;  // B is A
-  int a_other;    // step from our slot of A to the other group's; 0: they are the same
+  uint32_t a_index, a_stride;  // first use of ring A and the step per block of k
+  uint32_t a_offset;           // bytes, of the group's rows within a slot
+  uint32_t a_releases;         // arrivals of each warp when it has read a slot; 0: another tile needs it
+  uint32_t b_index, b_releases;
+  bool diagonal;     // B is A
+  uint32_t a_other;  // step from our slot of A to the other group's; 0: they are the same
   int depth;
   uint32_t passed;  // barrier to arrive at when the last slot is filled; 0: none
+  int held;         // last blocks of k whose slots of A stay until finish() has read them
 };
 
+__device__ __forceinline__ void release_a(uint32_t base, const Part& part, uint32_t index) {
+  if (part.a_releases) mbarrier_arrive(RingA::free(base, index), part.a_releases);
+  if (part.a_other) mbarrier_arrive(RingA::free(base, index + part.a_other), part.a_releases);
+}
+
+// The low half of wgmma_descriptor(shared), to which sixteenths of bytes can be added; the high half is
+// constant.
+__device__ __forceinline__ uint32_t descriptor_low(uint32_t shared) {
+  return static_cast<uint32_t>(wgmma_descriptor(shared));
+}
+__device__ __forceinline__ uint64_t descriptor_of(uint32_t low) {
+  return (wgmma_descriptor(0) >> 32 << 32) | low;
+}
+
+// Opaque to the compiler, which otherwise waits for the products where control flow joins.
+__device__ __forceinline__ void set_zero(float (&sum)[64]) {
+  PGOLF_UNROLL
+  for (int i = 0; i < 64; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[i]));
+}
+
 template <int Rows, bool AAlongK, bool BAlongK>
-__device__ __forceinline__ void multiply(float (&sum)[Rows][64], uint32_t base, const Part& part) {
-  auto release = [&](int k) {
-    if (threadIdx.x % kLanes != 0) return;
-    const int a_index = part.a_index + k * part.a_stride;
-    if (part.a_releases) mbarrier_arrive(RingA::free(base, a_index), part.a_releases);
-    if (part.a_other) mbarrier_arrive(RingA::free(base, a_index + part.a_other), part.a_releases);
-    if (!part.diagonal) mbarrier_arrive(RingB::free(base, part.b_index + k), part.b_releases);
-  };
+__device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Part& part) {
+  const bool leader = threadIdx.x % kLanes == 0;
+  const uint32_t low_a = descriptor_low(RingA::slot(base, 0)), low_b = descriptor_low(RingB::slot(base, 0));
+  const uint32_t mine = part.a_offset >> 4;
+  uint32_t a = part.a_index, b = part.b_index;
+  PGOLF_UNROLL
+  for (int i = 0; i < Rows; ++i) set_zero(sum[i]);
+#pragma unroll 1
   for (int k = 0; k < part.depth; ++k) {
-    const int a_index = part.a_index + k * part.a_stride;
-    RingA::wait_filled(base, a_index);
+    RingA::wait_filled(base, a);
     // A parity tells a phase from the next only, so neither group may skip a use of a slot.
-    if (part.a_other) RingA::wait_filled(base, a_index + part.a_other);
-    const uint32_t at_a = RingA::slot(base, a_index);
-    uint32_t at_b = at_a;
-    if (!part.diagonal) {
-      RingB::wait_filled(base, part.b_index + k);
-      at_b = RingB::slot(base, part.b_index + k);
-    }
-    if (part.passed && k + 1 == part.depth && threadIdx.x % kLanes == 0) mbarrier_arrive(part.passed, 1);
-    const uint64_t a = wgmma_descriptor(at_a + part.a_offset), b = wgmma_descriptor(at_b);
+    if (part.a_other) RingA::wait_filled(base, a + part.a_other);
+    if (!part.diagonal) RingB::wait_filled(base, b);
+    if (k + 1 == part.depth && part.passed && leader) mbarrier_arrive(part.passed, 1);
+    const uint32_t at_a = low_a + a % kASlots * (kSlotBytes >> 4);
+    const uint32_t at_b = part.diagonal ? at_a : low_b + b % kBSlots * (kSlotBytes >> 4);
     wgmma_fence();
     PGOLF_UNROLL
-    for (int depth = 0; depth < kBox; depth += 16) {
-      constexpr uint64_t kAStep = (AAlongK ? 32 : 2048) >> 4, kBStep = (BAlongK ? 32 : 2048) >> 4;
+    for (int depth = 0; depth < kBox / 16; ++depth) {
+      constexpr uint32_t kAStep = (AAlongK ? 32 : 2048) >> 4, kBStep = (BAlongK ? 32 : 2048) >> 4;
       PGOLF_UNROLL
       for (int i = 0; i < Rows; ++i) {
-        wgmma_64x128x16<AAlongK, BAlongK>(sum[i], a + depth / 16 * kAStep + (i * kBoxBytes >> 4),
-                                          b + depth / 16 * kBStep, k + depth);
+        wgmma_64x128x16<AAlongK, BAlongK>(sum[i],
+                                          descriptor_of(at_a + mine + depth * kAStep + (i * kBoxBytes >> 4)),
+                                          descriptor_of(at_b + depth * kBStep), 1);
       }
     }
     wgmma_commit();
     if (k > 0) {
       wgmma_wait<1>();
-      release(k - 1);
+      if (leader) {
+        if (k - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
+        if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+      }
     }
+    a += part.a_stride, ++b;
   }
   wgmma_wait<0>();
   PGOLF_UNROLL
   for (int i = 0; i < Rows; ++i) wgmma_keep_order(sum[i]);
-  release(part.depth - 1);
+  if (leader) {
+    if (part.held == 0) release_a(base, part, a - part.a_stride);
+    if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+  }
 }
 
-__device__ __forceinline__ uint32_t pack2(float x, float y, NsType type) {
-  return type == NsType::kBfloat16 ? pack_bfloat16(x, y) : pack_half(x, y);
+// One loop for each layout: with a branch around the products ptxas waits for each block of k.
+__device__ __forceinline__ void multiply(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
+                                         const Part& part) {
+  if (blocks == 2) {
+    if (layout == kRowsRows) {
+      multiply<1, true, true>(sum, base, part);
+    } else if (layout == kRowsColumns) {
+      multiply<1, true, false>(sum, base, part);
+    } else {
+      multiply<1, false, false>(sum, base, part);
+    }
+  } else if (layout == kRowsRows) {
+    multiply<2, true, true>(sum, base, part);
+  } else if (layout == kRowsColumns) {
+    multiply<2, true, false>(sum, base, part);
+  } else {
+    multiply<2, false, false>(sum, base, part);
+  }
+}
+
+// ---- A storing warp for each warpgroup
+
+// A box is let go of when the next one's store is on its way, or when all are done.
+__device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, int group) {
+  uint32_t released = 0;
+  auto filled = [&](uint32_t n) { return staged_barrier(base, group, n % kStagedPerGroup); };
+  auto release_before = [&](uint32_t n) {
+    for (; released < n; ++released) mbarrier_arrive(filled(released) + 8 * kGroups * kStagedPerGroup, 1);
+  };
+  for (uint32_t n = 0;; ++n) {
+    const uint32_t box = group * kStagedPerGroup + n % kStagedPerGroup;
+    mbarrier_wait(filled(n), n / kStagedPerGroup & 1);
+    const Job job = reinterpret_cast<const Job*>(shared + kJobOffset)[box];
+    if (job.map == kEnd) return;
+    tma_store(plan.maps + job.map, base + kStagedOffset + box * kBoxBytes, job.column, job.row, job.matrix);
+    tma_store_commit();
+    if (job.counter < 0) {
+      tma_store_wait_read<1>();
+      release_before(n);
+      continue;
+    }
+    tma_store_wait_read<0>();
+    release_before(n + 1);
+    tma_store_wait();
+    fence_proxy();
+    release_add(plan.done + job.counter, job.tiles);
+  }
 }
 
 // A warpgroup's way out: registers, a swizzled box in shared memory, the copy engine.
 struct Writer {
-  uint32_t staged;  // this group's boxes
+  uint32_t base;
+  char* shared;
   int group;
-  int turn = 0;
+  uint32_t jobs = 0;
 
   // Read again at each use: a register held through the products would be spilled.
   __device__ __forceinline__ static uint32_t thread() { return threadIdx.x % kGroupThreads; }
 
-  // Eight columns j of a 64x64 block: v[4 j ..] as wgmma_64x128x16 leaves them.
-  __device__ __forceinline__ void store(const uint32_t (&v)[16], const CUtensorMap* map, int row, int column,
-                                        int matrix, bool mirror) {
+  // The next box, once it is free.
+  __device__ __forceinline__ uint32_t open() {
+    const uint32_t box = jobs % kStagedPerGroup;
+    mbarrier_wait(staged_barrier(base, group, box) + 8 * kGroups * kStagedPerGroup,
+                  (jobs / kStagedPerGroup & 1) ^ 1);
+    return base + kStagedOffset + (group * kStagedPerGroup + box) * kBoxBytes;
+  }
+
+  __device__ __forceinline__ void close(const Job& job) {
+    const uint32_t box = jobs % kStagedPerGroup;
+    fence_proxy_shared();
+    if (thread() == 0) reinterpret_cast<Job*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
+    __syncwarp();
+    if (thread() % kLanes == 0) mbarrier_arrive(staged_barrier(base, group, box), 1);
+    ++jobs;
+  }
+
+  // A 64x64 block of which v[4 j ..] are eight columns j as wgmma_64x128x16 leaves them.
+  template <bool Mirror>
+  __device__ __forceinline__ void store(const uint32_t (&v)[16], const Job& job) {
     const uint32_t lane = thread() % kLanes, warp = thread() / kLanes;
-    if (thread() == 0) {
-      if (mirror) {
-        tma_store_wait_read<0>();
-      } else {
-        tma_store_wait_read<1>();
-      }
-    }
-    named_barrier(1 + group, kGroupThreads);
-    const uint32_t box = staged + turn * kBoxBytes, other = staged + (turn ^ 1) * kBoxBytes;
+    const uint32_t at = open();
     PGOLF_UNROLL
     for (int q = 0; q < 4; ++q) {
-      const uint32_t r = warp * 16 + lane % 16, chunk = 2 * q + lane / 16;
-      stmatrix_x4<false>(box + r * 128 + ((chunk ^ r % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
-                         v[4 * q + 3]);
-      if (mirror) {
-        const uint32_t mr = (2 * q + lane / 16) * 8 + lane % 8, mchunk = warp * 2 + lane / 8 % 2;
-        stmatrix_x4<true>(other + mr * 128 + ((mchunk ^ mr % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
+      const uint32_t r = Mirror ? (2 * q + lane / 16) * 8 + lane % 8 : warp * 16 + lane % 16;
+      const uint32_t chunk = Mirror ? warp * 2 + lane / 8 % 2 : 2 * q + lane / 16;
+      stmatrix_x4<Mirror>(at + r * 128 + ((chunk ^ r % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
                           v[4 * q + 3]);
-      }
     }
-    fence_proxy_shared();
-    named_barrier(1 + group, kGroupThreads);
-    if (thread() == 0) {
-      tma_store(map, box, column, row, matrix);
-      tma_store_commit();
-      if (mirror) {
-        tma_store(map, other, row, column, matrix);
-        tma_store_commit();
-      }
-    }
-    if (!mirror) turn ^= 1;
+    close(job);
   }
 };
 
-__device__ __forceinline__ float power(float x, int n) {
-  return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
-}
-
-// Stores rows `row` .. of this group, `Rows` blocks of 64, and columns `column` .. + 127.
-template <int Rows>
-__device__ __forceinline__ void finish(float (&sum)[Rows][64], Writer& writer, const Plan& plan,
-                                       const Product& p, const Task& task, int row, int column,
-                                       uint32_t tiles) {
-  const float sigma = plan.sigma[p.first_matrix + task.matrix];
-  const float alpha = p.alpha * power(sigma, p.alpha_power), beta = p.beta * power(sigma, p.beta_power);
+// Stores `blocks` / 2 times 64 rows from `row` on, and columns `column` .. + 127.
+__device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& writer, const Part& part,
+                                       uint32_t* done, const Task& task, int row, int column, int tiles) {
   const auto lane = static_cast<int>(writer.thread() % kLanes),
              warp = static_cast<int>(writer.thread() / kLanes);
-  const int64_t size = static_cast<int64_t>(p.rows) * p.cols;
+  const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
   PGOLF_UNROLL
-  for (int block = 0; block < 2 * Rows; ++block) {
-    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
-    if (r0 >= p.rows || c0 >= p.cols || (p.symmetric && r0 < c0)) continue;
-    float* v = &sum[block / 2][block % 2 * 32];
-    const int r = r0 + warp * 16 + lane / 4, c = c0 + lane % 4 * 2;
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t from = part.a_index + (part.depth - part.held + half) * part.a_stride;
+    const uint32_t r = warp * 16 + lane % 16;
+    const uint32_t box = RingA::slot(writer.base, from) + part.a_offset + r * 128;
     PGOLF_UNROLL
-    for (int i = 0; i < 32; ++i) v[i] *= alpha;
-    if (p.c != nullptr) {
-      const __half* source = p.c + task.matrix * p.c_batch;
+    for (int i = 0; i < 2; ++i) {
+      if (2 * i >= blocks) continue;
+      float* v = &sum[i][half * 32];
       PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        const int ri = r + i % 2 * 8, ci = c + i / 2 * 8;
-        if (ri < p.rows && ci < p.cols) {
-          // Not through L1: other multiprocessors wrote it during this launch.
-          const uint32_t bits =
-              __ldcg(reinterpret_cast<const unsigned int*>(source + ri * int64_t{p.cols} + ci));
-          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits));
-          v[2 * i] = fmaf(beta, pair.x, v[2 * i]);
-          v[2 * i + 1] = fmaf(beta, pair.y, v[2 * i + 1]);
+      for (int q = 0; q < 32; ++q) v[q] *= alpha;
+      if (half >= part.held) continue;
+      PGOLF_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        uint32_t bits[4];
+        ldmatrix_x4<false>(bits, box + i * kBoxBytes + (((2 * q + lane / 16) ^ r % 8) << 4));
+        PGOLF_UNROLL
+        for (int l = 0; l < 4; ++l) {
+          const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&bits[l]));
+          v[8 * q + 2 * l] = fmaf(beta, pair.x, v[8 * q + 2 * l]);
+          v[8 * q + 2 * l + 1] = fmaf(beta, pair.y, v[8 * q + 2 * l + 1]);
         }
       }
     }
-    if (r0 == c0) {
+    if (half < part.held) {
+      __syncwarp();
+      if (lane == 0) release_a(writer.base, part, from);
+    }
+  }
+  const int rows = task.rows, cols = task.cols;
+  const bool symmetric = task.symmetric, bfloat16 = task.bfloat16;
+  float* const direct = task.direct;
+  auto stored = [&](int block) {
+    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
+    return block < blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
+  };
+  int left = 0;
+  PGOLF_UNROLL
+  for (int block = 0; block < 4; ++block) left += stored(block);
+  if (left == 0 && writer.thread() == 0) release_add(done + task.counter, tiles);
+  Job job{task.out, 0, 0, task.matrix, -1, tiles};
+  PGOLF_UNROLL
+  for (int block = 0; block < 4; ++block) {
+    if (!stored(block)) continue;
+    --left;
+    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
+    float* v = &sum[block / 2][block % 2 * 32];
+    if (r0 == c0) {  // element 4 n + 2 h + e: row 16 warp + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e
       PGOLF_UNROLL
-      for (int i = 0; i < 32; ++i) {
-        if (r + i / 2 % 2 * 8 == c + i / 4 * 8 + i % 2) v[i] += p.gamma;
+      for (int n = 0; n < 8; ++n) {
+        PGOLF_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          if (n / 2 == warp && lane / 4 == lane % 4 * 2 + e) v[4 * n + n % 2 * 2 + e] += gamma;
+        }
       }
     }
-    if (p.type == NsType::kFloat32) {
+    if (direct != nullptr) {
+      const int r = r0 + warp * 16 + lane / 4, c = c0 + lane % 4 * 2;
+      float* at = direct + int64_t{r} * cols + c;
       PGOLF_UNROLL
       for (int i = 0; i < 16; ++i) {
-        const int ri = r + i % 2 * 8, ci = c + i / 2 * 8;
-        if (ri < p.rows && ci < p.cols) {
-          *reinterpret_cast<float2*>(p.direct + task.matrix * size + ri * int64_t{p.cols} + ci) =
-              make_float2(v[2 * i], v[2 * i + 1]);
-        }
+        if (r + i % 2 * 8 < rows && c + i / 2 * 8 < cols)
+          *reinterpret_cast<float2*>(at + i % 2 * 8 * cols + i / 2 * 8) = make_float2(v[2 * i], v[2 * i + 1]);
       }
       continue;
     }
     uint32_t packed[16];
     PGOLF_UNROLL
-    for (int i = 0; i < 16; ++i) packed[i] = pack2(v[2 * i], v[2 * i + 1], p.type);
-    writer.store(packed, plan.maps + p.out, r0, c0, task.matrix, p.symmetric && r0 > c0);
-  }
-  if (writer.thread() == 0) {
-    tma_store_wait();
-    fence_proxy();
-    release_add(plan.done + p.first_matrix + task.matrix, tiles);
-  }
-}
-
-// One warpgroup's part of a tile, `Rows` blocks of 64 rows from `row` on.
-template <int Rows, bool AAlongK, bool BAlongK>
-__device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Part& part, const Plan& plan,
-                                        const Product& p, const Task& task, int row, int column,
-                                        uint32_t tiles) {
-  float sum[Rows][64];
-  multiply<Rows, AAlongK, BAlongK>(sum, base, part);
-  finish<Rows>(sum, writer, plan, p, task, row, column, tiles);
-}
-
-template <int Rows>
-__device__ __forceinline__ void tile_of(Writer& writer, uint32_t base, const Part& part, const Plan& plan,
-                                        const Product& p, const Task& task, int row, int column,
-                                        uint32_t tiles) {
-  if (p.layout == kRowsRows) {
-    tile_of<Rows, true, true>(writer, base, part, plan, p, task, row, column, tiles);
-  } else if (p.layout == kRowsColumns) {
-    tile_of<Rows, true, false>(writer, base, part, plan, p, task, row, column, tiles);
-  } else {
-    tile_of<Rows, false, false>(writer, base, part, plan, p, task, row, column, tiles);
+    for (int i = 0; i < 16; ++i) {
+      packed[i] = bfloat16 ? pack_bfloat16(v[2 * i], v[2 * i + 1]) : pack_half(v[2 * i], v[2 * i + 1]);
+    }
+    const bool mirror = symmetric && r0 > c0;
+    job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.counter : -1;
+    writer.store<false>(packed, job);
+    if (!mirror) continue;
+    job.row = c0, job.column = r0, job.counter = left == 0 ? task.counter : -1;
+    writer.store<true>(packed, job);
   }
 }
 
-__device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
-  Writer writer{base + kStagedOffset + group * kStagedPerGroup * kBoxBytes, group};
-  int a_index = 0, b_index = 0;
+__device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
+  Writer writer{base, shared, group};
+  uint32_t a_index = 0, b_index = 0;
   // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot again it
   // must know that the other's are filled: a parity cannot tell phases further apart.
   int alone = 0, seen = 0;
@@ -368,45 +506,42 @@ __device__ void work(const Plan& plan, uint32_t base, char* shared, int group) {
     }
     seen = alone;
   };
-  for (int n = 0;; ++n) {
+  for (uint32_t n = 0;; ++n) {
     RingTask::wait_filled(base, n);
-    const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
-    __syncwarp();
-    if (threadIdx.x % kLanes == 0) mbarrier_arrive(RingTask::free(base, n), 1);
-    if (task.product < 0) return;
-    const Product& p = plan.products[task.product];
-    if (p.spread && task.count == 1) {  // 64 rows of the tile each
-      const bool diagonal = operands_coincide(p, task.panel, task.column);
-      const Part part{a_index, 1, static_cast<uint32_t>(group * kBoxBytes), 1, b_index, 1, diagonal, 0,
-                      p.depth, 0};
-      catch_up();
-      tile_of<1>(writer, base, part, plan, p, task, task.panel * kTile + group * kBox, task.column * kTile,
-                 1);
-      a_index += p.depth;
-      b_index += diagonal ? 0 : p.depth;
-      continue;
+    const Task& task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
+    if (task.product < 0) {
+      writer.open();
+      writer.close({kEnd, 0, 0, 0, -1, 0});
+      return;
     }
-    // Tiles of 256x128: 128 rows each. Otherwise tiles in turn, so that one group stores while the other
-    // multiplies; each lets go of A with its last tile.
+    // Tiles of 256x128: 128 rows each. Spread: 64 rows of the tile each. Otherwise tiles in turn, so that one
+    // group stores while the other multiplies; each lets go of A with its last tile.
+    const bool together = task.spread || task.tall;
     for (int tile = 0; tile < task.count; ++tile) {
-      const int column = task.column + tile;
-      const bool diagonal = operands_coincide(p, task.panel, column);
-      if (p.tall || alone % kGroups == group) {
-        Part part{a_index, 1, 0, 1, b_index, 2, diagonal, 0, p.depth, passed(group)};
-        if (p.tall) {
-          part.a_index += group, part.a_stride = 2, part.a_other = 1 - 2 * group, part.b_releases = 1,
-                                 part.passed = 0;
+      const int column = task.column + tile * kTile;
+      const bool diagonal = operands_coincide(task, column);
+      if (together || alone % kGroups == group) {
+        Part part{a_index, 1, 0, 1, b_index, 1, diagonal, 0, task.depth, 0, added_blocks(task, column)};
+        int row = task.row, blocks = 4;
+        if (task.tall) {
+          part.a_index += group, part.a_stride = 2, part.a_other = 1u - 2u * group, row += group * kTile;
+        } else if (task.spread) {
+          part.a_offset = group * kBoxBytes, row += group * kBox, blocks = 2;
         } else {
           part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
+          part.b_releases = 2, part.passed = passed(group);
         }
         catch_up();
-        tile_of<2>(writer, base, part, plan, p, task, (p.tall ? task.panel * 2 + group : task.panel) * kTile,
-                   column * kTile, p.tall ? 1 : 2);
+        float sum[2][64];
+        multiply(sum, blocks, task.layout, base, part);
+        finish(sum, blocks, writer, part, done, task, row, column, together ? 1 : 2);
       }
-      b_index += diagonal ? 0 : p.depth;
-      alone += p.tall ? 0 : 1;
+      b_index += diagonal ? 0 : task.depth;
+      alone += together ? 0 : 1;
     }
-    a_index += p.tall ? 2 * p.depth : p.depth;
+    a_index += task.tall ? 2 * task.depth : task.depth;
+    __syncwarp();
+    if (threadIdx.x % kLanes == 0) mbarrier_arrive(RingTask::free(base, n), 1);
   }
 }
 
@@ -426,10 +561,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
     registers_lower<40>();
-    if (threadIdx.x == 0) feed(plan, base, shared, first, last, plan.queue + queue);
+    const int warp = static_cast<int>(threadIdx.x) / kLanes;
+    if (threadIdx.x == 0) feed_a(plan, base, shared, first, last, plan.queue + queue);
+    if (threadIdx.x == 3 * kLanes) feed_b(plan, base, shared);
+    if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
     registers_raise<232>();
-    work(plan, base, shared, role - 1);
+    work(plan.done, base, shared, role - 1);
   }
 #endif
 }

@@ -5,6 +5,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <string_view>
 #include <vector>
@@ -201,16 +202,16 @@ at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
 NsType ns_type(float) { return NsType::kFloat32; }
 NsType ns_type(bf16) { return NsType::kBfloat16; }
 
-// The banks, where all are to be iterated in one call of the Hopper kernel, else nothing.
+// The banks, where all are to be iterated by the Hopper kernel, else nothing. Their X is written in place.
 template <typename X>
-std::vector<NsBank> hopper_banks(const std::vector<MuonDirection>& banks, at::TensorList updates,
-                                 const std::vector<NewtonSchulzShape>& shapes, std::string_view algorithm) {
+std::vector<NsBank> hopper_banks(at::TensorList updates, const std::vector<NewtonSchulzShape>& shapes,
+                                 std::string_view algorithm) {
   std::vector<NsBank> list;
   if (algorithm == "standard") return list;
   for (size_t i = 0; i < shapes.size(); ++i) {
     if (updates[i].numel() == 0) continue;
-    list.push_back({banks[i].direction, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch,
-                    shapes[i].rows, shapes[i].cols});
+    list.push_back({nullptr, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch, shapes[i].rows,
+                    shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
   if (count > 0 && algorithm == "gram") {
@@ -222,24 +223,50 @@ std::vector<NsBank> hopper_banks(const std::vector<MuonDirection>& banks, at::Te
   return list;
 }
 
-template <typename X>
-void iterate(const std::vector<MuonDirection>& banks, at::TensorList updates,
-             const std::vector<NewtonSchulzShape>& shapes, const std::vector<NsBank>& hopper,
-             cudaStream_t stream) {
-  if (!hopper.empty()) {
-    const int count = static_cast<int>(hopper.size());
-    const NewtonSchulzShape& shape = shapes[0];  // coefficients and eps are the same for all
-    const at::Tensor scratch = scratch_bytes(
-        static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), updates[0]);
-    newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, true, shape.eps,
-                       scratch.mutable_data_ptr(), stream);
-    return;
+bool aligned(at::TensorList list) {
+  return std::all_of(list.begin(), list.end(), [](const at::Tensor& tensor) {
+    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  });
+}
+
+// The directions go straight to where the products of the Hopper kernel start.
+template <typename G, typename M>
+void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std::vector<NsBank>& hopper,
+                        const NewtonSchulzShape& shape, const at::Tensor& scalars, MuonOptions options,
+                        cudaStream_t stream) {
+  std::vector<MuonPolarInput> inputs;
+  for (size_t i = 0; i < static_cast<size_t>(grads.size()); ++i) {
+    if (grads[i].numel() == 0) continue;
+    inputs.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), nullptr, grads[i].size(0),
+                      grads[i].size(1), grads[i].size(2)});
   }
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    const at::Tensor scratch = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
-    newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
-                       scratch.mutable_data_ptr(), shapes[i], stream);
+  const int count = static_cast<int>(hopper.size());
+  const at::Tensor scratch = scratch_bytes(
+      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), scalars);
+  for (int first = 0, here = 0; first < count; first += here) {
+    NsPrepared prepared{};
+    here = newton_schulz_sm90_prepare(hopper.data() + first, count - first, shape.steps,
+                                      scratch.mutable_data_ptr(), &prepared);
+    for (int i = 0; i < here; ++i) inputs[static_cast<size_t>(first + i)].x = prepared.x[i];
+    muon_direction_sm90<G, M>(inputs.data() + first, here, prepared, shape.eps, const_pointer<float>(scalars),
+                              options, stream);
+    newton_schulz_sm90_prepared(hopper.data() + first, here, shape.coefficients, shape.steps,
+                                scratch.mutable_data_ptr(), stream);
   }
+}
+
+// The same of directions that are written out, where gradients or momenta are not aligned.
+void iterate_hopper(const std::vector<MuonDirection>& directions, std::vector<NsBank>& hopper,
+                    const NewtonSchulzShape& shape, const at::Tensor& scalars, cudaStream_t stream) {
+  size_t next = 0;
+  for (const MuonDirection& bank : directions) {
+    if (bank.rows * bank.cols > 0) hopper[next++].in = bank.direction;
+  }
+  const int count = static_cast<int>(hopper.size());
+  const at::Tensor scratch = scratch_bytes(
+      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), scalars);
+  newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+                     scratch.mutable_data_ptr(), stream);
 }
 
 void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
@@ -248,19 +275,33 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
   const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
   if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
   const c10::cuda::CUDAGuard guard(scalars.device());
-  const std::vector<int64_t> offsets = direction_offsets(updates);
-  const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
+  const MuonOptions options{nesterov, lerp, row_normalize};
   dispatch_state("grads", first_type(grads), [&](auto g) {
     dispatch_state("momenta", first_type(momenta), [&](auto m) {
       dispatch_state("updates", first_type(updates), [&](auto x) {
+        using G = decltype(g);
+        using M = decltype(m);
         using X = decltype(x);
         const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+        std::vector<NsBank> hopper = hopper_banks<X>(updates, shapes, algorithm);
+        if (!hopper.empty() && aligned(grads) && aligned(momenta)) {
+          direct_and_iterate<G, M>(grads, momenta, hopper, shapes[0], scalars, options, stream);
+          return;
+        }
+        const std::vector<int64_t> offsets = direction_offsets(updates);
+        const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
         const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
-        const std::vector<NsBank> hopper = hopper_banks<X>(banks, updates, shapes, algorithm);
-        muon_direction_cuda<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
-                                                         const_pointer<float>(scalars),
-                                                         {nesterov, lerp, row_normalize}, stream);
-        iterate<X>(banks, updates, shapes, hopper, stream);
+        muon_direction_cuda<G, M, X>(banks.data(), static_cast<int>(banks.size()),
+                                     const_pointer<float>(scalars), options, stream);
+        if (!hopper.empty()) {
+          iterate_hopper(banks, hopper, shapes[0], scalars, stream);
+          return;
+        }
+        for (size_t i = 0; i < shapes.size(); ++i) {
+          const at::Tensor space = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
+          newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
+                             space.mutable_data_ptr(), shapes[i], stream);
+        }
       });
     });
   });

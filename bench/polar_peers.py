@@ -1,0 +1,32 @@
+"""gram-newton-schulz on quack's symmetric products, where it is installed when a bench runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+
+from torch import Tensor
+
+from bench.ce_peers import find
+
+Table = tuple[tuple[float, float, float], ...]
+
+
+def gram_newton_schulz(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return its iteration of (b, m, n) with versions in the names, as it is written and compiled.
+
+    Its default compiles to CUDA graphs of its own ("reduce-overhead"), which cannot be captured again; the
+    benches capture what it launches instead.
+    """
+    found = find("gram-newton-schulz", "gram-newton-schulz", "gram_newton_schulz", "GramNewtonSchulz")
+    quack = find("quack", "quack-kernels", "quack.gemm_interface", "gemm_symmetric")
+    if found is None or quack is None:
+        return {}
+    name = f"{found[0]}, quack {metadata.version('quack-kernels')}"
+    rows = [list(row) for row in table]
+    return {
+        name: found[1](ns_coefficients=rows, compile_kwargs=None),
+        f"{name}, compiled": found[1](
+            ns_coefficients=rows, compile_kwargs={"fullgraph": True, "dynamic": False}
+        ),
+    }
