@@ -51,6 +51,18 @@ def test_kernel_and_reference_write_the_same_bytes_and_read_each_other(name):
         assert back.dtype == np.int8 and np.array_equal(back, codes)
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("deviation", [2.7, 50.0])
+def test_kernel_and_reference_agree_where_counts_are_full_and_codes_are_large(deviation, fast):
+    """Means count their first 1000 bits; the fast mode keeps what it computed for the first 40 sizes."""
+    codes = gaussian(64, 40, deviation, seed=5)
+    stream = encode_codes(codes, fast=fast)
+    assert stream[0] == 1 or not fast
+    assert stream == encode_codes_ref(codes, fast=fast)
+    for decode in (decode_codes, decode_codes_ref):
+        assert np.array_equal(decode(stream, codes.shape), codes)
+
+
 # What the first version of the format wrote; files must stay readable.
 @pytest.mark.parametrize(
     ("codes", "stream"),
