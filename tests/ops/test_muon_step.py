@@ -84,13 +84,24 @@ def test_step_equals_the_reference(nesterov, lerp, row_normalize, device) -> Non
 HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")]
 
 
+@pytest.mark.parametrize("row_normalize", [True, False])
 @pytest.mark.parametrize("update", [pytest.param(dtype, marks=HOPPER) for dtype in STATE])
-def test_hopper_iteration_of_all_banks_equals_the_reference(update) -> None:
+def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normalize) -> None:
     device = torch.device("cuda")
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    shapes = [(3, 64, 128), (2, 256, 64), (0, 8, 8), (1, 8, 8), (2, 136, 136)]
-    rule = MuonRule([JORDAN] * 2, row_normalize=True, algorithm="gram")
+    # More banks than one launch takes, and rows longer than what a warp holds in registers.
+    shapes = [
+        (3, 64, 128),
+        (2, 256, 64),
+        (0, 8, 8),
+        (1, 8, 8),
+        (2, 136, 136),
+        (1, 16, 2056),
+        (9, 8, 16),
+        (1, 72, 40),
+    ]
+    rule = MuonRule([JORDAN] * 2, row_normalize=row_normalize, algorithm="gram")
     banks = make_banks(device, momentum=torch.bfloat16, update=update, shapes=shapes)
     expected = clone(banks)
     muon_step_ref(expected, make_scalars(device), rule)

@@ -1,0 +1,232 @@
+// What the roles of the kernel in newton_schulz_sm90_products.cuh share in shared memory, and the threads
+// that feed it: one takes the tasks and loads A, one loads B.
+#pragma once
+
+#include "kernels/hopper.cuh"
+#include "kernels/newton_schulz_sm90_plan.h"
+#include "kernels/ptx.cuh"
+
+namespace pgolf {
+namespace ns90 {
+
+constexpr int kTaskSlots = 4;
+constexpr int kGroups = 2;  // warpgroups that multiply
+constexpr int kGroupThreads = 128;
+constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+constexpr int kStagedPerGroup = 2;  // boxes on their way out
+constexpr int kLanes = 32;
+
+__device__ __forceinline__ float power(float x, int n) {
+  return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
+}
+
+__device__ Task decode(const Plan& plan, int index, int& product) {
+  while (product + 1 < plan.product_count && index >= plan.products[product + 1].first_task) ++product;
+  const Product& p = plan.products[product];
+  const int local = index - p.first_task;
+  const int matrix = local / p.tasks;
+  int left = local - matrix * p.tasks;
+  int panel = p.panels - 1;  // the longest panels of a symmetric product first
+  for (;; --panel) {
+    const int chunks = (tiles_in_panel(p, panel) + p.chunk - 1) / p.chunk;
+    if (left < chunks) break;
+    left -= chunks;
+  }
+  const int column = left * p.chunk;
+  const int rest = tiles_in_panel(p, panel) - column;
+  const float sigma = p.alpha_power + p.beta_power > 0 ? plan.sigma[p.first_matrix + matrix] : 1.0f;
+  Task task;
+  task.direct = p.type == NsType::kFloat32 ? p.direct + int64_t{matrix} * p.rows * p.cols : nullptr;
+  task.alpha = p.alpha * power(sigma, p.alpha_power), task.beta = p.beta * power(sigma, p.beta_power);
+  task.gamma = p.gamma;
+  task.product = product, task.matrix = matrix, task.counter = p.first_matrix + matrix, task.out = p.out;
+  task.row = panel * (p.tall ? 2 * kTile : kTile), task.column = column * kTile;
+  task.count = min(rest, p.chunk);
+  task.rows = p.rows, task.cols = p.cols, task.depth = p.depth;
+  task.layout = p.layout, task.symmetric = p.symmetric, task.tall = p.tall;
+  task.spread = p.spread && task.count == 1;
+  task.need = p.need, task.b = p.b;
+  task.added = p.added, task.same = p.symmetric && p.a == p.b, task.bfloat16 = p.type == NsType::kBfloat16;
+  return task;
+}
+
+// Whether the tile needs the same rows of the same matrix on both sides.
+__device__ __forceinline__ bool operands_coincide(const Task& task, int column) {
+  return task.same && !task.tall && column == task.row;
+}
+
+// Blocks of A among the last along k that hold the tile's part of C = A.
+__device__ __forceinline__ int added_blocks(const Task& task, int column) {
+  return task.added ? min(2, task.depth - column / kBox) : 0;
+}
+
+// The block of k that comes first: those that a tile adds, too, come last.
+__device__ __forceinline__ int first_depth(const Task& task, int column) {
+  const int after = column / kBox + 2;
+  return task.added && after < task.depth ? after : 0;
+}
+
+// A staged box on its way out.
+struct Job {
+  int map, row, column, matrix;
+  int counter;  // to add `tiles` to when all of this group's boxes are stored; negative: not yet
+  int tiles;
+};
+constexpr int kEnd = -1;  // in place of a map: no more jobs
+
+// ---- Shared memory
+
+constexpr int kAOffset = 0;
+constexpr int kBOffset = kAOffset + kASlots * kSlotBytes;
+constexpr int kStagedOffset = kBOffset + kBSlots * kSlotBytes;
+constexpr int kBarrierOffset = kStagedOffset + kGroups * kStagedPerGroup * kBoxBytes;
+constexpr int kPassedBarrier = 2 * (kASlots + kBSlots + kTaskSlots);  // one per group
+constexpr int kStagedBarrier = kPassedBarrier + kGroups;
+constexpr int kBarriers = kStagedBarrier + 2 * kGroups * kStagedPerGroup;
+constexpr int kTaskOffset = kBarrierOffset + 8 * kBarriers;
+static_assert(kTaskOffset % 8 == 0, "barriers and tasks are aligned");
+constexpr int kJobOffset = kTaskOffset + kTaskSlots * static_cast<int>(sizeof(Task));
+constexpr int kSharedBytes =
+    kJobOffset + kGroups * kStagedPerGroup * static_cast<int>(sizeof(Job)) + 1024;  // alignment
+static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
+
+// Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0, unsigned and with
+// powers of two for slots because divisions in the loops cost more than the waits.
+template <uint32_t Slots, int Offset, int FirstBarrier, int Bytes>
+struct Ring {
+  static_assert((Slots & (Slots - 1)) == 0, "slots are a power of two");
+  __device__ __forceinline__ static uint32_t slot(uint32_t base, uint32_t index) {
+    return base + Offset + index % Slots * Bytes;
+  }
+  __device__ __forceinline__ static uint32_t filled(uint32_t base, uint32_t index) {
+    return base + kBarrierOffset + 8 * FirstBarrier + 8 * (index % Slots);
+  }
+  __device__ __forceinline__ static uint32_t free(uint32_t base, uint32_t index) {
+    return filled(base, index) + 8 * Slots;
+  }
+  __device__ __forceinline__ static void wait_filled(uint32_t base, uint32_t index) {
+    mbarrier_wait(filled(base, index), index / Slots & 1);
+  }
+  __device__ __forceinline__ static void wait_free(uint32_t base, uint32_t index) {
+    mbarrier_wait(free(base, index), (index / Slots & 1) ^ 1);
+  }
+};
+using RingA = Ring<kASlots, kAOffset, 0, kSlotBytes>;
+using RingB = Ring<kBSlots, kBOffset, 2 * kASlots, kSlotBytes>;
+using RingTask = Ring<kTaskSlots, kTaskOffset, 2 * (kASlots + kBSlots), static_cast<int>(sizeof(Task))>;
+constexpr int kWarpsPerGroup = kGroupThreads / kLanes;
+constexpr int kReleases = kGroups * kWarpsPerGroup;  // arrivals that free a slot
+
+// "Filled"; "free" lies kGroups * kStagedPerGroup further.
+__device__ __forceinline__ uint32_t staged_barrier(uint32_t base, uint32_t group, uint32_t box) {
+  return base + kBarrierOffset + 8 * (kStagedBarrier + group * kStagedPerGroup + box);
+}
+
+__device__ __forceinline__ void init_barriers(uint32_t base) {
+  for (int i = 0; i < kASlots; ++i) {
+    mbarrier_init(RingA::filled(base, i), 1);
+    mbarrier_init(RingA::free(base, i), kReleases);
+  }
+  for (int i = 0; i < kBSlots; ++i) {
+    mbarrier_init(RingB::filled(base, i), 1);
+    mbarrier_init(RingB::free(base, i), kReleases);
+  }
+  for (int i = 0; i < kTaskSlots; ++i) {
+    mbarrier_init(RingTask::filled(base, i), 1);
+    mbarrier_init(RingTask::free(base, i), kReleases + 1);
+  }
+  for (int i = 0; i < kGroups; ++i)
+    mbarrier_init(base + kBarrierOffset + 8 * (kPassedBarrier + i), kWarpsPerGroup);
+  for (int i = 0; i < kGroups * kStagedPerGroup; ++i) {
+    mbarrier_init(staged_barrier(base, 0, i), kWarpsPerGroup);
+    mbarrier_init(staged_barrier(base, 0, i) + 8 * kGroups * kStagedPerGroup, 1);
+  }
+}
+
+// ---- The feeding warps: one for A, which also takes the tasks, and one for B
+
+// Position in a ring: slot and parity, kept apart because one thread has no time for divisions.
+template <typename Ring, int Slots>
+struct Cursor {
+  int slot = 0;
+  uint32_t parity = 1;
+  // Fills the next slot, once free, with 128 rows (along k) or columns from `origin` on.
+  __device__ __forceinline__ void load(uint32_t base, const CUtensorMap* map, bool along_k, int origin,
+                                       int depth, int matrix) {
+    const uint32_t filled = Ring::filled(base, 0) + 8 * slot, at = Ring::slot(base, 0) + slot * kSlotBytes;
+    mbarrier_wait(filled + 8 * Slots, parity);
+    mbarrier_expect_bytes(filled, kSlotBytes);
+    if (along_k) {
+      tma_load(at, map, depth, origin, matrix, filled);
+    } else {
+      tma_load(at, map, origin, depth, matrix, filled);
+      tma_load(at + kBoxBytes, map, origin + kBox, depth, matrix, filled);
+    }
+    if (++slot == Slots) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
+  for (uint32_t polls = 0; load_acquire(done) < need; ++polls) {
+    if (polls == kMaxPolls) give_up();
+  }
+  fence_proxy();
+}
+
+__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first, int last, uint32_t* queue) {
+  Cursor<RingA, kASlots> cursor;
+  int product = 0;
+  int next = first + static_cast<int>(atomicAdd(queue, 1u));
+  for (uint32_t n = 0;; ++n) {
+    const int task_index = next;
+    RingTask::wait_free(base, n);
+    Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
+    if (task_index >= last) {
+      slot->product = -1;
+      mbarrier_arrive(RingTask::filled(base, n), 1);
+      return;
+    }
+    next = first + static_cast<int>(atomicAdd(queue, 1u));
+    const Task task = decode(plan, task_index, product);
+    *slot = task;
+    mbarrier_arrive(RingTask::filled(base, n), 1);
+    const CUtensorMap* map = plan.maps + plan.products[product].a;
+    const bool along_k = task.layout != kColumnsColumns;
+    wait_for(plan.done + task.counter, task.need);
+    int k = first_depth(task, task.column) * kBox;
+    const int end = task.depth * kBox;
+    for (int step = 0; step < task.depth; ++step) {
+      cursor.load(base, map, along_k, task.row, k, task.matrix);
+      if (task.tall) cursor.load(base, map, along_k, task.row + kTile, k, task.matrix);
+      k += kBox;
+      if (k == end) k = 0;
+    }
+  }
+}
+
+__device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
+  Cursor<RingB, kBSlots> cursor;
+  for (uint32_t n = 0;; ++n) {
+    RingTask::wait_filled(base, n);
+    const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
+    mbarrier_arrive(RingTask::free(base, n), 1);
+    if (task.product < 0) return;
+    const CUtensorMap* map = plan.maps + task.b;
+    const bool along_k = task.layout == kRowsRows;
+    wait_for(plan.done + task.counter, task.need);
+    const int end = task.depth * kBox;
+    for (int tile = 0; tile < task.count; ++tile) {
+      const int column = task.column + tile * kTile;
+      if (operands_coincide(task, column)) continue;
+      int k = first_depth(task, column) * kBox;
+      for (int step = 0; step < task.depth; ++step) {
+        cursor.load(base, map, along_k, column, k, task.matrix);
+        k += kBox;
+        if (k == end) k = 0;
+      }
+    }
+  }
+}
+
+}  // namespace ns90
+}  // namespace pgolf
