@@ -71,6 +71,10 @@ def versions() -> dict[str, str]:
     return found
 
 
+SLOW_START = 3.0
+"""Seconds of first calls from which on they are worth a line."""
+
+
 @dataclass
 class Recorder:
     """Collects the measurements of one bench run and writes them as one file."""
@@ -78,6 +82,8 @@ class Recorder:
     bench: str
     """Name of the bench, as in the house's table."""
     device: torch.device
+    out: Path | None = None
+    """Folder of the result file; None writes nothing."""
     lines: list[dict[str, object]] = field(default_factory=list)
     _commit: tuple[str, bool] = field(default_factory=source_commit)
 
@@ -102,26 +108,39 @@ class Recorder:
         )
         print(
             f"{self.bench:<16} {case:<18} {impl:<28} {metric:<12} "
-            f"{sample.value:10.4f} +- {sample.spread:.4f} {unit}"
+            f"{sample.value:10.4f} +- {sample.spread:.4f} {unit}",
+            flush=True,
         )
+        if self.out is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with self._part(self.out).open("w" if len(self.lines) == 1 else "a") as file:
+                file.write(json.dumps(self.lines[-1]) + "\n")
 
-    def write(self, folder: Path) -> Path:
-        """Write `<yyyymmdd>_<device>_<bench>.jsonl` atomically; a file of the same name is replaced.
+    def _part(self, folder: Path) -> Path:
+        """Where the lines stand until all are there: a run that is stopped leaves what it had measured."""
+        return folder / f"{self.bench}.jsonl.part"
 
+    def write(self) -> Path | None:
+        """Write `<yyyymmdd>_<device>_<bench>.jsonl` into `out` atomically, in place of one of the same name.
+
+        Returns:
+            The file; None without `out`.
         Raises:
             ValueError: nothing was measured.
         """
         if not self.lines:
             raise ValueError(f"{self.bench}: no measurement to write; check --cases")
+        if self.out is None:
+            return None
         day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
         device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
-        path = folder / f"{day}_{device}_{self.bench}.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False) as file:
+        path = self.out / f"{day}_{device}_{self.bench}.jsonl"
+        with tempfile.NamedTemporaryFile("w", dir=self.out, suffix=".tmp", delete=False) as file:
             file.writelines(json.dumps(line) + "\n" for line in self.lines)
             file.flush()
             os.fsync(file.fileno())
         Path(file.name).replace(path)
+        self._part(self.out).unlink(missing_ok=True)
         print(f"wrote {len(self.lines)} measurements to {path}")
         return path
 
@@ -154,11 +173,15 @@ def time_launched(
     """Time each contender as it is launched, in turns; milliseconds per call.
 
     CUDA events around `calls` calls on an idle stream, so the time that the host needs to launch shows where
-    it exceeds the device's. The caches are warm.
+    it exceeds the device's. The caches are warm. First calls that compile for long are reported.
     """
-    for function in contenders.values():
+    for name, function in contenders.items():
+        began = time.perf_counter()
         for _ in range(warm_up):
             function()
+        seconds = time.perf_counter() - began
+        if seconds > SLOW_START:
+            print(f"{name}: first calls took {seconds:.0f} s", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, function in contenders.items():

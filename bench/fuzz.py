@@ -158,10 +158,9 @@ def main() -> None:
     args = arguments.parse_args()
     if args.quick:
         args.decoder, args.reader = 4000, 400
-    recorder = Recorder("fuzz", torch.device("cpu"))
+    recorder = Recorder("fuzz", torch.device("cpu"), None if args.quick else args.out)
     measure(recorder, args)
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

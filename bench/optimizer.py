@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -176,10 +177,10 @@ def torch_tail(model: GPT) -> Callable[[], object]:
     return tail
 
 
-def measure_tail(device: torch.device, repeats: int) -> Recorder:
+def measure_tail(device: torch.device, repeats: int, out: Path | None) -> Recorder:
     """Time what follows the backward passes of a step, as launched and replayed, against torch's kernels."""
     dist = Dist.start("cuda" if device.type == "cuda" else "cpu")
-    recorder = Recorder("tail", device)
+    recorder = Recorder("tail", device, out)
     config = record() if device.type == "cuda" else tiny()
     model = GPT(config.model).to(dist.device)
     ema = Ema(dict(model.named_parameters()))
@@ -209,10 +210,11 @@ def main() -> None:
     args = arguments.parse_args()
     device, repeats = torch.device(args.device), 3 if args.quick else args.repeats
     cases = [BASELINE, TAIL] if args.quick else args.cases
+    out = None if args.quick or int(os.environ.get("RANK", "0")) else args.out
     written = []
     # One rank is enough for what does not communicate.
     variants = [c for c in cases if c != TAIL] if int(os.environ.get("WORLD_SIZE", "1")) == 1 else []
-    recorder = Recorder("optimizer", device)
+    recorder = Recorder("optimizer", device, out)
     with torch.no_grad():
         for variant in variants:
             for world in args.worlds[:1] if args.quick else args.worlds:
@@ -222,10 +224,9 @@ def main() -> None:
     if variants:
         written.append(recorder)
     if TAIL in cases:
-        written.append(measure_tail(device, repeats))
+        written.append(measure_tail(device, repeats, out))
     for found in written:
-        if not args.quick and int(os.environ.get("RANK", "0")) == 0:
-            found.write(args.out)
+        found.write()
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def plot(outcomes: list[Outcome], path: Path) -> None:
 
 def record(bench: Bench, outcomes: list[Outcome], out: Path) -> None:
     """Write the measurements as a result file."""
-    recorder = Recorder("quantize", bench.dist.device)
+    recorder = Recorder("quantize", bench.dist.device, out)
     for name, value in bench.seconds.items():
         recorder.add("calibrate", "pgolf", f"seconds_{name}", Sample(value, 0.0, 1), "s")
     for name, bpb in bench.unquantized.items():
@@ -301,7 +301,7 @@ def record(bench: Bench, outcomes: list[Outcome], out: Path) -> None:
         values |= {f"seconds_{phase}": (value, "s") for phase, value in o.seconds.items()}
         for metric, (value, unit) in values.items():
             recorder.add(o.setting.name, "pgolf", metric, Sample(value, 0.0, 1), unit)
-    recorder.write(out)
+    recorder.write()
 
 
 def main() -> None:

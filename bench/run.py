@@ -47,12 +47,12 @@ def main() -> None:
     args = parser.parse_args()
     summary = json.loads((args.folder / "summary.json").read_text())
     found = "cuda" if torch.cuda.is_available() else "cpu"
-    recorder = Recorder(f"run-{args.case}", torch.device(found))
+    recorder = Recorder(f"run-{args.case}", torch.device(found), args.out)
     for metric, (value, unit) in figures(summary).items():
         recorder.add(args.case, f"pgolf {summary['attention']}", metric, Sample(value, 0.0, 1), unit)
     for line in recorder.lines:
         line["bench"] = "run"
-    recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

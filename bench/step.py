@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     device = torch.device("cuda")
-    recorder = Recorder("step", device)
+    recorder = Recorder("step", device, args.out)
     config = record().model
     ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
     for attention in args.attention:
@@ -128,7 +128,7 @@ def main() -> None:
         if args.profile:
             profile(model, ids, cu)
     optimizer_tail(recorder, model, args.repeats)
-    recorder.write(args.out)
+    recorder.write()
 
 
 def profile(model: GPT, ids: torch.Tensor, cu: torch.Tensor) -> None:

@@ -333,7 +333,8 @@ def answer(setting: Setting, muon: dict[str, Value], other: Value, slope: Slope,
 
 def write(rows: list[Row], folder: Path) -> None:
     """Write the rows as a result file, and the plot beside it."""
-    recorder = Recorder("steps_bought", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recorder = Recorder("steps_bought", device, folder)
     for row in rows:
         for metric, value, unit in (
             ("ms_optimizer", row.muon_ms, "ms"),
@@ -343,7 +344,9 @@ def write(rows: list[Row], folder: Path) -> None:
         ):
             sample = Sample(value.value, value.error * IQR, 1)
             recorder.add(f"{row.variant}_w{row.world}", "pgolf", metric, sample, unit)
-    plot(recorder.write(folder).with_suffix(".png"), rows)
+    path = recorder.write()
+    assert path is not None
+    plot(path.with_suffix(".png"), rows)
 
 
 def main() -> None:

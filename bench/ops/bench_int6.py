@@ -101,12 +101,11 @@ def measure(recorder: Recorder, case: str, rows: int, repeats: int) -> None:
 def main() -> None:
     """Parse arguments, measure, write."""
     args = parser(__doc__ or "", CASES + OTHER_BITS).parse_args()
-    recorder = Recorder("int6", torch.device(args.device))
+    recorder = Recorder("int6", torch.device(args.device), None if args.quick else args.out)
     for case in args.cases:
         torch.compiler.reset()
         measure(recorder, case, 1024 if args.quick else ROWS, 3 if args.quick else args.repeats)
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def measure(recorder: Recorder, case: str, repeats: int) -> None:
 def main() -> None:
     """Parse arguments, measure, write."""
     args = parser(__doc__ or "", CASES).parse_args()
-    recorder = Recorder("linear_softcap_ce", torch.device(args.device))
+    recorder = Recorder("linear_softcap_ce", torch.device(args.device), None if args.quick else args.out)
     chosen = args.cases[:QUICK] if args.quick else args.cases
     for case in chosen[QUICK:] if chosen == CASES else chosen:
         torch.compiler.reset()
@@ -111,8 +111,7 @@ def main() -> None:
         # The largest shape takes 20 times as long as the record's.
         repeats = 3 if args.quick else args.repeats if "d4096" not in case else max(args.repeats // 4, 3)
         measure(recorder, case, repeats)
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def main() -> None:
     """Parse arguments, measure, write."""
     args = parser(__doc__ or "", list(CASES)).parse_args()
     device = torch.device(args.device)
-    recorder = Recorder("muon_step", device)
+    recorder = Recorder("muon_step", device, None if args.quick else args.out)
     cases = ["tiny"] if args.quick else args.cases
     with torch.no_grad():
         for case in cases:
@@ -104,8 +104,7 @@ def main() -> None:
                 recorder.add(case, name, "ms_launched", sample, "ms")
             for name, sample in time_graph(calls, device, repeats=repeats).items():
                 recorder.add(case, name, "ms_graph", sample, "ms")
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

@@ -179,10 +179,9 @@ def main() -> None:
     arguments.set_defaults(repeats=1, device="cpu")
     args = arguments.parse_args()
     torch.set_num_threads(1)
-    recorder = Recorder("range_coder", torch.device("cpu"))
+    recorder = Recorder("range_coder", torch.device("cpu"), None if args.quick else args.out)
     measure(recorder, args)
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":

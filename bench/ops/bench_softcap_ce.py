@@ -70,12 +70,11 @@ def measure(recorder: Recorder, case: str, repeats: int) -> None:
 def main() -> None:
     """Parse arguments, measure, write."""
     args = parser(__doc__ or "", list(CASES)).parse_args()
-    recorder = Recorder("softcap_ce", torch.device(args.device))
+    recorder = Recorder("softcap_ce", torch.device(args.device), None if args.quick else args.out)
     for case in args.cases[:1] if args.quick else args.cases:
         torch.compiler.reset()
         measure(recorder, case, 3 if args.quick else args.repeats)
-    if not args.quick:
-        recorder.write(args.out)
+    recorder.write()
 
 
 if __name__ == "__main__":
