@@ -14,6 +14,16 @@ inline void check_cuda(cudaError_t error, const char* file, int line) {
                            cudaGetErrorString(error));
 }
 
+// Of the current device.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  check_cuda(cudaGetDevice(&device), __FILE__, __LINE__);
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), __FILE__, __LINE__);
+  return value;
+}
+
+inline int multiprocessor_count() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
 // Blocks for `count` items, refused where it exceeds what one grid dimension holds.
 inline unsigned int grid_blocks(long long count, long long per_block, const char* op) {
   const long long blocks = (count + per_block - 1) / per_block;

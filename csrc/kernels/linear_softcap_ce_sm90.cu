@@ -12,6 +12,7 @@
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/tensor_map.cuh"
 
 namespace pgolf {
 namespace {
@@ -160,13 +161,13 @@ __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full,
   to += rank * kShare * kDepth * 2;
   const int first = column + static_cast<int>(rank) * kShare;
   if constexpr (C::kPermuted) {
-    if constexpr (C::kBlocks == 1) tensor_load_5d(to, map, full, slice * kDepth, first / 32);
+    if constexpr (C::kBlocks == 1) tma_load_5d(to, map, full, slice * kDepth, first / 32);
     if constexpr (C::kBlocks > 1) {
-      tensor_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
+      tma_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
     }
   } else {
-    if constexpr (C::kBlocks == 1) tensor_load_2d(to, map, full, slice * kDepth, first);
-    if constexpr (C::kBlocks > 1) tensor_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
+    if constexpr (C::kBlocks == 1) tma_load_2d(to, map, full, slice * kDepth, first);
+    if constexpr (C::kBlocks > 1) tma_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
   }
 }
 
@@ -181,15 +182,15 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C:
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
       if (C::kResident && new_rows) {
-        if (row_blocks > 0) barrier_wait(shared.rows_empty(slice), (row_blocks - 1) & 1);
-        barrier_expect(shared.rows_full(slice), kSliceBytes);
-        tensor_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
+        if (row_blocks > 0) mbarrier_wait_or_trap(shared.rows_empty(slice), (row_blocks - 1) & 1);
+        mbarrier_expect_bytes(shared.rows_full(slice), kSliceBytes);
+        tma_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
       }
-      barrier_wait(shared.empty(at.stage), at.phase ^ 1);
+      mbarrier_wait_or_trap(shared.empty(at.stage), at.phase ^ 1);
       const uint32_t full = shared.full(at.stage);
-      barrier_expect(full, C::kStageBytes);
+      mbarrier_expect_bytes(full, C::kStageBytes);
       if constexpr (!C::kResident) {
-        tensor_load_2d(shared.rows(at.stage, slice), hidden, full, slice * kDepth, first_row);
+        tma_load_2d(shared.rows(at.stage, slice), hidden, full, slice * kDepth, first_row);
       }
       load_columns<C>(shared.columns(at.stage), weight, full, slice, tile.column * C::kColumns, rank);
       at.advance();
@@ -245,33 +246,35 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
   const uint32_t lane = threadIdx.x % 32;
   uint32_t previous = 0;
   for (int slice = 0; slice < args.slices; ++slice) {
-    if (C::kResident && await_rows) barrier_wait(shared.rows_full(slice), rows_phase);
-    barrier_wait(shared.full(at.stage), at.phase);
+    if (C::kResident && await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), rows_phase);
+    mbarrier_wait_or_trap(shared.full(at.stage), at.phase);
     // All of this group's copies have arrived: the other group's waits are at most one phase ahead.
     if (slice == args.slices - 1 && !last_tile) named_arrive(2 - group, 2 * kGroup);
-    const uint64_t a = wgmma_operand(shared.rows(at.stage, slice));
-    const uint64_t b = wgmma_operand(shared.columns(at.stage));
+    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage, slice));
+    const uint64_t b = wgmma_descriptor<16>(shared.columns(at.stage));
     wgmma_fence();
     PGOLF_UNROLL
     for (int k = 0; k < kDepth / 16; ++k) {
       const int accumulate = slice > 0 || k > 0;
-      wgmma_64x128x16(c[0], wgmma_advance(a, k * 32), wgmma_advance(b, k * 32), accumulate);
-      wgmma_64x128x16(c[1], wgmma_advance(a, k * 32 + 64 * kDepth * 2), wgmma_advance(b, k * 32), accumulate);
+      wgmma_64x128x16<true, true>(c[0], wgmma_advance(a, k * 32), wgmma_advance(b, k * 32), accumulate,
+                                  __nv_bfloat16{});
+      wgmma_64x128x16<true, true>(c[1], wgmma_advance(a, k * 32 + 64 * kDepth * 2), wgmma_advance(b, k * 32),
+                                  accumulate, __nv_bfloat16{});
     }
     wgmma_commit();
     if (slice > 0) {
       wgmma_wait<1>();
-      if (lane < C::kBlocks) barrier_arrive_cluster(previous, lane);
-      if (C::kResident && release_rows && lane == 0) barrier_arrive(shared.rows_empty(slice - 1));
+      if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
+      if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
     }
     previous = shared.empty(at.stage);
     at.advance();
   }
   wgmma_wait<0>();
-  wgmma_fence_result(c[0]);
-  wgmma_fence_result(c[1]);
-  if (lane < C::kBlocks) barrier_arrive_cluster(previous, lane);
-  if (C::kResident && release_rows && lane == 0) barrier_arrive(shared.rows_empty(args.slices - 1));
+  wgmma_keep_order(c[0]);
+  wgmma_keep_order(c[1]);
+  if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
+  if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
 }
 
 template <typename C>
@@ -286,7 +289,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C:
     tile.advance(1);
     // The first row block of the schedule is released by both groups even if one has no tile in it.
     if (C::kResident && tile.count > 1 && tile.row != first_row_block && lane == 0) {
-      for (int slice = 0; slice < args.slices; ++slice) barrier_arrive(shared.rows_empty(slice));
+      for (int slice = 0; slice < args.slices; ++slice) mbarrier_arrive(shared.rows_empty(slice));
     }
   }
   int row_block = -1;
@@ -329,27 +332,27 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t rank = C::kBlocks > 1 ? cluster_rank() : 0;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
-      barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), 4 * C::kBlocks);  // the warps of one group in each block
+      mbarrier_init(shared.full(stage), 1);
+      mbarrier_init(shared.empty(stage), 4 * C::kBlocks);  // the warps of one group in each block
     }
     for (int slice = 0; slice < kMaxSlices; ++slice) {
-      barrier_init(shared.rows_full(slice), 1);
-      barrier_init(shared.rows_empty(slice), 8);
+      mbarrier_init(shared.rows_full(slice), 1);
+      mbarrier_init(shared.rows_empty(slice), 8);
     }
-    barrier_init_fence();
-    tensor_prefetch(&hidden);
-    tensor_prefetch(&weight);
+    mbarrier_init_fence();
+    tma_prefetch(&hidden);
+    tma_prefetch(&weight);
   }
   if constexpr (C::kBlocks > 1) cluster_sync();
   __syncthreads();
 
   const Walk<C::kResident> tiles(args, blockIdx.x / C::kBlocks, gridDim.x / C::kBlocks);
   if (threadIdx.x < kGroup) {
-    register_limit_lower<kProducerRegisters>();
+    registers_lower<kProducerRegisters>();
     if (threadIdx.x == 0) produce<C>(args, shared, tiles, &hidden, &weight, rank);
     __syncwarp();
   } else {
-    register_limit_raise<kConsumerRegisters>();
+    registers_raise<kConsumerRegisters>();
     consume<C>(args, shared, tiles, rank);
   }
   // Shared memory must outlive the copies and arrivals that come from the other blocks.
@@ -357,48 +360,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Launcher.
-using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                 const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                                 CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                 CUtensorMapFloatOOBfill);
-
-// The driver's function, found at run time so that nothing links with libcuda.
-EncodeTiled encode_tiled() {
-  static const EncodeTiled function = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult status;
-    PGOLF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000,
-                                                      cudaEnableDefault, &status));
-    if (status != cudaDriverEntryPointSuccess || found == nullptr) {
-      throw std::runtime_error("linear_softcap_ce: the driver has no cuTensorMapEncodeTiled; update it");
-    }
-    return reinterpret_cast<EncodeTiled>(found);
-  }();
-  return function;
-}
-
-struct MapShape {
-  int rank;
-  cuuint64_t sizes[5];
-  cuuint64_t strides[4];  // bytes, of dimensions 1 and on
-  cuuint32_t box[5];
-};
-
-CUtensorMap tensor_map(const bf16* matrix, const MapShape& shape) {
-  CUtensorMap map;
-  const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-  const CUresult result = encode_tiled()(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(shape.rank), const_cast<bf16*>(matrix),
-      shape.sizes, shape.strides, shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("linear_softcap_ce: cuTensorMapEncodeTiled failed with error " +
-                             std::to_string(static_cast<int>(result)));
-  }
-  return map;
-}
-
-MapShape plain_map(int64_t rows, int64_t width, int box_rows) {
+TensorShape plain_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
   return {2,
           {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
@@ -407,19 +369,12 @@ MapShape plain_map(int64_t rows, int64_t width, int box_rows) {
 }
 
 // Row 32 m + 8 t + 2 j + e of the matrix becomes row 32 m + 8 j + 2 t + e of the copy.
-MapShape permuted_map(int64_t rows, int64_t width, int box_rows) {
+TensorShape permuted_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
   return {5,
           {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
           {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
           {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
-}
-
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 0;
-  PGOLF_CUDA_CHECK(cudaGetDevice(&device));
-  PGOLF_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
 }
 
 template <typename C>
@@ -442,12 +397,13 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.slope = static_cast<float>(-2.0 * epilogue::kLog2e * cap);
 
   constexpr int kShare = C::kColumns / C::kBlocks;
-  const CUtensorMap hidden = tensor_map(in.hidden, plain_map(shape.rows, shape.width, kTileRows));
-  const CUtensorMap weight =
-      tensor_map(in.weight, C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
-                                         : plain_map(shape.vocab, shape.width, kShare));
+  const CUtensorMap hidden =
+      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.hidden, plain_map(shape.rows, shape.width, kTileRows));
+  const CUtensorMap weight = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.weight,
+                                        C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
+                                                     : plain_map(shape.vocab, shape.width, kShare));
   const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
-  const int64_t clusters = device_attribute(cudaDevAttrMultiProcessorCount) / C::kBlocks;
+  const int64_t clusters = multiprocessor_count() / C::kBlocks;
 
   auto kernel = forward_kernel<C>;
   PGOLF_CUDA_CHECK(

@@ -104,13 +104,6 @@ __global__ void __launch_bounds__(kThreads)
   out[index] = store_float<S>(load_float(x[row * ld + (index - row * cols)]));
 }
 
-int multiprocessor_count() {
-  int device = 0, count = 0;
-  PGOLF_CUDA_CHECK(cudaGetDevice(&device));
-  PGOLF_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
-}
-
 // Buffers of the iteration, all in the workspace.
 template <typename D>
 struct Buffers {

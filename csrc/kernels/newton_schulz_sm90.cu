@@ -7,6 +7,7 @@
 #include "kernels/cuda_check.cuh"
 #include "kernels/newton_schulz_sm90_products.cuh"
 #include "kernels/newton_schulz_sm90_scale.cuh"
+#include "kernels/tensor_map.cuh"
 
 namespace pgolf {
 namespace {
@@ -131,44 +132,12 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
 
 // ---- Products
 
-using EncodeFunction = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
-                                    const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
-                                    CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
-                                    CUtensorMapFloatOOBfill);
-
-EncodeFunction encode_function() {
-  static const EncodeFunction function = [] {
-    void* symbol = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    PGOLF_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &symbol, 12000,
-                                                      cudaEnableDefault, &result));
-    if (symbol == nullptr)
-      throw std::runtime_error("newton_schulz: the driver has no cuTensorMapEncodeTiled");
-    return reinterpret_cast<EncodeFunction>(symbol);
-  }();
-  return function;
-}
-
-CUtensorMap tensor_map(const Place& place, int64_t batch, int box_rows) {
-  const cuuint64_t size[3] = {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
-                              static_cast<cuuint64_t>(batch)};
-  const cuuint64_t stride[2] = {static_cast<cuuint64_t>(2 * place.cols),
-                                static_cast<cuuint64_t>(2 * place.batch)};
-  const cuuint32_t box[3] = {kBox, static_cast<cuuint32_t>(box_rows), 1}, step[3] = {1, 1, 1};
-  CUtensorMap map;
-  const CUresult result =
-      encode_function()(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, place.first, size, stride, box, step,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) throw std::runtime_error("newton_schulz: cuTensorMapEncodeTiled failed");
-  return map;
-}
-
-int multiprocessor_count() {
-  int device = 0, count = 0;
-  PGOLF_CUDA_CHECK(cudaGetDevice(&device));
-  PGOLF_CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+TensorShape shape_of(const Place& place, int64_t batch, int box_rows) {
+  return {3,
+          {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
+           static_cast<cuuint64_t>(batch)},
+          {static_cast<cuuint64_t>(2 * place.cols), static_cast<cuuint64_t>(2 * place.batch)},
+          {kBox, static_cast<cuuint32_t>(box_rows), 1}};
 }
 
 // How many of the banks one launch takes.
@@ -221,8 +190,10 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
       const int64_t fitting = std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
       if (square && (buffer - kSquaresOut) % 3 >= fitting) continue;  // no product names it
       const Place place = place_of(bank, workspace, space, buffer);
-      plan.maps[first_map + buffer] = tensor_map(place, bank.batch, kBox);
-      plan.maps[kTallBoxes + first_map + buffer] = tensor_map(place, bank.batch, kTile);
+      plan.maps[first_map + buffer] =
+          tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, place.first, shape_of(place, bank.batch, kBox));
+      plan.maps[kTallBoxes + first_map + buffer] =
+          tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, place.first, shape_of(place, bank.batch, kTile));
     }
     Chain chain(bank, workspace, space, first_map, matrices, tuning);
     for (const Ranked& ranked : chain.run(table, steps)) order.push_back(ranked);

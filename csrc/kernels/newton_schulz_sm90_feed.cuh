@@ -2,9 +2,9 @@
 // that feed it: one takes the tasks and loads A, one loads B.
 #pragma once
 
-#include "kernels/hopper.cuh"
 #include "kernels/newton_schulz_sm90_plan.h"
 #include "kernels/ptx.cuh"
+#include "kernels/ptx_sm90.cuh"
 
 namespace pgolf {
 namespace ns90 {
@@ -157,10 +157,10 @@ struct Cursor {
     mbarrier_wait(filled + 8 * Slots, parity);
     mbarrier_expect_bytes(filled, kSlotBytes);
     if (along_k) {
-      tma_load(at, map, depth, origin, matrix, filled);
+      tma_load_3d(at, map, filled, depth, origin, matrix);
     } else {
-      tma_load(at, map, origin, depth, matrix, filled);
-      tma_load(at + kBoxBytes, map, origin + kBox, depth, matrix, filled);
+      tma_load_3d(at, map, filled, origin, depth, matrix);
+      tma_load_3d(at + kBoxBytes, map, filled, origin + kBox, depth, matrix);
     }
     if (++slot == Slots) slot = 0, parity ^= 1;
   }

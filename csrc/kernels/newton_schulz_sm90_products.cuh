@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
       for (int i = 0; i < Rows; ++i) {
         wgmma_64x128x16<AAlongK, BAlongK>(sum[i],
                                           descriptor_of(at_a + mine + depth * kAStep + (i * kBoxBytes >> 4)),
-                                          descriptor_of(at_b + depth * kBStep), 1);
+                                          descriptor_of(at_b + depth * kBStep), 1, __half{});
       }
     }
     wgmma_commit();

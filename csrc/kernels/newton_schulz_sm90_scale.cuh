@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/ptx_sm90.cuh"
 #include "kernels/reduce.cuh"
 
 namespace pgolf {
@@ -10,10 +11,6 @@ namespace ns90 {
 
 constexpr int kNormExponent = 5;  // scaled norms lie in [2^4, 2^5)
 constexpr int kParts = 8;         // blocks of a cluster, which share a matrix
-
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
 
 // Sums of squares of x, 2^-64 x and 2^64 x: one of them neither overflows nor underflows.
 struct Squares {
@@ -62,7 +59,7 @@ __device__ __forceinline__ Scale cluster_scale(const Squares& squares, float* pa
   if (threadIdx.x == 0) {
     partials[3 * part] = sum, partials[3 * part + 1] = low, partials[3 * part + 2] = high;
   }
-  cluster_barrier();
+  cluster_sync();
   if (threadIdx.x == 0) {
     float sums[3] = {0.0f, 0.0f, 0.0f};
     for (int i = 0; i < 3 * kParts; ++i) sums[i % 3] += __ldcg(partials + i);
