@@ -21,17 +21,30 @@ class Quantize:
     """Folder of shards with the run's tokenizer."""
     out: Path = Path("model.pgolf")
     """The artifact to write."""
-    quant: QuantConfig | None = None
-    """Quantization settings; the run's own when absent."""
+    quant: QuantConfig = QuantConfig()  # noqa: RUF009 - frozen
+    """Quantization settings; the run's own where nothing else is asked for."""
     artifact: ArtifactConfig = ArtifactConfig()  # noqa: RUF009 - frozen
-    """Limit and fit."""
+    """Limit and fit; the run's own likewise."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to run."""
 
 
+def parse(argv: list[str]) -> Quantize:
+    """Return what the words ask for; settings that they leave out are the checkpoint's own."""
+    from pgolf.train.state import load_weights
+
+    default = Quantize(checkpoint=tyro.MISSING, data=tyro.MISSING)
+    for word in argv:
+        if word.endswith(".safetensors") and Path(word).is_file():
+            saved = load_weights(Path(word))[1]
+            default = replace(default, quant=saved.quant, artifact=saved.artifact)
+            break
+    return tyro.cli(Quantize, prog="pgolf quantize", args=argv, default=default)
+
+
 def main(argv: list[str]) -> int:
     """Quantize and score."""
-    args = tyro.cli(Quantize, prog="pgolf quantize", args=argv)
+    args = parse(argv)
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
     from pgolf.evaluate.corpus import Corpus, score_model
@@ -41,7 +54,7 @@ def main(argv: list[str]) -> int:
     from pgolf.train.state import copy_parameters, load_weights
 
     state, saved, _ = load_weights(args.checkpoint)
-    quant = args.quant if args.quant is not None else saved.quant
+    quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size)
     dist = Dist.start(args.device)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._loss import (
     CHECK_TARGETS,
     Reduction,

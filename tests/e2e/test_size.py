@@ -1,39 +1,56 @@
 """`pgolf size` on a preset, a configuration and a trained run."""
 
-import json
 import re
 
 from pgolf.artifact.predict import TRAINED, predict_ledger
+from pgolf.artifact.read import read_state
+from pgolf.artifact.size import make_ledger
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
+from pgolf.config import QuantConfig
 
 
 def total(text):
     return int(re.search(r"total +([0-9,]+) bytes", text)[1].replace(",", ""))
 
 
-def test_prediction_of_a_trained_run_is_near_its_artifact(run):
-    """Six steps on a width of 32: matrices as random as any, without what long training makes alike."""
-    real = json.loads((run / "summary.json").read_text())["bytes"]
+SPREAD = [
+    "--quant.row-steps=spread",
+    "--quant.no-column-steps",
+    "--quant.matrix-bits=6",
+    "--quant.embed-bits=7",
+    "--quant.calibration-batches=2",
+]
+
+
+def test_prediction_of_an_artifact_with_steps_by_spread_is_near(run, shards, tmp_path):
+    """Six steps on a width of 32: matrices as random as any, without what long training makes alike.
+
+    Steps by loss give such a model bits as its few gradients say; those of `record` are in test_predict.
+    """
+    checkpoint, out = str(run / "ema.safetensors"), tmp_path / "spread.pgolf"
+    where = ["--data", str(shards), "--out", str(out), "--artifact.no-fit"]
+    assert main(["quantize", checkpoint, *where, *SPREAD]) == 0
+    real = make_ledger(read_state(out)[0], file_bytes=out.stat().st_size)
     config = load_base(str(run / "config.json"))
-    scale, limit = real["clip_scale"], config.artifact.limit
-    parts = dict(predict_ledger(config.model, config.quant, limit=limit, clip_scale=scale).parts)
+    spread = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7)
+    parts = dict(predict_ledger(config.model, spread, limit=config.artifact.limit).parts)
     banks = {name for name in parts if name.endswith("bank")}
     assert len(banks) == 4
     for name in banks:
         gaussian = parts[name] / TRAINED.get(name, 1.0)
-        assert abs(gaussian - real["parts"][name]) < 0.02 * real["parts"][name], name
-    assert abs(sum(parts.values()) - real["model"]) < 0.1 * real["model"]
+        assert abs(gaussian - dict(real.parts)[name]) < 0.02 * dict(real.parts)[name], name
+    assert abs(sum(parts.values()) - real.model_bytes) < 0.1 * real.model_bytes
 
 
 def test_checkpoint_is_coded_for_real(run, capsys):
     assert main(["size", str(run)]) == 0
     folder = capsys.readouterr().out
-    assert main(["size", str(run / "ema.safetensors"), "--quant.mlp-clip", "23"]) == 0
-    wider = capsys.readouterr().out
+    assert main(["size", str(run / "ema.safetensors"), "--quant.mean-bits", "2.5"]) == 0
+    coarser = capsys.readouterr().out
     assert "rounded to nearest and coded" in folder
-    assert total(wider) < total(folder)
-    assert main(["size", str(run / "config.json"), "--artifact.limit", "50000"]) == 1
+    assert total(coarser) < total(folder)
+    assert main(["size", str(run / "config.json"), "--artifact.limit", "40000"]) == 1
     assert "predicted" in capsys.readouterr().out
 
 
