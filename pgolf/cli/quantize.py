@@ -31,12 +31,12 @@ class Quantize:
 
 def parse(argv: list[str]) -> Quantize:
     """Return what the words ask for; settings that they leave out are the checkpoint's own."""
-    from pgolf.train.state import load_weights
+    from pgolf.train.state import load_config
 
     default = Quantize(checkpoint=tyro.MISSING, data=tyro.MISSING)
     for word in argv:
         if word.endswith(".safetensors") and Path(word).is_file():
-            saved = load_weights(Path(word))[1]
+            saved = load_config(Path(word))
             default = replace(default, quant=saved.quant, artifact=saved.artifact)
             break
     return tyro.cli(Quantize, prog="pgolf quantize", args=argv, default=default)

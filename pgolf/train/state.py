@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,35 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]
         FileNotFoundError: no such file.
         ValueError: not a safetensors file of ours.
     """
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+        tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    return tensors, *_parse(path, metadata)
+
+
+def load_config(path: Path) -> Config:
+    """Return the configuration alone; reads no tensor and raises as `load_weights` does."""
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+    return _parse(path, metadata)[0]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; a run writes raw.safetensors and ema.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as e:
         raise ValueError(f"{path} is not a readable safetensors file: {e}") from e
+
+
+def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]]:
     if "config" not in metadata:
         raise ValueError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
     config = from_dict(Config, json.loads(metadata.pop("config")), where=f"{path}: config")
-    return tensors, config, {k: json.loads(v) for k, v in metadata.items()}
+    return config, {k: json.loads(v) for k, v in metadata.items()}
 
 
 def clone_parameters(model: torch.nn.Module) -> dict[str, Tensor]:
