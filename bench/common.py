@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import platform
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from statistics import median, quantiles
 import torch
 
 import pgolf
+from pgolf.data.shards import atomic_file
 from pgolf.env import source_commit
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,11 +134,8 @@ class Recorder:
         day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
         device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
         path = self.out / f"{day}_{device}_{self.bench}.jsonl"
-        with tempfile.NamedTemporaryFile("w", dir=self.out, suffix=".tmp", delete=False) as file:
-            file.writelines(json.dumps(line) + "\n" for line in self.lines)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(file.name).replace(path)
+        with atomic_file(path) as file:
+            file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines)
         self._part(self.out).unlink(missing_ok=True)
         print(f"wrote {len(self.lines)} measurements to {path}")
         return path

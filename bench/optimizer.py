@@ -36,7 +36,7 @@ from bench.ops.bench_muon_step import (
     banks,
     torch_muon,
 )
-from bench.polar_peers import gram_newton_schulz
+from bench.polar_peers import each, gram_newton_schulz
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
@@ -88,11 +88,6 @@ def baddbmm_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table) ->
 def per_bank(step: Callable[..., None], own: list[MuonBank], table: Table) -> Callable[[], object]:
     """Return a call that steps each bank of its own."""
     return lambda: [step(bank.param, bank.grad, bank.momentum, table) for bank in own]
-
-
-def each(iterate: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], object]:
-    """Return a call that iterates each input."""
-    return lambda: [iterate(x) for x in inputs]
 
 
 def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Callable[[], object]]:

@@ -12,6 +12,11 @@ from bench.ce_peers import find
 Table = tuple[tuple[float, float, float], ...]
 
 
+def each(iterate: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Return a call that iterates every input on its own."""
+    return lambda: [iterate(x) for x in inputs]
+
+
 def gram_newton_schulz(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return its iteration of (b, m, n) with versions in the names, as it is written and compiled.
 

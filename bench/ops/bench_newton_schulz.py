@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
-from bench.polar_peers import Table, gram_newton_schulz
+from bench.polar_peers import Table, each, gram_newton_schulz
 from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
 
@@ -59,11 +59,6 @@ def eager(x: Tensor, table: Table) -> Tensor:
     return X.mT if tall else X
 
 
-def per_bank(iterate: Callable[[Tensor], Tensor], banks: Banks) -> Callable[[], Banks]:
-    """Return a call that iterates each bank on its own."""
-    return lambda: [iterate(x) for x in banks]
-
-
 def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
     hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
@@ -74,10 +69,7 @@ def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],
-        **{
-            name: per_bank(call, banks)
-            for name, call in (gram_newton_schulz(table) if hopper else {}).items()
-        },
+        **{name: each(call, banks) for name, call in (gram_newton_schulz(table) if hopper else {}).items()},
     }
 
 
