@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
     try:
         if not args.report_only:
             gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
-            run_plan(plan, start_process, gpus=gpus, per_gpu=args.per_gpu, commit=_commit_name(), say=say)
+            start = functools.partial(start_process, threads=_share_cores(max(1, gpus) * args.per_gpu))
+            run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=_commit_name(), say=say)
     finally:
         result = gather(plan, args.plan)
         paths = write_report(result, plan.out)
@@ -70,6 +72,11 @@ def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
     if asked is not None and not 0 <= asked <= there:
         raise ValueError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
     return 0 if on_cpu else there if asked is None else asked
+
+
+def _share_cores(processes: int) -> int | None:
+    """Return the CPU threads of each of so many processes; None leaves one process all of them."""
+    return None if processes <= 1 else max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _commit_name() -> str:

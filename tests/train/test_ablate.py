@@ -12,7 +12,8 @@ from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
 from pgolf.data.corpus import sample_paths
-from pgolf.train.ablate import gather, read_cell, run_plan
+from pgolf.train import ablate
+from pgolf.train.ablate import gather, read_cell, run_plan, start_process
 from pgolf.train.plan import Plan, read_plan
 from tests.e2e.conftest import SMALL
 
@@ -323,3 +324,19 @@ def test_two_arms_and_two_seeds_end_to_end(shards, tmp_path, capsys, monkeypatch
     assert main(["ablate", str(path), "--report-only"]) == 0
     assert (out / "report.md").read_text() == report
     ET.fromstring((out / "report.html").read_text())
+
+
+@pytest.mark.parametrize(("threads", "expected"), [(None, [None, "7"]), (3, ["3", "7"])])
+def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch, threads, expected):
+    """A variable that is set already stays."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS-} ${TORCHINDUCTOR_COMPILE_THREADS-}"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(ablate.sys, "executable", str(program))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    cell = make_plan(tmp_path).cells()[0]
+    cell.folder.mkdir(parents=True)
+    assert start_process(cell, None, threads=threads).wait() == 0
+    said = (cell.folder / ablate.OUTPUT).read_text().rstrip("\n").split(" ")
+    assert [value or None for value in said] == expected
