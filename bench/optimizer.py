@@ -4,7 +4,8 @@ A variant is a coefficient table and a number of steps, `polar_express_golf5` fo
 the share that one rank of `world` ranks owns of the record model's 66 matrices: ms of `muon_step` (momentum,
 row normalization, iteration, decay, float32 update) as launched and as a CUDA graph, and how orthogonal the
 updates of random gradients are: extreme singular values, and RMS deviation of the singular values from 1.
-`pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once.
+`pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once; `a call a bank`
+is what would let the gather of one bank run beside the iteration of the next.
 Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
 installed, gram-newton-schulz (the iteration alone).
 
@@ -129,6 +130,8 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     gram = rule._replace(algorithm="gram")
     if takes(own, scalars, gram):
         calls["pgolf gram"] = lambda: muon_step(own, scalars, gram)
+    if world > 1:
+        calls["pgolf, a call a bank"] = lambda: [muon_step([bank], scalars, rule) for bank in own]
     if with_peers:
         calls |= peers(shapes, table, device)
     case = f"{variant}_w{world}"
