@@ -7,7 +7,7 @@ updates of random gradients are: extreme singular values, and RMS deviation of t
 `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once; `a call a bank`
 is what would let the gather of one bank run beside the iteration of the next.
 Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
-installed, gram-newton-schulz (the iteration alone).
+installed, gram-newton-schulz and symmetric Triton products (the iteration alone).
 
 The tail is reduce, clip, AdamW, Muon, average and zero on the record model, against the same with torch's
 fused kernels; under torchrun it includes the communication of that many ranks. On CPU all shapes are small.
@@ -37,7 +37,7 @@ from bench.ops.bench_muon_step import (
     banks,
     torch_muon,
 )
-from bench.polar_peers import each, gram_newton_schulz
+from bench.polar_peers import each, gram_newton_schulz, speedrun_form
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
@@ -102,7 +102,7 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
     }
     if device.type == "cuda":
         inputs = [bank.grad.bfloat16() for bank in banks(shapes, device)]
-        for name, iterate in gram_newton_schulz(table).items():
+        for name, iterate in (gram_newton_schulz(table) | speedrun_form(table)).items():
             found[f"{name}, iteration only"] = each(iterate, inputs)
     return found
 

@@ -1,4 +1,4 @@
-"""gram-newton-schulz on quack's symmetric products, where it is installed when a bench runs."""
+"""Other implementations of the polar iteration, where they are installed when a bench runs."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def gram_newton_schulz(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
             ns_coefficients=rows, compile_kwargs={"fullgraph": True, "dynamic": False}
         ),
     }
+
+
+def speedrun_form(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the iteration on symmetric Triton products, with Triton's version in the name."""
+    found = find("speedrun form, triton", "triton", "bench.triton_symmetric", "triton_newton_schulz")
+    return {} if found is None else {found[0]: lambda x: found[1](x, table)}

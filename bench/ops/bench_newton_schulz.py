@@ -1,4 +1,4 @@
-"""newton_schulz on the model's weight banks and on large matrices, against torch and gram-newton-schulz.
+"""newton_schulz on the model's weight banks and on large matrices, against torch and public kernels.
 
 `bank66` is all 66 matrices of the record model, `eighth` the share of one rank of eight. bfloat16 in and out,
 coefficients of `polar_express_golf`. A call is the whole set of banks. sv_min and sv_max are the extreme
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
-from bench.polar_peers import Table, each, gram_newton_schulz
+from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
 from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
 
@@ -63,13 +63,14 @@ def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
     hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
+    others = gram_newton_schulz(table) | speedrun_form(table) if hopper else {}
     return {
         "pgolf": lambda: newton_schulz_banks(banks, table),
         **({"pgolf gram": lambda: newton_schulz_banks(banks, table, algorithm="gram")} if hopper else {}),
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],
-        **{name: each(call, banks) for name, call in (gram_newton_schulz(table) if hopper else {}).items()},
+        **{name: each(call, banks) for name, call in others.items()},
     }
 
 
