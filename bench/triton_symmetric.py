@@ -21,12 +21,10 @@ CONFIGS = [
 ]
 
 
-@triton.autotune(configs=CONFIGS, key=["batch", "rows", "cols"])
+@triton.autotune(configs=CONFIGS, key=["rows", "cols"])
 @triton.jit
-def _symmetric(
-    a, c, batch, rows, cols, alpha, beta, add: tl.constexpr, tile: tl.constexpr, depth: tl.constexpr
-):
-    """C = alpha A A^T (+ beta A) of `batch` contiguous matrices (rows, cols); grid (tiles^2, batch)."""
+def _symmetric(a, c, rows, cols, alpha, beta, add: tl.constexpr, tile: tl.constexpr, depth: tl.constexpr):
+    """C = alpha A A^T (+ beta A) of contiguous matrices (rows, cols); grid (tiles^2, batch)."""
     tiles = tl.cdiv(rows, tile)
     i = tl.program_id(0) // tiles
     j = tl.program_id(0) % tiles
@@ -68,7 +66,7 @@ def symmetric(a: Tensor, alpha: float, beta: float | None = None) -> Tensor:
     a = a.contiguous()
     out = torch.empty((batch, rows, rows), dtype=a.dtype, device=a.device)
     _symmetric[lambda meta: (triton.cdiv(rows, meta["tile"]) ** 2, batch)](
-        a, out, batch, rows, cols, alpha, beta or 0.0, beta is not None
+        a, out, rows, cols, alpha, beta or 0.0, beta is not None
     )
     return out
 

@@ -52,6 +52,15 @@ def check_targets() -> bool:
     return value == "1"
 
 
+def share_of_cores(processes: int) -> dict[str, str]:
+    """Return the environment of one of so many processes side by side: its share of the cores as threads.
+
+    OMP_NUM_THREADS for torch, TORCHINDUCTOR_COMPILE_THREADS for its compiler; one that is set already stays.
+    """
+    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
+    return {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
+
+
 def source_commit() -> tuple[str, bool]:
     """Return the commit of this package's tree and whether files differ; ("unknown", True) outside of git.
 

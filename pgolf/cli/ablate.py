@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +34,7 @@ class Ablate:
 def main(argv: list[str]) -> int:
     """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.env import share_of_cores
     from pgolf.report.ablation import markdown
     from pgolf.report.html import write_report
     from pgolf.train.ablate import gather, run_plan, start_process
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
     try:
         if not args.report_only:
             gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
-            start = functools.partial(start_process, threads=_share_cores(max(1, gpus) * args.per_gpu))
+            processes = max(1, gpus) * args.per_gpu
+            environment = share_of_cores(processes) if processes > 1 else None
+            start = functools.partial(start_process, environment=environment)
             run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=_commit_name(), say=say)
     finally:
         result = gather(plan, args.plan)
@@ -72,11 +74,6 @@ def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
     if asked is not None and not 0 <= asked <= there:
         raise ValueError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
     return 0 if on_cpu else there if asked is None else asked
-
-
-def _share_cores(processes: int) -> int | None:
-    """Return the CPU threads of each of so many processes; None leaves one process all of them."""
-    return None if processes <= 1 else max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def _commit_name() -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from pgolf.train.state import write_json
 
 OUTPUT = "output.txt"
 RECORD = "cell.json"
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
 MAX_CRASHES = 3
 """This many crashes in a row stop the plan: the next cells would not do better."""
 DIVERGED = re.compile(
@@ -53,26 +51,24 @@ Start = Callable[[Cell, int | None], Process]
 """Starts a cell on a GPU (None: wherever its configuration says)."""
 
 
-def start_process(cell: Cell, gpu: int | None, *, threads: int | None = None) -> Process:
+def start_process(cell: Cell, gpu: int | None, *, environment: dict[str, str] | None = None) -> Process:
     """Start `python -m pgolf train config.json` with its output in the cell's folder.
 
     A GPU is chosen the way torchrun does it, as local rank of a world of one: `gpu` counts the visible ones.
-    `threads` bounds the CPU threads of torch and of its compiler, so that processes side by side share the
-    cores; variables that are set already stay.
+    `environment` replaces this process's, see `share_of_cores`.
     """
     config = cell.folder / "config.json"
     write_json(config, to_dict(cell.config))
     command = [sys.executable, "-m", "pgolf", "train", str(config)]
     if gpu is not None:
         command = ["env", "RANK=0", "WORLD_SIZE=1", f"LOCAL_RANK={gpu}", *command]
-    shared = {} if threads is None else dict.fromkeys(THREAD_VARIABLES, str(threads))
     with (cell.folder / OUTPUT).open("wb") as output:
         return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=shared | os.environ,
+            env=environment,
         )
 
 

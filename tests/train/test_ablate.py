@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
 from pgolf.data.corpus import sample_paths
+from pgolf.env import share_of_cores
 from pgolf.train import ablate
 from pgolf.train.ablate import gather, read_cell, run_plan, start_process
 from pgolf.train.plan import Plan, read_plan
@@ -326,17 +328,17 @@ def test_two_arms_and_two_seeds_end_to_end(shards, tmp_path, capsys, monkeypatch
     ET.fromstring((out / "report.html").read_text())
 
 
-@pytest.mark.parametrize(("threads", "expected"), [(None, [None, "7"]), (3, ["3", "7"])])
-def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch, threads, expected):
-    """A variable that is set already stays."""
+def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch):
+    """Each gets its share as threads; a variable that is set already stays."""
     program = tmp_path / "python"
-    program.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS-} ${TORCHINDUCTOR_COMPILE_THREADS-}"\n')
+    program.write_text('#!/bin/sh\necho "$OMP_NUM_THREADS $TORCHINDUCTOR_COMPILE_THREADS"\n')
     program.chmod(0o755)
     monkeypatch.setattr(ablate.sys, "executable", str(program))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     cell = make_plan(tmp_path).cells()[0]
     cell.folder.mkdir(parents=True)
-    assert start_process(cell, None, threads=threads).wait() == 0
-    said = (cell.folder / ablate.OUTPUT).read_text().rstrip("\n").split(" ")
-    assert [value or None for value in said] == expected
+    assert start_process(cell, None, environment=share_of_cores(5)).wait() == 0
+    assert (cell.folder / ablate.OUTPUT).read_text() == "3 7\n"
+    assert share_of_cores(40)["OMP_NUM_THREADS"] == "1"
