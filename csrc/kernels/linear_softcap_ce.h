@@ -11,8 +11,8 @@
 //   grad_hidden = v (F weight)            v scales rows
 //   grad_weight = F^T (v hidden)
 //
-// Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows; none of
-// these changes F.
+// Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows, or
+// hidden (which does all of these but grad_weight) and the other product; none of these changes F.
 // Deterministic. Rows whose target is ignore_index: loss, scale, F and v are 0. NaN in a row makes its loss
 // NaN. Targets outside [0, vocab): loss, scale and v are NaN.
 #pragma once
@@ -45,7 +45,7 @@ struct LinearSoftcapCeForward {
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape);
 
 // Partial sums per row.
-int64_t linear_softcap_ce_sm90_tiles(int64_t vocab);
+int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape);
 
 void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
                                     CUstream_st* stream);
@@ -62,8 +62,8 @@ void linear_softcap_ce_loss_cuda(const float* partial_sums,  // (rows, tiles)
                                  const LinearSoftcapCeShape& shape, CUstream_st* stream);
 
 struct LinearSoftcapCeFactor {
-  const float* grad_loss;  // (rows,), or one value where grad_stride is 0
-  int64_t grad_stride;     // 1, or 0: the same for all rows
+  const float* grad_loss;  // (rows,) with grad_stride
+  int64_t grad_stride;     // elements; 0: the same for all rows
   const float* scale;      // (rows,) from loss; where it is 0, v is 0 whatever grad_loss is
   const bf16* hidden;      // (rows, width) row-major
   float* row_scale;        // (rows,) out: v
@@ -71,6 +71,26 @@ struct LinearSoftcapCeFactor {
 };
 
 void linear_softcap_ce_factor_cuda(const LinearSoftcapCeFactor& args, int64_t rows, int64_t width,
+                                   CUstream_st* stream);
+
+struct LinearSoftcapCeHidden {
+  const float* grad_loss;  // (rows,) with grad_stride
+  int64_t grad_stride;     // elements; 0: the same for all rows
+  const float* scale;      // (rows,) from loss
+  const bf16* factor;      // (rows, factor_ld) row-major, 16-byte aligned
+  int64_t factor_ld;       // elements, a multiple of 8
+  const bf16* weight;      // (vocab, width) row-major, 16-byte aligned
+  const bf16* hidden;      // (rows, width) row-major, 16-byte aligned
+  bf16* product;           // (rows, width) row-major out, 16-byte aligned: v (factor weight)
+  bf16* scaled_hidden;     // (rows, width) row-major out, 16-byte aligned: v hidden; null: not wanted
+};
+
+// Whether the current device and the shape's rows, vocab and width suit the Hopper kernel below: compute
+// capability 9.0, vocab and width multiples of 8, and enough rows that its tiles fill the device.
+bool linear_softcap_ce_hidden_sm90_supports(const LinearSoftcapCeShape& shape);
+
+// Both of what the backward pass scales by v, in one kernel.
+void linear_softcap_ce_hidden_sm90(const LinearSoftcapCeHidden& args, const LinearSoftcapCeShape& shape,
                                    CUstream_st* stream);
 
 // product[row] *= row_scale[row].

@@ -9,6 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+// Threads of a row of loss_kernel: few, as one of them does all the arithmetic of the row.
+constexpr int kLossLanes = 8;
+constexpr int kLossRows = kThreads / kLossLanes;
 constexpr float kNan = __builtin_nanf("");
 
 __device__ __forceinline__ int64_t warp_row() {
@@ -30,16 +33,18 @@ __global__ void __launch_bounds__(kThreads)
     loss_kernel(const float* partial_sums, int64_t tiles, const float* target_logits, const int64_t* targets,
                 __nv_bfloat16* factor, int64_t factor_ld, float* losses, float* scales,
                 LinearSoftcapCeShape shape) {
-  const int64_t row = warp_row();
-  const int lane = threadIdx.x % kWarp;
-  if (row >= shape.rows) return;
-  const int64_t target = targets[row];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kLossRows + threadIdx.x / kLossLanes;
+  const int lane = threadIdx.x % kLossLanes;
   float others = 0.0f;
-  for (int64_t i = lane; i < tiles; i += kWarp) others += partial_sums[row * tiles + i];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+  if (row < shape.rows) {
+    _Pragma("unroll 8") for (int64_t i = lane; i < tiles; i += kLossLanes) others +=
+        partial_sums[row * tiles + i];
+  }
+  for (int offset = kLossLanes / 2; offset > 0; offset /= 2) {
     others += __shfl_xor_sync(0xffffffffu, others, offset);
   }
-  if (lane != 0) return;
+  if (lane != 0 || row >= shape.rows) return;
+  const int64_t target = targets[row];
   if (target == shape.ignore_index || !is_valid(target, shape)) {
     losses[row] = scales[row] = target == shape.ignore_index ? 0.0f : kNan;
     return;
@@ -122,9 +127,10 @@ void linear_softcap_ce_loss_cuda(const float* partial_sums, int64_t tiles, const
                                  const int64_t* target, bf16* factor, int64_t factor_ld, float* loss,
                                  float* scale, const LinearSoftcapCeShape& shape, CUstream_st* stream) {
   if (shape.rows == 0) return;
-  loss_kernel<<<row_blocks(shape.rows), kThreads, 0, stream>>>(partial_sums, tiles, target_logit, target,
-                                                               reinterpret_cast<__nv_bfloat16*>(factor),
-                                                               factor_ld, loss, scale, shape);
+  const unsigned int blocks = grid_blocks(shape.rows, kLossRows, "linear_softcap_ce");
+  loss_kernel<<<blocks, kThreads, 0, stream>>>(partial_sums, tiles, target_logit, target,
+                                               reinterpret_cast<__nv_bfloat16*>(factor), factor_ld, loss,
+                                               scale, shape);
   PGOLF_LAUNCH_CHECK();
 }
 

@@ -14,14 +14,15 @@ namespace pgolf::epilogue {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kOffset = 2.0f;
-constexpr int kNowhere = -1, kIgnored = -2;  // of a target
+constexpr int kNowhere = -1, kIgnored = -2;            // of a target
+constexpr uint32_t kNotHere = 255, kIgnoredRow = 254;  // of a target within a tile
 
 struct Args {
   bf16* factor;
-  int64_t factor_ld;
+  int factor_ld;
   float* partial_sums;
   float* target_logit;
-  int64_t rows;
+  int rows;
   int vocab;
   int column_tiles;
   float rate;   // 2 log2(e) / cap: exp(2 x / cap) = 2^(rate x)
@@ -74,15 +75,22 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return word;
 }
 
+// The same value, of which the compiler does not know that. Keeps addresses from being computed early, in
+// registers that the accumulators need.
+__device__ __forceinline__ int late(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // One row of the tile: this thread's kColumns / 4 columns of it, of which value[2 j + e] was element 4 j + e
 // (or 4 j + e + 2) of the accumulators.
 template <typename C>
 struct Row {
   static constexpr int kCount = C::kColumns / 4;
-  static_assert(kCount <= 32, "bits of a mask");
+  static constexpr bool kWide = kCount > 32;
   const Args& args;
   float (&value)[kCount];
-  int64_t row;
+  int row;
   int column_tile;
   int t;  // lane % 4
 
@@ -94,47 +102,54 @@ struct Row {
 
   // Index of a column of the tile among this thread's values, or -1.
   __device__ __forceinline__ int index(int column) const {
-    if (column < 0 || column >= C::kColumns) return -1;
+    if (column >= C::kColumns) return -1;
     if constexpr (C::kPermuted) return column / 8 % 4 == t ? column / 32 * 8 + column % 8 : -1;
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // `target` is a column of the whole matrix, kNowhere or kIgnored. Inside: no column is past the vocabulary.
-  template <bool Inside>
-  __device__ __forceinline__ void run(int target) {
-    const bool ignored = target == kIgnored;
-    const int own = target < 0 ? -1 : index(target - column_tile * C::kColumns);
-    float sum;
-    if constexpr (Inside) {
-      sum = inside(own, ignored);
-    } else {
-      sum = anywhere(own, ignored);
-    }
+  // The target's column within the tile, kNotHere or kIgnoredRow. `target` is a column of the whole matrix,
+  // kNowhere or kIgnored.
+  __device__ __forceinline__ static uint32_t own_column(int target, int column_tile) {
+    const uint32_t own = static_cast<uint32_t>(target) - static_cast<uint32_t>(column_tile * C::kColumns);
+    return target == kIgnored ? kIgnoredRow : target >= 0 && own < C::kColumns ? own : kNotHere;
+  }
+
+  // `target` as own_column gives it.
+  __device__ __forceinline__ void run(uint32_t target) {
+    bool whole = (late(column_tile) + 1) * C::kColumns <= args.vocab;
+    const bool ignored = target == kIgnoredRow;
+    const int own = index(static_cast<int>(target));
+    // No registers are left beside a wide tile to take a target out of it; it seldom has one.
+    if constexpr (kWide) whole = whole && !__any_sync(0xffffffffu, own >= 0 || ignored);
+    float sum = whole ? inside(own, ignored) : anywhere(own, ignored);
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (t == 0 && row < args.rows) args.partial_sums[row * args.column_tiles + column_tile] = 0.25f * sum;
+    if (t == 0 && row < args.rows) {
+      args.partial_sums[static_cast<int64_t>(late(row)) * args.column_tiles + column_tile] = 0.25f * sum;
+    }
   }
 
   __device__ __forceinline__ float inside(int own, bool ignored) {
-    const float offset = ignored ? -INFINITY : kOffset;
+    const float offset = !kWide && ignored ? -INFINITY : kOffset;
     const uint32_t mask = ignored ? ~0u : own >= 0 ? 1u << own : 0u;
-    float excess = 0.0f;
-    if (__any_sync(0xffffffffu, mask != 0)) {
+    float sums[2] = {};
+    if (!kWide && __any_sync(0xffffffffu, mask != 0)) {
       // Takes the target out of the sum: at -infinity its exponential is at most that of each other element,
       // so that subtracting it loses nothing. Takes out NaN where the row is ignored.
       float x = 0.0f;
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
-        const bool hit = (mask & (1u << i)) != 0;
+        const bool hit = (mask & (1u << (i % 32))) != 0;
         x = hit ? value[i] : x;
         value[i] = hit ? -INFINITY : value[i];
       }
       if (own >= 0) {
-        args.target_logit[row] = x;
-        excess = capped_exponential<false>(args, -INFINITY, offset).e;
+        args.target_logit[late(row)] = x;
+        sums[0] = -capped_exponential<false>(args, -INFINITY, offset).e;
       }
     }
-    float sums[4] = {};
+    bf16* const to = args.factor + static_cast<int64_t>(late(row)) * args.factor_ld +
+                     (column_tile * C::kColumns + column(0));
     PGOLF_UNROLL
     for (int group = 0; group < kCount / 8; ++group) {
       uint32_t word[4];
@@ -147,15 +162,17 @@ struct Row {
         const float q = rcp_approx(low_sum * high_sum);
         const Element low = finish_element<C::kFactor>(args, low_big, q * high_sum, offset);
         const Element high = finish_element<C::kFactor>(args, high_big, q * low_sum, offset);
-        sums[j] += low.e + high.e;
+        sums[j % 2] += low.e + high.e;
         if constexpr (C::kFactor) word[j] = pack_pair(low.factor, high.factor);
       }
-      if constexpr (C::kFactor) store(group, word);
+      if constexpr (C::kFactor) {
+        if (row < args.rows) store(to + group * 32, word);
+      }
     }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]) - excess;
+    return sums[0] + sums[1];
   }
 
-  // The same for the last column tile, in a loop: it is rare, and code that is not there cannot displace
+  // The same for any tile, in a loop: it is rarely taken, and code that is not there cannot displace
   // other code from the instruction cache.
   __device__ __forceinline__ float anywhere(int own, bool ignored) {
     // Lies in memory, as it is indexed by group. Of another type than `value`, which the compiler would
@@ -173,7 +190,7 @@ struct Row {
         for (int k = 0; k < 2; ++k) {
           const int i = group * 8 + j * 2 + k;
           const float x = copy[group][j * 2 + k];
-          if (i == own) args.target_logit[row] = x;
+          if (i == own) args.target_logit[late(row)] = x;
           const bool counts = !ignored && i != own && column_tile * C::kColumns + column(i) < args.vocab;
           const Element element =
               capped_exponential<C::kFactor>(args, counts ? x : -INFINITY, counts ? kOffset : -INFINITY);
@@ -182,17 +199,25 @@ struct Row {
         }
         word[j] = pack_pair(factors[0], factors[1]);
       }
-      if constexpr (C::kFactor) store(group, word);
+      if constexpr (C::kFactor) {
+        if constexpr (!C::kPermuted) transpose_quad(word, t);
+        const int at = column_tile * C::kColumns + group * 32 + t * 8;
+        if (row < args.rows && at < args.factor_ld) {
+          *reinterpret_cast<uint4*>(args.factor + static_cast<int64_t>(row) * args.factor_ld + at) =
+              make_uint4(word[0], word[1], word[2], word[3]);
+        }
+      }
     }
     return sum;
   }
 
-  __device__ __forceinline__ void store(int group, uint32_t (&word)[4]) {
-    if constexpr (!C::kPermuted) transpose_quad(word, t);
-    const int64_t at = column_tile * C::kColumns + group * 32 + t * 8;
-    if (row < args.rows && at < args.factor_ld) {
-      *reinterpret_cast<uint4*>(args.factor + row * args.factor_ld + at) =
-          make_uint4(word[0], word[1], word[2], word[3]);
+  // Eight of this thread's columns, of which `to` is the first.
+  __device__ __forceinline__ static void store(bf16* to, const uint32_t (&word)[4]) {
+    if constexpr (C::kPermuted) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(word[0], word[1], word[2], word[3]);
+    } else {
+      PGOLF_UNROLL
+      for (int j = 0; j < 4; ++j) reinterpret_cast<uint32_t*>(to)[j * 4] = word[j];
     }
   }
 };

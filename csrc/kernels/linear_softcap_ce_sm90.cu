@@ -2,10 +2,14 @@
 // epilogue.
 //
 // Persistent blocks, in clusters along the rows, of one producer thread (bulk tensor copies into a ring of
-// k slices) and two consumer warpgroups, each of which owns every second 128 x kTileColumns tile: while one
-// runs its product on the tensor cores, the other computes its epilogue. The blocks of a cluster work on
-// neighbouring row blocks and the same columns, and multicast their share of the weight to each other.
-// Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident).
+// k slices) and two turns of consumer warpgroups, each of which owns every second tile: while one runs its
+// product on the tensor cores, the other computes its epilogue. The blocks of a cluster work on neighbouring
+// row blocks and the same columns, and multicast their share of the weight to each other.
+//
+// Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident); the epilogue
+// then takes longer than the product, and two warpgroups share a tile. For large widths tiles are 128 x 192,
+// which read less for each product (and, at the power limit, so leave a higher clock), and whose accumulators
+// fill a warpgroup's registers.
 #include <cuda.h>
 
 #include "kernels/cuda_check.cuh"
@@ -19,13 +23,12 @@ namespace {
 
 constexpr int kTileRows = 128;
 constexpr int kTileColumns = 128;
+constexpr int kWideColumns = 192;
 constexpr int kCluster = 2;
-constexpr bool kPermute = true;  // of the weight's rows where vocab allows it, see Config
-constexpr int kDepth = 64;       // slice of k: 128 bytes, the width of the swizzle
-constexpr int kGroup = 128;      // threads of a warpgroup
-constexpr int kThreads = 3 * kGroup;
+constexpr int kTurns = 2;    // tiles in work: one multiplied, one in its epilogue
+constexpr int kDepth = 64;   // slice of k: 128 bytes, the width of the swizzle
+constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;
 constexpr int kSharedLimit = 232448;  // of a block on sm_90
 constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
@@ -33,10 +36,15 @@ constexpr float kMinCap = 1e-6f;
 constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
 constexpr bool kEnabled = true;   // false: callers take the path for any GPU
 
-template <int TileColumns, int Cluster, bool Resident, bool Permuted, bool Factor>
+template <int TileColumns, int Parts, bool Resident, bool Permuted, bool Factor>
 struct Config {
+  // Warpgroups of a tile, which share its rows. One for wide tiles, whose accumulators fill its registers.
+  static constexpr int kParts = Parts;
+  static constexpr int kFragments = 2 / Parts;  // of 64 rows
+  static constexpr int kThreads = (1 + kTurns * Parts) * kGroup;
+  static constexpr int kConsumerRegisters = Parts == 2 ? 112 : 240;
   static constexpr int kColumns = TileColumns;
-  static constexpr int kBlocks = Cluster;
+  static constexpr int kBlocks = kCluster;
   static constexpr bool kResident = Resident;
   // The thread of lane 4 g + t holds columns 2 t, 2 t + 1 of every eight. Where vocab is a multiple of 32 the
   // copy engine permutes the weight's rows so that these are columns 8 t .. 8 t + 7 of every 32: 16 bytes of
@@ -64,49 +72,55 @@ struct KernelArgs : epilogue::Args {
 constexpr uint32_t kBand = 8;
 
 // A walk over the tiles of one cluster. Resident: a contiguous range of row-major order, so that `hidden` is
-// rarely reloaded. Otherwise every clusters-th tile of an order that walks down kBand row tiles before the
+// rarely reloaded. Otherwise every clusters()-th tile of an order that walks down kBand row tiles before the
 // next column: the tiles of all clusters at one time share few rows and columns, which stay in L2.
-template <bool Resident>
+template <typename C>
 struct Walk {
-  int count;  // of tiles
   int row, column;
-  uint32_t index, stride, row_tiles, column_tiles;
+  uint32_t at;  // resident: tiles left; else the index in that order
 
-  __device__ __forceinline__ Walk(const KernelArgs& args, uint32_t cluster, uint32_t clusters)
-      : row_tiles(args.row_tiles), column_tiles(args.column_tiles) {
-    const uint32_t tiles = row_tiles * column_tiles;
-    if constexpr (Resident) {
-      index = static_cast<uint32_t>(static_cast<uint64_t>(tiles) * cluster / clusters);
-      count = static_cast<int>(static_cast<uint64_t>(tiles) * (cluster + 1) / clusters - index);
-      stride = 1;
-      row = static_cast<int>(index / column_tiles);
-      column = static_cast<int>(index % column_tiles);
+  __device__ __forceinline__ static uint32_t clusters() { return gridDim.x / C::kBlocks; }
+  __device__ __forceinline__ static uint32_t all(const KernelArgs& args) {
+    return static_cast<uint32_t>(args.row_tiles) * static_cast<uint32_t>(args.column_tiles);
+  }
+
+  __device__ __forceinline__ explicit Walk(const KernelArgs& args) {
+    const uint32_t cluster = blockIdx.x / C::kBlocks;
+    if constexpr (C::kResident) {
+      const auto first = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * cluster / clusters());
+      at = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * (cluster + 1) / clusters() - first);
+      row = static_cast<int>(first / args.column_tiles);
+      column = static_cast<int>(first % args.column_tiles);
     } else {
-      index = cluster;
-      count = static_cast<int>((tiles - cluster + clusters - 1) / clusters);
-      stride = clusters;
-      locate();
+      at = cluster;
+      locate(args);
     }
   }
 
-  // `steps` is at most 2.
-  __device__ __forceinline__ void advance(int steps) {
-    if constexpr (Resident) {
+  // Whether there are more than `tiles` tiles from this one on.
+  __device__ __forceinline__ bool more_than(const KernelArgs& args, uint32_t tiles) const {
+    if constexpr (C::kResident) return static_cast<int>(at) > static_cast<int>(tiles);
+    return at + tiles * clusters() < all(args);
+  }
+
+  __device__ __forceinline__ void advance(const KernelArgs& args, int steps) {
+    if constexpr (C::kResident) {
+      at -= steps;
       column += steps;
-      while (column >= static_cast<int>(column_tiles)) {
-        column -= static_cast<int>(column_tiles);
+      while (column >= args.column_tiles) {
+        column -= args.column_tiles;
         ++row;
       }
     } else {
-      index += static_cast<uint32_t>(steps) * stride;
-      locate();
+      at += static_cast<uint32_t>(steps) * clusters();
+      locate(args);
     }
   }
 
-  __device__ __forceinline__ void locate() {
-    const uint32_t band = index / (kBand * column_tiles);
-    const uint32_t within = index - band * kBand * column_tiles;
-    const uint32_t height = min(static_cast<uint32_t>(kBand), row_tiles - band * kBand);
+  __device__ __forceinline__ void locate(const KernelArgs& args) {
+    const uint32_t band_tiles = kBand * static_cast<uint32_t>(args.column_tiles);
+    const uint32_t band = at / band_tiles, within = at - band * band_tiles;
+    const uint32_t height = min(kBand, args.row_tiles - band * kBand);
     row = static_cast<int>(band * kBand + within % height);
     column = static_cast<int>(within / height);
   }
@@ -135,20 +149,19 @@ struct Shared {
   }
 };
 
+// Stage and phase in one register.
 template <typename C>
 struct RingPosition {
-  int stage = 0;
-  uint32_t phase = 0;
+  uint32_t packed = 0;  // 2 stage + phase
+  __device__ __forceinline__ int stage() const { return static_cast<int>(packed >> 1); }
+  __device__ __forceinline__ uint32_t phase() const { return packed & 1; }
   __device__ __forceinline__ void advance() {
-    if (++stage == C::kStages) {
-      stage = 0;
-      phase ^= 1;
-    }
+    packed += 2;
+    if (packed >= 2 * C::kStages) packed = (packed & 1) ^ 1;
   }
   __device__ __forceinline__ void skip(int steps) {
-    const int laps = (stage + steps) / C::kStages;
-    stage += steps - laps * C::kStages;
-    phase ^= laps & 1;
+    const uint32_t stages = (packed >> 1) + steps, laps = stages / C::kStages;
+    packed = 2 * (stages - laps * C::kStages) + ((packed + laps) & 1);
   }
 };
 
@@ -172,12 +185,12 @@ __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full,
 }
 
 template <typename C>
-__device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C::kResident> tile,
+__device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C> tile,
                         const CUtensorMap* hidden, const CUtensorMap* weight, uint32_t rank) {
   RingPosition<C> at;
   int row_block = -1;
   uint32_t row_blocks = 0;  // loaded so far
-  for (int i = 0; i < tile.count; ++i) {
+  for (; tile.more_than(args, 0); tile.advance(args, 1)) {
     const int first_row = (tile.row * C::kBlocks + static_cast<int>(rank)) * kTileRows;
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
@@ -186,25 +199,24 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C:
         mbarrier_expect_bytes(shared.rows_full(slice), kSliceBytes);
         tma_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
       }
-      mbarrier_wait_or_trap(shared.empty(at.stage), at.phase ^ 1);
-      const uint32_t full = shared.full(at.stage);
+      mbarrier_wait_or_trap(shared.empty(at.stage()), at.phase() ^ 1);
+      const uint32_t full = shared.full(at.stage());
       mbarrier_expect_bytes(full, C::kStageBytes);
       if constexpr (!C::kResident) {
-        tma_load_2d(shared.rows(at.stage, slice), hidden, full, slice * kDepth, first_row);
+        tma_load_2d(shared.rows(at.stage(), slice), hidden, full, slice * kDepth, first_row);
       }
-      load_columns<C>(shared.columns(at.stage), weight, full, slice, tile.column * C::kColumns, rank);
+      load_columns<C>(shared.columns(at.stage()), weight, full, slice, tile.column * C::kColumns, rank);
       at.advance();
     }
     if (new_rows) {
       row_block = tile.row;
       ++row_blocks;
     }
-    tile.advance(1);
   }
 }
 
 // The target's column, epilogue::kNowhere or epilogue::kIgnored; the logits of both are written here.
-__device__ __forceinline__ int load_target(const KernelArgs& args, int64_t row) {
+__device__ __forceinline__ int load_target(const KernelArgs& args, int row) {
   if (row >= args.rows) return epilogue::kIgnored;
   const int64_t label = args.target[row];
   if (label != args.ignore_index && label >= 0 && label < args.vocab) return static_cast<int>(label);
@@ -213,53 +225,68 @@ __device__ __forceinline__ int load_target(const KernelArgs& args, int64_t row) 
   return ignored ? epilogue::kIgnored : epilogue::kNowhere;
 }
 
-struct Place {
-  int64_t first_row;  // of this thread
-  int column_tile;
-  int t;  // lane % 4
-};
+// Read anew where it is needed: a register less in the epilogue, which needs all.
+__device__ __forceinline__ int lane_index() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
 
 // One of the two rows that this thread holds of 64.
-template <typename C, bool Inside, int Half>
+template <typename C, int Half>
 __device__ __forceinline__ void finish_row(const KernelArgs& args, const float (&c)[C::kAccumulators],
-                                           int target, int64_t row, const Place& place) {
+                                           uint32_t own, int row, int column_tile) {
   float value[C::kColumns / 4];
   PGOLF_UNROLL
   for (int i = 0; i < C::kColumns / 4; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
-  epilogue::Row<C>{args, value, row, place.column_tile, place.t}.template run<Inside>(target);
+  epilogue::Row<C>{args, value, row, column_tile, lane_index() % 4}.run(own & 255u);
 }
 
-template <typename C, bool Inside>
-__device__ __forceinline__ void finish_tile(const KernelArgs& args, const float (&c)[2][C::kAccumulators],
-                                            const int (&target)[4], const Place& place) {
-  finish_row<C, Inside, 0>(args, c[0], target[0], place.first_row, place);
-  finish_row<C, Inside, 1>(args, c[0], target[1], place.first_row + 8, place);
-  finish_row<C, Inside, 0>(args, c[1], target[2], place.first_row + 64, place);
-  finish_row<C, Inside, 1>(args, c[1], target[3], place.first_row + 72, place);
+template <typename C>
+__device__ __forceinline__ void finish_tile(const KernelArgs& args,
+                                            const float (&c)[C::kFragments][C::kAccumulators], uint32_t own,
+                                            int row, int column_tile) {
+  PGOLF_UNROLL
+  for (int f = 0; f < C::kFragments; ++f) {
+    finish_row<C, 0>(args, c[f], own >> 16 * f, row + 64 * f, column_tile);
+    finish_row<C, 1>(args, c[f], own >> (16 * f + 8), row + 64 * f + 8, column_tile);
+  }
+}
+
+// One instruction's product.
+template <typename C>
+__device__ __forceinline__ void multiply_add(float (&c)[C::kAccumulators], uint64_t a, uint64_t b,
+                                             int accumulate) {
+  if constexpr (C::kColumns == 128) {
+    wgmma_64x128x16<true, true>(c, a, b, accumulate, __nv_bfloat16{});
+  } else {
+    wgmma_64x192x16(c, a, b, accumulate);
+  }
 }
 
 // A tile's product, once this group's turn has come.
 template <typename C>
 __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>& shared, RingPosition<C>& at,
-                                         float (&c)[2][C::kAccumulators], int group, bool await_rows,
-                                         uint32_t rows_phase, bool release_rows, bool last_tile) {
-  const uint32_t lane = threadIdx.x % 32;
+                                         float (&c)[C::kFragments][C::kAccumulators], int turn, int part,
+                                         bool await_rows, uint32_t rows_phase, bool release_rows,
+                                         bool last_tile) {
+  const int lane = lane_index();
   uint32_t previous = 0;
   for (int slice = 0; slice < args.slices; ++slice) {
     if (C::kResident && await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), rows_phase);
-    mbarrier_wait_or_trap(shared.full(at.stage), at.phase);
+    mbarrier_wait_or_trap(shared.full(at.stage()), at.phase());
     // All of this group's copies have arrived: the other group's waits are at most one phase ahead.
-    if (slice == args.slices - 1 && !last_tile) named_arrive(2 - group, 2 * kGroup);
-    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage, slice));
-    const uint64_t b = wgmma_descriptor<16>(shared.columns(at.stage));
+    if (slice == args.slices - 1 && !last_tile) named_arrive(2 - turn, kTurns * C::kParts * kGroup);
+    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage(), slice) + part * 64 * kDepth * 2);
+    const uint64_t b = wgmma_descriptor<16>(shared.columns(at.stage()));
     wgmma_fence();
     PGOLF_UNROLL
     for (int k = 0; k < kDepth / 16; ++k) {
-      const int accumulate = slice > 0 || k > 0;
-      wgmma_64x128x16<true, true>(c[0], wgmma_advance(a, k * 32), wgmma_advance(b, k * 32), accumulate,
-                                  __nv_bfloat16{});
-      wgmma_64x128x16<true, true>(c[1], wgmma_advance(a, k * 32 + 64 * kDepth * 2), wgmma_advance(b, k * 32),
-                                  accumulate, __nv_bfloat16{});
+      PGOLF_UNROLL
+      for (int f = 0; f < C::kFragments; ++f) {
+        multiply_add<C>(c[f], wgmma_advance(a, k * 32 + f * 64 * kDepth * 2), wgmma_advance(b, k * 32),
+                        slice > 0 || k > 0);
+      }
     }
     wgmma_commit();
     if (slice > 0) {
@@ -267,64 +294,70 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
       if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
       if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
     }
-    previous = shared.empty(at.stage);
+    previous = shared.empty(at.stage());
     at.advance();
   }
   wgmma_wait<0>();
-  wgmma_keep_order(c[0]);
-  wgmma_keep_order(c[1]);
+  PGOLF_UNROLL
+  for (int f = 0; f < C::kFragments; ++f) wgmma_keep_order(c[f]);
   if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
   if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
 }
 
 template <typename C>
-__device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C::kResident> tile,
-                        uint32_t rank) {
+__device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C> tile, uint32_t rank) {
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, t = lane % 4;
+  const int turn = group / C::kParts, part = group % C::kParts;
+  const int lane = threadIdx.x % 32;
+  // This thread's first row within the rows of a cluster's tile.
+  const int offset = static_cast<int>(rank) * kTileRows + part * 64 + threadIdx.x / 32 % 4 * 16 + lane / 4;
   RingPosition<C> at;
-  at.skip(group * args.slices);
-  const int first_row_block = tile.row;
-  if (group == 1) {
-    tile.advance(1);
-    // The first row block of the schedule is released by both groups even if one has no tile in it.
-    if (C::kResident && tile.count > 1 && tile.row != first_row_block && lane == 0) {
+  bool new_rows = true;
+  uint32_t rows_phase = 0;
+  bool wait = false;  // for the other turn's tile
+  if (turn == 1) {
+    wait = true;
+    const int first = tile.row;
+    const bool alone = !tile.more_than(args, 1);
+    tile.advance(args, 1);
+    at.skip(args.slices);
+    rows_phase = tile.row != first;
+    // The first row block of the schedule is released by both turns even if one has no tile in it.
+    if (C::kResident && !alone && tile.row != first && lane == 0) {
       for (int slice = 0; slice < args.slices; ++slice) mbarrier_arrive(shared.rows_empty(slice));
     }
   }
-  int row_block = -1;
-  int target[4];  // of rows +0, +8, +64, +72
-  for (int i = group; i < tile.count; i += 2) {
-    const int column_tile = tile.column;
-    const bool new_rows = tile.row != row_block;
-    row_block = tile.row;
-    tile.advance(2);
-    const bool release_rows = i + 2 >= tile.count || tile.row != row_block;
-    const int64_t first_row =
-        (static_cast<int64_t>(row_block) * C::kBlocks + rank) * kTileRows + warp * 16 + lane / 4;
+  int target[2 * C::kFragments];  // of rows +0, +8, +64, +72
+  for (; tile.more_than(args, 0); tile.advance(args, kTurns)) {
+    const int row = tile.row * (C::kBlocks * kTileRows) + offset;
     if (new_rows || !C::kResident) {
       PGOLF_UNROLL
-      for (int r = 0; r < 4; ++r) target[r] = load_target(args, first_row + r / 2 * 64 + r % 2 * 8);
+      for (int r = 0; r < 2 * C::kFragments; ++r) target[r] = load_target(args, row + r / 2 * 64 + r % 2 * 8);
     }
+    uint32_t own = 0;  // a byte for each
+    PGOLF_UNROLL
+    for (int r = 0; r < 2 * C::kFragments; ++r) {
+      own |= epilogue::Row<C>::own_column(target[r], tile.column) << 8 * r;
+    }
+    const bool release_rows =
+        C::kResident && (!tile.more_than(args, kTurns) || tile.column + kTurns >= args.column_tiles);
 
-    float c[2][C::kAccumulators];
+    float c[C::kFragments][C::kAccumulators];
     // Tiles take turns on the tensor cores.
-    if (i > 0) named_sync(1 + group, 2 * kGroup);
-    multiply<C>(args, shared, at, c, group, new_rows, (row_block - first_row_block) & 1, release_rows,
-                i + 1 >= tile.count);
+    if (wait) named_sync(1 + turn, kTurns * C::kParts * kGroup);
+    multiply<C>(args, shared, at, c, turn, part, new_rows, rows_phase, release_rows,
+                !tile.more_than(args, 1));
+    wait = true;
     at.skip(args.slices);
 
-    const Place place{first_row, column_tile, t};
-    if ((column_tile + 1) * C::kColumns <= args.vocab) {
-      finish_tile<C, true>(args, c, target, place);
-    } else {
-      finish_tile<C, false>(args, c, target, place);
-    }
+    finish_tile<C>(args, c, own, row, tile.column);
+    new_rows = release_rows;
+    rows_phase ^= release_rows;
   }
 }
 
 template <typename C>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(C::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
                    const __grid_constant__ KernelArgs args) {
   extern __shared__ unsigned char shared_bytes[];
@@ -333,11 +366,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * C::kBlocks);  // the warps of one group in each block
+      mbarrier_init(shared.empty(stage), 4 * C::kParts * C::kBlocks);  // the warps of a tile in each block
     }
     for (int slice = 0; slice < kMaxSlices; ++slice) {
       mbarrier_init(shared.rows_full(slice), 1);
-      mbarrier_init(shared.rows_empty(slice), 8);
+      mbarrier_init(shared.rows_empty(slice), 4 * kTurns * C::kParts);
     }
     mbarrier_init_fence();
     tma_prefetch(&hidden);
@@ -346,13 +379,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if constexpr (C::kBlocks > 1) cluster_sync();
   __syncthreads();
 
-  const Walk<C::kResident> tiles(args, blockIdx.x / C::kBlocks, gridDim.x / C::kBlocks);
+  const Walk<C> tiles(args);
   if (threadIdx.x < kGroup) {
     registers_lower<kProducerRegisters>();
     if (threadIdx.x == 0) produce<C>(args, shared, tiles, &hidden, &weight, rank);
     __syncwarp();
   } else {
-    registers_raise<kConsumerRegisters>();
+    registers_raise<C::kConsumerRegisters>();
     consume<C>(args, shared, tiles, rank);
   }
   // Shared memory must outlive the copies and arrivals that come from the other blocks.
@@ -384,10 +417,10 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   KernelArgs args{};
   args.target = in.target;
   args.factor = in.factor;
-  args.factor_ld = in.factor_ld;
+  args.factor_ld = static_cast<int>(in.factor_ld);
   args.partial_sums = in.partial_sums;
   args.target_logit = in.target_logit;
-  args.rows = shape.rows;
+  args.rows = static_cast<int>(shape.rows);
   args.ignore_index = shape.ignore_index;
   args.vocab = static_cast<int>(shape.vocab);
   args.column_tiles = static_cast<int>((shape.vocab + C::kColumns - 1) / C::kColumns);
@@ -414,7 +447,7 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * C::kBlocks));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;
@@ -422,13 +455,27 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, hidden, weight, args));
 }
 
-template <int TileColumns, int Cluster, bool Resident, bool Permuted>
+template <int TileColumns, int Parts, bool Resident, bool Permuted>
 void launch_factor(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
   if (in.factor != nullptr) {
-    launch<Config<TileColumns, Cluster, Resident, Permuted, true>>(in, shape, stream);
+    launch<Config<TileColumns, Parts, Resident, Permuted, true>>(in, shape, stream);
   } else {
-    launch<Config<TileColumns, Cluster, Resident, Permuted, false>>(in, shape, stream);
+    launch<Config<TileColumns, Parts, Resident, Permuted, false>>(in, shape, stream);
   }
+}
+
+enum class Form { kResident, kNarrow, kWide, kPlain };
+
+Form choose(const LinearSoftcapCeShape& shape) {
+  constexpr int64_t kResidentWeightBytes = 24 << 20;  // half of the L2: all clusters walk it out of step
+  if (shape.vocab % 32 != 0) return Form::kPlain;
+  const bool resident = shape.width <= kMaxSlices * kDepth && shape.vocab >= 4 * kTileColumns &&
+                        shape.vocab * shape.width * 2 <= kResidentWeightBytes;
+  if (resident) return Form::kResident;
+  // Width 768: 4.32 ms narrow, 4.47 wide; 4096: 15.2 and 12.2 (results/20261124_*_kernels). Between, what is
+  // longer in a wide tile, the product or the epilogue: they meet near 1024.
+  constexpr int64_t kWideWidth = 2048;
+  return shape.width < kWideWidth ? Form::kNarrow : Form::kWide;
 }
 
 }  // namespace
@@ -442,22 +489,23 @@ bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
          device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
-int64_t linear_softcap_ce_sm90_tiles(int64_t vocab) { return (vocab + kTileColumns - 1) / kTileColumns; }
+int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape) {
+  const int64_t columns = choose(shape) == Form::kWide ? kWideColumns : kTileColumns;
+  return (shape.vocab + columns - 1) / columns;
+}
 
 void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
                                     CUstream_st* stream) {
   if (shape.rows == 0) return;
-  constexpr int64_t kResidentWeightBytes = 24 << 20;  // half of the L2: all clusters walk it out of step
-  const bool permuted = kPermute && shape.vocab % 32 == 0;
-  const bool resident = (permuted || !kPermute) && shape.width <= kMaxSlices * kDepth &&
-                        shape.vocab >= 4 * kTileColumns &&
-                        shape.vocab * shape.width * 2 <= kResidentWeightBytes;
-  if (resident) {
-    launch_factor<kTileColumns, kCluster, true, kPermute>(args, shape, stream);
-  } else if (permuted) {
-    launch_factor<kTileColumns, kCluster, false, kPermute>(args, shape, stream);
-  } else {
-    launch_factor<kTileColumns, kCluster, false, false>(args, shape, stream);
+  switch (choose(shape)) {
+    case Form::kResident:
+      return launch_factor<kTileColumns, 2, true, true>(args, shape, stream);
+    case Form::kNarrow:
+      return launch_factor<kTileColumns, 1, false, true>(args, shape, stream);
+    case Form::kWide:
+      return launch_factor<kWideColumns, 1, false, true>(args, shape, stream);
+    case Form::kPlain:
+      return launch_factor<kTileColumns, 2, false, false>(args, shape, stream);
   }
 }
 

@@ -247,9 +247,10 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // Uses of `d` after this stay after it: the compiler does not see that products in flight write it.
-__device__ __forceinline__ void wgmma_keep_order(float (&d)[64]) {
+template <int N>
+__device__ __forceinline__ void wgmma_keep_order(float (&d)[N]) {
   PGOLF_UNROLL
-  for (int i = 0; i < 64; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
 // Operand in shared memory made of 64x64 blocks of 16-bit elements (128-byte rows, 128-byte swizzle, 8192
@@ -293,6 +294,22 @@ template <bool AAlongK, bool BAlongK>
 __device__ __forceinline__ void wgmma_64x128x16(float (&d)[64], uint64_t a, uint64_t b, int accumulate,
                                                 __nv_bfloat16) {
   PGOLF_WGMMA("bf16.bf16");
+}
+__device__ __forceinline__ void wgmma_64x192x16(float (&d)[96], uint64_t a, uint64_t b, int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %98, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n192k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, "
+      "%17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, "
+      "%47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, "
+      "%62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, "
+      "%77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
+      "%92, %93, %94, %95 "
+      "}, %96, %97, p, 1, 1, 0, 0;\n}"
+      : PGOLF_R16(d, 0), PGOLF_R16(d, 16), PGOLF_R16(d, 32), PGOLF_R16(d, 48), PGOLF_R16(d, 64),
+        PGOLF_R16(d, 80)
+      : "l"(a), "l"(b), "r"(accumulate));
 }
 #undef PGOLF_WGMMA
 #undef PGOLF_R4

@@ -163,7 +163,7 @@ void write_factor(const Problem& chunk, const at::Tensor& grad_loss, at::Tensor&
 // Writes loss and scale and, where `factor` is defined, the factor without its scale.
 void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& scale, const at::Tensor& factor) {
   const LinearSoftcapCeShape shape = hopper_shape(chunk);
-  const int64_t tiles = linear_softcap_ce_sm90_tiles(shape.vocab);
+  const int64_t tiles = linear_softcap_ce_sm90_tiles(shape);
   const at::Tensor sums = at::empty({shape.rows, tiles}, loss.options());
   const at::Tensor target_logit = empty_rows(loss, shape.rows);
   bf16* stored = factor.defined() ? mutable_pointer<bf16>(factor) : nullptr;
@@ -179,6 +179,11 @@ void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& scale, con
 }
 #endif
 
+// From one row's value to the next; 0 where all have one.
+[[maybe_unused]] int64_t row_stride(const at::Tensor& grad_loss) {
+  return grad_loss.dim() == 0 ? 0 : grad_loss.stride(0);
+}
+
 // Returns v (rows,), what multiplies the rows of the factor, for grad_loss, one number or (rows,), and writes
 // v hidden where `scaled` is defined. Rows without a gradient (scale 0) stay without, whatever grad_loss is.
 at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale, const at::Tensor& hidden,
@@ -186,9 +191,8 @@ at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale, const
 #ifdef PGOLF_WITH_CUDA
   if (hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16) {
     at::Tensor v = empty_rows(scale, scale.size(0));
-    const at::Tensor upstream = grad_loss.contiguous();
     linear_softcap_ce_factor_cuda(
-        {const_pointer<float>(upstream), upstream.dim() == 0 ? 0 : 1, const_pointer<float>(scale),
+        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
          const_pointer<bf16>(hidden), mutable_pointer<float>(v),
          scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
         hidden.size(0), hidden.size(1), current_stream());
@@ -201,7 +205,7 @@ at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale, const
 }
 
 // product = v product, row by row.
-void scale_rows(at::Tensor& product, const at::Tensor& v) {
+void scale_rows(const at::Tensor& product, const at::Tensor& v) {
 #ifdef PGOLF_WITH_CUDA
   if (product.is_cuda() && product.scalar_type() == at::kBFloat16) {
     linear_softcap_ce_scale_rows_cuda(mutable_pointer<bf16>(product), const_pointer<float>(v),
@@ -210,6 +214,31 @@ void scale_rows(at::Tensor& product, const at::Tensor& v) {
   }
 #endif
   product.mul_(v.unsqueeze(1));
+}
+
+// Writes v (factor weight) to `product` where that is defined, and v hidden to `scaled` where that is.
+void hidden_product(const at::Tensor& grad_loss, const at::Tensor& scale, const at::Tensor& factor,
+                    const at::Tensor& weight, const at::Tensor& hidden, const at::Tensor& product,
+                    at::Tensor& scaled) {
+#ifdef PGOLF_WITH_CUDA
+  const LinearSoftcapCeShape shape{hidden.size(0), weight.size(0), hidden.size(1), 0.0f, 0, 0.0f};
+  if (kHopper && product.defined() && hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 &&
+      factor.is_contiguous() && aligned(factor) && aligned(weight) && aligned(hidden) && aligned(product) &&
+      linear_softcap_ce_hidden_sm90_supports(shape)) {
+    const at::Tensor w = weight.contiguous();
+    linear_softcap_ce_hidden_sm90(
+        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
+         const_pointer<bf16>(factor), factor.size(1), const_pointer<bf16>(w), const_pointer<bf16>(hidden),
+         mutable_pointer<bf16>(product), scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        shape, current_stream());
+    return;
+  }
+#endif
+  const at::Tensor v = row_scale(grad_loss, scale, hidden, scaled);
+  if (!product.defined()) return;
+  at::Tensor out = product;
+  at::mm_out(out, factor, weight);
+  scale_rows(out, v);
 }
 
 // sum (+)= factor^T hidden, with float32 `sum` and accumulation.
@@ -223,6 +252,20 @@ void add_weight_product(at::Tensor& sum, const at::Tensor& factor, const at::Ten
   } else {
     at::addmm_out(sum, sum, left.to(at::kFloat), hidden.to(at::kFloat), beta);
   }
+}
+
+// factor^T hidden, accumulated in float32, in `dtype`. Large products are written in it at once: then the
+// library has no reason to split their k and to add parts that were rounded, and a float32 copy would cost
+// a pass over memory.
+at::Tensor weight_product(const at::Tensor& factor, const at::Tensor& hidden, at::ScalarType dtype) {
+  constexpr int64_t kLarge = int64_t{1} << 24;  // elements: 512 tiles of 256 x 128
+  const int64_t vocab = factor.size(1), width = hidden.size(1);
+  if (dtype == hidden.scalar_type() && hidden.is_cuda() && vocab * width >= kLarge) {
+    return at::mm(factor.t(), hidden);
+  }
+  at::Tensor sum = at::empty({vocab, width}, hidden.options().dtype(at::kFloat));
+  add_weight_product(sum, factor, hidden, true);
+  return sum.to(dtype);
 }
 
 // Per-row losses; no logits are kept.
@@ -284,22 +327,20 @@ void add_chunk(const Problem& chunk, int64_t begin, const at::Tensor& grad_loss,
   const int64_t count = chunk.shape.rows;
   at::Tensor loss = out.loss.narrow(0, begin, count);
   at::Tensor scaled = chunk.hidden;
-  at::Tensor v;
-  if (!hopper) write_factor(chunk, grad_loss, loss, factor);
+  at::Tensor part = out.grad_hidden.defined() ? out.grad_hidden.narrow(0, begin, count) : at::Tensor();
+  if (!hopper) {
+    write_factor(chunk, grad_loss, loss, factor);
+    if (part.defined()) at::mm_out(part, factor, chunk.weight);
+  }
 #ifdef PGOLF_WITH_CUDA
   if (hopper) {
     at::Tensor scale = empty_rows(loss, count);
     write_hopper(chunk, loss, scale, factor);
     scaled = out.grad_weight.defined() ? at::empty_like(chunk.hidden) : at::Tensor();
-    v = row_scale(grad_loss, scale, chunk.hidden, scaled);
+    hidden_product(grad_loss, scale, factor, chunk.weight, chunk.hidden, part, scaled);
   }
 #endif
   if (out.grad_weight.defined()) add_weight_product(out.grad_weight, factor, scaled, begin == 0);
-  if (out.grad_hidden.defined()) {
-    at::Tensor part = out.grad_hidden.narrow(0, begin, count);
-    at::mm_out(part, factor, chunk.weight);
-    if (v.defined()) scale_rows(part, v);
-  }
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> forward(const at::Tensor& hidden,
@@ -333,19 +374,11 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const a
   const OperatorScope scope(hidden);
   const at::Tensor x = hidden.contiguous();
   at::Tensor scaled = need_weight ? at::empty_like(x) : at::Tensor();
-  const at::Tensor v = row_scale(grad_loss, scale, x, scaled);
-  at::Tensor grad_hidden = at::empty({0}, x.options());
-  at::Tensor grad_weight = at::empty({0}, x.options().dtype(weight_dtype));
-  if (need_weight) {
-    at::Tensor sum = at::empty(weight.sizes(), x.options().dtype(at::kFloat));
-    add_weight_product(sum, factor, scaled, true);
-    grad_weight = sum.to(weight_dtype);
-  }
-  if (need_hidden) {
-    grad_hidden = at::mm(factor, weight);
-    scale_rows(grad_hidden, v);
-  }
-  return {grad_hidden, grad_weight};
+  const at::Tensor grad_hidden = need_hidden ? at::empty_like(x) : at::Tensor();
+  hidden_product(grad_loss, scale, factor, weight, x, grad_hidden, scaled);
+  return {need_hidden ? grad_hidden : at::empty({0}, x.options()),
+          need_weight ? weight_product(factor, scaled, weight_dtype)
+                      : at::empty({0}, x.options().dtype(weight_dtype))};
 }
 
 // sum_i grad_loss_i loss_i and its gradients, in one sweep over chunks; grad_weight stays float32.
