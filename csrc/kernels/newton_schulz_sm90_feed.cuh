@@ -20,12 +20,13 @@ __device__ __forceinline__ float power(float x, int n) {
   return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
 }
 
-__device__ Task decode(const Plan& plan, int index, int& product) {
-  while (product + 1 < plan.product_count && index >= plan.products[product + 1].first_task) ++product;
+__device__ Task decode(const Plan& plan, int index, int& run) {
+  while (run + 1 < plan.run_count && index >= plan.runs[run + 1].first_task) ++run;
+  const auto product = static_cast<int>(plan.runs[run].product);
   const Product& p = plan.products[product];
-  const int local = index - p.first_task;
-  const int matrix = local / p.tasks;
-  int left = local - matrix * p.tasks;
+  const int local = index - plan.runs[run].first_task;
+  const int before = local / p.tasks, matrix = static_cast<int>(plan.runs[run].first_matrix) + before;
+  int left = local - before * p.tasks;
   int panel = p.panels - 1;  // the longest panels of a symmetric product first
   for (;; --panel) {
     const int chunks = (tiles_in_panel(p, panel) + p.chunk - 1) / p.chunk;
@@ -173,24 +174,24 @@ __device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
   fence_proxy();
 }
 
-__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first, int last, uint32_t* queue) {
+__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks) {
   Cursor<RingA, kASlots> cursor;
-  int product = 0;
-  int next = first + static_cast<int>(atomicAdd(queue, 1u));
+  int run = 0;
+  int next = static_cast<int>(atomicAdd(plan.queue, 1u));
   for (uint32_t n = 0;; ++n) {
     const int task_index = next;
     RingTask::wait_free(base, n);
     Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
-    if (task_index >= last) {
+    if (task_index >= tasks) {
       slot->product = -1;
       mbarrier_arrive(RingTask::filled(base, n), 1);
       return;
     }
-    next = first + static_cast<int>(atomicAdd(queue, 1u));
-    const Task task = decode(plan, task_index, product);
+    next = static_cast<int>(atomicAdd(plan.queue, 1u));
+    const Task task = decode(plan, task_index, run);
     *slot = task;
     mbarrier_arrive(RingTask::filled(base, n), 1);
-    const CUtensorMap* map = plan.maps + plan.products[product].a;
+    const CUtensorMap* map = plan.maps + plan.products[task.product].a;
     const bool along_k = task.layout != kColumnsColumns;
     wait_for(plan.done + task.counter, task.need);
     int k = first_depth(task, task.column) * kBox;

@@ -324,8 +324,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    products_kernel(const __grid_constant__ Plan plan, int first, int last, int queue) {
+__global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Plan plan, int tasks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char unaligned[];
   const uint32_t start = shared_address(unaligned);
@@ -341,7 +340,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == 0) {
     registers_lower<40>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
-    if (threadIdx.x == 0) feed_a(plan, base, shared, first, last, plan.queue + queue);
+    if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);
     if (threadIdx.x == 3 * kLanes) feed_b(plan, base, shared);
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
