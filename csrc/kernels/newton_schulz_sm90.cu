@@ -150,17 +150,17 @@ int banks_of_launch(const NsBank* banks, int count, int steps) {
   return here;
 }
 
-// Tiles of a task. Two tiles of an update share an operand (66 matrices on one H100: 0.664 ms, 0.683 with
-// single tiles); longer tasks make each matrix' chain of products longer, and that costs more (0.71 ms with
-// four). Sharing a tile between the warpgroups pays where tiles are few (ten matrices: 0.204 ms, 0.211
-// without).
+// Tiles of a task. Two tiles of a row share an operand (66 matrices on one H100: 0.583 ms, 0.604 with single
+// tiles, 0.613 with four of an update). With few tiles single ones make each matrix'
+// chain of products shorter; the warpgroups share a tile only where most multiprocessors would have none (ten
+// matrices: 0.195 ms, 0.202 with shared tiles).
 Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) {
     panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
   }
-  const bool few = panels < multiprocessors;
-  return {1, few ? 1 : 2, few};
+  const int chunk = panels < multiprocessors ? 1 : 2;
+  return {chunk, chunk, panels * 4 < multiprocessors};
 }
 
 void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStream_t stream) {

@@ -47,6 +47,7 @@ __device__ Task decode(const Plan& plan, int index, int& run) {
   task.layout = p.layout, task.symmetric = p.symmetric, task.tall = p.tall;
   task.spread = p.spread && task.count == 1;
   task.need = p.need, task.b = p.b;
+  task.a_lower = p.a_lower, task.b_lower = p.b_lower;
   task.added = p.added, task.same = p.symmetric && p.a == p.b, task.bfloat16 = p.type == NsType::kBfloat16;
   return task;
 }
@@ -59,6 +60,13 @@ __device__ __forceinline__ bool operands_coincide(const Task& task, int column) 
 // Blocks of A among the last along k that hold the tile's part of C = A.
 __device__ __forceinline__ int added_blocks(const Task& task, int column) {
   return task.added ? min(2, task.depth - column / kBox) : 0;
+}
+
+// The block of k from which on the 128 rows at `row` of a matrix of which only the lower tiles are stored lie
+// in its columns.
+__device__ __forceinline__ int mirrored_from(bool lower, int row) {
+  constexpr int kNever = 1 << 24;
+  return lower ? (row / kTile + 1) * (kTile / kBox) : kNever;
 }
 
 // The block of k that comes first: those that a tile adds, too, come last.
@@ -197,8 +205,10 @@ __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks)
     int k = first_depth(task, task.column) * kBox;
     const int end = task.depth * kBox;
     for (int step = 0; step < task.depth; ++step) {
-      cursor.load(base, map, along_k, task.row, k, task.matrix);
-      if (task.tall) cursor.load(base, map, along_k, task.row + kTile, k, task.matrix);
+      for (int row = task.row; row <= task.row + (task.tall ? kTile : 0); row += kTile) {
+        const bool mirrored = k >= kBox * mirrored_from(task.a_lower, row);
+        cursor.load(base, mirrored ? map - kTallBoxes : map, along_k && !mirrored, row, k, task.matrix);
+      }
       k += kBox;
       if (k == end) k = 0;
     }
@@ -221,7 +231,8 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
       if (operands_coincide(task, column)) continue;
       int k = first_depth(task, column) * kBox;
       for (int step = 0; step < task.depth; ++step) {
-        cursor.load(base, map, along_k, column, k, task.matrix);
+        const bool mirrored = k >= kBox * mirrored_from(task.b_lower, column);
+        cursor.load(base, mirrored ? map - kTallBoxes : map, along_k && !mirrored, column, k, task.matrix);
         k += kBox;
         if (k == end) k = 0;
       }

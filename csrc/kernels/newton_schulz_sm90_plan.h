@@ -41,13 +41,14 @@ struct Product {
   float alpha, beta, gamma;
   uint8_t alpha_power, beta_power;
   Layout layout;
-  bool symmetric;     // only blocks of 64 on and below the diagonal are stored, with their mirror images
-  bool tall;          // tiles of 256x128
-  bool spread;        // the warpgroups share a task of one tile: latency before throughput
-  uint8_t a, b, out;  // tensor maps
-  NsType type;        // of out
-  bool added;         // C is A; else there is none
-  float* direct;      // out where its type is float32
+  bool symmetric;         // only tiles on and below the diagonal are computed and stored
+  bool tall;              // tiles of 256x128
+  bool spread;            // the warpgroups share a task of one tile: latency before throughput
+  uint8_t a, b, out;      // tensor maps
+  NsType type;            // of out
+  bool added;             // C is A; else there is none
+  bool a_lower, b_lower;  // symmetric, with only the tiles on and below the diagonal in memory
+  float* direct;          // out where its type is float32
   int rows, cols;
   int depth;           // blocks of 64 along k
   int chunk;           // tiles of a row panel in one task
@@ -85,6 +86,7 @@ struct Task {
   uint8_t b;      // tensor map
   Layout layout;
   bool symmetric, tall, spread, added, same, bfloat16;  // same: A is B
+  bool a_lower, b_lower;
 };
 
 #ifdef __CUDACC__
@@ -282,6 +284,7 @@ class Chain {
     p.symmetric = true;
     p.type = NsType::kFloat16;
     p.added = true;
+    p.a_lower = p.b_lower = true;
     add(p, small_, small_, small_, r, r, out, 1);
   }
 
@@ -291,6 +294,7 @@ class Chain {
     p.alpha = 1.0f;
     p.layout = kRowsRows;
     p.symmetric = true;
+    p.a_lower = p.b_lower = true;
     p.type = NsType::kFloat16;
     add(p, small_, small_, small_, a, b, out, tuning_.small_chunk);
   }
@@ -303,6 +307,7 @@ class Chain {
     p.layout = wide ? kRowsColumns : kRowsRows;
     p.type = last ? bank_.type : NsType::kFloat16;
     p.direct = static_cast<float*>(bank_.out);
+    p.a_lower = wide, p.b_lower = !wide;
     add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to,
         tuning_.update_chunk);
   }
