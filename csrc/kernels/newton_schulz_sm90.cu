@@ -6,6 +6,7 @@
 #include "kernels/convert.cuh"
 #include "kernels/cuda_check.cuh"
 #include "kernels/newton_schulz_sm90_products.cuh"
+#include "kernels/newton_schulz_sm90_queue.h"
 #include "kernels/newton_schulz_sm90_scale.cuh"
 #include "kernels/tensor_map.cuh"
 
@@ -149,25 +150,24 @@ int banks_of_launch(const NsBank* banks, int count, int steps) {
   return here;
 }
 
-// Tiles of a task. Two tiles of an update share an operand (66 matrices on one H100: 0.664 ms, 0.683 with
-// single tiles); longer tasks make each matrix' chain of products longer, and that costs more (0.71 ms with
-// four). Sharing a tile between the warpgroups pays where tiles are few (ten matrices: 0.204 ms, 0.211
-// without).
+// Tiles of a task. Two tiles of a row share an operand (66 matrices on one H100: 0.583 ms, 0.604 with single
+// tiles, 0.613 with four of an update). With few tiles single ones make each matrix'
+// chain of products shorter; the warpgroups share a tile only where most multiprocessors would have none (ten
+// matrices: 0.195 ms, 0.202 with shared tiles).
 Tuning tune(const NsBank* banks, int count, int multiprocessors) {
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) {
     panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
   }
-  const bool few = panels < multiprocessors;
-  return {1, few ? 1 : 2, few, false};
+  const int chunk = panels < multiprocessors ? 1 : 2;
+  return {chunk, chunk, panels * 4 < multiprocessors};
 }
 
-void launch_products(const Plan& plan, int first, int last, int queue, int multiprocessors,
-                     cudaStream_t stream) {
+void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStream_t stream) {
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(products_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int blocks = std::min(last - first, multiprocessors);
-  products_kernel<<<blocks, kThreads, kSharedBytes, stream>>>(plan, first, last, queue);
+  const int blocks = std::min(tasks, multiprocessors);
+  products_kernel<<<blocks, kThreads, kSharedBytes, stream>>>(plan, tasks);
   PGOLF_LAUNCH_CHECK();
 }
 
@@ -177,7 +177,8 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
                unsigned char* workspace, const Tuning& tuning, int multiprocessors, cudaStream_t stream) {
   Plan plan{};
   NormalizePlan scale{};
-  std::vector<Ranked> order;
+  std::vector<std::vector<Product>> chains;
+  std::vector<int> batches;
   size_t at = words_bytes(banks, count);
   int matrices = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
@@ -196,7 +197,8 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
           tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, place.first, shape_of(place, bank.batch, kTile));
     }
     Chain chain(bank, workspace, space, first_map, matrices, tuning);
-    for (const Ranked& ranked : chain.run(table, steps)) order.push_back(ranked);
+    chains.push_back(chain.run(table, steps));
+    batches.push_back(static_cast<int>(bank.batch));
     scale.banks[i] = {bank.in,
                       first_x(bank, steps, workspace, space),
                       bank.type,
@@ -212,16 +214,7 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
   plan.done = words.done;
   plan.queue = words.queue;
 
-  std::stable_sort(order.begin(), order.end(), [&](const Ranked& a, const Ranked& b) {
-    return tuning.grouped ? a.rank < b.rank : a.progress < b.progress;
-  });
-  int tasks = 0;
-  for (const Ranked& ranked : order) {
-    Product& product = plan.products[plan.product_count++];
-    product = ranked.product;
-    product.first_task = tasks;
-    tasks += static_cast<int>(ranked.batch) * product.tasks;
-  }
+  const int tasks = queue_products(plan, chains, batches, multiprocessors);
   if (scaling != kPrepared) {
     scale.bank_count = count;
     scale.words = words;
@@ -235,17 +228,7 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
     cast_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
     PGOLF_LAUNCH_CHECK();
   }
-  if (!tuning.grouped) {
-    launch_products(plan, 0, tasks, 0, multiprocessors, stream);
-    return;
-  }
-  for (int first = 0, queue = 0; first < plan.product_count; ++queue) {
-    int last = first;
-    while (last < plan.product_count && order[last].rank == order[first].rank) ++last;
-    const int end = last < plan.product_count ? plan.products[last].first_task : tasks;
-    launch_products(plan, plan.products[first].first_task, end, queue, multiprocessors, stream);
-    first = last;
-  }
+  launch_products(plan, tasks, multiprocessors, stream);
 }
 
 }  // namespace

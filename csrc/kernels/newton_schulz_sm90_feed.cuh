@@ -20,12 +20,13 @@ __device__ __forceinline__ float power(float x, int n) {
   return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
 }
 
-__device__ Task decode(const Plan& plan, int index, int& product) {
-  while (product + 1 < plan.product_count && index >= plan.products[product + 1].first_task) ++product;
+__device__ Task decode(const Plan& plan, int index, int& run) {
+  while (run + 1 < plan.run_count && index >= plan.runs[run + 1].first_task) ++run;
+  const auto product = static_cast<int>(plan.runs[run].product);
   const Product& p = plan.products[product];
-  const int local = index - p.first_task;
-  const int matrix = local / p.tasks;
-  int left = local - matrix * p.tasks;
+  const int local = index - plan.runs[run].first_task;
+  const int before = local / p.tasks, matrix = static_cast<int>(plan.runs[run].first_matrix) + before;
+  int left = local - before * p.tasks;
   int panel = p.panels - 1;  // the longest panels of a symmetric product first
   for (;; --panel) {
     const int chunks = (tiles_in_panel(p, panel) + p.chunk - 1) / p.chunk;
@@ -46,6 +47,7 @@ __device__ Task decode(const Plan& plan, int index, int& product) {
   task.layout = p.layout, task.symmetric = p.symmetric, task.tall = p.tall;
   task.spread = p.spread && task.count == 1;
   task.need = p.need, task.b = p.b;
+  task.a_lower = p.a_lower, task.b_lower = p.b_lower;
   task.added = p.added, task.same = p.symmetric && p.a == p.b, task.bfloat16 = p.type == NsType::kBfloat16;
   return task;
 }
@@ -58,6 +60,13 @@ __device__ __forceinline__ bool operands_coincide(const Task& task, int column) 
 // Blocks of A among the last along k that hold the tile's part of C = A.
 __device__ __forceinline__ int added_blocks(const Task& task, int column) {
   return task.added ? min(2, task.depth - column / kBox) : 0;
+}
+
+// The block of k from which on the 128 rows at `row` of a matrix of which only the lower tiles are stored lie
+// in its columns.
+__device__ __forceinline__ int mirrored_from(bool lower, int row) {
+  constexpr int kNever = 1 << 24;
+  return lower ? (row / kTile + 1) * (kTile / kBox) : kNever;
 }
 
 // The block of k that comes first: those that a tile adds, too, come last.
@@ -173,31 +182,33 @@ __device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
   fence_proxy();
 }
 
-__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int first, int last, uint32_t* queue) {
+__device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks) {
   Cursor<RingA, kASlots> cursor;
-  int product = 0;
-  int next = first + static_cast<int>(atomicAdd(queue, 1u));
+  int run = 0;
+  int next = static_cast<int>(atomicAdd(plan.queue, 1u));
   for (uint32_t n = 0;; ++n) {
     const int task_index = next;
     RingTask::wait_free(base, n);
     Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
-    if (task_index >= last) {
+    if (task_index >= tasks) {
       slot->product = -1;
       mbarrier_arrive(RingTask::filled(base, n), 1);
       return;
     }
-    next = first + static_cast<int>(atomicAdd(queue, 1u));
-    const Task task = decode(plan, task_index, product);
+    next = static_cast<int>(atomicAdd(plan.queue, 1u));
+    const Task task = decode(plan, task_index, run);
     *slot = task;
     mbarrier_arrive(RingTask::filled(base, n), 1);
-    const CUtensorMap* map = plan.maps + plan.products[product].a;
+    const CUtensorMap* map = plan.maps + plan.products[task.product].a;
     const bool along_k = task.layout != kColumnsColumns;
     wait_for(plan.done + task.counter, task.need);
     int k = first_depth(task, task.column) * kBox;
     const int end = task.depth * kBox;
     for (int step = 0; step < task.depth; ++step) {
-      cursor.load(base, map, along_k, task.row, k, task.matrix);
-      if (task.tall) cursor.load(base, map, along_k, task.row + kTile, k, task.matrix);
+      for (int row = task.row; row <= task.row + (task.tall ? kTile : 0); row += kTile) {
+        const bool mirrored = k >= kBox * mirrored_from(task.a_lower, row);
+        cursor.load(base, mirrored ? map - kTallBoxes : map, along_k && !mirrored, row, k, task.matrix);
+      }
       k += kBox;
       if (k == end) k = 0;
     }
@@ -220,7 +231,8 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
       if (operands_coincide(task, column)) continue;
       int k = first_depth(task, column) * kBox;
       for (int step = 0; step < task.depth; ++step) {
-        cursor.load(base, map, along_k, column, k, task.matrix);
+        const bool mirrored = k >= kBox * mirrored_from(task.b_lower, column);
+        cursor.load(base, mirrored ? map - kTallBoxes : map, along_k && !mirrored, column, k, task.matrix);
         k += kBox;
         if (k == end) k = 0;
       }

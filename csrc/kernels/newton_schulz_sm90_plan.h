@@ -21,6 +21,7 @@ inline constexpr int kASlots = 8, kBSlots = 4;    // operands in shared memory
 inline constexpr int kTallDepth = 8;              // blocks of k above which tiles of 256x128 pay
 inline constexpr int kMaxBanks = kNsMaxBanks;
 inline constexpr int kMaxProducts = 144;  // of all banks of a launch; one bank has at most 35
+inline constexpr int kMaxRuns = 480;      // what a kernel's arguments leave room for
 inline constexpr int kCastThreads = 256;
 inline constexpr int kChunk = kCastThreads * 8 * 4;  // elements that a block of the normalising kernels takes
 inline constexpr int kPartsOfInput = 8;              // partial sums a matrix of a caller that scales itself
@@ -40,26 +41,34 @@ struct Product {
   float alpha, beta, gamma;
   uint8_t alpha_power, beta_power;
   Layout layout;
-  bool symmetric;     // only blocks of 64 on and below the diagonal are stored, with their mirror images
-  bool tall;          // tiles of 256x128
-  bool spread;        // the warpgroups share a task of one tile: latency before throughput
-  uint8_t a, b, out;  // tensor maps
-  NsType type;        // of out
-  bool added;         // C is A; else there is none
-  float* direct;      // out where its type is float32
+  bool symmetric;         // only tiles on and below the diagonal are computed and stored
+  bool tall;              // tiles of 256x128
+  bool spread;            // the warpgroups share a task of one tile: latency before throughput
+  uint8_t a, b, out;      // tensor maps
+  NsType type;            // of out
+  bool added;             // C is A; else there is none
+  bool a_lower, b_lower;  // symmetric, with only the tiles on and below the diagonal in memory
+  float* direct;          // out where its type is float32
   int rows, cols;
   int depth;           // blocks of 64 along k
   int chunk;           // tiles of a row panel in one task
   int panels, across;  // tiles down and across
-  int tasks;           // per matrix
-  int first_task, first_matrix;
+  int tasks, tiles;    // per matrix; tiles of 128x128
+  int first_matrix;
   uint32_t need;  // the matrix' counter before this product may start
+};
+
+// Consecutive tasks: a product of some matrices of its bank, from `first_matrix` of the bank on.
+struct Run {
+  int first_task;
+  uint32_t first_matrix : 24, product : 8;
 };
 
 struct Plan {
   CUtensorMap maps[2 * kMaxBanks * kMapsPerBank];  // boxes of 64x64, then of 128 rows
   Product products[kMaxProducts];
-  int product_count;
+  Run runs[kMaxRuns];
+  int run_count;
   const float* sigma;  // per matrix
   uint32_t* done;      // per matrix: two for each stored tile
   uint32_t* queue;
@@ -77,6 +86,7 @@ struct Task {
   uint8_t b;      // tensor map
   Layout layout;
   bool symmetric, tall, spread, added, same, bfloat16;  // same: A is B
+  bool a_lower, b_lower;
 };
 
 #ifdef __CUDACC__
@@ -92,7 +102,6 @@ inline size_t round_up(size_t bytes) { return (bytes + kAlignment - 1) / kAlignm
 struct Tuning {
   int small_chunk, update_chunk;  // tiles of a task
   bool spread;                    // both warpgroups share a tile
-  bool grouped;                   // one launch for each rank of products instead of one for all
 };
 
 // Pairs of steps where the products on the short side are enough cheaper.
@@ -162,7 +171,7 @@ inline __half* first_x(const NsBank& bank, int steps, unsigned char* workspace, 
 
 inline int64_t chunks_of(const NsBank& bank) { return (bank.rows * bank.cols + kChunk - 1) / kChunk; }
 
-inline int counter_count(int64_t matrices) { return static_cast<int>(matrices) + kMaxProducts; }
+inline int counter_count(int64_t matrices) { return static_cast<int>(matrices) + 1; }
 
 // The head of the workspace.
 struct Words {
@@ -189,14 +198,6 @@ inline size_t words_bytes(const NsBank* banks, int count) { return Words(nullptr
 
 inline int tiles_of(int64_t extent, int tile) { return static_cast<int>((extent + tile - 1) / tile); }
 
-// A product with its place in the order of the queue.
-struct Ranked {
-  Product product;
-  int rank;         // position among its matrix' products
-  double progress;  // share of the matrix' work before it
-  int64_t batch;
-};
-
 // Writes one bank's chain of products.
 class Chain {
  public:
@@ -211,7 +212,7 @@ class Chain {
         small_(std::min(bank.rows, bank.cols)),
         large_(std::max(bank.rows, bank.cols)) {}
 
-  std::vector<Ranked> run(const float (*table)[3], int steps) {
+  std::vector<Product> run(const float (*table)[3], int steps) {
     const bool pairs = takes_pairs(bank_, steps);
     const int segments = segment_count(bank_, steps);
     int step = 0;
@@ -236,13 +237,6 @@ class Chain {
       update(from, to, power, segment + 1 == segments);
       step += length;
     }
-    double total = 0.0;
-    for (const Ranked& ranked : chain_) total += cost(ranked.product);
-    double before = 0.0;
-    for (Ranked& ranked : chain_) {
-      ranked.progress = before / total;
-      before += cost(ranked.product);
-    }
     return chain_;
   }
 
@@ -250,9 +244,6 @@ class Chain {
   static Buffer x_buffer(int left) { return left % 2 == 0 ? kOut : kX; }
 
  private:
-  // What one tile takes, in blocks of k; 6 stand for its latency.
-  static double cost(const Product& p) { return p.depth + 6.0; }
-
   void add(Product p, int64_t rows, int64_t cols, int64_t depth, Buffer a, Buffer b, Buffer out, int chunk) {
     p.a = static_cast<uint8_t>(first_map_ + a + (p.layout != kColumnsColumns ? kTallBoxes : 0));
     p.b = static_cast<uint8_t>(first_map_ + b + (p.layout == kRowsRows ? kTallBoxes : 0));
@@ -270,8 +261,9 @@ class Chain {
     for (int panel = 0; panel < p.panels; ++panel) {
       p.tasks += (tiles_in_panel(p, panel) + p.chunk - 1) / p.chunk;
       need_ += 2 * static_cast<uint32_t>(tiles_in_panel(p, panel));
+      p.tiles += tiles_in_panel(p, panel) * (p.tall ? 2 : 1);
     }
-    chain_.push_back({p, static_cast<int>(chain_.size()), 0.0, bank_.batch});
+    chain_.push_back(p);
   }
 
   void gram(Buffer x, Buffer r) {
@@ -292,6 +284,7 @@ class Chain {
     p.symmetric = true;
     p.type = NsType::kFloat16;
     p.added = true;
+    p.a_lower = p.b_lower = true;
     add(p, small_, small_, small_, r, r, out, 1);
   }
 
@@ -301,6 +294,7 @@ class Chain {
     p.alpha = 1.0f;
     p.layout = kRowsRows;
     p.symmetric = true;
+    p.a_lower = p.b_lower = true;
     p.type = NsType::kFloat16;
     add(p, small_, small_, small_, a, b, out, tuning_.small_chunk);
   }
@@ -313,6 +307,7 @@ class Chain {
     p.layout = wide ? kRowsColumns : kRowsRows;
     p.type = last ? bank_.type : NsType::kFloat16;
     p.direct = static_cast<float*>(bank_.out);
+    p.a_lower = wide, p.b_lower = !wide;
     add(p, bank_.rows, bank_.cols, small_, wide ? kFactor : from, wide ? from : kFactor, to,
         tuning_.update_chunk);
   }
@@ -324,7 +319,7 @@ class Chain {
   Tuning tuning_;
   int64_t small_, large_;
   uint32_t need_ = 0;
-  std::vector<Ranked> chain_;
+  std::vector<Product> chain_;
 };
 
 }  // namespace ns90

@@ -23,8 +23,10 @@ struct Part {
   bool diagonal;     // B is A
   uint32_t a_other;  // step from our slot of A to the other group's; 0: they are the same
   int depth;
-  uint32_t passed;  // barrier to arrive at when the last slot is filled; 0: none
-  int held;         // last blocks of k whose slots of A stay until finish() has read them
+  uint32_t passed;             // barrier to arrive at when the last slot is filled; 0: none
+  int held;                    // last blocks of k whose slots of A stay until finish() has read them
+  int first;                   // block of k that comes first
+  int a_mirrored, b_mirrored;  // see mirrored_from
 };
 
 __device__ __forceinline__ void release_a(uint32_t base, const Part& part, uint32_t index) {
@@ -47,16 +49,16 @@ __device__ __forceinline__ void set_zero(float (&sum)[64]) {
   for (int i = 0; i < 64; ++i) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(sum[i]));
 }
 
+// Adds blocks `from` to `to` - 1 of k, in the order of the rings.
 template <int Rows, bool AAlongK, bool BAlongK>
-__device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Part& part) {
+__device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Part& part, int from,
+                                         int to) {
   const bool leader = threadIdx.x % kLanes == 0;
   const uint32_t low_a = descriptor_low(RingA::slot(base, 0)), low_b = descriptor_low(RingB::slot(base, 0));
   const uint32_t mine = part.a_offset >> 4;
-  uint32_t a = part.a_index, b = part.b_index;
-  PGOLF_UNROLL
-  for (int i = 0; i < Rows; ++i) set_zero(sum[i]);
+  uint32_t a = part.a_index + from * part.a_stride, b = part.b_index + from;
 #pragma unroll 1
-  for (int k = 0; k < part.depth; ++k) {
+  for (int k = from; k < to; ++k) {
     RingA::wait_filled(base, a);
     // A parity tells a phase from the next only, so neither group may skip a use of a slot.
     if (part.a_other) RingA::wait_filled(base, a + part.a_other);
@@ -76,7 +78,7 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
       }
     }
     wgmma_commit();
-    if (k > 0) {
+    if (k > from) {
       wgmma_wait<1>();
       if (leader) {
         if (k - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
@@ -89,28 +91,50 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
   PGOLF_UNROLL
   for (int i = 0; i < Rows; ++i) wgmma_keep_order(sum[i]);
   if (leader) {
-    if (part.held == 0) release_a(base, part, a - part.a_stride);
+    if (to - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
     if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
   }
 }
 
 // One loop for each layout: with a branch around the products ptxas waits for each block of k.
 __device__ __forceinline__ void multiply(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
-                                         const Part& part) {
+                                         const Part& part, int from, int to) {
   if (blocks == 2) {
     if (layout == kRowsRows) {
-      multiply<1, true, true>(sum, base, part);
+      multiply<1, true, true>(sum, base, part, from, to);
     } else if (layout == kRowsColumns) {
-      multiply<1, true, false>(sum, base, part);
+      multiply<1, true, false>(sum, base, part, from, to);
     } else {
-      multiply<1, false, false>(sum, base, part);
+      multiply<1, false, false>(sum, base, part, from, to);
     }
   } else if (layout == kRowsRows) {
-    multiply<2, true, true>(sum, base, part);
+    multiply<2, true, true>(sum, base, part, from, to);
   } else if (layout == kRowsColumns) {
-    multiply<2, true, false>(sum, base, part);
+    multiply<2, true, false>(sum, base, part, from, to);
   } else {
-    multiply<2, false, false>(sum, base, part);
+    multiply<2, false, false>(sum, base, part, from, to);
+  }
+}
+
+// All blocks of k, in runs of the same layout.
+__device__ __forceinline__ void multiply_runs(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
+                                              const Part& part) {
+  set_zero(sum[0]);
+  set_zero(sum[1]);
+  int k = part.first;
+#pragma unroll 1
+  for (int from = 0; from < part.depth;) {
+    int end = part.depth;
+    if (k < part.a_mirrored) end = min(end, part.a_mirrored);
+    if (k < part.b_mirrored) end = min(end, part.b_mirrored);
+    const int to = min(part.depth, from + end - k);
+    const bool a_along = layout != kColumnsColumns && k < part.a_mirrored;
+    const bool b_along = layout == kRowsRows && k < part.b_mirrored;
+    // A^T B^T comes only above the diagonal, where a tall task drops what it computes.
+    const Layout here = b_along ? kRowsRows : a_along ? kRowsColumns : kColumnsColumns;
+    multiply(sum, blocks, here, base, part, from, to);
+    k = end == part.depth ? 0 : end;
+    from = to;
   }
 }
 
@@ -263,7 +287,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
     for (int i = 0; i < 16; ++i) {
       packed[i] = bfloat16 ? pack_bfloat16(v[2 * i], v[2 * i + 1]) : pack_half(v[2 * i], v[2 * i + 1]);
     }
-    const bool mirror = symmetric && r0 > c0;
+    const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
     job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.counter : -1;
     writer.store<false>(packed, job);
     if (!mirror) continue;
@@ -310,9 +334,12 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
           part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
           part.b_releases = 2, part.passed = passed(group);
         }
+        part.first = first_depth(task, task.column);
+        part.a_mirrored = mirrored_from(task.a_lower, task.tall ? row : task.row);
+        part.b_mirrored = mirrored_from(task.b_lower, column);
         catch_up();
         float sum[2][64];
-        multiply(sum, blocks, task.layout, base, part);
+        multiply_runs(sum, blocks, task.layout, base, part);
         finish(sum, blocks, writer, part, done, task, row, column, together ? 1 : 2);
       }
       b_index += diagonal ? 0 : task.depth;
@@ -324,8 +351,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    products_kernel(const __grid_constant__ Plan plan, int first, int last, int queue) {
+__global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Plan plan, int tasks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char unaligned[];
   const uint32_t start = shared_address(unaligned);
@@ -341,7 +367,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (role == 0) {
     registers_lower<40>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
-    if (threadIdx.x == 0) feed_a(plan, base, shared, first, last, plan.queue + queue);
+    if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);
     if (threadIdx.x == 3 * kLanes) feed_b(plan, base, shared);
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
