@@ -101,7 +101,9 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     for name, shape in parameter_shapes(model).items():
         if name in matrix_shapes(model):
             bits = family_grid(name, quant)[0]
-            matrices.append(TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps))
+            matrices.append(
+                TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps, quant.trellis)
+            )
         elif is_gate(name, shape):
             gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
         else:
