@@ -53,7 +53,8 @@ def trellis_values(codes: Tensor) -> Tensor:
 def trellis_round_ref(x: Tensor) -> Tensor:
     """Compute what `trellis_round` computes, in float64."""
     flat = x.double().reshape(-1, x.shape[-1])
-    pieces = [_best_path(piece) for piece in flat.split(CHAIN, dim=1)]
+    starts = range(0, flat.shape[1], CHAIN)
+    pieces = [flat[:, :0], *(_best_path(flat[:, start : start + CHAIN]) for start in starts)]
     return torch.cat(pieces, dim=1).reshape(x.shape).float()
 
 
@@ -62,12 +63,13 @@ def trellis_values_ref(codes: Tensor) -> Tensor:
     states = torch.arange(STATES, device=codes.device)
     shift, after = _parity(states & SIDE_TAPS).float() / 2 - 0.25, _parity(states & INPUT_TAPS)
     rows = codes.shape[-2]
-    chains = torch.nn.functional.pad(codes, (0, 0, 0, -rows % CHAIN)).unflatten(-2, (-1, CHAIN))
+    padded = torch.nn.functional.pad(codes, (0, 0, 0, -rows % CHAIN))
+    chains = padded.reshape(*codes.shape[:-2], -(-rows // CHAIN), CHAIN, codes.shape[-1])
     values, state = chains.float(), torch.zeros_like(chains[..., 0, :], dtype=torch.int64)
     for row in range(min(rows, CHAIN)):
         values[..., row, :] += shift[state]
         state = (2 * state + ((chains[..., row, :] & 1) ^ after[state])) % STATES
-    return values.flatten(-3, -2)[..., :rows, :]
+    return values.reshape(padded.shape)[..., :rows, :]
 
 
 def _best_path(x: Tensor) -> Tensor:

@@ -134,11 +134,9 @@ def test_a_trellis_loses_a_quarter_less_at_the_same_steps():
     scales = sdclip_scales(w, bits=8, clip=45.0)  # about 3.5 bits a code
     columns = log_steps(torch.rand(2, 48) + 0.5)
     factored = factorize(h)
-    plain, ours = (
-        gptq_on_grid(w, factored, scales, bits=8, columns=columns, trellis=trellis)
-        for trellis in (False, True)
-    )
-    assert ours.trellis and (ours.dequantize() / plain.dequantize().abs().max()).abs().max() < 1.2
+    plain = gptq_on_grid(w, factored, scales, bits=8, columns=columns)
+    ours = gptq_on_grid(w, factored, scales, bits=8, columns=columns, trellis=True)
+    assert ours.trellis and not plain.trellis
     assert (hessian_error(w, ours.dequantize(), h) < 0.8 * hessian_error(w, plain.dequantize(), h)).all()
     p, q = (t.codes.unique(return_counts=True)[1].double() / t.codes.numel() for t in (plain, ours))
     assert -(q * q.log2()).sum() < -(p * p.log2()).sum() + 0.02
