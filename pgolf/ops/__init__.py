@@ -1,6 +1,16 @@
 """Operators with CPU and CUDA kernels, for eager mode, torch.compile and CUDA graphs."""
 
 from pgolf.ops._extension import KernelRow, kernel_table
+from pgolf.ops.adam_step import (
+    AdamRule,
+    AdamTensor,
+    adam_step,
+    adam_step_ref,
+    clip_scale,
+    clip_scale_ref,
+    square_sums,
+    square_sums_ref,
+)
 from pgolf.ops.int6 import (
     pack_int6,
     pack_int6_ref,
@@ -33,9 +43,15 @@ from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 from pgolf.ops.trellis import trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
 
 __all__ = [
+    "AdamRule",
+    "AdamTensor",
     "KernelRow",
     "MuonBank",
     "MuonRule",
+    "adam_step",
+    "adam_step_ref",
+    "clip_scale",
+    "clip_scale_ref",
     "decode_codes",
     "decode_codes_ref",
     "encode_codes",
@@ -59,6 +75,8 @@ __all__ = [
     "quantize_pack_sdclip_ref",
     "softcap_ce",
     "softcap_ce_ref",
+    "square_sums",
+    "square_sums_ref",
     "trellis_round",
     "trellis_round_ref",
     "trellis_values",

@@ -7,7 +7,7 @@ counts once. The clip is a factor on the device that AdamW and Muon apply as the
 the norm is not finite, the factor is not, and the whole step is skipped there.
 
 What a schedule changes is one small tensor on the device, so that one process on CUDA replays the step as a
-CUDA graph: about 40 kernels, 30 of them the polar iteration.
+CUDA graph: ten kernels on Hopper.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from pgolf.config import OptimConfig
 from pgolf.dist import Dist
-from pgolf.ops import muon_apply
-from pgolf.ops.muon_step import GRAD_SCALE, SCALARS
+from pgolf.ops import clip_scale, square_sums
+from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED, STEPS
+from pgolf.ops.muon_step import SCALARS
 from pgolf.optim.adam import AdamW
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
@@ -76,14 +77,18 @@ class Optimizer:
         averages = None if ema is None else ema.tensors
         self._muon = BankMuon(banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages)
         adam = config.adam
-        self._embed = AdamW(groups.embed, rest_grads, adam, weight_decay=adam.embed_weight_decay)
-        self._scalars = AdamW(groups.scalars, rest_grads, adam, weight_decay=adam.scalar_weight_decay)
-        self._rest = [p.detach() for p in replicated.values()]
-        self._rest_averages = [averages[name] for name in replicated] if averages is not None else []
+        self._embed, self._scalars = (
+            AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages)
+            for group, decay in (
+                (groups.embed, adam.embed_weight_decay),
+                (groups.scalars, adam.scalar_weight_decay),
+            )
+        )
         # Muon's scalars, then the learning rates of embedding and scalars.
         self._hyper = torch.zeros(SCALARS + 2, device=dist.device)
-        self.grad_norm = torch.zeros((), device=dist.device)
-        self.skipped = torch.zeros((), device=dist.device)
+        self._corrections = torch.zeros(2, device=dist.device)
+        self._counts = torch.zeros(CLIP_STATE, device=dist.device)
+        self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capture_next = capture and dist.device.type == "cuda" and dist.world_size == 1
 
@@ -133,32 +138,30 @@ class Optimizer:
         waiting = [*self._muon.reduce(), self._dist.all_reduce_avg(self._rest_grad)]
         for pending in waiting:
             pending.wait()
-        divisor, skip = self._clip()
-        self._embed.step(self._hyper[SCALARS], grad_divisor=divisor, skip=skip)
-        self._scalars.step(self._hyper[SCALARS + 1], grad_divisor=divisor, skip=skip)
-        scalars = self._hyper[:SCALARS]
+        self._clip()
+        scalars, rates = self._hyper[:SCALARS], self._hyper[SCALARS:]
+        self._embed.step(rates[0], scalars, self._corrections)
+        self._scalars.step(rates[1], scalars, self._corrections)
         self._muon.step(scalars)
-        if self._rest_averages:
-            muon_apply(self._rest, [], scalars, averages=self._rest_averages)
-        self.zero_grad()
+        self._bank_grad.zero_()
 
-    def _clip(self) -> tuple[Tensor, Tensor]:
-        """Measure the reduced gradient; return AdamW's divisor and 1 where the step must be skipped, else 0.
-
-        The factor min(1, clip / (norm + 1e-6)) is not applied here but left in the scalars, as NaN where the
-        norm is not finite.
-        """
-        sharded = torch.linalg.vector_norm(self._muon.shard, dtype=torch.float32).square()
-        rest = torch.linalg.vector_norm(self._rest_grad, dtype=torch.float32).square()
-        norm = (self._dist.all_reduce(sharded) + rest).sqrt()
-        self.grad_norm.copy_(norm)
-        clip = self._config.grad_clip
-        factor = (clip / (norm + 1e-6)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-        factor += norm - norm  # 0, or NaN where the norm is infinite or NaN
-        self._hyper[GRAD_SCALE].copy_(factor)
-        skip = factor.isnan().float()
-        self.skipped.add_(skip)
-        return factor.reciprocal(), skip
+    def _clip(self) -> None:
+        """Measure the reduced gradient, write the clip's factor into the scalars, count the step."""
+        shard, rest = self._muon.shard, self._rest_grad
+        if shard.dtype == rest.dtype:
+            sums = square_sums([shard, rest])
+        else:
+            sums = torch.cat([square_sums([shard]), square_sums([rest])])
+        self._dist.all_reduce(sums[:1])
+        clip_scale(
+            sums,
+            self._counts,
+            self._hyper[:SCALARS],
+            self._corrections,
+            clip=self._config.grad_clip,
+            beta1=self._config.adam.beta1,
+            beta2=self._config.adam.beta2,
+        )
 
     def _capture(self) -> None:
         """Record a step, without running it, for the following calls to replay."""
@@ -184,15 +187,14 @@ class Optimizer:
         self._embed.reset()
         self._scalars.reset()
         self.zero_grad()
-        self.grad_norm.zero_()
-        self.skipped.zero_()
+        self._counts.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of all state as a flat dict of tensors, the same on every rank and at any world size.
 
-        Keys: `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.` and `scalars.` with `mean.<name>`,
-        `square.<name>`, `steps`. A collective (the momentum is gathered): every rank calls it, one may save
-        it.
+        Keys: `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.` and `scalars.` with `mean.<name>` and
+        `square.<name>`, `steps` `()`. A collective (the momentum is gathered): every rank calls it, one may
+        save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
         state.update({key: t.clone() for key, t in self._replicated_state().items()})
@@ -223,7 +225,8 @@ class Optimizer:
 
     def _replicated_state(self) -> dict[str, Tensor]:
         groups = {"embed": self._embed, "scalars": self._scalars}
-        return {f"{prefix}.{key}": t for prefix, adam in groups.items() for key, t in adam.state().items()}
+        state = {f"{prefix}.{key}": t for prefix, adam in groups.items() for key, t in adam.state().items()}
+        return state | {"steps": self._counts[STEPS]}
 
     def _check_attached(self) -> None:
         for name, p in self._params.items():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import AdamConfig
+from pgolf.ops.muon_step import GRAD_SCALE, SCALARS
 from pgolf.optim.adam import AdamW
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,6 +25,14 @@ def gradients(step, device):
     return {name: torch.randn(shape, generator=rng).to(device) for name, shape in SHAPES.items()}
 
 
+def take_step(adam, t, lr, config, device="cpu"):
+    """Step `t`, counted from 1."""
+    scalars = torch.zeros(SCALARS, device=device)
+    scalars[GRAD_SCALE] = 1.0
+    corrections = torch.tensor([1 / (1 - b**t) for b in (config.beta1, config.beta2)], device=device)
+    adam.step(torch.tensor(lr, device=device), scalars, corrections)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.085])
 def test_steps_equal_torch_adamw_under_a_changing_rate(device, weight_decay):
@@ -38,7 +47,7 @@ def test_steps_equal_torch_adamw_under_a_changing_rate(device, weight_decay):
         for twin, grad in zip(twins, grads.values(), strict=True):
             twin.grad = grad.clone()
         theirs.param_groups[0]["lr"] = lr
-        ours.step(lr)
+        take_step(ours, step + 1, lr, config, device)
         theirs.step()
     for name, twin in zip(params, twins, strict=True):
         torch.testing.assert_close(
@@ -48,19 +57,22 @@ def test_steps_equal_torch_adamw_under_a_changing_rate(device, weight_decay):
 
 def test_reset_gives_the_first_step_again():
     params, grads = parameters("cpu"), gradients(0, "cpu")
-    adam = AdamW(params, grads, AdamConfig(), weight_decay=0.1)
-    adam.step(0.1)
+    config = AdamConfig()
+    adam = AdamW(params, grads, config, weight_decay=0.1)
+    take_step(adam, 1, 0.1, config)
+    assert not any(g.any() for g in grads.values())
     first = {name: p.clone() for name, p in params.items()}
-    adam.step(0.1)
+    take_step(adam, 2, 0.1, config)
     adam.reset()
     assert all(not t.any() for t in adam.state().values())
     for name, value in parameters("cpu").items():
         params[name].copy_(value)
-    adam.step(0.1)
+        grads[name].copy_(gradients(0, "cpu")[name])
+    take_step(adam, 1, 0.1, config)
     assert all(torch.equal(params[name], first[name]) for name in params)
 
 
 def test_no_parameters_is_no_work():
     adam = AdamW({}, {}, AdamConfig(), weight_decay=0.1)
-    adam.step(0.1)
-    assert adam.state()["steps"].shape == (0,)
+    take_step(adam, 1, 0.1, AdamConfig())
+    assert not adam.state()

@@ -1,0 +1,70 @@
+// AdamW over many tensors, and what comes before it in a step: the norm of the gradients and the clip.
+//
+// square_sums:  sum of the squares of each tensor, in a fixed order: deterministic.
+// clip_scale:   norm = sqrt(sum of sums);  s = min(1, clip / (norm + 1e-6)), 1 without a clip, NaN where the
+//               norm is not finite;  t <- t + 1 unless that is so;  c1 = 1 / (1 - beta1^t), c2 likewise.
+// adam_step:    g = s grad;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
+//               p <- p (1 - lr wd) - lr c1 m / (sqrt(c2 v) + eps);  average <- lerp(average, p, weight);
+//               grad <- 0. Where s is not finite only the gradient is zeroed.
+//
+// s and the average's weight stand where muon_step.h has them, so that one tensor tells all of a step.
+#pragma once
+
+#include "kernels/common.h"
+#include "kernels/muon_step.h"
+
+namespace pgolf {
+
+// Places in the state of clip_scale, (kClipState,) float32: the norm, steps taken, steps skipped.
+enum ClipState : int { kClipNorm, kClipSteps, kClipSkipped, kClipState };
+
+inline constexpr float kClipEps = 1e-6f;
+
+struct SquareSum {
+  const void* data;  // (count,) T
+  int64_t count;
+};
+
+// One tensor of adam_step; all (count,), in place.
+struct AdamTarget {
+  float* param;
+  float* grad;
+  float* mean;
+  float* square;
+  float* average;  // or null
+  int64_t count;
+};
+
+// The same for all tensors of a call. Pointers are device memory for the CUDA form.
+struct AdamRule {
+  const float* lr;           // (1,)
+  const float* scalars;      // (kMuonScalars,): grad_scale and average_weight
+  const float* corrections;  // (2,): c1, c2
+  float weight_decay, beta1, beta2, eps;
+  float rest1, rest2;  // 1 - beta, rounded once
+};
+
+struct ClipRule {
+  double clip;  // 0: none
+  double beta1, beta2;
+};
+
+// T is float or bf16; out is (count,).
+template <typename T>
+void square_sums_cpu(const SquareSum* tensors, int count, float* out, int threads);
+
+// Partial sums and a counter for each tensor: `workspace` holds square_sums_workspace(count) bytes, the first
+// 4 * count of them zero.
+int64_t square_sums_workspace(int count);
+template <typename T>
+void square_sums_cuda(const SquareSum* tensors, int count, float* out, void* workspace, CUstream_st* stream);
+
+void clip_scale_cpu(const float* sums, int count, float* state, float* scalars, float* corrections,
+                    ClipRule rule);
+void clip_scale_cuda(const float* sums, int count, float* state, float* scalars, float* corrections,
+                     ClipRule rule, CUstream_st* stream);
+
+void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int threads);
+void adam_step_cuda(const AdamTarget* targets, int count, AdamRule rule, CUstream_st* stream);
+
+}  // namespace pgolf

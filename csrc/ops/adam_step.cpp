@@ -1,0 +1,179 @@
+// Binding of square_sums, clip_scale and adam_step: schema, checks, scratch memory, dispatch. Maths:
+// kernels/adam_step.h.
+#include "kernels/adam_step.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "ops/checks.h"
+
+namespace pgolf {
+namespace {
+
+void check_vector(const at::Tensor& tensor, const char* op, const char* what, int64_t length,
+                  const at::Device& device) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, op, ": ", what, " must be float32, got ",
+                   tensor.scalar_type());
+  TORCH_CHECK_VALUE(tensor.numel() == length && tensor.is_contiguous() && tensor.device() == device, op, ": ",
+                    what, " must have ", length, " contiguous elements on ", device, ", got ", tensor.sizes(),
+                    " on ", tensor.device());
+}
+
+// Float32 or bfloat16, all alike; returns (0) of no tensors.
+template <typename Sum>
+at::Tensor square_sums(at::TensorList tensors, const Sum& sum) {
+  const at::ScalarType type = tensors.empty() ? at::kFloat : tensors[0].scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
+                   "square_sums: tensors must be float32 or bfloat16, got ", type);
+  std::vector<SquareSum> list;
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK_TYPE(tensor.scalar_type() == type, "square_sums: tensors must have one dtype, got ", type,
+                     " and ", tensor.scalar_type());
+    TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.device() == tensors[0].device(),
+                      "square_sums: tensors must be contiguous on one device, got strides ", tensor.strides(),
+                      " on ", tensor.device());
+    list.push_back({tensor.const_data_ptr(), tensor.numel()});
+  }
+  const at::Tensor out = at::empty(
+      {static_cast<int64_t>(list.size())},
+      tensors.empty() ? at::TensorOptions().dtype(at::kFloat) : tensors[0].options().dtype(at::kFloat));
+  if (list.empty()) return out;
+  if (type == at::kFloat) {
+    sum(float{}, list, out);
+  } else {
+    sum(bf16{}, list, out);
+  }
+  return out;
+}
+
+at::Tensor square_sums_on_cpu(at::TensorList tensors) {
+  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const at::Tensor& out) {
+    square_sums_cpu<decltype(tag)>(list.data(), static_cast<int>(list.size()), mutable_pointer<float>(out),
+                                   at::get_num_threads());
+  });
+}
+
+ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+                    const at::Tensor& corrections, double clip, double beta1, double beta2) {
+  check_vector(sums, "clip_scale", "sums", sums.numel(), sums.device());
+  check_vector(state, "clip_scale", "state", kClipState, sums.device());
+  check_vector(scalars, "clip_scale", "scalars", kMuonScalars, sums.device());
+  check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
+  TORCH_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
+  for (double beta : {beta1, beta2})
+    TORCH_CHECK_VALUE(beta >= 0 && beta < 1, "clip_scale: betas must be in [0, 1), got ", beta);
+  return {clip, beta1, beta2};
+}
+
+void clip_scale_on_cpu(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+                       const at::Tensor& corrections, double clip, double beta1, double beta2) {
+  const ClipRule rule = check_clip(sums, state, scalars, corrections, clip, beta1, beta2);
+  clip_scale_cpu(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
+                 mutable_pointer<float>(scalars), mutable_pointer<float>(corrections), rule);
+}
+
+std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, at::TensorList means,
+                                   at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
+                                   const at::Tensor& scalars, const at::Tensor& corrections) {
+  const at::Device device = lr.device();
+  check_vector(lr, "adam_step", "lr", 1, device);
+  check_vector(scalars, "adam_step", "scalars", kMuonScalars, device);
+  check_vector(corrections, "adam_step", "corrections", 2, device);
+  const auto take = [&](at::TensorList list, const char* what, size_t i) {
+    TORCH_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
+                      ", one a parameter, got ", list.size());
+    TORCH_CHECK_VALUE(list[i].sizes() == params[i].sizes(), "adam_step: ", what, " ", i, " must have shape ",
+                      params[i].sizes(), ", got ", list[i].sizes());
+    check_vector(list[i], "adam_step", what, params[i].numel(), device);
+    return mutable_pointer<float>(list[i]);
+  };
+  std::vector<AdamTarget> targets;
+  for (size_t i = 0; i < params.size(); ++i) {
+    targets.push_back({take(params, "params", i), take(grads, "grads", i), take(means, "means", i),
+                       take(squares, "squares", i),
+                       averages.empty() ? nullptr : take(averages, "averages", i), params[i].numel()});
+  }
+  return targets;
+}
+
+AdamRule make_rule(const at::Tensor& lr, const at::Tensor& scalars, const at::Tensor& corrections,
+                   double weight_decay, double beta1, double beta2, double eps) {
+  return {const_pointer<float>(lr),         const_pointer<float>(scalars), const_pointer<float>(corrections),
+          static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
+          static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
+}
+
+void adam_step_on_cpu(at::TensorList params, at::TensorList grads, at::TensorList means,
+                      at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
+                      const at::Tensor& scalars, const at::Tensor& corrections, double weight_decay,
+                      double beta1, double beta2, double eps) {
+  const auto targets = check_adam(params, grads, means, squares, averages, lr, scalars, corrections);
+  adam_step_cpu(targets.data(), static_cast<int>(targets.size()),
+                make_rule(lr, scalars, corrections, weight_decay, beta1, beta2, eps), at::get_num_threads());
+}
+
+#ifdef PGOLF_WITH_CUDA
+at::Tensor square_sums_on_cuda(at::TensorList tensors) {
+  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const at::Tensor& out) {
+    const c10::cuda::CUDAGuard guard(out.device());
+    const int count = static_cast<int>(list.size());
+    const at::Tensor workspace = at::zeros({square_sums_workspace(count)}, out.options().dtype(at::kByte));
+    square_sums_cuda<decltype(tag)>(list.data(), count, mutable_pointer<float>(out),
+                                    workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  });
+}
+
+void clip_scale_on_cuda(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+                        const at::Tensor& corrections, double clip, double beta1, double beta2) {
+  const ClipRule rule = check_clip(sums, state, scalars, corrections, clip, beta1, beta2);
+  const c10::cuda::CUDAGuard guard(sums.device());
+  clip_scale_cuda(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
+                  mutable_pointer<float>(scalars), mutable_pointer<float>(corrections), rule,
+                  c10::cuda::getCurrentCUDAStream().stream());
+}
+
+void adam_step_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList means,
+                       at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
+                       const at::Tensor& scalars, const at::Tensor& corrections, double weight_decay,
+                       double beta1, double beta2, double eps) {
+  const auto targets = check_adam(params, grads, means, squares, averages, lr, scalars, corrections);
+  const c10::cuda::CUDAGuard guard(lr.device());
+  adam_step_cuda(targets.data(), static_cast<int>(targets.size()),
+                 make_rule(lr, scalars, corrections, weight_decay, beta1, beta2, eps),
+                 c10::cuda::getCurrentCUDAStream().stream());
+}
+#endif
+
+}  // namespace
+}  // namespace pgolf
+
+TORCH_LIBRARY_FRAGMENT(pgolf, m) {
+  m.def("square_sums(Tensor[] tensors) -> Tensor", {at::Tag::pt2_compliant_tag});
+  m.def(
+      "clip_scale(Tensor sums, Tensor(a!) state, Tensor(b!) scalars, Tensor(c!) corrections, float clip, "
+      "float beta1, float beta2) -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] means, Tensor(d!)[] squares, "
+      "Tensor(e!)[] averages, Tensor lr, Tensor scalars, Tensor corrections, float weight_decay, float "
+      "beta1, "
+      "float beta2, float eps) -> ()",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
+  m.impl("square_sums", &pgolf::square_sums_on_cpu);
+  m.impl("clip_scale", &pgolf::clip_scale_on_cpu);
+  m.impl("adam_step", &pgolf::adam_step_on_cpu);
+}
+
+#ifdef PGOLF_WITH_CUDA
+TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
+  m.impl("square_sums", &pgolf::square_sums_on_cuda);
+  m.impl("clip_scale", &pgolf::clip_scale_on_cuda);
+  m.impl("adam_step", &pgolf::adam_step_on_cuda);
+}
+#endif
