@@ -57,11 +57,14 @@ SPREAD = {
     "matrix_bits": 6,
     "embed_bits": 7,
     "rate": 0.0,
+    "trellis": False,
 }
-LOSS = {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8, "rate": 0.0}
+LOSS = SPREAD | {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
 SETTINGS = [
     Setting("gptq", SPREAD, size=0.0),
     Setting("rows+columns", LOSS),
+    Setting("trellis", LOSS | {"trellis": True}),
+    Setting("trellis rate 1/12", LOSS | {"trellis": True, "rate": 1 / 12}),
     Setting("rows+columns floor 0.3", LOSS | {"embed_floor": 0.3}),
     Setting("rows+columns floor 1", LOSS | {"embed_floor": 1.0}),
     Setting("rtn", SPREAD, gptq=False),
@@ -81,6 +84,7 @@ SETTINGS = [
     Setting("rows+columns +4 %", LOSS, size=1.04),
     Setting("gptq -4 %", SPREAD, size=0.96),
     Setting("gptq +4 %", SPREAD, size=1.04),
+    Setting("gptq trellis", SPREAD | {"trellis": True}),
     Setting("gptq rate 1/12", SPREAD | {"rate": 1 / 12}),
     Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
     Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),

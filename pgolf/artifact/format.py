@@ -5,7 +5,7 @@ All integers are little-endian.
 | offset | bytes | meaning |
 |---|---|---|
 | 0 | 4 | magic `PGLF` |
-| 4 | 2 | format version, 3 (1 had brotli streams of column-major codes, 2 matrices without a pool) |
+| 4 | 2 | format version, 4 (1: brotli streams of column-major codes, 2: no pools, 3: no trellis) |
 | 6 | 2 | zero |
 | 8 | 4 | `n`, bytes of the stored header |
 | 12 | 4 | `m`, bytes of the header's JSON, at most 1 MiB |
@@ -16,10 +16,12 @@ All integers are little-endian.
 Header JSON, one object with exactly these keys:
 - `model`: the resolved `ModelConfig`; `tokenizer_sha256`: 64 hex digits; `config_hash`: 16 hex digits;
   `limit`: the byte limit that the file was written under.
-- `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns"}`; kind `matrix` (int8
-  codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none"). The steps
-  of a row are "float16" or, for a matrix, "log": float16(2^(n / 8)) with an integer n in [-160, 127]; then
-  `columns` may be true, for factors of the columns in the same form. w = code * step * column factor.
+- `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns", "trellis"}`; kind `matrix`
+  (int8 codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none"). The
+  steps of a row are "float16" or, for a matrix, "log": float16(2^(n / 8)) with an integer n in [-160, 127];
+  then `columns` may be true, for factors of the columns in the same form. w = value * step * column factor.
+  A code's value is the code; with `trellis` true, which a matrix may have, it is a quarter more or less, as
+  csrc/kernels/trellis.h says of the codes above it in its column.
 - `corrections`: `{"name", "index", "rank", "left_scales", "group"}`: the product A B that is added to matrix
   `index` of a parameter `(R, C)`. A `(R, rank)` int8 has `left_scales` = 1 or R scales (a row), B `(rank, C)`
   int8 one for every `group` elements, row-major.
@@ -63,7 +65,7 @@ from pgolf.artifact.header import MAX_RAW_BYTES, ArtifactError, Header, Section,
 __all__ = ["MAGIC", "VERSION", "ArtifactError", "Reader", "frame", "parse", "raw_limit"]
 
 MAGIC = b"PGLF"
-VERSION = 3
+VERSION = 4
 PREFIX = struct.Struct("<4sHHII")
 DIGEST_BYTES = 32
 MAX_HEADER_BYTES = 1 << 20

@@ -38,6 +38,8 @@ class TensorEntry:
     """How the steps of its rows are stored; none for small ones."""
     columns: bool
     """Whether its columns have factors on the steps, stored like those."""
+    trellis: bool = False
+    """Whether its codes mean values of `pgolf.ops.trellis_values`."""
 
     @property
     def numel(self) -> int:
@@ -265,7 +267,10 @@ def _parse_tensor(row: object) -> TensorEntry:
         raise ArtifactError(
             f"artifact tensor {name!r}: steps {steps!r} with columns {columns!r} do not go with {kind!r}"
         )
-    return TensorEntry(name, cast(TensorKind, kind), shape, bits, cast(StepForm, steps), columns)
+    trellis = row["trellis"]
+    if not isinstance(trellis, bool) or (trellis and kind != "matrix"):
+        raise ArtifactError(f"artifact tensor {name!r}: trellis {trellis!r} does not go with {kind!r}")
+    return TensorEntry(name, cast(TensorKind, kind), shape, bits, cast(StepForm, steps), columns, trellis)
 
 
 def _parse_correction(row: object, shapes: dict[str, tuple[int, ...]]) -> CorrectionEntry:

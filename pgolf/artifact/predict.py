@@ -83,7 +83,9 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
             bits, clip = family_grid(name, quant)
             key = (*plan.shape, bits)
             if key not in rates:
-                rates[key] = _gaussian_rate(plan.shape, max_code(bits) / (clip * clip_scale), max_code(bits))
+                # The values of a trellis lie a quarter of a step from their codes.
+                deviation = math.hypot(max_code(bits) / (clip * clip_scale), 0.25 * quant.trellis)
+                rates[key] = _gaussian_rate(plan.shape, deviation, max_code(bits))
             lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
         else:
             lengths.append(STORED[plan.name] * math.prod(plan.shape))
@@ -101,7 +103,9 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     for name, shape in parameter_shapes(model).items():
         if name in matrix_shapes(model):
             bits = family_grid(name, quant)[0]
-            matrices.append(TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps))
+            matrices.append(
+                TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps, quant.trellis)
+            )
         elif is_gate(name, shape):
             gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
         else:

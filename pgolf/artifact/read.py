@@ -244,7 +244,7 @@ def _coded(tensor: TensorEntry, codes: Tensor, scales: Tensor, columns: Tensor |
         raise ArtifactError(
             f"artifact tensor {tensor.name!r}: code magnitude {largest} is not on a {tensor.bits}-bit grid"
         )
-    return QuantizedTensor(codes, scales, tensor.bits, columns)
+    return QuantizedTensor(codes, scales, tensor.bits, columns, tensor.trellis)
 
 
 def _bytes(raw: Raw) -> bytes:

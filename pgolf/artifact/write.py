@@ -119,7 +119,9 @@ def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
             steps = _step_form(name, t) if kind == "matrix" else "float16"
             shape = tuple(t.codes.shape)
             entries.append(
-                TensorEntry(name, cast(TensorKind, kind), shape, t.bits, steps, t.columns is not None)
+                TensorEntry(
+                    name, cast(TensorKind, kind), shape, t.bits, steps, t.columns is not None, t.trellis
+                )
             )
     for name, small in state.small.items():
         if small.dtype != torch.float16:

@@ -40,6 +40,7 @@ from pgolf.ops.newton_schulz import (
 )
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
+from pgolf.ops.trellis import trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
 
 __all__ = [
     "AdamRule",
@@ -76,6 +77,10 @@ __all__ = [
     "softcap_ce_ref",
     "square_sums",
     "square_sums_ref",
+    "trellis_round",
+    "trellis_round_ref",
+    "trellis_values",
+    "trellis_values_ref",
     "unpack_dequantize",
     "unpack_dequantize_ref",
     "unpack_int6",

@@ -42,6 +42,8 @@ OPERATORS = (
     "quantize_pack",
     "quantize_pack_sdclip",
     "unpack_dequantize",
+    "trellis_round",
+    "trellis_values",
 )
 """Every operator of `torch.ops.pgolf`, in the order of the table."""
 

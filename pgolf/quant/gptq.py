@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pgolf.ops import trellis_round
 from pgolf.quant.grid import QuantizedTensor, dequantize, max_code, sdclip_scales
 
 DAMP_GROWTH = 10.0
@@ -111,12 +112,14 @@ def gptq_on_grid(
     bits: int,
     columns: Tensor | None = None,
     rate: float = 0.0,
+    trellis: bool = False,
     block: int = 128,
 ) -> QuantizedTensor:
     """Quantize a stack of matrices on given steps, never worse than `round_to_grid` on the same grid.
 
-    "Worse" is, for each row, its error in the H norm. With column factors c the loop runs on w / c and
-    C H C, whose factor is U with column k divided by c_k.
+    "Worse" is, for each row, its error in the H norm; with a trellis, which ties rows together, for each
+    matrix. With column factors c the loop runs on w / c and C H C, whose factor is U with column k divided
+    by c_k. A column's weights have no part in each other's errors, so a trellis may run along them.
 
     Args:
         weight: `(B, R, C)` floating point.
@@ -125,6 +128,7 @@ def gptq_on_grid(
         bits: width of the grid, 2 to 8.
         columns: `(B, C)` float16 column factors; None means 1.
         rate: weight of a code's bits against its squared error, see `round_to_grid`.
+        trellis: round the weights of a column together, see `pgolf.ops.trellis_round`.
         block: columns per block.
     Raises:
         ValueError: shapes disagree, NaN or infinity in weight, block not positive.
@@ -142,17 +146,34 @@ def gptq_on_grid(
         if columns is not None:
             factor = factor / columns.float().gather(1, order).unsqueeze(1)
         swept = _sweep(
-            _take_columns(unit, order), factor, scales, keep.gather(1, order), bits=bits, block=block
+            _take_columns(unit, order),
+            factor,
+            scales,
+            keep.gather(1, order),
+            bits=bits,
+            trellis=trellis,
+            block=block,
         )
         codes = _take_columns(swept, order.argsort(dim=-1))
-    nearest = _round(unit, scales, keep, bits=bits)
-    mine, theirs = (row_errors(w, dequantize(q, scales, columns), factored.hessian) for q in (codes, nearest))
+    nearest = _round(unit, scales, keep, bits=bits, trellis=trellis)
+    mine, theirs = (
+        row_errors(w, dequantize(q, scales, columns, trellis=trellis), factored.hessian)
+        for q in (codes, nearest)
+    )
+    if trellis:
+        mine, theirs = (rows.sum(-1, keepdim=True) for rows in (mine, theirs))
     codes = torch.where((mine > theirs).unsqueeze(-1), nearest, codes)
-    return QuantizedTensor(codes, scales, bits, columns)
+    return QuantizedTensor(codes, scales, bits, columns, trellis)
 
 
 def round_to_grid(
-    weight: Tensor, scales: Tensor, *, bits: int, columns: Tensor | None = None, rate: float = 0.0
+    weight: Tensor,
+    scales: Tensor,
+    *,
+    bits: int,
+    columns: Tensor | None = None,
+    rate: float = 0.0,
+    trellis: bool = False,
 ) -> QuantizedTensor:
     """Round each weight by itself to the code with the least (x - q)^2 + rate * q^2 / v.
 
@@ -164,10 +185,11 @@ def round_to_grid(
     Args:
         weight: `(B, R, C)`. scales: `(B, R)` float16. columns: `(B, C)` float16 or None.
         bits: width of the grid. rate: 0 rounds to the nearest code.
+        trellis: the weights of a column choose their codes together, see `pgolf.ops.trellis_round`.
     """
     unit = weight.float() if columns is None else weight.float() / columns.float().unsqueeze(1)
-    codes = _round(unit, scales, _keep(unit, scales, rate), bits=bits)
-    return QuantizedTensor(codes, scales, bits, columns)
+    codes = _round(unit, scales, _keep(unit, scales, rate), bits=bits, trellis=trellis)
+    return QuantizedTensor(codes, scales, bits, columns, trellis)
 
 
 def hessian_error(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
@@ -204,11 +226,19 @@ def _keep(unit: Tensor, scales: Tensor, rate: float) -> Tensor:
     return variance / (variance + rate).clamp(min=1e-30) if rate else torch.ones_like(variance)
 
 
-def _round(unit: Tensor, scales: Tensor, keep: Tensor, *, bits: int) -> Tensor:
+def _round(unit: Tensor, scales: Tensor, keep: Tensor, *, bits: int, trellis: bool) -> Tensor:
     """Return the codes int8 of weights `(B, R, C)` over their column factors."""
-    q = max_code(bits)
     x = unit / scales.float().unsqueeze(-1) * keep.unsqueeze(1)
-    return x.round_().clamp_(-q, q).to(torch.int8)
+    values = _values(x.transpose(1, 2), max_code(bits), trellis)
+    return values.round_().to(torch.int8).transpose(1, 2).contiguous()
+
+
+def _values(x: Tensor, largest: int, trellis: bool) -> Tensor:
+    """Return what x `(..., R)` is rounded to: codes, or with a trellis codes and a quarter more or less."""
+    if not trellis:
+        return x.round().clamp_(-largest, largest)
+    # A value of the trellis is less than 1 from its number.
+    return trellis_round(x.clamp(1 - largest, largest - 1).contiguous())
 
 
 def _permute(h: Tensor, order: Tensor) -> Tensor:
@@ -251,7 +281,9 @@ def _inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _sweep(w: Tensor, factor: Tensor, scales: Tensor, keep: Tensor, *, bits: int, block: int) -> Tensor:
+def _sweep(
+    w: Tensor, factor: Tensor, scales: Tensor, keep: Tensor, *, bits: int, trellis: bool, block: int
+) -> Tensor:
     """Round the columns from left to right and return the codes `(B, R, C)` int8.
 
     Works on the transpose `(B, C, R)`: a column of every matrix is then a contiguous row.
@@ -267,7 +299,7 @@ def _sweep(w: Tensor, factor: Tensor, scales: Tensor, keep: Tensor, *, bits: int
         errors = torch.empty_like(wt[:, begin:end])
         for j in range(begin, end):
             column = wt[:, j]
-            q = (column / step).mul_(reach[:, j]).round_().clamp_(-q_max, q_max)
+            q = _values((column / step).mul_(reach[:, j]), q_max, trellis)
             codes[:, j] = q
             error = errors[:, j - begin]
             torch.mul(torch.addcmul(column, q, step, value=-1.0), inverse_diagonal[:, j], out=error)
@@ -275,7 +307,7 @@ def _sweep(w: Tensor, factor: Tensor, scales: Tensor, keep: Tensor, *, bits: int
                 wt[:, j + 1 : end].addcmul_(factor[:, j, j + 1 : end, None], error[:, None], value=-1.0)
         if end < cols:
             wt[:, end:].baddbmm_(factor[:, begin:end, end:].transpose(1, 2), errors, alpha=-1.0)
-    return codes.to(torch.int8).transpose(1, 2).contiguous()
+    return codes.round_().to(torch.int8).transpose(1, 2).contiguous()
 
 
 @contextmanager

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pgolf.ops import trellis_values
+
 MIN_SCALE = 2.0**-24
 """Smallest positive float16 (subnormal): the record code's floor of 1e-10 rounds to 0, a division by zero."""
 MAX_SCALE = 65504.0
@@ -35,10 +37,12 @@ class QuantizedTensor:
     """Width of the grid, 4 to 8."""
     columns: Tensor | None = None
     """`(..., C)` float16 without the row dimension, the factor on the step of each column; None means 1."""
+    trellis: bool = False
+    """Whether a code means what `pgolf.ops.trellis_values` says, a quarter more or less than itself."""
 
     def dequantize(self) -> Tensor:
-        """Return codes * scales * columns, float32, in the parameter's shape."""
-        return dequantize(self.codes, self.scales, self.columns)
+        """Return values * scales * columns, float32, in the parameter's shape; values are codes or nearly."""
+        return dequantize(self.codes, self.scales, self.columns, trellis=self.trellis)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Return the same on `device`."""
@@ -148,14 +152,18 @@ def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     return (weight.float() / scales.float().unsqueeze(-1)).round_().clamp_(-q, q).to(torch.int8)
 
 
-def dequantize(codes: Tensor, scales: Tensor, columns: Tensor | None = None) -> Tensor:
-    """Return w = (q * s) * c in float32.
+def dequantize(
+    codes: Tensor, scales: Tensor, columns: Tensor | None = None, *, trellis: bool = False
+) -> Tensor:
+    """Return w = (q * s) * c in float32, with a trellis (v * s) * c, v the values of the codes.
 
     Args:
         codes: `(..., R, C)` int8. scales: `(..., R)` float16, row steps.
         columns: `(..., C)` float16, column factors; None means 1.
+        trellis: whether the codes are those of `pgolf.ops.trellis_round` along the rows.
     """
-    weight = codes.float() * scales.float().unsqueeze(-1)
+    values = trellis_values(codes) if trellis else codes.float()
+    weight = values * scales.float().unsqueeze(-1)
     return weight if columns is None else weight * columns.float().unsqueeze(-2)
 
 

@@ -68,7 +68,7 @@ class Matrices:
     def _inside(self, grid: Grid) -> Grid:
         """Return the grid with steps wide enough for the largest weight of each row."""
         unit = self.weight if grid.columns is None else self.weight / grid.columns.float().unsqueeze(1)
-        least = unit.abs().amax(-1) / (max_code(self.bits) - 0.5)
+        least = unit.abs().amax(-1) / (max_code(self.bits) - 1)  # a trellis may go up by almost 1
         # log_steps rounds to the nearest: half a grid step more, so that it never rounds below.
         return Grid(torch.maximum(grid.scales, log_steps(least * 2.0 ** (1 / 16))), grid.columns)
 
@@ -82,6 +82,7 @@ class Matrices:
             bits=self.bits,
             columns=grid.columns,
             rate=config.rate,
+            trellis=config.trellis,
             block=config.block,
         )
 

@@ -176,9 +176,9 @@ def test_other_files_are_named(tmp_path):
     refused(
         tmp_path / "a", b"PK\x03\x04" + bytes(100), r"not a pgolf artifact: expected magic b'PGLF', got b'PK"
     )
-    for version in (1, 2, 4):
+    for version in (1, 2, 3, 5):
         refused(
-            tmp_path / "a", b"PGLF" + bytes([version, 0]) + bytes(100), rf"version {version} .* expected 3"
+            tmp_path / "a", b"PGLF" + bytes([version, 0]) + bytes(100), rf"version {version} .* expected 4"
         )
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_state(tmp_path)

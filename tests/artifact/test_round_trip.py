@@ -73,7 +73,7 @@ def test_bytes_are_laid_out_as_documented(tmp_path, state):
     write(tmp_path / "model.pgolf", state)
     data = (tmp_path / "model.pgolf").read_bytes()
     magic, version, zero, stored, raw = struct.unpack_from("<4sHHII", data)
-    assert (magic, version, zero) == (b"PGLF", 3, 0)
+    assert (magic, version, zero) == (b"PGLF", 4, 0)
     text = brotli.decompress(data[16 : 16 + stored])
     header = json.loads(text)
     assert len(text) == raw

@@ -53,6 +53,22 @@ def test_columns_and_corrections_round_trip_exactly(tmp_path):
     assert dict(ledger.parts)["exponents"] > 0 and dict(ledger.parts)["corrections"] > 0
 
 
+def test_codes_of_a_trellis_are_read_as_its_values(tmp_path):
+    state = with_columns()
+    mixed = {n: replace(t, trellis=n != "kv_bank") for n, t in state.quantized.items()}
+    write(tmp_path / "a", replace(state, quantized=mixed))
+    header, back = read_state(tmp_path / "a")
+    assert {t.name for t in header.tensors if t.trellis} == {n for n in mixed if n != "kv_bank"}
+    plain = dequantize_state(replace(state, corrections={}))
+    got = dequantize_state(replace(back, corrections={}))
+    assert torch.equal(got["kv_bank"], plain["kv_bank"])
+    for name in ("tok_emb", "mlp_down_bank"):
+        t = state.quantized[name]
+        step = replace(t, codes=torch.ones_like(t.codes)).dequantize()
+        quarters = ((got[name] - plain[name]) / step).abs()
+        assert torch.allclose(quarters, torch.full_like(quarters, 0.25), atol=1e-3)
+
+
 def test_steps_at_the_ends_of_the_grid_survive(tmp_path):
     state = make_state()
     t = state.quantized["tok_emb"]
