@@ -82,7 +82,8 @@ def newest(folder: Path, bench: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is none; says which command writes one.
     """
-    found = sorted(folder.glob(f"*_{bench}.jsonl"))
+    # <day>_<device>_<bench>.jsonl; `step` is not the end of `adam_step`.
+    found = sorted(p for p in folder.glob(f"*_{bench}.jsonl") if p.stem.split("_", 2)[2:] == [bench])
     if not found:
         raise FileNotFoundError(
             f"no result of bench {bench!r} in {folder}; run `python -m bench.{bench}` on the GPU, "
