@@ -32,12 +32,11 @@ from bench.ops.bench_muon_step import (
     MOMENTUM,
     WEIGHT_DECAY,
     Shapes,
-    Table,
     banked_step,
     banks,
     torch_muon,
 )
-from bench.polar_peers import each, gram_newton_schulz, speedrun_form
+from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step

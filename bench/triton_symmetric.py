@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Table = tuple[tuple[float, float, float], ...]
+from bench.polar_peers import Table
 
 CONFIGS = [
     triton.Config({"tile": tile, "depth": depth}, num_stages=stages, num_warps=warps)

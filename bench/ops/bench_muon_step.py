@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.common import Recorder, parser, time_graph, time_launched, torch_name
+from bench.polar_peers import Table
 from pgolf.ops import MuonBank, MuonRule, muon_step
 from pgolf.optim.muon import lr_scale
 from pgolf.optim.polar import coefficients
@@ -23,7 +24,6 @@ CASES = {
     "eighth": [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)],
     "bank66": [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)],
 }
-Table = tuple[tuple[float, float, float], ...]
 Shapes = list[tuple[int, int, int]]
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.026, 0.97, 0.095
