@@ -28,7 +28,8 @@ class Ablate:
     gpus: int | None = None
     """GPUs to use; all visible ones when absent. 0 runs where the base says."""
     per_gpu: int = 1
-    """Runs that share a GPU; above 1 only for plans of fixed steps (small models leave most of it idle)."""
+    """Runs that share a GPU; above 1 only for plans of fixed steps (small models leave most of it idle).
+    They take turns unless NVIDIA's MPS runs: nvidia-cuda-mps-control -d."""
 
 
 def main(argv: list[str]) -> int:
