@@ -53,9 +53,9 @@ struct ClipRule {
 template <typename T>
 void square_sums_cpu(const SquareSum* tensors, int count, float* out, int threads);
 
-// Partial sums and a counter for each tensor: `workspace` holds square_sums_workspace(count) bytes, the first
-// 4 * count of them zero.
-int64_t square_sums_workspace(int count);
+// A counter for each tensor and its partial sums: `workspace` holds square_sums_workspace(tensors, count)
+// bytes, the first 4 * count of them zero.
+int64_t square_sums_workspace(const SquareSum* tensors, int count);
 template <typename T>
 void square_sums_cuda(const SquareSum* tensors, int count, float* out, void* workspace, CUstream_st* stream);
 

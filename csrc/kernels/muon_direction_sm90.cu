@@ -2,7 +2,7 @@
 // that nothing between the gradient and the first product passes through memory a second time.
 #include <cuda_fp16.h>
 
-#include <type_traits>
+#include <algorithm>
 
 #include "kernels/cuda_check.cuh"
 #include "kernels/muon_momentum.cuh"
@@ -12,13 +12,16 @@
 namespace pgolf {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
+constexpr int kBlocks = 2;  // a multiprocessor
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeld = 4;  // spans of a row that stay in registers
+constexpr int kHeld = 8;   // spans that a warp keeps at hand: several short rows, or one long one
+constexpr int kBatch = 4;  // spans whose loads are under way at once
 
 struct InputBank {
   MuonPolarInput bank;
-  int first_matrix;
+  int first_cluster;  // a cluster a matrix, the largest first
+  int first_matrix;   // in the order of the caller
 };
 
 struct InputArgs {
@@ -30,95 +33,198 @@ struct InputArgs {
   float eps;
 };
 
-// A warp a row. Where rows are normalised the norm of the matrix is nearly known beforehand, and x is written
-// at once; otherwise in a second pass, that reads the gradient and the new momentum again.
+// A block's part of one matrix, and what turns gradients into directions.
 template <typename G, typename M>
-__global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads, 2)
+struct Part {
+  const G* grad;
+  M* momentum;
+  __half* x;
+  int64_t cols, begin, end;  // rows of this part
+  float mu, gain;
+  bool nesterov;
+
+  __device__ __forceinline__ void store(const float (&u)[kVector], const PowerOfTwo& power,
+                                        int64_t at) const {
+    Pack<__half> pack;
+    PGOLF_UNROLL
+    for (int i = 0; i < kVector; ++i) pack.value[i] = __float2half_rn(power(u[i]));
+    *reinterpret_cast<Pack<__half>*>(x + at) = pack;
+  }
+};
+
+// Rows are normalised, so the norm of the matrix is nearly known beforehand and x is written at once, in one
+// pass. A warp takes as many rows as it can hold; each thread keeps its u in shared memory, so that registers
+// are free for loads under way.
+template <typename G, typename M>
+__device__ __forceinline__ Squares normalized_rows(const Part<G, M>& part, int spans,
+                                                   const PowerOfTwo& power) {
+  const int rows_at_once = kHeld / spans, cols = static_cast<int>(part.cols);
+  const int lane = threadIdx.x % kWarp * kVector;
+  extern __shared__ float4 held[];  // (kHeld, 2, kThreads)
+  Squares squares;
+  for (int64_t row = part.begin + threadIdx.x / kWarp * rows_at_once; row < part.end;
+       row += kWarps * rows_at_once) {
+    const G* const grad = part.grad + row * cols;
+    M* const momentum = part.momentum + row * cols;
+    const int rows = static_cast<int>(min(part.end - row, static_cast<int64_t>(rows_at_once)));
+    float sums[kHeld];
+    int at[kHeld];  // element of the span from the first row on, or -1
+    int of_row = 0, of_span = 0;
+    unsigned int starts = 0;  // spans that start a row
+    PGOLF_UNROLL
+    for (int h = 0; h < kHeld; ++h) {
+      const int column = of_span * kSpan + lane;
+      at[h] = of_row < rows && column < cols ? of_row * cols + column : -1;
+      starts |= (of_span == 0 ? 1u : 0u) << h;
+      if (++of_span == spans) of_span = 0, ++of_row;
+    }
+    PGOLF_UNROLL
+    for (int batch = 0; batch < kHeld; batch += kBatch) {
+      Raw8<G> grads[kBatch];
+      Raw8<M> momenta[kBatch];
+      PGOLF_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        if (at[batch + b] < 0) continue;
+        grads[b].load(grad + at[batch + b]);
+        momenta[b].load(momentum + at[batch + b]);
+      }
+      PGOLF_UNROLL
+      for (int b = 0; b < kBatch; ++b) {
+        const int h = batch + b;
+        sums[h] = 0.0f;
+        if (at[h] < 0) continue;
+        float g[kVector], m[kVector], u[kVector];
+        grads[b].widen(g);
+        momenta[b].widen(m);
+        direction8<true>(u, g, m, momentum + at[h], kVector, true, part.mu, part.gain, part.nesterov);
+        PGOLF_UNROLL
+        for (int i = 0; i < kVector; ++i) sums[h] = fmaf(u[i], u[i], sums[h]);
+        held[2 * h * kThreads + threadIdx.x] = make_float4(u[0], u[1], u[2], u[3]);
+        held[(2 * h + 1) * kThreads + threadIdx.x] = make_float4(u[4], u[5], u[6], u[7]);
+      }
+    }
+    // Sums of whole rows, in all lanes: over the lanes, then over the spans of a row, forth and back.
+    PGOLF_UNROLL
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      PGOLF_UNROLL
+      for (int h = 0; h < kHeld; ++h) sums[h] += __shfl_xor_sync(kAllLanes, sums[h], offset);
+    }
+    PGOLF_UNROLL
+    for (int h = 1; h < kHeld; ++h) sums[h] += (starts >> h & 1u) != 0 ? 0.0f : sums[h - 1];
+    PGOLF_UNROLL
+    for (int h = kHeld - 2; h >= 0; --h) sums[h] = (starts >> (h + 1) & 1u) != 0 ? sums[h] : sums[h + 1];
+    PGOLF_UNROLL
+    for (int h = 0; h < kHeld; ++h) {
+      if (at[h] < 0) continue;
+      const float scale = 1.0f / fmaxf(sqrtf(sums[h]), kMuonRowEps);
+      const float4 low = held[2 * h * kThreads + threadIdx.x];
+      const float4 high = held[(2 * h + 1) * kThreads + threadIdx.x];
+      float u[kVector] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      PGOLF_UNROLL
+      for (int i = 0; i < kVector; ++i) {
+        u[i] *= scale;
+        squares.add(u[i]);
+      }
+      part.store(u, power, row * cols + at[h]);
+    }
+  }
+  return squares;
+}
+
+// Two passes over rows of any length: their squares, that of a row after normalization; then x, for which the
+// gradient and the new momentum are read again.
+template <typename G, typename M>
+__device__ __forceinline__ float row_scale(const Part<G, M>& part, int64_t row, bool normalize,
+                                           Squares& squares) {
+  const int64_t lane = threadIdx.x % kWarp * kVector;
+  Squares mine;
+#pragma unroll 4
+  for (int64_t column = lane; column < part.cols; column += kSpan) {
+    float u[kVector];
+    const int64_t at = row * part.cols + column;
+    load_direction8<true>(u, part.grad + at, part.momentum + at, kVector, true, part.mu, part.gain,
+                          part.nesterov);
+    PGOLF_UNROLL
+    for (int i = 0; i < kVector; ++i) mine.add(u[i]);
+  }
+  float scale = 1.0f;
+  if (normalize) {
+    float sum = mine.sum;
+    PGOLF_UNROLL
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+    scale = 1.0f / fmaxf(sqrtf(sum), kMuonRowEps);
+  }
+  squares.sum += mine.sum * scale * scale;
+  squares.low += mine.low * scale * scale;
+  squares.high += mine.high * scale * scale;
+  return scale;
+}
+
+template <typename G, typename M>
+__device__ __forceinline__ void write_row(const Part<G, M>& part, int64_t row, float scale, bool finite,
+                                          const PowerOfTwo& power) {
+  const int64_t lane = threadIdx.x % kWarp * kVector;
+#pragma unroll 4
+  for (int64_t column = lane; column < part.cols; column += kSpan) {
+    float u[kVector] = {};
+    const int64_t at = row * part.cols + column;
+    if (finite) {
+      load_direction8<false>(u, part.grad + at, part.momentum + at, kVector, true, part.mu, part.gain,
+                             part.nesterov);
+    }
+    PGOLF_UNROLL
+    for (int i = 0; i < kVector; ++i) u[i] *= scale;
+    part.store(u, power, at);
+  }
+}
+
+template <typename G, typename M>
+__global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads, kBlocks)
     muon_input_kernel(const __grid_constant__ InputArgs args) {
-  const int matrix = static_cast<int>(blockIdx.x) / ns90::kParts, part = blockIdx.x % ns90::kParts;
+  const int cluster = static_cast<int>(blockIdx.x) / ns90::kParts, index = blockIdx.x % ns90::kParts;
   if (blockIdx.x == 0) {
     for (int i = threadIdx.x; i < args.prepared.counter_count; i += kThreads) args.prepared.counters[i] = 0;
   }
   int which = args.count - 1;
-  while (args.banks[which].first_matrix > matrix) --which;
+  while (args.banks[which].first_cluster > cluster) --which;
   const MuonPolarInput& bank = args.banks[which].bank;
-  const int64_t cols = bank.cols, start = (matrix - args.banks[which].first_matrix) * bank.rows * cols;
-  const int64_t begin = bank.rows * part / ns90::kParts + threadIdx.x / kWarp,
-                end = bank.rows * (part + 1) / ns90::kParts;
-  const G* grad = static_cast<const G*>(bank.grad) + start;
-  M* momentum = static_cast<M*>(bank.momentum) + start;
-  __half* x = static_cast<__half*>(bank.x) + start;
+  const int in_bank = cluster - args.banks[which].first_cluster;
+  const int matrix = args.banks[which].first_matrix + in_bank;
   const float mu = args.scalars[kMuonMomentum], grad_scale = args.scalars[kMuonGradScale];
-  const float gain = grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f);
-  const bool finite = isfinite(grad_scale), nesterov = args.options.nesterov;
-  const bool row_normalize = args.options.row_normalize && finite, held = cols <= kHeld * kSpan;
-  const int64_t lane = threadIdx.x % kWarp * kVector;
-
-  auto direction = [&](auto first, float (&u)[kVector], int64_t row, int64_t column) {
-    momentum8<first.value>(u, grad + row * cols + column, momentum + row * cols + column, kVector, true, mu,
-                           gain, nesterov);
-  };
-  auto store = [&](const float (&u)[kVector], const ns90::PowerOfTwo& power, float scale, int64_t row,
-                   int64_t column) {
-    Pack<__half> pack;
-    PGOLF_UNROLL
-    for (int i = 0; i < kVector; ++i) pack.value[i] = __float2half_rn(power(u[i] * scale));
-    *reinterpret_cast<Pack<__half>*>(x + row * cols + column) = pack;
-  };
+  const bool finite = isfinite(grad_scale), normalize = args.options.row_normalize && finite;
+  const int64_t start = static_cast<int64_t>(in_bank) * bank.rows * bank.cols;
+  const Part<G, M> part{static_cast<const G*>(bank.grad) + start,
+                        static_cast<M*>(bank.momentum) + start,
+                        static_cast<__half*>(bank.x) + start,
+                        bank.cols,
+                        bank.rows * index / ns90::kParts,
+                        bank.rows * (index + 1) / ns90::kParts,
+                        mu,
+                        grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f),
+                        args.options.nesterov};
+  const int64_t spans = (bank.cols + kSpan - 1) / kSpan, first = part.begin + threadIdx.x / kWarp;
   // Rows of norm 1 make a matrix of norm sqrt(rows), less where some are zero.
-  int exponent;
-  frexpf(sqrtf(static_cast<float>(bank.rows)), &exponent);
-  exponent = ns90::kNormExponent - exponent;
-  const ns90::PowerOfTwo expected(exponent);
+  int expected;
+  frexpf(sqrtf(static_cast<float>(bank.rows)), &expected);
+  expected = kNormExponent - expected;
 
-  ns90::Squares squares;
-  for (int64_t row = begin; finite && row < end; row += kWarps) {
-    float u[kHeld][kVector];
-    ns90::Squares mine;
-    for (int64_t base = lane; base < cols; base += kHeld * kSpan) {
-      PGOLF_UNROLL
-      for (int h = 0; h < kHeld; ++h) {
-        if (base + h * kSpan >= cols) continue;
-        direction(std::true_type{}, u[h], row, base + h * kSpan);
-        PGOLF_UNROLL
-        for (int i = 0; i < kVector; ++i) mine.add(u[h][i]);
-      }
-    }
-    float scale = 1.0f;
-    if (row_normalize) {
-      float sum = mine.sum;
-      PGOLF_UNROLL
-      for (int offset = kWarp / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
-      scale = 1.0f / fmaxf(sqrtf(sum), kMuonRowEps);
-      for (int64_t base = lane; base < cols; base += kHeld * kSpan) {
-        PGOLF_UNROLL
-        for (int h = 0; h < kHeld; ++h) {
-          if (base + h * kSpan >= cols) continue;
-          if (!held) direction(std::false_type{}, u[h], row, base + h * kSpan);
-          store(u[h], expected, scale, row, base + h * kSpan);
-        }
-      }
-    }
-    squares.sum += mine.sum * scale * scale;
-    squares.low += mine.low * scale * scale;
-    squares.high += mine.high * scale * scale;
-  }
-  const ns90::Scale scale = ns90::cluster_scale<kThreads>(
-      squares, args.prepared.partials + 3 * ns90::kParts * matrix, part, args.eps);
-  if (part == 0 && threadIdx.x == 0) {
-    args.prepared.sigma[matrix] =
-        row_normalize ? ldexpf(scale.sigma, scale.exponent - exponent) : scale.sigma;
-  }
-  if (row_normalize) return;
-  const ns90::PowerOfTwo power(scale.exponent);
-  for (int64_t row = begin; row < end; row += kWarps) {
-#pragma unroll 2
-    for (int64_t column = lane; column < cols; column += kSpan) {
-      float u[kVector] = {};
-      if (finite) direction(std::false_type{}, u, row, column);
-      store(u, power, 1.0f, row, column);
+  Squares squares;
+  if (normalize && spans <= kHeld) {
+    squares = normalized_rows(part, static_cast<int>(spans), PowerOfTwo(expected));
+  } else if (finite) {
+    for (int64_t row = first; row < part.end; row += kWarps) {
+      const float scale = row_scale(part, row, normalize, squares);
+      if (normalize) write_row(part, row, scale, true, PowerOfTwo(expected));
     }
   }
+  const Scale scale = ns90::cluster_scale<kThreads>(
+      squares, args.prepared.partials + 3 * ns90::kParts * matrix, index, args.eps);
+  if (index == 0 && threadIdx.x == 0) {
+    args.prepared.sigma[matrix] = normalize ? ldexpf(scale.sigma, scale.exponent - expected) : scale.sigma;
+  }
+  if (normalize) return;
+  for (int64_t row = first; row < part.end; row += kWarps)
+    write_row(part, row, 1.0f, finite, PowerOfTwo(scale.exponent));
 }
 
 }  // namespace
@@ -134,11 +240,20 @@ void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepare
   args.eps = eps;
   int64_t matrices = 0;
   for (int i = 0; i < count; ++i) {
-    args.banks[i] = {banks[i], static_cast<int>(matrices)};
+    args.banks[i] = {banks[i], 0, static_cast<int>(matrices)};
     matrices += banks[i].matrices;
   }
-  muon_input_kernel<typename DeviceType<G>::type, typename DeviceType<M>::type>
-      <<<grid_blocks(matrices * ns90::kParts, 1, "muon_step"), kThreads, 0, stream>>>(args);
+  std::stable_sort(args.banks, args.banks + count, [](const InputBank& a, const InputBank& b) {
+    return a.bank.rows * a.bank.cols > b.bank.rows * b.bank.cols;
+  });
+  for (int i = 1; i < count; ++i) {
+    args.banks[i].first_cluster =
+        args.banks[i - 1].first_cluster + static_cast<int>(args.banks[i - 1].bank.matrices);
+  }
+  const auto kernel = muon_input_kernel<typename DeviceType<G>::type, typename DeviceType<M>::type>;
+  const int held = options.row_normalize ? static_cast<int>(sizeof(float4)) * 2 * kHeld * kThreads : 0;
+  PGOLF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, held));
+  kernel<<<grid_blocks(matrices * ns90::kParts, 1, "muon_step"), kThreads, held, stream>>>(args);
   PGOLF_LAUNCH_CHECK();
 }
 

@@ -53,8 +53,8 @@ struct MuonOptions {
 
 // One tensor of muon_apply.
 struct MuonTarget {
-  float* param;        // (count,), in place; only read when update is null
-  const void* update;  // (count,) X, or null: no decay and no update, the average alone moves
+  float* param;        // (count,), in place
+  const void* update;  // (count,) X
   float* average;      // (count,), in place, or null
   int64_t count;
   float lr_scale;

@@ -36,10 +36,8 @@ void apply_range(const MuonTarget& t, const float* scalars, int64_t begin, int64
   const float lr = scalars[kMuonLr];
   const float keep = 1.0f - lr * scalars[kMuonWeightDecay];
   const float step = lr * t.lr_scale;
-  if (t.update != nullptr) {
-    const X* update = static_cast<const X*>(t.update);
-    for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
-  }
+  const X* update = static_cast<const X*>(t.update);
+  for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
   if (t.average == nullptr) return;
   // Two forms, as torch.lerp: exact at both ends of the weight.
   const float weight = scalars[kMuonAverageWeight];

@@ -31,7 +31,6 @@ struct NormalizePlan {
   int bank_count;
   Words words;
   int counters;
-  bool normalize;
   float eps;
 };
 
@@ -101,18 +100,15 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   const int matrix = local / bank.chunks;
   const int chunk = local - matrix * bank.chunks;
   float sums[3] = {0.0f, 0.0f, 0.0f};
-  if (plan.normalize) {
-    const float* partials = plan.words.partials + 3 * static_cast<int64_t>(block - chunk);
-    for (int i = threadIdx.x; i < bank.chunks; i += kCastThreads) {
-      PGOLF_UNROLL
-      for (int l = 0; l < 3; ++l) sums[l] += partials[3 * i + l];
-    }
+  const float* partials = plan.words.partials + 3 * static_cast<int64_t>(block - chunk);
+  for (int i = threadIdx.x; i < bank.chunks; i += kCastThreads) {
     PGOLF_UNROLL
-    for (int l = 0; l < 3; ++l) sums[l] = block_sum<kCastThreads>(sums[l], staged[l]);
+    for (int l = 0; l < 3; ++l) sums[l] += partials[3 * i + l];
   }
+  PGOLF_UNROLL
+  for (int l = 0; l < 3; ++l) sums[l] = block_sum<kCastThreads>(sums[l], staged[l]);
   if (threadIdx.x == 0) {
-    shared_scale = plan.normalize ? scale_of(sums[0], sums[1], sums[2], plan.eps)
-                                  : Scale{kNormExponent, power_of_two(-kNormExponent)};
+    shared_scale = scale_of(sums[0], sums[1], sums[2], plan.eps);
     if (chunk == 0) plan.words.sigma[bank.first_matrix + matrix] = shared_scale.sigma;
   }
   __syncthreads();
@@ -171,9 +167,7 @@ void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStrea
   PGOLF_LAUNCH_CHECK();
 }
 
-enum Scaling { kNormalize, kTrusted, kPrepared };  // by whom the matrices are scaled
-
-void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, Scaling scaling, float eps,
+void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, bool prepared, float eps,
                unsigned char* workspace, const Tuning& tuning, int multiprocessors, cudaStream_t stream) {
   Plan plan{};
   NormalizePlan scale{};
@@ -215,16 +209,13 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
   plan.queue = words.queue;
 
   const int tasks = queue_products(plan, chains, batches, multiprocessors);
-  if (scaling != kPrepared) {
+  if (!prepared) {
     scale.bank_count = count;
     scale.words = words;
     scale.counters = counter_count(matrices);
-    scale.normalize = scaling == kNormalize;
     scale.eps = eps;
-    if (scale.normalize) {
-      squares_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
-      PGOLF_LAUNCH_CHECK();
-    }
+    squares_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
+    PGOLF_LAUNCH_CHECK();
     cast_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
     PGOLF_LAUNCH_CHECK();
   }
@@ -284,18 +275,17 @@ int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* 
 void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                                  void* workspace, CUstream_st* stream) {
   const int multiprocessors = multiprocessor_count();
-  run_banks(banks, count, coefficients, steps, kPrepared, 0.0f, static_cast<unsigned char*>(workspace),
+  run_banks(banks, count, coefficients, steps, true, 0.0f, static_cast<unsigned char*>(workspace),
             tune(banks, count, multiprocessors), multiprocessors, stream);
 }
 
-void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
-                        bool normalize, float eps, void* workspace, CUstream_st* stream) {
+void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps, float eps,
+                        void* workspace, CUstream_st* stream) {
   const int multiprocessors = multiprocessor_count();
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
-    run_banks(banks + first, here, coefficients, steps, normalize ? kNormalize : kTrusted, eps,
-              static_cast<unsigned char*>(workspace), tune(banks + first, here, multiprocessors),
-              multiprocessors, stream);
+    run_banks(banks + first, here, coefficients, steps, false, eps, static_cast<unsigned char*>(workspace),
+              tune(banks + first, here, multiprocessors), multiprocessors, stream);
   }
 }
 

@@ -60,8 +60,8 @@ int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* 
 void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                                  void* workspace, CUstream_st* stream);
 
-// Banks that newton_schulz_sm90_can_run takes. `normalize` false: the caller vouches for norms of at most 1.
-void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
-                        bool normalize, float eps, void* workspace, CUstream_st* stream);
+// Banks that newton_schulz_sm90_can_run takes.
+void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps, float eps,
+                        void* workspace, CUstream_st* stream);
 
 }  // namespace pgolf

@@ -22,10 +22,15 @@ void check_vector(const at::Tensor& tensor, const char* op, const char* what, in
                     " on ", tensor.device());
 }
 
-// Float32 or bfloat16, all alike; returns (0) of no tensors.
+void check_betas(const char* op, double beta1, double beta2) {
+  for (double beta : {beta1, beta2})
+    TORCH_CHECK_VALUE(beta >= 0 && beta < 1, op, ": betas must be in [0, 1), got ", beta);
+}
+
+// Float32 or bfloat16, all alike; at least one, by which the dispatcher has chosen the device.
 template <typename Sum>
 at::Tensor square_sums(at::TensorList tensors, const Sum& sum) {
-  const at::ScalarType type = tensors.empty() ? at::kFloat : tensors[0].scalar_type();
+  const at::ScalarType type = tensors[0].scalar_type();
   TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
                    "square_sums: tensors must be float32 or bfloat16, got ", type);
   std::vector<SquareSum> list;
@@ -37,10 +42,8 @@ at::Tensor square_sums(at::TensorList tensors, const Sum& sum) {
                       " on ", tensor.device());
     list.push_back({tensor.const_data_ptr(), tensor.numel()});
   }
-  const at::Tensor out = at::empty(
-      {static_cast<int64_t>(list.size())},
-      tensors.empty() ? at::TensorOptions().dtype(at::kFloat) : tensors[0].options().dtype(at::kFloat));
-  if (list.empty()) return out;
+  const at::Tensor out =
+      at::empty({static_cast<int64_t>(list.size())}, tensors[0].options().dtype(at::kFloat));
   if (type == at::kFloat) {
     sum(float{}, list, out);
   } else {
@@ -63,8 +66,7 @@ ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::T
   check_vector(scalars, "clip_scale", "scalars", kMuonScalars, sums.device());
   check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
   TORCH_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
-  for (double beta : {beta1, beta2})
-    TORCH_CHECK_VALUE(beta >= 0 && beta < 1, "clip_scale: betas must be in [0, 1), got ", beta);
+  check_betas("clip_scale", beta1, beta2);
   return {clip, beta1, beta2};
 }
 
@@ -101,6 +103,9 @@ std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, 
 
 AdamRule make_rule(const at::Tensor& lr, const at::Tensor& scalars, const at::Tensor& corrections,
                    double weight_decay, double beta1, double beta2, double eps) {
+  check_betas("adam_step", beta1, beta2);
+  TORCH_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
+                    " and ", weight_decay);
   return {const_pointer<float>(lr),         const_pointer<float>(scalars), const_pointer<float>(corrections),
           static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
           static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
@@ -120,7 +125,8 @@ at::Tensor square_sums_on_cuda(at::TensorList tensors) {
   return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const at::Tensor& out) {
     const c10::cuda::CUDAGuard guard(out.device());
     const int count = static_cast<int>(list.size());
-    const at::Tensor workspace = at::zeros({square_sums_workspace(count)}, out.options().dtype(at::kByte));
+    const at::Tensor workspace =
+        at::zeros({square_sums_workspace(list.data(), count)}, out.options().dtype(at::kByte));
     square_sums_cuda<decltype(tag)>(list.data(), count, mutable_pointer<float>(out),
                                     workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
   });

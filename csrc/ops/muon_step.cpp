@@ -38,7 +38,7 @@ void check_scalars(const at::Tensor& scalars) {
                     scalars.sizes());
 }
 
-// `tensor` of list `what` at `index` must look like `model`, in memory order, on the device of the scalars.
+// `tensor` of list `what` at `index` must have the shape of `model`; check_list sees to the rest.
 void check_like(const at::Tensor& tensor, const at::Tensor& model, const char* what, size_t index) {
   TORCH_CHECK_VALUE(tensor.sizes() == model.sizes(), "muon_step: ", what, " ", index, " must have shape ",
                     model.sizes(), ", got ", tensor.sizes());
@@ -62,24 +62,21 @@ void check_counts(size_t got, size_t want, const char* what) {
 
 at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloat : list[0].scalar_type(); }
 
-// What muon_apply works on; `updates` and `averages` may be empty.
+// What muon_apply works on; `averages` may be empty.
 std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList updates, at::TensorList averages,
                                       const at::Tensor& scalars, Doubles lr_scales) {
   check_scalars(scalars);
-  if (!updates.empty()) check_counts(updates.size(), params.size(), "updates");
-  if (!updates.empty()) check_counts(lr_scales.size(), params.size(), "lr_scales");
+  check_counts(updates.size(), params.size(), "updates");
+  check_counts(lr_scales.size(), params.size(), "lr_scales");
   if (!averages.empty()) check_counts(averages.size(), params.size(), "averages");
   check_list(params, "param", at::kFloat, scalars);
   check_list(updates, "update", first_type(updates), scalars);
   check_list(averages, "average", at::kFloat, scalars);
   std::vector<MuonTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
-    MuonTarget target{mutable_pointer<float>(params[i]), nullptr, nullptr, params[i].numel(), 0.0f};
-    if (!updates.empty()) {
-      check_like(updates[i], params[i], "update", i);
-      target.update = updates[i].const_data_ptr();
-      target.lr_scale = static_cast<float>(lr_scales[i]);
-    }
+    check_like(updates[i], params[i], "update", i);
+    MuonTarget target{mutable_pointer<float>(params[i]), updates[i].const_data_ptr(), nullptr,
+                      params[i].numel(), static_cast<float>(lr_scales[i])};
     if (!averages.empty()) {
       check_like(averages[i], params[i], "average", i);
       target.average = mutable_pointer<float>(averages[i]);
@@ -265,7 +262,7 @@ void iterate_hopper(const std::vector<MuonDirection>& directions, std::vector<Ns
   const int count = static_cast<int>(hopper.size());
   const at::Tensor scratch = scratch_bytes(
       static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), scalars);
-  newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+  newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, shape.eps,
                      scratch.mutable_data_ptr(), stream);
 }
 

@@ -113,7 +113,7 @@ std::vector<at::Tensor> run_banks_cuda(at::TensorList banks, at::ArrayRef<double
   const NewtonSchulzShape& shape = shapes[0];  // coefficients and eps are the same for all
   const auto bytes = static_cast<int64_t>(newton_schulz_sm90_workspace(list.data(), count, shape.steps));
   const at::Tensor workspace = at::empty({bytes}, in[0].options().dtype(at::kByte));
-  newton_schulz_sm90(list.data(), count, shape.coefficients, shape.steps, true, shape.eps,
+  newton_schulz_sm90(list.data(), count, shape.coefficients, shape.steps, shape.eps,
                      workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
   return out;
 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE
@@ -48,8 +49,10 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
     One launch for 64 tensors on CUDA; summed in a fixed order, so bitwise deterministic.
 
     Raises:
-        TypeError: another dtype, or several. ValueError: strides, or several devices.
+        TypeError: another dtype, or several. ValueError: no tensor, strides, or several devices.
     """
+    if not tensors:
+        raise ValueError("square_sums: expected at least one tensor, got none")
     result: Tensor = torch.ops.pgolf.square_sums(list(tensors))
     return result
 
@@ -123,7 +126,8 @@ def adam_step(
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:
-        ValueError, TypeError: shapes, devices, strides or dtypes that do not fit, averages in some only.
+        ValueError, TypeError: shapes, devices, strides or dtypes that do not fit, averages in some only; a
+            beta outside [0, 1), a negative eps or decay.
     """
     averages = [t.average for t in tensors if t.average is not None]
     torch.ops.pgolf.adam_step(
@@ -137,6 +141,7 @@ def adam_step(
         corrections,
         *rule,
     )
+    increment_version([t for tensor in tensors for t in tensor if t is not None])
 
 
 def adam_step_ref(

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops.newton_schulz import newton_schulz_ref
@@ -96,11 +97,12 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
     averages = _all_or_none([bank.average for bank in banks], "average")
     if averages and not params:
         raise ValueError("muon_step: average needs param; without it, pass averages to muon_apply")
+    momenta, updates = [bank.momentum for bank in banks], [bank.update for bank in banks]
     torch.ops.pgolf.muon_step(
         params,
         [bank.grad for bank in banks],
-        [bank.momentum for bank in banks],
-        [bank.update for bank in banks],
+        momenta,
+        updates,
         averages,
         scalars,
         [float(bank.lr_scale) for bank in banks],
@@ -111,6 +113,8 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
         rule.row_normalize,
         rule.algorithm,
     )
+    # What a backward pass still needs it must miss, as it does after torch's own in-place operators.
+    increment_version([*params, *momenta, *updates, *averages])
 
 
 def muon_step_ref(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
@@ -143,7 +147,7 @@ def muon_apply(
     updates: Sequence[Tensor],
     scalars: Tensor,
     *,
-    lr_scales: Sequence[float] = (),
+    lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
     """Decay and update parameters, then move their averages, in place; one launch on CUDA.
@@ -154,9 +158,9 @@ def muon_apply(
 
     Args:
         params: float32, any shape, contiguous.
-        updates: float32 or bfloat16, shaped like the parameters; none of them: only the averages move.
+        updates: float32 or bfloat16, shaped like the parameters.
         scalars: as in `muon_step`.
-        lr_scales: one for each update.
+        lr_scales: one for each parameter.
         averages: float32, shaped like the parameters; none of them: no averages.
 
     Raises:
@@ -165,6 +169,7 @@ def muon_apply(
     torch.ops.pgolf.muon_apply(
         list(params), list(updates), list(averages), scalars, [float(s) for s in lr_scales]
     )
+    increment_version([*params, *averages])
 
 
 def muon_apply_ref(
@@ -172,7 +177,7 @@ def muon_apply_ref(
     updates: Sequence[Tensor],
     scalars: Tensor,
     *,
-    lr_scales: Sequence[float] = (),
+    lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
     """Do what `muon_apply` does in plain torch."""
@@ -180,8 +185,7 @@ def muon_apply_ref(
         return
     lr = scalars[LR]
     for i, param in enumerate(params):
-        if updates:
-            param.mul_(1 - lr * scalars[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
+        param.mul_(1 - lr * scalars[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
         if averages:
             averages[i].lerp_(param, scalars[AVERAGE_WEIGHT].to(param.dtype))
 

@@ -133,19 +133,28 @@ def test_a_captured_step_follows_its_numbers(device) -> None:
 def test_operators_pass_opcheck(device) -> None:
     tensors, (lr, scalars, corrections) = make_tensors(device)[:8], numbers(device)
     lists = [list(column) for column in zip(*tensors, strict=True)]
-    tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(torch.ops.pgolf.square_sums, (lists[1],), test_utils=tests)
+    torch.library.opcheck(torch.ops.pgolf.square_sums, (lists[1],))
     state, sums = torch.zeros(CLIP_STATE, device=device), torch.ones(2, device=device)
-    torch.library.opcheck(
-        torch.ops.pgolf.clip_scale, (sums, state, scalars, corrections, 0.3, 0.9, 0.99), test_utils=tests
-    )
-    torch.library.opcheck(
-        torch.ops.pgolf.adam_step, (*lists, lr, scalars, corrections, *RULE), test_utils=tests
-    )
+    torch.library.opcheck(torch.ops.pgolf.clip_scale, (sums, state, scalars, corrections, 0.3, 0.9, 0.99))
+    torch.library.opcheck(torch.ops.pgolf.adam_step, (*lists, lr, scalars, corrections, *RULE))
+
+
+def test_a_backward_pass_notices_changed_parameters(device) -> None:
+    tensors = make_tensors(device)[2:3]
+    loss = (tensors[0].param.requires_grad_() ** 2).sum()
+    with torch.no_grad():
+        adam_step([tensors[0]._replace(param=tensors[0].param.detach())], *numbers(device), RULE)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def test_bad_input_is_named(device) -> None:
     tensors, given = make_tensors(device)[:3], numbers(device)
+    for change in ({"beta2": 1.0}, {"beta1": -0.1}, {"eps": -1e-8}, {"weight_decay": -1.0}):
+        with pytest.raises(ValueError, match="adam_step: .* must be"):
+            adam_step(tensors, *given, RULE._replace(**change))
+    with pytest.raises(ValueError, match="expected at least one tensor"):
+        square_sums([])
     with pytest.raises(ValueError, match=r"grads 2 must have shape \[8\], got \[4\]"):
         adam_step([*tensors[:2], tensors[2]._replace(grad=tensors[2].grad[:4])], *given, RULE)
     with pytest.raises(TypeError, match="params must be float32, got Half"):

@@ -90,7 +90,8 @@ def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normaliz
     device = torch.device("cuda")
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
-    # More banks than one launch takes, and rows longer than what a warp holds in registers.
+    # More banks than one launch takes; rows that a warp takes several at a time, one at a time, and in two
+    # passes; matrices with fewer rows than that.
     shapes = [
         (3, 64, 128),
         (2, 256, 64),
@@ -100,6 +101,10 @@ def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normaliz
         (1, 16, 2056),
         (9, 8, 16),
         (1, 72, 40),
+        (2, 48, 264),
+        (1, 40, 768),
+        (2, 24, 1024),
+        (1, 56, 2048),
     ]
     rule = MuonRule([JORDAN] * 2, row_normalize=row_normalize, algorithm="gram")
     banks = make_banks(device, momentum=torch.bfloat16, update=update, shapes=shapes)
@@ -191,21 +196,19 @@ def test_updates_alone_leave_the_parameters_to_apply(device) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.9, 1.0])
-def test_apply_without_updates_only_averages(weight, device) -> None:
-    # More tensors than one launch takes, of any shape; the ends of the weight must be exact.
+def test_apply_takes_many_tensors_of_any_shape(weight, device) -> None:
+    # More tensors than one launch takes; the ends of the average's weight must be exact.
     rng = torch.Generator().manual_seed(1)
     shapes = [(), (7,), (3, 5), (0,), (4099,)] * 20
-    params = [torch.randn(s, generator=rng).to(device) for s in shapes]
-    averages = [torch.randn(s, generator=rng).to(device) for s in shapes]
-    old = [p.clone() for p in params]
-    expected = [a.clone() for a in averages]
-    scalars = make_scalars(device, average_weight=weight)
-    muon_apply_ref(params, [], scalars, averages=expected)
-    muon_apply(params, [], scalars, averages=averages)
-    exact = {"rtol": 0, "atol": 0} if weight in (0.0, 1.0) else {"rtol": 1e-6, "atol": 1e-6}
-    for p, was, a, want in zip(params, old, averages, expected, strict=True):
-        assert torch.equal(p, was)
-        torch.testing.assert_close(a, want, **exact)
+    params, updates, averages = ([torch.randn(s, generator=rng).to(device) for s in shapes] for _ in range(3))
+    want = [[t.clone() for t in tensors] for tensors in (params, averages)]
+    scalars, scales = make_scalars(device, average_weight=weight), [0.5] * len(shapes)
+    muon_apply_ref(want[0], updates, scalars, lr_scales=scales, averages=want[1])
+    muon_apply(params, updates, scalars, lr_scales=scales, averages=averages)
+    torch.testing.assert_close(params, want[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(averages, want[1], rtol=1e-6, atol=1e-6)
+    if weight == 1.0:
+        assert all(torch.equal(a, p) for a, p in zip(averages, params, strict=True))
 
 
 def test_misaligned_views_are_served(device) -> None:
@@ -237,7 +240,7 @@ def test_step_is_the_same_on_every_call(device) -> None:
 
 def test_no_banks_is_no_work(device) -> None:
     muon_step([], make_scalars(device), MuonRule([JORDAN]))
-    muon_apply([], [], make_scalars(device))
+    muon_apply([], [], make_scalars(device), lr_scales=[])
 
 
 def op_arguments(device: torch.device) -> tuple[object, ...]:
@@ -251,6 +254,20 @@ def test_opcheck_accepts_both_operators(device) -> None:
     torch.library.opcheck(torch.ops.pgolf.muon_step, op_arguments(device))
     params, _, _, updates, averages, scalars, scales, *_ = op_arguments(device)
     torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, scalars, scales))
+
+
+def test_a_backward_pass_notices_changed_parameters(device) -> None:
+    scalars, rule = make_scalars(device), MuonRule([JORDAN])
+    for apply_only in (False, True):
+        bank = make_banks(device, shapes=[(1, 4, 8)])[0]
+        loss = (bank.param.requires_grad_() ** 2).sum()
+        bank = bank._replace(param=bank.param.detach())
+        if apply_only:
+            muon_apply([bank.param], [bank.update], scalars, lr_scales=[1.0])
+        else:
+            muon_step([bank], scalars, rule)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_compile_in_one_graph_matches_eager(device) -> None:
@@ -370,7 +387,7 @@ def test_bad_scalars_are_named(scalars, error, message) -> None:
     with pytest.raises(error, match=message):
         muon_step([], scalars, MuonRule([JORDAN]))
     with pytest.raises(error, match=message):
-        muon_apply([], [], scalars)
+        muon_apply([], [], scalars, lr_scales=[])
 
 
 def test_apply_names_lists_that_do_not_fit() -> None:
@@ -378,9 +395,9 @@ def test_apply_names_lists_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="expected 2 updates, one a tensor, got 1"):
         muon_apply([p, p], [p], scalars, lr_scales=[1.0])
     with pytest.raises(ValueError, match="expected 1 lr_scales, one a tensor, got 0"):
-        muon_apply([p], [p], scalars)
+        muon_apply([p], [p], scalars, lr_scales=[])
     with pytest.raises(ValueError, match="expected 1 averages, one a tensor, got 2"):
-        muon_apply([p], [], scalars, averages=[p, p])
+        muon_apply([p], [p], scalars, lr_scales=[1.0], averages=[p, p])
 
 
 def test_places_of_the_scalars_are_those_of_the_kernels() -> None:
