@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels/batched_product.cuh"
+#include "kernels/matrix_scale.cuh"
 #include "kernels/newton_schulz.h"
 #include "kernels/reduce.cuh"
 
@@ -12,7 +13,7 @@ namespace pgolf {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kMaxPartials = 64;  // partial sums of squares per matrix
+constexpr int64_t kMaxPartials = 64;  // partial sums of squares per matrix, each of three as Squares
 constexpr int64_t kElementsPerPartial = kThreads * 32;
 constexpr int64_t kAlignment = 256;  // bytes, of each buffer in the workspace
 
@@ -33,7 +34,7 @@ struct Workspace {
     partials = std::clamp<int64_t>(shape.rows * shape.cols / kElementsPerPartial, 1, kMaxPartials);
     x_bytes = round_up(shape.batch * shape.rows * x_ld * 2, kAlignment);
     gram_bytes = round_up(shape.batch * small * gram_ld * 2, kAlignment);
-    partial_bytes = round_up(shape.batch * partials * 4, kAlignment);
+    partial_bytes = round_up(shape.batch * partials * int64_t{sizeof(Squares)}, kAlignment);
   }
   int64_t total() const { return 2 * x_bytes + 2 * gram_bytes + partial_bytes; }
 };
@@ -58,39 +59,46 @@ __device__ __forceinline__ void load8(float (&value)[8], const S* source, int64_
 // partial[matrix][p] = sum of squares of every partials-th run of kThreads chunks of eight elements.
 template <typename S>
 __global__ void __launch_bounds__(kThreads)
-    sum_of_squares_kernel(const S* x, float* partial, int64_t count, int64_t partials, bool aligned) {
-  __shared__ float staged[kThreads / kWarp];
+    sum_of_squares_kernel(const S* x, Squares* partial, int64_t count, int64_t partials, bool aligned) {
+  __shared__ float staged[3][kThreads / kWarp];
   const int64_t matrix = blockIdx.x / partials;
   const int64_t part = blockIdx.x - matrix * partials;
-  float sum = 0.0f;
+  Squares squares;
   for (int64_t i = (part * kThreads + threadIdx.x) * 8; i < count; i += partials * kThreads * 8) {
     float value[8];
     load8(value, x + matrix * count + i, count - i, aligned);
     PGOLF_UNROLL
-    for (int l = 0; l < 8; ++l) sum = fmaf(value[l], value[l], sum);
+    for (int l = 0; l < 8; ++l) squares.add(value[l]);
   }
-  sum = block_sum<kThreads>(sum, staged);
-  if (threadIdx.x == 0) partial[blockIdx.x] = sum;
+  squares.sum = block_sum<kThreads>(squares.sum, staged[0]);
+  squares.low = block_sum<kThreads>(squares.low, staged[1]);
+  squares.high = block_sum<kThreads>(squares.high, staged[2]);
+  if (threadIdx.x == 0) partial[blockIdx.x] = squares;
 }
 
 // out[matrix][row][column] = x / (norm + eps) for column < cols and 0 up to the leading dimension.
 template <typename S, typename D>
 __global__ void __launch_bounds__(kThreads)
-    normalise_kernel(const S* x, const float* partial, D* out, int64_t rows, int64_t cols, int64_t ld,
+    normalise_kernel(const S* x, const Squares* partial, D* out, int64_t rows, int64_t cols, int64_t ld,
                      int64_t partials, int64_t blocks_per_matrix, float eps, bool aligned) {
   const int64_t matrix = blockIdx.x / blocks_per_matrix;
   const int64_t chunk = (blockIdx.x - matrix * blocks_per_matrix) * kThreads + threadIdx.x;
   const int64_t row = chunk / (ld / 8);
   const int64_t column = (chunk - row * (ld / 8)) * 8;
   if (row >= rows) return;
-  float sum = 0.0f;
-  for (int64_t p = 0; p < partials; ++p) sum += partial[matrix * partials + p];
-  const float scale = 1.0f / (sqrtf(sum) + eps);
+  Squares squares;
+  for (int64_t p = 0; p < partials; ++p) {
+    const Squares& part = partial[matrix * partials + p];
+    squares.sum += part.sum, squares.low += part.low, squares.high += part.high;
+  }
+  const Scale scale = scale_of(squares.sum, squares.low, squares.high, eps);
+  const PowerOfTwo power(scale.exponent);
   float value[8];
   load8(value, x + (matrix * rows + row) * cols + column, cols - column, aligned);
   Pack<D> pack;
   PGOLF_UNROLL
-  for (int i = 0; i < 8; ++i) pack.value[i] = store_float<D>(column + i < cols ? value[i] * scale : 0.0f);
+  for (int i = 0; i < 8; ++i)
+    pack.value[i] = store_float<D>(column + i < cols ? power(value[i]) * scale.sigma : 0.0f);
   *reinterpret_cast<Pack<D>*>(out + (matrix * rows + row) * ld + column) = pack;
 }
 
@@ -142,8 +150,8 @@ void launch_step(const NewtonSchulzShape& shape, const Workspace& w, const float
 }
 
 template <typename S, typename D>
-void launch_normalise(const S* x, D* out, float* partial, const NewtonSchulzShape& shape, const Workspace& w,
-                      cudaStream_t stream) {
+void launch_normalise(const S* x, D* out, Squares* partial, const NewtonSchulzShape& shape,
+                      const Workspace& w, cudaStream_t stream) {
   const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
   sum_of_squares_kernel<<<grid_blocks(shape.batch * w.partials, 1, "newton_schulz"), kThreads, 0, stream>>>(
       x, partial, shape.rows * shape.cols, w.partials, aligned && shape.rows * shape.cols % 8 == 0);
@@ -164,7 +172,7 @@ void run(const S* x, S* out, void* workspace, const NewtonSchulzShape& shape, cu
   Buffers<D> buffers{reinterpret_cast<D*>(base), reinterpret_cast<D*>(base + w.x_bytes),
                      reinterpret_cast<D*>(base + 2 * w.x_bytes),
                      reinterpret_cast<D*>(base + 2 * w.x_bytes + w.gram_bytes)};
-  float* partial = reinterpret_cast<float*>(base + 2 * w.x_bytes + 2 * w.gram_bytes);
+  auto* partial = reinterpret_cast<Squares*>(base + 2 * w.x_bytes + 2 * w.gram_bytes);
   launch_normalise(x, buffers.x, partial, shape, w, stream);
   const int multiprocessors = multiprocessor_count();
   // The last product may write the output itself when that has the operands' type and layout.
