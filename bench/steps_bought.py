@@ -36,7 +36,7 @@ from bench.common import RESULTS, Recorder, Sample
 from pgolf.presets import record
 
 IQR = 1.349  # of a normal distribution, in standard deviations
-BANK_BYTES = 2 * (22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 2048 * 512)  # bfloat16
+BANKS = ((22, 512 * 512), (22, 256 * 512), (11, 2048 * 512), (11, 512 * 2048))  # matrices, elements of each
 REST_BYTES = 4 * (8192 * 512 + 31_947)  # float32 gradients of embedding and scalars
 
 
@@ -104,7 +104,8 @@ def wire_ms(world: int, bandwidth: float) -> Value:
     """Return a model of one step's communication: ring collectives at `bandwidth` GB/s, a third uncertain."""
     if world == 1:
         return Value(0.0)
-    padded = BANK_BYTES * (math.ceil(22 / world) * world / 22)
+    # bfloat16; every rank sends and takes as many matrices of a bank as the one with the most.
+    padded = 2 * sum(math.ceil(count / world) * world * size for count, size in BANKS)
     moved = (world - 1) / world * (2 * padded + 2 * REST_BYTES)
     return Value(moved / bandwidth * 1e-6, moved / bandwidth * 1e-6 / 3)
 

@@ -1,0 +1,23 @@
+"""Figures that benches compute rather than measure."""
+
+import pytest
+
+from bench.steps_bought import BANKS, REST_BYTES, wire_ms
+from pgolf.model.gpt import GPT, parameter_shapes
+from pgolf.presets import record
+
+
+def test_banks_of_the_communication_model_are_the_record_models():
+    shapes = parameter_shapes(record().model)
+    assert sorted(BANKS) == sorted((shapes[n][0], shapes[n][1] * shapes[n][2]) for n in GPT.bank_names)
+
+
+@pytest.mark.parametrize(
+    ("world", "matrices"), [(2, (22, 22, 12, 12)), (4, (24, 24, 12, 12)), (8, (24, 24, 16, 16))]
+)
+def test_every_bank_is_padded_to_whole_shares(world: int, matrices: tuple[int, ...]):
+    # Scattered and gathered in bfloat16; the replicated gradients are reduced in float32.
+    wires = sum(2 * count * size for count, (_, size) in zip(matrices, BANKS, strict=True))
+    moved = (world - 1) / world * 2 * (wires + REST_BYTES)
+    assert wire_ms(world, 250.0).value == pytest.approx(moved / 250e9 * 1e3)
+    assert wire_ms(1, 250.0).value == 0
