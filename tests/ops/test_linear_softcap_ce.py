@@ -214,6 +214,19 @@ def test_a_frozen_tensor_gets_no_gradient(which: int, memory: str, reduction: st
     assert torch.equal(tensors[which].grad, want[1 + which]) and tensors[1 - which].grad is None
 
 
+@pytest.mark.parametrize("memory", MODES)
+def test_shapes_are_known_on_the_meta_device(memory: str) -> None:
+    hidden, weight, target = (
+        t.to("meta") for t in make_inputs(24, 40, 16, torch.bfloat16, torch.device("cpu"))
+    )
+    x, w = hidden.requires_grad_(), weight.float().requires_grad_()
+    for reduction, shape in (("mean", ()), ("none", (24,))):
+        loss = linear_softcap_ce(x, w, target, CAP, memory=memory, reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), (x, w))
+        assert (loss.shape, loss.dtype, loss.device.type) == (shape, torch.float32, "meta")
+        assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in (x, w)]
+
+
 def test_without_gradients_the_loss_is_the_same(device) -> None:
     inputs = make_inputs(257, 520, 72, torch.bfloat16, device)
     want = run(linear_softcap_ce, *inputs, CAP, reduction="none")[0]
