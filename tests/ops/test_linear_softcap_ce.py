@@ -458,6 +458,27 @@ def test_bad_input_is_named(changed: dict, error, message: str) -> None:
         linear_softcap_ce(**{**arguments, **changed})
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.zeros(9, 4)}, "weight must be BFloat16 as hidden is, got Float"),
+        ({"grad_loss": torch.ones(3).double()}, "grad_loss and scale must be float32, got Double and Float"),
+        ({"scale": torch.ones(3).bfloat16()}, "grad_loss and scale must be float32, got Float and BFloat16"),
+    ],
+)
+def test_backward_operator_names_a_dtype_that_its_kernels_would_misread(changed: dict, message: str) -> None:
+    tensors = {
+        "grad_loss": torch.ones(3),
+        "hidden": torch.zeros(3, 4).bfloat16(),
+        "weight": torch.zeros(9, 4).bfloat16(),
+        "factor": torch.zeros(3, 9).bfloat16(),
+        "scale": torch.ones(3),
+    }
+    torch.ops.pgolf.linear_softcap_ce_backward(*tensors.values(), torch.float32, True, True)
+    with pytest.raises(TypeError, match=f"linear_softcap_ce_backward: {message}"):
+        torch.ops.pgolf.linear_softcap_ce_backward(*(tensors | changed).values(), torch.float32, True, True)
+
+
 def test_example_trains_alike_and_keeps_less(monkeypatch) -> None:
     path = Path(__file__).parents[2] / "examples" / "fused_loss_dropin.py"
     spec = importlib.util.spec_from_file_location("fused_loss_dropin", path)
