@@ -179,11 +179,11 @@ class Setting:
             total = total + Value(count, count * step.error / step.value)
         return total
 
-    def gained(self, tail: Value, baseline: Value) -> Value:
-        """Return the steps that `tail` buys over `baseline`; what both share cancels in the error."""
-        difference = baseline - tail
-        per_ms = self.steps(Value(baseline.value - 0.5)).value - self.steps(Value(baseline.value + 0.5)).value
-        return difference.scaled(per_ms)
+    def gained(self, muon: Value, baseline: Value, other: Value) -> Value:
+        """Return the steps that `muon` buys over `baseline`, both beside `other`, whose error cancels."""
+        tail = baseline.value + other.value
+        per_ms = self.steps(Value(tail - 0.5)).value - self.steps(Value(tail + 0.5)).value
+        return (baseline - muon).scaled(per_ms)
 
 
 @dataclass(frozen=True)
@@ -326,7 +326,7 @@ def answer(setting: Setting, muon: dict[str, Value], other: Value, slope: Slope,
     """Return a row for each variant at one world size, the fastest first."""
     rows = []
     for variant, ms in sorted(muon.items(), key=lambda item: item[1].value):
-        gained = Value(0.0) if variant == base else setting.gained(ms, muon[base])
+        gained = Value(0.0) if variant == base else setting.gained(ms, muon[base], other)
         steps = setting.steps(ms + other)
         worth = gained.scaled(1 / steps.value).times(slope.bpb)
         rows.append(Row(variant, setting.world, ms, steps, gained, worth))

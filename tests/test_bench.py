@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.steps_bought import BANKS, REST_BYTES, wire_ms
+from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, wire_ms
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.presets import record
 
@@ -21,3 +21,12 @@ def test_every_bank_is_padded_to_whole_shares(world: int, matrices: tuple[int, .
     moved = (world - 1) / world * 2 * (wires + REST_BYTES)
     assert wire_ms(world, 250.0).value == pytest.approx(moved / 250e9 * 1e3)
     assert wire_ms(1, 250.0).value == 0
+
+
+def test_steps_gained_are_the_difference_of_the_steps():
+    setting = Setting(600.0, 0.35, 8, 1.0, (Value(90.0, 0.5), Value(140.0, 0.5)))
+    slow, fast, other = Value(2.0, 0.03), Value(1.9, 0.04), Value(30.0, 5.0)
+    gained = setting.gained(fast, slow, other)
+    wanted = setting.steps(fast + other).value - setting.steps(slow + other).value
+    assert gained.value == pytest.approx(wanted, rel=2e-3)
+    assert gained.error == pytest.approx(gained.value * 0.05 / 0.1)  # that of the difference alone
