@@ -1,7 +1,11 @@
 """Figures that benches compute rather than measure."""
 
-import pytest
+import json
 
+import pytest
+import torch
+
+from bench.common import Recorder, Sample
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, wire_ms
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.presets import record
@@ -21,6 +25,17 @@ def test_every_bank_is_padded_to_whole_shares(world: int, matrices: tuple[int, .
     moved = (world - 1) / world * 2 * (wires + REST_BYTES)
     assert wire_ms(world, 250.0).value == pytest.approx(moved / 250e9 * 1e3)
     assert wire_ms(1, 250.0).value == 0
+
+
+def test_result_lines_keep_small_and_large_values(tmp_path, capsys):
+    recorder = Recorder("check", torch.device("cpu"), tmp_path)
+    for value in (4.3718e-7, 473_156_608.0, 0.1 + 0.2):
+        recorder.add("case", "pgolf", "metric", Sample(value, value / 10, 3), "1")
+    path = recorder.write()
+    assert path is not None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["value"] for line in lines] == [4.3718e-7, 473_156_608.0, 0.3]
+    assert [line["spread"] for line in lines] == [4.3718e-8, pytest.approx(47_315_660.8, rel=1e-5), 0.03]
 
 
 def test_steps_gained_are_the_difference_of_the_steps():
