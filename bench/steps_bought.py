@@ -36,7 +36,7 @@ from bench.common import RESULTS, Recorder, Sample
 from pgolf.presets import record
 
 IQR = 1.349  # of a normal distribution, in standard deviations
-BANK_BYTES = 2 * (22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 2048 * 512)  # bfloat16
+BANKS = ((22, 512 * 512), (22, 256 * 512), (11, 2048 * 512), (11, 512 * 2048))  # matrices, elements of each
 REST_BYTES = 4 * (8192 * 512 + 31_947)  # float32 gradients of embedding and scalars
 
 
@@ -104,7 +104,8 @@ def wire_ms(world: int, bandwidth: float) -> Value:
     """Return a model of one step's communication: ring collectives at `bandwidth` GB/s, a third uncertain."""
     if world == 1:
         return Value(0.0)
-    padded = BANK_BYTES * (math.ceil(22 / world) * world / 22)
+    # bfloat16; every rank sends and takes as many matrices of a bank as the one with the most.
+    padded = 2 * sum(math.ceil(count / world) * world * size for count, size in BANKS)
     moved = (world - 1) / world * (2 * padded + 2 * REST_BYTES)
     return Value(moved / bandwidth * 1e-6, moved / bandwidth * 1e-6 / 3)
 
@@ -178,11 +179,11 @@ class Setting:
             total = total + Value(count, count * step.error / step.value)
         return total
 
-    def gained(self, tail: Value, baseline: Value) -> Value:
-        """Return the steps that `tail` buys over `baseline`; what both share cancels in the error."""
-        difference = baseline - tail
-        per_ms = self.steps(Value(baseline.value - 0.5)).value - self.steps(Value(baseline.value + 0.5)).value
-        return difference.scaled(per_ms)
+    def gained(self, muon: Value, baseline: Value, other: Value) -> Value:
+        """Return the steps that `muon` buys over `baseline`, both beside `other`, whose error cancels."""
+        tail = baseline.value + other.value
+        per_ms = self.steps(Value(tail - 0.5)).value - self.steps(Value(tail + 0.5)).value
+        return (baseline - muon).scaled(per_ms)
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def answer(setting: Setting, muon: dict[str, Value], other: Value, slope: Slope,
     """Return a row for each variant at one world size, the fastest first."""
     rows = []
     for variant, ms in sorted(muon.items(), key=lambda item: item[1].value):
-        gained = Value(0.0) if variant == base else setting.gained(ms, muon[base])
+        gained = Value(0.0) if variant == base else setting.gained(ms, muon[base], other)
         steps = setting.steps(ms + other)
         worth = gained.scaled(1 / steps.value).times(slope.bpb)
         rows.append(Row(variant, setting.world, ms, steps, gained, worth))

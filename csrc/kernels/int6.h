@@ -53,9 +53,9 @@ constexpr int64_t packed_row_bytes(int64_t n, int bits) {
 //
 // clip == 0: the steps are given. clip > 0: they are computed first (SDClip) and written,
 //   s = f16(clamp(clip * std(row) / Q, 2^-24, 65504)), std unbiased, n >= 2,
-// from sums of the weights as integers: x = round(w * 2^(20 - e)), 2^e <= max|w| < 2^(e+1). Sums of integers
+// from sums of the weights as integers: x = round(w * 2^(14 - e)), 2^e <= max|w| < 2^(e+1). Sums of integers
 // do not depend on their order, so every device and number of threads gives the same steps; the rounding
-// moves s by less than 2^-20 max|w| / std, relatively. A row that holds NaN or infinity gets the step NaN,
+// moves s by less than 2^-14 max|w| / std, relatively. A row that holds NaN or infinity gets the step NaN,
 // and NaN the code Q.
 void quantize_pack_cpu(const float* weight,  // (rows, n) row-major
                        f16* scales,          // (rows,) steps > 0: in for clip == 0, else out

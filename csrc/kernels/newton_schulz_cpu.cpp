@@ -1,6 +1,7 @@
 // CPU kernel of newton_schulz.h: three float32 products a step, one matrix of the batch at a time.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "kernels/gemm.h"
@@ -26,7 +27,9 @@ void load_normalised(const T* source, const NewtonSchulzShape& shape, float* x) 
   const int64_t count = shape.rows * shape.cols;
   double sum = 0.0;
   for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(to_float(source[i])) * to_float(source[i]);
-  const float scale = static_cast<float>(1.0 / (std::sqrt(sum) + shape.eps));
+  // Finite without eps too, so that a zero matrix stays zero.
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  const float scale = static_cast<float>(std::min(1.0 / (std::sqrt(sum) + shape.eps), kLargest));
   if (shape.rows <= shape.cols) {
     for (int64_t i = 0; i < count; ++i) x[i] = to_float(source[i]) * scale;
     return;

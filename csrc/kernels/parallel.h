@@ -5,14 +5,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace pgolf {
 
 // Calls body(begin, end) on disjoint chunks that cover [0, count), on at most `threads` threads and with at
-// least `grain` items a chunk. The caller's thread takes the first chunk. The first exception of a chunk is
-// rethrown.
+// least `grain` items a chunk. The caller's thread takes the first chunk, and those for which no thread can
+// be started. The first exception of a chunk is rethrown.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
   if (count <= 0) return;
@@ -32,7 +33,13 @@ void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {
   };
   std::vector<std::thread> workers;
   workers.reserve(static_cast<size_t>(chunks - 1));
-  for (int64_t chunk = 1; chunk < chunks; ++chunk) workers.emplace_back(guarded, chunk);
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    try {
+      workers.emplace_back(guarded, chunk);
+    } catch (const std::system_error&) {  // no thread is left, as in small containers
+      guarded(chunk);
+    }
+  }
   guarded(0);
   for (std::thread& worker : workers) worker.join();
   for (const std::exception_ptr& error : errors) {

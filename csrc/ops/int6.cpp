@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -140,7 +141,9 @@ at::Tensor quantize_pack(const at::Tensor& weight, const at::Tensor& scales, int
 
 std::tuple<at::Tensor, at::Tensor> quantize_pack_sdclip(const at::Tensor& weight, double clip, int64_t bits) {
   const Rows shape = check_weight("quantize_pack_sdclip", weight, bits);
-  TORCH_CHECK_VALUE(clip > 0, "quantize_pack_sdclip: clip must be > 0 standard deviations, got ", clip);
+  // As a float32: the kernels take 0 for "the steps are given", and infinity times no deviation is NaN.
+  TORCH_CHECK_VALUE(clip >= std::numeric_limits<float>::min() && clip <= std::numeric_limits<float>::max(),
+                    "quantize_pack_sdclip: clip must be > 0 standard deviations and fit float32, got ", clip);
   TORCH_CHECK_VALUE(shape.n >= 2 && shape.n <= (1 << 20),
                     "quantize_pack_sdclip: rows must have 2 to 2^20 columns (a deviation needs two), got ",
                     shape.n);

@@ -364,6 +364,8 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const a
                                             bool need_hidden, bool need_weight) {
   const char* op = "linear_softcap_ce_backward";
   check_matrices(op, hidden, weight);
+  TORCH_CHECK_TYPE(weight.scalar_type() == hidden.scalar_type(), op, ": weight must be ",
+                   hidden.scalar_type(), " as hidden is, got ", weight.scalar_type());
   TORCH_CHECK_VALUE(factor.dim() == 2 && factor.size(0) == hidden.size(0) &&
                         factor.size(1) == weight.size(0) && factor.scalar_type() == hidden.scalar_type(),
                     op, ": factor must be (rows, vocab)=(", hidden.size(0), ", ", weight.size(0), ") ",
@@ -371,6 +373,13 @@ std::tuple<at::Tensor, at::Tensor> backward(const at::Tensor& grad_loss, const a
   TORCH_CHECK_VALUE(grad_loss.sizes() == scale.sizes() && scale.dim() == 1 && scale.size(0) == hidden.size(0),
                     op, ": grad_loss and scale must be (rows,)=(", hidden.size(0), ",), got ",
                     grad_loss.sizes(), " and ", scale.sizes());
+  TORCH_CHECK_TYPE(grad_loss.scalar_type() == at::kFloat && scale.scalar_type() == at::kFloat, op,
+                   ": grad_loss and scale must be float32, got ", grad_loss.scalar_type(), " and ",
+                   scale.scalar_type());
+  for (const at::Tensor& other : {grad_loss, factor, scale}) {
+    TORCH_CHECK_VALUE(other.device() == hidden.device(), op, ": grad_loss, factor and scale must be on ",
+                      hidden.device(), " as hidden is, got ", other.device());
+  }
   const OperatorScope scope(hidden);
   const at::Tensor x = hidden.contiguous();
   at::Tensor scaled = need_weight ? at::empty_like(x) : at::Tensor();

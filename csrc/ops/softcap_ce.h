@@ -20,8 +20,11 @@ struct SoftcapCeOptions {
   // Checks the values; `op` names the operator in messages.
   SoftcapCeShape shape(const char* op, int64_t rows, int64_t vocab) const {
     constexpr double kLargest = std::numeric_limits<float>::max();
-    TORCH_CHECK_VALUE(!cap || (*cap > 0 && *cap <= kLargest), op,
-                      ": cap must be finite and > 0, or None for no cap, got ", cap.value_or(0));
+    // The kernels divide by the cap in float32: below, 1 / cap would be infinite, above, a GPU's is 0.
+    constexpr double kLeastCap = std::numeric_limits<float>::min(), kLargestCap = 0x1p126;
+    TORCH_CHECK_VALUE(!cap || (*cap >= kLeastCap && *cap <= kLargestCap), op,
+                      ": cap must be finite and > 0, or None for no cap, got ", cap.value_or(0),
+                      "; float32 divides by ", kLeastCap, " to ", kLargestCap);
     TORCH_CHECK_VALUE(z_loss >= 0 && z_loss <= kLargest, op, ": z_loss must be finite and >= 0, got ",
                       z_loss);
     const float limit = cap ? static_cast<float>(*cap) : std::numeric_limits<float>::infinity();

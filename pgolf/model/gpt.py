@@ -371,7 +371,9 @@ class GPT(nn.Module):
         if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != inputs.device:
             # A power of two, so that batches that grow token by token make few tables.
             size = 1 << (tokens - 1).bit_length()
-            self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=inputs.device)
+            # Kept for later calls, which may save it for backward: no tensor of inference mode can be.
+            with torch.inference_mode(False):
+                self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=inputs.device)
         return self._rope[0][:tokens], self._rope[1][:tokens]
 
     def _kernel(self) -> AttentionKernel:

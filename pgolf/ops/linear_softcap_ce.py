@@ -85,7 +85,8 @@ def linear_softcap_ce(
             f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "
             f"dimension, got {tuple(target.shape)}"
         )
-    if torch.is_autocast_enabled(hidden.device.type):
+    # Other devices, of which "meta" is one, have no autocast, and asking is an error.
+    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     x, y = hidden.flatten(0, -2), target.flatten()
     options = (cap, ignore_index, z_loss)

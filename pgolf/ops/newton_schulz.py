@@ -84,9 +84,18 @@ def newton_schulz_banks(
     Args:
         banks: as `x` of `newton_schulz`, on one device.
         coefficients, eps, algorithm: as of `newton_schulz`, which also says what is raised.
+
+    Raises:
+        ValueError: banks on several devices; and see `newton_schulz`.
     """
     if not banks:  # nothing that tells the dispatcher a device
         return []
+    devices = {x.device for x in banks}
+    if len(devices) > 1:
+        raise ValueError(
+            f"newton_schulz_banks: banks must be on one device, got {sorted(map(str, devices))}; "
+            "call it once for each device"
+        )
     out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(list(banks), _flat(coefficients), eps, algorithm)
     return out
 
@@ -113,7 +122,7 @@ def newton_schulz_ref(
     tall = X.shape[-2] > X.shape[-1]
     if tall:
         X = X.mT
-    X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps)
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + eps).clamp(min=torch.finfo(X.dtype).tiny)
     for a, b, c in coefficients:
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X

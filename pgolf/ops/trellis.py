@@ -26,7 +26,7 @@ def trellis_round(x: Tensor) -> Tensor:
     256 numbers a new one begins.
 
     Args:
-        x: `(..., n)` float32, finite, chains along n.
+        x: `(..., n)` float32, finite and |x| < 2^20 (quarters get lost in larger ones), chains along n.
     Returns:
         v, of the same shape. CPU and CUDA may choose different paths where two are equally good.
     Raises:

@@ -99,6 +99,8 @@ class Muon(Optimizer):
         if maximize:
             raise ValueError("Muon: maximize is not supported; negate the loss")
         self._sharded, self._process_group = sharded, process_group
+        # Not among the defaults: where those have betas, OneCycleLR and CyclicLR leave the momentum alone.
+        self._betas = betas
         defaults: dict[str, Any] = {
             "lr": lr,
             "weight_decay": weight_decay,
@@ -109,11 +111,14 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "row_normalize": row_normalize,
-            "betas": betas,
             "use_muon": True,
             "split_sizes": None,
         }
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copied or pickled optimizer keeps."""
+        return {**super().__getstate__(), "_betas": self._betas}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`, and check it.
@@ -122,7 +127,7 @@ class Muon(Optimizer):
             ValueError, TypeError: see the constructor; the group is then not added.
         """
         if not param_group.get("use_muon", True):
-            param_group = {"eps": ADAM_EPS, **param_group}
+            param_group = {"eps": ADAM_EPS, "betas": self._betas, **param_group}
         super().add_param_group(param_group)
         try:
             _check_group(self.param_groups[-1])

@@ -51,6 +51,17 @@ def test_record_initial_loss_is_uniform_over_the_vocabulary():
             assert abs(loss - 9.011) < 0.02, f"loop={loop}: {loss}"
 
 
+def test_model_trains_after_a_first_call_in_inference_mode():
+    model = randomized(small())
+    ids, cu = packed([5, 7], 96)
+    with torch.inference_mode():
+        scored = model(ids, ids.roll(-1), cu, max_seqlen=7, loop=False)
+    loss = model(ids, ids.roll(-1), cu, max_seqlen=7, loop=False)
+    assert torch.equal(loss.detach(), scored)
+    loss.mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 def test_layer_order_matches_the_record_schedule():
     config = record().model
     assert layer_order(config, loop=False) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])

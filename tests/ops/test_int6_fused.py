@@ -188,6 +188,8 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
         (lambda w, s: quantize_pack(w, s.float(), 6), TypeError, "scales must be float16, got Float"),
         (lambda w, s: quantize_pack(w, s[:1], 6), ValueError, r"one step a row \[2\], got \[1\]"),
         (lambda w, s: quantize_pack_sdclip(w, 0.0, 6), ValueError, "clip must be > 0.*got 0"),
+        (lambda w, s: quantize_pack_sdclip(w, 1e-60, 6), ValueError, "fit float32, got 1e-60"),
+        (lambda w, s: quantize_pack_sdclip(w, 1e300, 6), ValueError, r"fit float32, got 1e\+300"),
         (lambda w, s: quantize_pack_sdclip(w[:, :1], 1.0, 6), ValueError, "2 to 2.20 columns.*got 1"),
         (
             lambda w, s: unpack_dequantize(quantize_pack(w, s, 6), s, 9, 6),

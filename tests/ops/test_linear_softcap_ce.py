@@ -214,6 +214,19 @@ def test_a_frozen_tensor_gets_no_gradient(which: int, memory: str, reduction: st
     assert torch.equal(tensors[which].grad, want[1 + which]) and tensors[1 - which].grad is None
 
 
+@pytest.mark.parametrize("memory", MODES)
+def test_shapes_are_known_on_the_meta_device(memory: str) -> None:
+    hidden, weight, target = (
+        t.to("meta") for t in make_inputs(24, 40, 16, torch.bfloat16, torch.device("cpu"))
+    )
+    x, w = hidden.requires_grad_(), weight.float().requires_grad_()
+    for reduction, shape in (("mean", ()), ("none", (24,))):
+        loss = linear_softcap_ce(x, w, target, CAP, memory=memory, reduction=reduction)
+        grads = torch.autograd.grad(loss.sum(), (x, w))
+        assert (loss.shape, loss.dtype, loss.device.type) == (shape, torch.float32, "meta")
+        assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in (x, w)]
+
+
 def test_without_gradients_the_loss_is_the_same(device) -> None:
     inputs = make_inputs(257, 520, 72, torch.bfloat16, device)
     want = run(linear_softcap_ce, *inputs, CAP, reduction="none")[0]
@@ -443,6 +456,27 @@ def test_bad_input_is_named(changed: dict, error, message: str) -> None:
     arguments = {"hidden": torch.zeros(4, 8), "weight": torch.zeros(5, 8), "target": torch.zeros(4).long()}
     with pytest.raises(error, match=message):
         linear_softcap_ce(**{**arguments, **changed})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"weight": torch.zeros(9, 4)}, "weight must be BFloat16 as hidden is, got Float"),
+        ({"grad_loss": torch.ones(3).double()}, "grad_loss and scale must be float32, got Double and Float"),
+        ({"scale": torch.ones(3).bfloat16()}, "grad_loss and scale must be float32, got Float and BFloat16"),
+    ],
+)
+def test_backward_operator_names_a_dtype_that_its_kernels_would_misread(changed: dict, message: str) -> None:
+    tensors = {
+        "grad_loss": torch.ones(3),
+        "hidden": torch.zeros(3, 4).bfloat16(),
+        "weight": torch.zeros(9, 4).bfloat16(),
+        "factor": torch.zeros(3, 9).bfloat16(),
+        "scale": torch.ones(3),
+    }
+    torch.ops.pgolf.linear_softcap_ce_backward(*tensors.values(), torch.float32, True, True)
+    with pytest.raises(TypeError, match=f"linear_softcap_ce_backward: {message}"):
+        torch.ops.pgolf.linear_softcap_ce_backward(*(tensors | changed).values(), torch.float32, True, True)
 
 
 def test_example_trains_alike_and_keeps_less(monkeypatch) -> None:

@@ -115,6 +115,13 @@ def test_zero_matrix_stays_zero_and_nan_stays_in_its_matrix(device) -> None:
     assert got[2].isfinite().all()
 
 
+def test_zero_matrix_stays_zero_without_eps() -> None:
+    x = torch.stack((torch.zeros(5, 7), torch.full((5, 7), 1e-42)))
+    got = newton_schulz(x, JORDAN, eps=0.0)
+    assert (got[0] == 0).all() and got[1].isfinite().all()
+    assert (newton_schulz_ref(x, JORDAN, eps=0.0)[0] == 0).all()
+
+
 def test_eps_is_added_to_the_norm(device) -> None:
     x = torch.full((1, 1), 3.0, device=device)
     torch.testing.assert_close(newton_schulz(x, [(1.0, 0.0, 0.0)], eps=1.0).item(), 0.75)

@@ -86,6 +86,12 @@ def test_banks_are_iterated_as_one_by_one(device) -> None:
     assert newton_schulz_banks([], TABLE) == []
 
 
+def test_banks_on_several_devices_are_named() -> None:
+    banks = [torch.zeros(8, 8), torch.zeros(8, 8, device="meta")]
+    with pytest.raises(ValueError, match=r"must be on one device, got \['cpu', 'meta'\]; call it once"):
+        newton_schulz_banks(banks, TABLE)
+
+
 def test_opcheck_accepts_banks(device) -> None:
     banks = [torch.randn(2, 9, 17, device=device), torch.randn(8, 8, device=device)]
     torch.library.opcheck(torch.ops.pgolf.newton_schulz_banks, (banks, [3.4445, -4.7750, 2.0315], 1e-7))

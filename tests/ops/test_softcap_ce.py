@@ -70,6 +70,15 @@ def test_other_caps_match_float64(cap: float, device) -> None:
     assert_matches_float64(*make_inputs(5, 257, torch.float32, device), cap)
 
 
+# The ends of what float32 can divide by; the logits are where tanh is neither linear nor saturated.
+@pytest.mark.parametrize("cap", [2.0**-126, 2.0**126])
+def test_extreme_caps_match_float64(cap: float, device) -> None:
+    logits = torch.tensor([[0.0, cap, -cap / 2, 3 * cap]], device=device)
+    target = torch.tensor([1], device=device)
+    loss = softcap_ce(logits, target, cap)
+    assert loss == pytest.approx(softcap_ce_ref(logits.double(), target, cap).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "vocab"), SHAPES)
 def test_without_a_cap_it_is_cross_entropy(rows: int, vocab: int, dtype: torch.dtype, device) -> None:
@@ -408,6 +417,8 @@ def test_cpu_target_out_of_range_names_the_row(bad: int) -> None:
             ValueError,
             "> 0, or None for no cap, got inf",
         ),
+        (torch.zeros(4, 5), torch.zeros(4).long(), 1e-40, ValueError, r"got 1e-40; float32 divides by 1\."),
+        (torch.zeros(4, 5), torch.zeros(4).long(), 1e38, ValueError, r"got 1e\+38; float32 divides by 1\."),
         (
             torch.zeros(4, 5).double(),
             torch.zeros(4).long(),

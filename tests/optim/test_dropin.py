@@ -362,6 +362,36 @@ def test_schedulers_scale_each_update(make, factors):
     assert moved == pytest.approx([full * f for f in factors], rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=4),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_schedulers_of_the_momentum_move_it_as_torchs(make):
+    (p, q), (bias,) = parameters([(4, 4), (4, 4)]), parameters([(4,)])
+    optimizers = [
+        pgolf.optim.Muon([{"params": [p]}, {"params": [bias], "use_muon": False}], betas=(0.8, 0.9)),
+        torch.optim.Muon([q]),
+    ]
+    schedulers = [make(optimizer) for optimizer in optimizers]
+    seen = set()
+    for step in range(8):
+        give_gradients([p, q, bias], step)
+        for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
+            optimizer.step()
+            scheduler.step()
+        ours, theirs = (o.param_groups[0] for o in optimizers)
+        assert (ours["lr"], ours["momentum"]) == (theirs["lr"], theirs["momentum"])
+        seen.add(ours["momentum"])
+    assert len(seen) > 3
+    copied = copy.deepcopy(optimizers[0])
+    copied.add_param_group({"params": parameters([(2,)]), "use_muon": False})
+    assert [group["betas"] for group in copied.param_groups[1:]] == [(0.8, 0.9)] * 2
+
+
 def test_state_of_torch_loads_and_continues():
     theirs, ours, fresh = Net(), Net(), Net()
     first = torch.optim.Muon(theirs.parameters(), lr=0.02, momentum=0.9, weight_decay=DECAY)

@@ -1,0 +1,47 @@
+"""Figures that benches compute rather than measure."""
+
+import json
+
+import pytest
+import torch
+
+from bench.common import Recorder, Sample
+from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, wire_ms
+from pgolf.model.gpt import GPT, parameter_shapes
+from pgolf.presets import record
+
+
+def test_banks_of_the_communication_model_are_the_record_models():
+    shapes = parameter_shapes(record().model)
+    assert sorted(BANKS) == sorted((shapes[n][0], shapes[n][1] * shapes[n][2]) for n in GPT.bank_names)
+
+
+@pytest.mark.parametrize(
+    ("world", "matrices"), [(2, (22, 22, 12, 12)), (4, (24, 24, 12, 12)), (8, (24, 24, 16, 16))]
+)
+def test_every_bank_is_padded_to_whole_shares(world: int, matrices: tuple[int, ...]):
+    # Scattered and gathered in bfloat16; the replicated gradients are reduced in float32.
+    wires = sum(2 * count * size for count, (_, size) in zip(matrices, BANKS, strict=True))
+    moved = (world - 1) / world * 2 * (wires + REST_BYTES)
+    assert wire_ms(world, 250.0).value == pytest.approx(moved / 250e9 * 1e3)
+    assert wire_ms(1, 250.0).value == 0
+
+
+def test_result_lines_keep_small_and_large_values(tmp_path, capsys):
+    recorder = Recorder("check", torch.device("cpu"), tmp_path)
+    for value in (4.3718e-7, 473_156_608.0, 0.1 + 0.2):
+        recorder.add("case", "pgolf", "metric", Sample(value, value / 10, 3), "1")
+    path = recorder.write()
+    assert path is not None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["value"] for line in lines] == [4.3718e-7, 473_156_608.0, 0.3]
+    assert [line["spread"] for line in lines] == [4.3718e-8, pytest.approx(47_315_660.8, rel=1e-5), 0.03]
+
+
+def test_steps_gained_are_the_difference_of_the_steps():
+    setting = Setting(600.0, 0.35, 8, 1.0, (Value(90.0, 0.5), Value(140.0, 0.5)))
+    slow, fast, other = Value(2.0, 0.03), Value(1.9, 0.04), Value(30.0, 5.0)
+    gained = setting.gained(fast, slow, other)
+    wanted = setting.steps(fast + other).value - setting.steps(slow + other).value
+    assert gained.value == pytest.approx(wanted, rel=2e-3)
+    assert gained.error == pytest.approx(gained.value * 0.05 / 0.1)  # that of the difference alone
