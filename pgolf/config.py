@@ -82,6 +82,10 @@ class ModelConfig:
     """Standard deviation of the embedding at initialization."""
 
     def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        _require(self.loops >= 0, f"model.loops must be >= 0, got {self.loops}")
         _require(
             self.width % self.heads == 0,
             f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
@@ -120,7 +124,6 @@ class ModelConfig:
             8 <= self.vocab_size <= 65536,
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
         )
-        _require(self.max_context >= 1, f"model.max_context must be >= 1, got {self.max_context}")
 
     @property
     def head_dim(self) -> int:
@@ -156,9 +159,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")
         _require(
-            self.batch_tokens % self.micro_tokens == 0,
+            self.batch_tokens > 0 and self.batch_tokens % self.micro_tokens == 0,
             f"data.batch_tokens={self.batch_tokens} must be a multiple of "
-            f"data.micro_tokens={self.micro_tokens}",
+            f"data.micro_tokens={self.micro_tokens} and above 0",
         )
         _require(self.prefetch >= 1, f"data.prefetch must be >= 1, got {self.prefetch}")
 
@@ -268,15 +271,18 @@ class TrainConfig:
     """Run folders are made here."""
 
     def __post_init__(self) -> None:
-        _require(self.seconds >= 0, f"train.seconds must be >= 0, got {self.seconds}")
+        for name in ("seconds", "steps", "seed", "warmup_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name} must be >= 0, got {value}")
         _require(
             self.seconds > 0 or self.steps > 0,
             "train.seconds and train.steps are both 0: the run would never stop; set one of them",
         )
+        reserve = self.quantize_reserve or 0.0
+        _require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         _require(
-            self.seconds == 0 or (self.quantize_reserve or 0.0) < self.seconds,
-            f"train.quantize_reserve={self.quantize_reserve} leaves no time to train in "
-            f"train.seconds={self.seconds}",
+            self.seconds == 0 or reserve < self.seconds,
+            f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
 
 
@@ -341,7 +347,7 @@ class QuantConfig:
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
             _require(value > 0, f"quant.{name} must be > 0, got {value}")
-        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
+        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top", "block"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
         for name in ("embed_gram", "matrix_gram", "row_floor", "embed_floor"):
