@@ -451,6 +451,13 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """Further ways to score."""
 
+    def __post_init__(self) -> None:
+        longest = self.model.max_context
+        _require(
+            not self.evaluate.sliding or self.evaluate.stride <= longest,
+            f"evaluate.stride must be at most model.max_context={longest}, got {self.evaluate.stride}",
+        )
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a JSON-ready dict of a config dataclass (paths become strings)."""

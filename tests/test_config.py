@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from pgolf.config import Config, from_dict
+from pgolf.config import Config, EvaluateConfig, from_dict
 from pgolf.presets import PRESETS
 
 # Each of these used to train (with the clock overrun, or for no step at all) or to end in a traceback.
@@ -29,3 +29,10 @@ def test_a_setting_out_of_range_is_refused(section, key, value, message):
             replace(getattr(make(), section), **{key: value})
     with pytest.raises(ValueError, match=message):
         from_dict(Config, {section: {key: value}})
+
+
+def test_a_stride_that_no_window_has_is_refused_before_the_run():
+    far = EvaluateConfig(sliding=True, stride=300)
+    with pytest.raises(ValueError, match=r"evaluate.stride must be at most model.max_context=256, got 300"):
+        replace(PRESETS["tiny"](), evaluate=far)
+    assert replace(PRESETS["tiny"](), evaluate=replace(far, sliding=False)).evaluate.stride == 300

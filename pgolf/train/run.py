@@ -22,6 +22,7 @@ from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
+from pgolf.data.shards import find_shards
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
@@ -65,6 +66,8 @@ class Run:
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
         self._config, self._dist, self._folder = config, dist, folder
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
+        self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
+        find_shards(self._corpus.folder, "train")
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
+from pgolf.data.shards import read_shard, write_shard
 from pgolf.train.state import load_weights
 from tests.e2e.conftest import SMALL
 
@@ -164,6 +166,34 @@ def test_bad_settings_give_one_line_and_exit_code_2(shards, tmp_path, capsys, ch
     captured = capsys.readouterr()
     assert re.search(message, captured.err + captured.out, re.DOTALL)
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
+
+
+def rewritten(shard: Path, change) -> None:
+    tokens = np.array(read_shard(shard))
+    write_shard(shard, change(tokens))
+
+
+UNUSABLE = {
+    "no training text": ("train", lambda path: path.unlink(), r"no \*_train_\*\.bin"),
+    "no validation text": ("val", lambda path: path.unlink(), r"no \*_val_\*\.bin"),
+    "foreign ids": (
+        "val",
+        lambda path: rewritten(path, lambda t: t + 512),
+        r"not below the vocabulary size 512",
+    ),
+    "no documents": ("val", lambda path: rewritten(path, lambda t: np.where(t == 1, 5, t)), r"no BOS"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_data_that_could_not_be_scored_is_refused_before_the_run(shards, tmp_path, capsys, case):
+    split, damage, message = UNUSABLE[case]
+    shutil.copytree(shards, tmp_path / "shards")
+    damage(next((tmp_path / "shards").glob(f"*_{split}_0*.bin")))
+    words = ["train", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "runs"), *SMALL]
+    assert main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists(), "a run that cannot start leaves no folder"
 
 
 def test_unknown_setting_is_refused_with_a_suggestion(capsys):
