@@ -255,8 +255,8 @@ class TrainConfig:
     steps: int = 0
     """Stop after this many optimizer steps; 0 = only the clock stops the run."""
     quantize_reserve: float | None = None
-    """Seconds of the budget kept for calibration and quantization; none given: what a rehearsal of both
-    before the clock took, and 15 %; 0 puts them after the budget."""
+    """Seconds of the budget kept for saving, calibration and quantization; none given: what a rehearsal of
+    them before the clock took, and 15 %; 0 puts them after the budget."""
     seed: int = 42
     """Seeds initialization and data order."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -54,7 +54,7 @@ class Summary:
     scores: dict[str, Score] = field(default_factory=dict)
     """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of every phase."""
+    """Wall time of every phase; clock, from the start of training to the last code, holds four of them."""
     train: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     peak_mib: float = 0.0
@@ -64,6 +64,7 @@ class Run:
     """The phases of one run, in order; `execute` calls them."""
 
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
+        began = time.perf_counter()
         self._config, self._dist, self._folder = config, dist, folder
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
         self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
@@ -85,6 +86,7 @@ class Run:
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
         )
+        self._summary.seconds["set_up"] = time.perf_counter() - began
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
@@ -104,7 +106,7 @@ class Run:
             clock.start()
             result = self._train(trainer, clock)
             self._record_training(result)
-            raw, best = self._save(result)
+            raw, best = self._timed("save", lambda: self._save(result))
             calibration = self._timed(
                 "calibrate", lambda: calibrate(self._model, iter(loader.next, None), config.quant, dist)
             )
@@ -123,11 +125,26 @@ class Run:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
         train = self._config.train
         if train.quantize_reserve is None and train.seconds:
-            reserve = rehearse(self._model, loader, self._config.quant, self._dist)
+            reserve = self._timed(
+                "rehearse",
+                lambda: rehearse(
+                    self._model, loader, self._config.quant, self._dist, save=self._rehearse_saving
+                ),
+            )
             train = replace(train, quantize_reserve=reserve)
             self._log.line(f"rehearsal: {reserve:.2f} s of the clock are kept for quantization")
         self._summary.seconds["reserve"] = train.quantize_reserve or 0.0
         return train
+
+    def _rehearse_saving(self) -> None:
+        """Write two checkpoints, as after training, to a file that does not stay."""
+        if self._dist.is_main:
+            path, weights = self._folder / "rehearsal.safetensors", clone_parameters(self._model)
+            try:
+                for _ in range(2):
+                    save_weights(path, weights, self._config)
+            finally:
+                path.unlink(missing_ok=True)
 
     def _train(self, trainer: Trainer, clock: Clock) -> TrainResult:
         """Run the loop; when interrupted, keep the weights that there are."""
@@ -169,7 +186,7 @@ class Run:
         return raw, best
 
     def _write(self, best: dict[str, Tensor], calibration: Calibration, clock: Clock) -> Ledger | None:
-        """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
+        """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
         began = time.perf_counter()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ import torch
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
 from pgolf.data.shards import read_shard, write_shard
-from pgolf.train.state import load_weights
+from pgolf.train import run as run_module
+from pgolf.train.state import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
 
@@ -260,6 +262,35 @@ def test_every_way_to_score_counts_the_same_text(run, shards, tmp_path, capsys):
     assert len({(s["tokens"], s["bytes"]) for s in scores.values()}) == 1
     assert main([*words, "--documents=-1"]) == 2
     assert "documents must be at least 1, got -1" in capsys.readouterr().err
+
+
+def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
+    shards, tmp_path, monkeypatch, capsys
+):
+    def slowly(*arguments, **facts):
+        time.sleep(0.5)
+        save_weights(*arguments, **facts)
+
+    monkeypatch.setattr(run_module, "save_weights", slowly)
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(shards),
+        "--out",
+        str(tmp_path),
+        *SMALL,
+        "--seconds=6",
+        "--steps=3",
+    ]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "rehearsal.safetensors").exists()
+    seconds = summary(folder)["seconds"]
+    assert seconds["save"] >= 1.0 and seconds["reserve"] >= 1.15 * 1.0
+    inside = sum(seconds[phase] for phase in ("train", "save", "calibrate", "quantize"))
+    assert inside == pytest.approx(seconds["clock"], abs=0.3)
+    assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized"} <= seconds.keys()
 
 
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
