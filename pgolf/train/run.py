@@ -91,7 +91,7 @@ class Run:
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
         config, dist = self._config, self._dist
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = make_folder(self._folder, dist)
         self._log = log = RunLog(self._folder, is_main=dist.is_main)
         if dist.is_main:
             write_json(self._folder / "config.json", to_dict(config))
@@ -262,6 +262,37 @@ class Run:
         result = work()
         self._summary.seconds[phase] = time.perf_counter() - began
         return result
+
+
+def make_folder(wanted: Path, dist: Dist) -> Path:
+    """Make the folder `wanted` and return it; where another run has it, `wanted-2`, `wanted-3`, ...
+
+    Every rank calls it and gets the path that rank 0 made.
+
+    Raises:
+        RuntimeError: the folder cannot be made (on every rank).
+    """
+    number, error = 1, None
+    if dist.is_main:
+        try:
+            while not _make_new(_numbered(wanted, number)):
+                number += 1
+        except OSError as e:
+            error = f"cannot make {wanted}: {e.strerror}; choose another --train.out"
+    dist.check(error)
+    return _numbered(wanted, int(dist.share([number])[0]))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
+
+
+def _make_new(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
