@@ -16,6 +16,7 @@ import torch
 
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
+from pgolf.data.corpus import sample_paths
 from pgolf.data.shards import read_shard, write_shard
 from pgolf.train import run as run_module
 from pgolf.train.state import load_weights, save_weights
@@ -84,6 +85,21 @@ def test_quantizing_the_checkpoint_again_reproduces_the_artifact(run, shards, tm
     again, first = read_artifact(out), read_artifact(run / "model.pgolf")
     assert again.state.keys() == first.state.keys()
     assert abs(float(capsys.readouterr().out.split()[-2]) - summary(run)["scores"]["quantized"]["bpb"]) < 0.02
+
+
+def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shards, tmp_path, capsys):
+    words = ["quantize", str(run / "ema.safetensors"), "--data"]
+    text, other = str(sample_paths().train), tmp_path / "other"
+    model = str(tmp_path / "other.model")
+    assert main(["data", "tokenizer", "--inputs", text, "--vocab-size", "512", "--out", model]) == 0
+    other.mkdir()
+    for path in shards.iterdir():
+        shutil.copy(model if path.name == "tokenizer.model" else path, other / path.name)
+    out = tmp_path / "again.pgolf"
+    assert main([*words, str(other), "--out", str(out)]) == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err and not out.exists()
+    assert main([*words, str(shards), "--out", str(tmp_path / "none" / "again.pgolf")]) == 2
+    assert re.search(r"no folder .*none for --out .*; make it first", capsys.readouterr().err)
 
 
 def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
