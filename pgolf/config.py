@@ -478,6 +478,8 @@ def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T
         ValueError: an unknown key (with the nearest known one) or a value out of range.
         TypeError: a value of the wrong type.
     """
+    if not isinstance(data, dict):
+        raise TypeError(f"{where}: expected an object, got {type(data).__name__}")
     known = _field_types(typing.cast(typing.Hashable, cls))
     values: dict[str, Any] = {}
     for key, value in data.items():
@@ -497,8 +499,6 @@ def _field_types(cls: type) -> dict[str, Any]:
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise TypeError(f"{where}: expected an object, got {type(value).__name__}")
         return from_dict(typing.cast(type, kind), value, where=where)
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):

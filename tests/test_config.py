@@ -31,6 +31,13 @@ def test_a_setting_out_of_range_is_refused(section, key, value, message):
         from_dict(Config, {section: {key: value}})
 
 
+def test_a_configuration_that_is_no_object_is_refused_at_any_depth():
+    with pytest.raises(TypeError, match=r"config: expected an object, got list"):
+        from_dict(Config, [1])  # a JSON file may hold anything
+    with pytest.raises(TypeError, match=r"config.model: expected an object, got int"):
+        from_dict(Config, {"model": 5})
+
+
 def test_a_stride_that_no_window_has_is_refused_before_the_run():
     far = EvaluateConfig(sliding=True, stride=300)
     with pytest.raises(ValueError, match=r"evaluate.stride must be at most model.max_context=256, got 300"):
