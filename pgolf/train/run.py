@@ -1,8 +1,8 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-loss.png and summary.json. Everything up to the artifact is written before scoring starts, so a late failure
-loses nothing.
+loss.png and summary.json. Everything up to the artifact is written before scoring starts, and the summary
+before the further ways to score, so a late failure loses nothing.
 """
 
 from __future__ import annotations
@@ -112,10 +112,12 @@ class Run:
             )
         dist.assert_replicas_equal(raw)
         ledger = self._write(best, calibration, clock)
-        self._score(raw, best)
         s.ledger = ledger
+        self._score(raw, best)
+        self._write_summary()
+        self._score_otherwise()
+        self._write_summary()
         if dist.is_main:
-            write_json(self._folder / "summary.json", summary_dict(s))
             if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
                 log.line(f"loss plot: {self._folder / 'loss.png'}")
             log.line(format_table(s))
@@ -230,7 +232,6 @@ class Run:
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
             self._add_score(name, score)
-        self._score_otherwise()
 
     def _score_otherwise(self) -> None:
         """Score the quantized weights, which are in the model, in the further ways that are asked for."""
@@ -251,6 +252,10 @@ class Run:
                 ttt=config.adapters,
             )
             self._add_score(mode, score)
+
+    def _write_summary(self) -> None:
+        if self._dist.is_main:
+            write_json(self._folder / "summary.json", summary_dict(self._summary))
 
     def _add_score(self, name: str, score: Score) -> None:
         self._summary.scores[name] = score

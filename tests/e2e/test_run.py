@@ -309,6 +309,19 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized"} <= seconds.keys()
 
 
+def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module, "score_as", fail)
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=2"]
+    assert main([*words, "--evaluate.ttt"]) == 2
+    assert "out of memory" in capsys.readouterr().err
+    (folder,) = tmp_path.iterdir()
+    s = summary(folder)
+    assert list(s["scores"]) == ["raw", "ema", "quantized"] and s["bytes"]["total"] > 0
+
+
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
     small = ["rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192"]
     asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.ttt"]
