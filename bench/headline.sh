@@ -12,14 +12,15 @@ fi
 out=$1 seconds=$2 val=$3
 shift 3
 python=${PYTHON:-python3}
-gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')  # the visible ones
 mkdir -p "$out"
 
 if [ ! -f "$out/tokenizer.model" ]; then
   "$python" -m pgolf data tokenizer --inputs "$@" --out "$out/tokenizer.model"
 fi
 if [ ! -f "$out/shards/manifest.json" ]; then
-  "$python" -m pgolf data shards --train "$@" --val "$val" --tokenizer "$out/tokenizer.model" --out "$out/shards"
+  # The manifest is written last: shards without one are those of a run that was stopped.
+  "$python" -m pgolf data shards --train "$@" --val "$val" --tokenizer "$out/tokenizer.model" --out "$out/shards" --overwrite
 fi
 
 launch=("$python" -m pgolf)

@@ -31,7 +31,18 @@ def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
         "seconds_eval": (sum(v for k, v in seconds.items() if k.startswith("score_")), "s"),
     }
     found |= {f"bpb_{name}": (score["bpb"], "bits/byte") for name, score in scores.items()}
-    phases = ("warm_up", "train", "calibrate", "quantize", "clock", "write", "read")
+    phases = (
+        "set_up",
+        "warm_up",
+        "rehearse",
+        "train",
+        "save",
+        "calibrate",
+        "quantize",
+        "clock",
+        "write",
+        "read",
+    )
     found |= {f"seconds_{phase}": (seconds.get(phase), "s") for phase in phases}
     return {name: (value, unit) for name, (value, unit) in found.items() if value is not None}
 

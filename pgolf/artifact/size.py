@@ -76,6 +76,7 @@ def check(ledger: Ledger, limit: int) -> None:
     largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in ledger.parts[:3])
     raise ArtifactError(
         f"artifact is {ledger.total:_} bytes, limit {limit:_}, {ledger.total - limit:_} too many; largest "
-        f"sections: {largest}; raise quant.mlp_clip (coarser steps), lower quant.embed_bits, or set "
-        f"artifact.fit\n{ledger.text()}"
+        f"sections: {largest}; set artifact.fit, or make the steps coarser (lower quant.mean_bits; with "
+        f"quant.row_steps=spread raise quant.mlp_clip), the model smaller, or, below 2.4 bits a weight, "
+        f"turn quant.trellis off\n{ledger.text()}"
     )

@@ -53,10 +53,18 @@ def main(argv: list[str]) -> int:
     from pgolf.train.run import open_loader, write_quantized
     from pgolf.train.state import copy_parameters, load_weights
 
-    state, saved, _ = load_weights(args.checkpoint)
+    state, saved, facts = load_weights(args.checkpoint)
     quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size)
+    if facts.get("tokenizer_sha256", corpus.sha256) != corpus.sha256:
+        raise ValueError(
+            f"{args.checkpoint} was trained with another tokenizer than {args.data} holds; "
+            "use the run's tokenizer.model"
+        )
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
+    corpus.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)
     try:
         model = GPT(config.model).prepare(

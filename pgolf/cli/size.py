@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from pgolf.cli.overrides import override, parse_config
+from pgolf.presets import PRESETS
 
 
 def main(argv: list[str]) -> int:
@@ -31,8 +32,11 @@ def main(argv: list[str]) -> int:
 
 
 def _checkpoint(name: str) -> Path | None:
-    """Return the weights that `name` means: a .safetensors file, or a run folder's averaged weights."""
+    """Return the weights that `name` means: a .safetensors file, or a run folder's averaged weights.
+
+    A preset goes before a folder of its name, as it does for the other verbs.
+    """
     path = Path(name)
-    if path.is_dir():
+    if path.is_dir() and name not in PRESETS:
         return path / "ema.safetensors"
     return path if path.suffix == ".safetensors" else None

@@ -251,16 +251,14 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
         )
     except (RuntimeError, OSError) as e:
         raise ValueError(f"cannot train {vocab_size} pieces: {e}; give more text or lower vocab_size") from e
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if pieces != vocab_size:
+        raise ValueError(
+            f"the text gives only {pieces} of {vocab_size} pieces; give more text or lower vocab_size"
+        )
     with atomic_file(path) as handle:
         handle.write(model.getvalue())
-    tokenizer = Tokenizer(path)
-    if tokenizer.vocab_size != vocab_size:
-        path.unlink()
-        raise ValueError(
-            f"the text gives only {tokenizer.vocab_size} of {vocab_size} pieces; "
-            "give more text or lower vocab_size"
-        )
-    return tokenizer
+    return Tokenizer(path)
 
 
 def _training_lines(texts: Iterable[str]) -> Iterator[str]:

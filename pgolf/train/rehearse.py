@@ -1,7 +1,8 @@
 """How long calibration and quantization will take, found by doing a little of them before the clock starts.
 
 The clock keeps that much of its budget. One batch of each kind is timed, then one quantization of the initial
-weights (the work does not depend on their values), each the second time, when memory and libraries are warm.
+weights (the work does not depend on their values), each the second time, when memory and libraries are warm,
+and the writing of the checkpoints, which comes between training and calibration.
 """
 
 from __future__ import annotations
@@ -24,14 +25,18 @@ SPARE = 1.15
 """The reserve over the measured time; the clock must not be overrun because a machine was 10 % slower."""
 
 
-def rehearse(model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist) -> float:
-    """Return the seconds to keep for calibrating and quantizing; rank 0's number on every rank.
+def rehearse(
+    model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist, *, save: Callable[[], object]
+) -> float:
+    """Return the seconds to keep for saving, calibrating and quantizing; rank 0's number on every rank.
 
-    reserve = 1.15 (batches * seconds of a batch, for Hessians and for gradients, + seconds of quantizing).
+    reserve = 1.15 (seconds of saving + batches * seconds of a batch, for Hessians and for gradients,
+    + seconds of quantizing).
 
     Args:
         model: prepared, compiled and warm; its weights and gradients stay as they are.
         loader: is put back to its first batch.
+        save: writes what is saved after training, somewhere else.
     """
     batches: Iterator[Batch] = iter(loader.next, None)
     names = model.quant_inputs()
@@ -54,6 +59,7 @@ def rehearse(model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist) -
             lambda: quantize_model(state, names, found.hessians, config, curvature=found.curvature), dist
         )
         seconds += took if last else 0.0
+    seconds += _seconds(save, dist)
     loader.restart()
     return dist.share([SPARE * seconds])[0]
 

@@ -1,8 +1,8 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-loss.png and summary.json. Everything up to the artifact is written before scoring starts, so a late failure
-loses nothing.
+loss.png and summary.json. Everything up to the artifact is written before scoring starts, and the summary
+before the further ways to score, so a late failure loses nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
+from pgolf.data.shards import find_shards
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
@@ -53,7 +54,7 @@ class Summary:
     scores: dict[str, Score] = field(default_factory=dict)
     """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of every phase."""
+    """Wall time of every phase; clock, from the start of training to the last code, holds four of them."""
     train: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     peak_mib: float = 0.0
@@ -63,8 +64,11 @@ class Run:
     """The phases of one run, in order; `execute` calls them."""
 
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
+        began = time.perf_counter()
         self._config, self._dist, self._folder = config, dist, folder
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
+        self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
+        find_shards(self._corpus.folder, "train")
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,
@@ -82,11 +86,12 @@ class Run:
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
         )
+        self._summary.seconds["set_up"] = time.perf_counter() - began
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
         config, dist = self._config, self._dist
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder = make_folder(self._folder, dist)
         self._log = log = RunLog(self._folder, is_main=dist.is_main)
         if dist.is_main:
             write_json(self._folder / "config.json", to_dict(config))
@@ -101,16 +106,18 @@ class Run:
             clock.start()
             result = self._train(trainer, clock)
             self._record_training(result)
-            raw, best = self._save(result)
+            raw, best = self._timed("save", lambda: self._save(result))
             calibration = self._timed(
                 "calibrate", lambda: calibrate(self._model, iter(loader.next, None), config.quant, dist)
             )
         dist.assert_replicas_equal(raw)
         ledger = self._write(best, calibration, clock)
-        self._score(raw, best)
         s.ledger = ledger
+        self._score(raw, best)
+        self._write_summary()
+        self._score_otherwise()
+        self._write_summary()
         if dist.is_main:
-            write_json(self._folder / "summary.json", summary_dict(s))
             if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
                 log.line(f"loss plot: {self._folder / 'loss.png'}")
             log.line(format_table(s))
@@ -120,11 +127,26 @@ class Run:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
         train = self._config.train
         if train.quantize_reserve is None and train.seconds:
-            reserve = rehearse(self._model, loader, self._config.quant, self._dist)
+            reserve = self._timed(
+                "rehearse",
+                lambda: rehearse(
+                    self._model, loader, self._config.quant, self._dist, save=self._rehearse_saving
+                ),
+            )
             train = replace(train, quantize_reserve=reserve)
             self._log.line(f"rehearsal: {reserve:.2f} s of the clock are kept for quantization")
         self._summary.seconds["reserve"] = train.quantize_reserve or 0.0
         return train
+
+    def _rehearse_saving(self) -> None:
+        """Write two checkpoints, as after training, to a file that does not stay."""
+        if self._dist.is_main:
+            path, weights = self._folder / "rehearsal.safetensors", clone_parameters(self._model)
+            try:
+                for _ in range(2):
+                    save_weights(path, weights, self._config)
+            finally:
+                path.unlink(missing_ok=True)
 
     def _train(self, trainer: Trainer, clock: Clock) -> TrainResult:
         """Run the loop; when interrupted, keep the weights that there are."""
@@ -166,7 +188,7 @@ class Run:
         return raw, best
 
     def _write(self, best: dict[str, Tensor], calibration: Calibration, clock: Clock) -> Ledger | None:
-        """Quantize (inside the clock), then compress and write; every rank computes the same codes."""
+        """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
         began = time.perf_counter()
@@ -210,7 +232,6 @@ class Run:
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
             self._add_score(name, score)
-        self._score_otherwise()
 
     def _score_otherwise(self) -> None:
         """Score the quantized weights, which are in the model, in the further ways that are asked for."""
@@ -232,6 +253,10 @@ class Run:
             )
             self._add_score(mode, score)
 
+    def _write_summary(self) -> None:
+        if self._dist.is_main:
+            write_json(self._folder / "summary.json", summary_dict(self._summary))
+
     def _add_score(self, name: str, score: Score) -> None:
         self._summary.scores[name] = score
         self._summary.seconds[f"score_{name}"] = score.seconds
@@ -242,6 +267,37 @@ class Run:
         result = work()
         self._summary.seconds[phase] = time.perf_counter() - began
         return result
+
+
+def make_folder(wanted: Path, dist: Dist) -> Path:
+    """Make the folder `wanted` and return it; where another run has it, `wanted-2`, `wanted-3`, ...
+
+    Every rank calls it and gets the path that rank 0 made.
+
+    Raises:
+        RuntimeError: the folder cannot be made (on every rank).
+    """
+    number, error = 1, None
+    if dist.is_main:
+        try:
+            while not _make_new(_numbered(wanted, number)):
+                number += 1
+        except OSError as e:
+            error = f"cannot make {wanted}: {e.strerror}; choose another --train.out"
+    dist.check(error)
+    return _numbered(wanted, int(dist.share([number])[0]))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
+
+
+def _make_new(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:

@@ -158,6 +158,16 @@ def test_training_is_deterministic_and_uses_the_challenge_ids(tmp_path: Path) ->
     assert one.bos_id == 1
 
 
+def test_training_on_too_little_text_keeps_the_tokenizer_that_is_there(tmp_path: Path) -> None:
+    texts = [document.text for document in iterate_documents(sample_paths().val)]
+    path = tmp_path / "x.model"
+    train_tokenizer(texts, path, vocab_size=512)
+    with pytest.raises(ValueError, match=r"the text gives only \d+ of 30000 pieces"):
+        train_tokenizer(texts, path, vocab_size=30_000)
+    assert Tokenizer(path).vocab_size == 512
+    assert [p.name for p in tmp_path.iterdir()] == ["x.model"]
+
+
 def test_training_on_too_little_text_fails_and_leaves_no_file(tmp_path: Path) -> None:
     for texts in ([], ["abc abc"]):
         with pytest.raises(ValueError, match="give more text or lower vocab_size"):

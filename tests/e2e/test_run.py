@@ -7,14 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
-from pgolf.train.state import load_weights
+from pgolf.data.corpus import sample_paths
+from pgolf.data.shards import read_shard, write_shard
+from pgolf.train import run as run_module
+from pgolf.train.state import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
 
@@ -80,6 +85,21 @@ def test_quantizing_the_checkpoint_again_reproduces_the_artifact(run, shards, tm
     again, first = read_artifact(out), read_artifact(run / "model.pgolf")
     assert again.state.keys() == first.state.keys()
     assert abs(float(capsys.readouterr().out.split()[-2]) - summary(run)["scores"]["quantized"]["bpb"]) < 0.02
+
+
+def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shards, tmp_path, capsys):
+    words = ["quantize", str(run / "ema.safetensors"), "--data"]
+    text, other = str(sample_paths().train), tmp_path / "other"
+    model = str(tmp_path / "other.model")
+    assert main(["data", "tokenizer", "--inputs", text, "--vocab-size", "512", "--out", model]) == 0
+    other.mkdir()
+    for path in shards.iterdir():
+        shutil.copy(model if path.name == "tokenizer.model" else path, other / path.name)
+    out = tmp_path / "again.pgolf"
+    assert main([*words, str(other), "--out", str(out)]) == 2
+    assert "was trained with another tokenizer" in capsys.readouterr().err and not out.exists()
+    assert main([*words, str(shards), "--out", str(tmp_path / "none" / "again.pgolf")]) == 2
+    assert re.search(r"no folder .*none for --out .*; make it first", capsys.readouterr().err)
 
 
 def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
@@ -166,6 +186,34 @@ def test_bad_settings_give_one_line_and_exit_code_2(shards, tmp_path, capsys, ch
     assert not list(tmp_path.iterdir()), "a run that cannot start leaves no folder"
 
 
+def rewritten(shard: Path, change) -> None:
+    tokens = np.array(read_shard(shard))
+    write_shard(shard, change(tokens))
+
+
+UNUSABLE = {
+    "no training text": ("train", lambda path: path.unlink(), r"no \*_train_\*\.bin"),
+    "no validation text": ("val", lambda path: path.unlink(), r"no \*_val_\*\.bin"),
+    "foreign ids": (
+        "val",
+        lambda path: rewritten(path, lambda t: t + 512),
+        r"not below the vocabulary size 512",
+    ),
+    "no documents": ("val", lambda path: rewritten(path, lambda t: np.where(t == 1, 5, t)), r"no BOS"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_data_that_could_not_be_scored_is_refused_before_the_run(shards, tmp_path, capsys, case):
+    split, damage, message = UNUSABLE[case]
+    shutil.copytree(shards, tmp_path / "shards")
+    damage(next((tmp_path / "shards").glob(f"*_{split}_0*.bin")))
+    words = ["train", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "runs"), *SMALL]
+    assert main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "runs").exists(), "a run that cannot start leaves no folder"
+
+
 def test_unknown_setting_is_refused_with_a_suggestion(capsys):
     with pytest.raises(SystemExit) as error:
         main(["train", "tiny", "--optim.muon.ns-step", "4"])
@@ -230,6 +278,48 @@ def test_every_way_to_score_counts_the_same_text(run, shards, tmp_path, capsys):
     assert len({(s["tokens"], s["bytes"]) for s in scores.values()}) == 1
     assert main([*words, "--documents=-1"]) == 2
     assert "documents must be at least 1, got -1" in capsys.readouterr().err
+
+
+def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
+    shards, tmp_path, monkeypatch, capsys
+):
+    def slowly(*arguments, **facts):
+        time.sleep(0.5)
+        save_weights(*arguments, **facts)
+
+    monkeypatch.setattr(run_module, "save_weights", slowly)
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(shards),
+        "--out",
+        str(tmp_path),
+        *SMALL,
+        "--seconds=6",
+        "--steps=3",
+    ]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "rehearsal.safetensors").exists()
+    seconds = summary(folder)["seconds"]
+    assert seconds["save"] >= 1.0 and seconds["reserve"] >= 1.15 * 1.0
+    inside = sum(seconds[phase] for phase in ("train", "save", "calibrate", "quantize"))
+    assert inside == pytest.approx(seconds["clock"], abs=0.3)
+    assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized"} <= seconds.keys()
+
+
+def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run_module, "score_as", fail)
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=2"]
+    assert main([*words, "--evaluate.ttt"]) == 2
+    assert "out of memory" in capsys.readouterr().err
+    (folder,) = tmp_path.iterdir()
+    s = summary(folder)
+    assert list(s["scores"]) == ["raw", "ema", "quantized"] and s["bytes"]["total"] > 0
 
 
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):

@@ -54,6 +54,13 @@ def test_checkpoint_is_coded_for_real(run, capsys):
     assert "predicted" in capsys.readouterr().out
 
 
+def test_a_folder_does_not_hide_the_preset_of_its_name(tmp_path, monkeypatch, capsys):
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["size", "tiny"]) == 0
+    assert "predicted" in capsys.readouterr().out
+
+
 def test_bad_words_are_named(tmp_path, capsys):
     assert main(["size", "recrod"]) == 2
     assert "'recrod' is neither a preset" in capsys.readouterr().err

@@ -41,16 +41,18 @@ def reserve(monkeypatch, config):
     loader = FakeLoader()
     model = trained_like_model()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    seconds = rehearse(model, loader, config, SharingDist())
+    saved: list[int] = []
+    seconds = rehearse(model, loader, config, SharingDist(), save=lambda: saved.append(1))
+    assert saved == [1]
     assert loader.restarts == 1 and loader.taken >= 2
     assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
     return seconds
 
 
-def test_reserve_counts_batches_and_one_quantization(monkeypatch):
+def test_reserve_counts_batches_one_quantization_and_saving(monkeypatch):
     config = QuantConfig(calibration_batches=16, gradient_batches=8, row_steps="spread")
-    assert reserve(monkeypatch, config) == pytest.approx(1.15 * (16 + 1))
-    assert reserve(monkeypatch, replace(config, row_steps="loss")) == pytest.approx(1.15 * (16 + 8 + 1))
+    assert reserve(monkeypatch, config) == pytest.approx(1.15 * (16 + 1 + 1))
+    assert reserve(monkeypatch, replace(config, row_steps="loss")) == pytest.approx(1.15 * (16 + 8 + 1 + 1))
 
 
 def test_a_reserve_longer_than_the_run_is_explained():
