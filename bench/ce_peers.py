@@ -75,8 +75,9 @@ def chunked() -> dict[str, FromHidden]:
     if quack := find(
         "quack, no cap", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
     ):
+        # Not autotuned: with all its shapes to tune, the first call took more than 120 s on 16 cores.
         name, quack_ce = quack
-        peers[name] = lambda x, w, y, _cap: quack_ce(x, w, y, reduction="mean")
+        peers[f"{name}, untuned"] = lambda x, w, y, _cap: quack_ce(x, w, y, reduction="mean", tuned=False)
     if own := find("torch.linear_ce, no cap", "torch", "torch.nn.functional", "linear_cross_entropy"):
         name, torch_ce = own
         peers[name] = lambda x, w, y, _cap: torch_ce(x, w, y)

@@ -319,9 +319,8 @@ class QuantConfig:
     trellis: bool = True
     """Round the weights of a column together, along a trellis (`pgolf.ops.trellis_round`): a quarter less
     squared error at the same bits; 0.0050 instead of 0.0068 bpb on a CPU with little calibration text, not
-    measured with all of it yet. Not for files below about 2.4 bits a weight: a code of 0 means a quarter of a
-    step (a small model, bpb with and without: 2.4 bits 3.581 and 3.581, 2.0 bits 3.614 and 3.585, 1.4 bits
-    5.408 and 3.590)."""
+    measured with all of it yet. A bank of fewer than 2 bits a code is rounded without: there a code of 0,
+    which means a quarter of a step, costs more than the trellis gains."""
     embed_gram: float = 1.0
     """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
     matrix_gram: float = 0.0

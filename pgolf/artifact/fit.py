@@ -22,8 +22,7 @@ AIM = 0.4 * WINDOW
 """Where it aims, below the limit: nearer to it than to the window's other end, with room for noise."""
 NARROWEST, WIDEST = 0.5, 64.0
 """Factors on the configured clips. Half of 11.5 standard deviations still clips nothing of a Gaussian, and
-codes of one bit more than that are beyond the grid's ends; 64 leaves nothing of a matrix but zeros (on a
-trellis, which has no value 0, nothing but noise of a bit or less)."""
+codes of one bit more than that are beyond the grid's ends; 64 leaves nothing of a matrix but zeros."""
 MOST_TRIES = 8
 
 

@@ -77,6 +77,5 @@ def check(ledger: Ledger, limit: int) -> None:
     raise ArtifactError(
         f"artifact is {ledger.total:_} bytes, limit {limit:_}, {ledger.total - limit:_} too many; largest "
         f"sections: {largest}; set artifact.fit, or make the steps coarser (lower quant.mean_bits; with "
-        f"quant.row_steps=spread raise quant.mlp_clip), the model smaller, or, below 2.4 bits a weight, "
-        f"turn quant.trellis off\n{ledger.text()}"
+        f"quant.row_steps=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
     )

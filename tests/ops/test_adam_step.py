@@ -151,7 +151,7 @@ def test_a_backward_pass_notices_changed_parameters(device) -> None:
 def test_bad_input_is_named(device) -> None:
     tensors, given = make_tensors(device)[:3], numbers(device)
     for change in ({"beta2": 1.0}, {"beta1": -0.1}, {"eps": -1e-8}, {"weight_decay": -1.0}):
-        with pytest.raises(ValueError, match="adam_step: .* must be"):
+        with pytest.raises(ValueError, match=r"adam_step: .* must be"):
             adam_step(tensors, *given, RULE._replace(**change))
     with pytest.raises(ValueError, match="expected at least one tensor"):
         square_sums([])

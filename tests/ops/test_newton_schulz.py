@@ -115,8 +115,17 @@ def test_zero_matrix_stays_zero_and_nan_stays_in_its_matrix(device) -> None:
     assert got[2].isfinite().all()
 
 
-def test_zero_matrix_stays_zero_without_eps() -> None:
-    x = torch.stack((torch.zeros(5, 7), torch.full((5, 7), 1e-42)))
+@pytest.mark.parametrize("scale", [1e-20, 1e20, 1e37])
+def test_tiny_and_huge_norms_are_scaled_first(scale, device) -> None:
+    # Squares of these overflow or vanish in float32.
+    x = make_input((2, 5, 7), torch.float32, device)
+    torch.testing.assert_close(
+        newton_schulz(x * scale, POLAR, eps=0.0), newton_schulz(x, POLAR, eps=0.0), rtol=0, atol=3e-2
+    )
+
+
+def test_zero_matrix_stays_zero_without_eps(device) -> None:
+    x = torch.stack((torch.zeros(5, 7), torch.full((5, 7), 1e-42))).to(device)
     got = newton_schulz(x, JORDAN, eps=0.0)
     assert (got[0] == 0).all() and got[1].isfinite().all()
     assert (newton_schulz_ref(x, JORDAN, eps=0.0)[0] == 0).all()

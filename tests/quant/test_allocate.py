@@ -103,6 +103,21 @@ def test_balanced_steps_beat_sdclip_at_equal_entropy():
     assert at_equal_bits < 0.5 * theirs
 
 
+@pytest.mark.parametrize(("bits", "trellis"), [(3.5, True), (0.5, False)])
+def test_a_bank_of_few_bits_is_rounded_without_a_trellis(bits, trellis):
+    w, h, curvature = problem(2, 64, 48)
+    config = replace(LOSS, mean_bits=bits, trellis=True)
+    bank = prepare(w, h, "mlp_in", config, curvature)
+    step = common_step([bank], config)
+    got = bank.quantize(step, config)
+    assert got.trellis == trellis
+    assert not bank.quantize(step, replace(config, trellis=False)).trellis
+    forced = gptq_on_grid(
+        bank.weight, bank.factored, got.scales, bits=bank.bits, columns=got.columns, trellis=not trellis
+    )
+    assert bank.errors(got).sum() < bank.errors(forced).sum()
+
+
 def test_no_code_is_clipped_however_much_a_row_matters():
     w, h, curvature = problem(1, 12, 30)
     curvature.rows[0, 3] = 1e9
