@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
+from typing import TypeVar
 
 import torch
 
@@ -235,6 +236,14 @@ def torch_name(what: str) -> str:
     return f"torch.{what} {torch.__version__}"
 
 
+Call = TypeVar("Call")
+
+
+def only(found: Mapping[str, Call], parts: list[str]) -> dict[str, Call]:
+    """Return the contenders whose name holds one of `parts`, all of them without; pgolf's always."""
+    return {n: f for n, f in found.items() if not parts or any(part in n for part in ("pgolf", *parts))}
+
+
 def parser(description: str, cases: list[str]) -> argparse.ArgumentParser:
     """Return the arguments that every bench takes: device, cases, repeats, quick, output folder."""
     result = argparse.ArgumentParser(
@@ -246,6 +255,12 @@ def parser(description: str, cases: list[str]) -> argparse.ArgumentParser:
     result.add_argument("--repeats", type=int, default=20, help="measurements per contender")
     result.add_argument(
         "--quick", action="store_true", help="3 measurements of the smallest case, nothing written"
+    )
+    result.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="peers to run, by parts of names (newton_schulz, losses)",
     )
     result.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     return result

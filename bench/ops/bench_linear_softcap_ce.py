@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import ce_peers
-from bench.common import Recorder, parser, peak_mib, time_graph, time_launched, torch_name
+from bench.common import Recorder, only, parser, peak_mib, time_graph, time_launched, torch_name
 from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
 
 CAP = 30.0
@@ -75,7 +75,7 @@ def forward_backward(
     return torch.autograd.grad(loss(hidden, weight, target, CAP), (hidden, weight))
 
 
-def measure(recorder: Recorder, case: str, repeats: int) -> None:
+def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> None:
     """Time one case and record it."""
     shape, mode = case.rsplit("_", 1)
     rows, vocab, width = SHAPES[shape]
@@ -86,10 +86,10 @@ def measure(recorder: Recorder, case: str, repeats: int) -> None:
     hidden = torch.empty(rows, width, dtype=dtype, device=device).normal_().requires_grad_()
     weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(0, 5 / width**0.5)
     inputs = (hidden, weight.requires_grad_(), target)
-    implementations = losses(mode, rows)
+    implementations = only(losses(mode, rows), peers)
     both = ce_peers.working({n: lambda f=f: forward_backward(f, *inputs) for n, f in implementations.items()})
-    only = {n: lambda n=n: forward(implementations[n], *inputs) for n in both}
-    for metric, calls in (("ms_fwd", only), ("ms_fwd_bwd", both)):
+    forwards = {n: lambda n=n: forward(implementations[n], *inputs) for n in both}
+    for metric, calls in (("ms_fwd", forwards), ("ms_fwd_bwd", both)):
         for name, sample in time_launched(calls, device, repeats=repeats, warm_up=1).items():
             recorder.add(case, name, metric, sample, "ms")
     # The kernels alone, as behind a queue that is full; a launched call starts on an idle device.
@@ -113,7 +113,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         # The largest shape takes 20 times as long as the record's.
         repeats = 3 if args.quick else args.repeats if "d4096" not in case else max(args.repeats // 4, 3)
-        measure(recorder, case, repeats)
+        measure(recorder, case, repeats, args.only)
     recorder.write()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
+from bench.common import Recorder, Sample, only, parser, time_graph, time_launched, torch_name
 from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
 from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
@@ -33,6 +33,8 @@ CASES = {
 }
 QUICK = "tiny_steps5"
 """The case of --quick, and of it alone: a CPU takes minutes for an eighth in bfloat16."""
+LARGEST_SPECTRUM = 2048
+"""Short side up to which singular values are taken; beyond it they take longer than all that is timed."""
 
 
 def baddbmm(x: Tensor, table: Table) -> Tensor:
@@ -80,18 +82,20 @@ def singular_values(outputs: Banks) -> tuple[float, float]:
     return values.min().item(), values.max().item()
 
 
-def measure(recorder: Recorder, case: str, repeats: int) -> None:
+def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> None:
     """Time one case in both ways and record it."""
     shapes, steps = CASES[case]
     table = coefficients("polar_express_golf", steps)
     g = torch.Generator().manual_seed(0)
     device = recorder.device
     banks = [torch.randn(s, generator=g).to(device, torch.bfloat16) for s in shapes]
-    calls = contenders(banks, table)
+    calls = only(contenders(banks, table), peers)
     for name, sample in time_launched(calls, device, repeats=repeats).items():
         recorder.add(case, name, "ms_launched", sample, "ms")
     for name, sample in time_graph(calls, device, repeats=repeats).items():
         recorder.add(case, name, "ms_graph", sample, "ms")
+    if max(min(shape[1:]) for shape in shapes) > LARGEST_SPECTRUM:
+        return
     for name, call in calls.items():
         low, high = singular_values(call())
         recorder.add(case, name, "sv_min", Sample(low, 0.0, 1), "1")
@@ -105,7 +109,7 @@ def main() -> None:
     recorder = Recorder("newton_schulz", torch.device(args.device), None if args.quick else args.out)
     for case in [QUICK] if args.quick else args.cases:
         torch.compiler.reset()
-        measure(recorder, case, 3 if args.quick else args.repeats)
+        measure(recorder, case, 3 if args.quick else args.repeats, args.only)
     recorder.write()
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bench import ce_peers
-from bench.common import Recorder, parser, peak_mib, time_graph, time_launched, torch_name
+from bench.common import Recorder, only, parser, peak_mib, time_graph, time_launched, torch_name
 from pgolf.ops import softcap_ce, softcap_ce_ref
 
 CAP = 30.0
@@ -43,7 +43,7 @@ def forward_backward(loss: ce_peers.FromLogits, logits: Tensor, target: Tensor) 
     return grad
 
 
-def measure(recorder: Recorder, case: str, repeats: int) -> None:
+def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> None:
     """Time one case and record it."""
     rows, vocab = CASES[case]
     device = recorder.device
@@ -52,13 +52,15 @@ def measure(recorder: Recorder, case: str, repeats: int) -> None:
     logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device).normal_(0, 5).requires_grad_()
     # For those that overwrite their input. A kernel's time does not depend on the values.
     scratch = logits.detach().clone().requires_grad_()
-    implementations = losses()
+    implementations = only(losses(), peers)
     inputs = {n: scratch if "inplace" in n or "liger" in n else logits for n in implementations}
     both = ce_peers.working(
         {n: lambda f=f, n=n: forward_backward(f, inputs[n], target) for n, f in implementations.items()}
     )
-    only = {n: lambda n=n: forward(implementations[n], inputs[n], target) for n in both if "inplace" not in n}
-    for metric, calls in (("ms_fwd", only), ("ms_fwd_bwd", both)):
+    forwards = {
+        n: lambda n=n: forward(implementations[n], inputs[n], target) for n in both if "inplace" not in n
+    }
+    for metric, calls in (("ms_fwd", forwards), ("ms_fwd_bwd", both)):
         for name, sample in time_launched(calls, device, repeats=repeats).items():
             recorder.add(case, name, metric, sample, "ms")
     # A launched call starts on an idle device, so what the host needs to come to the kernels counts; a graph
@@ -77,7 +79,7 @@ def main() -> None:
     recorder = Recorder("softcap_ce", torch.device(args.device), None if args.quick else args.out)
     for case in args.cases[:1] if args.quick else args.cases:
         torch.compiler.reset()
-        measure(recorder, case, 3 if args.quick else args.repeats)
+        measure(recorder, case, 3 if args.quick else args.repeats, args.only)
     recorder.write()
 
 
