@@ -166,10 +166,10 @@ def scalar_map(table: Sequence[Coefficients], s: float) -> float:
     return s
 
 
-DIVERGES_ABOVE = 7.0
-"""From a singular value beyond it the next step, of degree five, goes to thousands; beyond 8 the Gram form's
-float16 products, of norms up to 32 squared, overflow. Tables in use stay below 2; one that overshoots near 1,
-where few singular values lie, passes."""
+DIVERGES_ABOVE = 10.0
+"""From a singular value beyond it the next step, of degree five, goes to thousands. Tables in use stay below
+2; one that overshoots near 1, where few singular values lie, passes. (Where singular values do lie there, the
+Gram form's float16 products hold up to 8.)"""
 
 
 @functools.lru_cache(maxsize=64)
