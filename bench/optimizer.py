@@ -7,7 +7,8 @@ updates of random gradients are: extreme singular values, and RMS deviation of t
 `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once; `a call a bank`
 is what would let the gather of one bank run beside the iteration of the next.
 Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
-installed, gram-newton-schulz and symmetric Triton products (the iteration alone).
+installed, gram-newton-schulz and symmetric Triton products (the iteration alone). AOL (the row scaling of
+Turbo-Muon, four steps, another polar factor) is compiled torch code, with how orthogonal it is.
 
 The tail is reduce, clip, AdamW, Muon, average and zero on the record model, against the same with torch's
 fused kernels; under torchrun it includes the communication of that many ranks. On CPU all shapes are small.
@@ -54,6 +55,7 @@ VARIANTS |= {f"polar_express_golf_truncated{n}": ("polar_express_golf_truncated"
 VARIANTS |= {"cans5": ("cans", 5), "you5": ("you", 5)}
 BASELINE = "polar_express_golf5"
 TAIL = "tail"
+AOL_NAME = torch_name("compile, AOL, 4 steps")
 
 
 def share(shapes: Shapes, world: int) -> Shapes:
@@ -85,6 +87,37 @@ def baddbmm_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table) ->
     param.mul_(1 - LR * WEIGHT_DECAY).add_(x.mT if tall else x, alpha=-LR * lr_scale(*param.shape[-2:]))
 
 
+# Turbo-Muon's table for inputs that AOL has scaled (flash-newton-schulz, arXiv 2512.04632).
+AOL: Table = (
+    (4.6051, -9.6552, 5.6769),
+    (4.7505, -6.0861, 2.1790),
+    (2.7763, -2.3190, 0.5523),
+    (2.4231, -2.2861, 0.8193),
+)
+
+
+def aol_polar(x: Tensor, table: Table) -> Tensor:
+    """Iterate on D X, D_ii = (sum_j |X X^T|_ij)^(-1/2), whose singular values are at most 1."""
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    gram = x @ x.mT
+    scale = gram.float().abs().sum(-1, keepdim=True).clamp(min=1e-12).rsqrt().to(x.dtype)
+    x, gram = scale * x, scale * gram * scale.mT
+    for i, (a, b, c) in enumerate(table):
+        gram = x @ x.mT if i else gram
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def aol_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = AOL) -> Tensor:
+    """The step with AOL, without the row normalization whose place it takes; returns the polar factor."""
+    momentum.mul_(MOMENTUM).add_(grad)
+    u = torch.add(grad.to(momentum.dtype), momentum, alpha=MOMENTUM)
+    x = aol_polar(u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7), table)
+    param.mul_(1 - LR * WEIGHT_DECAY).add_(x, alpha=-LR * lr_scale(*param.shape[-2:]))
+    return x
+
+
 def per_bank(step: Callable[..., None], own: list[MuonBank], table: Table) -> Callable[[], object]:
     """Return a call that steps each bank of its own."""
     return lambda: [step(bank.param, bank.grad, bank.momentum, table) for bank in own]
@@ -98,6 +131,7 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
         torch_name("baddbmm"): per_bank(baddbmm_step, banks(shapes, device), table),
         torch_name("compile"): per_bank(compiled, banks(shapes, device), table),
         torch_name("optim.Muon"): torch_muon(shapes, device),
+        AOL_NAME: per_bank(torch.compile(aol_step, dynamic=False), banks(shapes, device), AOL),
     }
     if device.type == "cuda":
         inputs = [bank.grad.bfloat16() for bank in banks(shapes, device)]
@@ -143,6 +177,12 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
             calls[impl]()
             for metric, value in orthogonality([bank.update for bank in own]).items():
                 recorder.add(case, impl, metric, Sample(value, 0.0, 1), "1")
+    if AOL_NAME in calls:
+        factors = [
+            aol_step(b.param, b.grad, b.momentum) for b in banks(shapes, device) if b.param is not None
+        ]
+        for metric, value in orthogonality(factors).items():
+            recorder.add(case, AOL_NAME, metric, Sample(value, 0.0, 1), "1")
 
 
 def torch_tail(model: GPT) -> Callable[[], object]:
