@@ -70,7 +70,7 @@ class Summary:
     started: str = ""
     """When the run was set up, UTC."""
     commit: str = ""
-    """Of the sources, with -dirty where files differ from it."""
+    """Of the sources, with -dirty where files differ from it; empty where nobody knows."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and the packages that are installed; cuda is what torch was built for."""
 
@@ -417,6 +417,8 @@ def _device_name(device: torch.device) -> str:
 
 def _commit_name() -> str:
     commit, dirty = source_commit()
+    if commit == "unknown":
+        return ""
     return f"{commit}-dirty" if dirty else commit
 
 
