@@ -1,35 +1,58 @@
 #!/usr/bin/env bash
-# From text to a scored artifact on every GPU of this machine, with every second accounted for in summary.json:
+# From text to a submission folder on every GPU of this machine, every second and byte accounted for:
 #   bench/headline.sh OUT SECONDS VAL TRAIN [TRAIN ...]      e.g. bench/headline.sh out 600 val.jsonl.xz train_*.jsonl.xz
-# Keeps OUT/tokenizer.model and OUT/shards if they are there. Writes the result lines to bench/results.
-# More settings for the run: EXTRA="--train.seed 1 --train.attention varlen" bench/headline.sh ...
+#   SEEDS="42 43 44"   one run each; else one with the preset's seed      TTT=1           also with test-time training
+#   RECORD="--author me --github-id me"   words for `pgolf record`        PRESET=tiny     another preset than record
+#   EXTRA="--train.attention varlen"      more settings for the runs      RESULTS=folder  result lines, bench/results
+# Keeps OUT/tokenizer.model and OUT/shards if they are there; a folder OUT/runs/... a seed; writes OUT/record.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 4 ]; then
-  sed -n '2,5p' "$0" | cut -c3- >&2
+  sed -n '2,7p' "$0" | cut -c3- >&2
   exit 2
 fi
 out=$1 seconds=$2 val=$3
 shift 3
-python=${PYTHON:-python3}
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')  # the visible ones
+python=${PYTHON:-python3} preset=${PRESET:-record}
+# The GPUs that torch sees, and the tokenizer that the preset wants.
+facts='import sys, torch, pgolf.presets as p; print(torch.cuda.device_count(), p.PRESETS[sys.argv[1]]().model.vocab_size)'
+read -r gpus vocab < <("$python" -c "$facts" "$preset")
 mkdir -p "$out"
 
-if [ ! -f "$out/tokenizer.model" ]; then
-  "$python" -m pgolf data tokenizer --inputs "$@" --out "$out/tokenizer.model"
-fi
 if [ ! -f "$out/shards/manifest.json" ]; then
-  # The manifest is written last: shards without one are those of a run that was stopped.
+  # The manifest is written last: shards without one are those of a preparation that was stopped.
+  SECONDS=0
+  if [ ! -f "$out/tokenizer.model" ]; then
+    "$python" -m pgolf data tokenizer --inputs "$@" --vocab-size "$vocab" --out "$out/tokenizer.model"
+  fi
   "$python" -m pgolf data shards --train "$@" --val "$val" --tokenizer "$out/tokenizer.model" --out "$out/shards" --overwrite
+  echo "$SECONDS" > "$out/prepare_seconds"
 fi
 
 launch=("$python" -m pgolf)
 if [ "$gpus" -gt 1 ]; then
   launch=("$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" -m pgolf)
 fi
-# shellcheck disable=SC2086
-"${launch[@]}" train record --data "$out/shards" --seconds "$seconds" --out "$out/runs" ${EXTRA:-}
+settings=(--data "$out/shards" --seconds "$seconds" --out "$out/runs")
+if [ "${TTT:-0}" = 1 ]; then
+  settings+=(--evaluate.ttt)
+fi
+runs=()
+for seed in ${SEEDS:-default}; do
+  one=() name="${preset}_${seconds}s_${gpus}gpu"
+  if [ "$seed" != default ]; then
+    one=(--seed "$seed") name="${name}_seed$seed"
+  fi
+  # shellcheck disable=SC2086
+  "${launch[@]}" train "$preset" "${settings[@]}" "${one[@]}" ${EXTRA:-}
+  runs+=("$(ls -td "$out"/runs/*/ | head -1)")
+  echo "run folder: ${runs[-1]}"
+  "$python" -m bench.run "${runs[-1]}" --case "$name" --out "${RESULTS:-bench/results}"
+done
 
-run=$(ls -td "$out"/runs/*/ | head -1)
-"$python" -m bench.run "$run" --case "record_${seconds}s_${gpus}gpu"
-echo "run folder: $run"
+prepared=()
+if [ -f "$out/prepare_seconds" ]; then
+  prepared=(--prepare-seconds "$(cat "$out/prepare_seconds")")
+fi
+# shellcheck disable=SC2086
+"$python" -m pgolf record "${runs[@]}" --out "$out/record" --overwrite "${prepared[@]}" ${RECORD:-}

@@ -24,6 +24,7 @@ def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
         "ms_loop_off": (train["ms_loop_off"], "ms"),
         "ms_loop_on": (train["ms_loop_on"], "ms"),
         "tokens_per_s": (train["tokens_per_s"], "1/s"),
+        "ms_optimizer": (train.get("ms_optimizer"), "ms"),
         "peak_mib": (summary["peak_mib"], "MiB"),
         "bytes": (summary["bytes"]["total"], "bytes"),
         "bytes_code": (summary["bytes"]["code"], "bytes"),
@@ -32,6 +33,7 @@ def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
     }
     found |= {f"bpb_{name}": (score["bpb"], "bits/byte") for name, score in scores.items()}
     phases = (
+        "start",
         "set_up",
         "warm_up",
         "rehearse",
@@ -42,6 +44,8 @@ def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
         "clock",
         "write",
         "read",
+        "plot",
+        "total",
     )
     found |= {f"seconds_{phase}": (seconds.get(phase), "s") for phase in phases}
     return {name: (value, unit) for name, (value, unit) in found.items() if value is not None}

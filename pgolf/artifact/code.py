@@ -37,10 +37,15 @@ CODE_RULE = (
 """The rule above, for people who see only the ledger."""
 
 
-@lru_cache(maxsize=1)
 def code_bytes() -> int:
     """Return the counted bytes of the code (module docstring)."""
-    return len(compress(code_text().encode(), quality=11))
+    return len(code_archive())
+
+
+@lru_cache(maxsize=1)
+def code_archive() -> bytes:
+    """Return the counted code as it ships: the brotli stream of `code_text`."""
+    return compress(code_text().encode(), quality=11)
 
 
 def code_text() -> str:

@@ -13,6 +13,7 @@ VERBS = {
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
+    "record": "write the submission folder of finished runs, one a seed",
     "quantize": "quantize a saved checkpoint again, with other settings",
     "demo": "the whole way on the bundled sample text, on this machine",
     "polar": "solve, print, compare and plot coefficients of the polar iteration",

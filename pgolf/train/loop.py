@@ -27,6 +27,7 @@ from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentu
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.state import clone_parameters, copy_parameters
+from pgolf.train.timing import DeviceTimer
 
 MAX_SKIPPED_IN_A_ROW = 2
 """Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""
@@ -49,6 +50,9 @@ class TrainResult:
     last_loss: float = math.nan
     step_ms: dict[str, list[float]] = field(default_factory=lambda: {"loop_off": [], "loop_on": []})
     """Milliseconds of every step, by loop mode, without the first step of a mode."""
+    optimizer_ms: list[float] = field(default_factory=list)
+    """Milliseconds of every optimizer step on rank 0's device, from the end of its backward passes: with
+    several ranks, the averaging of gradients (none of it is hidden) and the wait for the slowest rank too."""
     losses: list[float] = field(default_factory=list)
     """Rank 0's loss of every step, nats per token."""
     skipped: int = 0
@@ -185,6 +189,7 @@ class Trainer:
         config = self._config
         host = _HostValues(self._dist.device)
         optimizer, log_rows = self._optimizer, _Rows(log)
+        timer = DeviceTimer(self._dist.device)
         previous: tuple[Tick, bool] | None = None
         try:
             while True:
@@ -199,11 +204,13 @@ class Trainer:
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 host.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
-                optimizer.step(tick.frac, ema_decay=self._decay(tick, previous))
+                with timer.span():
+                    optimizer.step(tick.frac, ema_decay=self._decay(tick, previous))
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
                 previous = (tick, loop)
             self._synchronize()
+            result.optimizer_ms = timer.read()
             log_rows.finish(float(optimizer.grad_norm), int(optimizer.skipped), result)
         finally:
             log_rows.finish(math.nan, result.skipped, result)

@@ -1,12 +1,15 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-loss.png and summary.json. Everything up to the artifact is written before scoring starts, and the summary
-before the further ways to score, so a late failure loses nothing.
+code.br (the code that is counted with it), loss.png and summary.json. Everything up to the artifact is
+written before scoring starts, and the summary before the further ways to score, so a late failure loses
+nothing.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,14 +19,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pgolf.artifact.code import code_archive
 from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import find_shards
+from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist
+from pgolf.env import source_commit
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
@@ -37,8 +42,11 @@ from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult, passes_per_step
 from pgolf.train.rehearse import rehearse
 from pgolf.train.state import clone_parameters, copy_parameters, save_weights, write_json
+from pgolf.train.timing import process_seconds
 
 ARTIFACT = "model.pgolf"
+PACKAGES = ("torch", "numpy", "brotli", "sentencepiece", "triton", "flash-attn-4")
+"""What a run's speed, or reading its artifact, depends on."""
 
 
 @dataclass
@@ -54,17 +62,24 @@ class Summary:
     scores: dict[str, Score] = field(default_factory=dict)
     """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of every phase; clock, from the start of training to the last code, holds four of them."""
+    """Wall time of every phase, in order: start is the process until set_up (Python, imports, the ranks);
+    clock, from the start of training to the last code, holds four; total is the process until the summary."""
     train: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     peak_mib: float = 0.0
+    started: str = ""
+    """When the run was set up, UTC."""
+    commit: str = ""
+    """Of the sources, with -dirty where files differ from it; empty where nobody knows."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of Python and the packages that are installed; cuda is what torch was built for."""
 
 
 class Run:
     """The phases of one run, in order; `execute` calls them."""
 
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
-        began = time.perf_counter()
+        before, began = process_seconds(), time.perf_counter()
         self._config, self._dist, self._folder = config, dist, folder
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
         self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
@@ -85,8 +100,11 @@ class Run:
             world_size=dist.world_size,
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
+            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            commit=_commit_name(),
+            versions=_versions(),
         )
-        self._summary.seconds["set_up"] = time.perf_counter() - began
+        self._summary.seconds |= {"start": before, "set_up": time.perf_counter() - began}
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
@@ -118,10 +136,15 @@ class Run:
         self._score_otherwise()
         self._write_summary()
         if dist.is_main:
-            if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
-                log.line(f"loss plot: {self._folder / 'loss.png'}")
+            self._timed("plot", self._plot)
+            s.seconds["total"] = process_seconds()
+            self._write_summary()
             log.line(format_table(s))
         return s
+
+    def _plot(self) -> None:
+        if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
+            self._log.line(f"loss plot: {self._folder / 'loss.png'}")
 
     def _with_reserve(self, loader: TrainLoader) -> TrainConfig:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
@@ -162,7 +185,8 @@ class Run:
     def _record_training(self, result: TrainResult) -> None:
         s = self._summary
         s.seconds["train"] = result.seconds
-        median = {k: float(torch.tensor(v).median()) if v else None for k, v in result.step_ms.items()}
+        times = {**result.step_ms, "optimizer": result.optimizer_ms}
+        median = {k: float(torch.tensor(v).median()) if v else None for k, v in times.items()}
         s.train = {
             "steps": result.steps,
             "tokens": result.tokens,
@@ -171,6 +195,7 @@ class Run:
             "skipped_steps": result.skipped,
             "ms_loop_off": median["loop_off"],
             "ms_loop_on": median["loop_on"],
+            "ms_optimizer": median["optimizer"],
             "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
         }
         if self._dist.device.type == "cuda":
@@ -216,6 +241,8 @@ class Run:
                 ledger = write_quantized(
                     self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._corpus.sha256
                 )
+                with atomic_file(self._folder / "code.br") as file:
+                    file.write(code_archive())
             except (ValueError, OSError, RuntimeError) as e:
                 error = str(e)
         self._dist.check(error)
@@ -371,6 +398,7 @@ def format_table(s: Summary) -> str:
     t, off, on = s.train, s.train["ms_loop_off"], s.train["ms_loop_on"]
     ms = f"{off:.1f} ms" if off is not None else "-"
     ms += f" loop off, {on:.1f} ms loop on" if on is not None else ""
+    ms += f", of them {t['ms_optimizer']:.2f} ms optimizer" if t["ms_optimizer"] is not None else ""
     lines += [
         "",
         f"{t['steps']} steps, {t['tokens']:,} tokens, {t['tokens_per_s'] / 1e3:.1f} ktok/s; a step {ms}",
@@ -385,3 +413,22 @@ def format_table(s: Summary) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _commit_name() -> str:
+    commit, dirty = source_commit()
+    if commit == "unknown":
+        return ""
+    return f"{commit}-dirty" if dirty else commit
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    if torch.version.cuda:
+        found["cuda"] = torch.version.cuda
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,46 +1,97 @@
-"""The commands of bench/headline.sh at any number of GPUs; a stand-in for Python only notes them."""
+"""bench/headline.sh: its commands at any number of GPUs, noted by a stand-in for Python; and a tiny run."""
 
+import itertools
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pgolf.data.corpus import iterate_documents, sample_paths
+from tests.e2e.conftest import SMALL
+
 SCRIPT = Path(__file__).parents[2] / "bench" / "headline.sh"
 STAND_IN = """#!/bin/sh
-if [ "$1" = -c ]; then echo "$GPUS"; exit; fi
+if [ "$1" = -c ]; then echo "$GPUS" 8192; exit; fi
 echo "$*" >> "$OUT/calls"
 case "$*" in *train*--seconds*) mkdir -p "$OUT/runs/one";; esac
+case "$*" in *"data shards"*) mkdir -p "$OUT/shards";; esac
 """
 
 
-def calls(tmp_path: Path, gpus: int) -> list[str]:
+def script(words: list[str], **tools: str) -> None:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *words], capture_output=True, text=True, check=False, env=os.environ | tools
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def calls(tmp_path: Path, gpus: int, **settings: str) -> list[str]:
     """Run the script and return the commands it gave to Python."""
     python = tmp_path / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
     tools = {"PATH": "/usr/bin:/bin", "PYTHON": str(python), "OUT": str(tmp_path), "GPUS": str(gpus)}
-    words = [str(SCRIPT), str(tmp_path), "600", "val.jsonl", "a.jsonl", "b.jsonl"]
-    done = subprocess.run(
-        ["bash", *words], capture_output=True, text=True, check=False, env=os.environ | tools
-    )
-    assert done.returncode == 0, done.stderr
+    script([str(tmp_path), "600", "val.jsonl", "a.jsonl", "b.jsonl"], **tools, **settings)
     return (tmp_path / "calls").read_text().splitlines()
 
 
-@pytest.mark.parametrize("gpus", [0, 1, 8])
+@pytest.mark.parametrize("gpus", [0, 1, 2, 4, 8])
 def test_the_run_uses_the_gpus_that_torch_sees(tmp_path, gpus):
-    tokenizer, shards, train, lines = calls(tmp_path, gpus)
-    assert tokenizer.startswith("-m pgolf data tokenizer --inputs a.jsonl b.jsonl")
+    tokenizer, shards, train, lines, record = calls(tmp_path, gpus)
+    assert tokenizer.startswith("-m pgolf data tokenizer --inputs a.jsonl b.jsonl --vocab-size 8192")
     # A manifest is written last: shards without one were not finished, and must not stop the next attempt.
     assert "--train a.jsonl b.jsonl --val val.jsonl" in shards and shards.endswith("--overwrite")
-    launch = "-m torch.distributed.run --standalone --nproc_per_node=8 " if gpus == 8 else ""
-    assert train.startswith(f"{launch}-m pgolf train record --data {tmp_path}/shards --seconds 600")
-    assert lines.endswith(f"--case record_600s_{gpus}gpu")
+    launch = f"-m torch.distributed.run --standalone --nproc_per_node={gpus} " if gpus > 1 else ""
+    command = f"{launch}-m pgolf train record --data {tmp_path}/shards --seconds 600 --out {tmp_path}/runs"
+    assert train == command
+    assert f"--case record_600s_{gpus}gpu --out bench/results" in lines
+    assert record.startswith(f"-m pgolf record {tmp_path}/runs/one/ --out {tmp_path}/record --overwrite")
+    assert "--prepare-seconds" in record
 
 
 def test_a_finished_folder_is_used_again(tmp_path):
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "manifest.json").touch()
-    (tmp_path / "tokenizer.model").touch()
-    assert [line.split()[2] for line in calls(tmp_path, 1)[:1]] == ["train"]
+    found = calls(tmp_path, 1)
+    assert [line.split()[2] for line in found[:1]] == ["train"]
+    assert "--prepare-seconds" not in found[-1], "nothing was prepared, or nobody knows how long it took"
+
+
+def test_settings_reach_the_runs_and_the_record(tmp_path):
+    found = calls(tmp_path, 1, SEEDS="42 43", TTT="1", EXTRA="--train.compile off", RECORD="--author me")
+    trained = [line for line in found if " train " in line]
+    assert [line.split("--evaluate.ttt")[1] for line in trained] == [
+        f" --seed {seed} --train.compile off" for seed in (42, 43)
+    ]
+    assert [line.split("--case ")[1].split()[0] for line in found if "bench.run" in line] == [
+        f"record_600s_1gpu_seed{seed}" for seed in (42, 43)
+    ]
+    assert found[-1].count("runs/one/") == 2 and found[-1].endswith("--author me")
+
+
+@pytest.mark.slow
+def test_from_text_to_a_record_on_this_machine(tmp_path):
+    train, val = sample_paths().train, tmp_path / "val.jsonl"
+    documents = itertools.islice(iterate_documents(sample_paths().val), 3)
+    val.write_text("".join(json.dumps({"text": d.text[:2000]}) + "\n" for d in documents))
+    small = [word for word in SMALL if not word.startswith(("--seconds", "--model.vocab-size"))]
+    adapters = [f"--evaluate.adapters.{word}" for word in ("rank=2", "chunk=64", "batch-tokens=8192")]
+    script(
+        [str(tmp_path), "120", str(val), str(train)],
+        PRESET="tiny",
+        SEEDS="7 8",
+        TTT="1",
+        EXTRA=" ".join([*small, *adapters, "--train.device=cpu", "--steps=2"]),
+        RESULTS=str(tmp_path / "results"),
+        RECORD="--author Somebody --date 2026-01-02",
+        PYTHON=sys.executable,
+        CUDA_VISIBLE_DEVICES="",
+        OMP_NUM_THREADS="1",
+    )
+    data = json.loads((tmp_path / "record" / "submission.json").read_text())
+    assert data["seeds"] == [7, 8] and data["headline_score"] == "ttt" and data["author"] == "Somebody"
+    assert "Making tokenizer and shards, before, took" in (tmp_path / "record" / "README.md").read_text()
+    assert len(list((tmp_path / "results").iterdir())) == 2

@@ -22,6 +22,9 @@ from pgolf.train import run as run_module
 from pgolf.train.state import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
+INSIDE = ("train", "save", "calibrate", "quantize")
+"""Phases inside the clock."""
+
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
@@ -61,6 +64,9 @@ def test_run_writes_everything_and_learns(run):
     assert [r["loop"] for r in rows] == [False, False, False, True, True, True]  # on from frac 0.35
     s = summary(run)
     assert s["train"]["steps"] == 6 and s["train"]["loop_step"] == 3
+    assert 0 < s["train"]["ms_optimizer"] < s["train"]["ms_loop_off"]
+    assert len((run / "code.br").read_bytes()) == s["bytes"]["code"]
+    assert {"python", "torch"} <= s["versions"].keys() and s["started"].endswith("Z")
     assert s["scores"]["quantized"]["bytes"] == s["scores"]["raw"]["bytes"]
     assert s["bytes"]["total"] == s["bytes"]["model"] + s["bytes"]["code"]
     assert s["bytes"]["model"] == (run / "model.pgolf").stat().st_size
@@ -304,9 +310,11 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert not (folder / "rehearsal.safetensors").exists()
     seconds = summary(folder)["seconds"]
     assert seconds["save"] >= 1.0 and seconds["reserve"] >= 1.15 * 1.0
-    inside = sum(seconds[phase] for phase in ("train", "save", "calibrate", "quantize"))
+    inside = sum(seconds[phase] for phase in INSIDE)
     assert inside == pytest.approx(seconds["clock"], abs=0.3)
-    assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized"} <= seconds.keys()
+    assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized", "plot"} <= seconds.keys()
+    parts = sum(v for k, v in seconds.items() if k not in ("reserve", "total", *INSIDE))
+    assert parts == pytest.approx(seconds["total"], abs=0.5) and parts <= seconds["total"]
 
 
 def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,203 @@
+"""Finished runs, as a record needs them: read from their folders, checked, and fit to stand in one table.
+
+Owns what makes runs "the same configuration with another seed". Reads files only; nothing is computed again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgolf.artifact.code import code_archive
+from pgolf.artifact.export import describe
+from pgolf.config import Config, config_hash, from_dict, to_dict
+
+FREE = ("train.seed", "train.out", "data.dir")
+"""Settings that may differ between the runs of one record."""
+
+NEEDED = (
+    "config_hash",
+    "parameters",
+    "device",
+    "world_size",
+    "attention",
+    "peak_mib",
+    "scores",
+    "bytes",
+    "seconds",
+    "train",
+)
+"""Entries of summary.json without which there is no record; versions and commit, younger, may be missing."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """One run's folder, read."""
+
+    folder: Path
+    config: Config
+    """config.json."""
+    summary: dict[str, Any]
+    """summary.json as it is."""
+    code: bytes
+    """The counted code, `pgolf.artifact.code.code_archive` of the tree that ran."""
+    tokenizer_sha256: str
+    """Hex, from the artifact."""
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.config.train.seed
+
+    @property
+    def headline(self) -> str:
+        """The score that counts: `ttt` where it was run, else `quantized`; both are of the file on disk."""
+        return "ttt" if "ttt" in self.summary["scores"] else "quantized"
+
+
+def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
+    """Return the runs by rising seed, checked one by one and against each other.
+
+    Raises:
+        FileNotFoundError: no such folder, or a file of the run is missing.
+        ValueError: no folder given; a run is not finished, its files do not belong together, its artifact is
+            above the limit or its clock above its budget; a seed twice, or configurations that differ.
+    """
+    if not folders:
+        raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
+    runs = sorted((_read_run(folder) for folder in folders), key=lambda run: run.seed)
+    for one, other in itertools.pairwise(runs):
+        if one.seed == other.seed:
+            raise ValueError(
+                f"seed {one.seed} twice, in {one.folder} and {other.folder}; a record has one run a seed"
+            )
+    for other in runs[1:]:
+        _check_same(runs[0], other)
+    return runs
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    return dict(walk(settings, prefix))
+
+
+def _read_run(folder: Path) -> FinishedRun:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no run folder at {folder}; `pgolf train` makes one below --train.out")
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} holds no summary.json: the run is not finished, or this is no run folder")
+    for name in ("config.json", "log.txt", "model.pgolf"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}, which a run writes; copy the whole folder")
+    saved, summary = _json(folder / "config.json"), _json(folder / "summary.json")
+    config = from_dict(Config, saved, where=str(folder / "config.json"))
+    try:
+        _check_finished(folder, config, summary)
+        return _checked(FinishedRun(folder, config, summary, b"", ""), hash_of_config=config_hash(saved))
+    except KeyError as e:
+        raise ValueError(f"{folder}: summary.json has no {e}, which a finished run writes") from e
+
+
+def _checked(run: FinishedRun, *, hash_of_config: str) -> FinishedRun:
+    """Return the run with what its other files say, which must be what its summary says."""
+    folder, summary = run.folder, run.summary
+    if hash_of_config != summary["config_hash"]:
+        raise ValueError(
+            f"{folder}: config.json has hash {hash_of_config}, summary.json says {summary['config_hash']}; "
+            "they are of different runs, or one was edited"
+        )
+    facts = describe(folder / "model.pgolf")
+    for what, found, said in (
+        ("bytes", facts["bytes"], summary["bytes"]["model"]),
+        ("config_hash", facts["config_hash"], summary["config_hash"]),
+    ):
+        if found != said:
+            raise ValueError(
+                f"{folder}: model.pgolf has {what} {found}, summary.json says {said}; it is not this run's"
+            )
+    code = _counted_code(folder, summary["bytes"]["code"], summary.get("commit"))
+    return replace(run, code=code, tokenizer_sha256=facts["tokenizer_sha256"])
+
+
+def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> None:
+    for key in NEEDED:
+        summary[key]
+    scores, ledger = summary["scores"], summary["bytes"]
+    asked = {"quantized": True, "sliding": config.evaluate.sliding, "ttt": config.evaluate.ttt}
+    missing = [name for name, wanted in asked.items() if wanted and name not in scores]
+    if missing or ledger is None:
+        raise ValueError(
+            f"{folder}: the run is not finished: summary.json has no score {', '.join(missing) or 'ledger'}, "
+            "which config.json asks for"
+        )
+    total, limit = ledger["total"], config.artifact.limit
+    if total > limit:
+        raise ValueError(
+            f"{folder}: artifact is {total:_} bytes with its code, limit {limit:_}, {total - limit:_} too "
+            "many; train with artifact.fit"
+        )
+    clock, budget = summary["seconds"]["clock"], config.train.seconds
+    if budget and clock > budget:
+        raise ValueError(
+            f"{folder}: the clock stopped at {clock:.2f} s, train.seconds={budget:g}, {clock - budget:.2f} s "
+            "too late; run again with a larger train.quantize_reserve"
+        )
+
+
+def _counted_code(folder: Path, counted: int, commit: str | None) -> bytes:
+    """Return the run's code.br; for runs older than that file this tree's code, if it has their size."""
+    path = folder / "code.br"
+    code = path.read_bytes() if path.is_file() else code_archive()
+    if len(code) != counted:
+        where = path if path.is_file() else "the code of this tree (the run kept none)"
+        raise ValueError(
+            f"{folder}: the run counted {counted:_} bytes of code, {where} has {len(code):_}; use the tree "
+            f"that ran it{f', commit {commit}' if commit else ''}"
+        )
+    return code
+
+
+def _check_same(one: FinishedRun, other: FinishedRun) -> None:
+    """Raise, with every key, if the runs differ in more than seed and folders."""
+    first, second = _identity(one), _identity(other)
+    different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    if different:
+        told = ", ".join(f"{k} ({first.get(k, 'unset')} and {second.get(k, 'unset')})" for k in different)
+        raise ValueError(
+            f"{one.folder} and {other.folder} differ in more than the seed: {told}; record them apart"
+        )
+
+
+def _identity(run: FinishedRun) -> dict[str, Any]:
+    """Return everything that must be equal among the runs of a record, by name."""
+    settings = {key: value for key, value in flat(to_dict(run.config)).items() if key not in FREE}
+    score = run.summary["scores"]["quantized"]
+    return settings | {
+        **{key: run.summary[key] for key in ("device", "world_size", "attention")},
+        "tokenizer SHA-256": run.tokenizer_sha256[:16],
+        "tokens of the validation text": score["tokens"],
+        "bytes of the validation text": score["bytes"],
+        "counted code": f"{len(run.code)} bytes, hash {config_hash(run.code.hex())}",
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON: {e}; copy the run folder again") from e
+    if not isinstance(data, dict):
+        raise ValueError(f"{path}: expected an object, got {type(data).__name__}")
+    return data

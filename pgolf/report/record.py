@@ -1,0 +1,166 @@
+"""The submission folder of finished runs: everything that checks, scores or repeats them, written as a whole.
+
+    README.md  submission.json  config.json  train_seed<seed>.log  loss_seed<seed>.png  model_seed<seed>.pgolf
+    code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
+
+Owns the files; what the first two say is in `submission.py`, what a run must be in `finished.py`.
+Source: SPEC 1.4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pgolf.artifact.codec import compress
+from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, file_sha256, read_manifest
+from pgolf.report.finished import FinishedRun, read_runs
+from pgolf.report.submission import Entry, readme, submission
+
+LIBRARIES = ("torch", "numpy", "brotli", "sentencepiece")
+"""Packages that the counted code imports; flash-attn-4 joins them where attention uses it."""
+
+
+def write_record(
+    folders: Sequence[Path],
+    out: Path,
+    entry: Entry,
+    *,
+    data: Path | None = None,
+    overwrite: bool = False,
+) -> list[FinishedRun]:
+    """Write the submission folder of runs of one configuration, one a seed, and return the runs.
+
+    Args:
+        folders: run folders. out: the folder to make; it appears complete or not at all.
+        data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them.
+        overwrite: replace an older record folder.
+    Raises:
+        FileExistsError: `out` holds something, and `overwrite` is off or it is not a record folder.
+        FileNotFoundError, ValueError: see `read_runs`. ValueError: `data` has another tokenizer.
+        OSError: a file cannot be written; nothing is left of the folder, an older one stays.
+    """
+    _check_out(out, folders, overwrite=overwrite)
+    runs = read_runs(folders)
+    shards = _shards(runs, data)
+    with _whole_folder(out) as folder:
+        files = _write_files(runs, folder, shards)
+        _write(folder / "submission.json", json.dumps(submission(runs, entry), indent=2) + "\n")
+        _write(folder / "README.md", readme(runs, entry, files, _manifest(shards)))
+    return runs
+
+
+def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None) -> dict[str, str]:
+    """Write all but README and submission.json; return name -> description, in order."""
+    files = {
+        "submission.json": "the figures, by the keys of the challenge",
+        "config.json": f"every setting, of seed {runs[0].seed}; the other seeds differ in train.seed alone",
+    }
+    shutil.copyfile(runs[0].folder / "config.json", folder / "config.json")
+    for run in runs:
+        names = f"model_seed{run.seed}.pgolf", f"train_seed{run.seed}.log", f"loss_seed{run.seed}.png"
+        shutil.copyfile(run.folder / "model.pgolf", folder / names[0])
+        shutil.copyfile(run.folder / "log.txt", folder / names[1])
+        size, digest = run.summary["bytes"]["model"], file_sha256(folder / names[0])
+        files |= {names[0]: f"the artifact, {size:,} bytes, SHA-256 {digest}", names[1]: "log of the run"}
+        if (run.folder / "loss.png").is_file():
+            shutil.copyfile(run.folder / "loss.png", folder / names[2])
+            files[names[2]] = "training loss"
+    code = runs[0].code
+    (folder / "code.br").write_bytes(code)
+    files["code.br"] = f"the counted code, {len(code):,} bytes: modules after lines `# path`, in brotli"
+    files["score.py"] = _add_score(runs, folder)
+    _write(folder / "requirements.txt", requirements(runs[0]))
+    files["requirements.txt"] = (
+        "the libraries that code.br imports; pgolf's compiled extension comes beside them"
+    )
+    if shards is not None:
+        shutil.copyfile(shards / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+        files[TOKENIZER_NAME] = "the tokenizer, not counted"
+    return files
+
+
+def _add_score(runs: Sequence[FinishedRun], folder: Path) -> str:
+    """Copy score.py and return what the README says of it."""
+    source = Path(__file__).with_name("score.py")
+    shutil.copyfile(source, folder / "score.py")
+    size = len(compress(source.read_bytes(), quality=11))
+    total, limit = max(run.summary["bytes"]["total"] for run in runs), runs[0].config.artifact.limit
+    with_it = f"{total + size:,} bytes, {'within' if total + size <= limit else 'above'} the limit"
+    return f"unpacks code.br and calls it; not counted ({size:,} bytes in brotli: with it {with_it})"
+
+
+def requirements(run: FinishedRun) -> str:
+    """Return requirements.txt: what the counted code imports, in the run's versions where it says them."""
+    found = run.summary.get("versions", {})
+    names = [*LIBRARIES, *(["flash-attn-4"] if run.summary["attention"] == "fa4" else [])]
+    # A local version ("2.11.0+cu130") is on no index.
+    lines = [f"{name}=={found[name].split('+')[0]}" if name in found else name for name in names]
+    return "\n".join(lines) + "\n"
+
+
+def _shards(runs: Sequence[FinishedRun], data: Path | None) -> Path | None:
+    """Return the folder of the runs' shards if it is there and has their tokenizer."""
+    asked = [data] if data is not None else [run.config.data.dir for run in runs]
+    for folder in asked:
+        if folder is not None and (folder / TOKENIZER_NAME).is_file():
+            digest = file_sha256(folder / TOKENIZER_NAME)
+            if digest == runs[0].tokenizer_sha256:
+                return folder
+            if data is not None:
+                raise ValueError(
+                    f"{folder / TOKENIZER_NAME} has SHA-256 {digest[:16]}..., the runs' tokenizer "
+                    f"{runs[0].tokenizer_sha256[:16]}...; give the folder they were trained on"
+                )
+    if data is not None:
+        raise FileNotFoundError(f"no {TOKENIZER_NAME} in {data}; give the folder the runs were trained on")
+    return None
+
+
+def _manifest(shards: Path | None) -> Manifest | None:
+    return read_manifest(shards) if shards is not None and (shards / MANIFEST_NAME).is_file() else None
+
+
+def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not (out / "submission.json").is_file():
+        raise FileExistsError(f"{out} is not a record folder, but there; choose another --out")
+    if not overwrite:
+        raise FileExistsError(f"{out} already holds a record; pass --overwrite to replace it")
+    inside = [str(f) for f in folders if out.resolve() in (f.resolve(), *f.resolve().parents)]
+    if inside:
+        raise FileExistsError(
+            f"{out} holds runs ({', '.join(inside)}), which would be lost; choose another --out"
+        )
+
+
+@contextmanager
+def _whole_folder(out: Path) -> Iterator[Path]:
+    """Yield a new folder beside `out` that takes its place if the block succeeds, and is removed if not."""
+    out = out.resolve()
+    new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(new, ignore_errors=True)  # of a process of the same number that was killed
+    new.mkdir()
+    try:
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

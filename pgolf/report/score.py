@@ -1,0 +1,91 @@
+"""Score an artifact with the counted code alone: `python score.py model_seed42.pgolf --data SHARDS [--ttt]`.
+
+A record folder holds this file beside code.br, the code that is counted with the artifact, and config.json of
+its run. Of an installed pgolf only the compiled extension is used. Under torchrun the ranks share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+def unpack(folder: Path) -> None:
+    """Write the modules of code.br below `folder`, with a link to the compiled extension.
+
+    Raises:
+        RuntimeError: no pgolf with a compiled extension is installed.
+    """
+    import brotli
+
+    found = importlib.util.find_spec("pgolf")  # looks for it, imports nothing
+    places = list(found.submodule_search_locations or ()) if found else []
+    extensions = [path for place in places for path in Path(place).glob("_C*.so")]
+    if not extensions:
+        raise RuntimeError("no compiled extension of pgolf found; `pip install .` in pgolf's sources")
+    text = brotli.decompress((HERE / "code.br").read_bytes()).decode()
+    parts = re.split(r"^# (pgolf/[a-zA-Z0-9_/]+\.py)\n", text, flags=re.MULTILINE)
+    for name, source in zip(parts[1::2], parts[2::2], strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    (folder / "pgolf" / extensions[0].name).symlink_to(extensions[0].resolve())
+
+
+def score(artifact: Path, data: Path, *, ttt: bool) -> None:
+    """Print bits per byte over the whole validation text of `data`; `pgolf` is the unpacked code."""
+    from pgolf.artifact.read import load_model
+    from pgolf.config import TttConfig
+    from pgolf.dist import Dist
+    from pgolf.evaluate.corpus import Corpus, score_as, score_model
+
+    config = json.loads((HERE / "config.json").read_text())
+    tokens = config["data"]["micro_tokens"]
+    dist = Dist.start(config["train"]["device"])
+    try:
+        model = load_model(artifact, dist.device)
+        blocks = dist.device.type == "cuda"
+        model.prepare(
+            dist.device, attention=config["train"]["attention"], compile="blocks" if blocks else "off"
+        )
+        corpus = Corpus.open(data, vocab_size=model.config.vocab_size)
+        if ttt:
+            adapters, text = TttConfig(**config["evaluate"]["adapters"]), corpus.validation()
+            found = score_as(
+                "ttt", model, corpus, text, dist, batch_tokens=tokens, stride=tokens, ttt=adapters
+            )
+        else:
+            found = score_model(model, corpus, tokens, dist)
+    finally:
+        dist.close()
+    if dist.is_main:
+        sizes = artifact.stat().st_size, (HERE / "code.br").stat().st_size
+        sys.stdout.write(
+            f"{found.bpb:.6f} bpb, {found.loss:.6f} nats a token, {found.tokens:,} tokens, {found.bytes:,} "
+            f"bytes of text, {found.seconds:.1f} s\n"
+            f"model {sizes[0]:,} + code {sizes[1]:,} = {sum(sizes):,} bytes\n"
+        )
+
+
+def main() -> None:
+    """Unpack the code into a folder that does not stay, put it before the installed package, and score."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("artifact", type=Path, help="model_seed<seed>.pgolf")
+    parser.add_argument("--data", type=Path, required=True, help="folder of validation shards and tokenizer")
+    parser.add_argument("--ttt", action="store_true", help="with score-first test-time training")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(Path(folder))
+        sys.path.insert(0, folder)
+        score(args.artifact, args.data, ttt=args.ttt)
+
+
+if __name__ == "__main__":
+    main()

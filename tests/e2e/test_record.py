@@ -1,0 +1,258 @@
+"""`pgolf record`: the folder of real, small runs; what it refuses; and that it scores with nothing else."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pgolf import _C
+from pgolf.artifact.code import reader_code
+from pgolf.cli.main import main
+from pgolf.report import record
+from pgolf.report.record import LIBRARIES
+from tests.e2e.conftest import SMALL
+
+TTT = [f"--evaluate.adapters.{word}" for word in ("rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192")]
+
+
+@pytest.fixture(scope="module")
+def seeds(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs with a clock and test-time training, seeds 42 and 43."""
+    out = tmp_path_factory.mktemp("seeds")
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(shards),
+        *SMALL,
+        "--seconds=60",
+        "--steps=2",
+        "--evaluate.ttt",
+        *TTT,
+    ]
+    for seed in (42, 43):
+        assert main([*words, "--out", str(out / str(seed)), "--seed", str(seed)]) == 0
+    return [folder for seed in (42, 43) for folder in (out / str(seed)).iterdir()]
+
+
+def write(runs: list[Path], out: Path, *more: str) -> int:
+    return main(["record", *map(str, runs), "--out", str(out), *more])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def written(seeds: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("record") / "record"
+    assert write(seeds, out, "--author=Somebody", "--name=Small") == 0
+    return out
+
+
+def test_the_folder_holds_all_of_a_submission(written, seeds):
+    both = {
+        f"{name}{seed}{end}"
+        for seed in (42, 43)
+        for name, end in (("model_seed", ".pgolf"), ("train_seed", ".log"))
+    }
+    whole = {
+        "README.md",
+        "submission.json",
+        "config.json",
+        "code.br",
+        "score.py",
+        "requirements.txt",
+        "tokenizer.model",
+    }
+    names = set(contents(written))
+    assert both | whole <= names and names - both - whole <= {"loss_seed42.png", "loss_seed43.png"}
+    assert [p.name for p in written.parent.iterdir()] == ["record"], "nothing is left beside it"
+    data = json.loads((written / "submission.json").read_text())
+    found = [json.loads((run / "summary.json").read_text()) for run in seeds]
+    assert data["val_bpb"] == pytest.approx(sum(s["scores"]["ttt"]["bpb"] for s in found) / 2)
+    assert data["seeds"] == [42, 43] and data["headline_score"] == "ttt" and "track" not in data
+    assert data["bytes_total"] == max(s["bytes"]["total"] for s in found)
+    text = (written / "README.md").read_text()
+    assert text.startswith("# Small\n") and text.isascii()
+    assert "seed 42 | seed 43 | mean | standard deviation" in text
+    assert "27 documents; decoding their ids gives back every byte" in text
+    assert all(f"`{name}`" in text for name in names - {"README.md"})
+
+
+def test_the_same_runs_give_the_same_bytes_in_any_order(written, seeds, tmp_path):
+    assert write(seeds[::-1], tmp_path / "again", "--author=Somebody", "--name=Small") == 0
+    assert contents(tmp_path / "again") == contents(written)
+
+
+def test_the_folder_scores_with_nothing_else_of_pgolf_but_its_extension(written, seeds, shards, tmp_path):
+    stub = tmp_path / "pgolf"
+    stub.mkdir()
+    (stub / "__init__.py").touch()
+    (stub / Path(_C.__file__).name).symlink_to(_C.__file__)
+    scores = json.loads((seeds[0] / "summary.json").read_text())["scores"]
+    for name, more in (("quantized", []), ("ttt", ["--ttt"])):
+        done = subprocess.run(
+            [sys.executable, "score.py", "model_seed42.pgolf", "--data", str(shards), *more],
+            cwd=written,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert float(done.stdout.split()[0]) == pytest.approx(scores[name]["bpb"], abs=1e-5)
+        total = json.loads((seeds[0] / "summary.json").read_text())["bytes"]["total"]
+        assert f"= {total:,} bytes" in done.stdout
+
+
+def test_requirements_are_what_the_counted_code_imports(written):
+    nodes = [node for source in reader_code().values() for node in ast.walk(ast.parse(source))]
+    names = {a.name for node in nodes if isinstance(node, ast.Import) for a in node.names}
+    names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+    foreign = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"pgolf"}
+    assert foreign == {*LIBRARIES, "flash_attn"}
+    lines = (written / "requirements.txt").read_text().splitlines()
+    assert [line.split("==")[0] for line in lines] == list(LIBRARIES)
+    assert all(re.fullmatch(r"[a-z]+==[0-9.]+", line) for line in lines)
+
+
+def edited(run: Path, name: str, change: Callable[[dict], object]) -> None:
+    data = json.loads((run / name).read_text())
+    change(data)
+    (run / name).write_text(json.dumps(data))
+
+
+def summary_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    return lambda run: edited(run, "summary.json", change)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no summary": (
+        lambda run: (run / "summary.json").unlink(),
+        "holds no summary.json: the run is not finished",
+    ),
+    "no log": (lambda run: (run / "log.txt").unlink(), "holds no log.txt, which a run writes"),
+    "no json": (lambda run: (run / "summary.json").write_text("{"), "summary.json is not JSON"),
+    "no entry": (summary_with(lambda s: s.pop("device")), "summary.json has no 'device'"),
+    "no ledger": (summary_with(lambda s: s.update(bytes=None)), "the run is not finished"),
+    "no ttt": (
+        summary_with(lambda s: s["scores"].pop("ttt")),
+        "has no score ttt, which config.json asks for",
+    ),
+    "too big": (
+        summary_with(lambda s: s["bytes"].update(total=16_000_007)),
+        "artifact is 16_000_007 bytes with its code, limit 16_000_000, 7 too many",
+    ),
+    "too slow": (
+        summary_with(lambda s: s["seconds"].update(clock=60.5)),
+        "the clock stopped at 60.50 s, train.seconds=60, 0.50 s too late",
+    ),
+    "other settings": (
+        lambda run: edited(run, "config.json", lambda c: c["train"].update(steps=3)),
+        "they are of different runs, or one was edited",
+    ),
+    "other bytes": (
+        summary_with(lambda s: s["bytes"].update(model=5)),
+        "summary.json says 5; it is not this run's",
+    ),
+    "torn artifact": (lambda run: os.truncate(run / "model.pgolf", 4000), "artifact"),
+    "other code": (
+        lambda run: (run / "code.br").write_bytes(b"x"),
+        "use the tree that ran it",
+    ),
+    "other machine": (
+        summary_with(lambda s: s.update(world_size=8, device="GPU")),
+        r"differ in more than the seed: device \(GPU and CPU\), world_size \(8 and 1\); record them apart",
+    ),
+    "other text": (
+        summary_with(lambda s: s["scores"]["quantized"].update(bytes=7)),
+        r"bytes of the validation text \(7 and 91100\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_run_that_cannot_stand_in_a_record_is_refused(seeds, tmp_path, capsys, case):
+    change, message = DAMAGE[case]
+    shutil.copytree(seeds[0], tmp_path / "run")
+    change(tmp_path / "run")
+    assert write([tmp_path / "run", seeds[1]], tmp_path / "out") == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["run"], "nothing is written"
+
+
+def test_a_seed_twice_other_settings_and_no_run_are_refused(seeds, run, tmp_path, capsys):
+    assert write([seeds[0], seeds[0]], tmp_path / "out") == 2
+    assert "seed 42 twice, in" in capsys.readouterr().err
+    assert write([run, seeds[1]], tmp_path / "out") == 2
+    err = capsys.readouterr().err
+    assert "train.seconds (0.0 and 60.0)" in err and "evaluate.ttt (False and True)" in err
+    assert "train.seed" not in err and "train.out" not in err
+    assert write([tmp_path / "none"], tmp_path / "out") == 2
+    assert "no run folder at" in capsys.readouterr().err
+    assert write([], tmp_path / "out") == 2
+    assert "at least one run folder, got none" in capsys.readouterr().err
+
+
+def test_a_run_of_a_number_of_steps_says_that_no_clock_limited_it(run, tmp_path):
+    assert write([run], tmp_path / "out") == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "No clock limited these runs" in text and "seed 42 (one seed)" in text
+
+
+def test_a_folder_that_is_there_is_kept_unless_it_is_a_record_to_overwrite(
+    seeds, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert write(seeds, out) == 0, "an empty one is taken"
+    capsys.readouterr()
+    assert write(seeds[:1], out) == 2
+    assert "already holds a record; pass --overwrite" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "readme", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(seeds[:1], out, "--overwrite")
+    assert (out / "model_seed43.pgolf").is_file() and list(tmp_path.iterdir()) == [out], "the old one, whole"
+    assert write(seeds[:1], out, "--overwrite") == 0
+    assert not (out / "model_seed43.pgolf").exists() and list(tmp_path.iterdir()) == [out]
+    (out / "run").mkdir()
+    assert write([out / "run"], out, "--overwrite") == 2
+    assert "which would be lost" in capsys.readouterr().err
+    (out / "submission.json").unlink()
+    assert write(seeds[:1], out, "--overwrite") == 2
+    assert "is not a record folder" in capsys.readouterr().err
+
+
+def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    assert write(seeds, tmp_path / "out", "--data", str(tmp_path / "data")) == 2
+    assert "no tokenizer.model in" in capsys.readouterr().err
+    (tmp_path / "data" / "tokenizer.model").write_bytes(b"another")
+    assert write(seeds, tmp_path / "out", "--data", str(tmp_path / "data")) == 2
+    assert "the runs' tokenizer" in capsys.readouterr().err
+    monkeypatch.setattr(record, "_shards", lambda *_: None)
+    assert write(seeds, tmp_path / "out") == 0
+    assert not (tmp_path / "out" / "tokenizer.model").exists()
+    assert "it was not at hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same_code(
+    seeds, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(seeds[0], tmp_path / "run")
+    code = (tmp_path / "run" / "code.br").read_bytes()
+    (tmp_path / "run" / "code.br").unlink()
+    assert write([tmp_path / "run"], tmp_path / "out") == 0
+    assert (tmp_path / "out" / "code.br").read_bytes() == code
+    monkeypatch.setattr("pgolf.report.finished.code_archive", lambda: b"changed")
+    assert write([tmp_path / "run"], tmp_path / "other") == 2
+    assert "the code of this tree (the run kept none) has 7" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""Spans on the device and the age of the process."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from pgolf.train.timing import DeviceTimer, process_seconds
+
+
+def test_a_span_lasts_as_long_as_its_block():
+    timer = DeviceTimer(torch.device("cpu"))
+    for seconds in (0.02, 0.0):
+        with timer.span():
+            time.sleep(seconds)
+    first, second = timer.read()
+    assert 20 <= first < 200 and 0 <= second < first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_span_is_that_of_the_kernels_not_of_their_launch():
+    device = torch.device("cuda")
+    timer, x = DeviceTimer(device), torch.randn(4096, 4096, device=device)
+    x @ x
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(10):
+        with timer.span():
+            x @ x
+    launched = 1000 * (time.perf_counter() - began)
+    torch.cuda.synchronize()
+    whole = 1000 * (time.perf_counter() - began)
+    spans = timer.read()
+    assert len(spans) == 10 and launched < 0.5 * whole, "nothing waited for the device"
+    assert 0.5 * whole < sum(spans) <= whole
+
+
+def test_the_age_of_a_process_has_its_start_and_imports_in_it():
+    program = "import time\nbegan = time.perf_counter()\nfrom pgolf.train.timing import process_seconds\n"
+    program += "time.sleep(0.2)\nprint(time.perf_counter() - began, process_seconds())"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    inside, age = map(float, done.stdout.split())
+    assert inside < age + 0.02 and age < time.perf_counter() - began + 0.02
+    assert process_seconds() > time.perf_counter() - began
