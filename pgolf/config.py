@@ -257,6 +257,9 @@ class TrainConfig:
     quantize_reserve: float | None = None
     """Seconds of the budget kept for saving, calibration and quantization; none given: what a rehearsal of
     them before the clock took, and 15 %; 0 puts them after the budget."""
+    quantize: bool = True
+    """Quantize, write and score the artifact after training; off, a run ends with its raw and averaged
+    weights, of which `pgolf quantize` makes an artifact later."""
     seed: int = 42
     """Seeds initialization and data order."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -454,6 +457,11 @@ class Config:
 
     def __post_init__(self) -> None:
         longest = self.model.max_context
+        _require(
+            self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
+            "evaluate.sliding and evaluate.ttt score quantized weights, and train.quantize is off; "
+            "switch it on or them off",
+        )
         _require(
             not self.evaluate.sliding or self.evaluate.stride <= longest,
             f"evaluate.stride must be at most model.max_context={longest}, got {self.evaluate.stride}",

@@ -44,7 +44,7 @@ class CellResult:
     status: Status
     values: dict[str, float] = field(default_factory=dict)
     """raw, ema, quantized (bits per byte), bytes, steps, ms (a step, mean), ms_loop_off and ms_loop_on
-    (medians); empty unless finished."""
+    (medians); empty unless finished, without what the run did not make."""
     metrics: Path | None = None
     """metrics.jsonl of the run."""
     message: str = ""

@@ -216,8 +216,8 @@ def read_cell(cell: Cell) -> CellResult:
 
 def _values(summary: dict[str, Any]) -> dict[str, float]:
     """Pick the figures of a run's summary; averaging that is off leaves the raw weights as the average."""
-    scores, train = summary["scores"], summary["train"]
-    values = {name: float(scores.get(name, scores["raw"])["bpb"]) for name in WEIGHTS}
+    scores, train = {"ema": summary["scores"]["raw"], **summary["scores"]}, summary["train"]
+    values = {name: float(scores[name]["bpb"]) for name in WEIGHTS if name in scores}
     values["steps"] = float(train["steps"])
     values["ms"] = 1000 * float(summary["seconds"]["train"]) / max(1, train["steps"])
     optional = {name: train.get(name) for name in ("ms_loop_off", "ms_loop_on")}

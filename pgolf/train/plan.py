@@ -155,6 +155,8 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         coefficients(arms[arm].optim.muon.coefficients, arms[arm].optim.muon.ns_steps)
         warnings += idle
     warnings += _twins(arms)
+    if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
+        raise ValueError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
     return Plan(
         name=file.name,
         comment=file.comment,

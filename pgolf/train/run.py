@@ -1,9 +1,9 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-code.br (the code that is counted with it), loss.png and summary.json. Everything up to the artifact is
-written before scoring starts, and the summary before the further ways to score, so a late failure loses
-nothing.
+code.br (the code that is counted with it), loss.png and summary.json; with train.quantize off, no model.pgolf
+and no code.br. Everything up to the artifact is written before scoring starts, and the summary before the
+further ways to score, so a late failure loses nothing.
 """
 
 from __future__ import annotations
@@ -125,12 +125,10 @@ class Run:
             result = self._train(trainer, clock)
             self._record_training(result)
             raw, best = self._timed("save", lambda: self._save(result))
-            calibration = self._timed(
-                "calibrate", lambda: calibrate(self._model, iter(loader.next, None), config.quant, dist)
-            )
+            calibration = self._calibrate(loader) if config.train.quantize else None
         dist.assert_replicas_equal(raw)
-        ledger = self._write(best, calibration, clock)
-        s.ledger = ledger
+        if calibration is not None:
+            s.ledger = self._write(best, calibration, clock)
         self._score(raw, best)
         self._write_summary()
         self._score_otherwise()
@@ -149,6 +147,8 @@ class Run:
     def _with_reserve(self, loader: TrainLoader) -> TrainConfig:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
         train = self._config.train
+        if train.quantize_reserve is None and not train.quantize:
+            train = replace(train, quantize_reserve=0.0)
         if train.quantize_reserve is None and train.seconds:
             reserve = self._timed(
                 "rehearse",
@@ -212,6 +212,13 @@ class Run:
             save_weights(self._folder / "ema.safetensors", best, self._config, **facts)
         return raw, best
 
+    def _calibrate(self, loader: TrainLoader) -> Calibration:
+        """Measure what quantization needs to know, with the weights that are in the model."""
+        batches = iter(loader.next, None)
+        return self._timed(  # type: ignore[no-any-return]
+            "calibrate", lambda: calibrate(self._model, batches, self._config.quant, self._dist)
+        )
+
     def _write(self, best: dict[str, Tensor], calibration: Calibration, clock: Clock) -> Ledger | None:
         """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
@@ -250,12 +257,14 @@ class Run:
         return ledger
 
     def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
-        """Score raw, averaged and quantized weights over the whole validation set."""
-        artifact = self._timed("read", lambda: read_artifact(self._folder / ARTIFACT))
-        candidates = {"raw": raw, "ema": best if self._ema is not None else None, "quantized": artifact.state}
+        """Score raw, averaged and quantized weights, where there are, over the whole validation set."""
+        candidates = {"raw": raw}
+        if self._ema is not None:
+            candidates["ema"] = best
+        if self._config.train.quantize:
+            artifact = self._timed("read", lambda: read_artifact(self._folder / ARTIFACT))
+            candidates["quantized"] = artifact.state
         for name, tensors in candidates.items():
-            if tensors is None:
-                continue
             copy_parameters(self._model, tensors)
             score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
             self._add_score(name, score)

@@ -176,10 +176,11 @@ BAD = [
     (["--data.micro-tokens=500"], r"data.batch_tokens=2048 must be a multiple of"),
     (["--data=/nowhere"], r"/nowhere"),
     (["--optim.muon.coefficients=jordon"], r"must be one of .*jordan.*got 'jordon'"),
+    (["--train.no-quantize", "--evaluate.ttt"], r"score\s+quantized\s+weights"),
 ]
 
 
-@pytest.mark.parametrize("change, message", BAD, ids=["vocab", "batch", "folder", "coefficients"])
+@pytest.mark.parametrize("change, message", BAD, ids=["vocab", "batch", "folder", "coefficients", "rows"])
 def test_bad_settings_give_one_line_and_exit_code_2(shards, tmp_path, capsys, change, message):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, *change]
     try:
@@ -315,6 +316,17 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized", "plot"} <= seconds.keys()
     parts = sum(v for k, v in seconds.items() if k not in ("reserve", "total", *INSIDE))
     assert parts == pytest.approx(seconds["total"], abs=0.5) and parts <= seconds["total"]
+
+
+def test_a_run_without_an_artifact_ends_with_its_weights(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--train.no-quantize"]
+    assert main([*words, "--seconds=60", "--steps=2"]) == 0
+    (folder,) = tmp_path.iterdir()
+    names = {p.name for p in folder.iterdir()}
+    assert {"raw.safetensors", "ema.safetensors", "summary.json"} <= names and "model.pgolf" not in names
+    s = summary(folder)
+    assert list(s["scores"]) == ["raw", "ema"] and s["bytes"] is None and s["seconds"]["reserve"] == 0.0
+    assert not {"calibrate", "quantize", "rehearse"} & s["seconds"].keys()
 
 
 def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypatch, capsys):

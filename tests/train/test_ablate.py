@@ -82,6 +82,7 @@ BAD_PLANS = [
     ({"arms": {"base": {}, "a": {"train.seed": 3}}}, ValueError, r"train.seed is given by the plan's seeds"),
     ({"overrides": {"train.steps": 3}}, ValueError, r"train.steps is given by the plan's steps or seconds"),
     ({"metric": "ttt"}, ValueError, r"metric must be one of \('raw', 'ema', 'quantized'\)"),
+    ({"overrides": {"train.quantize": False}}, ValueError, r"quantized needs train.quantize in every arm"),
     ({"effect": 0}, ValueError, r"effect is in bits per byte"),
     ({"base": "recrod"}, ValueError, r"'recrod' is neither a preset"),
 ]
