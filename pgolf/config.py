@@ -257,6 +257,10 @@ class TrainConfig:
     quantize_reserve: float | None = None
     """Seconds of the budget kept for saving, calibration and quantization; none given: what a rehearsal of
     them before the clock took, and 15 %; 0 puts them after the budget."""
+    init: Path | None = None
+    """raw.safetensors or ema.safetensors of a run of the same model: start from these weights, not from
+    random ones. Nothing but weights: optimizer state starts from zero and the schedule from its beginning (to
+    go on where a run ended, lower the rates and set optim.muon.momentum_warmup=0)."""
     quantize: bool = True
     """Quantize, write and score the artifact after training; off, a run ends with its raw and averaged
     weights, of which `pgolf quantize` makes an artifact later."""

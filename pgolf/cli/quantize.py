@@ -51,17 +51,13 @@ def main(argv: list[str]) -> int:
     from pgolf.model.gpt import GPT
     from pgolf.quant.calibrate import calibrate, quantize_model
     from pgolf.train.run import open_loader, write_quantized
-    from pgolf.train.state import copy_parameters, load_weights
+    from pgolf.train.state import check_tokenizer, copy_parameters, load_weights
 
     state, saved, facts = load_weights(args.checkpoint)
     quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size)
-    if facts.get("tokenizer_sha256", corpus.sha256) != corpus.sha256:
-        raise ValueError(
-            f"{args.checkpoint} was trained with another tokenizer than {args.data} holds; "
-            "use the run's tokenizer.model"
-        )
+    check_tokenizer(args.checkpoint, facts, corpus.sha256)
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
     corpus.validation(documents=1)  # raises now what scoring would raise in the end

@@ -65,7 +65,8 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
         ValueError: no folder given; a run is not finished, its files do not belong together, its artifact is
-            above the limit or its clock above its budget; a seed twice, or configurations that differ.
+            above the limit or its clock above its budget, it started from a checkpoint; a seed twice, or
+            configurations that differ.
     """
     if not folders:
         raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
@@ -134,6 +135,11 @@ def _checked(run: FinishedRun, *, hash_of_config: str) -> FinishedRun:
 def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     for key in NEEDED:
         summary[key]
+    if config.train.init is not None:
+        raise ValueError(
+            f"{folder}: the run started from {config.train.init}, whose training its clock does not hold; "
+            "record a run that starts from random weights"
+        )
     scores, ledger = summary["scores"], summary["bytes"]
     asked = {"quantized": True, "sliding": config.evaluate.sliding, "ttt": config.evaluate.ttt}
     missing = [name for name, wanted in asked.items() if wanted and name not in scores]

@@ -116,8 +116,13 @@ class Plan:
 
 
 def run_key(config: Config) -> str:
-    """Return the hash of what `config` computes: all of it but the names of the run and of its folder."""
-    return config_hash(replace(config, name="", train=replace(config.train, out=Path())))
+    """Return the hash of what `config` computes: all of it but the names of the run and of its folder.
+
+    A checkpoint that it starts from counts by its own and its run folder's name (which holds the time of the
+    run), so that results and checkpoints may be moved.
+    """
+    init = config.train.init and Path(*config.train.init.parts[-2:])
+    return config_hash(replace(config, name="", train=replace(config.train, out=Path(), init=init)))
 
 
 def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:

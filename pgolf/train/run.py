@@ -41,7 +41,13 @@ from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult, passes_per_step
 from pgolf.train.rehearse import rehearse
-from pgolf.train.state import clone_parameters, copy_parameters, save_weights, write_json
+from pgolf.train.state import (
+    clone_parameters,
+    copy_parameters,
+    load_initial,
+    save_weights,
+    write_json,
+)
 from pgolf.train.timing import process_seconds
 
 ARTIFACT = "model.pgolf"
@@ -90,6 +96,8 @@ class Run:
             attention=config.train.attention,
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
+        if config.train.init is not None:
+            load_initial(config.train.init, self._model, config, tokenizer_sha256=self._corpus.sha256)
         parameters = dict(self._model.named_parameters())
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
         self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
@@ -117,6 +125,9 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
+        if config.train.init is not None:
+            dist.assert_replicas_equal(dict(self._model.named_parameters()))
+            log.line(f"starts from the weights of {config.train.init}")
         with open_loader(config, self._corpus, dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
             s.seconds["warm_up"] = trainer.warm_up(log)

@@ -50,6 +50,41 @@ def load_config(path: Path) -> Config:
     return _parse(path, metadata)[0]
 
 
+def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> None:
+    """Overwrite the parameters of `model`, made by `config`, with a checkpoint's (train.init).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint of ours, or of another model or tokenizer.
+    """
+    tensors, saved, facts = load_weights(path)
+    ours, theirs = to_dict(config.model), to_dict(saved.model)
+    different = [f"model.{k} is {theirs[k]} there and {ours[k]} here" for k in ours if ours[k] != theirs[k]]
+    if different:
+        raise ValueError(
+            f"train.init={path} is of another model: {', '.join(different)}; give this run the same settings "
+            "or start from another checkpoint"
+        )
+    check_tokenizer(path, facts, tokenizer_sha256)
+    try:
+        copy_parameters(model, tensors)
+    except ValueError as e:
+        raise ValueError(f"train.init={path}: {e}; start from a checkpoint that this code wrote") from e
+
+
+def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) -> None:
+    """Check that the checkpoint at `path`, with these `facts`, was trained with this tokenizer.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if facts.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
+        raise ValueError(
+            f"{path} was trained with another tokenizer than the data folder holds; "
+            "use the run's tokenizer.model"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     if not path.is_file():
@@ -78,12 +113,19 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     """Overwrite the parameters of `model` in place with `tensors` (same names and shapes).
 
     Raises:
-        ValueError: names differ.
+        ValueError: names or shapes differ.
     """
     own = dict(model.named_parameters())
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())
         raise ValueError(f"the weights do not fit the model: {', '.join(different)} on one side only")
+    shapes = [
+        f"{name} must be {tuple(p.shape)}, got {tuple(tensors[name].shape)}"
+        for name, p in own.items()
+        if p.shape != tensors[name].shape
+    ]
+    if shapes:
+        raise ValueError(f"the weights do not fit the model: {', '.join(shapes)}")
     for name, p in own.items():
         p.copy_(tensors[name])
 

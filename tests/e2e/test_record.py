@@ -155,6 +155,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         summary_with(lambda s: s["seconds"].update(clock=60.5)),
         "the clock stopped at 60.50 s, train.seconds=60, 0.50 s too late",
     ),
+    "a checkpoint": (
+        lambda run: edited(run, "config.json", lambda c: c["train"].update(init="old/raw.safetensors")),
+        "the run started from old/raw.safetensors, whose training its clock does not hold",
+    ),
     "other settings": (
         lambda run: edited(run, "config.json", lambda c: c["train"].update(steps=3)),
         "they are of different runs, or one was edited",

@@ -201,6 +201,17 @@ def test_changed_configuration_is_run_again_and_moved_results_are_kept(tmp_path)
     assert len(longer.started) == 6
 
 
+def test_checkpoint_that_the_arms_start_from_may_move_but_not_become_another(tmp_path):
+    def plan(path):
+        return make_plan(tmp_path, overrides={"train.init": path}, seeds=[1])
+
+    run_all(plan("here/run1/raw.safetensors"), FakeCells())
+    moved, other = FakeCells(), FakeCells()
+    run_all(plan("there/run1/raw.safetensors"), moved)
+    run_all(plan("here/run2/raw.safetensors"), other)
+    assert moved.started == [] and len(other.started) == 2
+
+
 def test_torn_summary_is_run_again(tmp_path):
     plan = make_plan(tmp_path)
     run_all(plan, FakeCells())

@@ -47,3 +47,8 @@ def test_bad_checkpoints_are_named(tmp_path):
 def test_copy_parameters_refuses_other_names():
     with pytest.raises(ValueError, match=r"do not fit the model: bias, extra"):
         copy_parameters(nn.Linear(2, 2), {"weight": torch.zeros(2, 2), "extra": torch.zeros(1)})
+
+
+def test_copy_parameters_spreads_no_smaller_tensor_over_a_larger():
+    with pytest.raises(ValueError, match=r"do not fit the model: weight must be \(2, 2\), got \(1, 2\)"):
+        copy_parameters(nn.Linear(2, 2), {"weight": torch.ones(1, 2), "bias": torch.zeros(2)})
