@@ -33,6 +33,8 @@ Status = Literal["finished", "diverged", "crashed", "missing"]
 WEIGHTS = ("raw", "ema", "quantized")
 PARTS = 10
 """Pieces of a run in the table of gaps."""
+TRUNK_FIGURES = (("steps", 0), ("last_loss", 4), ("raw", 5))
+"""Values of a trunk that the report shows, with their digits."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class CellResult:
     status: Status
     values: dict[str, float] = field(default_factory=dict)
     """raw, ema, quantized (bits per byte), bytes, steps, ms (a step, mean), ms_loop_off and ms_loop_on
-    (medians); empty unless finished, without what the run did not make."""
+    (medians), last_loss (nats per token); empty unless finished, without what the run did not make."""
     metrics: Path | None = None
     """metrics.jsonl of the run."""
     message: str = ""
@@ -53,6 +55,16 @@ class CellResult:
     """Commit of the code that ran it."""
     device: str = ""
     """Where it ran."""
+
+
+@dataclass(frozen=True)
+class TrunkResult:
+    """The runs whose raw weights the arms start from, one a seed; no arm, and in no mean."""
+
+    steps: int
+    overrides: dict[str, object]
+    """What they change in the baseline."""
+    cells: tuple[CellResult, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +88,8 @@ class Ablation:
     common: dict[str, object] = field(default_factory=dict)
     """Overrides of all arms."""
     warnings: tuple[str, ...] = ()
+    trunk: TrunkResult | None = None
+    """None: arms start from random weights, or from a checkpoint that train.init names."""
 
     def of(self, arm: str, status: Status = "finished") -> dict[int, CellResult]:
         """Return the cells of `arm` in this state, by seed."""
@@ -175,6 +189,7 @@ def tables(ablation: Ablation) -> list[Table]:
         _means(ablation),
         *_gaps(ablation),
         Table("What each arm sets", ("arm", "overrides"), _changes(ablation)),
+        *_trunks(ablation),
     ]
     open_cells = [c for c in ablation.cells if c.status != "finished"]
     if open_cells:
@@ -186,13 +201,15 @@ def tables(ablation: Ablation) -> list[Table]:
 def facts(ablation: Ablation) -> list[str]:
     """Return the lines above the tables: the plan, the code, what to be careful about."""
     done = [c for c in ablation.cells if c.status in ("finished", "diverged")]
-    commits = sorted({c.commit for c in done if c.commit})
-    devices = sorted({c.device for c in done if c.device})
+    ran = [*done, *(ablation.trunk.cells if ablation.trunk else ())]
+    commits = sorted({c.commit for c in ran if c.commit})
+    devices = sorted({c.device for c in ran if c.device})
     lines = [ablation.comment] if ablation.comment else []
     lines += [
         f"Plan {ablation.plan_file}: base {ablation.base}, {ablation.length} a run, "
         f"{len(ablation.arms)} arms x seeds {', '.join(map(str, ablation.seeds))}, "
         f"baseline {ablation.baseline}.",
+        *_start(ablation),
         f"Code: {', '.join(commits) or 'unknown'}. Device: {', '.join(devices) or 'unknown'}.",
         f"Decided by bpb {ablation.metric}, paired t test at {ALPHA:g}, Holm over the arms; intervals "
         "are each arm's own 95 %. Other columns are described, not tested.",
@@ -207,6 +224,21 @@ def facts(ablation: Ablation) -> list[str]:
     if len(devices) > 1:
         lines.append("WARNING: cells ran on different devices.")
     return lines + [f"WARNING: {text}" for text in ablation.warnings]
+
+
+def _start(ablation: Ablation) -> list[str]:
+    """Say what the arms start from, where it is not random weights."""
+    init = ablation.common.get("train.init")
+    if init:
+        return [f"Every run starts from the weights of {init}: seeds change the order of the data alone."]
+    if ablation.trunk is None:
+        return []
+    losses = [f"seed {c.seed} {c.values['last_loss']:.4f}" for c in ablation.trunk.cells if c.values]
+    return [
+        f"The arms of a seed start from the same weights: a trunk of {ablation.trunk.steps:,} steps of "
+        f"{ablation.baseline} with {_settings(ablation.trunk.overrides)}. Last loss of the trunks, nats per "
+        f"token: {', '.join(losses) or 'none yet'}."
+    ]
 
 
 def markdown(ablation: Ablation) -> str:
@@ -312,7 +344,23 @@ def _mean(m: Mean, digits: int) -> str:
 
 def _changes(ablation: Ablation) -> list[tuple[str, ...]]:
     sets = {"(all arms)": ablation.common, **ablation.arms}
-    return [(a, ", ".join(f"{k} = {v}" for k, v in c.items()) or "nothing") for a, c in sets.items()]
+    return [(arm, _settings(changes)) for arm, changes in sets.items()]
+
+
+def _settings(changes: dict[str, object]) -> str:
+    return ", ".join(f"{k} = {v}" for k, v in changes.items()) or "nothing"
+
+
+def _trunks(ablation: Ablation) -> list[Table]:
+    """Return the table of trunks, in a plan that has them."""
+    if ablation.trunk is None:
+        return []
+    head = ("seed", "state", "steps", "last loss", "bpb raw", "message")
+    rows = []
+    for c in ablation.trunk.cells:
+        figures = (f"{c.values[k]:,.{digits}f}" if k in c.values else "-" for k, digits in TRUNK_FIGURES)
+        rows.append((str(c.seed), c.status, *figures, c.message))
+    return [Table("Trunks, whose raw weights the arms start from", head, rows)]
 
 
 def _figure(value: float, show: Callable[[float], str]) -> str:

@@ -4,6 +4,10 @@ The state is in the files, never in this process: a cell is finished when a run 
 summary.json and a config.json of the same configuration, and diverged when cell.json says so of the same
 configuration. Everything else is run (again). So a plan may be stopped at any time, gain seeds or arms, or
 move to another folder.
+
+The configuration of a cell with a trunk names the trunk's finished run. So a trunk that is run again, because
+its configuration changed or its weights are gone and cells are missing, has all its cells run again: pairs
+always start from the same weights.
 """
 
 from __future__ import annotations
@@ -15,17 +19,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.report.ablation import WEIGHTS, Ablation, CellResult
+from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkResult
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.state import write_json
 
 OUTPUT = "output.txt"
 RECORD = "cell.json"
+START = "raw.safetensors"
+"""Weights of a trunk that its cells start from: those that training had reached, not their average."""
+DONE = ("finished", "diverged")
 MAX_CRASHES = 3
 """This many crashes in a row stop the plan: the next cells would not do better."""
 DIVERGED = re.compile(
@@ -92,6 +99,8 @@ def run_plan(
 ) -> None:
     """Run every cell that is not done, in the plan's order, `gpus * per_gpu` at once.
 
+    A cell waits for its trunk, which is run just before the cells of its seed; other seeds' go on meanwhile.
+
     Args:
         plan: what to run.
         start: starts one cell; `start_process` outside of tests.
@@ -113,18 +122,20 @@ def run_plan(
             f"per_gpu {per_gpu} in a plan of {plan.length}: runs that share a GPU slow each other; "
             "give the plan steps instead of seconds, or per_gpu 1"
         )
-    cells = plan.cells()
-    waiting = [cell for cell in cells if read_cell(cell).status not in ("finished", "diverged")]
-    done = len(cells) - len(waiting)
-    if done:
-        say(f"{done} of {len(cells)} cells are there already")
+    queue, running = open_cells(plan), list[_Running]()
+    total = len(plan.cells()) + len(plan.trunks())
+    if done := total - len(queue):
+        say(f"{done} of {total} cells are there already")
     free: list[int | None] = [*range(gpus)] * per_gpu if gpus else [None] * per_gpu
-    queue, running = list(waiting), list[_Running]()
-    progress = _Progress(len(cells), done, len(free), say)
+    progress = _Progress(total, done, len(free), say)
     try:
         while queue or running:
-            while queue and free:
-                running.append(_begin(queue.pop(0), free.pop(0), start))
+            while free and (cell := _take_ready(queue, running)):
+                rooted = start_from_trunk(cell)
+                if rooted is None or not _has_weights(rooted.trunk):
+                    progress.skip(cell)
+                else:
+                    running.append(_begin(rooted, free.pop(0), start))
             ended = [r for r in running if r.process.poll() is not None]
             for r in ended:
                 running.remove(r)
@@ -139,6 +150,47 @@ def run_plan(
             r.process.wait()
 
 
+def open_cells(plan: Plan) -> list[Cell]:
+    """Return the cells to run, in the plan's order; trunks that have to run come before their arms."""
+    cells = plan.cells()
+    opened = [cell for cell in cells if read_cell(cell).status not in DONE]
+    trunks = [cell.trunk for cell in opened if not _has_weights(cell.trunk)]
+    queue: list[Cell] = []
+    for cell in cells:
+        if cell.trunk is not None and cell.trunk in trunks and cell.trunk not in queue:
+            queue.append(cell.trunk)
+        if cell.trunk in trunks or cell in opened:
+            queue.append(cell)
+    return queue
+
+
+def _has_weights(trunk: Cell | None) -> bool:
+    """Return whether the weights of `trunk` are there; without a trunk none are needed."""
+    if trunk is None:
+        return True
+    run = finished_run(trunk)
+    return run is not None and (run / START).is_file()
+
+
+def start_from_trunk(cell: Cell) -> Cell | None:
+    """Return `cell` with the weights of its trunk as train.init; None where the trunk did not finish."""
+    if cell.trunk is None:
+        return cell
+    run = finished_run(cell.trunk)
+    if run is None:
+        return None
+    return replace(cell, config=replace(cell.config, train=replace(cell.config.train, init=run / START)))
+
+
+def _take_ready(queue: list[Cell], running: list[_Running]) -> Cell | None:
+    """Take the first cell whose trunk is not still to come out of the queue, if there is one."""
+    to_come = [*queue, *(r.cell for r in running)]
+    ready = next((cell for cell in queue if cell.trunk not in to_come), None)
+    if ready is not None:
+        queue.remove(ready)
+    return ready
+
+
 class _Progress:
     """Counts the cells and guesses the rest; raises when only crashes come."""
 
@@ -151,7 +203,7 @@ class _Progress:
         self._done += 1
         self._seconds.append(seconds)
         left = (self._total - self._done) * sum(self._seconds) / len(self._seconds) / self._slots
-        score = result.values.get(metric)
+        score = result.values.get(metric, result.values.get("raw"))
         what = f"{score:.5f} bpb" if score is not None else f"{result.status}: {result.message}"
         self._say(
             f"[{self._done}/{self._total}] {result.arm} seed {result.seed}: {what}, {seconds:.0f} s; "
@@ -163,6 +215,11 @@ class _Progress:
                 f"{MAX_CRASHES} cells in a row crashed, the last with: {result.message}; mend it and start "
                 "again (finished cells are kept)"
             )
+
+    def skip(self, cell: Cell) -> None:
+        """Count a cell whose trunk left no weights."""
+        self._done += 1
+        self._say(f"[{self._done}/{self._total}] {cell.arm} seed {cell.seed}: not run, its trunk failed")
 
 
 def _begin(cell: Cell, gpu: int | None, start: Start) -> _Running:
@@ -194,24 +251,41 @@ def _tail(path: Path) -> str:
 
 
 def read_cell(cell: Cell) -> CellResult:
-    """Return what the cell's folder says of this very configuration."""
+    """Return what the cell's folder says of this very configuration, the run of its trunk included."""
+    rooted = start_from_trunk(cell)
+    if rooted is None:
+        assert cell.trunk is not None
+        trunk = read_cell(cell.trunk)
+        status: Status = "diverged" if trunk.status == "diverged" else "missing"
+        return CellResult(cell.arm, cell.seed, status, message=f"trunk {trunk.status}: {trunk.message}")
     record = _read_json(cell.folder / RECORD)
-    record = record if record.get("key") == cell.key else {}
-    commit = str(record.get("commit", ""))
-    for run in sorted((p.parent for p in cell.folder.glob("*/summary.json")), reverse=True):
+    record = record if record.get("key") == rooted.key else {}
+    result = CellResult(cell.arm, cell.seed, "missing", commit=str(record.get("commit", "")))
+    run = _run_of(rooted)
+    if run is not None:
         summary = _read_json(run / "summary.json")
-        if not summary or _key(run / "config.json") != cell.key:
-            continue
-        values, metrics, device = _values(summary), run / "metrics.jsonl", str(summary.get("device", ""))
+        values, device = _values(summary), str(summary.get("device", ""))
+        result = replace(result, metrics=run / "metrics.jsonl", device=device)
         wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         if wrong:
-            return CellResult(cell.arm, cell.seed, "diverged", {}, metrics, ", ".join(wrong), commit, device)
-        return CellResult(cell.arm, cell.seed, "finished", values, metrics, "", commit, device)
-    status = record.get("status")
-    if status in ("diverged", "crashed"):
-        message = str(record.get("message", ""))
-        return CellResult(cell.arm, cell.seed, status, message=message, commit=commit)
-    return CellResult(cell.arm, cell.seed, "missing")
+            return replace(result, status="diverged", message=", ".join(wrong))
+        return replace(result, status="finished", values=values)
+    if record.get("status") in ("diverged", "crashed"):
+        return replace(result, status=record["status"], message=str(record.get("message", "")))
+    return replace(result, commit="")
+
+
+def finished_run(cell: Cell) -> Path | None:
+    """Return the run folder of a finished cell; None if it is not finished."""
+    return _run_of(cell) if read_cell(cell).status == "finished" else None
+
+
+def _run_of(cell: Cell) -> Path | None:
+    """Return the newest run in the cell's folder that has a summary and the cell's configuration."""
+    for run in sorted((p.parent for p in cell.folder.glob("*/summary.json")), reverse=True):
+        if _read_json(run / "summary.json") and _key(run / "config.json") == cell.key:
+            return run
+    return None
 
 
 def _values(summary: dict[str, Any]) -> dict[str, float]:
@@ -220,7 +294,7 @@ def _values(summary: dict[str, Any]) -> dict[str, float]:
     values = {name: float(scores[name]["bpb"]) for name in WEIGHTS if name in scores}
     values["steps"] = float(train["steps"])
     values["ms"] = 1000 * float(summary["seconds"]["train"]) / max(1, train["steps"])
-    optional = {name: train.get(name) for name in ("ms_loop_off", "ms_loop_on")}
+    optional = {name: train.get(name) for name in ("ms_loop_off", "ms_loop_on", "last_loss")}
     optional["bytes"] = (summary.get("bytes") or {}).get("total")
     return values | {name: float(value) for name, value in optional.items() if value is not None}
 
@@ -258,4 +332,12 @@ def gather(plan: Plan, plan_file: Path) -> Ablation:
         seeds=plan.seeds,
         cells=tuple(read_cell(cell) for cell in plan.cells()),
         warnings=plan.warnings,
+        trunk=_gather_trunk(plan),
     )
+
+
+def _gather_trunk(plan: Plan) -> TrunkResult | None:
+    if plan.trunk is None:
+        return None
+    cells = tuple(read_cell(cell) for cell in plan.trunks().values())
+    return TrunkResult(plan.trunk.config.train.steps, dict(plan.trunk.overrides), cells)

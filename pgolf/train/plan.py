@@ -4,6 +4,11 @@
      "overrides": {"data.batch_tokens": 98304}, "baseline": "express",
      "arms": {"express": {}, "jordan": {"optim.muon.coefficients": "jordan"}}, "seeds": [1, 2, 3]}
 
+A plan may have a trunk, `"trunk": {"steps": 3000, "overrides": {"optim.warmdown": 0.0}}`: with every seed,
+the baseline, changed like this, is trained for so many steps first, and all arms of that seed start from its
+raw weights, with a fresh optimizer and the whole schedule. From random weights each run takes the fast fall
+of the loss some steps earlier or later, which scatters the pairs.
+
 Overrides are settings of config.json with dots between the levels. An override that changes nothing is
 legal but warned of: a published record of the challenge (PR #1769) claimed a gain from one.
 """
@@ -21,6 +26,11 @@ from pgolf.config import Config, config_hash, from_dict, to_dict
 from pgolf.optim.polar import coefficients
 
 Metric = Literal["raw", "ema", "quantized"]
+
+TRUNK = "trunk"
+"""Name of the trunks' cells."""
+TRUNK_SEEDS = 1_000_000
+"""The trunk of seed s is trained with seed s + this: its arms shall not read its batches once more."""
 
 OWNED = {
     "name": "the arm's name",
@@ -45,6 +55,7 @@ class _File:
     steps: int = 0
     seconds: float = 0.0
     overrides: object = None
+    trunk: object = None
     baseline: str = ""
     arms: object = None
     seeds: object = None
@@ -52,14 +63,24 @@ class _File:
     effect: float = 0.0005
 
 
+@dataclass(frozen=True, kw_only=True)
+class _TrunkFile:
+    """The keys of a plan's trunk."""
+
+    steps: int = 0
+    overrides: object = None
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One run of the plan: an arm with a seed."""
+    """One run of the plan: an arm with a seed, or the trunk of a seed."""
 
     arm: str
     seed: int
     config: Config
     """Everything the run does; train.out is the cell's folder."""
+    trunk: Cell | None = None
+    """Whose raw weights it starts from; train.init of `config` is set when they are there."""
 
     @property
     def folder(self) -> Path:
@@ -70,6 +91,16 @@ class Cell:
     def key(self) -> str:
         """Hash of the configuration without the names of run and folder, so that results may be moved."""
         return run_key(self.config)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """What is trained with every seed before its arms, which start from the raw weights."""
+
+    config: Config
+    """Resolved, before seed and folder."""
+    overrides: dict[str, Any]
+    """What it changes in the baseline, as written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,21 +128,35 @@ class Plan:
     effect: float
     """Smallest difference worth seeing, bits per byte; the power figure is for it."""
     warnings: tuple[str, ...]
+    trunk: Trunk | None = None
+
+    def trunks(self) -> dict[int, Cell]:
+        """Return the trunk of every seed; empty in a plan without."""
+        if self.trunk is None:
+            return {}
+        config = self.trunk.config
+        return {s: self._cell(TRUNK, s, config, seed_of_run=s + TRUNK_SEEDS) for s in self.seeds}
+
+    def _cell(
+        self, arm: str, seed: int, config: Config, *, seed_of_run: int, trunk: Cell | None = None
+    ) -> Cell:
+        folder = self.out / "cells" / arm / f"seed{seed}"
+        train = replace(config.train, seed=seed_of_run, out=folder)
+        return Cell(arm, seed, replace(config, name=arm, train=train), trunk)
 
     def cells(self) -> list[Cell]:
-        """Return the runs in order: all arms of the first seed, then of the second, and so on.
+        """Return the arms' runs in order: all arms of the first seed, then of the second, and so on.
 
         A drift of the machine then hits all arms alike. Each seed starts one arm further on, so that no arm
         is always first, nor always on the same GPU.
         """
-        names = list(self.arms)
+        names, trunks = list(self.arms), self.trunks()
         cells = []
         for i, seed in enumerate(self.seeds):
             shift = i % len(names)
             for arm in names[shift:] + names[:shift]:
                 config = self.arms[arm]
-                train = replace(config.train, seed=seed, out=self.out / "cells" / arm / f"seed{seed}")
-                cells.append(Cell(arm, seed, replace(config, name=arm, train=train)))
+                cells.append(self._cell(arm, seed, config, seed_of_run=seed, trunk=trunks.get(seed)))
         return cells
 
 
@@ -160,6 +205,10 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         coefficients(arms[arm].optim.muon.coefficients, arms[arm].optim.muon.ns_steps)
         warnings += idle
     warnings += _twins(arms)
+    trunk, idle = _trunk(file.trunk, arms[file.baseline], path)
+    warnings += idle
+    if trunk is not None:
+        _check_beside_trunk(common, changes, path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
         raise ValueError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
     return Plan(
@@ -177,6 +226,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         metric=file.metric,
         effect=file.effect,
         warnings=tuple(warnings),
+        trunk=trunk,
     )
 
 
@@ -260,6 +310,35 @@ def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
         if lower.count(arm.lower()) > 1:
             raise ValueError(f"{path}: arm {arm!r} is named twice, but for capitals; folders may not differ")
     return {arm: _overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
+
+
+def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, list[str]]:
+    """Return the plan's trunk, if it has one, and the warnings of its overrides."""
+    if value is None:
+        return None, []
+    where = f"{path}: trunk"
+    if not isinstance(value, dict):
+        raise TypeError(f"{where}: expected an object of steps and overrides, got {type(value).__name__}")
+    file = from_dict(_TrunkFile, value, where=where)
+    if file.steps < 1:
+        raise ValueError(f"{where}: steps must be >= 1, got {file.steps}")
+    changes = _overrides(file.overrides or {}, f"{where}: overrides")
+    train = replace(baseline.train, steps=file.steps, seconds=0.0)
+    config, idle = override(replace(baseline, train=train), changes, where=f"{where}: overrides")
+    return Trunk(config, changes), idle
+
+
+def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
+    """Refuse what a trunk leaves no place for."""
+    if TRUNK in (arm.lower() for arm in arms):
+        raise ValueError(
+            f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm"
+        )
+    if any("train.init" in changes for changes in (common, *arms.values())):
+        raise ValueError(
+            f"{path}: train.init of the arms is the plan's trunk; take it out of the overrides, or the trunk "
+            "out of the plan"
+        )
 
 
 def _seeds(value: object, path: Path) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
-"""Runs that start from a checkpoint (train.init)."""
+"""Runs that start from a checkpoint (train.init), and arms that start from a trunk."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,11 +9,15 @@ import pytest
 import torch
 
 from pgolf.cli.main import main
+from pgolf.cli.overrides import load_base
 from pgolf.data.corpus import sample_paths
 from pgolf.report.plots import read_metrics
+from pgolf.train.ablate import gather
+from pgolf.train.plan import read_plan
 from pgolf.train.state import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
+from tests.train.test_ablate import small_overrides
 
 STILL = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
 """Rates with which training moves nothing."""
@@ -99,3 +104,42 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run(run, shards, t
     start = tmp_path / "torn.safetensors"
     start.write_bytes((run / "raw.safetensors").read_bytes()[:1000])
     refused(r"torn\.safetensors is not a readable safetensors file")
+
+
+@pytest.mark.slow
+def test_arms_start_from_their_trunk_and_the_report_needs_no_weights(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    path, out, moved = tmp_path / "plan.json", tmp_path / "out", tmp_path / "moved"
+    plan = {
+        "name": "trunk",
+        "base": "tiny",
+        "data": str(shards),
+        "out": str(out),
+        "steps": 10,
+        "trunk": {"steps": 4, "overrides": {"optim.warmdown": 0.0, "train.quantize": False}},
+        "overrides": {**small_overrides(), "train.device": "cpu", "train.warmup_steps": 0},
+        "baseline": "base",
+        "arms": {"base": {}, "jordan": {"optim.muon.coefficients": "jordan"}},
+        "seeds": [1, 2],
+        "metric": "ema",
+    }
+    path.write_text(json.dumps(plan))
+    assert main(["ablate", str(path)]) == 0
+    assert "[1/6] trunk seed 1" in capsys.readouterr().out
+    result = gather(read_plan(path, load_base), path)
+    assert result.trunk is not None and result.complete
+    last = [cell.values["last_loss"] for cell in result.trunk.cells]
+    for seed in (1, 2):
+        one, two = (read_metrics(result.of(arm)[seed].metrics) for arm in ("base", "jordan"))
+        assert one[0]["loss"] == two[0]["loss"] and one[-1]["loss"] != two[-1]["loss"]
+        assert abs(one[0]["loss"] - last[seed - 1]) < 0.5
+    report = (out / "report.md").read_text()
+    assert "trunk of 4 steps of base with optim.warmdown = 0.0, train.quantize = False" in report
+    assert f"seed 1 {last[0]:.4f}, seed 2 {last[1]:.4f}" in report
+    gap = next(line for line in report.splitlines() if line.startswith("| jordan | 2 | +0.0000 "))
+    assert gap.count("|") == 13
+    for weights in out.rglob("*.safetensors"):
+        weights.unlink()
+    out.rename(moved)
+    assert main(["ablate", str(path), "--report-only", "--out", str(moved)]) == 0
+    assert (moved / "report.md").read_text() == report

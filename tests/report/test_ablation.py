@@ -5,7 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from pgolf.report.ablation import Ablation, CellResult, compare_arms, markdown
+from pgolf.report.ablation import Ablation, CellResult, TrunkResult, compare_arms, markdown
 from pgolf.report.html import html_page, write_report
 
 NOISE = (0.0, 0.0004, -0.0003, 0.0006, -0.0005, 0.0002)
@@ -87,6 +87,23 @@ def test_gaps_show_where_in_the_run_pairs_part(tmp_path):
     assert rows["good"][1:] == ["6", *["+0.0000"] * 9, "+0.7500"]
     # 0.1 x seeds 0 to 5 about their mean: squares sum to 0.175; three arms of six pairs leave 15.
     assert rows["scatter of pairs"][1:] == ["15 free", *["0.0000"] * 9, f"{(0.175 / 15) ** 0.5:.4f}"]
+
+
+def test_what_the_arms_start_from_is_said_and_is_no_arm(tmp_path):
+    common = {"train.init": "runs/one/raw.safetensors"}
+    one = markdown(make_ablation(tmp_path, common=common))
+    assert "Every run starts from the weights of runs/one/raw.safetensors: seeds change the order" in one
+    values = {"raw": 1.5, "ema": 1.4, "steps": 3000.0, "last_loss": 3.25}
+    cells = (CellResult("trunk", 0, "finished", values, None, "", "old", "GPU"),)
+    cells += (CellResult("trunk", 1, "crashed", message="no space"),)
+    text = markdown(make_ablation(tmp_path, trunk=TrunkResult(3000, {"optim.warmdown": 0.0}, cells)))
+    assert "a trunk of 3,000 steps of base with optim.warmdown = 0.0" in text
+    assert "Last loss of the trunks, nats per token: seed 0 3.2500." in text
+    assert "| 0 | finished | 3,000 | 3.2500 | 1.50000 |  |" in text
+    assert "| 1 | crashed | - | - | - | no space |" in text
+    assert "Code: abc, old. Device: CPU, GPU." in text  # trunks are part of what the cells are made of
+    verdicts = text.split("## Verdicts")[1].split("## Trunks")[0]
+    assert verdicts == markdown(make_ablation(tmp_path)).split("## Verdicts")[1] + "\n"
 
 
 def test_page_is_well_formed_and_needs_nothing_else(tmp_path):

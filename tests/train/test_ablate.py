@@ -145,7 +145,7 @@ class FakeCells:
         if fate in ("finish", "nan"):
             bpb = 1.2 + 0.01 * cell.seed + {"base": 0.0}.get(cell.arm, -0.002 - 0.0001 * cell.seed)
             scores = {"raw": {"bpb": bpb + 0.01}, "quantized": {"bpb": math.nan if fate == "nan" else bpb}}
-            train = {"steps": 5, "ms_loop_off": 10.0, "ms_loop_on": None}
+            train = {"steps": 5, "ms_loop_off": 10.0, "ms_loop_on": None, "last_loss": 3.5}
             summary = {"scores": scores, "train": train, "seconds": {"train": 0.06}, "bytes": {"total": 777}}
             (run / "summary.json").write_text(json.dumps({**summary, "device": "CPU"}))
             return FakeProcess(0)

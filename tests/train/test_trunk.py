@@ -1,0 +1,167 @@
+"""Arms that start from a trunk: the plan, the order of the runner, and what is run again when."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pgolf.report.ablation import markdown
+from pgolf.train.ablate import gather, read_cell
+from pgolf.train.plan import TRUNK_SEEDS
+from tests.train.test_ablate import DIVERGED, FakeCells, FakeProcess, make_plan, run_all
+
+TRUNK = {"steps": 7, "overrides": {"optim.warmdown": 0.0, "train.quantize": False}}
+
+
+class FakeTrunks(FakeCells):
+    """As FakeCells; finished cells leave weights, and note what they started from."""
+
+    def __init__(self, **fates):
+        super().__init__(**fates)
+        self.inits = {}
+
+    def __call__(self, cell, gpu):
+        process = super().__call__(cell, gpu)
+        self.inits[cell.arm, cell.seed] = cell.config.train.init
+        run = max(cell.folder.glob("run*"))
+        if (run / "summary.json").is_file():
+            (run / "raw.safetensors").touch()
+        return process
+
+    @property
+    def names(self):
+        return [f"{arm}{seed}" for arm, seed, _ in self.started]
+
+
+def plan_with_trunk(folder, **changes):
+    return make_plan(folder, trunk=TRUNK, seeds=[1, 2], **changes)
+
+
+def run(plan, **fates):
+    """Run the plan and return the names of the cells that were started."""
+    cells = FakeTrunks(**fates)
+    run_all(plan, cells)
+    return cells.names
+
+
+WHOLE = ["trunk1", "base1", "jordan1", "trunk2", "jordan2", "base2"]
+
+
+def test_trunk_is_the_baseline_with_its_own_length_seed_and_overrides(tmp_path):
+    plan = plan_with_trunk(tmp_path, arms={"base": {"optim.muon.lr": 0.01}, "other": {}})
+    assert not plan.warnings and "trunk" not in {cell.arm for cell in plan.cells()}
+    one = plan.trunks()[1].config
+    assert (one.train.steps, one.train.seconds, one.train.seed) == (7, 0.0, 1 + TRUNK_SEEDS)
+    assert (one.optim.warmdown, one.optim.muon.lr, one.train.quantize) == (0.0, 0.01, False)
+    assert {cell.trunk for cell in plan.cells() if cell.seed == 1} == {plan.trunks()[1]}
+    assert all(c.config.train.quantize and c.config.train.seed == c.seed for c in plan.cells())
+    assert make_plan(tmp_path).trunks() == {}
+
+
+BAD = [
+    ({"trunk": {"steps": 0}}, ValueError, r"trunk: steps must be >= 1, got 0"),
+    ({"trunk": [7]}, TypeError, r"trunk: expected an object of steps and overrides, got list"),
+    ({"trunk": {"step": 7}}, ValueError, r"trunk: unknown key 'step'; did you mean 'steps'"),
+    ({"trunk": {"steps": 7, "overrides": {"train.sed": 1}}}, ValueError, r"'sed'; did you mean 'seed'"),
+    (
+        {"trunk": TRUNK, "overrides": {"train.init": "a"}},
+        ValueError,
+        r"train.init of the arms is the plan's trunk",
+    ),
+    ({"trunk": TRUNK, "arms": {"base": {}, "Trunk": {}}}, ValueError, r"arm 'trunk' would share its folder"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_trunk_says_what_is_wrong(tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        make_plan(tmp_path, **change)
+
+
+def test_every_seed_has_its_trunk_first_and_its_arms_start_from_it(tmp_path):
+    plan, cells = plan_with_trunk(tmp_path), FakeTrunks()
+    lines = run_all(plan, cells)
+    assert cells.names == WHOLE and "[6/6]" in lines[-1] and "[1/6] trunk seed 1: 1.2" in lines[0]
+    for (arm, seed), init in cells.inits.items():
+        expected = (
+            None
+            if arm == "trunk"
+            else Path(plan.out, "cells", "trunk", f"seed{seed}", "run0", "raw.safetensors")
+        )
+        assert init == expected
+    assert gather(plan, Path("p")).complete and run(plan) == []
+
+
+def test_arms_wait_for_their_trunk_while_other_seeds_run(tmp_path):
+    class Slow(FakeProcess):
+        left = 3
+
+        def poll(self):
+            self.left -= 1
+            return None if self.left > 0 else 0
+
+    cells = FakeTrunks()
+
+    def start(cell, gpu):
+        done = cells(cell, gpu)
+        return Slow(0) if (cell.arm, cell.seed) == ("trunk", 1) else done
+
+    run_all(plan_with_trunk(tmp_path), start, gpus=3)
+    assert cells.names == ["trunk1", "trunk2", "jordan2", "base2", "base1", "jordan1"]
+
+
+def test_stopped_plan_goes_on_from_the_trunks_that_are_there(tmp_path):
+    plan = plan_with_trunk(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, jordan1="interrupt")
+    assert run(plan) == ["jordan1", *WHOLE[3:]]
+
+
+def test_arms_of_a_changed_trunk_run_again(tmp_path):
+    run(plan_with_trunk(tmp_path))
+    changed = make_plan(tmp_path, trunk={**TRUNK, "steps": 8}, seeds=[1, 2])
+    assert {read_cell(cell).status for cell in changed.cells()} == {"missing"}
+    assert run(changed) == WHOLE and gather(changed, Path("p")).complete
+    assert run(make_plan(tmp_path, seeds=[1, 2])) == ["base1", "jordan1", "jordan2", "base2"]
+
+
+def test_pairs_of_a_seed_never_start_from_two_trunks(tmp_path):
+    """Weights that are gone are trained again only for cells to come, and then for all of their seed."""
+    plan = plan_with_trunk(tmp_path)
+    run(plan)
+    for weights in plan.out.rglob("raw.safetensors"):
+        weights.unlink()
+    assert run(plan) == []
+    longer = replace(plan, seeds=(1, 2, 3))
+    assert run(longer) == ["trunk3", "base3", "jordan3"]
+    next(iter((plan.out / "cells" / "base" / "seed2").glob("*/summary.json"))).unlink()
+    assert run(longer, trunk2="no space") == ["trunk2"]
+    assert run(longer) == WHOLE[3:]
+    assert run(longer) == []
+
+
+def test_results_move_without_the_weights_and_trunks_are_no_arms(tmp_path):
+    plan = plan_with_trunk(tmp_path)
+    run(plan)
+    for weights in plan.out.rglob("raw.safetensors"):
+        weights.unlink()
+    before = markdown(gather(plan, Path("p")))
+    plan.out.rename(tmp_path / "moved")
+    result = gather(replace(plan, out=tmp_path / "moved"), Path("p"))
+    assert markdown(result) == before and result.complete and list(result.arms) == ["base", "jordan"]
+    assert "a trunk of 7 steps of base with optim.warmdown = 0.0, train.quantize = False" in before
+    assert "INTERIM" not in before and "2 pairs" in before
+    assert "| 1 | finished | 5 | " in before.split("## Trunks")[1]
+
+
+@pytest.mark.parametrize("fate", [DIVERGED, "out of memory"])
+def test_arms_of_a_trunk_that_failed_do_not_run(tmp_path, fate):
+    plan, cells = plan_with_trunk(tmp_path), FakeTrunks(trunk1=fate)
+    lines = run_all(plan, cells)
+    status = "diverged" if fate == DIVERGED else "crashed"
+    assert cells.names == ["trunk1", *WHOLE[3:]]
+    assert lines[1] == "[2/6] base seed 1: not run, its trunk failed"
+    assert f"trunk {status}: " in gather(plan, Path("p")).cells[0].message
+    assert gather(plan, Path("p")).complete == (status == "diverged")
+    again = run(plan)
+    assert again == ([] if status == "diverged" else WHOLE[:3])
