@@ -119,7 +119,17 @@ def test_override_that_changes_nothing_is_named(tmp_path):
     assert second == "arms 'base' and 'clip' are the same run: their difference is noise only"
 
 
-@pytest.mark.parametrize(("name", "cells"), [("example", 32), ("polar_proxy", 64), ("polar_noloop", 40)])
+PLANS = {
+    "example": 32,
+    "polar_proxy": 64,
+    "polar_noloop": 40,
+    "polar_small": 64,
+    "polar_trunk": 64,
+    "polar_full": 16,
+}
+
+
+@pytest.mark.parametrize(("name", "cells"), PLANS.items())
 def test_plans_of_the_bench_are_valid(name, cells):
     plan = read_plan(Path(__file__).parents[2] / "bench" / "ablations" / f"{name}.json", load_base)
     assert len(plan.cells()) == cells and not plan.warnings
