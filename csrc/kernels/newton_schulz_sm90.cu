@@ -146,17 +146,20 @@ int banks_of_launch(const NsBank* banks, int count, int steps) {
   return here;
 }
 
-// Tiles of a task. Two tiles of a row share an operand (66 matrices on one H100: 0.583 ms, 0.604 with single
-// tiles, 0.613 with four of an update). With few tiles single ones make each matrix'
-// chain of products shorter; the warpgroups share a tile only where most multiprocessors would have none (ten
-// matrices: 0.195 ms, 0.202 with shared tiles).
-Tuning tune(const NsBank* banks, int count, int multiprocessors) {
+// Tiles of a task, and the length of the chains. Two tiles of a row share an operand (66 matrices on one
+// H100: 0.583 ms, 0.604 with single tiles, 0.613 with four of an update). With few tiles single ones make
+// each matrix' chain of products shorter; the warpgroups share a tile only where most multiprocessors would
+// have none (ten matrices in long chains: 0.195 ms, 0.202 with shared tiles). Short chains take more work,
+// which needs idle multiprocessors (products of those ten: 0.1755 ms, 0.1836 in long chains; with four steps
+// instead of five 0.1362 and 0.1449).
+Tuning tune(const NsBank* banks, int count) {
+  const int multiprocessors = multiprocessor_count();
   int64_t panels = 0;
   for (int i = 0; i < count; ++i) {
     panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
   }
   const int chunk = panels < multiprocessors ? 1 : 2;
-  return {chunk, chunk, panels * 4 < multiprocessors};
+  return {chunk, chunk, panels * 4 < multiprocessors, panels * 3 < multiprocessors};
 }
 
 void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStream_t stream) {
@@ -168,7 +171,9 @@ void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStrea
 }
 
 void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, bool prepared, float eps,
-               unsigned char* workspace, const Tuning& tuning, int multiprocessors, cudaStream_t stream) {
+               unsigned char* workspace, cudaStream_t stream) {
+  const int multiprocessors = multiprocessor_count();
+  const Tuning tuning = tune(banks, count);
   Plan plan{};
   NormalizePlan scale{};
   std::vector<std::vector<Product>> chains;
@@ -177,12 +182,13 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
   int matrices = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
-    const BankSpace space(bank, steps, at);
+    const BankSpace space(bank, steps, tuning, at);
     at = space.end;
     const int first_map = i * kMapsPerBank;
     for (int buffer = 0; buffer < kMapsPerBank; ++buffer) {
       const bool square = buffer >= kSquaresOut && buffer < kFactor;
-      const int64_t fitting = std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
+      const int64_t fitting =
+          space.brief ? 3 : std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
       if (square && (buffer - kSquaresOut) % 3 >= fitting) continue;  // no product names it
       const Place place = place_of(bank, workspace, space, buffer);
       plan.maps[first_map + buffer] =
@@ -204,6 +210,7 @@ void run_banks(const NsBank* banks, int count, const float (*table)[3], int step
     matrices += static_cast<int>(bank.batch);
   }
   const Words words(workspace, banks, count);
+  plan.matrices = matrices;
   plan.sigma = words.sigma;
   plan.done = words.done;
   plan.queue = words.queue;
@@ -245,8 +252,9 @@ size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
   size_t most = 0;
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
+    const Tuning tuning = tune(banks + first, here);
     size_t at = words_bytes(banks + first, here);
-    for (int i = 0; i < here; ++i) at = BankSpace(banks[first + i], steps, at).end;
+    for (int i = 0; i < here; ++i) at = BankSpace(banks[first + i], steps, tuning, at).end;
     most = std::max(most, at);
   }
   return most;
@@ -255,11 +263,12 @@ size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
 int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* workspace,
                                NsPrepared* prepared) {
   const int here = banks_of_launch(banks, count, steps);
+  const Tuning tuning = tune(banks, here);
   auto* bytes = static_cast<unsigned char*>(workspace);
   size_t at = words_bytes(banks, here);
   int matrices = 0;
   for (int i = 0; i < here; ++i) {
-    const BankSpace space(banks[i], steps, at);
+    const BankSpace space(banks[i], steps, tuning, at);
     at = space.end;
     prepared->x[i] = first_x(banks[i], steps, bytes, space);
     matrices += static_cast<int>(banks[i].batch);
@@ -274,18 +283,15 @@ int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* 
 
 void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                                  void* workspace, CUstream_st* stream) {
-  const int multiprocessors = multiprocessor_count();
-  run_banks(banks, count, coefficients, steps, true, 0.0f, static_cast<unsigned char*>(workspace),
-            tune(banks, count, multiprocessors), multiprocessors, stream);
+  run_banks(banks, count, coefficients, steps, true, 0.0f, static_cast<unsigned char*>(workspace), stream);
 }
 
 void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps, float eps,
                         void* workspace, CUstream_st* stream) {
-  const int multiprocessors = multiprocessor_count();
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
     run_banks(banks + first, here, coefficients, steps, false, eps, static_cast<unsigned char*>(workspace),
-              tune(banks + first, here, multiprocessors), multiprocessors, stream);
+              stream);
   }
 }
 

@@ -7,7 +7,8 @@
 // Longer ones take two steps at once (the first alone where the number of steps is odd):
 //   R = X X^T,  Z = p(R),  R1 = Z (R Z),  Q = p1(R1) Z,  X = Q X
 // and then start from X again: longer chains in float16 lose the small singular values (up to 0.2 on
-// power-law and rank-deficient input), pairs stay within 0.01 of the exact map. Deterministic.
+// power-law and rank-deficient input), pairs stay within 0.01 of the exact map. Few matrices take Y = Z X
+// beside R1 and p1(R1), then X = p1(R1) Y: a product less to wait for. Deterministic.
 #pragma once
 
 #include <cstddef>
@@ -37,7 +38,9 @@ inline bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
   return kNewtonSchulzSm90IsDefault && newton_schulz_sm90_can_run(banks, count);
 }
 
-// Bytes of scratch memory, to be 256-byte aligned.
+// Bytes of scratch memory, to be 256-byte aligned: the banks in 16 bits, once more where `out` is float32,
+// and of each matrix a square of the short side; two squares from 1 : 2 to below 1 : 3, where two steps are
+// taken at once, and three of few matrices from 1 : 2 on.
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps);
 
 inline constexpr int kNsMaxBanks = 6;  // of one launch

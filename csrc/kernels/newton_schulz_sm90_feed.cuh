@@ -40,7 +40,9 @@ __device__ Task decode(const Plan& plan, int index, int& run) {
   task.direct = p.type == NsType::kFloat32 ? p.direct + int64_t{matrix} * p.rows * p.cols : nullptr;
   task.alpha = p.alpha * power(sigma, p.alpha_power), task.beta = p.beta * power(sigma, p.beta_power);
   task.gamma = p.gamma;
-  task.product = product, task.matrix = matrix, task.counter = p.first_matrix + matrix, task.out = p.out;
+  task.product = product, task.matrix = matrix, task.out = p.out;
+  task.waits = p.first_matrix + matrix + (p.waits_second ? plan.matrices : 0);
+  task.signals = p.first_matrix + matrix + (p.signals_second ? plan.matrices : 0);
   task.row = panel * (p.tall ? 2 * kTile : kTile), task.column = column * kTile;
   task.count = min(rest, p.chunk);
   task.rows = p.rows, task.cols = p.cols, task.depth = p.depth;
@@ -201,7 +203,7 @@ __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks)
     mbarrier_arrive(RingTask::filled(base, n), 1);
     const CUtensorMap* map = plan.maps + plan.products[task.product].a;
     const bool along_k = task.layout != kColumnsColumns;
-    wait_for(plan.done + task.counter, task.need);
+    wait_for(plan.done + task.waits, task.need);
     int k = first_depth(task, task.column) * kBox;
     const int end = task.depth * kBox;
     for (int step = 0; step < task.depth; ++step) {
@@ -224,7 +226,7 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
     if (task.product < 0) return;
     const CUtensorMap* map = plan.maps + task.b;
     const bool along_k = task.layout == kRowsRows;
-    wait_for(plan.done + task.counter, task.need);
+    wait_for(plan.done + task.waits, task.need);
     const int end = task.depth * kBox;
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile * kTile;

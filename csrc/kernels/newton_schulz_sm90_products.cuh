@@ -2,8 +2,8 @@
 //
 // It is persistent. A queue of tasks (one or more 128x128 tiles of one product of one matrix) lies in an
 // order in which every task follows those it needs; blocks take tasks from its head, so the oldest unfinished
-// task can always run, whatever is resident. A task waits until its matrix' counter says that all tiles of
-// that matrix' earlier products are stored. Two threads feed operands through shared memory with the copy
+// task can always run, whatever is resident. A task waits until a counter of its matrix says that all tiles
+// of the products that it needs are stored. Two threads feed operands through shared memory with the copy
 // engine, two warpgroups multiply, and a warp for each of them stores.
 #pragma once
 
@@ -255,7 +255,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
   int left = 0;
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) left += stored(block);
-  if (left == 0 && writer.thread() == 0) release_add(done + task.counter, tiles);
+  if (left == 0 && writer.thread() == 0) release_add(done + task.signals, tiles);
   Job job{task.out, 0, 0, task.matrix, -1, tiles};
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) {
@@ -288,10 +288,10 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
       packed[i] = bfloat16 ? pack_bfloat16(v[2 * i], v[2 * i + 1]) : pack_half(v[2 * i], v[2 * i + 1]);
     }
     const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
-    job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.counter : -1;
+    job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.signals : -1;
     writer.store<false>(packed, job);
     if (!mirror) continue;
-    job.row = c0, job.column = r0, job.counter = left == 0 ? task.counter : -1;
+    job.row = c0, job.column = r0, job.counter = left == 0 ? task.signals : -1;
     writer.store<true>(packed, job);
   }
 }

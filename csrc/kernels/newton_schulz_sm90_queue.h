@@ -51,7 +51,8 @@ inline int queue_products(Plan& plan, const std::vector<std::vector<Product>>& c
     double start = 0.0;
     for (Strand& strand : strands) {
       if (strand.next == strand.chain->size()) continue;
-      const double can = std::max(strand.ready, now);
+      // What lies beside the chain neither waits for the product before it nor holds up the next.
+      const double can = (*strand.chain)[strand.next].beside ? now : std::max(strand.ready, now);
       if (best == nullptr || can < start || (can == start && strand.left > best->left)) {
         best = &strand, start = can;
       }
@@ -63,7 +64,7 @@ inline int queue_products(Plan& plan, const std::vector<std::vector<Product>>& c
                                    static_cast<uint32_t>(best->first_product + best->next)};
     tasks += best->count * p.tasks;
     now = start + work(*best, p);
-    best->ready = now + latency_of(p);
+    if (!p.beside) best->ready = now + latency_of(p);
     best->left -= work(*best, p) + latency_of(p);
     ++best->next;
   }

@@ -91,7 +91,7 @@ def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normaliz
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     # More banks than one launch takes; rows that a warp takes several at a time, one at a time, and in two
-    # passes; matrices with fewer rows than that.
+    # passes; matrices with fewer rows than that; many matrices.
     shapes = [
         (3, 64, 128),
         (2, 256, 64),
@@ -105,6 +105,7 @@ def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normaliz
         (1, 40, 768),
         (2, 24, 1024),
         (1, 56, 2048),
+        (48, 24, 64),
     ]
     rule = MuonRule([JORDAN] * 2, row_normalize=row_normalize, algorithm="gram")
     banks = make_banks(device, momentum=torch.bfloat16, update=update, shapes=shapes)

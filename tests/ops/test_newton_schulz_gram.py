@@ -27,18 +27,22 @@ def mirrored(x: Tensor) -> Tensor:
     return half(lower + lower.tril(-1).mT)
 
 
-def gram_in_float16(x: Tensor, chains: list[list[tuple[float, float, float]]]) -> Tensor:
-    """What the kernel computes: each chain takes its steps on R = X X^T, then X is multiplied once."""
+def gram_in_float16(x: Tensor, chains: list[list[tuple[float, float, float]]], few: bool = False) -> Tensor:
+    """What the kernel computes: each chain takes its steps on R = X X^T, then X is multiplied once.
+
+    few: by the polynomials one after another, as the kernel does where it has few matrices.
+    """
     norm = x.double().norm().item()
     scale = 2.0 ** (4 - math.floor(math.log2(norm)))
     X, sigma = half(x * scale), 1 / (norm * scale)
     for chain in chains:
-        R, Q = mirrored(X @ X.mT), torch.eye(x.shape[0])
+        R, Q, Y = mirrored(X @ X.mT), torch.eye(x.shape[0]), X
         for a, b, c in chain:
             Z = mirrored(c * sigma**4 * R @ R + b * sigma**2 * R + a * torch.eye(x.shape[0]))
+            Y, last = half(Z @ Y), sigma * Z @ Y
             Q = mirrored(Z @ Q)
             R = mirrored(Z @ mirrored(R @ Z))
-        X, sigma = half(sigma * Q @ X), 1.0
+        X, sigma = half(last if few else sigma * Q @ X), 1.0
     return X
 
 
@@ -60,11 +64,12 @@ def deviation(got: Tensor, x: Tensor, table: list[tuple[float, float, float]]) -
     return (torch.linalg.svdvals(got.double()).sort().values - want).abs().max().item()
 
 
+@pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("kind", ["gaussian", "i^-1", "i^-1.5", "rank"])
-def test_pairs_of_steps_in_float16_stay_near_the_exact_map(kind: str) -> None:
+def test_pairs_of_steps_in_float16_stay_near_the_exact_map(kind: str, few: bool) -> None:
     x = with_spectrum(kind, 128, 256)
     pairs = [list(TABLE[:1]), list(TABLE[1:3]), list(TABLE[3:])]
-    assert deviation(gram_in_float16(x, pairs), x, TABLE) < 0.01
+    assert deviation(gram_in_float16(x, pairs, few), x, TABLE) < 0.01
 
 
 def test_three_steps_in_a_chain_do_not() -> None:
@@ -111,20 +116,23 @@ def run_check(call: str) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
-def check_spectrum(kind: str, rows: int, cols: int) -> None:
+def check_spectrum(kind: str, rows: int, cols: int, count: int = 1) -> None:
     x = with_spectrum(kind, min(rows, cols), max(rows, cols)).cuda()
     x = x if rows <= cols else x.mT.contiguous()
-    got = newton_schulz(x, TABLE, algorithm="gram").float()
+    got = newton_schulz(x.repeat(count, 1, 1), TABLE, algorithm="gram")[-1].float()
     assert got.max().isfinite()
     off = deviation(got.cpu() if rows <= cols else got.mT.cpu(), x.cpu(), TABLE)
-    assert off < 0.01, f"{kind} {rows}x{cols}: singular values off by {off:.4f}"
+    assert off < 0.01, f"{kind} {count}x{rows}x{cols}: singular values off by {off:.4f}"
 
 
 def check_shapes() -> None:
     # One tile; tails of every kind; wide, tall and square; products deeper than the resident panel (2048).
     shapes = [(8, 8), (128, 128), (3, 136, 200), (3, 200, 136), (2, 72, 1032), (2, 1032, 72), (5, 512, 512)]
     shapes += [(3, 256, 512), (2, 512, 2048), (2, 2048, 512), (2, 1048, 1048), (1, 2048, 2048)]
-    shapes += [(40, 512, 512)]  # enough for long tasks
+    # Pairs of steps of few matrices, as of many below; with tails.
+    shapes += [(2, 136, 280), (3, 424, 136), (1, 264, 2056)]
+    # Enough for pairs in long chains, and for long tasks; without tails, and with.
+    shapes += [(48, 128, 256), (48, 272, 136), (48, 72, 232), (40, 512, 512), (72, 136, 280), (72, 424, 136)]
     for shape in shapes:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for steps in (1, 2, 4, 5):
@@ -136,8 +144,8 @@ def check_shapes() -> None:
                 assert got.dtype == dtype and error < 1e-2, f"{shape} {dtype} {steps} steps: {error:.4f}"
 
 
-def check_extremes() -> None:
-    x = torch.randn(5, 256, 512, generator=torch.Generator().manual_seed(2)).cuda()
+def check_extremes(count: int) -> None:
+    x = torch.randn(count, 256, 512, generator=torch.Generator().manual_seed(2)).cuda()
     want = newton_schulz_ref(x, TABLE)
     x[0] = 0
     x[1, 3, 3] = math.nan
@@ -160,8 +168,8 @@ def check_banks() -> None:
             assert error < 1e-2, f"{tuple(x.shape)} of {len(banks)} banks: {error:.4f}"
 
 
-def check_repeats_in_a_graph(runs: int) -> None:
-    x = torch.randn(11, 512, 2048, generator=torch.Generator().manual_seed(3)).to("cuda", torch.bfloat16)
+def check_repeats_in_a_graph(count: int, runs: int) -> None:
+    x = torch.randn(count, 512, 2048, generator=torch.Generator().manual_seed(3)).to("cuda", torch.bfloat16)
     first = newton_schulz(x, TABLE, algorithm="gram")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -175,13 +183,23 @@ def check_repeats_in_a_graph(runs: int) -> None:
 @needs_hopper
 @pytest.mark.parametrize("kind", ["gaussian", "i^-1", "i^-1.5", "rank"])
 def test_singular_values_follow_the_exact_map(kind: str) -> None:
-    run_check(f"check_spectrum({kind!r}, 256, 512); t.check_spectrum({kind!r}, 512, 512)")
+    # Short chains, long ones, and steps one by one.
+    shapes = ("256, 512", "256, 512, 24", "512, 512")
+    run_check("; t.".join(f"check_spectrum({kind!r}, {shape})" for shape in shapes))
 
 
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize(
-    "check", ["check_shapes()", "check_banks()", "check_extremes()", "check_repeats_in_a_graph(10_000)"]
+    "check",
+    [
+        "check_shapes()",
+        "check_banks()",
+        "check_extremes(5)",
+        "check_extremes(24)",
+        "check_repeats_in_a_graph(10, 10_000)",
+        "check_repeats_in_a_graph(11, 10_000)",
+    ],
 )
 def test_on_hopper(check: str) -> None:
     run_check(check)
