@@ -140,27 +140,18 @@ __device__ __forceinline__ void multiply_runs(float (&sum)[2][64], int blocks, L
 
 // ---- A storing warp for each warpgroup
 
-// A box is let go of when the next one's store is on its way, or when all are done.
 __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, int group) {
-  uint32_t released = 0;
-  auto filled = [&](uint32_t n) { return staged_barrier(base, group, n % kStagedPerGroup); };
-  auto release_before = [&](uint32_t n) {
-    for (; released < n; ++released) mbarrier_arrive(filled(released) + 8 * kGroups * kStagedPerGroup, 1);
-  };
   for (uint32_t n = 0;; ++n) {
     const uint32_t box = group * kStagedPerGroup + n % kStagedPerGroup;
-    mbarrier_wait(filled(n), n / kStagedPerGroup & 1);
+    const uint32_t filled = staged_barrier(base, group, n % kStagedPerGroup);
+    mbarrier_wait(filled, n / kStagedPerGroup & 1);
     const Job job = reinterpret_cast<const Job*>(shared + kJobOffset)[box];
     if (job.map == kEnd) return;
     tma_store(plan.maps + job.map, base + kStagedOffset + box * kBoxBytes, job.column, job.row, job.matrix);
     tma_store_commit();
-    if (job.counter < 0) {
-      tma_store_wait_read<1>();
-      release_before(n);
-      continue;
-    }
     tma_store_wait_read<0>();
-    release_before(n + 1);
+    mbarrier_arrive(filled + 8 * kGroups * kStagedPerGroup, 1);
+    if (job.counter < 0) continue;
     tma_store_wait();
     fence_proxy();
     release_add(plan.done + job.counter, job.tiles);
@@ -172,33 +163,36 @@ struct Writer {
   uint32_t base;
   char* shared;
   int group;
-  uint32_t jobs = 0;
+  uint32_t jobs = 0, waiting = 0;  // handed over, filled since
 
   // Read again at each use: a register held through the products would be spilled.
   __device__ __forceinline__ static uint32_t thread() { return threadIdx.x % kGroupThreads; }
 
   // The next box, once it is free.
-  __device__ __forceinline__ uint32_t open() {
-    const uint32_t box = jobs % kStagedPerGroup;
+  __device__ __forceinline__ uint32_t open(const Job& job) {
+    if (waiting == kStagedPerGroup) hand_over();
+    const uint32_t n = jobs + waiting++, box = n % kStagedPerGroup;
     mbarrier_wait(staged_barrier(base, group, box) + 8 * kGroups * kStagedPerGroup,
-                  (jobs / kStagedPerGroup & 1) ^ 1);
+                  (n / kStagedPerGroup & 1) ^ 1);
+    if (thread() == 0) reinterpret_cast<Job*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
     return base + kStagedOffset + (group * kStagedPerGroup + box) * kBoxBytes;
   }
 
-  __device__ __forceinline__ void close(const Job& job) {
-    const uint32_t box = jobs % kStagedPerGroup;
+  // One fence for all boxes that wait: fences and barriers take longer than what fills a box.
+  __device__ __forceinline__ void hand_over() {
     fence_proxy_shared();
-    if (thread() == 0) reinterpret_cast<Job*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
     __syncwarp();
-    if (thread() % kLanes == 0) mbarrier_arrive(staged_barrier(base, group, box), 1);
-    ++jobs;
+    for (uint32_t end = jobs + waiting; jobs != end; ++jobs) {
+      if (thread() % kLanes == 0) mbarrier_arrive(staged_barrier(base, group, jobs % kStagedPerGroup), 1);
+    }
+    waiting = 0;
   }
 
   // A 64x64 block of which v[4 j ..] are eight columns j as wgmma_64x128x16 leaves them.
   template <bool Mirror>
   __device__ __forceinline__ void store(const uint32_t (&v)[16], const Job& job) {
     const uint32_t lane = thread() % kLanes, warp = thread() / kLanes;
-    const uint32_t at = open();
+    const uint32_t at = open(job);
     PGOLF_UNROLL
     for (int q = 0; q < 4; ++q) {
       const uint32_t r = Mirror ? (2 * q + lane / 16) * 8 + lane % 8 : warp * 16 + lane % 16;
@@ -206,7 +200,6 @@ struct Writer {
       stmatrix_x4<Mirror>(at + r * 128 + ((chunk ^ r % 8) << 4), v[4 * q], v[4 * q + 1], v[4 * q + 2],
                           v[4 * q + 3]);
     }
-    close(job);
   }
 };
 
@@ -225,8 +218,10 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
     for (int i = 0; i < 2; ++i) {
       if (2 * i >= blocks) continue;
       float* v = &sum[i][half * 32];
-      PGOLF_UNROLL
-      for (int q = 0; q < 32; ++q) v[q] *= alpha;
+      if (alpha != 1.0f) {
+        PGOLF_UNROLL
+        for (int q = 0; q < 32; ++q) v[q] *= alpha;
+      }
       if (half >= part.held) continue;
       PGOLF_UNROLL
       for (int q = 0; q < 4; ++q) {
@@ -283,9 +278,12 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
       continue;
     }
     uint32_t packed[16];
-    PGOLF_UNROLL
-    for (int i = 0; i < 16; ++i) {
-      packed[i] = bfloat16 ? pack_bfloat16(v[2 * i], v[2 * i + 1]) : pack_half(v[2 * i], v[2 * i + 1]);
+    if (bfloat16) {
+      PGOLF_UNROLL
+      for (int i = 0; i < 16; ++i) packed[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
+    } else {
+      PGOLF_UNROLL
+      for (int i = 0; i < 16; ++i) packed[i] = pack_half(v[2 * i], v[2 * i + 1]);
     }
     const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
     job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.signals : -1;
@@ -294,6 +292,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
     job.row = c0, job.column = r0, job.counter = left == 0 ? task.signals : -1;
     writer.store<true>(packed, job);
   }
+  if (writer.waiting != 0) writer.hand_over();
 }
 
 __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
@@ -313,8 +312,8 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
     RingTask::wait_filled(base, n);
     const Task& task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     if (task.product < 0) {
-      writer.open();
-      writer.close({kEnd, 0, 0, 0, -1, 0});
+      writer.open({kEnd, 0, 0, 0, -1, 0});
+      writer.hand_over();
       return;
     }
     // Tiles of 256x128: 128 rows each. Spread: 64 rows of the tile each. Otherwise tiles in turn, so that one
