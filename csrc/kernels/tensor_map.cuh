@@ -42,10 +42,19 @@ inline EncodeTiled encode_tiled() {
 inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* first, const TensorShape& shape) {
   CUtensorMap map;
   const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-  const CUresult result =
-      encode_tiled()(&map, type, shape.rank, const_cast<void*>(first), shape.sizes, shape.strides, shape.box,
-                     ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  auto encode = [&] {
+    return encode_tiled()(&map, type, shape.rank, const_cast<void*>(first), shape.sizes, shape.strides,
+                          shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread has no context until its first call of the runtime: a backward pass may start with this one.
+    int device = 0;
+    PGOLF_CUDA_CHECK(cudaGetDevice(&device));
+    PGOLF_CUDA_CHECK(cudaSetDevice(device));
+    result = encode();
+  }
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " +
                              std::to_string(static_cast<int>(result)));

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,17 @@ def test_low_memory_stays_within_its_chunk_on_cuda() -> None:
     before = torch.cuda.memory_allocated()
     linear_softcap_ce(x, w, target, CAP, memory="low").backward()
     assert torch.cuda.max_memory_allocated() - before < 400 << 20  # all logits are 512 MiB
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_thread_may_begin_with_it() -> None:
+    # Such a thread has no CUDA context yet; autograd's is one when the loss is all of a backward pass.
+    inputs = make_inputs(257, 8192, 128, torch.bfloat16, torch.device("cuda"))
+    expected = linear_softcap_ce(*inputs, CAP)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(linear_softcap_ce, *inputs, CAP).result(), expected)
 
 
 @pytest.mark.gpu
