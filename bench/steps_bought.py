@@ -9,8 +9,8 @@ and after. Each part is measured elsewhere and read from the committed result fi
 - Muon: `pgolf` of the newest bench `optimizer` file, for the share of one rank of `world` (as a graph with
   one rank, as launched with several: their collectives are not captured);
 - the rest of the tail (clip, AdamW, average, zero): bench `tail` of one GPU less Muon of one GPU;
-- communication: bench `tail` of that many GPUs less the two above where it was measured (torchrun); else the
-  bytes that cross the wires at --bandwidth, a model, not a measurement.
+- communication: bench `tail` of that many GPUs less the two above where it was measured (torchrun); else a
+  model, the bytes that cross the wires at the bandwidth of the largest such measurement (or --bandwidth).
 
 More steps by a fraction are worth that fraction of d bpb / d ln(steps). It comes from runs of different
 lengths of one configuration (--runs), or is given (--bpb-per-100-steps), else it is the slope of the loss
@@ -24,7 +24,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -213,7 +213,11 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--micro-tokens", type=int, default=record().data.micro_tokens)
     p.add_argument("--seconds", type=float, default=600.0)
     p.add_argument("--reserve", type=float, default=7.0, help="seconds of the limit kept for quantization")
-    p.add_argument("--bandwidth", type=float, default=300.0, help="GB/s of collectives, for the model")
+    p.add_argument(
+        "--bandwidth",
+        type=float,
+        help="GB/s of collectives, for the model; else that of the largest measured world",
+    )
     p.add_argument("--forward-backward-ms", nargs=2, type=float, metavar=("OFF", "ON"))
     p.add_argument("--optimizer-ms", nargs="+", metavar="VARIANT=MS", help="Muon, at every world size")
     p.add_argument("--rest-ms", type=float, help="clip, AdamW, average, zero")
@@ -268,17 +272,35 @@ def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> 
         raise ValueError(
             "no tail of one GPU beside Muon of one GPU: run `python -m bench.optimizer` or pass --rest-ms"
         )
+    measured = {
+        int(line["case"].removeprefix("record_").removesuffix("gpu")): Value(line["value"])
+        for line in lines
+        if line["metric"] == "ms_launched" and line["impl"] == "pgolf"
+    }
+    communication = {
+        world: ms - muon[world][args.baseline] - rest
+        for world, ms in measured.items()
+        if world > 1 and args.baseline in muon.get(world, {})
+    }
+    bandwidth = args.bandwidth or effective_bandwidth(communication)
     found: dict[int, tuple[Value, str]] = {}
     for world in args.worlds:
-        measured = pick(lines, f"record_{world}gpu", "ms_launched", "pgolf")
         if str(world) in given:
             found[world] = rest + Value(float(given[str(world)])), "communication given"
-        elif world > 1 and measured is not None and args.baseline in muon.get(world, {}):
-            found[world] = measured - muon[world][args.baseline], "measured"
+        elif world in communication:
+            found[world] = rest + communication[world], "measured"
         else:
-            source = "measured" if world == 1 else f"communication modelled at {args.bandwidth:g} GB/s"
-            found[world] = rest + wire_ms(world, args.bandwidth), source
+            source = "measured" if world == 1 else f"communication modelled at {bandwidth:.0f} GB/s"
+            found[world] = rest + wire_ms(world, bandwidth), source
     return found
+
+
+def effective_bandwidth(communication: Mapping[int, Value]) -> float:
+    """Return GB/s of the largest measured world; 300, what large messages reach over NVLink, without any."""
+    if not communication:
+        return 300.0
+    world = max(communication)
+    return wire_ms(world, 1.0).value / communication[world].value
 
 
 def find_slope(args: argparse.Namespace) -> Slope:

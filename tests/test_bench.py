@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.common import Recorder, Sample
-from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, wire_ms
+from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.presets import record
 
@@ -45,3 +45,9 @@ def test_steps_gained_are_the_difference_of_the_steps():
     wanted = setting.steps(fast + other).value - setting.steps(slow + other).value
     assert gained.value == pytest.approx(wanted, rel=2e-3)
     assert gained.error == pytest.approx(gained.value * 0.05 / 0.1)  # that of the difference alone
+
+
+def test_the_model_of_communication_goes_through_the_largest_measurement():
+    bandwidth = effective_bandwidth({2: Value(0.7), 4: Value(1.4)})
+    assert wire_ms(4, bandwidth).value == pytest.approx(1.4)
+    assert effective_bandwidth({}) == 300.0
