@@ -52,16 +52,18 @@ STORED = {
 """Stored bytes a value of the sections that are not codes; the first, gates and small from the same run."""
 
 
-LOSS_EXCESS = 0.066
-"""Bits a code above quant.mean_bits where steps follow the loss: with the factors above, 15,739,571 bytes of
-codes at 3.45 bits and clip_scale 0.980 for the 600 s model (bench/results/20261123_*_quantize.jsonl)."""
+LOSS_EXCESS = {False: 0.066, True: 0.042}
+"""Bits a code above quant.mean_bits where steps follow the loss, without and with a trellis: with the factors
+above, 15,739,571 bytes of codes at 3.45 bits and clip_scale 0.980 for one 600 s model
+(bench/results/20261123_*_quantize.jsonl), 15,879,145 and 15,875,472 at 0.953 and 0.957 for two others
+(20261124_record_600s_1gpu_196k, 20261128_record_600s_2gpu)."""
 
 
 def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
     """Return bits and clip of a matrix parameter; by loss, the clip that gives Gaussian rows as many bits."""
     if config.row_steps == "loss":
         bits = config.embed_bits if name == "tok_emb" else config.matrix_bits
-        return bits, max_code(bits) / 2 ** (config.mean_bits + LOSS_EXCESS - GAUSSIAN_BITS)
+        return bits, max_code(bits) / 2 ** (config.mean_bits + LOSS_EXCESS[config.trellis] - GAUSSIAN_BITS)
     if name == "tok_emb":
         return config.embed_bits, config.embed_clip
     return config.matrix_bits, config.mlp_clip if name.startswith("mlp") else config.attn_clip

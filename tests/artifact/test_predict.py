@@ -86,3 +86,10 @@ def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
     )
     ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=0.980003)
     assert codes_bytes(ledger) == pytest.approx(15_739_571, rel=0.005)
+
+
+@pytest.mark.parametrize(("clip_scale", "total"), [(0.953389, 15_988_501), (0.956769, 15_984_606)])
+def test_a_trellis_weighs_what_two_600_s_models_weighed(clip_scale: float, total: int):
+    # summary.json of bench/results/20261124_record_600s_1gpu_196k and 20261128_record_600s_2gpu.
+    ledger = predict_ledger(record().model, record().quant, limit=LIMIT, clip_scale=clip_scale)
+    assert ledger.total == pytest.approx(total, rel=0.003)
