@@ -1,7 +1,14 @@
 """Fixtures that every test shares."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+# Programs that tests start find this tree's pgolf too where it was built in place, not installed.
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
 def devices() -> list[object]:
