@@ -188,6 +188,9 @@ class MuonConfig:
     """Polar iterations, 1 to 10."""
     coefficients: str = "polar_express_golf"
     """Coefficient table of `pgolf.optim.polar`."""
+    algorithm: Literal["auto", "standard", "gram"] = "auto"
+    """How the iteration is computed: auto takes Hopper's kernel (gram: float16, two steps at a time on long
+    matrices) where it can, standard always the products of one step after another."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")

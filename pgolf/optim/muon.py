@@ -95,6 +95,7 @@ class BankMuon:
             coefficients(config.coefficients, config.ns_steps),
             nesterov=config.nesterov,
             row_normalize=config.row_normalize,
+            algorithm=config.algorithm,
         )
         dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
         world, device = dist.world_size, dist.device

@@ -104,6 +104,12 @@ def test_zero_gradient_only_decays():
         torch.testing.assert_close(p, before[name] * (1 - LR * 0.095))
 
 
+def test_the_algorithm_that_is_asked_for_is_taken():
+    _, _, muon = build(MuonConfig(algorithm="gram"), "cpu")
+    with pytest.raises(RuntimeError, match="'gram' needs a Hopper GPU"):
+        muon.step(scalars(0.9, WEIGHT_DECAY))
+
+
 def test_row_normalize_survives_extreme_rows():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-9, 0.0], [1e18, 0.0]])
     got = row_normalize_(x.clone())
