@@ -69,7 +69,8 @@ class Summary:
     """raw, ema, quantized, and what config.evaluate adds."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of every phase, in order: start is the process until set_up (Python, imports, the ranks);
-    clock, from the start of training to the last code, holds four; total is the process until the summary."""
+    clock, from the start of training to the last code, holds four; total is the process until the summary.
+    start and total are missing where the system does not say when a process began."""
     train: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger | None = None
     peak_mib: float = 0.0
@@ -112,7 +113,9 @@ class Run:
             commit=_commit_name(),
             versions=_versions(),
         )
-        self._summary.seconds |= {"start": before, "set_up": time.perf_counter() - began}
+        if before is not None:
+            self._summary.seconds["start"] = before
+        self._summary.seconds["set_up"] = time.perf_counter() - began
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank)."""
@@ -146,7 +149,9 @@ class Run:
         self._write_summary()
         if dist.is_main:
             self._timed("plot", self._plot)
-            s.seconds["total"] = process_seconds()
+            total = process_seconds()
+            if total is not None:
+                s.seconds["total"] = total
             self._write_summary()
             log.line(format_table(s))
         return s

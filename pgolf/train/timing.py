@@ -11,15 +11,22 @@ from typing import Any
 
 import torch
 
+STAT = Path("/proc/self/stat")
 
-def process_seconds() -> float:
+
+def process_seconds() -> float | None:
     """Return the seconds since this process was started: Python's own start and all imports are in them.
 
-    From field 22 of /proc/self/stat (proc(5)), to a hundredth of a second.
+    From field 22 of /proc/self/stat (proc(5)), to a hundredth of a second. None where the system does not
+    say: without that file (macOS), and on kernels that leave the field 0 (gVisor).
     """
-    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    try:
+        fields = STAT.read_text().rpartition(")")[2].split()
+        began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    except (OSError, AttributeError, IndexError, ValueError):
+        return None
+    return age if began > 0 and age >= 0 else None
 
 
 class DeviceTimer:

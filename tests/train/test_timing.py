@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from pgolf.train import timing
 from pgolf.train.timing import DeviceTimer, process_seconds
 
 
@@ -46,3 +47,14 @@ def test_the_age_of_a_process_has_its_start_and_imports_in_it():
     inside, age = map(float, done.stdout.split())
     assert inside < age + 0.02 and age < time.perf_counter() - began + 0.02
     assert process_seconds() > time.perf_counter() - began
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "1 (a) b) R 0", f"1 (python) R {'0 ' * 40}", f"1 (x) R {('9' * 15 + ' ') * 40}"]
+)
+def test_a_system_that_does_not_say_when_a_process_began_gives_none(tmp_path, monkeypatch, text):
+    """No such file (macOS), a short one, a field that is 0 (gVisor), a start that is still to come."""
+    if text is not None:
+        (tmp_path / "stat").write_text(text)
+    monkeypatch.setattr(timing, "STAT", tmp_path / "stat")
+    assert process_seconds() is None
