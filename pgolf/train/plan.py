@@ -209,6 +209,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     warnings += idle
     if trunk is not None:
         _check_beside_trunk(common, changes, path)
+        _check_one_model(trunk, arms, path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
         raise ValueError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
     return Plan(
@@ -338,6 +339,15 @@ def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]],
         raise ValueError(
             f"{path}: train.init of the arms is the plan's trunk; take it out of the overrides, or the trunk "
             "out of the plan"
+        )
+
+
+def _check_one_model(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
+    other = [arm for arm, config in arms.items() if config.model != trunk.config.model]
+    if other:
+        raise ValueError(
+            f"{path}: arms {other} have another model than the trunk, whose weights they start from; "
+            "change model settings in the plan's overrides, which hold for the trunk too"
         )
 
 

@@ -68,6 +68,11 @@ BAD = [
         ValueError,
         r"train.init of the arms is the plan's trunk",
     ),
+    (
+        {"trunk": TRUNK, "arms": {"base": {}, "wide": {"model.mlp_mult": 5}}},
+        ValueError,
+        r"arms \['wide'\] have another model than the trunk",
+    ),
     ({"trunk": TRUNK, "arms": {"base": {}, "Trunk": {}}}, ValueError, r"arm 'trunk' would share its folder"),
 ]
 
