@@ -65,8 +65,8 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
         ValueError: no folder given; a run is not finished, its files do not belong together, its artifact is
-            above the limit or its clock above its budget, it started from a checkpoint; a seed twice, or
-            configurations that differ.
+            above the limit or its clock above its budget, it started from a checkpoint or made no artifact;
+            a seed twice, or configurations that differ.
     """
     if not folders:
         raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
@@ -99,16 +99,26 @@ def _read_run(folder: Path) -> FinishedRun:
         raise FileNotFoundError(f"no run folder at {folder}; `pgolf train` makes one below --train.out")
     if not (folder / "summary.json").is_file():
         raise ValueError(f"{folder} holds no summary.json: the run is not finished, or this is no run folder")
-    for name in ("config.json", "log.txt", "model.pgolf"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} holds no {name}, which a run writes; copy the whole folder")
+    _check_there(folder, "config.json", "log.txt")
     saved, summary = _json(folder / "config.json"), _json(folder / "summary.json")
     config = from_dict(Config, saved, where=str(folder / "config.json"))
+    if not config.train.quantize:
+        raise ValueError(
+            f"{folder}: the run made no artifact, train.quantize is off; record a run that quantizes inside "
+            "its clock"
+        )
+    _check_there(folder, "model.pgolf")
     try:
         _check_finished(folder, config, summary)
         return _checked(FinishedRun(folder, config, summary, b"", ""), hash_of_config=config_hash(saved))
     except KeyError as e:
         raise ValueError(f"{folder}: summary.json has no {e}, which a finished run writes") from e
+
+
+def _check_there(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} holds no {name}, which a run writes; copy the whole folder")
 
 
 def _checked(run: FinishedRun, *, hash_of_config: str) -> FinishedRun:

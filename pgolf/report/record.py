@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,12 @@ from pgolf.artifact.codec import compress
 from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, file_sha256, read_manifest
 from pgolf.report.finished import FinishedRun, read_runs
 from pgolf.report.submission import Entry, readme, submission
+
+OURS = re.compile(
+    r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
+    r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf)"
+)
+"""Names of the files that a record holds: only these are replaced."""
 
 LIBRARIES = ("torch", "numpy", "brotli", "sentencepiece")
 """Packages that the counted code imports; flash-attn-4 joins them where attention uses it."""
@@ -40,7 +47,8 @@ def write_record(
         data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them.
         overwrite: replace an older record folder.
     Raises:
-        FileExistsError: `out` holds something, and `overwrite` is off or it is not a record folder.
+        FileExistsError: `out` holds something, and `overwrite` is off or it is not a record folder or holds
+            more than a record's files.
         FileNotFoundError, ValueError: see `read_runs`. ValueError: `data` has another tokenizer.
         OSError: a file cannot be written; nothing is left of the folder, an older one stays.
     """
@@ -50,7 +58,7 @@ def write_record(
     with _whole_folder(out) as folder:
         files = _write_files(runs, folder, shards)
         _write(folder / "submission.json", json.dumps(submission(runs, entry), indent=2) + "\n")
-        _write(folder / "README.md", readme(runs, entry, files, _manifest(shards)))
+        _write(folder / "README.md", readme(runs, entry, files, _manifest(shards, runs[0])))
     return runs
 
 
@@ -121,8 +129,13 @@ def _shards(runs: Sequence[FinishedRun], data: Path | None) -> Path | None:
     return None
 
 
-def _manifest(shards: Path | None) -> Manifest | None:
-    return read_manifest(shards) if shards is not None and (shards / MANIFEST_NAME).is_file() else None
+def _manifest(shards: Path | None, run: FinishedRun) -> Manifest | None:
+    """Return the manifest of the shards, where there is one and it is of the text that was scored."""
+    if shards is None or not (shards / MANIFEST_NAME).is_file():
+        return None
+    manifest = read_manifest(shards)
+    scored = run.summary["scores"]["quantized"]["bytes"]
+    return manifest if manifest.total("val").bytes == scored else None
 
 
 def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
@@ -136,6 +149,12 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
     if inside:
         raise FileExistsError(
             f"{out} holds runs ({', '.join(inside)}), which would be lost; choose another --out"
+        )
+    others = sorted(p.name for p in out.iterdir() if not (OURS.fullmatch(p.name) and p.is_file()))
+    if others:
+        raise FileExistsError(
+            f"{out} holds {', '.join(others)}, no part of a record, which would be lost; move it or choose "
+            "another --out"
         )
 
 

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import tempfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,7 +28,8 @@ def unpack(folder: Path) -> None:
 
     found = importlib.util.find_spec("pgolf")  # looks for it, imports nothing
     places = list(found.submodule_search_locations or ()) if found else []
-    extensions = [path for place in places for path in Path(place).glob("_C*.so")]
+    named = [Path(place) / f"_C{suffix}" for place in places for suffix in EXTENSION_SUFFIXES]
+    extensions = [path for path in named if path.is_file()]  # of this Python, where others have theirs too
     if not extensions:
         raise RuntimeError("no compiled extension of pgolf found; `pip install .` in pgolf's sources")
     text = brotli.decompress((HERE / "code.br").read_bytes()).decode()

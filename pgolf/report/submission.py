@@ -81,7 +81,7 @@ def submission(runs: Sequence[FinishedRun], entry: Entry) -> dict[str, Any]:
         "name": title(runs, entry),
         "blurb": blurb(runs, entry),
         "date": day(runs, entry),
-        "track": "10min_16mb" if _in_track(runs[0]) else "",
+        "track": "10min_16mb" if all(map(_in_track, runs)) else "",
         "headline_score": headline,
         "val_loss": mean(x["loss"] for x in scores[headline]),
         "val_bpb": mean(x["bpb"] for x in scores[headline]),
@@ -98,7 +98,7 @@ def submission(runs: Sequence[FinishedRun], entry: Entry) -> dict[str, Any]:
         "step_avg_ms_mean": mean(r["step_avg_ms"] for r in results.values()),
         "hardware": hardware(runs[0]),
         "attention": s["attention"],
-        **_versions(runs[0]),
+        **_versions(runs),
     }
     return {key: value for key, value in data.items() if value not in ("", None)}
 
@@ -117,11 +117,17 @@ def _result(run: FinishedRun) -> dict[str, Any]:
     }
 
 
-def _versions(run: FinishedRun) -> dict[str, Any]:
-    found = run.summary.get("versions", {})
-    flash = found.get("flash-attn-4") if run.summary["attention"] == "fa4" else None
-    names = {"pytorch_version": found.get("torch"), "cuda_version": found.get("cuda")}
-    return names | {"flash_attn_version": flash, "commit": run.summary.get("commit")}
+def _versions(runs: Sequence[FinishedRun]) -> dict[str, Any]:
+    """Return what all runs have alike; the README names the rest."""
+
+    def of(run: FinishedRun) -> dict[str, Any]:
+        found = run.summary.get("versions", {})
+        flash = found.get("flash-attn-4") if run.summary["attention"] == "fa4" else None
+        names = {"pytorch_version": found.get("torch"), "cuda_version": found.get("cuda")}
+        return names | {"flash_attn_version": flash, "commit": run.summary.get("commit")}
+
+    first, *rest = map(of, runs)
+    return {key: value for key, value in first.items() if all(other[key] == value for other in rest)}
 
 
 def evaluation_seconds(run: FinishedRun) -> float:
@@ -161,9 +167,10 @@ def hardware(run: FinishedRun) -> str:
 
 
 def _in_track(run: FinishedRun) -> bool:
-    """Tell whether the run kept to the track's budget, bytes and machine (or to fewer of its GPUs)."""
+    """Tell whether the run kept to the track's seconds, bytes and machine (or to fewer of its GPUs)."""
     seconds, s = run.config.train.seconds, run.summary
     within = 0 < seconds <= BUDGET_S and s["bytes"]["total"] <= LIMIT_BYTES
+    within = within and evaluation_seconds(run) <= BUDGET_S
     return within and s["world_size"] <= 8 and "H100" in s["device"]
 
 
@@ -257,13 +264,17 @@ def results_table(runs: Sequence[FinishedRun]) -> str:
 
 def _results_notes(runs: Sequence[FinishedRun]) -> str:
     run, s = runs[0], runs[0].summary
-    versions = ", ".join(f"{name} {version}" for name, version in s.get("versions", {}).items())
+    versions = dict.fromkeys(
+        ", ".join(f"{name} {version}" for name, version in r.summary.get("versions", {}).items())
+        or "versions not recorded"
+        for r in runs
+    )
     commits = dict.fromkeys(r.summary.get("commit") or "unknown" for r in runs)
     lines = [
         f"The headline is the score of the {SCORES[run.headline]}, read back from disk. Times of steps are "
         "medians; that of the optimizer, measured on rank 0's device, holds with several ranks the averaging "
         "of gradients and the wait for the slowest rank.",
-        f"{hardware(run)}, attention {s['attention']}; {versions or 'versions not recorded'}; sources at "
+        f"{hardware(run)}, attention {s['attention']}; {' and '.join(versions)}; sources at "
         f"commit {', '.join(commits)}.",
     ]
     if len(runs) == 1:

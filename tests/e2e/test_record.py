@@ -97,6 +97,7 @@ def test_the_folder_scores_with_nothing_else_of_pgolf_but_its_extension(written,
     stub.mkdir()
     (stub / "__init__.py").touch()
     (stub / Path(_C.__file__).name).symlink_to(_C.__file__)
+    (stub / "_C.cpython-39-other.so").write_bytes(b"of another Python")
     scores = json.loads((seeds[0] / "summary.json").read_text())["scores"]
     for name, more in (("quantized", []), ("ttt", ["--ttt"])):
         done = subprocess.run(
@@ -158,6 +159,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a checkpoint": (
         lambda run: edited(run, "config.json", lambda c: c["train"].update(init="old/raw.safetensors")),
         "the run started from old/raw.safetensors, whose training its clock does not hold",
+    ),
+    "no artifact": (
+        lambda run: [
+            (run / "model.pgolf").unlink(),
+            edited(
+                run,
+                "config.json",
+                lambda c: [c["train"].update(quantize=False), c["evaluate"].update(ttt=False)],
+            ),
+        ],
+        "the run made no artifact, train.quantize is off",
     ),
     "other settings": (
         lambda run: edited(run, "config.json", lambda c: c["train"].update(steps=3)),
@@ -230,7 +242,10 @@ def test_a_folder_that_is_there_is_kept_unless_it_is_a_record_to_overwrite(
     assert not (out / "model_seed43.pgolf").exists() and list(tmp_path.iterdir()) == [out]
     (out / "run").mkdir()
     assert write([out / "run"], out, "--overwrite") == 2
-    assert "which would be lost" in capsys.readouterr().err
+    assert "holds runs" in capsys.readouterr().err
+    (out / "model_seed42.txt").touch()
+    assert write(seeds[:1], out, "--overwrite") == 2
+    assert "holds model_seed42.txt, run, no part of a record, which would be lost" in capsys.readouterr().err
     (out / "submission.json").unlink()
     assert write(seeds[:1], out, "--overwrite") == 2
     assert "is not a record folder" in capsys.readouterr().err
@@ -247,6 +262,23 @@ def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_
     assert write(seeds, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert "it was not at hand" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_documents_are_counted_only_where_the_shards_are_of_the_text_that_was_scored(
+    written, seeds, shards, tmp_path
+):
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+
+    def grow(manifest: dict) -> None:
+        info = next(info for info in manifest["files"].values() if info["split"] == "val")
+        info["bytes"] += 1
+
+    edited(data, "manifest.json", grow)
+    assert write(seeds, tmp_path / "out", "--data", str(data)) == 0
+    assert "27 documents" in (written / "README.md").read_text()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "documents;" not in text and "Scored over the whole validation text" in text
 
 
 def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same_code(

@@ -65,6 +65,22 @@ def test_seeds_give_mean_and_deviation_by_hand():
     assert [data[key] for key in ("author", "name", "blurb", "date")] == ["a", "n", "b", "2026-01-02"]
 
 
+def test_versions_and_commit_are_said_of_all_runs_or_of_each():
+    runs = [
+        finished(seed, versions={"torch": torch, "cuda": "13.0"}, commit="c")
+        for seed, torch in enumerate(("2.11.0", "2.12.0"))
+    ]
+    data = submission(runs, Entry())
+    assert (data["cuda_version"], data["commit"]) == ("13.0", "c") and "pytorch_version" not in data
+    assert "torch 2.11.0, cuda 13.0 and torch 2.12.0, cuda 13.0; sources" in readme(runs, Entry(), {}, None)
+    assert submission(runs[:1], Entry())["pytorch_version"] == "2.11.0"
+
+
+def test_a_run_whose_evaluation_takes_too_long_is_not_of_the_track():
+    slow = {**finished().summary["seconds"], "read": 601.0}
+    assert "track" not in submission([finished(1), finished(2, seconds=slow)], Entry())
+
+
 def test_the_headline_is_test_time_training_where_it_was_run_and_both_are_given():
     run = finished(scores={"quantized": score(1.1), "ttt": score(1.0)})
     data = submission([run], Entry())
