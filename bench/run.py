@@ -18,6 +18,7 @@ from bench.common import RESULTS, Recorder, Sample
 def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
     """Return metric -> (value, unit) of a run's summary; what the run did not measure is left out."""
     train, seconds, scores = summary["train"], summary["seconds"], summary["scores"]
+    ledger = summary["bytes"] or {}  # none after a run that made no artifact
     found: dict[str, tuple[float | None, str]] = {
         "steps": (train["steps"], "steps"),
         "tokens": (train["tokens"], "tokens"),
@@ -26,9 +27,9 @@ def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
         "tokens_per_s": (train["tokens_per_s"], "1/s"),
         "ms_optimizer": (train.get("ms_optimizer"), "ms"),
         "peak_mib": (summary["peak_mib"], "MiB"),
-        "bytes": (summary["bytes"]["total"], "bytes"),
-        "bytes_code": (summary["bytes"]["code"], "bytes"),
-        "clip_scale": (summary["bytes"]["clip_scale"], "1"),
+        "bytes": (ledger.get("total"), "bytes"),
+        "bytes_code": (ledger.get("code"), "bytes"),
+        "clip_scale": (ledger.get("clip_scale"), "1"),
         "seconds_eval": (sum(v for k, v in seconds.items() if k.startswith("score_")), "s"),
     }
     found |= {f"bpb_{name}": (score["bpb"], "bits/byte") for name, score in scores.items()}

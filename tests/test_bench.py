@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.common import Recorder, Sample
+from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.presets import record
@@ -51,3 +52,11 @@ def test_the_model_of_communication_goes_through_the_largest_measurement():
     bandwidth = effective_bandwidth({2: Value(0.7), 4: Value(1.4)})
     assert wire_ms(4, bandwidth).value == pytest.approx(1.4)
     assert effective_bandwidth({}) == 300.0
+
+
+def test_a_run_without_an_artifact_has_figures_but_no_bytes():
+    train = dict.fromkeys(("steps", "tokens", "ms_loop_off", "ms_loop_on", "tokens_per_s"), 1.0)
+    summary = {"train": train, "seconds": {"train": 2.0}, "scores": {"raw": {"bpb": 1.5}}, "peak_mib": 0.0}
+    found = figures({**summary, "bytes": None})
+    assert found["bpb_raw"] == (1.5, "bits/byte") and found["seconds_train"] == (2.0, "s")
+    assert not {"bytes", "bytes_code", "clip_scale"} & found.keys()
