@@ -302,7 +302,8 @@ def effective_bandwidth(communication: Mapping[int, Value]) -> float:
     world = max(communication)
     if communication[world].value <= 0:
         raise ValueError(
-            f"the tail on {world} GPUs took no longer than its parts on one: measure both again or pass --bandwidth"
+            f"the tail on {world} GPUs took no longer than its parts on one; measure both again, or pass "
+            "--bandwidth"
         )
     return wire_ms(world, 1.0).value / communication[world].value
 
