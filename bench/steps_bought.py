@@ -272,15 +272,11 @@ def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> 
         raise ValueError(
             "no tail of one GPU beside Muon of one GPU: run `python -m bench.optimizer` or pass --rest-ms"
         )
-    measured = {
-        int(line["case"].removeprefix("record_").removesuffix("gpu")): Value(line["value"])
-        for line in lines
-        if line["metric"] == "ms_launched" and line["impl"] == "pgolf"
-    }
     communication = {
-        world: ms - muon[world][args.baseline] - rest
-        for world, ms in measured.items()
-        if world > 1 and args.baseline in muon.get(world, {})
+        world: tail - times[args.baseline] - rest
+        for world, times in muon.items()
+        if world > 1 and args.baseline in times
+        if (tail := pick(lines, f"record_{world}gpu", "ms_launched", "pgolf")) is not None
     }
     bandwidth = args.bandwidth or effective_bandwidth(communication)
     found: dict[int, tuple[Value, str]] = {}

@@ -81,3 +81,9 @@ def source_commit() -> tuple[str, bool]:
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True
+
+
+def commit_name(digits: int = 40) -> str:
+    """Return the first `digits` of `source_commit`, with -dirty where files differ; "" where nobody knows."""
+    commit, dirty = source_commit()
+    return "" if commit == "unknown" else commit[:digits] + ("-dirty" if dirty else "")

@@ -35,7 +35,7 @@ class Ablate:
 def main(argv: list[str]) -> int:
     """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
-    from pgolf.env import share_of_cores
+    from pgolf.env import commit_name, share_of_cores
     from pgolf.report.ablation import markdown
     from pgolf.report.html import write_report
     from pgolf.train.ablate import gather, run_plan, start_process
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             processes = max(1, gpus) * args.per_gpu
             environment = share_of_cores(processes) if processes > 1 else None
             start = functools.partial(start_process, environment=environment)
-            run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=_commit_name(), say=say)
+            run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
     finally:
         result = gather(plan, args.plan)
         paths = write_report(result, plan.out)
@@ -75,11 +75,3 @@ def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
     if asked is not None and not 0 <= asked <= there:
         raise ValueError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
     return 0 if on_cpu else there if asked is None else asked
-
-
-def _commit_name() -> str:
-    """Return the commit of this package's tree as a report shows it; "" where it is not known."""
-    from pgolf.env import source_commit
-
-    commit, dirty = source_commit()
-    return "" if commit == "unknown" else commit[:12] + ("-dirty" if dirty else "")

@@ -28,7 +28,7 @@ from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist
-from pgolf.env import source_commit
+from pgolf.env import commit_name
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
@@ -110,7 +110,7 @@ class Run:
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            commit=_commit_name(),
+            commit=commit_name(),
             versions=_versions(),
         )
         if before is not None:
@@ -438,13 +438,6 @@ def format_table(s: Summary) -> str:
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _commit_name() -> str:
-    commit, dirty = source_commit()
-    if commit == "unknown":
-        return ""
-    return f"{commit}-dirty" if dirty else commit
 
 
 def _versions() -> dict[str, str]:
