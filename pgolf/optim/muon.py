@@ -1,14 +1,16 @@
 """Muon on banks of matrices, each rank iterating its share of every bank.
 
-Per step (Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon; banks and overlap: parameter-golf PR
-#399 and #549; row normalization: MuonEq-R, arXiv 2603.28254): average the gradients and scatter them
-(`reduce`), let the caller measure the shards, then momentum, row normalization, polar iteration, gather and
-apply (`step`, by `pgolf.ops.muon_step`). Unlike the record stack, clipping sees the averaged gradient and the
-sharded momentum is part of the state.
+Per step (Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon; banks: parameter-golf PR #399 and
+#549; row normalization: MuonEq-R, arXiv 2603.28254): average the gradients and scatter them (`reduce`), let
+the caller measure the shards, then momentum, row normalization, polar iteration, gather and apply (`step`, by
+`pgolf.ops.muon_step`). Unlike the record stack, clipping sees the averaged gradient and the sharded momentum
+is part of the state.
 
 Legend: `B` matrices in a bank, `S` matrices of it on one rank = ceil(B / world size), `m` rows, `n` columns.
 A rank owns matrices rank * S to rank * S + S - 1; those past B are padding, zero in gradient, momentum and
-update. One process has no padding and no collectives; its shard is the gradient itself.
+update. One process has no padding and no collectives; its shard is the gradient itself. Several have one
+buffer, the wire, in which the matrices of a rank, of all banks, lie together: one reduce-scatter and one
+gather a step, whatever the number of banks.
 """
 
 from __future__ import annotations
@@ -25,11 +27,6 @@ from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
 from pgolf.optim.flat import flat_views
 from pgolf.optim.polar import coefficients
-
-
-def by_size(banks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the banks with the largest first (its transfer starts first); ties keep their order."""
-    return dict(sorted(banks.items(), key=lambda item: -item[1].numel()))
 
 
 def lr_scale(rows: int, cols: int) -> float:
@@ -51,12 +48,22 @@ class _Bank:
     """One bank and this rank's views of it."""
 
     param: Tensor  # (B, m, n) float32, detached
-    grad: Tensor  # (B, m, n) float32, local
     average: Tensor | None  # (B, m, n) float32 moving average of param
     shard: Tensor  # (S, m, n) averaged gradient of the owned matrices
     momentum: Tensor  # (S, m, n)
     update: Tensor  # (S, m, n) what the polar iteration gives
-    wire: Tensor | None  # (S * world size, m, n) to send gradients and to receive updates; None on one rank
+    scale: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The matrices of one bank that one rank owns, without padding: up to (S, m, n), not empty."""
+
+    bank: str
+    param: Tensor
+    grad: Tensor  # local
+    average: Tensor | None
+    wire: Tensor  # the gradients to send, then the updates received
     scale: float
 
 
@@ -84,13 +91,13 @@ class BankMuon:
         *,
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take banks and gradients in the order of `by_size`; both are read in place at each step.
+        """Take banks and gradients, of the same names in the same order; both are read in place at each step.
 
         Args:
             banks: float32 parameters by name. flat_grad, grads: their gradients, from `flat_views`.
             averages: float32 moving averages by name, moved at each step; None has none.
         """
-        self._dist, self._flat_grad = dist, flat_grad
+        self._dist = dist
         self._rule = MuonRule(
             coefficients(config.coefficients, config.ns_steps),
             nesterov=config.nesterov,
@@ -105,29 +112,46 @@ class BankMuon:
         else:
             self.shard, shards = flat_views(shapes, dtype=dtype, device=device)
         self._momentum, momenta = flat_views(shapes, dtype=dtype, device=device)
-        _, updates = flat_views(shapes, dtype=dtype, device=device)
+        self._updates, updates = flat_views(shapes, dtype=dtype, device=device)
         self._banks: dict[str, _Bank] = {}
         for name, p in banks.items():
-            s, m, n = shapes[name]
             self._banks[name] = _Bank(
                 param=p.detach(),
-                grad=grads[name],
                 average=None if averages is None else averages[name],
                 shard=shards[name],
                 momentum=momenta[name],
                 update=updates[name],
-                wire=None if world == 1 else torch.zeros(s * world, m, n, dtype=dtype, device=device),
-                scale=lr_scale(m, n),
+                scale=lr_scale(*p.shape[1:]),
             )
+        self._parts: list[_Part] = []
+        if world > 1:
+            self._wire = torch.zeros(world * self.shard.numel(), dtype=dtype, device=device)
+            self._parts = [
+                part
+                for owner, piece in enumerate(self._wire.chunk(world))
+                for part in self._parts_of(owner, piece, grads)
+            ]
+
+    def _parts_of(self, owner: int, piece: Tensor, grads: Mapping[str, Tensor]) -> list[_Part]:
+        """Return what rank `owner` owns of each bank, given its piece of the wire."""
+        parts = []
+        for name, bank in self._banks.items():
+            size, start = bank.shard.shape[0], bank.shard.storage_offset()
+            mine = slice(owner * size, min((owner + 1) * size, bank.param.shape[0]))
+            param = bank.param[mine]
+            if param.numel() == 0:
+                continue
+            average = None if bank.average is None else bank.average[mine]
+            wire = piece[start : start + param.numel()].view_as(param)
+            parts.append(_Part(name, param, grads[name][mine], average, wire, bank.scale))
+        return parts
 
     def reduce(self) -> list[Pending]:
-        """Start averaging the local gradients into `shard`, largest bank first; wait for what it returns."""
-        started = []
-        for bank in self._banks.values():
-            if bank.wire is not None:
-                bank.wire[: bank.grad.shape[0]].copy_(bank.grad)
-                started.append(self._dist.reduce_scatter_avg(bank.shard, bank.wire))
-        return started
+        """Start averaging the local gradients into `shard`; wait for what it returns."""
+        if not self._parts:
+            return []
+        torch._foreach_copy_([part.wire for part in self._parts], [part.grad for part in self._parts])
+        return [self._dist.reduce_scatter_avg(self.shard, self._wire)]
 
     @torch.no_grad()
     def step(self, scalars: Tensor) -> None:
@@ -137,24 +161,22 @@ class BankMuon:
             scalars: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. Where its grad_scale is not
                 finite nothing changes.
         """
-        banks = list(self._banks.values())
-        if self._dist.world_size == 1:
+        banks, parts = list(self._banks.values()), self._parts
+        if not parts:
             muon_step([_whole(bank) for bank in banks], scalars, self._rule)
             return
         # One call for all banks: a call a bank would let each gather run beside the next iteration, but takes
         # 0.73 ms for a rank of eight instead of 0.29, more than the gathers.
         muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], scalars, self._rule)
-        gathers = [self._dist.all_gather(b.wire, b.update) for b in banks if b.wire is not None]
-        for gather in gathers:
-            gather.wait()
-        # The padding at the end of a wire is zero, as the polar iteration keeps zero matrices: it can carry
-        # the next gradients as it is.
+        self._dist.all_gather(self._wire, self._updates).wait()
+        # The gaps and the padding of the wire are zero again, as the polar iteration keeps zero matrices: it
+        # can carry the next gradients as it is.
         muon_apply(
-            [bank.param for bank in banks],
-            [bank.wire[: bank.param.shape[0]] for bank in banks if bank.wire is not None],
+            [part.param for part in parts],
+            [part.wire for part in parts],
             scalars,
-            lr_scales=[bank.scale for bank in banks],
-            averages=[bank.average for bank in banks if bank.average is not None],
+            lr_scales=[part.scale for part in parts],
+            averages=[part.average for part in parts if part.average is not None],
         )
 
     def reset(self) -> None:
@@ -166,13 +188,14 @@ class BankMuon:
 
         A collective: every rank calls it.
         """
-        state = {}
-        for name, bank in self._banks.items():
-            whole = bank.momentum
-            if bank.wire is not None:
-                self._dist.all_gather(bank.wire, bank.momentum).wait()
-                whole = bank.wire[: bank.grad.shape[0]]
-            state[f"momentum.{name}"] = whole.clone()
+        state = {f"momentum.{name}": bank.momentum.clone() for name, bank in self._banks.items()}
+        if not self._parts:
+            return state
+        self._dist.all_gather(self._wire, self._momentum).wait()
+        for name in self._banks:
+            pieces = [part.wire for part in self._parts if part.bank == name]
+            if pieces:
+                state[f"momentum.{name}"] = torch.cat(pieces)
         return state
 
     def shapes(self) -> dict[str, torch.Size]:

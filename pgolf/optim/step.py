@@ -27,7 +27,7 @@ from pgolf.optim.adam import AdamW
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import split_parameters
-from pgolf.optim.muon import BankMuon, by_size
+from pgolf.optim.muon import BankMuon
 from pgolf.optim.schedule import lr_multiplier, muon_momentum
 
 
@@ -65,7 +65,7 @@ class Optimizer:
                 no average in `ema`, or an unknown coefficient table.
         """
         groups = split_parameters(model)
-        banks, replicated = by_size(groups.banks), {**groups.embed, **groups.scalars}
+        banks, replicated = groups.banks, {**groups.embed, **groups.scalars}
         self._config, self._dist, self._ema = config, dist, ema
         self._params: dict[str, Tensor] = {**banks, **replicated}
         _check_placed(self._params, dist.device, ema)

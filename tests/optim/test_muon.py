@@ -9,7 +9,7 @@ from pgolf.config import MuonConfig
 from pgolf.dist import Dist
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.flat import ALIGN, flat_views
-from pgolf.optim.muon import BankMuon, by_size, lr_scale, row_normalize_
+from pgolf.optim.muon import BankMuon, lr_scale, row_normalize_
 from pgolf.optim.polar import coefficients
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -48,7 +48,7 @@ def scalars(momentum, weight_decay, device="cpu"):
 
 def build(config, device):
     dist = Dist.start(device)
-    params = by_size(random(0, device))
+    params = random(0, device)
     flat, grads = flat_views(
         {n: tuple(p.shape) for n, p in params.items()}, dtype=torch.float32, device=dist.device
     )
@@ -120,9 +120,8 @@ def test_row_normalize_survives_extreme_rows():
     assert torch.equal(row_normalize_(half), expected)
 
 
-def test_lr_scale_and_order_follow_the_shapes():
+def test_lr_scale_follows_the_shape():
     assert (lr_scale(2048, 512), lr_scale(512, 2048), lr_scale(256, 512)) == (2, 1, 1)
-    assert list(by_size(random(0))) == ["tall", "wide", "square", "one"]
 
 
 def test_flat_views_are_aligned_zeroed_and_share_the_buffer():

@@ -10,7 +10,7 @@ from pgolf.config import AdamConfig, MuonConfig, OptimConfig
 from pgolf.dist import Dist
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
-from pgolf.optim.muon import BankMuon, by_size
+from pgolf.optim.muon import BankMuon
 from pgolf.optim.step import Optimizer
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -57,7 +57,7 @@ def test_step_equals_its_parts_on_the_clipped_gradient(device, factor):
     model = Toy(device)
     optimizer = Optimizer(model, CONFIG, Dist.start(device))
     twin = Toy(device)
-    banks = by_size({n: getattr(twin, n).detach() for n in twin.bank_names})
+    banks = {n: getattr(twin, n).detach() for n in twin.bank_names}
     flat, grads = flat_views(
         {n: tuple(p.shape) for n, p in banks.items()}, dtype=torch.float32, device=twin.up.device
     )
