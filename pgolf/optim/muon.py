@@ -16,7 +16,7 @@ gather a step, whatever the number of banks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -154,21 +154,25 @@ class BankMuon:
         return [self._dist.reduce_scatter_avg(self.shard, self._wire)]
 
     @torch.no_grad()
-    def step(self, scalars: Tensor) -> None:
+    def step(self, scalars: Tensor, meanwhile: Callable[[], object] = lambda: None) -> None:
         """Update momentum, all banks and their averages from `shard`; does not synchronize the host.
 
         Args:
             scalars: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. Where its grad_scale is not
                 finite nothing changes.
+            meanwhile: called once the gradients are read; what it queues runs while the updates travel.
         """
         banks, parts = list(self._banks.values()), self._parts
         if not parts:
             muon_step([_whole(bank) for bank in banks], scalars, self._rule)
+            meanwhile()
             return
         # One call for all banks: a call a bank would let each gather run beside the next iteration, but takes
         # 0.73 ms for a rank of eight instead of 0.29, more than the gathers.
         muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], scalars, self._rule)
-        self._dist.all_gather(self._wire, self._updates).wait()
+        gather = self._dist.all_gather(self._wire, self._updates)
+        meanwhile()
+        gather.wait()
         # The gaps and the padding of the wire are zero again, as the polar iteration keeps zero matrices: it
         # can carry the next gradients as it is.
         muon_apply(

@@ -135,14 +135,18 @@ class Optimizer:
 
     def _launch(self) -> None:
         """Queue all of a step but the numbers."""
-        waiting = [*self._muon.reduce(), self._dist.all_reduce_avg(self._rest_grad)]
+        # The all-reduce first: it runs beside the copies that `reduce` begins with.
+        waiting = [self._dist.all_reduce_avg(self._rest_grad), *self._muon.reduce()]
         for pending in waiting:
             pending.wait()
         self._clip()
+        self._muon.step(self._hyper[:SCALARS], meanwhile=self._launch_rest)
+
+    def _launch_rest(self) -> None:
+        """Queue what neither reads nor writes the banks' weights."""
         scalars, rates = self._hyper[:SCALARS], self._hyper[SCALARS:]
         self._embed.step(rates[0], scalars, self._corrections)
         self._scalars.step(rates[1], scalars, self._corrections)
-        self._muon.step(scalars)
         self._bank_grad.zero_()
 
     def _clip(self) -> None:
