@@ -144,7 +144,9 @@ __device__ __forceinline__ void init_barriers(uint32_t base) {
   }
   for (int i = 0; i < kTaskSlots; ++i) {
     mbarrier_init(RingTask::filled(base, i), 1);
-    mbarrier_init(RingTask::free(base, i), kReleases + 1);
+    // Every thread that has read a task arrives for itself: racecheck does not see that a warp's leader
+    // arrives for its other lanes.
+    mbarrier_init(RingTask::free(base, i), kGroups * kGroupThreads + 1);
   }
   for (int i = 0; i < kGroups; ++i)
     mbarrier_init(base + kBarrierOffset + 8 * (kPassedBarrier + i), kWarpsPerGroup);

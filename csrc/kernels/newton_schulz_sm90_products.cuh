@@ -345,8 +345,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
       alone += together ? 0 : 1;
     }
     a_index += task.tall ? 2 * task.depth : task.depth;
-    __syncwarp();
-    if (threadIdx.x % kLanes == 0) mbarrier_arrive(RingTask::free(base, n), 1);
+    mbarrier_arrive(RingTask::free(base, n), 1);
   }
 }
 

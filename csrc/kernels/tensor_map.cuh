@@ -38,23 +38,27 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
+// Gives this thread a context, which it has not until its first call of the runtime that needs one; a backward
+// pass may start with a tensor map.
+inline void bind_context() {
+  thread_local const bool bound = [] {
+    int device = 0;
+    PGOLF_CUDA_CHECK(cudaGetDevice(&device));
+    PGOLF_CUDA_CHECK(cudaSetDevice(device));
+    return true;
+  }();
+  static_cast<void>(bound);
+}
+
 // The map of a tensor at `first`, with 128-byte swizzle; what a box has outside the tensor reads as zero.
 inline CUtensorMap tensor_map(CUtensorMapDataType type, const void* first, const TensorShape& shape) {
   CUtensorMap map;
   const cuuint32_t ones[5] = {1, 1, 1, 1, 1};
-  auto encode = [&] {
-    return encode_tiled()(&map, type, shape.rank, const_cast<void*>(first), shape.sizes, shape.strides,
-                          shape.box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                          CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  };
-  CUresult result = encode();
-  if (result == CUDA_ERROR_INVALID_CONTEXT) {
-    // A thread has no context until its first call of the runtime: a backward pass may start with this one.
-    int device = 0;
-    PGOLF_CUDA_CHECK(cudaGetDevice(&device));
-    PGOLF_CUDA_CHECK(cudaSetDevice(device));
-    result = encode();
-  }
+  bind_context();
+  const CUresult result =
+      encode_tiled()(&map, type, shape.rank, const_cast<void*>(first), shape.sizes, shape.strides, shape.box,
+                     ones, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("cuTensorMapEncodeTiled failed with error " +
                              std::to_string(static_cast<int>(result)));
