@@ -65,6 +65,8 @@ SETTINGS = [
     Setting("rows+columns", LOSS),
     Setting("trellis", LOSS | {"trellis": True}),
     Setting("trellis rate 1/12", LOSS | {"trellis": True, "rate": 1 / 12}),
+    Setting("trellis rate 1/6", LOSS | {"trellis": True, "rate": 1 / 6}),
+    Setting("trellis rate 1/3", LOSS | {"trellis": True, "rate": 1 / 3}),
     Setting("rows+columns floor 0.3", LOSS | {"embed_floor": 0.3}),
     Setting("rows+columns floor 1", LOSS | {"embed_floor": 1.0}),
     Setting("rtn", SPREAD, gptq=False),

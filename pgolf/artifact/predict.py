@@ -85,8 +85,10 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
             bits, clip = family_grid(name, quant)
             key = (*plan.shape, bits)
             if key not in rates:
+                spread = max_code(bits) / (clip * clip_scale)
+                spread *= spread**2 / (spread**2 + quant.rate)  # what rounding with an eye on bits leaves
                 # The values of a trellis lie a quarter of a step from their codes.
-                deviation = math.hypot(max_code(bits) / (clip * clip_scale), 0.25 * quant.trellis)
+                deviation = math.hypot(spread, 0.25 * quant.trellis)
                 rates[key] = _gaussian_rate(plan.shape, deviation, max_code(bits))
             lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
         else:

@@ -33,7 +33,7 @@ def entropy_bytes(model, quant, *, noise):
     return (total + bits(model.vocab_size * d, 63, quant.embed_clip)) / 8
 
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7)
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7, rate=0.0)
 OLDER = replace(SPREAD, mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
 
 
@@ -81,9 +81,7 @@ def test_prediction_names_the_sections_of_a_real_file(tmp_path):
 
 def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
     # bench/results/20261123_nvidia-h100-80gb-hbm3_quantize.jsonl, rows+columns: the sections of codes.
-    quant = QuantConfig(
-        row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, mean_bits=3.45, trellis=False
-    )
+    quant = replace(record().quant, mean_bits=3.45, trellis=False, rate=0.0)
     ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=0.980003)
     assert codes_bytes(ledger) == pytest.approx(15_739_571, rel=0.005)
 
@@ -91,5 +89,17 @@ def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
 @pytest.mark.parametrize(("clip_scale", "total"), [(0.953389, 15_988_501), (0.956769, 15_984_606)])
 def test_a_trellis_weighs_what_two_600_s_models_weighed(clip_scale: float, total: int):
     # summary.json of bench/results/20261124_record_600s_1gpu_196k and 20261128_record_600s_2gpu.
-    ledger = predict_ledger(record().model, record().quant, limit=LIMIT, clip_scale=clip_scale)
+    quant = replace(record().quant, rate=0.0)
+    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=clip_scale)
     assert ledger.total == pytest.approx(total, rel=0.003)
+
+
+@pytest.mark.parametrize(
+    ("clip_scale", "rate", "model_bytes"),
+    [(0.9723, 1 / 12, 15_760_315), (0.9840, 0.0, 15_759_292), (1.0846, 0.0, 15_148_509)],
+)
+def test_rounding_with_an_eye_on_bits_weighs_what_a_600_s_model_weighed(clip_scale, rate, model_bytes):
+    # bench/results/20261128_nvidia-h200_quantize.jsonl: trellis rate 1/12, trellis, trellis -4 %.
+    quant = replace(record().quant, rate=rate)
+    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=clip_scale)
+    assert ledger.model_bytes == pytest.approx(model_bytes, rel=0.002)

@@ -13,7 +13,7 @@ from pgolf.quant.grid import from_exponents, log_steps, quantize, sdclip_scales,
 from pgolf.quant.plan import common_step, prepare
 from pgolf.quant.sensitivity import Curvature
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5)
+SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5, rate=0.0)
 LOSS = QuantConfig(row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, row_floor=0.0)
 
 
@@ -106,7 +106,7 @@ def test_balanced_steps_beat_sdclip_at_equal_entropy():
 @pytest.mark.parametrize(("bits", "trellis"), [(3.5, True), (0.5, False)])
 def test_a_bank_of_few_bits_is_rounded_without_a_trellis(bits, trellis):
     w, h, curvature = problem(2, 64, 48)
-    config = replace(LOSS, mean_bits=bits, trellis=True)
+    config = replace(LOSS, mean_bits=bits, trellis=True, rate=0.0)
     bank = prepare(w, h, "mlp_in", config, curvature)
     step = common_step([bank], config)
     got = bank.quantize(step, config)
