@@ -125,7 +125,7 @@ PLANS = {
     "polar_noloop": 40,
     "polar_small": 64,
     "polar_trunk": 64,
-    "polar_full": 20,
+    "polar_full": 32,
 }
 
 
