@@ -324,9 +324,9 @@ class QuantConfig:
     mean_bits: float = 3.45
     """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""
     rate: float = 1 / 12
-    """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves. It took 0.0010
-    of 0.0043 bpb lost by a 600 s run at equal bytes, more than the calibration foresees; 0 rounds to the
-    nearest."""
+    """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves. It took
+    0.0010 of 0.0043 bpb lost by a 600 s run at equal bytes, more than the calibration foresees; 0 rounds to
+    the nearest."""
     trellis: bool = True
     """Round the weights of a column together, along a trellis (`pgolf.ops.trellis_round`): a quarter less
     squared error at the same bits; 0.0050 instead of 0.0068 bpb on a CPU with little calibration text, 0.0037
