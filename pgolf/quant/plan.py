@@ -31,6 +31,11 @@ TRELLIS_FROM = 2.0
 """Bits a code from which on a bank takes the trellis. A Gaussian of equal steps breaks even near 1.1 bits and
 gains a quarter of the error at 3; rows and columns of a bank differ, and those of few bits lose."""
 
+TRELLIS_DEVIATION = 0.5
+"""Steps that the weights of a row or column deviate by at least on a trellis, where a code of 0 means a
+quarter of a step: a row that hardly matters to the calibration has wide steps, and would become noise louder
+than itself. A tiny model with a layer of zeros lost 0.73 bpb so."""
+
 
 @dataclass(frozen=True)
 class Matrices:
@@ -77,10 +82,28 @@ class Matrices:
         # log_steps rounds to the nearest: half a grid step more, so that it never rounds below.
         return Grid(torch.maximum(grid.scales, log_steps(least * 2.0 ** (1 / 16))), grid.columns)
 
+    def _fine_enough(self, grid: Grid) -> Grid:
+        """Return the grid with columns and rows that deviate by `TRELLIS_DEVIATION` steps or more.
+
+        But for rows whose largest weight would be clipped. Steps by spread are fine enough as they are.
+        """
+        if self.row_weight is None:
+            return grid
+        scales, columns = grid.scales, grid.columns
+        x = self.weight / scales.float().unsqueeze(-1)
+        if columns is not None:
+            deviation = (x / columns.float().unsqueeze(1)).square().mean(1).sqrt()
+            columns = _finer(columns, deviation)
+            x = x / columns.float().unsqueeze(1)
+        return self._inside(Grid(_finer(scales, x.square().mean(-1).sqrt()), columns))
+
     def quantize(self, step: float, config: QuantConfig) -> QuantizedTensor:
         """Return codes `(B, R, C)`, scales `(B, R)` and columns `(B, C)`; a trellis only where it pays."""
         grid = self.grid(step, config)
         bits = mean_bits(histogram_of(code_deviations(self.weight, grid)), 0.0)
+        trellis = config.trellis and bits >= TRELLIS_FROM
+        if trellis:
+            grid = self._fine_enough(grid)
         return gptq_on_grid(
             self.weight,
             self.factored,
@@ -88,9 +111,15 @@ class Matrices:
             bits=self.bits,
             columns=grid.columns,
             rate=config.rate,
-            trellis=config.trellis and bits >= TRELLIS_FROM,
+            trellis=trellis,
             block=config.block,
         )
+
+
+def _finer(steps: Tensor, deviation: Tensor) -> Tensor:
+    """Return `steps`, those above `deviation / TRELLIS_DEVIATION` of them lowered to it (logarithmic grid)."""
+    finer = log_steps(steps.float() * deviation / TRELLIS_DEVIATION)
+    return torch.where(deviation < TRELLIS_DEVIATION, torch.minimum(steps, finer), steps)
 
 
 def prepare(

@@ -118,6 +118,28 @@ def test_a_bank_of_few_bits_is_rounded_without_a_trellis(bits, trellis):
     assert bank.errors(got).sum() < bank.errors(forced).sum()
 
 
+def test_no_row_or_column_is_too_quiet_for_a_trellis():
+    # What hardly matters to the calibration has wide steps, and a code of 0 is a quarter of a step there.
+    w, h, curvature = problem(2, 64, 48)
+    w[0, :20] *= 1e-4
+    w[0, 20] = 0
+    w[1, :, :9] *= 1e-4
+    curvature.rows[0, 30:40] = 1e-9
+    bank = prepare(w, h, "mlp_in", LOSS, curvature)
+    step = common_step([bank], LOSS)
+    got, wide = bank.quantize(step, LOSS), bank.grid(step, LOSS)
+    assert got.trellis and got.columns is not None
+    deviations = w / got.scales.float().unsqueeze(-1) / got.columns.float().unsqueeze(1)
+    rows, columns = (deviations.square().mean(axis).sqrt() for axis in (-1, 1))
+    assert rows[0, 20] == 0 and columns.min() > 0.45
+    rows[0, 20] = 1
+    assert rows.min() > 0.45
+    loud = gptq_on_grid(bank.weight, bank.factored, wide.scales, bits=8, columns=wide.columns, trellis=True)
+    noise, before = ((q.dequantize() - w).square().mean(-1)[0, :21] for q in (got, loud))
+    assert noise[20] < 1e-10
+    assert noise.max() < 0.01 * before.min()
+
+
 def test_no_code_is_clipped_however_much_a_row_matters():
     w, h, curvature = problem(1, 12, 30)
     curvature.rows[0, 3] = 1e9
