@@ -117,7 +117,7 @@ class Matrices:
 
 
 def _finer(steps: Tensor, deviation: Tensor) -> Tensor:
-    """Return `steps`, those above `deviation / TRELLIS_DEVIATION` of them lowered to it (logarithmic grid)."""
+    """Return steps no wider than what deviates by TRELLIS_DEVIATION of them, lowered on the logarithmic grid."""
     finer = log_steps(steps.float() * deviation / TRELLIS_DEVIATION)
     return torch.where(deviation < TRELLIS_DEVIATION, torch.minimum(steps, finer), steps)
 
