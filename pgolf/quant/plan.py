@@ -117,7 +117,7 @@ class Matrices:
 
 
 def _finer(steps: Tensor, deviation: Tensor) -> Tensor:
-    """Return steps no wider than what deviates by TRELLIS_DEVIATION of them, lowered on the logarithmic grid."""
+    """Return steps of which nothing deviates by less than TRELLIS_DEVIATION, on the logarithmic grid."""
     finer = log_steps(steps.float() * deviation / TRELLIS_DEVIATION)
     return torch.where(deviation < TRELLIS_DEVIATION, torch.minimum(steps, finer), steps)
 
