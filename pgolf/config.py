@@ -278,7 +278,13 @@ class TrainConfig:
     warmup_steps: int = 3
     """Untimed steps per loop mode before the clock; all state is restored after them."""
     out: Path = Path("runs")
-    """Run folders are made here."""
+    """Run folders are made here; with several hosts, on a disk that all of them share."""
+    checkpoint_every: float = 60.0
+    """Seconds of the clock between checkpoints, from which `pgolf train --resume` goes on; the two newest
+    stay until the run is finished. 0: only a signal (SIGTERM, SIGHUP, SIGINT) makes one."""
+    rank_timeout: float = 30.0
+    """Seconds without a sign of life after which a rank counts as lost and ends the run, naming it; a rank
+    that was killed is noticed at once."""
 
     def __post_init__(self) -> None:
         for name in ("seconds", "steps", "seed", "warmup_steps"):
@@ -287,6 +293,14 @@ class TrainConfig:
         _require(
             self.seconds > 0 or self.steps > 0,
             "train.seconds and train.steps are both 0: the run would never stop; set one of them",
+        )
+        _require(
+            0 <= self.checkpoint_every < float("inf"),
+            f"train.checkpoint_every must be >= 0 s and finite, got {self.checkpoint_every}",
+        )
+        _require(
+            5 <= self.rank_timeout <= 600,
+            f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
         )
         reserve = self.quantize_reserve or 0.0
         _require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
@@ -427,7 +441,15 @@ class TttConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Further rows of a run's table: other legal ways to score the quantized weights."""
+    """Rows of a run's table: which weights are scored, and other legal ways to score the quantized ones."""
+
+    raw: bool = True
+    """Score the raw weights after training."""
+    ema: bool = True
+    """Score the averaged weights after training."""
+    every: int = 0
+    """Score the raw weights during training too, every so many steps, over the whole validation text; the
+    time that takes is on the clock. 0: never."""
 
     sliding: bool = False
     """Add a row `sliding`: a window over each document, so that more tokens see a long context."""
@@ -439,6 +461,7 @@ class EvaluateConfig:
     """Settings of `ttt`."""
 
     def __post_init__(self) -> None:
+        _require(self.every >= 0, f"evaluate.every must be >= 0 steps, got {self.every}")
         _require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
 
 

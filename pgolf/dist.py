@@ -30,6 +30,10 @@ _reduce_scatter: Callable[..., Any] = getattr(td, "reduce_scatter_single", None)
 _all_gather: Callable[..., Any] = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 
 
+class RanksFailed(RuntimeError):
+    """A failure that every rank knows: all of them raise it with the same text, so that one can tell it."""
+
+
 class Pending:
     """A collective under way; its tensors must not be touched until `wait()` has returned.
 
@@ -121,6 +125,24 @@ class Dist:
         td.broadcast(box, src=0, group=self._host)
         return [float(v) for v in box.tolist()]
 
+    def gather(self, values: list[float]) -> list[list[float]]:
+        """Return every rank's `values` (float64) on every rank, by rank; never waits for the GPU."""
+        if self._host is None:
+            return [list(values)]
+        box = torch.tensor(values, dtype=torch.float64)
+        boxes = [torch.empty_like(box) for _ in range(self.world_size)]
+        td.all_gather(boxes, box, group=self._host)
+        return [[float(v) for v in b.tolist()] for b in boxes]
+
+    def gather_ints(self, values: list[int]) -> list[list[int]]:
+        """Return every rank's `values` (64-bit integers) on every rank, by rank."""
+        if self._host is None:
+            return [list(values)]
+        box = torch.tensor(values, dtype=torch.int64)
+        boxes = [torch.empty_like(box) for _ in range(self.world_size)]
+        td.all_gather(boxes, box, group=self._host)
+        return [[int(v) for v in b.tolist()] for b in boxes]
+
     def check(self, error: str | None) -> None:
         """Let every rank fail together: raise everywhere if any rank passes a message.
 
@@ -128,14 +150,14 @@ class Dist:
         collective.
 
         Raises:
-            RuntimeError: names each failed rank and its message; the same text on every rank.
+            RanksFailed: names each failed rank and its message; the same text on every rank.
         """
         if self._host is None:
             if error is not None:
-                raise RuntimeError(f"rank 0 failed: {error}")
+                raise RanksFailed(f"rank 0 failed: {error}")
             return
         text = b"" if error is None else (error or "no message").encode()
-        sizes = [row[0] for row in self._gather_ints([len(text)])]
+        sizes = [row[0] for row in self.gather_ints([len(text)])]
         if max(sizes) == 0:
             return
         box = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -143,13 +165,7 @@ class Dist:
         boxes = [torch.empty_like(box) for _ in sizes]
         td.all_gather(boxes, box, group=self._host)
         texts = [bytes(b[:n].tolist()).decode() for b, n in zip(boxes, sizes, strict=True)]
-        raise RuntimeError("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t))
-
-    def _gather_ints(self, values: list[int]) -> list[list[int]]:
-        box = torch.tensor(values, dtype=torch.int64)
-        boxes = [torch.empty_like(box) for _ in range(self.world_size)]
-        td.all_gather(boxes, box, group=self._host)
-        return [[int(v) for v in b.tolist()] for b in boxes]
+        raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t))
 
     # Tensor plane: device tensors, stream order, no host synchronization on CUDA.
 
@@ -222,9 +238,9 @@ class Dist:
         if self._host is None:
             return
         names = sorted(tensors)
-        if len({row[0] for row in self._gather_ints([len(names)])}) > 1:
+        if len({row[0] for row in self.gather_ints([len(names)])}) > 1:
             raise RuntimeError(f"replicas hold different numbers of tensors; rank {self.rank}: {len(names)}")
-        rows = self._gather_ints([_checksum(name, tensors[name]) for name in names])
+        rows = self.gather_ints([_checksum(name, tensors[name]) for name in names])
         wrong = []
         for i, name in enumerate(names):
             ranks = [r for r, row in enumerate(rows) if row[i] != rows[0][i]]
@@ -232,9 +248,7 @@ class Dist:
                 wrong.append(f"{name} (ranks {ranks})")
         if wrong:
             shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-            raise RuntimeError(
-                f"replicas differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}"
-            )
+            raise RanksFailed(f"replicas differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
 
 
 def _pick_device(choice: str, local_rank: int) -> torch.device:

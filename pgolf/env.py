@@ -37,6 +37,11 @@ def launch() -> Launch:
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
 
 
+def main_address() -> str:
+    """Return the name or address of rank 0's host, as torchrun tells it; this machine's without torchrun."""
+    return os.environ.get("MASTER_ADDR") or "localhost"
+
+
 def check_targets() -> bool:
     """Return whether PGOLF_CHECK_TARGETS asks for targets to be checked on the GPU too.
 

@@ -53,6 +53,11 @@ class Ledger:
             "clip_scale": self.clip_scale,
         }
 
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Ledger:
+        """Return the ledger that `to_dict` gave."""
+        return cls(tuple(data["parts"].items()), data["code"], data["limit"], data["clip_scale"])
+
 
 def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> Ledger:
     """Return the ledger of an artifact file of `file_bytes` bytes with this header."""

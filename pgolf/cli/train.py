@@ -1,14 +1,98 @@
-"""`pgolf train PRESET --data DIR [--section.key VALUE ...]`, alone or under torchrun."""
+"""`pgolf train PRESET --data DIR [--section.key VALUE ...]`, alone or under torchrun; `--resume RUN`."""
 
 from __future__ import annotations
 
-from pgolf.cli.overrides import parse_config
+import os
+import sys
+from pathlib import Path
+
+from pgolf.cli.overrides import load_base, override, parse_config
+from pgolf.config import Config, to_dict
+
+OVERRUN = 3
+"""Exit status of a run that is complete but used more than its seconds."""
+MAY_CHANGE = (
+    "data.dir",
+    "data.micro_tokens",
+    "data.prefetch",
+    "train.device",
+    "train.compile",
+    "train.attention",
+    "train.checkpoint_every",
+    "train.rank_timeout",
+    "train.out",
+    "evaluate.",
+)
+"""Settings of a run that may be others when it is resumed; one that ends in a dot means all below it."""
+USAGE = """
+go on with a run that was stopped or killed:
+  pgolf train --resume RUN [--section.key VALUE ...]   trains on from its newest checkpoint
+  pgolf train --finish RUN [--section.key VALUE ...]   trains no further: quantizes and scores what there is
+Both work on another number of GPUs (under torchrun) too. Exit status: 0, 2 after an error, 3 where the clock
+was overrun, 128 + the number of the signal (SIGTERM, SIGHUP, SIGINT) that stopped the run, which is saved."""
 
 
 def main(argv: list[str]) -> int:
-    """Train, quantize, write and score one run."""
-    config = parse_config("train", argv)
+    """Train, quantize, write and score one run; returns the exit status."""
+    resume, train = None, True
+    if argv and argv[0].partition("=")[0] in ("--resume", "--finish"):
+        config, resume, train = parse_resume(argv)
+    else:
+        if argv and argv[0] in ("-h", "--help"):
+            print(USAGE.strip() + "\n")
+        config = parse_config("train", argv)
+    from pgolf.dist import RanksFailed
+    from pgolf.env import launch
     from pgolf.train.run import train_run
+    from pgolf.train.signals import Stopped
 
-    train_run(config)
-    return 0
+    place = launch()
+    try:
+        summary = train_run(config, resume=resume, train=train)
+        code = OVERRUN if summary.overrun else 0
+    except Stopped as e:
+        code = e.exit_code
+    except (OSError, ValueError, TypeError, RuntimeError) as e:
+        if place.world_size == 1:
+            raise
+        # What every rank knows is told once.
+        if place.rank == 0 or not isinstance(e, RanksFailed):
+            print(f"pgolf train: {e}", file=sys.stderr)
+        code = 2
+    if code not in (0, OVERRUN) and place.world_size > 1:
+        # Not through the interpreter's end: libraries would wait there for ranks that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
+    """Return the settings of a stopped run, its folder, and whether to train on.
+
+    Raises:
+        FileNotFoundError: no such run. ValueError: no folder named, or a setting that must stay was changed.
+    """
+    word, equals, name = argv[0].partition("=")
+    rest = argv[1:] if equals else argv[2:]
+    name = name if equals else (argv[1] if len(argv) > 1 else "")
+    if not name or name.startswith("-"):
+        raise ValueError(f"{word} needs the folder of a run: pgolf train {word} runs/...")
+    folder = Path(name)
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no run at {folder}: it holds no config.json; `pgolf train` makes run folders"
+        )
+    saved = load_base(str(path))
+    config = override("train", f"{word} {name}", rest, saved)
+    from pgolf.report.finished import flat
+
+    ours, theirs = flat(to_dict(config)), flat(to_dict(saved))
+    changed = [k for k in ours if ours[k] != theirs[k] and not k.startswith(MAY_CHANGE)]
+    if changed:
+        told = ", ".join(f"{k} is {theirs[k]} in the run" for k in changed)
+        raise ValueError(
+            f"{word}: these settings must stay as they are: {told}; start a new run to change them"
+        )
+    return config, folder, word == "--resume"

@@ -15,9 +15,11 @@ gather a step, whatever the number of banks.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +43,15 @@ def row_normalize_(x: Tensor) -> Tensor:
     """
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
     return x.div_(norms)
+
+
+class Shard(NamedTuple):
+    """A tensor of which every rank holds other rows of dimension 0."""
+
+    tensor: Tensor
+    """This rank's rows, live."""
+    spans: tuple[tuple[int, int], ...]
+    """For every rank, its first row and the one after its last; they cover the tensor in order."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,17 @@ class BankMuon:
             if pieces:
                 state[f"momentum.{name}"] = torch.cat(pieces)
         return state
+
+    def shards(self) -> dict[str, Shard]:
+        """Return the live momentum of this rank's matrices by the names of `state`, without padding."""
+        found = {}
+        for name, bank in self._banks.items():
+            size, total = bank.momentum.shape[0], bank.param.shape[0]
+            starts = [min(rank * size, total) for rank in range(self._dist.world_size + 1)]
+            spans = tuple(itertools.pairwise(starts))
+            first, stop = spans[self._dist.rank]
+            found[f"momentum.{name}"] = Shard(bank.momentum[: stop - first], spans)
+        return found
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each bank by name."""

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from pgolf.config import OptimConfig
 from pgolf.dist import Dist
 from pgolf.ops import clip_scale, square_sums
-from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED, STEPS
+from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED
 from pgolf.ops.muon_step import SCALARS
 from pgolf.optim.adam import AdamW
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import split_parameters
-from pgolf.optim.muon import BankMuon
+from pgolf.optim.muon import BankMuon, Shard
 from pgolf.optim.schedule import lr_multiplier, muon_momentum
 
 
@@ -197,8 +197,8 @@ class Optimizer:
         """Return copies of all state as a flat dict of tensors, the same on every rank and at any world size.
 
         Keys: `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.` and `scalars.` with `mean.<name>` and
-        `square.<name>`, `steps` `()`. A collective (the momentum is gathered): every rank calls it, one may
-        save it.
+        `square.<name>`, `counts` `(3,)` of `clip_scale`. A collective (the momentum is gathered): every rank
+        calls it, one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
         state.update({key: t.clone() for key, t in self._replicated_state().items()})
@@ -227,10 +227,17 @@ class Optimizer:
             tensor.copy_(state[key])
         self._muon.load({k.removeprefix("muon."): t for k, t in state.items() if k.startswith("muon.")})
 
+    def live_state(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
+        """Return the live tensors of `state_dict`: those that every rank holds, and this rank's momentum.
+
+        No collective and no copy: what a checkpoint reads, each rank its own part. Names as in `state_dict`.
+        """
+        return self._replicated_state(), {f"muon.{k}": shard for k, shard in self._muon.shards().items()}
+
     def _replicated_state(self) -> dict[str, Tensor]:
         groups = {"embed": self._embed, "scalars": self._scalars}
         state = {f"{prefix}.{key}": t for prefix, adam in groups.items() for key, t in adam.state().items()}
-        return state | {"steps": self._counts[STEPS]}
+        return state | {"counts": self._counts}
 
     def _check_attached(self) -> None:
         for name, p in self._params.items():

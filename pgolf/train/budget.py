@@ -32,6 +32,10 @@ class Tick:
 
     left: float = math.nan
     """Seconds of training time left; NaN without a clock."""
+    signal: int = 0
+    """A signal that asked some rank to stop; 0: none did."""
+    writers: tuple[int, int] = (0, 0)
+    """Lowest and highest state of the ranks' checkpoint writers."""
 
 
 def training_seconds(config: TrainConfig) -> float:
@@ -61,20 +65,22 @@ class Clock:
         self._begun = self._previous = 0.0
         self._longest_recent = 0.0
 
-    def start(self) -> None:
-        """Set the clock to zero."""
-        self._begun = self._previous = self._now()
+    def start(self, at: float = 0.0) -> None:
+        """Set the clock to `at` seconds: 0, or what an interrupted run had used."""
+        self._previous = self._now()
+        self._begun = self._previous - at
 
     @property
     def elapsed(self) -> float:
         """Seconds since `start`, this rank's own reading."""
         return self._now() - self._begun
 
-    def tick(self, step: int, *, last_loss: float) -> Tick:
+    def tick(self, step: int, *, last_loss: float, signal: int = 0, writer: int = 0) -> Tick:
         """Return the decision for `step`; every rank calls it and gets rank 0's values.
 
-        The run stops when the next step, taken to last as long as the previous one, would end after the
-        budget.
+        `signal` and `writer` are this rank's own; all ranks learn the highest signal, and the lowest and
+        highest state of the writers. The run stops when the next step, taken to last as long as the previous
+        one, would end after the budget.
         """
         config, now = self._config, self._now()
         elapsed, duration = now - self._begun, now - self._previous
@@ -86,6 +92,17 @@ class Clock:
             budget = training_seconds(config)
             frac = max(frac, elapsed / budget)
             stop = stop or elapsed + (duration if step else 0.0) > budget
-        shared = self._dist.share([elapsed, min(frac, 1.0), float(stop), last_loss])
+        rows = self._dist.gather([elapsed, min(frac, 1.0), float(stop), last_loss, signal, writer])
+        shared = rows[0]
         left = training_seconds(config) - shared[0] if config.seconds else math.nan
-        return Tick(step, shared[0], shared[1], bool(shared[2]), shared[3], left)
+        states = [int(row[5]) for row in rows]
+        return Tick(
+            step,
+            elapsed=shared[0],
+            frac=shared[1],
+            stop=bool(shared[2]),
+            last_loss=shared[3],
+            left=left,
+            signal=int(max(row[4] for row in rows)),
+            writers=(min(states), max(states)),
+        )

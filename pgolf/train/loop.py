@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,13 +20,15 @@ from torch import Tensor
 
 from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
-from pgolf.dist import Dist
+from pgolf.dist import Dist, RanksFailed
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentum
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
+from pgolf.train.checkpoint import Parts
+from pgolf.train.saver import Saver
 from pgolf.train.state import clone_parameters, copy_parameters
 from pgolf.train.timing import DeviceTimer
 
@@ -36,6 +39,10 @@ ADVICE = (
     "lower optim.muon.lr or optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was "
     "quantized"
 )
+
+
+class Diverged(RanksFailed):
+    """The loss or the gradients are not finite: on every rank, with the same words."""
 
 
 @dataclass
@@ -58,6 +65,70 @@ class TrainResult:
     skipped: int = 0
     """Steps whose gradient was not finite: they changed nothing."""
 
+    def take_up(self, position: Position, rows: list[dict[str, Any]]) -> None:
+        """Become the result of a run that was interrupted at `position`, whose metrics are `rows`."""
+        self.steps, self.tokens = position.steps, position.tokens
+        self.loop_step, self.last_loss, self.skipped = (
+            position.loop_step,
+            position.last_loss,
+            position.skipped,
+        )
+        self.seconds = position.elapsed
+        for row in [*rows, *([position.row] if position.row else [])]:
+            if row.get("loss") is None or row.get("ms") is None:
+                continue
+            self.losses.append(row["loss"])
+            if row["step"] and row["step"] != self.loop_step:
+                self.step_ms["loop_on" if row["loop"] else "loop_off"].append(row["ms"])
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the loop is between two steps, as a checkpoint's index keeps it: plain JSON data.
+
+    With the tensors of `Trainer.parts` it is all that the following steps depend on.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    loop_step: int | None = None
+    last_loss: float = math.nan
+    """Of the last step, nats per token."""
+    elapsed: float = 0.0
+    """Seconds on the clock."""
+    frac: float | None = None
+    """Fraction of the run at the start of the last step; None: there was none."""
+    skipped: int = 0
+    row: dict[str, Any] = field(default_factory=dict)
+    """The line of metrics.jsonl that is still to be written."""
+
+    def to_facts(self) -> dict[str, Any]:
+        """Return the fields as strict JSON data (a NaN becomes null)."""
+        loss = self.last_loss if math.isfinite(self.last_loss) else None
+        return {**vars(self), "last_loss": loss}
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> Position:
+        """Return the position in a checkpoint's facts.
+
+        Raises:
+            ValueError: a field is missing or of the wrong type.
+        """
+        try:
+            loss, loop_step, frac = facts["last_loss"], facts["loop_step"], facts["frac"]
+            return cls(
+                steps=int(facts["steps"]),
+                tokens=int(facts["tokens"]),
+                loop_step=None if loop_step is None else int(loop_step),
+                last_loss=math.nan if loss is None else float(loss),
+                elapsed=float(facts["elapsed"]),
+                frac=None if frac is None else float(frac),
+                skipped=int(facts["skipped"]),
+                row=dict(facts["row"]),
+            )
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"the checkpoint does not say where training was: {type(e).__name__} {e}") from e
+
 
 class _Seen(NamedTuple):
     """What the host knows of the device at the end of a backward pass."""
@@ -73,9 +144,9 @@ class _Seen(NamedTuple):
 class _HostValues:
     """The scalars of the last step, on their way to the host without a sync of the device."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, before: _Seen) -> None:
         self._cuda = device.type == "cuda"
-        self._values = torch.tensor([math.nan, math.nan, 0.0], pin_memory=self._cuda)
+        self._values = torch.tensor(before, dtype=torch.float32, pin_memory=self._cuda)
         self._event: Any = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
 
     def send(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
@@ -95,24 +166,25 @@ class _HostValues:
 class _Rows:
     """The lines of metrics.jsonl: each is started with its loss and finished with its gradient norm."""
 
-    def __init__(self, log: RunLog) -> None:
+    def __init__(self, log: RunLog, row: dict[str, Any]) -> None:
         self.log = log
-        self._row: dict[str, Any] = {}
+        self.row = row
+        """Of the last step whose loss is known: waits for its gradient norm."""
         self._skipped_in_a_row = 0
 
     def start(self, **fields: Any) -> None:
         """Keep what is known of a step when its loss has arrived."""
-        self._row = fields
+        self.row = fields
 
     def finish(self, grad_norm: float, skipped: int, result: TrainResult) -> None:
         """Write the line that was started, if any; say so if its step was skipped.
 
         Raises:
-            RuntimeError: the last steps were all skipped (the same on every rank).
+            Diverged: the last steps were all skipped (the same on every rank).
         """
-        if not self._row:
+        if not self.row:
             return
-        row, self._row = self._row, {}
+        row, self.row = self.row, {}
         self.log.metric(**row, grad_norm=grad_norm, skipped=skipped)
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > result.skipped else 0
         result.skipped = skipped
@@ -122,7 +194,7 @@ class _Rows:
             f"step {row['step']:5d}  the gradient's norm is {grad_norm}: step skipped, {skipped} so far"
         )
         if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise RuntimeError(
+            raise Diverged(
                 f"the loss is {row['loss']:.4f} at step {row['step']}, but the gradient was not finite in "
                 f"{self._skipped_in_a_row} steps in a row: the run has diverged; {ADVICE}"
             )
@@ -179,48 +251,114 @@ class Trainer:
         self._synchronize()
         return time.perf_counter() - began
 
-    def run(self, clock: Clock, log: RunLog, result: TrainResult) -> None:
-        """Train until the clock stops the run; `result` is kept up to date all along.
+    def parts(self) -> Parts:
+        """Return the live tensors that the next step depends on, for a checkpoint."""
+        whole, sharded = self._optimizer.live_state()
+        whole = {f"optim.{name}": t for name, t in whole.items()}
+        whole |= {f"weights.{name}": p.detach() for name, p in self._model.named_parameters()}
+        if self._ema is not None:
+            whole |= {f"ema.{name}": t for name, t in self._ema.tensors.items()}
+        return Parts(whole, {f"optim.{name}": shard for name, shard in sharded.items()})
+
+    def restore(self, tensors: dict[str, Tensor], position: Position) -> None:
+        """Take over the tensors of a checkpoint and go to its place in the text, on any number of ranks.
 
         Raises:
-            RuntimeError: the loss, or the gradient of several steps in a row, is not finite (on every rank,
+            ValueError: they are of another model or optimizer.
+        """
+        groups: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "optim": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind not in groups:
+                raise ValueError(f"the checkpoint holds {name}, which no part of a run has")
+            groups[kind][rest] = tensor
+        copy_parameters(self._model, groups["weights"])
+        self._optimizer.load_state_dict(groups["optim"])
+        if self._ema is not None:
+            self._ema.load_state_dict(groups["ema"])
+        self._loader.restart(at=position.steps * self._passes)
+        self._synchronize()
+
+    def run(
+        self,
+        clock: Clock,
+        log: RunLog,
+        result: TrainResult,
+        saver: Saver,
+        *,
+        start: Position | None = None,
+        validate: Callable[[int], object] | None = None,
+    ) -> int:
+        """Train until the clock stops the run; `result` is kept up to date all along.
+
+        Args:
+            saver: writes checkpoints and knows of signals.
+            start: where to go on, with the tensors that belong to it restored; None: at the beginning.
+            validate: called before a step with the number of steps done; its time is on the clock.
+        Returns:
+            0, or the number of the signal that asked some rank to stop: then the last step is saved.
+        Raises:
+            Diverged: the loss, or the gradient of several steps in a row, is not finite (on every rank,
                 naming the step).
         """
-        config = self._config
-        host = _HostValues(self._dist.device)
-        optimizer, log_rows = self._optimizer, _Rows(log)
+        config, optimizer = self._config, self._optimizer
+        start = start or Position()
+        known = _Seen(start.last_loss, float(optimizer.grad_norm), start.skipped)
+        host, log_rows = _HostValues(self._dist.device, known), _Rows(log, start.row)
         timer = DeviceTimer(self._dist.device)
         previous: tuple[Tick, bool] | None = None
+        # With a clock, work that was lost moved the fraction on: the average then skips the first step, as it
+        # does in a new run. With fixed steps the fraction is exactly what it would have been.
+        frac = start.frac if not config.train.seconds else None
         try:
             while True:
                 seen = host.wait()
-                tick = clock.tick(result.steps, last_loss=seen.loss)
+                tick = clock.tick(
+                    result.steps, last_loss=seen.loss, signal=saver.signals.requested, writer=saver.state
+                )
                 loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
+                log_rows.finish(seen.grad_norm, seen.skipped, result)
                 if previous is not None:
-                    log_rows.finish(seen.grad_norm, seen.skipped, result)
                     self._report(*previous, tick, result, log_rows)
-                if tick.stop:
+                saver.attend(tick, self._position(result, tick, frac, log_rows.row))
+                if tick.signal or tick.stop:
                     break
+                if validate is not None and result.steps > start.steps:
+                    validate(result.steps)
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 host.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
                 with timer.span():
-                    optimizer.step(tick.frac, ema_decay=self._decay(tick, previous))
+                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac))
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
-                previous = (tick, loop)
+                previous, frac = (tick, loop), tick.frac
             self._synchronize()
             result.optimizer_ms = timer.read()
             log_rows.finish(float(optimizer.grad_norm), int(optimizer.skipped), result)
         finally:
             log_rows.finish(math.nan, result.skipped, result)
         result.seconds = clock.elapsed
+        return tick.signal
 
-    def _decay(self, tick: Tick, previous: tuple[Tick, bool] | None) -> float | None:
-        """Return the decay of the average, or None at the first step, whose length is not known."""
-        if self._ema is None or previous is None:
+    def _position(self, result: TrainResult, tick: Tick, frac: float | None, row: dict[str, Any]) -> Position:
+        """Return where the loop is before step `tick`, the last one having begun at `frac`."""
+        return Position(
+            steps=result.steps,
+            tokens=result.tokens,
+            loop_step=result.loop_step,
+            last_loss=result.last_loss,
+            elapsed=tick.elapsed,
+            frac=frac,
+            skipped=result.skipped,
+            row=row,
+        )
+
+    def _decay(self, tick: Tick, before: float | None) -> float | None:
+        """Return the decay of the average, or None where the length of the last step is not known."""
+        if self._ema is None or before is None:
             return None
-        return ema_decay(tick.frac - previous[0].frac, self._config.optim)
+        return ema_decay(tick.frac - before, self._config.optim)
 
     def _accumulate(self, *, loop: bool) -> Tensor:
         """Run this rank's forward/backward passes of one step; return their mean loss (on the device)."""
@@ -239,7 +377,7 @@ class Trainer:
         """Log step `tick`, whose loss and end time are known now that the clock shows `after`."""
         loss, seconds, config = after.last_loss, after.elapsed - tick.elapsed, self._config
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
+            raise Diverged(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
         mode = "loop_on" if loop else "loop_off"
         if tick.step and tick.step != result.loop_step:
             result.step_ms[mode].append(1000 * seconds)

@@ -3,16 +3,19 @@
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
 code.br (the code that is counted with it), loss.png and summary.json; with train.quantize off, no model.pgolf
 and no code.br. Everything up to the artifact is written before scoring starts, and the summary before the
-further ways to score, so a late failure loses nothing.
+further ways to score, so a late failure loses nothing. While a run is under way its folder also holds what
+another process needs to go on (`pgolf.train.progress`): whatever ends a process, a signal, a crash or a lost
+rank, `train_run(..., resume=folder)` continues, and its reason is a line of log.txt.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import contextlib
+import math
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,70 +27,59 @@ from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
-from pgolf.config import Config, TrainConfig, config_hash, to_dict
+from pgolf.config import Config, TrainConfig, config_hash
 from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import atomic_file, find_shards
-from pgolf.dist import Dist
+from pgolf.dist import Dist, RanksFailed
 from pgolf.env import commit_name
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
-from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
+from pgolf.report.summary import Summary, format_table, versions
 from pgolf.train.budget import Clock
-from pgolf.train.loop import Trainer, TrainResult, passes_per_step
+from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
+from pgolf.train.checkpoint import Checkpointer, remove_after
+from pgolf.train.loop import Position, Trainer, TrainResult, passes_per_step
+from pgolf.train.progress import Past, keep_metrics, read_past, utc
 from pgolf.train.rehearse import rehearse
+from pgolf.train.saver import Saver
+from pgolf.train.session import Session
+from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import (
     clone_parameters,
     copy_parameters,
+    load_facts,
     load_initial,
+    load_weights,
     save_weights,
-    write_json,
 )
 from pgolf.train.timing import process_seconds
 
 ARTIFACT = "model.pgolf"
-PACKAGES = ("torch", "numpy", "brotli", "sentencepiece", "triton", "flash-attn-4")
-"""What a run's speed, or reading its artifact, depends on."""
-
-
-@dataclass
-class Summary:
-    """What a run found; written as summary.json."""
-
-    name: str
-    config_hash: str
-    device: str
-    world_size: int
-    attention: str
-    parameters: int
-    scores: dict[str, Score] = field(default_factory=dict)
-    """raw, ema, quantized, and what config.evaluate adds."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of every phase, in order: start is the process until set_up (Python, imports, the ranks);
-    clock, from the start of training to the last code, holds four; total is the process until the summary.
-    start and total are missing where the system does not say when a process began."""
-    train: dict[str, Any] = field(default_factory=dict)
-    ledger: Ledger | None = None
-    peak_mib: float = 0.0
-    started: str = ""
-    """When the run was set up, UTC."""
-    commit: str = ""
-    """Of the sources, with -dirty where files differ from it; empty where nobody knows."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Of Python and the packages that are installed; cuda is what torch was built for."""
+RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
 
 
 class Run:
     """The phases of one run, in order; `execute` calls them."""
 
-    def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dist: Dist,
+        folder: Path,
+        signals: Signals,
+        *,
+        past: Past | None = None,
+        train: bool = True,
+    ) -> None:
         before, began = process_seconds(), time.perf_counter()
-        self._config, self._dist, self._folder = config, dist, folder
+        self._config, self._dist, self._folder, self._signals = config, dist, folder, signals
+        self._past, self._train_more = past, train and (past is None or past.stage == "training")
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
         self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
         find_shards(self._corpus.folder, "train")
@@ -109,56 +101,171 @@ class Run:
             world_size=dist.world_size,
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
-            started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            started=utc(),
             commit=commit_name(),
-            versions=_versions(),
+            versions=versions(),
         )
-        if before is not None:
+        if past is not None:
+            self._summary.seconds.update(past.summary.get("seconds", {}))
+            self._summary.train = dict(past.summary.get("train", {}))
+            self._summary.started = past.summary.get("started", self._summary.started)
+        elif before is not None:
             self._summary.seconds["start"] = before
-        self._summary.seconds["set_up"] = time.perf_counter() - began
+        self._add_seconds("set_up", time.perf_counter() - began)
+        self._result = TrainResult()
 
     def execute(self) -> Summary:
-        """Run every phase and return the summary (scores on every rank, files from the main rank)."""
-        config, dist = self._config, self._dist
-        self._folder = make_folder(self._folder, dist)
-        self._log = log = RunLog(self._folder, is_main=dist.is_main)
-        if dist.is_main:
-            write_json(self._folder / "config.json", to_dict(config))
-        s = self._summary
+        """Run every phase and return the summary (scores on every rank, files from the main rank).
+
+        Raises:
+            Stopped: a signal asked the run to end; it is saved. RanksFailed: what ended the run is known to
+            every rank. Anything else that ended it is raised on the rank where it happened.
+        """
+        self._session = Session(
+            self._config,
+            self._dist,
+            self._folder,
+            self._signals,
+            self._summary,
+            past=self._past,
+            steps=lambda: self._result.steps or int(self._summary.train.get("steps", 0)),
+            keep_weights=self._keep_weights,
+        )
+        self._folder, self._log = self._session.folder, self._session.log
+        with self._session:
+            self._phases()
+        return self._summary
+
+    def _phases(self) -> None:
+        config, dist, log, s = self._config, self._dist, self._log, self._summary
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
-        if config.train.init is not None:
+        if config.train.init is not None and self._past is None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
-        with open_loader(config, self._corpus, dist) as loader:
-            trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
-            s.seconds["warm_up"] = trainer.warm_up(log)
-            clock = Clock(self._with_reserve(loader), dist)
-            clock.start()
-            result = self._train(trainer, clock)
-            self._record_training(result)
-            raw, best = self._timed("save", lambda: self._save(result))
-            calibration = self._calibrate(loader) if config.train.quantize else None
-        dist.assert_replicas_equal(raw)
-        if calibration is not None:
-            s.ledger = self._write(best, calibration, clock)
+        if self._session.stage == "written":
+            raw, best = self._load_trained()
+            assert self._past is not None
+            s.ledger = Ledger.from_dict(self._past.summary["bytes"])
+        else:
+            raw, best = self._train_and_write()
         self._score(raw, best)
-        self._write_summary()
+        self._session.write_summary()
         self._score_otherwise()
-        self._write_summary()
+        self._session.write_summary()
         if dist.is_main:
-            self._timed("plot", self._plot)
-            total = process_seconds()
-            if total is not None:
-                s.seconds["total"] = total
-            self._write_summary()
-            log.line(format_table(s))
-        return s
+            self._finish()
 
-    def _plot(self) -> None:
-        if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
-            self._log.line(f"loss plot: {self._folder / 'loss.png'}")
+    def _train_and_write(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Train, or take up what an earlier process trained; then quantize and write. Return the weights."""
+        config, s = self._config, self._summary
+        with open_loader(config, self._corpus, self._dist) as loader:
+            trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, self._dist)
+            self._session.phase = "warm_up"
+            if self._train_more or config.train.quantize:
+                self._add_seconds("warm_up", trainer.warm_up(self._log))
+            if self._train_more:
+                self._train(trainer, loader)
+                raw, best = self._timed("save", self._save)
+            else:
+                raw, best = self._take_up(trainer, loader)
+            self._session.reach("trained", self._session.clock.elapsed)
+            self._session.leave_if_asked()
+            calibration = self._calibrate(loader) if config.train.quantize else None
+        self._dist.assert_replicas_equal(raw)
+        if calibration is not None:
+            s.ledger = self._write(best, calibration)
+            self._session.reach("written", s.seconds["clock"])
+        else:
+            self._stop_clock()
+        return raw, best
+
+    def _train(self, trainer: Trainer, loader: TrainLoader) -> None:
+        """Run the loop from the beginning or from a checkpoint; leave if a signal asks for it."""
+        past, result = self._past, self._result
+        clock = Clock(self._with_reserve(loader), self._dist)
+        position = self._restore(trainer, past) if past is not None else None
+        used = past.clock if past is not None else 0.0
+        self._session.phase = "train"
+        self._writer = Checkpointer(self._folder, self._dist, trainer.parts())
+        saver = Saver(
+            self._writer,
+            self._signals,
+            self._log,
+            every_s=self._config.train.checkpoint_every,
+            began=used,
+        )
+        with self._signals.deferred():
+            self._session.start_clock(clock, at=used)
+            stopped_by = trainer.run(clock, self._log, result, saver, start=position, validate=self._validate)
+        self._record_training()
+        if stopped_by:
+            self._keep_weights()
+            raise Stopped(stopped_by)
+
+    def _restore(self, trainer: Trainer, past: Past) -> Position | None:
+        """Put the newest checkpoint's state in place; None where there is none."""
+        error, position = None, None
+        try:
+            if past.checkpoint is not None:
+                position = Position.from_facts(past.checkpoint.facts)
+                trainer.restore(past.checkpoint.load(), position)
+        except (OSError, ValueError) as e:
+            error = str(e)
+        self._dist.check(error)
+        self._dist.assert_replicas_equal(dict(self._model.named_parameters()))
+        steps = 0 if position is None else position.steps
+        if self._dist.is_main:
+            remove_after(self._folder, steps)
+            # The line of the last step waits in the checkpoint for its gradient norm.
+            rows = keep_metrics(self._folder / "metrics.jsonl", max(0, steps - 1))
+            if position is not None:
+                self._result.take_up(position, rows)
+        elif position is not None:
+            self._result.take_up(position, [])
+        return position
+
+    def _take_up(self, trainer: Trainer, loader: TrainLoader) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Put trained weights in place without training, with the loader behind the text they have seen."""
+        past = self._past
+        assert past is not None
+        if past.stage == "trained":
+            raw, best = self._load_trained()
+        else:
+            raw, best = self._take_up_unfinished(trainer, past)
+        loader.restart(
+            at=self._summary.train["steps"] * passes_per_step(self._config.data, self._dist.world_size)
+        )
+        self._session.start_clock(Clock(self._config.train, self._dist), at=past.clock)
+        return raw, best
+
+    def _take_up_unfinished(
+        self, trainer: Trainer, past: Past
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Take the newest of a stopped run: its last checkpoint, or the weights that rank 0 kept."""
+        kept = load_facts(self._folder / RAW).get("steps", 0) if (self._folder / RAW).is_file() else 0
+        step = past.checkpoint.step if past.checkpoint is not None else 0
+        if not max(kept, step):
+            raise RanksFailed(f"{self._folder} holds no trained weights yet; go on with --resume")
+        position = self._restore(trainer, past)
+        self._result.seconds = past.clock
+        if kept <= step and position is not None:
+            self._record_training()
+            return self._save()
+        self._result.steps = kept
+        self._result.tokens = kept * self._config.data.batch_tokens
+        self._record_training()
+        return self._load_trained()
+
+    def _load_trained(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the raw and the averaged weights from the folder; leave the averaged ones in the model."""
+        raw, best = (
+            {k: t.to(self._dist.device) for k, t in load_weights(self._folder / name)[0].items()}
+            for name in (RAW, AVERAGED)
+        )
+        copy_parameters(self._model, best)
+        return raw, best
 
     def _with_reserve(self, loader: TrainLoader) -> TrainConfig:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""
@@ -187,19 +294,19 @@ class Run:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _train(self, trainer: Trainer, clock: Clock) -> TrainResult:
-        """Run the loop; when interrupted, keep the weights that there are."""
-        result = TrainResult()
-        try:
-            trainer.run(clock, self._log, result)
-        except KeyboardInterrupt:
-            self._save(result)
-            self._log.line(f"interrupted after {result.steps} steps; the weights are in {self._folder}")
-            raise
-        return result
+    def _validate(self, steps: int) -> None:
+        """Score the present weights over the whole validation text, if it is time to; on the clock."""
+        every = self._config.evaluate.every
+        if not every or steps % every:
+            return
+        score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
+        self._log.metric(
+            step=steps - 1, elapsed=self._session.clock.elapsed, val_bpb=score.bpb, val_s=score.seconds
+        )
+        self._log.line(f"validation after {steps} steps: {score.bpb:.4f} bpb, {score.seconds:.1f} s")
 
-    def _record_training(self, result: TrainResult) -> None:
-        s = self._summary
+    def _record_training(self) -> None:
+        s, result = self._summary, self._result
         s.seconds["train"] = result.seconds
         times = {**result.step_ms, "optimizer": result.optimizer_ms}
         median = {k: float(torch.tensor(v).median()) if v else None for k, v in times.items()}
@@ -207,7 +314,7 @@ class Run:
             "steps": result.steps,
             "tokens": result.tokens,
             "loop_step": result.loop_step,
-            "last_loss": result.last_loss,
+            "last_loss": result.last_loss if math.isfinite(result.last_loss) else None,
             "skipped_steps": result.skipped,
             "ms_loop_off": median["loop_off"],
             "ms_loop_on": median["loop_on"],
@@ -217,16 +324,34 @@ class Run:
         if self._dist.device.type == "cuda":
             s.peak_mib = torch.cuda.max_memory_allocated(self._dist.device) / 2**20
 
-    def _save(self, result: TrainResult) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Keep raw and averaged weights in memory and on disk; leave the averaged ones in the model."""
         raw = clone_parameters(self._model)
         best = self._ema.state_dict() if self._ema is not None else raw
         copy_parameters(self._model, best)
         if self._dist.is_main:
-            facts = {"steps": result.steps, "tokenizer_sha256": self._corpus.sha256}
-            save_weights(self._folder / "raw.safetensors", raw, self._config, **facts)
-            save_weights(self._folder / "ema.safetensors", best, self._config, **facts)
+            self._save_files(raw, best)
         return raw, best
+
+    def _save_files(self, raw: dict[str, Tensor], best: dict[str, Tensor], **more: Any) -> None:
+        facts = {"steps": self._result.steps, "tokenizer_sha256": self._corpus.sha256, **more}
+        save_weights(self._folder / RAW, raw, self._config, **facts)
+        save_weights(self._folder / AVERAGED, best, self._config, **facts)
+
+    def _keep_weights(self) -> None:
+        """Write what training had reached, on the main rank alone and without waiting for any other.
+
+        On CUDA in a stream of its own: the main one may wait for a rank that is gone.
+        """
+        if not self._dist.is_main or not self._result.steps:
+            return
+        averages = self._ema.tensors if self._ema is not None else None
+        cuda = self._dist.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._dist.device)) if cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+            raw = {n: p.detach().to("cpu", copy=True) for n, p in self._model.named_parameters()}
+            best = raw if averages is None else {n: t.to("cpu", copy=True) for n, t in averages.items()}
+        self._save_files(raw, best, interrupted=True)
+        self._log.line(f"the weights after {self._result.steps} steps are in {self._folder / RAW}")
 
     def _calibrate(self, loader: TrainLoader) -> Calibration:
         """Measure what quantization needs to know, with the weights that are in the model."""
@@ -235,13 +360,17 @@ class Run:
             "calibrate", lambda: calibrate(self._model, batches, self._config.quant, self._dist)
         )
 
-    def _write(self, best: dict[str, Tensor], calibration: Calibration, clock: Clock) -> Ledger | None:
+    def _write(self, best: dict[str, Tensor], calibration: Calibration) -> Ledger | None:
         """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
+        self._session.phase = "quantize"
         began = time.perf_counter()
+        quantize_seconds: float | None = None
+        budget = f" of {config.train.seconds:g} s" if config.train.seconds else ""
 
         def quantize(clip_scale: float) -> QuantizedState:
+            nonlocal quantize_seconds
             state = quantize_model(
                 best,
                 inputs,
@@ -250,13 +379,13 @@ class Run:
                 clip_scale=clip_scale,
                 curvature=calibration.curvature,
             )
-            if "clock" not in s.seconds:
-                s.seconds["quantize"] = time.perf_counter() - began
-                s.seconds["clock"] = clock.elapsed
-                self._log.line(f"quantized at {clock.elapsed:.1f} s of {config.train.seconds:g} s")
+            if quantize_seconds is None:
+                quantize_seconds = time.perf_counter() - began
+                self._add_seconds("quantize", quantize_seconds)
+                self._stop_clock()
+                self._log.line(f"quantized at {s.seconds['clock']:.1f} s{budget}")
             return state
 
-        compressing = time.perf_counter()
         ledger: Ledger | None = None
         error: str | None = None
         if self._dist.is_main:
@@ -269,15 +398,27 @@ class Run:
             except (ValueError, OSError, RuntimeError) as e:
                 error = str(e)
         self._dist.check(error)
-        s.seconds["write"] = time.perf_counter() - compressing - s.seconds.get("quantize", 0.0)
+        if not self._dist.is_main:
+            self._stop_clock()
+        self._add_seconds("write", time.perf_counter() - began - (quantize_seconds or 0.0))
         return ledger
 
+    def _stop_clock(self) -> None:
+        """Read the clock for the last time, and see whether it was overrun."""
+        s, budget = self._summary, self._config.train.seconds
+        s.seconds["clock"] = self._session.stop_clock()
+        s.overrun = max(0.0, s.seconds["clock"] - budget) if budget else 0.0
+
     def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
-        """Score raw, averaged and quantized weights, where there are, over the whole validation set."""
-        candidates = {"raw": raw}
-        if self._ema is not None:
+        """Score raw, averaged and quantized weights, as far as asked for, over the whole validation text."""
+        self._session.phase = "score"
+        wanted = self._config.evaluate
+        candidates: dict[str, dict[str, Tensor]] = {}
+        if wanted.raw:
+            candidates["raw"] = raw
+        if self._ema is not None and wanted.ema:
             candidates["ema"] = best
-        if self._config.train.quantize:
+        if self._config.train.quantize:  # last: the further ways to score find it in the model
             artifact = self._timed("read", lambda: read_artifact(self._folder / ARTIFACT))
             candidates["quantized"] = artifact.state
         for name, tensors in candidates.items():
@@ -293,6 +434,7 @@ class Run:
         text = self._corpus.validation() if modes else None
         for mode in modes:
             assert text is not None
+            self._session.phase = f"score_{mode}"
             score = score_as(
                 mode,
                 self._model,
@@ -305,51 +447,38 @@ class Run:
             )
             self._add_score(mode, score)
 
-    def _write_summary(self) -> None:
-        if self._dist.is_main:
-            write_json(self._folder / "summary.json", summary_dict(self._summary))
-
     def _add_score(self, name: str, score: Score) -> None:
         self._summary.scores[name] = score
         self._summary.seconds[f"score_{name}"] = score.seconds
         self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
 
+    def _finish(self) -> None:
+        """Draw the plot, write the last summary, and remove what only an unfinished run needs."""
+        s = self._summary
+        self._timed("plot", self._plot)
+        total = process_seconds()
+        if total is not None and self._past is None:
+            s.seconds["total"] = total
+        self._session.finish()
+        self._log.line(format_table(s))
+        if self._train_more:
+            self._writer.close()
+        shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
+
+    def _plot(self) -> None:
+        if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
+            self._log.line(f"loss plot: {self._folder / 'loss.png'}")
+
     def _timed(self, phase: str, work: Any) -> Any:
+        self._session.phase = phase
         began = time.perf_counter()
         result = work()
-        self._summary.seconds[phase] = time.perf_counter() - began
+        self._add_seconds(phase, time.perf_counter() - began)
         return result
 
-
-def make_folder(wanted: Path, dist: Dist) -> Path:
-    """Make the folder `wanted` and return it; where another run has it, `wanted-2`, `wanted-3`, ...
-
-    Every rank calls it and gets the path that rank 0 made.
-
-    Raises:
-        RuntimeError: the folder cannot be made (on every rank).
-    """
-    number, error = 1, None
-    if dist.is_main:
-        try:
-            while not _make_new(_numbered(wanted, number)):
-                number += 1
-        except OSError as e:
-            error = f"cannot make {wanted}: {e.strerror}; choose another --train.out"
-    dist.check(error)
-    return _numbered(wanted, int(dist.share([number])[0]))
-
-
-def _numbered(path: Path, number: int) -> Path:
-    return path if number == 1 else path.with_name(f"{path.name}-{number}")
-
-
-def _make_new(path: Path) -> bool:
-    try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    return True
+    def _add_seconds(self, phase: str, seconds: float) -> None:
+        """Count time of a phase, to which an earlier process of this run may have contributed."""
+        self._summary.seconds[phase] = self._summary.seconds.get(phase, 0.0) + seconds
 
 
 def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
@@ -384,69 +513,39 @@ def write_quantized(
     )
 
 
-def train_run(config: Config) -> Summary:
+def train_run(config: Config, *, resume: Path | None = None, train: bool = True) -> Summary:
     """Make a run folder and run `config` in it; under torchrun every rank calls this.
 
+    Args:
+        config: the run's settings; with `resume` those of its config.json, but for settings that may change.
+        resume: go on with the unfinished run in this folder, on any number of ranks.
+        train: False: train no further, quantize and score what the run in `resume` has.
     Raises:
-        RuntimeError: a rank failed during set-up; every rank raises, naming the first.
+        RanksFailed: a rank failed during set-up, or what ended the run is known to every rank.
+        Stopped: SIGTERM, SIGHUP or SIGINT; what was trained is saved.
     """
-    dist = Dist.start(config.train.device)
-    try:
-        stamp = int(dist.share([time.time()])[0])
-        folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
-        run, error = None, None
+    with Signals() as signals:
+        dist = Dist.start(config.train.device)
+        ended = False
         try:
-            run = Run(config, dist, folder)
-        except (OSError, ValueError, TypeError, RuntimeError) as e:
-            error = f"{type(e).__name__}: {e}"
-        dist.check(error)
-        assert run is not None
-        return run.execute()
-    finally:
-        dist.close()
-
-
-def summary_dict(s: Summary) -> dict[str, Any]:
-    """Return the summary as plain JSON data."""
-    plain = {k: v for k, v in vars(s).items() if k not in ("scores", "ledger")}
-    scores = {k: {**vars(v), "loss": v.loss, "bpb": v.bpb} for k, v in s.scores.items()}
-    return {**plain, "scores": scores, "bytes": s.ledger and s.ledger.to_dict()}
-
-
-def format_table(s: Summary) -> str:
-    """Return the closing table: bits per byte, bytes and seconds."""
-    lines = ["", f"{'weights':<12}{'bpb':>9}{'nats/token':>12}{'tokens':>12}{'text bytes':>13}{'seconds':>9}"]
-    for name, score in s.scores.items():
-        lines.append(
-            f"{name:<12}{score.bpb:>9.4f}{score.loss:>12.4f}{score.tokens:>12,}{score.bytes:>13,}{score.seconds:>9.1f}"
-        )
-    t, off, on = s.train, s.train["ms_loop_off"], s.train["ms_loop_on"]
-    ms = f"{off:.1f} ms" if off is not None else "-"
-    ms += f" loop off, {on:.1f} ms loop on" if on is not None else ""
-    ms += f", of them {t['ms_optimizer']:.2f} ms optimizer" if t["ms_optimizer"] is not None else ""
-    lines += [
-        "",
-        f"{t['steps']} steps, {t['tokens']:,} tokens, {t['tokens_per_s'] / 1e3:.1f} ktok/s; a step {ms}",
-    ]
-    if s.ledger is not None:
-        lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
-    lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in s.seconds.items()))
-    if s.peak_mib:
-        lines.append(f"peak GPU memory {s.peak_mib:,.0f} MiB")
-    return "\n".join(lines)
+            stamp = int(dist.share([time.time()])[0])
+            folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
+            run, error = None, None
+            try:
+                past = read_past(resume) if resume is not None else None
+                run = Run(config, dist, resume or folder, signals, past=past, train=train)
+            except (OSError, ValueError, TypeError, RuntimeError) as e:
+                error = f"{type(e).__name__}: {e}"
+            dist.check(error)
+            assert run is not None
+            summary = run.execute()
+            ended = True
+            return summary
+        finally:
+            # Leaving the group waits for the others; after a failure some of them may never come.
+            if ended or dist.world_size == 1:
+                dist.close()
 
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

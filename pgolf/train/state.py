@@ -50,6 +50,13 @@ def load_config(path: Path) -> Config:
     return _parse(path, metadata)[0]
 
 
+def load_facts(path: Path) -> dict[str, Any]:
+    """Return the facts alone; reads no tensor and raises as `load_weights` does."""
+    with _opened(path) as file:
+        metadata = dict(file.metadata() or {})
+    return _parse(path, metadata)[1]
+
+
 def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> None:
     """Overwrite the parameters of `model`, made by `config`, with a checkpoint's (train.init).
 

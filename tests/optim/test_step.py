@@ -8,6 +8,7 @@ from torch import nn
 
 from pgolf.config import AdamConfig, MuonConfig, OptimConfig
 from pgolf.dist import Dist
+from pgolf.ops.adam_step import STEPS
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.muon import BankMuon
@@ -209,6 +210,7 @@ def test_gradient_that_is_not_finite_skips_and_counts_the_step(device, name, bad
     for a, b in zip(emas[0].tensors.values(), emas[1].tensors.values(), strict=True):
         assert torch.equal(a, b)
     state, want = optimizer.state_dict(), other.state_dict()
+    assert state.pop("counts")[STEPS] == want.pop("counts")[STEPS]  # the rest is norm and skipped steps
     assert [key for key in want if not torch.equal(state[key], want[key])] == []
 
 
@@ -220,7 +222,9 @@ def test_first_step_may_be_the_skipped_one():
         p.grad.fill_(float("nan"))
     optimizer.step(0.0)
     assert all(torch.equal(p, start[n]) for n, p in model.named_parameters())
-    assert not any(t.any() for t in optimizer.state_dict().values())
+    state = optimizer.state_dict()
+    assert state.pop("counts")[STEPS] == 0
+    assert not any(t.any() for t in state.values())
     optimizer.reset()
     assert optimizer.skipped == 0
 

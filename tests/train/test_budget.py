@@ -14,8 +14,8 @@ class FakeDist:
     def __init__(self, override: list[float] | None = None) -> None:
         self.override = override
 
-    def share(self, values: list[float]) -> list[float]:
-        return self.override or values
+    def gather(self, values: list[float]) -> list[list[float]]:
+        return [(self.override or values[:4]) + values[4:], values]
 
 
 class FakeTime:

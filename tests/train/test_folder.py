@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pgolf.dist import Dist
-from pgolf.train.run import make_folder
+from pgolf.train.session import make_folder
 
 
 def test_runs_of_one_name_and_second_get_folders_of_their_own(tmp_path):

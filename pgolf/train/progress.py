@@ -1,0 +1,212 @@
+"""What a run keeps in its folder besides its results, so that another process can go on where one ended.
+
+    .lock            held while a process works in the folder (its number and host are in it)
+    clock.txt        seconds on the run's clock, written four times a second while it runs
+    progress.json    how far the run is, its summary so far, its sessions (processes); gone when it is done
+    checkpoints/     see `pgolf.train.checkpoint`
+
+The clock counts what was computed: time in which no process ran is not on it, work that is lost with a killed
+process and done again is, twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from pgolf.data.shards import atomic_file
+from pgolf.report.plots import read_metrics
+from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
+from pgolf.train.state import write_json
+
+LOCK = ".lock"
+CLOCK = "clock.txt"
+PROGRESS = "progress.json"
+SUMMARY = "summary.json"
+
+Stage = Literal["training", "trained", "written"]
+"""What is on disk: nothing but checkpoints; the trained weights; the artifact and its code too."""
+STAGES: tuple[Stage, ...] = ("training", "trained", "written")
+
+
+class FolderLock:
+    """Says that a process works in a run's folder; held until the process ends, however it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock.
+
+        Raises:
+            RuntimeError: another process has it. OSError: the file cannot be written.
+        """
+        self._file: BinaryIO = (folder / LOCK).open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            self._file.seek(0)
+            holder = self._file.read(200).decode(errors="replace").strip()
+            self._file.close()
+            raise RuntimeError(
+                f"{folder} is in use by another process ({holder or 'unknown'}); wait for it or stop it first"
+            ) from e
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        self._file.flush()
+
+    def release(self) -> None:
+        """Let others have the folder."""
+        with contextlib.suppress(OSError):
+            self._file.truncate(0)
+            self._file.close()
+
+
+class ClockFile:
+    """The seconds of the run's clock on disk, so that a killed process does not take them with it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the file; where that fails (a full disk), beats are not kept."""
+        self._file = -1
+        with contextlib.suppress(OSError):
+            self._file = os.open(folder / CLOCK, os.O_RDWR | os.O_CREAT, 0o644)
+
+    def beat(self, seconds: float) -> None:
+        """Write the time over the last one, in one system call."""
+        if self._file >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, f"{seconds:20.3f}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_clock(folder: Path) -> float:
+    """Return the seconds in the clock file; 0 without one, or where it is damaged."""
+    try:
+        seconds = float((folder / CLOCK).read_text())
+    except (OSError, ValueError):
+        return 0.0
+    return seconds if math.isfinite(seconds) and seconds >= 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Past:
+    """What an unfinished run left in its folder."""
+
+    folder: Path
+    stage: Stage
+    checkpoint: Checkpoint | None
+    clock: float
+    """Seconds that its processes had used, on the run's clock."""
+    summary: dict[str, Any]
+    """What was known of it: seconds, train, bytes."""
+    sessions: list[dict[str, Any]]
+    """Its processes so far, the first first; see `Progress`."""
+    complaints: tuple[str, ...]
+    """Checkpoints that are newer but not valid, and why."""
+
+    @property
+    def lost(self) -> float:
+        """Seconds of work after the checkpoint, which are on the clock and will be done again."""
+        saved = float(self.checkpoint.facts["elapsed"]) if self.checkpoint is not None else 0.0
+        return max(0.0, self.clock - saved) if self.stage == "training" else 0.0
+
+
+def read_past(folder: Path) -> Past:
+    """Return how far the run in `folder` is.
+
+    Raises:
+        FileNotFoundError: it is no run's folder. ValueError: the run is finished, its progress file is
+            damaged, or it was made by a version that kept no progress.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"no run at {folder}: it holds no config.json, which `pgolf train` writes first"
+        )
+    path = folder / PROGRESS
+    if not path.is_file():
+        if (folder / SUMMARY).is_file():
+            raise ValueError(f"{folder} is finished: it has its {SUMMARY}; start a new run to train more")
+        raise ValueError(
+            f"{folder} holds no {PROGRESS}: an older version wrote it, or it stopped before it began; "
+            f"start again with `pgolf train {folder / 'config.json'}`"
+        )
+    try:
+        data = json.loads(path.read_bytes())
+        stage, summary, sessions = data["stage"], dict(data["summary"]), [dict(s) for s in data["sessions"]]
+        if stage not in STAGES:
+            raise ValueError(f"unknown stage {stage!r}")
+        clock = float(data["clock"])
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); start the run again") from e
+    checkpoint, complaints = newest_checkpoint(folder) if stage == "training" else (None, [])
+    if checkpoint is not None:
+        clock = max(clock, float(checkpoint.facts["elapsed"]))
+    clock = max(clock, read_clock(folder))
+    return Past(folder, stage, checkpoint, clock, summary, sessions, tuple(complaints))
+
+
+class Progress:
+    """Writes progress.json: the stage, the summary so far, and one entry a process.
+
+    A session holds `started` (UTC), `ended` (UTC, missing where the process was killed), `end` ("finished", a
+    signal's name, "failed: why"), `world_size`, `from_step`, `to_step`, `clock_from` and `clock_to` (seconds
+    on the run's clock), and `lost_seconds`: work of the process before it, which it did again.
+    """
+
+    def __init__(self, folder: Path, *, world_size: int, past: Past | None) -> None:
+        """Open a session; what a killed process could not say of itself is completed from its traces."""
+        self._folder = folder
+        self.sessions = list(past.sessions) if past is not None else []
+        if past is not None and self.sessions and "end" not in self.sessions[-1]:
+            rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+            steps = [int(row["step"]) + 1 for row in rows if "step" in row]
+            self.sessions[-1] |= {
+                "end": "killed",
+                "clock_to": past.clock,
+                "to_step": max(steps, default=self.sessions[-1]["from_step"]),
+            }
+        self.session: dict[str, Any] = {"started": utc(), "world_size": world_size, "from_step": 0}
+        self.session |= {"clock_from": 0.0, "lost_seconds": 0.0}
+        if past is not None:
+            step = past.checkpoint.step if past.checkpoint is not None else 0
+            if past.stage != "training":
+                step = int(past.summary.get("train", {}).get("steps", 0))
+            self.session |= {"from_step": step, "clock_from": past.clock, "lost_seconds": past.lost}
+        self.sessions.append(self.session)
+
+    def write(self, stage: Stage, summary: dict[str, Any], clock: float) -> None:
+        """Keep the stage that was reached."""
+        data = {"stage": stage, "clock": clock, "summary": summary, "sessions": self.sessions}
+        write_json(self._folder / PROGRESS, data)
+
+    def end(self, how: str, *, step: int, clock: float) -> None:
+        """Close the session."""
+        self.session |= {"ended": utc(), "end": how, "to_step": step, "clock_to": clock}
+
+    def remove(self) -> None:
+        """The run is done: it needs no progress any more."""
+        for name in (PROGRESS, CLOCK):
+            (self._folder / name).unlink(missing_ok=True)
+
+
+def utc() -> str:
+    """Return the present time, UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
+    """Cut metrics.jsonl down to the rows of the first `steps` steps, atomically, and return them."""
+    rows = [row for row in read_metrics(path) if int(row.get("step", 0)) < steps] if path.is_file() else []
+    with atomic_file(path) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows

@@ -1,0 +1,86 @@
+"""When checkpoints are taken: every so many seconds of the clock, and when a signal asks the run to stop."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from pgolf.log import RunLog
+from pgolf.train.budget import Tick
+from pgolf.train.checkpoint import FAILED, IDLE, WRITTEN, Checkpointer
+from pgolf.train.signals import Signals
+
+
+class Place(Protocol):
+    """Where the loop is (`pgolf.train.loop.Position`)."""
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+
+    def to_facts(self) -> dict[str, Any]:
+        """Return what the index keeps."""
+
+
+class Saver:
+    """Decides on checkpoints from what all ranks know alike (`Tick`), so that all take the same ones.
+
+    Attributes:
+        signals: asked before each step.
+    """
+
+    def __init__(
+        self, writer: Checkpointer, signals: Signals, log: RunLog, *, every_s: float, began: float = 0.0
+    ) -> None:
+        """Take one every `every_s` seconds of the clock, which shows `began`; 0: only on a signal."""
+        self.signals = signals
+        self._writer, self._log, self._every_s, self._last = writer, log, every_s, began
+        if every_s:
+            writer.prepare()
+
+    @property
+    def state(self) -> int:
+        """How far this rank's writer is, for `Clock.tick`."""
+        return self._writer.state
+
+    def attend(self, tick: Tick, place: Place) -> None:
+        """Complete, start or skip a checkpoint between two steps; every rank calls it with one `tick`."""
+        lowest, highest = tick.writers
+        if lowest >= WRITTEN:
+            self._settle()
+        elif tick.signal:
+            if highest != IDLE:
+                self._writer.wait()
+                if self._writer.state in (WRITTEN, FAILED):
+                    self._settle()
+        elif (
+            self._every_s and highest == IDLE and tick.elapsed - self._last >= self._every_s and not tick.stop
+        ):
+            self._last = tick.elapsed
+            self._writer.start(place.steps, place.to_facts())
+        if tick.signal:
+            self._writer.wait()
+            self._writer.start(place.steps, place.to_facts())
+            self.finish()
+        self._tell(self._writer.problem)
+
+    def _due(self, tick: Tick) -> bool:
+        return bool(self._every_s) and tick.elapsed - self._last >= self._every_s and not tick.stop
+
+    def finish(self) -> None:
+        """Wait for the checkpoint under way and complete it; every rank calls it."""
+        self._writer.wait()
+        if self._writer.state in (WRITTEN, FAILED):
+            self._settle()
+            self._writer.wait()
+
+    def close(self) -> None:
+        """End the writer's thread."""
+        self._writer.close()
+
+    def _settle(self) -> None:
+        self._tell(self._writer.settle())
+
+    def _tell(self, problem: str | None) -> None:
+        self._writer.problem = None
+        if problem is not None:
+            self._log.line(f"warning: {problem}")

@@ -1,0 +1,234 @@
+"""One process's stay in a run's folder: the lock, the log, how far the run is, and how it ends.
+
+Whatever ends the process, a signal, an error or a lost rank: its reason becomes a line of log.txt and an
+entry of progress.json, once, and every rank knows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pgolf.config import Config, to_dict
+from pgolf.dist import Dist, RanksFailed
+from pgolf.log import RunLog
+from pgolf.report.summary import Summary, summary_dict
+from pgolf.train.budget import Clock
+from pgolf.train.loop import Diverged
+from pgolf.train.progress import ClockFile, FolderLock, Past, Progress, Stage
+from pgolf.train.signals import Signals, Stopped
+from pgolf.train.state import write_json
+from pgolf.train.watch import Watch
+
+
+class Session:
+    """Opens the folder and the log, watches the ranks and keeps the progress; a collective to make.
+
+    Attributes:
+        folder, log: of the run. phase: what is under way, for the line that says what was interrupted.
+        stage: what is on disk. clock: the run's. clock_runs: whether its time is kept on disk.
+    Raises:
+        RanksFailed: the folder cannot be made, is in use, or is not there on every host.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dist: Dist,
+        folder: Path,
+        signals: Signals,
+        summary: Summary,
+        *,
+        past: Past | None,
+        steps: Callable[[], int],
+        keep_weights: Callable[[], object],
+    ) -> None:
+        """Begin in a new folder, or in `past`'s.
+
+        `steps` says how many were done, `keep_weights` saves what there is, without a collective.
+        """
+        self._config, self._dist, self._signals, self._summary = config, dist, signals, summary
+        self._past, self._steps, self._keep_weights = past, steps, keep_weights
+        self.folder = folder if past is not None else make_folder(folder, dist)
+        self.phase = "set_up"
+        self.stage: Stage = past.stage if past is not None else "training"
+        self.clock, self.clock_runs = Clock(config.train, dist), False
+        self._files = contextlib.ExitStack()
+        self._take_folder()
+        self.log = RunLog(self.folder, is_main=dist.is_main)
+        self._progress: Progress | None = None
+        self._beats: ClockFile | None = None
+        if dist.is_main:
+            write_json(self.folder / "config.json", to_dict(config))
+            self._progress = Progress(self.folder, world_size=dist.world_size, past=past)
+            self.reach(self.stage, past.clock if past is not None else 0.0)
+            self._beats = ClockFile(self.folder)
+            self._files.callback(self._beats.close)
+        self._watch = Watch(
+            dist,
+            timeout_s=config.train.rank_timeout,
+            beat=self._beat,
+            on_lost=self._end_without_main_thread,
+        )
+        self._files.callback(self._watch.leave)
+        if past is not None:
+            self._tell_past(past)
+
+    def _take_folder(self) -> None:
+        error = None
+        if self._dist.is_main:
+            try:
+                self._files.callback(FolderLock(self.folder).release)
+            except (OSError, RuntimeError) as e:
+                error = str(e)
+        elif not self.folder.is_dir():
+            error = f"there is no {self.folder} here; all hosts must share the folder of runs (--train.out)"
+        self._dist.check(error)
+
+    def _tell_past(self, past: Past) -> None:
+        """Say what an earlier process left, and at what this one goes on."""
+        for text in past.complaints:
+            self.log.line(f"warning: a checkpoint is not used: {text}")
+        number, clock = len(past.sessions) + 1, f"{past.clock:.1f} s are on the clock"
+        if past.stage != "training":
+            self.log.line(f"process {number} of this run: training is done, {clock}")
+        elif past.checkpoint is None:
+            self.log.line(f"process {number} of this run: there is no checkpoint yet, {clock}")
+        else:
+            self.log.line(
+                f"process {number} of this run: goes on after {past.checkpoint.step} steps, {clock}, "
+                f"{past.lost:.1f} s of them for work that is lost"
+            )
+
+    def _beat(self) -> None:
+        if self._beats is not None and self.clock_runs:
+            self._beats.beat(self.clock.elapsed)
+
+    def start_clock(self, clock: Clock, *, at: float) -> None:
+        """Let the run's clock run from `at` seconds, and keep its time on disk."""
+        self.clock = clock
+        clock.start(at=at)
+        self.clock_runs = True
+
+    def stop_clock(self) -> float:
+        """Read the clock for the last time: seconds."""
+        self.clock_runs = False
+        return self.clock.elapsed
+
+    def reach(self, stage: Stage, clock: float) -> None:
+        """Put on disk how far the run is, with `clock` seconds used."""
+        self.stage = stage
+        if self._progress is not None:
+            self._progress.write(stage, summary_dict(self._summary), clock)
+
+    def leave_if_asked(self) -> None:
+        """Answer a signal that came while the last phase could not."""
+        if self._signals.requested:
+            raise Stopped(self._signals.requested)
+
+    def write_summary(self) -> None:
+        """Write summary.json, on the main rank."""
+        if self._progress is not None:
+            self._summary.sessions = self._progress.sessions
+            write_json(self.folder / "summary.json", summary_dict(self._summary))
+
+    def finish(self) -> None:
+        """Write the last summary; the run is done and needs no progress any more."""
+        if self._progress is not None:
+            self._progress.end("finished", step=self._steps(), clock=self._summary.seconds["clock"])
+            self.write_summary()
+            self._progress.remove()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Close the session; after an error, keep what can be kept and say why.
+
+        Raises:
+            RanksFailed: from the error, if what ended the run is known to every rank.
+        """
+        with self._files:
+            reason = None if error is None else self._ended(error)
+            if reason is None or isinstance(error, RanksFailed):
+                return
+        raise RanksFailed(reason) from error
+
+    def _ended(self, error: BaseException) -> str | None:
+        """Say in log.txt why the run ends, keep what can be kept, tell the other ranks.
+
+        Returns:
+            The reason, if every rank knows it; None if this rank alone does.
+        """
+        self._signals.close()
+        known = str(error) if isinstance(error, RanksFailed) else None
+        if known is None and self._dist.world_size > 1:
+            # A lost rank shows as a broken collective, or as the signal with which torchrun ends the rest.
+            known = self._watch.reason(wait_s=0.5 if isinstance(error, Stopped) else 1.5)
+        if isinstance(error, Stopped) and known is None:
+            how = str(error).removeprefix("stopped by ")
+            text = f"{error} during {self.phase}; go on with: pgolf train --resume {self.folder}"
+        else:
+            how = f"failed: {known or error}"
+            text = f"failed during {self.phase}: {known or f'{type(error).__name__}: {error}'}"
+            if self.phase == "train" and not isinstance(error, Diverged):
+                with contextlib.suppress(Exception):
+                    self._keep_weights()
+        with contextlib.suppress(Exception):
+            self._close(how, text, lost_main=(known or "").startswith("rank 0 "))
+        self._watch.leave("" if known is not None else f"{error}")
+        return known
+
+    def _close(self, how: str, text: str, *, lost_main: bool) -> None:
+        if lost_main and self._dist.rank == 1:  # rank 0 writes the log, but is gone
+            self.log = RunLog(self.folder, is_main=True)
+        self.log.line(text)
+        if self._progress is not None:
+            clock = self.clock.elapsed if self.clock_runs else self._summary.seconds.get("clock", 0.0)
+            clock = max(clock, self._past.clock if self._past is not None else 0.0)
+            self._progress.end(how, step=self._steps(), clock=clock)
+            self.reach(self.stage, clock)
+
+    def _end_without_main_thread(self, reason: str) -> None:
+        """End the process from the watching thread: a rank is lost and the main thread waits for it."""
+        try:
+            if self.phase == "train":
+                with contextlib.suppress(Exception):
+                    self._keep_weights()
+            text = f"failed during {self.phase}: {reason}"
+            self._close(f"failed: {reason}", text, lost_main=reason.startswith("rank 0 "))
+        finally:
+            os._exit(2)
+
+
+def make_folder(wanted: Path, dist: Dist) -> Path:
+    """Make the folder `wanted` and return it; where another run has it, `wanted-2`, `wanted-3`, ...
+
+    Every rank calls it and gets the path that rank 0 made.
+
+    Raises:
+        RanksFailed: the folder cannot be made (on every rank).
+    """
+    number, error = 1, None
+    if dist.is_main:
+        try:
+            while not _make_new(_numbered(wanted, number)):
+                number += 1
+        except OSError as e:
+            error = f"cannot make {wanted}: {e.strerror}; choose another --train.out"
+    dist.check(error)
+    return _numbered(wanted, int(dist.share([number])[0]))
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path if number == 1 else path.with_name(f"{path.name}-{number}")
+
+
+def _make_new(path: Path) -> bool:
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    return True

@@ -1,0 +1,225 @@
+"""A thread per process that notices ranks which were killed or stopped, and beats the run's clock to disk.
+
+Collectives alone notice late: one that waits for a stopped rank waits for its timeout of ten minutes, and
+behind NCCL the host does not come back at all. So each rank holds a TCP connection to rank 0 and writes a
+line a second. A process that dies closes its connection: noticed at once. One that is stopped (SIGSTOP, a
+host that is unreachable) falls silent: noticed after `timeout_s`. Rank 0 tells the others which rank it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pgolf import env
+from pgolf.dist import Dist
+
+PERIOD_S = 0.25
+BEAT_S = 1.0
+MEET_S = 20.0
+"""Seconds in which the ranks must have connected."""
+GRACE_S = 3.0
+"""Seconds that the main thread has to end by itself once a rank is lost."""
+SUSPENDED_S = 5.0
+"""A longer pause of this thread means that this process itself did not run: nobody is judged by it."""
+_LONGEST_LINE = 4096
+
+
+@dataclass
+class _Peer:
+    rank: int
+    socket: socket.socket
+    seen: float
+    buffer: bytes = b""
+    left: bool = False
+
+
+class Watch:
+    """Watches the other ranks and calls back; `close` or `leave` before the process ends.
+
+    Args:
+        dist: the ranks; every rank makes a Watch, which is a collective.
+        timeout_s: silence of a rank that counts as its loss, seconds.
+        beat: called four times a second.
+        on_lost: called in the thread with a sentence that names the rank, once, unless this process is
+            leaving already or ends within `GRACE_S`.
+    Raises:
+        RanksFailed: the ranks cannot connect to rank 0.
+    """
+
+    def __init__(
+        self,
+        dist: Dist,
+        *,
+        timeout_s: float,
+        beat: Callable[[], object],
+        on_lost: Callable[[str], object],
+    ) -> None:
+        self._dist, self._timeout_s, self._beat, self._on_lost = dist, timeout_s, beat, on_lost
+        self._peers: list[_Peer] = []
+        self._farewell: str | None = None
+        self._lost: str | None = None
+        self._heard, self._done = threading.Event(), threading.Event()
+        self._selector = selectors.DefaultSelector()
+        if dist.world_size > 1:
+            self._meet()
+        self._thread = threading.Thread(target=self._run, name="pgolf-watch", daemon=True)
+        self._thread.start()
+
+    def reason(self, *, wait_s: float = 0.0) -> str | None:
+        """Return which rank was lost, None if none was; waits up to `wait_s` for the word of it."""
+        self._heard.wait(wait_s)
+        return self._lost
+
+    def leave(self, reason: str = "") -> None:
+        """Say goodbye to the other ranks, with the reason of a failure that only this rank knows."""
+        if self._farewell is None:
+            self._farewell = " ".join(reason.split())[: _LONGEST_LINE // 2]
+            self._done.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout=5.0)
+
+    def _meet(self) -> None:
+        """Connect every rank to rank 0."""
+        error, listener = None, None
+        port, token = 0, secrets.randbits(48)
+        if self._dist.is_main:
+            try:
+                listener = socket.create_server(("", 0), backlog=self._dist.world_size)
+                port = listener.getsockname()[1]
+            except OSError as e:
+                error = f"cannot listen for the other ranks: {e}"
+        self._dist.check(error)
+        port, token = (int(v) for v in self._dist.share([float(port), float(token)]))
+        try:
+            if listener is not None:
+                self._accept(listener, token)
+            else:
+                address = (env.main_address(), port)
+                peer = socket.create_connection(address, timeout=MEET_S)
+                peer.sendall(f"hello {self._dist.rank} {token}\n".encode())
+                self._add(0, peer)
+        except (OSError, ValueError) as e:
+            error = f"cannot connect to rank 0 to watch the ranks: {e}"
+        finally:
+            if listener is not None:
+                listener.close()
+        self._dist.check(error)
+
+    def _accept(self, listener: socket.socket, token: int) -> None:
+        """Take a connection of every other rank; strangers, who do not know the token, are sent away."""
+        end = time.monotonic() + MEET_S
+        while len(self._peers) < self._dist.world_size - 1:
+            listener.settimeout(max(0.01, end - time.monotonic()))
+            peer, _ = listener.accept()
+            peer.settimeout(max(0.01, end - time.monotonic()))
+            with contextlib.suppress(OSError, ValueError, UnicodeError):
+                word, rank, given = _read_line(peer).split()
+                if word == "hello" and int(given) == token:
+                    self._add(int(rank), peer)
+                    continue
+            peer.close()
+
+    def _add(self, rank: int, peer: socket.socket) -> None:
+        peer.setblocking(False)
+        entry = _Peer(rank, peer, time.monotonic())
+        self._peers.append(entry)
+        self._selector.register(peer, selectors.EVENT_READ, entry)
+
+    def _run(self) -> None:
+        last_beat = 0.0
+        before = time.monotonic()
+        while not self._done.is_set():
+            if self._peers:
+                ready = self._selector.select(PERIOD_S)
+            else:
+                ready = []
+                self._done.wait(PERIOD_S)
+            now = time.monotonic()
+            if now - before > PERIOD_S + SUSPENDED_S:
+                for peer in self._peers:
+                    peer.seen = now
+            before = now
+            self._beat()
+            if now - last_beat >= BEAT_S:
+                last_beat = now
+                self._tell(".")
+            for key, _ in ready:
+                self._read(key.data, now)
+            self._judge(now)
+        self._part()
+
+    def _read(self, peer: _Peer, now: float) -> None:
+        """Take in what a peer wrote; the end of its connection without a goodbye is its loss."""
+        try:
+            data = peer.socket.recv(65536)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._selector.unregister(peer.socket)
+            peer.socket.close()
+            if not peer.left:
+                peer.left = True
+                self._lose(f"rank {peer.rank} ended without a word (killed?)")
+            return
+        peer.seen = now
+        *lines, peer.buffer = (peer.buffer + data).split(b"\n")
+        for line in lines:
+            word, _, text = line.decode(errors="replace").partition(" ")
+            if word == "lost":
+                self._lose(text)
+            elif word == "bye":
+                peer.left = True
+                if text:
+                    self._lose(f"rank {peer.rank} failed: {text}")
+
+    def _judge(self, now: float) -> None:
+        for peer in self._peers:
+            if not peer.left and now - peer.seen > self._timeout_s:
+                peer.left = True
+                self._lose(
+                    f"rank {peer.rank} has given no sign of life for {self._timeout_s:g} s "
+                    "(stopped, or its host cannot be reached)"
+                )
+
+    def _lose(self, text: str) -> None:
+        """Tell everybody, then call back unless the main thread ends the process by itself."""
+        if self._lost is not None or self._done.is_set():
+            return
+        self._lost = text
+        self._tell(f"lost {text}")
+        self._heard.set()
+        if not self._done.wait(GRACE_S):
+            self._on_lost(text)
+
+    def _tell(self, line: str) -> None:
+        """Write a line to every peer; one that does not take it is judged by its silence."""
+        for peer in self._peers:
+            if not peer.left:
+                with contextlib.suppress(OSError):
+                    peer.socket.send(line.encode() + b"\n")
+
+    def _part(self) -> None:
+        self._tell(f"bye {self._farewell or ''}".rstrip())
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.socket.close()
+        self._selector.close()
+
+
+def _read_line(peer: socket.socket) -> str:
+    data = b""
+    while not data.endswith(b"\n") and len(data) < 64:
+        got = peer.recv(64 - len(data))
+        if not got:
+            break
+        data += got
+    return data.decode().strip()
