@@ -108,6 +108,8 @@ class Run:
         if past is not None:
             self._summary.seconds.update(past.summary.get("seconds", {}))
             self._summary.train = dict(past.summary.get("train", {}))
+            if past.summary.get("bytes"):
+                self._summary.ledger = Ledger.from_dict(past.summary["bytes"])
             self._summary.started = past.summary.get("started", self._summary.started)
         elif before is not None:
             self._summary.seconds["start"] = before
@@ -146,8 +148,6 @@ class Run:
             log.line(f"starts from the weights of {config.train.init}")
         if self._session.stage == "written":
             raw, best = self._load_trained()
-            assert self._past is not None
-            s.ledger = Ledger.from_dict(self._past.summary["bytes"])
         else:
             raw, best = self._train_and_write()
         self._score(raw, best)

@@ -1,0 +1,352 @@
+"""Kills shard builds and runs at random and checks that nothing is lost: `python -m bench.kills`.
+
+One trial builds shards, or trains, writes and scores a very small model, on one rank or on two. A signal hits
+a rank at a random moment; what is left is looked at; then the work is taken up again, and may be hit again,
+until it is finished. A trial fails if
+
+    a process outlives its bound (ranks that were not hit end by themselves: there is no torchrun here),
+    a file under its final name is not whole, or a checkpoint with an index is not valid,
+    the finished run differs in one bit from the one that was never interrupted: raw and averaged weights,
+    artifact, metrics (but for times), score; or the shards differ.
+
+Processes are forked from this one, so that a kill costs a fraction of a second and not Python's start. CPU
+only; every trial is drawn from its own number, `--first` goes on where an earlier part ended. Writes one JSON
+line a trial and a line of totals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Two processes on two cores must not wait for each other by spinning; before torch is imported.
+os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+
+import matplotlib.pyplot  # noqa: F401 - loaded here once, not in every child
+import torch
+from safetensors.torch import load_file
+
+from bench.common import versions
+from pgolf.artifact.export import describe
+from pgolf.artifact.read import read_artifact
+from pgolf.cli.main import main as pgolf
+from pgolf.data.corpus import sample_paths
+from pgolf.env import commit_name
+from pgolf.train.checkpoint import INDEX, read_checkpoint
+from pgolf.train.progress import PROGRESS
+
+SETTINGS = [
+    "--model.vocab-size=512",
+    "--model.width=32",
+    "--model.layers=3",
+    "--model.heads=2",
+    "--model.kv-heads=1",
+    "--model.rope-dims=4",
+    "--model.xsa-layers=3",
+    "--model.parallel-from=2",
+    "--model.loop-start=1",
+    "--model.loop-end=1",
+    "--model.max-context=64",
+    "--data.batch-tokens=1024",
+    "--data.micro-tokens=512",
+    "--quant.calibration-batches=2",
+    "--quant.gradient-batches=2",
+    "--seconds=0",
+    "--steps=30",
+    "--train.checkpoint-every=0.1",
+    "--train.rank-timeout=5",
+    "--train.device=cpu",
+]
+BOUND_S = 5 + 3 + 12.0
+"""Seconds after a hit in which every process must have ended: train.rank_timeout, the grace of the main
+thread, and 12 s for writing on a busy machine. Runs that were not hit get `RUN_S`."""
+RUN_S = 120.0
+SIGNALS = {1: ("KILL", "KILL", "TERM", "INT", "HUP"), 2: ("KILL", "KILL", "TERM", "INT", "STOP")}
+
+
+@dataclass
+class Trial:
+    """What happened in one trial."""
+
+    number: int
+    what: str
+    hits: list[str] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    slowest_end_s: float = 0.0
+    error: str = ""
+
+
+def start(words: list[str], output: Path, world: int) -> list[int]:
+    """Fork `world` ranks that run the command line `words`; return their process numbers."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    return [_fork(words, output, rank, world, port) for rank in range(world)]
+
+
+def _fork(words: list[str], output: Path, rank: int, world: int, port: int) -> int:
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    try:
+        os.setpgid(0, 0)
+        if world > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="localhost")
+        handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        code = pgolf(words)
+        sys.stdout.flush()
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException as e:
+        os.write(2, f"child: {type(e).__name__}: {e}\n".encode())
+    finally:
+        os._exit(code)
+
+
+def wait(processes: list[int], seconds: float) -> dict[int, int] | None:
+    """Return the exit status of every process, None if one is still there after `seconds`."""
+    found: dict[int, int] = {}
+    end = time.monotonic() + seconds
+    while len(found) < len(processes):
+        for process in processes:
+            if process not in found:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    found[process] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > end:
+            return None
+        time.sleep(0.005)
+    return found
+
+
+def end_all(processes: list[int]) -> None:
+    """Kill what is left."""
+    for process in processes:
+        try:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+        except (ProcessLookupError, ChildProcessError):
+            continue
+
+
+def hit(rng: random.Random, trial: Trial, processes: list[int], moment: float) -> str:
+    """Send a random signal to a random process after `moment` seconds; wait for all; "" or what failed."""
+    early = wait(processes, moment)
+    if early is not None:
+        trial.ends.append("before the hit")
+        return _statuses(early, allowed=(0,))
+    world = len(processes)
+    name, rank = rng.choice(SIGNALS[world]), rng.randrange(world)
+    trial.hits.append(f"{name} to {rank} of {world} after {moment:.2f} s")
+    began = time.monotonic()
+    try:
+        os.kill(processes[rank], getattr(signal, f"SIG{name}"))
+    except ProcessLookupError:
+        return ""
+    others = processes if name != "STOP" else [p for p in processes if p != processes[rank]]
+    found = wait(others, BOUND_S)
+    took = time.monotonic() - began
+    trial.slowest_end_s = max(trial.slowest_end_s, round(took, 2))
+    end_all([p for p in processes if found is None or p not in found])
+    if found is None:
+        return f"a process was still there {BOUND_S:g} s after {trial.hits[-1]}"
+    trial.ends.append(",".join(str(code) for code in found.values()))
+    return ""
+
+
+def _statuses(found: dict[int, int], allowed: tuple[int, ...]) -> str:
+    wrong = [code for code in found.values() if code not in allowed]
+    return f"exit status {wrong}" if wrong else ""
+
+
+def look(folder: Path) -> str:
+    """Return what is wrong with the files of a run that was hit; "" if every file is whole."""
+    for path in folder.rglob("*"):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        try:
+            if path.suffix == ".safetensors":
+                load_file(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".pgolf":
+                read_artifact(path)
+            if path.name == INDEX:
+                read_checkpoint(path.parent).load()
+        except Exception as e:
+            return f"{path.name} is not whole: {type(e).__name__}: {e}"
+    return ""
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return all that must be equal between two runs of the same settings."""
+    sections = describe(folder / "model.pgolf")["sections"]  # the header holds a hash of the folder's name
+    found: dict[str, Any] = {"artifact": [(s["name"], s["sha256"]) for s in sections]}
+    for name in ("raw", "ema"):
+        tensors = load_file(folder / f"{name}.safetensors")
+        found[name] = {k: t.numpy().tobytes() for k, t in sorted(tensors.items())}
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found["metrics"] = [{k: v for k, v in row.items() if k not in ("ms", "elapsed")} for row in rows]
+    summary = json.loads((folder / "summary.json").read_text())
+    found["scores"] = {k: s["nats"] for k, s in summary["scores"].items()}
+    found["steps"] = summary["train"]["steps"]
+    return found
+
+
+def train_trial(trial: Trial, rng: random.Random, base: Path, world: int, reference: dict[str, Any]) -> str:
+    """Train with hits until the run is finished."""
+    out, log = base / "runs", base / "output.txt"
+    words = ["train", "tiny", "--data", str(base.parent / "shards"), "--out", str(out), *SETTINGS]
+    hits = rng.choice((1, 1, 2, 3))
+    for attempt in range(60):
+        runs = sorted(out.iterdir()) if out.is_dir() else []
+        runs = [run for run in runs if (run / PROGRESS).is_file()]
+        command = ["train", "--resume", str(runs[0])] if runs else words
+        processes = start(command, log, world)
+        if attempt < hits:
+            wrong = hit(rng, trial, processes, rng.uniform(0.0, reference["seconds"]))
+            wrong = wrong or "".join(look(run) for run in (out.iterdir() if out.is_dir() else []))
+        else:
+            found = wait(processes, RUN_S)
+            end_all(processes if found is None else [])
+            wrong = "the run hangs" if found is None else _statuses(found, allowed=(0,))
+        if wrong:
+            return f"{wrong}\n{log.read_text()[-1500:]}"
+        finished = [run for run in out.iterdir() if (run / "summary.json").is_file()] if out.is_dir() else []
+        finished = [run for run in finished if not (run / PROGRESS).is_file()]
+        if finished:
+            ours, theirs = outcome(finished[0]), reference["outcome"]
+            return "".join(f"{k} differs after {trial.hits}; " for k in ours if ours[k] != theirs[k])
+    return "not finished after 60 attempts"
+
+
+def build_trial(trial: Trial, rng: random.Random, base: Path, reference: dict[str, Any]) -> str:
+    """Build shards with a hit; the folder is refused until it is finished, and equals the reference then."""
+    out, log = base / "shards", base / "output.txt"
+    words = build_words(out, base.parent / "tokenizer.model", shard_tokens=20_000)
+    wrong = hit(rng, trial, start(words, log, 1), rng.uniform(0.0, reference["seconds"]))
+    if wrong:
+        return wrong
+    inspected = wait(start(["data", "inspect", str(out)], log, 1), RUN_S)
+    if trial.ends[-1] not in ("0", "before the hit"):
+        if inspected is None or set(inspected.values()) == {0}:
+            return "an unfinished folder passed `data inspect`"
+        again = wait(start([*words, "--overwrite"], log, 1), RUN_S)
+        if again is None or set(again.values()) != {0}:
+            return f"the build could not be finished\n{log.read_text()[-1500:]}"
+    return "" if shards_of(out) == reference["shards"] else f"the shards differ after {trial.hits}"
+
+
+def build_words(out: Path, tokenizer: Path, *, shard_tokens: int) -> list[str]:
+    """Return the command that builds shards of the bundled sample's small part."""
+    text = str(sample_paths().val)
+    train = str(tokenizer.with_name("train.jsonl"))
+    words = ["data", "shards", "--train", train, "--val", text, "--tokenizer", str(tokenizer)]
+    return [*words, "--out", str(out), "--shard-tokens", str(shard_tokens), "--jobs", "1"]
+
+
+def shards_of(folder: Path) -> dict[str, bytes]:
+    """Return the files of a folder of shards, which has no others."""
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
+
+
+def prepare(base: Path) -> dict[Any, dict[str, Any]]:
+    """Make tokenizer, shards and the runs that nothing interrupts: by number of ranks, and "build"."""
+    from pgolf.data.corpus import iterate_documents
+
+    log = base / "output.txt"
+
+    def run(words: list[str], world: int = 1) -> float:
+        began = time.monotonic()
+        found = wait(start(words, log, world), RUN_S)
+        if found is None or set(found.values()) != {0}:
+            raise SystemExit(f"the run that nothing interrupts failed: {found}\n{log.read_text()[-3000:]}")
+        return time.monotonic() - began
+
+    text, model = sample_paths(), base / "tokenizer.model"
+    documents = [d.text for d in iterate_documents(text.train)][:80]
+    lines = (json.dumps({"text": t}) + "\n" for t in documents)
+    model.with_name("train.jsonl").write_text("".join(lines))
+    run(["data", "tokenizer", "--inputs", str(text.val), "--vocab-size", "512", "--out", str(model)])
+    run(build_words(base / "shards", model, shard_tokens=10_000_000))
+    seconds = run(build_words(base / "many", model, shard_tokens=20_000))
+    found: dict[Any, dict[str, Any]] = {"build": {"seconds": seconds, "shards": shards_of(base / "many")}}
+    for world in (1, 2):
+        out = base / f"reference{world}"
+        words = ["train", "tiny", "--data", str(base / "shards"), "--out", str(out), *SETTINGS]
+        seconds = run(words, world)
+        found[world] = {"seconds": seconds, "outcome": outcome(next(out.iterdir()))}
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the trials; 0 if none failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="signals to send (default 100)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first trial (default 0)")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many seconds")
+    parser.add_argument("--out", type=Path, default=None, help="append JSON lines to this file")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    began, kills, failed, number = time.monotonic(), 0, 0, args.first
+    signals: Counter[str] = Counter()
+    slowest = 0.0
+    with tempfile.TemporaryDirectory(prefix="pgolf-kills-") as name:
+        base = Path(name)
+        reference = prepare(base)
+        while kills < args.kills and time.monotonic() - began < args.seconds:
+            rng = random.Random(number)
+            what = rng.choice(("build", 1, 1, 1, 2, 2))
+            trial, folder = Trial(number, str(what)), base / f"trial{number}"
+            folder.mkdir()
+            if what == "build":
+                trial.error = build_trial(trial, rng, folder, reference["build"])
+            else:
+                trial.error = train_trial(trial, rng, folder, what, reference[what])
+            shutil.rmtree(folder)
+            kills, failed, number = kills + len(trial.hits), failed + bool(trial.error), number + 1
+            signals.update(h.split()[0] for h in trial.hits)
+            slowest = max(slowest, trial.slowest_end_s)
+            if args.out is not None:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(vars(trial)) + "\n")
+            if trial.error or number % 20 == 0:
+                state = f"{kills} signals, {number - args.first} trials, {failed} failed"
+                print(f"{state}, {time.monotonic() - began:.0f} s {trial.error}", flush=True)
+    totals = {
+        "first": args.first,
+        "trials": number - args.first,
+        "signals": kills,
+        "by_signal": dict(signals),
+        "failed": failed,
+        "slowest_end_s": slowest,
+        "bound_s": BOUND_S,
+        "seconds": round(time.monotonic() - began),
+        "commit": commit_name(),
+        "versions": versions(),
+    }
+    print(json.dumps(totals))
+    if args.out is not None:
+        with args.out.open("a") as file:
+            file.write(json.dumps(totals) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,296 @@
+"""Runs that are killed, stopped or lose a rank: named in time, nothing lost, taken up bit for bit."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.cli.main import main
+from pgolf.data.shards import atomic_file
+from pgolf.train import run as run_module
+from pgolf.train.progress import PROGRESS, FolderLock
+from pgolf.train.signals import Stopped
+from pgolf.train.state import load_weights
+from tests.e2e.conftest import SMALL
+from tests.e2e.test_run import summary, torchrun
+
+STEPS = 12
+SETTINGS = [*SMALL, f"--steps={STEPS}", "--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Path:
+    """The run that nothing interrupts, in a process like those that are killed."""
+    out = tmp_path_factory.mktemp("whole")
+    assert start(["train", "tiny", "--data", str(shards), "--out", str(out), *SETTINGS]).wait(120) == 0
+    (folder,) = out.iterdir()
+    return folder
+
+
+def start(words: list[str], **place: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "pgolf", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT | {k: str(v) for k, v in place.items()},
+    )
+
+
+def two_ranks(words: list[str]) -> "list[subprocess.Popen[str]]":
+    """Start two ranks without torchrun: nobody ends one because the other did."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
+    return [start(words, **place, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+
+
+def hit(process: "subprocess.Popen[str]", number: int, at_step: int) -> None:
+    """Send a signal once the log shows a step."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"step {at_step:5d}"):
+            process.send_signal(number)
+            return
+    raise AssertionError(f"the run ended before step {at_step}: {process.stderr.read()}")
+
+
+def assert_same(folder: Path, whole: Path) -> None:
+    for name in ("raw", "ema"):
+        first, second = (load_weights(f / f"{name}.safetensors")[0] for f in (whole, folder))
+        assert first.keys() == second.keys()
+        assert [k for k in first if not torch.equal(first[k], second[k])] == [], name
+    metrics = [
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)
+    ]
+    for rows in metrics:
+        for row in rows:
+            del row["ms"], row["elapsed"]
+    assert metrics[0] == metrics[1]
+    scores = [{k: s["nats"] for k, s in summary(f)["scores"].items()} for f in (whole, folder)]
+    assert scores[0] == scores[1]
+
+
+def test_a_run_killed_twice_equals_the_one_that_was_not_bit_for_bit(shards, whole, tmp_path):
+    rng = random.Random(time.time_ns())
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS]
+    first, second = sorted(rng.sample(range(2, STEPS - 1), 2))
+    process = start(words)
+    hit(process, signal.SIGKILL, first)
+    process.communicate()
+    (folder,) = tmp_path.iterdir()
+    process = start(["train", "--resume", str(folder)])
+    hit(process, signal.SIGKILL, second)
+    process.communicate()
+    process = start(["train", "--resume", str(folder)])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same(folder, whole)
+    sessions = summary(folder)["sessions"]
+    assert [s["end"] for s in sessions] == ["killed", "killed", "finished"]
+    assert sessions[1]["from_step"] > 0, "it went on from a checkpoint"
+    assert sessions[1]["clock_from"] == sessions[0]["clock_to"] > 0, "lost work is on the clock"
+    assert sessions[2]["clock_from"] == sessions[1]["clock_to"] >= sessions[1]["clock_from"]
+    assert not (folder / PROGRESS).exists() and not (folder / "checkpoints").exists()
+    assert "processes" in (folder / "log.txt").read_text().splitlines()[-3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_saves_the_last_step_and_the_run_goes_on(shards, whole, tmp_path, number):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("ignored by whoever started the tests")
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS]
+    process = start([*words, "--train.checkpoint-every=0"])
+    hit(process, number, 3)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, errors
+    (folder,) = tmp_path.iterdir()
+    text = (folder / "log.txt").read_text()
+    assert f"stopped by {number.name} during train; go on with: pgolf train --resume {folder}" in text
+    assert load_weights(folder / "raw.safetensors")[2]["steps"] >= 4
+    process = start(["train", "--resume", str(folder), "--train.checkpoint-every=0.05"])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same(folder, whole)
+    one, two = summary(folder)["sessions"]
+    assert one["end"] == number.name and two["from_step"] == one["to_step"]
+    assert two["lost_seconds"] < 1.0
+
+
+@pytest.fixture
+def stopped(shards, tmp_path) -> Path:
+    """A run of one process that was stopped after some steps."""
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "runs"), *SETTINGS]
+    process = start(words)
+    hit(process, signal.SIGTERM, 5)
+    process.communicate(timeout=60)
+    (folder,) = (tmp_path / "runs").iterdir()
+    return folder
+
+
+def test_a_run_goes_on_with_two_ranks_and_back_with_one(stopped, whole):
+    done = torchrun(2, ["train", "--resume", str(stopped), "--train.device=cpu"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone, together = (load_weights(f / "raw.safetensors")[0] for f in (whole, stopped))
+    for name in alone:
+        torch.testing.assert_close(
+            together[name], alone[name], atol=2e-3, rtol=2e-2, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert [s["world_size"] for s in summary(stopped)["sessions"]] == [1, 2]
+    assert summary(stopped)["train"]["tokens"] == summary(whole)["train"]["tokens"]
+
+
+def test_two_ranks_that_are_killed_go_on_bit_for_bit_and_also_as_one(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--train.device=cpu", *SETTINGS]
+    done = torchrun(2, [*words, "--out", str(tmp_path / "whole")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    ranks = two_ranks([*words, "--out", str(tmp_path / "runs")])
+    hit(ranks[0], signal.SIGKILL, 6)
+    ranks[1].send_signal(signal.SIGKILL)
+    for process in ranks:
+        process.communicate(timeout=60)
+    (folder,) = (tmp_path / "runs").iterdir()
+    ranks = two_ranks(["train", "--resume", str(folder)])
+    assert [process.wait(120) for process in ranks] == [0, 0], ranks[0].stderr.read()
+    (whole,) = (tmp_path / "whole").iterdir()
+    assert_same(folder, whole)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_other_in_seconds_with_its_number(shards, tmp_path, victim):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, "--steps=100000"]
+    ranks = two_ranks(words)
+    assert ranks[0].stdout is not None
+    for line in ranks[0].stdout:
+        if line.startswith("step     4"):
+            break
+    ranks[victim].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    ranks[1 - victim].communicate(timeout=30)
+    assert time.monotonic() - began < 10.0
+    assert ranks[1 - victim].returncode == 2
+    (folder,) = tmp_path.iterdir()
+    reason = f"failed during train: rank {victim} ended without a word (killed?)"
+    assert (folder / "log.txt").read_text().count(reason) == 1
+    if victim == 1:
+        assert load_weights(folder / "raw.safetensors")[2]["steps"] >= 4
+        sessions = json.loads((folder / PROGRESS).read_text())["sessions"]
+        assert sessions[-1]["end"] == "failed: rank 1 ended without a word (killed?)"
+    ranks[victim].wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_stopped_rank_is_noticed_in_the_stated_time(shards, tmp_path, victim):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, "--steps=100000"]
+    ranks = two_ranks(words)
+    assert ranks[0].stdout is not None
+    for line in ranks[0].stdout:
+        if line.startswith("step     4"):
+            break
+    ranks[victim].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        ranks[1 - victim].communicate(timeout=40)
+        took = time.monotonic() - began
+    finally:
+        ranks[victim].kill()
+        ranks[victim].communicate()
+    assert 4.0 < took < 5 + 3 + 10.0  # the timeout, the grace, a busy machine
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "log.txt").read_text().count(f"rank {victim} has given no sign of life for 5 s") == 1
+
+
+def test_a_stopped_run_can_be_finished_without_training_more(stopped):
+    assert main(["train", "--finish", str(stopped)]) == 0
+    s = summary(stopped)
+    assert 6 <= s["train"]["steps"] < STEPS
+    assert list(s["scores"]) == ["raw", "ema", "quantized"] and s["bytes"]["total"] > 0
+    assert [x["end"] for x in s["sessions"]] == ["SIGTERM", "finished"]
+    assert s["sessions"][1]["from_step"] == s["sessions"][1]["to_step"] == s["train"]["steps"]
+
+
+def test_a_signal_while_scoring_leaves_what_another_process_finishes(shards, whole, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped(signal.SIGINT)
+
+    words = ["train", str(whole / "config.json"), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "score_model", stop)
+        assert main(words) == 130
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "model.pgolf").is_file() and not (folder / "summary.json").exists()
+    clock = json.loads((folder / PROGRESS).read_text())["clock"]
+    assert main(["train", "--resume", str(folder)]) == 0
+    s = summary(folder)
+    assert s["seconds"]["clock"] == clock, "scoring is not on the clock"
+    assert s["bytes"]["model"] == (folder / "model.pgolf").stat().st_size
+    assert s["train"]["steps"] == STEPS and [x["end"] for x in s["sessions"]] == ["SIGINT", "finished"]
+
+
+def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, monkeypatch):
+    def stop(*_: object, **__: object) -> None:
+        raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "calibrate", stop)
+        assert main(["train", str(whole / "config.json"), "--out", str(tmp_path)]) == 143
+    (folder,) = tmp_path.iterdir()
+    assert "stopped by SIGTERM during calibrate" in (folder / "log.txt").read_text()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert summary(folder)["train"]["steps"] == STEPS and (folder / "model.pgolf").is_file()
+
+
+def test_what_cannot_go_on_is_refused_in_one_sentence(stopped, whole, capsys):
+    refused = [
+        (["--resume"], "needs the folder of a run"),
+        (["--resume", "/nowhere"], "no run at /nowhere"),
+        (["--resume", str(whole)], "is finished"),
+        (["--resume", str(stopped), "--steps", "99"], "train.steps is 12 in the run"),
+        (["--finish", str(stopped), "--optim.muon.lr", "1"], "optim.muon.lr is 0.05 in the run"),
+    ]
+    for words, message in refused:
+        assert main(["train", *words]) == 2
+        assert message in capsys.readouterr().err
+    lock = FolderLock(stopped)
+    assert main(["train", "--resume", str(stopped)]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    lock.release()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(stopped, capsys):
+    newest = max((stopped / "checkpoints").iterdir())
+    with atomic_file(newest / "shard-00-of-01.safetensors") as file:
+        file.write(b"torn")
+    assert main(["train", "--resume", str(stopped)]) == 0
+    text = (stopped / "log.txt").read_text()
+    assert "warning: a checkpoint is not used: " in text and f"{newest.name}/shard-00-of-01" in text
+
+
+def test_a_clock_that_was_overrun_is_told_and_has_its_own_exit_status(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    assert main([*words, "--seconds=1", "--train.quantize-reserve=0"]) == 3
+    (folder,) = tmp_path.iterdir()
+    s = summary(folder)
+    assert s["overrun"] == pytest.approx(s["seconds"]["clock"] - 1.0)
+    assert "THE CLOCK WAS OVERRUN" in (folder / "log.txt").read_text()
+
+
+def test_the_weights_that_are_scored_can_be_chosen_and_training_can_be_validated(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    assert main([*words, "--evaluate.no-raw", "--evaluate.no-ema", "--evaluate.every=2"]) == 0
+    (folder,) = tmp_path.iterdir()
+    assert list(summary(folder)["scores"]) == ["quantized"]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    curve = [(row["step"], row["val_bpb"]) for row in rows if "val_bpb" in row]
+    assert [step for step, _ in curve] == [1, 3] and curve[1][1] < curve[0][1]
+    assert [row["step"] for row in rows if "loss" in row] == list(range(6))

@@ -1,0 +1,103 @@
+"""What an unfinished run keeps: one process at a time, a clock that survives, sessions that add up."""
+
+import json
+import os
+
+import pytest
+
+from pgolf.train.progress import (
+    CLOCK,
+    PROGRESS,
+    ClockFile,
+    FolderLock,
+    Progress,
+    keep_metrics,
+    read_clock,
+    read_past,
+)
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    lock = FolderLock(tmp_path)
+    with pytest.raises(RuntimeError, match=rf"in use by another process \(process {os.getpid()} on "):
+        FolderLock(tmp_path)
+    lock.release()
+    FolderLock(tmp_path).release()
+
+
+def test_the_clock_on_disk_is_the_last_beat_or_nothing(tmp_path):
+    assert read_clock(tmp_path) == 0.0
+    beats = ClockFile(tmp_path)
+    for seconds in (1.0, 599.9994, 12.5):
+        beats.beat(seconds)
+        assert read_clock(tmp_path) == pytest.approx(seconds, abs=1e-3)
+    beats.close()
+    beats.beat(99.0)
+    assert read_clock(tmp_path) == 12.5
+    for damaged in ("", "nan", "-1", "1e999", "12.5x"):
+        (tmp_path / CLOCK).write_text(damaged)
+        assert read_clock(tmp_path) == 0.0
+
+
+def run_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+def test_a_killed_process_is_completed_from_its_traces(tmp_path):
+    folder = run_folder(tmp_path)
+    Progress(folder, world_size=2, past=None).write("training", {"seconds": {}}, 0.0)
+    ClockFile(folder).beat(41.5)
+    rows = [{"step": s, "loss": 1.0} for s in range(7)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 7, "lo')
+    past = read_past(folder)
+    assert (past.stage, past.clock, past.lost, past.checkpoint) == ("training", 41.5, 41.5, None)
+    progress = Progress(folder, world_size=1, past=past)
+    killed, present = progress.sessions
+    assert killed["end"] == "killed" and killed["to_step"] == 7 and killed["clock_to"] == 41.5
+    assert "ended" not in killed
+    assert present["clock_from"] == 41.5 and present["lost_seconds"] == 41.5 and present["from_step"] == 0
+
+
+def test_a_process_that_ended_orderly_keeps_what_it_said(tmp_path):
+    folder = run_folder(tmp_path)
+    progress = Progress(folder, world_size=1, past=None)
+    progress.end("SIGTERM", step=12, clock=30.0)
+    progress.write("trained", {"train": {"steps": 12}}, 30.0)
+    past = read_past(folder)
+    assert past.stage == "trained" and past.lost == 0.0
+    assert Progress(folder, world_size=1, past=past).sessions[0]["end"] == "SIGTERM"
+    assert Progress(folder, world_size=1, past=past).session["from_step"] == 12
+
+
+BAD = {
+    "no run": (None, FileNotFoundError, "no run at"),
+    "finished": ("summary.json", ValueError, "is finished"),
+    "never begun": (None, ValueError, "start again with"),
+    "torn": ('{"stage": "trai', ValueError, "is damaged"),
+    "foreign": ('{"stage": "x", "summary": {}, "sessions": [], "clock": 0}', ValueError, "unknown stage"),
+    "deep": ("[" * 100_000, ValueError, "is damaged"),
+    "a list": ("[]", ValueError, "is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_folder_that_cannot_go_on_says_why(tmp_path, case):
+    text, error, message = BAD[case]
+    if case != "no run":
+        run_folder(tmp_path)
+    if text == "summary.json":
+        (tmp_path / "summary.json").write_text("{}")
+    elif text is not None:
+        (tmp_path / PROGRESS).write_text(text)
+    with pytest.raises(error, match=message):
+        read_past(tmp_path)
+
+
+def test_metrics_of_lost_steps_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": s, "loss": float(s)} for s in range(5)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"torn')
+    assert keep_metrics(path, 3) == rows[:3]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows[:3]
+    assert keep_metrics(tmp_path / "none.jsonl", 3) == []

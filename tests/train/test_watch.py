@@ -1,0 +1,130 @@
+"""The watch over the ranks: a lost one is named, in time, to everybody; the living are left alone."""
+
+import threading
+import time
+
+import pytest
+
+from pgolf.train import watch as module
+from pgolf.train.watch import Watch
+
+
+class World:
+    """Several ranks as threads of this process, with the two collectives that Watch needs."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.values: list[float] = []
+
+    def rank(self, number: int) -> "Rank":
+        return Rank(self, number)
+
+
+class Rank:
+    def __init__(self, world: World, rank: int) -> None:
+        self.world, self.rank, self.world_size, self.is_main = world, rank, world.size, rank == 0
+
+    def check(self, error: str | None) -> None:
+        assert error is None, error
+        self.world.barrier.wait()
+
+    def share(self, values: list[float]) -> list[float]:
+        if self.is_main:
+            self.world.values = list(values)
+        self.world.barrier.wait()
+        got = list(self.world.values)
+        self.world.barrier.wait()
+        return got
+
+
+@pytest.fixture
+def watches(monkeypatch):
+    """A function that starts ranks: their watches and what each was told."""
+    monkeypatch.setattr(module, "GRACE_S", 0.0)
+    started: list[Watch] = []
+
+    def start(size: int, timeout_s: float = 20.0) -> tuple[list[Watch], dict[int, list[str]]]:
+        world, told, found = World(size), {r: [] for r in range(size)}, dict[int, Watch]()
+
+        def make(number: int) -> None:
+            found[number] = Watch(
+                world.rank(number), timeout_s=timeout_s, beat=lambda: None, on_lost=told[number].append
+            )
+
+        threads = [threading.Thread(target=make, args=(r,)) for r in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        started.extend(found.values())
+        return [found[r] for r in range(size)], told
+
+    yield start
+    for watch in started:
+        watch.leave()
+
+
+def wait_until(condition, seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.01)
+
+
+def die(watch: Watch) -> None:
+    """Close a rank's connections as the system does for a killed process: without a goodbye."""
+    watch._tell = lambda line: None
+    watch.leave()
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_rank_that_dies_is_named_to_all_others_at_once(watches, victim):
+    ranks, told = watches(3)
+    began = time.monotonic()
+    die(ranks[victim])
+    others = [r for r in range(3) if r != victim]
+    wait_until(lambda: all(told[r] for r in others))
+    assert time.monotonic() - began < 3
+    assert [told[r] for r in others] == [[f"rank {victim} ended without a word (killed?)"]] * 2
+    assert ranks[others[0]].reason() == told[others[0]][0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_falls_silent_is_noticed_after_the_timeout(watches, victim, monkeypatch):
+    ranks, told = watches(2, timeout_s=2.0)
+    monkeypatch.setattr(ranks[victim], "_tell", lambda line: None)  # alive, connected, mute: like SIGSTOP
+    wait_until(lambda: told[1 - victim], 6.0)
+    assert told[1 - victim] == [
+        f"rank {victim} has given no sign of life for 2 s (stopped, or its host cannot be reached)"
+    ]
+
+
+def test_the_reason_of_a_failing_rank_reaches_the_others(watches):
+    ranks, told = watches(3)
+    ranks[2].leave("out of memory\nat line 3")
+    wait_until(lambda: told[0] and told[1])
+    assert told[0] == told[1] == ["rank 2 failed: out of memory at line 3"]
+
+
+def test_ranks_that_say_goodbye_are_not_lost(watches, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.2)
+    ranks, told = watches(3, timeout_s=3.0)
+    time.sleep(3.5)  # longer than the timeout: beats keep everybody alive
+    ranks[1].leave()
+    time.sleep(0.6)
+    ranks[0].leave()
+    time.sleep(0.6)
+    ranks[2].leave()
+    assert not any(told.values())
+
+
+def test_one_process_needs_no_connection_and_beats(monkeypatch):
+    beats: list[float] = []
+    monkeypatch.setattr(module, "PERIOD_S", 0.02)
+    watch = Watch(World(1).rank(0), timeout_s=5.0, beat=lambda: beats.append(time.monotonic()), on_lost=print)
+    wait_until(lambda: len(beats) > 5)
+    watch.leave()
+    count = len(beats)
+    time.sleep(0.1)
+    assert len(beats) == count and watch.reason() is None
