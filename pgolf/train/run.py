@@ -80,6 +80,8 @@ class Summary:
     """Of the sources, with -dirty where files differ from it; empty where nobody knows."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and the packages that are installed; cuda is what torch was built for."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """SHA-256 of the data folder's manifest and what it says of the validation text; see Corpus.facts."""
 
 
 class Run:
@@ -88,8 +90,10 @@ class Run:
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
         before, began = process_seconds(), time.perf_counter()
         self._config, self._dist, self._folder = config, dist, folder
-        self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
-        self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
+        self._corpus = Corpus.open(
+            config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
+        )
+        self._corpus.validation()  # raises now what scoring would raise after the run
         find_shards(self._corpus.folder, "train")
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
@@ -112,6 +116,7 @@ class Run:
             started=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             commit=commit_name(),
             versions=_versions(),
+            data=self._corpus.facts(),
         )
         if before is not None:
             self._summary.seconds["start"] = before
@@ -128,6 +133,7 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
+        log.line(self._corpus.checked)
         if config.train.init is not None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")

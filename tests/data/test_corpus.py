@@ -40,7 +40,7 @@ def test_text_file_is_cut_at_separator_lines(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not UTF-8 at byte 0"),
         (b'"text"', 'expected an object with a string "text"'),
         (b'{"txt": "a"}', 'expected an object with a string "text"'),
         (b'{"text": 3}', 'expected an object with a string "text"'),
