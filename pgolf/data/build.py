@@ -22,6 +22,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -137,9 +138,13 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
         report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
     _check_out(job)
     with _unfinished(job) as finish:
-        _remove_old(job.out)
-        manifest = _build(job, tokenizer, report)
-        write_manifest(job.out, manifest)
+        try:
+            _remove_old(job.out)
+            manifest = _build(job, tokenizer, report)
+            write_manifest(job.out, manifest)
+        except Exception:
+            report(f"{job.out} is unfinished and marked so; the same command begins anew and finishes it")
+            raise
         finish()
     return manifest
 
@@ -306,6 +311,12 @@ def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Enc
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool as e:
+        if sys.version_info < (
+            3,
+            11,
+            5,
+        ):  # its own clean-up hangs there: github.com/python/cpython/issues/94777
+            pool._call_queue._reader.close()  # type: ignore[attr-defined, unused-ignore]
         raise RuntimeError(
             f"a worker process died while it encoded the {split} text (killed by the system, as memory was "
             f"short?); free memory or pass fewer --jobs than {jobs}, and run the command again"
