@@ -14,7 +14,7 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 _CHUNK, _PIECE = 1 << 16, 1 << 20
 
@@ -29,7 +29,7 @@ class _Codec(NamedTuple):
     """Zeros between and behind streams must be a multiple of this; 0 = there must be none."""
 
 
-def open_text(path: Path, raw: BinaryIO) -> BinaryIO:
+def open_text(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
     """Return the text of an open file: `raw` itself, or what it holds where the suffix says compressed.
 
     Reading raises ValueError (damaged, cut off, or with a tail that is not of the format).
@@ -42,7 +42,7 @@ def open_text(path: Path, raw: BinaryIO) -> BinaryIO:
     return io.BufferedReader(_Chunks(_decode(path, raw, _CODECS[path.suffix]())), _PIECE)
 
 
-def _decode(path: Path, raw: BinaryIO, codec: _Codec) -> Iterator[bytes]:
+def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes]:
     """Yield the decompressed file in pieces that fit in memory, however well it was compressed."""
     data = raw.read(_CHUNK)
     if not data:
@@ -66,7 +66,7 @@ def _decode(path: Path, raw: BinaryIO, codec: _Codec) -> Iterator[bytes]:
         data = _skip_padding(path, raw, codec, decoder.unused or raw.read(_CHUNK))
 
 
-def _skip_padding(path: Path, raw: BinaryIO, codec: _Codec, data: bytes) -> bytes:
+def _skip_padding(path: Path, raw: io.BufferedReader, codec: _Codec, data: bytes) -> bytes:
     """Return what follows a stream after the zeros that may stand there."""
     zeros = 0
     while codec.padding and data:

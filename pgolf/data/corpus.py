@@ -10,12 +10,13 @@ two so that parsing can be spread over processes: `read_batches` only finds wher
 from __future__ import annotations
 
 import codecs
+import io
 import itertools
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from pgolf.data.compressed import SUFFIXES, open_text
 
@@ -135,7 +136,7 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _items(path: Path, raw: BinaryIO, kind: str, text_key: str) -> Iterator[tuple[int, bytes]]:
+def _items(path: Path, raw: io.BufferedReader, kind: str, text_key: str) -> Iterator[tuple[int, bytes]]:
     """Yield (line, bytes) of each document of an open file."""
     if kind == ".parquet":
         yield from _parquet_rows(path, text_key)
@@ -147,11 +148,10 @@ def _items(path: Path, raw: BinaryIO, kind: str, text_key: str) -> Iterator[tupl
         yield from _split_text(lines)
 
 
-def _utf8_lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _utf8_lines(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
     """Return the lines of a file without the mark at its beginning; refuse one of another encoding."""
-    first = file.readline()
-    head = first[:64]
-    found = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _zeros(head)
+    head, first = file.peek(64)[:64], file.readline()
+    found = next((name for mark, name in _MARKS if first.startswith(mark)), None) or _zeros(head)
     if found:
         raise ValueError(
             f"{path}: the file is {found}, expected UTF-8; convert it: "
@@ -171,7 +171,7 @@ def _zeros(head: bytes) -> str | None:
     ):
         whole = head[: len(head) // width * width]
         zero = [whole[i::width].count(0) == len(whole) // width for i in range(width)]
-        if len(whole) >= 2 * width and [i for i in range(width) if zero[i]] == list(places):
+        if len(whole) >= 4 * width and [i for i in range(width) if zero[i]] == list(places):
             return name
     return None
 
