@@ -210,10 +210,12 @@ def _unfinished(job: ShardsJob) -> Iterator[Callable[[], None]]:
     with path.open("a+") as marker:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
+        except BlockingIOError as e:
             raise RuntimeError(
                 f"another build is running in {job.out}; wait for it, or choose another --out"
             ) from e
+        except OSError:
+            pass  # a file system without locks
         if os.fstat(marker.fileno()).st_nlink == 0:
             raise RuntimeError(f"another build in {job.out} has just finished; choose another --out")
         try:
@@ -440,8 +442,11 @@ class _Progress:
             return
         self._last = now
         share = (self._before[batch.source] + batch.consumed) / max(1, self._total)
-        left = (now - self._begin) * (1 - share) / max(share, 1e-9)
-        self._report(f"{self._line(tally)}, {100 * share:.0f} %, {left:.0f} s left")
+        line = self._line(tally)
+        if share:  # a parquet file does not say how far it was read
+            left = (now - self._begin) * (1 - share) / share
+            line += f", {100 * share:.0f} %, {left:.0f} s left"
+        self._report(line)
 
     def finish(self, tally: _Tally) -> None:
         """Report the totals of the split."""

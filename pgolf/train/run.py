@@ -26,6 +26,7 @@ from pgolf.artifact.size import Ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
+from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist
 from pgolf.env import commit_name
@@ -437,6 +438,8 @@ def format_table(s: Summary) -> str:
     if s.ledger is not None:
         lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
     lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in s.seconds.items()))
+    if s.data == {"manifest": None}:
+        lines.append(NO_MANIFEST)
     if s.peak_mib:
         lines.append(f"peak GPU memory {s.peak_mib:,.0f} MiB")
     return "\n".join(lines)

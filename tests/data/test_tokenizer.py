@@ -275,3 +275,11 @@ def test_what_a_tokenizer_loses_is_said(tmp_path: Path, changes: dict[str, objec
 def test_the_same_settings_without_a_fault_are_lossless(tmp_path: Path) -> None:
     made = spaceless(tmp_path, required_chars="\u2581")
     assert made.lossless, made.lossy_because
+
+
+def test_more_ids_than_a_shard_can_hold_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 65_537)
+    with pytest.raises(ValueError, match="has 65537 ids, shards hold uint16, at most 65536"):
+        Tokenizer(tokenizer.path)
