@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     check_tokenizer(args.checkpoint, facts, corpus.sha256)
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
-    corpus.validation()  # raises now what scoring would raise in the end
+    corpus.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)
     try:
         model = GPT(config.model).prepare(

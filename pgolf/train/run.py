@@ -94,7 +94,7 @@ class Run:
         self._corpus = Corpus.open(
             config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
         )
-        self._corpus.validation()  # raises now what scoring would raise after the run
+        self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
         find_shards(self._corpus.folder, "train")
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
