@@ -17,6 +17,7 @@ from pgolf.data.corpus import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
+    MAKE_SHARDS,
     MANIFEST_NAME,
     TOKENIZER_NAME,
     Split,
@@ -102,6 +103,8 @@ def run_shards(job: ShardsJob) -> None:
 
 def run_inspect(job: InspectJob) -> None:
     """Check a folder against its manifest, every file with its hash, and print what is in it."""
+    if not job.path.exists():
+        raise FileNotFoundError(f"no data folder or shard at {job.path}; make shards with: {MAKE_SHARDS}")
     if not job.path.is_dir():
         tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(job.path.parent)
         _print_shards([job.path], tokenizer.bos_id if tokenizer else job.bos_id, tokenizer)

@@ -134,6 +134,8 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
     tokenizer = Tokenizer(job.tokenizer)
     for path in (*job.val, *job.train):
         check_text_file(path)
+        if path.stat().st_size == 0:
+            report(f"note: {path} is empty")
     if not tokenizer.lossless:
         report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
     _check_out(job)

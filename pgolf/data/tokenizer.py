@@ -305,7 +305,10 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
             minloglevel=2,
         )
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"cannot train {vocab_size} pieces: {e}; give more text or lower vocab_size") from e
+        why = "there is no text" if "sentences_.empty()" in str(e) else str(e)
+        raise ValueError(
+            f"cannot train {vocab_size} pieces: {why}; give more text or lower vocab_size"
+        ) from e
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
         raise ValueError(

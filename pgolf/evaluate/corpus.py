@@ -27,7 +27,7 @@ class Corpus:
     tokenizer: Tokenizer
     sha256: str
     """Of the tokenizer, hex."""
-    manifest: Manifest | None
+    manifest: Manifest | None = None
     """What the folder was checked against; None for another tool's folder, of which nobody knows."""
 
     @classmethod

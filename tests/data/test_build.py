@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +145,14 @@ def test_missing_inputs_and_bad_settings_are_refused(tmp_path: Path, tokenizer: 
     empty.touch()
     with pytest.raises(ValueError, match=r"no train documents in .*empty\.jsonl"):
         build(job(tmp_path, tokenizer, train=(empty,)))
+    lines: list[str] = []
+    made = job(tmp_path, tokenizer, overwrite=True)
+    build_shards(replace(made, train=(*made.train, empty)), report=lines.append)
+    assert lines[0] == f"note: {empty} is empty"
+    with pytest.raises(ValueError, match="cannot train 300 pieces: there is no text"):
+        main(["tokenizer", "--inputs", str(empty), "--out", str(tmp_path / "t"), "--vocab-size", "300"])
+    with pytest.raises(FileNotFoundError, match="no data folder or shard at nowhere"):
+        main(["inspect", "nowhere"])
 
 
 @pytest.fixture(scope="module")
