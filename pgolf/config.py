@@ -155,6 +155,9 @@ class DataConfig:
     """Shuffle shards and the documents inside each shard by seed; off reads in file order."""
     prefetch: int = 3
     """Micro-batches kept ready by the loader's thread."""
+    verify: bool = False
+    """Check the SHA-256 of the training shards too before the run; all else that manifest.json says is always
+    checked, of training shards the size."""
 
     def __post_init__(self) -> None:
         _require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")

@@ -13,17 +13,19 @@ import numpy as np
 import tyro
 
 from pgolf.data.build import ShardsJob, build_shards
-from pgolf.data.corpus import iterate_documents
+from pgolf.data.corpus import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.loader import validation_totals
+from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
+    MAKE_SHARDS,
     MANIFEST_NAME,
+    TOKENIZER_NAME,
     Split,
     Tokens,
     file_sha256,
     find_shards,
-    read_manifest,
+    list_files,
     read_shard,
-    verify_manifest,
 )
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 
@@ -33,11 +35,13 @@ class TokenizerJob:
     """Train a lossless SentencePiece BPE tokenizer."""
 
     inputs: tuple[Path, ...]
-    """Text files: .jsonl, .jsonl.xz, .txt, .txt.xz or .parquet."""
+    """Text files: .jsonl, .ndjson or .txt (also as .xz, .gz, .zst), or .parquet."""
     out: Path
     """The .model file to write."""
     vocab_size: int = 8192
     """Number of token ids, 300 to 65536."""
+    text_key: str = TEXT_KEY
+    """Where .jsonl objects and .parquet files have their text."""
     max_bytes: int = 100_000_000
     """Bytes of text to train on; each input gives an equal share from its beginning."""
 
@@ -59,22 +63,26 @@ def run_tokenizer(job: TokenizerJob) -> None:
     began = time.perf_counter()
     if not job.inputs:
         raise ValueError("inputs: expected at least one text file, got none")
+    for path in job.inputs:
+        check_text_file(path)
     job.out.parent.mkdir(parents=True, exist_ok=True)
     share = job.max_bytes // len(job.inputs)
-    texts = itertools.chain.from_iterable(_texts(path, share) for path in job.inputs)
+    texts = itertools.chain.from_iterable(_texts(path, share, job.text_key) for path in job.inputs)
     tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size)
-    check = list(_texts(job.inputs[0], 1_000_000))
+    check = list(_texts(job.inputs[0], 1_000_000, job.text_key))
     tokens = sum(len(ids) for ids in tokenizer.encode_ids(check))
     size = sum(len(text.encode()) for text in check)
     print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, lossless {tokenizer.lossless}")
+    if not tokenizer.lossless:
+        print(f"what is lost: {tokenizer.lossy_because}")
     print(f"SHA-256 {file_sha256(job.out)}")
-    print(f"{size / tokens:.3f} bytes a token; {time.perf_counter() - began:.1f} s")
+    print(f"{size / max(1, tokens):.3f} bytes a token; {time.perf_counter() - began:.1f} s")
 
 
-def _texts(path: Path, limit: int) -> Iterator[str]:
+def _texts(path: Path, limit: int, text_key: str) -> Iterator[str]:
     """Yield documents from the beginning of a file until `limit` bytes are reached."""
     size = 0
-    for document in iterate_documents(path):
+    for document in iterate_documents(path, text_key=text_key):
         yield document.text
         size += len(document.text.encode())
         if size >= limit:
@@ -94,39 +102,37 @@ def run_shards(job: ShardsJob) -> None:
 
 
 def run_inspect(job: InspectJob) -> None:
-    """Print shards, totals and the first text; verify the manifest's hashes if there is one."""
-    folder = job.path if job.path.is_dir() else job.path.parent
-    tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(folder)
-    bos_id = tokenizer.bos_id if tokenizer else job.bos_id
+    """Check a folder against its manifest, every file with its hash, and print what is in it."""
+    if not job.path.exists():
+        raise FileNotFoundError(f"no data folder or shard at {job.path}; make shards with: {MAKE_SHARDS}")
     if not job.path.is_dir():
-        _print_shards([job.path], bos_id, tokenizer)
+        tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(job.path.parent)
+        _print_shards([job.path], tokenizer.bos_id if tokenizer else job.bos_id, tokenizer)
         return
+    manifest = verify_folder(job.path, training=True)
+    tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(job.path)
+    bos_id = tokenizer.bos_id if tokenizer else job.bos_id
     splits: tuple[Split, ...] = ("train", "val")
-    present = [split for split in splits if _has_split(folder, split)]
+    present = [split for split in splits if list_files(job.path, split)]
     if not present:
-        find_shards(folder, "train")
+        find_shards(job.path, "train")
     for split in present:
         print(f"{split}:")
-        _print_shards(find_shards(folder, split), bos_id, tokenizer)
+        _print_shards(find_shards(job.path, split), bos_id, tokenizer)
     if "val" in present:
-        _print_validation(folder, tokenizer)
-    if (folder / MANIFEST_NAME).is_file():
-        manifest = read_manifest(folder)
-        verify_manifest(folder, manifest)
-        print(f"manifest: all {len(manifest.files)} files and the tokenizer have their SHA-256")
+        _print_validation(job.path, tokenizer)
+    if manifest is not None:
+        print(
+            f"manifest: all {len(manifest.files)} files and the tokenizer have their SHA-256 and counts, and "
+            "there are no others"
+        )
     else:
-        print("manifest: none (shards of another tool); hashes not checked")
+        print(f"manifest: {NO_MANIFEST}")
 
 
 def _folder_tokenizer(folder: Path) -> Tokenizer | None:
-    return find_tokenizer(folder) if len(list(folder.glob("*.model"))) == 1 else None
-
-
-def _has_split(folder: Path, split: Split) -> bool:
-    try:
-        return bool(find_shards(folder, split))
-    except FileNotFoundError:
-        return False
+    named = (folder / TOKENIZER_NAME).is_file()
+    return find_tokenizer(folder) if named or len(list(folder.glob("*.model"))) == 1 else None
 
 
 def _print_shards(paths: list[Path], bos_id: int, tokenizer: Tokenizer | None) -> None:

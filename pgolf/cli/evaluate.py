@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pgolf.artifact.read import Artifact
     from pgolf.dist import Dist
     from pgolf.evaluate.bpb import Score
+    from pgolf.evaluate.corpus import Corpus
 
 Mode = Literal["plain", "sliding", "ttt"]
 
@@ -54,23 +55,24 @@ def main(argv: list[str]) -> int:
     artifact = read_artifact(args.artifact)
     dist = Dist.start(args.device)
     try:
-        scores = _score(args, artifact, dist)
+        corpus = _open(args, artifact)
+        scores = _score(args, artifact, corpus, dist)
     finally:
         dist.close()
     if dist.is_main:
         note = f"  (first {args.documents:,} documents only)" if args.documents else ""
+        note += f"  ({corpus.checked})" if corpus.manifest is None else ""
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {mode}{note}")
         if args.json is not None:
-            _write(args.json, args, scores)
+            _write(args.json, args, corpus, scores)
     return 0
 
 
-def _score(args: Evaluate, artifact: Artifact, dist: Dist) -> dict[str, Score]:
-    """Return the score of every mode that was asked for."""
-    from pgolf.artifact.read import build_model
-    from pgolf.evaluate.corpus import Corpus, score_as
+def _open(args: Evaluate, artifact: Artifact) -> Corpus:
+    """Return the data, checked against their manifest and the artifact."""
+    from pgolf.evaluate.corpus import Corpus
 
     header = artifact.header
     corpus = Corpus.open(args.data, vocab_size=header.model.vocab_size)
@@ -80,6 +82,14 @@ def _score(args: Evaluate, artifact: Artifact, dist: Dist) -> dict[str, Score]:
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
             f"({ours}...); use the run's tokenizer.model"
         )
+    return corpus
+
+
+def _score(args: Evaluate, artifact: Artifact, corpus: Corpus, dist: Dist) -> dict[str, Score]:
+    """Return the score of every mode that was asked for."""
+    from pgolf.artifact.read import build_model
+    from pgolf.evaluate.corpus import score_as
+
     text = corpus.validation(documents=args.documents)
     model = build_model(artifact, dist.device)
     model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
@@ -91,12 +101,13 @@ def _score(args: Evaluate, artifact: Artifact, dist: Dist) -> dict[str, Score]:
     }
 
 
-def _write(path: Path, args: Evaluate, scores: dict[str, Score]) -> None:
-    """Write the scores and the settings that they depend on as JSON."""
+def _write(path: Path, args: Evaluate, corpus: Corpus, scores: dict[str, Score]) -> None:
+    """Write the scores, and the data and settings that they depend on, as JSON."""
     from pgolf.data.shards import atomic_file
 
     data: dict[str, Any] = {
         "artifact": str(args.artifact),
+        "data": {**corpus.facts(), "checked": corpus.checked},
         "documents": args.documents or "all",
         "stride": args.stride,
         "ttt": to_dict(args.ttt),

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
     state, saved, facts = load_weights(args.checkpoint)
     quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
-    corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size)
+    corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
     check_tokenizer(args.checkpoint, facts, corpus.sha256)
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
@@ -87,5 +87,6 @@ def main(argv: list[str]) -> int:
         score = score_model(model, corpus, config.data.micro_tokens, dist)
     finally:
         dist.close()
-    print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb")
+    note = f"  ({corpus.checked})" if corpus.manifest is None else ""
+    print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
     return 0

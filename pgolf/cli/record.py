@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from pgolf.report.submission import Entry, submission
+from pgolf.report.submission import Entry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +34,11 @@ def main(argv: list[str]) -> int:
     from pgolf.report.record import write_record
 
     runs = write_record(args.runs, args.out, args, data=args.data, overwrite=args.overwrite)
-    data = submission(runs, args)
+    data = json.loads((args.out / "submission.json").read_text())
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, sd {data['val_bpb_std']:.5f}"
     print(f"{args.out}: {data['val_bpb']:.5f} bpb ({data['headline_score']}, {seeds})")
+    if data["val_text"].startswith("not "):
+        print(f"validation text: {data['val_text']}")
     print(f"{data['bytes_total']:,} bytes of {runs[0].config.artifact.limit:,}")
     for key in ("author", "github_id", "date"):
         if key not in data:

@@ -3,26 +3,41 @@
 Every document is one BOS and its tokens (no EOS), and shards end between documents. The reader only finds the
 documents; parsing, hashing and encoding run in worker processes; this process collects the results in order
 and writes. Validation goes first, as its document hashes must be known before the training text is read.
+
+While a build runs the folder holds the file UNFINISHED with the command that made it, and it stays if the
+build ends in any other way than with a manifest: no reader takes such a folder for a data set. The same
+command begins anew there and finishes it.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import fcntl
 import functools
 import hashlib
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from pgolf.data.corpus import Document, RawBatch, read_batches
+from pgolf.data.corpus import TEXT_KEY, Document, RawBatch, check_text_file, read_batches
 from pgolf.data.shards import (
     MANIFEST_NAME,
+    MARKER_NAME,
     TOKENIZER_NAME,
     Manifest,
     ShardInfo,
@@ -47,7 +62,7 @@ class ShardsJob:
     """Encode documents into training and validation shards."""
 
     train: tuple[Path, ...]
-    """Text files to train on: .jsonl, .jsonl.xz, .txt, .txt.xz or .parquet."""
+    """Text files to train on: .jsonl, .ndjson or .txt (also as .xz, .gz, .zst), or .parquet."""
     val: tuple[Path, ...]
     """Text files to validate on."""
     tokenizer: Path
@@ -56,12 +71,14 @@ class ShardsJob:
     """Folder to make."""
     name: str = "text"
     """Prefix of the shard names."""
+    text_key: str = TEXT_KEY
+    """Where .jsonl objects and .parquet files have their text."""
     shard_tokens: int = 10_000_000
     """Most tokens in a shard; a longer document gets a shard of its own."""
     drop_overlap: bool = False
     """Leave training documents out that are also in the validation text, instead of stopping."""
     overwrite: bool = False
-    """Remove the shards that are already in the folder."""
+    """Remove the shards that are already in the folder; those of an unfinished build always go."""
     jobs: int = 0
     """Encoding processes; 0 = one per core (fewer for little text), 1 = none besides this one."""
 
@@ -110,22 +127,37 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
         The manifest, which is written last.
     Raises:
         FileNotFoundError: an input or the tokenizer is not there. FileExistsError: the folder holds shards.
-        ValueError: a bad document (named by file and line), one in both splits, or text that is lost.
-        OSError: a file cannot be written; finished shards stay.
+        ValueError: a bad document (named by file and line), one in both splits, text that is lost, or none.
+        OSError: a file cannot be written. RuntimeError: another build runs in the folder, or a worker process
+            was killed. After an error past the first checks the folder stays marked as unfinished.
     """
     tokenizer = Tokenizer(job.tokenizer)
     for path in (*job.val, *job.train):
-        if not path.is_file():
-            raise FileNotFoundError(f"no text file at {path}")
-    _prepare_folder(job)
+        check_text_file(path)
+        if path.stat().st_size == 0:
+            report(f"note: {path} is empty")
+    if not tokenizer.lossless:
+        report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
+    _check_out(job)
+    with _unfinished(job) as finish:
+        try:
+            _remove_old(job.out)
+            manifest = _build(job, tokenizer, report)
+            write_manifest(job.out, manifest)
+        except Exception:
+            report(f"{job.out} is unfinished and marked so; the same command begins anew and finishes it")
+            raise
+        finish()
+    return manifest
+
+
+def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
+    """Write everything but the manifest."""
     with atomic_file(job.out / TOKENIZER_NAME) as handle, job.tokenizer.open("rb") as source:
         shutil.copyfileobj(source, handle)
     seen: dict[bytes, str] = {}
     val_files, val = _build_split(job, "val", seen=seen, report=report)
-    train_files, train = _build_split(job, "train", seen=seen, report=report)
-    for split, tally in (("val", val), ("train", train)):
-        if not tally.documents:
-            raise ValueError(f"no {split} documents in {', '.join(map(str, getattr(job, split)))}")
+    train_files, _ = _build_split(job, "train", seen=seen, report=report)
     manifest = Manifest(
         name=job.name,
         tokenizer_sha256=file_sha256(job.out / TOKENIZER_NAME),
@@ -138,21 +170,80 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
         raise RuntimeError(
             f"the byte sidecars sum to {manifest.total('val_bytes').bytes}, the text to {val.size}"
         )
-    write_manifest(job.out, manifest)
     return manifest
 
 
-def _prepare_folder(job: ShardsJob) -> None:
-    """Make the output folder; leave no shard in it that the new manifest would not list."""
+def _check_out(job: ShardsJob) -> None:
+    """Make the output folder; refuse one that holds shards which nobody said may go."""
+    if job.out.exists() and not job.out.is_dir():
+        raise NotADirectoryError(f"{job.out} is a file, expected a folder; choose another --out")
     job.out.mkdir(parents=True, exist_ok=True)
-    old = [p for split in ("train", "val") for p in sorted(job.out.glob(f"*_{split}_*.bin"))]
-    if old and not job.overwrite:
+    old = _shards_in(job.out)
+    if old and not job.overwrite and not (job.out / MARKER_NAME).exists():
         raise FileExistsError(
             f"{job.out} already holds {len(old)} shards ({old[0].name}, ...); "
             "choose another folder, or pass --overwrite to remove them"
         )
-    for path in (job.out / MANIFEST_NAME, *old):
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    return [p for split in ("train", "val") for p in sorted(folder.glob(f"*_{split}_*.bin"))]
+
+
+def _remove_old(folder: Path) -> None:
+    """Leave no shard that the new manifest would not list, and no file that a killed build was writing."""
+    temporary = re.compile(rf"\.(.+\.bin|{TOKENIZER_NAME}|{MANIFEST_NAME})\.\d+\.tmp")
+    left = [p for p in folder.iterdir() if temporary.fullmatch(p.name)]
+    for path in (folder / MANIFEST_NAME, *_shards_in(folder), *left):
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _unfinished(job: ShardsJob) -> Iterator[Callable[[], None]]:
+    """Mark the folder as unfinished; only the function that is yielded removes the mark.
+
+    The mark is locked as long as this process lives, so that a second build does not take a running one for
+    one that was killed.
+
+    Raises:
+        RuntimeError: another build has the lock. OSError: the mark cannot be written.
+    """
+    path = job.out / MARKER_NAME
+    with path.open("a+") as marker:
+        try:
+            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise RuntimeError(
+                f"another build is running in {job.out}; wait for it, or choose another --out"
+            ) from e
+        except OSError:
+            pass  # a file system without locks
+        if os.fstat(marker.fileno()).st_nlink == 0:
+            raise RuntimeError(f"another build in {job.out} has just finished; choose another --out")
+        try:
+            marker.truncate(0)
+            marker.write(command_of(job) + "\n")
+            marker.flush()
+            os.fsync(marker.fileno())
+        except OSError as e:
+            raise OSError(e.errno, f"cannot write {path}: {e.strerror}") from e
+        yield path.unlink
+
+
+def command_of(job: ShardsJob) -> str:
+    """Return the shell command that does this job, from any folder."""
+    words = ["pgolf", "data", "shards"]
+    for item in fields(job):
+        value = getattr(job, item.name)
+        option = f"--{item.name.replace('_', '-')}"
+        if item.default is not MISSING and value == item.default:
+            continue
+        if isinstance(value, bool):
+            words.append(option)
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [option, *(str(v.absolute() if isinstance(v, Path) else v) for v in values)]
+    return shlex.join(words)
 
 
 def _build_split(
@@ -161,44 +252,94 @@ def _build_split(
     """Encode and write one split; `seen` maps document hashes to places and is filled by val."""
     writer = _ShardWriter(job.out, job.name, split, job.shard_tokens)
     tally = _Tally()
-    progress = _Progress(split, getattr(job, split), report)
-    for batch, documents in _encode(job, split):
-        for document in documents:
-            place = f"{batch.source}, line {document.line}"
-            if split == "val":
-                seen.setdefault(document.digest, place)
-            elif document.digest in seen:
-                if not job.drop_overlap:
-                    raise ValueError(
-                        f"the document {document.title!r} is in both splits: {place} and "
-                        f"{seen[document.digest]}; remove it, or pass --drop-overlap to train without it"
-                    )
-                tally.dropped += 1
-                continue
-            writer.add(document)
-            tally.documents += 1
-            tally.size += document.size
-            tally.tokens += len(document.tokens)
-            tally.inexact += not document.exact
-        progress.update(batch, tally)
+    paths: tuple[Path, ...] = getattr(job, split)
+    progress = _Progress(split, paths, report)
+    with contextlib.closing(_encode(job, split)) as encoded:  # ends the workers now, not when it is collected
+        for batch, documents in encoded:
+            for document in documents:
+                place = f"{batch.source}, line {document.line}"
+                if split == "val":
+                    seen.setdefault(document.digest, place)
+                elif document.digest in seen:
+                    if not job.drop_overlap:
+                        raise ValueError(
+                            f"the document {document.title!r} is in both splits: {place} and "
+                            f"{seen[document.digest]}; remove it, or pass --drop-overlap to train without it"
+                        )
+                    tally.dropped += 1
+                    continue
+                writer.add(document)
+                tally.documents += 1
+                tally.size += document.size
+                tally.tokens += len(document.tokens)
+                tally.inexact += not document.exact
+            progress.update(batch, tally)
+    where = ", ".join(map(str, paths))
+    if not tally.documents:
+        raise ValueError(f"no {split} documents in {where}{' but those of val' * (tally.dropped > 0)}")
+    if not tally.size:
+        raise ValueError(
+            f"the {split} text has no bytes: all of the {tally.documents:,} documents in {where} are empty; "
+            f"give text with --{split}"
+        )
     files = writer.finish()
     progress.finish(tally)
     return files, tally
 
 
-def _encode(job: ShardsJob, split: Split) -> Iterator[tuple[RawBatch, list[_Encoded]]]:
-    """Yield every batch of a split with its encoded documents, in order."""
+def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Encoded]], None, None]:
+    """Yield every batch of a split with its encoded documents, in order.
+
+    Raises:
+        RuntimeError: a worker process died.
+    """
     paths: tuple[Path, ...] = getattr(job, split)
     encode = functools.partial(_encode_batch, job.tokenizer, split)
-    batches = (batch for path in paths for batch in read_batches(path))
+    batches = (batch for path in paths for batch in read_batches(path, text_key=job.text_key))
     size = sum(path.stat().st_size for path in paths)
     jobs = job.jobs or min(os.cpu_count() or 1, 1 + size // _BYTES_PER_PROCESS)
     if jobs == 1:
         yield from map(encode, batches)
         return
-    # spawn, not fork: the caller may have threads (torch does), and a forked lock would hang.
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(encode, batches)
+    # spawn, not fork: the caller may have threads (torch does), and a forked lock would hang. Unlike
+    # multiprocessing.Pool, which waits for ever, the executor notices a worker that was killed.
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    )
+    waiting = deque[concurrent.futures.Future[tuple[RawBatch, list[_Encoded]]]]()
+    try:
+        for batch in batches:
+            waiting.append(pool.submit(encode, batch))
+            if len(waiting) > 2 * jobs:  # bounds the memory, and keeps every worker busy
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool as e:
+        if sys.version_info < (
+            3,
+            11,
+            5,
+        ):  # its own clean-up hangs there: github.com/python/cpython/issues/94777
+            pool._call_queue._reader.close()  # type: ignore[attr-defined, unused-ignore]
+        raise RuntimeError(
+            f"a worker process died while it encoded the {split} text (killed by the system, as memory was "
+            f"short?); free memory or pass fewer --jobs than {jobs}, and run the command again"
+        ) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the main process, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, name="pgolf-parent", daemon=True).start()
 
 
 @functools.lru_cache(maxsize=1)
@@ -227,7 +368,12 @@ def _finish(tokenizer: Tokenizer, document: Document, ids: Tokens, counts: Count
     exact = True
     side = None
     if counts is not None:
-        if int(counts.sum()) != len(raw) or int(counts.max(initial=0)) > 65535:
+        if int(counts.max(initial=0)) > 65535:
+            raise ValueError(
+                f"{document.source}, line {document.line}: one token stands for {int(counts.max())} bytes, a "
+                "byte sidecar holds 65535 at most: use a lossless tokenizer (pgolf data tokenizer)"
+            )
+        if int(counts.sum()) != len(raw):
             raise ValueError(
                 f"{document.source}, line {document.line}: the tokens account for {int(counts.sum())} of "
                 f"{len(raw)} bytes, so bits per byte would be wrong: use a lossless tokenizer "
@@ -298,8 +444,11 @@ class _Progress:
             return
         self._last = now
         share = (self._before[batch.source] + batch.consumed) / max(1, self._total)
-        left = (now - self._begin) * (1 - share) / max(share, 1e-9)
-        self._report(f"{self._line(tally)}, {100 * share:.0f} %, {left:.0f} s left")
+        line = self._line(tally)
+        if share:  # a parquet file does not say how far it was read
+            left = (now - self._begin) * (1 - share) / share
+            line += f", {100 * share:.0f} %, {left:.0f} s left"
+        self._report(line)
 
     def finish(self, tally: _Tally) -> None:
         """Report the totals of the split."""

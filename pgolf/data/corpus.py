@@ -1,23 +1,36 @@
 """Documents from files, and the small sample of text that is bundled with the package.
 
-Formats: `.jsonl` (one `{"text": ...}` a line), `.txt` (one document, or several divided by lines that hold
-only `<|endoftext|>`), `.parquet` (a `text` column; needs pyarrow); `.jsonl` and `.txt` also as `.xz`. Reading
-is split in two so that parsing can be spread over processes: `read_batches` only finds where documents begin
-and end, `RawBatch.documents` parses them.
+Formats: `.jsonl` or `.ndjson` (one `{"text": ...}` a line), `.txt` (one document, or several divided by lines
+that hold only `<|endoftext|>`), `.parquet` (a `text` column; needs pyarrow); all but the last also as `.xz`,
+`.gz` and `.zst`. Text is UTF-8; a byte order mark at the beginning of a file is no text. Reading is split in
+two so that parsing can be spread over processes: `read_batches` only finds where documents begin and end,
+`RawBatch.documents` parses them.
 """
 
 from __future__ import annotations
 
-import contextlib
+import codecs
+import io
+import itertools
 import json
-import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, NamedTuple
+
+from pgolf.data.compressed import SUFFIXES, open_text
 
 SEPARATOR = b"<|endoftext|>"
-FORMATS = ".jsonl, .jsonl.xz, .txt, .txt.xz, .parquet"
+TEXT_KEY = "text"
+FORMATS = ".jsonl, .ndjson, .txt (also as .xz, .gz, .zst), .parquet"
+
+_JSON = (".jsonl", ".ndjson")
+_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 class Document(NamedTuple):
@@ -53,6 +66,8 @@ class RawBatch:
     """Line (or row) number and raw bytes of each document."""
     consumed: int
     """Bytes of the (compressed) file read so far: for progress."""
+    text_key: str = TEXT_KEY
+    """The key of the text in a JSON object."""
 
     def documents(self) -> Iterator[Document]:
         """Parse the batch.
@@ -63,64 +78,102 @@ class RawBatch:
         for line, raw in self.items:
             where = f"{self.source}, line {line}"
             yield Document(
-                _parse_json(raw, where) if self.is_json else _decode(raw, where), self.source, line
+                _parse_json(raw, self.text_key, where) if self.is_json else _decode(raw, where),
+                self.source,
+                line,
             )
 
 
-def read_batches(path: Path, *, batch_bytes: int = 1 << 20) -> Iterator[RawBatch]:
-    """Yield the documents of a file, unparsed, in batches of about `batch_bytes` bytes.
-
-    Raises:
-        FileNotFoundError: no such file. ValueError: unknown format or damaged compression.
-        RuntimeError: a parquet file without pyarrow.
-    """
+def check_text_file(path: Path) -> None:
+    """Raise what `read_batches` would raise before it reads: no file, a folder, or an unknown format."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected text files; name those in it: {path}/*.jsonl")
     if not path.is_file():
         raise FileNotFoundError(f"no text file at {path}; expected one of {FORMATS}")
+    _kind(path)
+
+
+def read_batches(path: Path, *, text_key: str = TEXT_KEY, batch_bytes: int = 1 << 20) -> Iterator[RawBatch]:
+    """Yield the documents of a file, unparsed, in batches of about `batch_bytes` bytes.
+
+    Args:
+        path: the file. text_key: where JSON objects and parquet files have their text.
+    Raises:
+        OSError: no such file, or a folder. ValueError: unknown format, other encoding than UTF-8, damaged or
+            foreign compressed data. RuntimeError: a library that reads .parquet or .zst is missing.
+    """
+    check_text_file(path)
     kind = _kind(path)
     with path.open("rb") as raw:
         items: list[tuple[int, bytes]] = []
         size = 0
-        for line, item in _items(path, raw, kind):
+        for line, item in _items(path, raw, kind, text_key):
             items.append((line, item))
             size += len(item)
             if size >= batch_bytes:
-                yield RawBatch(str(path), kind == ".jsonl", items, raw.tell())
+                yield RawBatch(str(path), kind in _JSON, items, raw.tell(), text_key)
                 items, size = [], 0
         if items:
-            yield RawBatch(str(path), kind == ".jsonl", items, raw.tell())
+            yield RawBatch(str(path), kind in _JSON, items, raw.tell(), text_key)
 
 
-def iterate_documents(path: Path) -> Iterator[Document]:
+def iterate_documents(path: Path, *, text_key: str = TEXT_KEY) -> Iterator[Document]:
     """Yield the documents of one file in order.
 
     Raises:
-        FileNotFoundError, ValueError, RuntimeError: as `read_batches` and `RawBatch.documents`.
+        OSError, ValueError, RuntimeError: as `read_batches` and `RawBatch.documents`.
     """
-    for batch in read_batches(path):
+    for batch in read_batches(path, text_key=text_key):
         yield from batch.documents()
 
 
 def _kind(path: Path) -> str:
     suffixes = path.suffixes
-    kind = suffixes[-2] if len(suffixes) > 1 and suffixes[-1] == ".xz" else path.suffix
-    if kind not in (".jsonl", ".txt", ".parquet") or path.name.endswith(".parquet.xz"):
+    packed = len(suffixes) > 1 and suffixes[-1] in SUFFIXES
+    kind = suffixes[-2] if packed else path.suffix
+    if kind not in (*_JSON, ".txt", ".parquet") or (packed and kind == ".parquet"):
         raise ValueError(f"{path}: unknown text format, expected one of {FORMATS}")
     return kind
 
 
-def _items(path: Path, raw: BinaryIO, kind: str) -> Iterator[tuple[int, bytes]]:
+def _items(path: Path, raw: io.BufferedReader, kind: str, text_key: str) -> Iterator[tuple[int, bytes]]:
     """Yield (line, bytes) of each document of an open file."""
     if kind == ".parquet":
-        yield from _parquet_rows(path)
+        yield from _parquet_rows(path, text_key)
         return
-    try:
-        with lzma.LZMAFile(raw) if path.suffix == ".xz" else contextlib.nullcontext(raw) as lines:
-            if kind == ".jsonl":
-                yield from ((n, line) for n, line in enumerate(lines, start=1) if not line.isspace())
-            else:
-                yield from _split_text(lines)
-    except (lzma.LZMAError, EOFError) as e:
-        raise ValueError(f"{path}: damaged or truncated xz data ({e}); copy it again") from e
+    lines = _utf8_lines(path, open_text(path, raw))
+    if kind in _JSON:
+        yield from ((n, line) for n, line in enumerate(lines, start=1) if not line.isspace())
+    else:
+        yield from _split_text(lines)
+
+
+def _utf8_lines(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
+    """Return the lines of a file without the mark at its beginning; refuse one of another encoding."""
+    head, first = file.peek(64)[:64], file.readline()
+    found = next((name for mark, name in _MARKS if first.startswith(mark)), None) or _zeros(head)
+    if found:
+        raise ValueError(
+            f"{path}: the file is {found}, expected UTF-8; convert it: "
+            f"iconv -f {found} -t UTF-8 {path.name} > utf8-{path.name} (of a compressed file, what it holds)"
+        )
+    first = first.removeprefix(codecs.BOM_UTF8)
+    return itertools.chain([first] if first else [], file)
+
+
+def _zeros(head: bytes) -> str | None:
+    """Return the encoding whose zero bytes stand in `head`, the beginning of a file without a mark."""
+    for name, width, places in (
+        ("UTF-32LE", 4, (1, 2, 3)),
+        ("UTF-32BE", 4, (0, 1, 2)),
+        ("UTF-16LE", 2, (1,)),
+        ("UTF-16BE", 2, (0,)),
+    ):
+        whole = head[: len(head) // width * width]
+        zero = [whole[i::width].count(0) == len(whole) // width for i in range(width)]
+        if len(whole) >= 4 * width and [i for i in range(width) if zero[i]] == list(places):
+            return name
+    return None
 
 
 def _split_text(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -137,32 +190,53 @@ def _split_text(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
         yield first, b"".join(parts)
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (row, text) of a parquet file's `text` column."""
+def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
+    """Yield (row, text) of one column of a parquet file: strings, or bytes that are UTF-8."""
     try:
+        import pyarrow
         from pyarrow import parquet
-    except ImportError as e:
-        raise RuntimeError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from e
-    table = parquet.ParquetFile(path)
-    if "text" not in table.schema_arrow.names:
-        raise ValueError(f"{path}: no column 'text'; columns: {', '.join(table.schema_arrow.names)}")
-    row = 0
-    for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-        for value in batch.column(0).to_pylist():
-            row += 1
-            if value is None:
-                raise ValueError(f"{path}, line {row}: the text is null")
-            yield row, value.encode()
-
-
-def _parse_json(raw: bytes, where: str) -> str:
+    except Exception as e:
+        raise RuntimeError(f"{path}: reading parquet needs pyarrow ({e}); pip install pyarrow") from e
     try:
-        value = json.loads(raw)
-    except ValueError as e:
-        raise ValueError(f'{where}: not JSON ({e}); expected one {{"text": ...}} object a line') from e
-    text = value.get("text") if isinstance(value, dict) else None
+        table = parquet.ParquetFile(path)
+        schema = table.schema_arrow
+        if text_key not in schema.names:
+            raise ValueError(
+                f"no column {text_key!r}; columns: {', '.join(schema.names)}; choose one with --text-key"
+            )
+        kind = schema.field(text_key).type
+        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+        if not str(kind).startswith(
+            ("string", "large_string", "binary", "large_binary", "fixed_size_binary")
+        ):
+            raise ValueError(f"column {text_key!r} holds {kind}, expected string or binary")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
+            # As bytes: pyarrow does not check that strings are UTF-8, `_decode` does.
+            column = batch.column(0)
+            column = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
+            for value in column.cast(pyarrow.large_binary()).to_pylist():
+                row += 1
+                if value is None:
+                    raise ValueError(f"line {row}: the text is null")
+                yield row, value
+    except (pyarrow.ArrowException, OSError, ValueError) as e:
+        raise ValueError(f"{path}: {e}") from e
+
+
+def _parse_json(raw: bytes, key: str, where: str) -> str:
+    # The value of a number is nothing to us, and as int those of more than 4,300 digits would be an error.
+    try:
+        value: Any = json.loads(_decode(raw, where), parse_int=float)
+    except RecursionError as e:
+        raise ValueError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} a line') from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object a line') from e
+    text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
-        raise ValueError(f'{where}: expected an object with a string "text", got {raw[:60]!r}')
+        others = [k for k, v in value.items() if isinstance(v, str)] if isinstance(value, dict) else []
+        hint = f"; it has strings at {', '.join(others[:8])}: choose one with --text-key" if others else ""
+        raise ValueError(f'{where}: expected an object with a string "{key}", got {raw[:60]!r}{hint}')
     try:
         text.encode()
     except UnicodeEncodeError as e:

@@ -24,7 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgolf.config import DataConfig
-from pgolf.data.shards import MAKE_SHARDS, Tokens, find_shards, read_shard, shard_tokens, sidecar_path
+from pgolf.data.shards import (
+    MAKE_SHARDS,
+    Tokens,
+    find_shards,
+    list_files,
+    read_shard,
+    shard_tokens,
+    sidecar_path,
+)
 from pgolf.data.stream import DocumentStream, cut_segments, document_starts
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 
@@ -254,14 +262,31 @@ def load_validation(
         vocab_size: when given, every id must be below it.
     Raises:
         FileNotFoundError: no shards, or neither sidecars nor a tokenizer. ValueError: bad shards, a sidecar
-            whose length differs or that some shards lack, or fewer than two tokens.
+            whose length differs, that some shards lack or whose shard is missing, fewer than two tokens, or
+            no byte.
     """
+    text = _read_validation(folder, tokenizer, vocab_size)
+    if not text.bytes.any():
+        raise ValueError(
+            f"{folder}: the validation text has no bytes (only empty documents), so there are no bits per "
+            f"byte; make the shards with a --val that holds text: {MAKE_SHARDS}"
+        )
+    return text
+
+
+def _read_validation(folder: Path, tokenizer: Tokenizer | None, vocab_size: int | None) -> ValidationText:
     paths = find_shards(folder, "val")
     tokens = np.concatenate([read_shard(path, vocab_size=vocab_size) for path in paths])
     if tokens.size < 2:
         raise ValueError(f"{folder}: validation needs at least 2 tokens, got {tokens.size}")
     sides = [sidecar_path(path) for path in paths]
     missing = [side for side in sides if not side.is_file()]
+    alone = [side for side in list_files(folder, "val_bytes") if side not in sides]
+    if alone:
+        raise ValueError(
+            f"{alone[0]} has no shard beside it: a validation shard is missing, or the sidecar is another's; "
+            "copy the folder again, or move the sidecar away"
+        )
     if not missing:
         counts = np.concatenate([_read_sidecar(p, s) for p, s in zip(paths, sides, strict=True)])
         counts[0] = 0

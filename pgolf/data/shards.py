@@ -4,6 +4,11 @@ A shard is 256 little-endian int32 (magic 20240520, version 1, n_tokens, zeros) 
 little-endian uint16. Byte sidecars (`NAME_val_bytes_000000.bin`) have the same form with bytes instead of
 ids. This file knows nothing about text or tokenizers.
 
+The manifest is the law of a folder that has one: a file that it does not list, or that is not as it says, is
+an error that names the file and what to do.
+
+A folder in which a build began holds the file UNFINISHED until the build is over, and is no data set before.
+
 Source: the parameter-golf challenge's data files; the header is the one of llm.c's `.bin` shards.
 """
 
@@ -29,7 +34,11 @@ VERSION = 1
 HEADER_BYTES = 1024
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
+MARKER_NAME = "UNFINISHED"
 MAKE_SHARDS = "pgolf data shards --train TEXT --val TEXT --tokenizer MODEL --out FOLDER"
+
+_SPLITS = ("train", "val", "val_bytes")
+_AGAIN = f"copy the folder again, or make it again: {MAKE_SHARDS}"
 
 Split = Literal["train", "val"]
 Tokens = NDArray[np.uint16]
@@ -170,15 +179,37 @@ def find_shards(folder: Path, split: Split) -> list[Path]:
     """Return the shards of one split in name order, byte sidecars left out.
 
     Raises:
-        FileNotFoundError: no such folder, or no shard of that split in it.
+        FileNotFoundError: no such folder, or no shard of that split in it. ValueError: an unfinished build.
     """
-    pattern = re.compile(rf".+_{split}_[^_]+\.bin")
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no data folder at {folder}; make one with: {MAKE_SHARDS}")
-    found = sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
+    require_finished(folder)
+    found = list_files(folder, split)
     if not found:
         raise FileNotFoundError(f"no *_{split}_*.bin in {folder}; make shards with: {MAKE_SHARDS}")
     return found
+
+
+def list_files(folder: Path, split: str) -> list[Path]:
+    """Return the files of a split ("val_bytes": the sidecars) in name order; there may be none."""
+    pattern = re.compile(rf".+_{split}_[^_]+\.bin")
+    return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
+
+
+def require_finished(folder: Path) -> None:
+    """Raise unless this is a folder, and one in which no build was left unfinished.
+
+    Raises:
+        FileNotFoundError: no such folder. ValueError: an unfinished build, with the command that finishes it.
+    """
+    if not folder.is_dir():
+        found = " (it is a file)" if folder.exists() else ""
+        raise FileNotFoundError(f"no data folder at {folder}{found}; make one with: {MAKE_SHARDS}")
+    marker = folder / MARKER_NAME
+    if marker.exists():
+        command = marker.read_text(errors="replace").strip() or MAKE_SHARDS
+        raise ValueError(
+            f"{folder} holds an unfinished build of shards, no data set; where it is not running any more, "
+            f"finish it with: {command}"
+        )
 
 
 def sidecar_path(shard: Path) -> Path:
@@ -205,7 +236,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json` of a folder of shards: written last, so a folder that has one is complete."""
+    """`manifest.json` of a folder of shards, written last."""
 
     name: str
     """Prefix of the shard names."""
@@ -244,8 +275,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        FileNotFoundError: the folder has none (other tools' shards). ValueError: it is damaged.
+        FileNotFoundError: no such folder, or it has none (other tools' shards). ValueError: the manifest is
+            damaged or contradicts itself, or the folder holds an unfinished build.
     """
+    require_finished(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise FileNotFoundError(
@@ -254,29 +287,74 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         data = json.loads(path.read_bytes())
         files = {name: ShardInfo(**info) for name, info in data.pop("files").items()}
-        data.pop("splits")
-        return Manifest(files=files, **data)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise ValueError(f"{path}: damaged manifest ({e}); make the shards again: {MAKE_SHARDS}") from e
+        totals = data.pop("splits")
+        manifest = Manifest(files=files, **data)
+        _check_sense(manifest, totals)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}: damaged manifest ({e}); {_AGAIN}") from e
+    return manifest
 
 
-def verify_manifest(folder: Path, manifest: Manifest) -> None:
-    """Check every file of the manifest, and the tokenizer, against its SHA-256.
+def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
+    """Raise ValueError where the manifest cannot be right, whatever lies in the folder."""
+    numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
+    for name, info in manifest.files.items():
+        if not re.fullmatch(rf"[^/]+_{info.split}_[^/_]+\.bin", name) or info.split not in _SPLITS:
+            raise ValueError(f"{name!r} is no file of split {info.split!r}")
+        numbers |= {f"{key} of {name}": getattr(info, key) for key in ("tokens", "documents", "bytes")}
+    for what, number in numbers.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{what} is {number!r}, expected a number")
+    for split in ("train", "val"):
+        total = manifest.total(split)
+        sums = {"tokens": total.tokens, "documents": total.documents, "bytes": total.bytes}
+        if totals[split] != sums:
+            raise ValueError(f"its files of {split} sum to {sums}, it says {totals[split]}")
+    for name, info in manifest.files.items():
+        side = manifest.files.get(sidecar_path(Path(name)).name)
+        if info.split != "val":
+            continue
+        if side is None or dataclasses.replace(side, split="val", sha256=info.sha256) != info:
+            raise ValueError(f"the sidecar of {name} is not listed with the same counts")
+
+
+def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) -> None:
+    """Check that a folder holds the files of its manifest and no other shards, each as the manifest says.
+
+    Compared are the SHA-256 of the tokenizer and of every file, of training shards only with `training`,
+    otherwise their size.
 
     Raises:
-        FileNotFoundError: a listed file is not there. ValueError: a file differs (named).
+        FileNotFoundError: a listed file is not there. ValueError: a file differs or is not listed (named).
     """
-    expected = {name: info.sha256 for name, info in manifest.files.items()}
-    expected[TOKENIZER_NAME] = manifest.tokenizer_sha256
-    for name, digest in expected.items():
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"{MANIFEST_NAME} lists {path}, which is not there; copy it again")
-        got = file_sha256(path)
-        if got != digest:
+    for name in (TOKENIZER_NAME, *manifest.files):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{MANIFEST_NAME} lists {folder / name}, which is not there; {_AGAIN}")
+    on_disk = {p.name for split in _SPLITS for p in list_files(folder, split)}
+    strays = sorted(on_disk - manifest.files.keys())
+    if strays:
+        raise ValueError(
+            f"{folder} holds {', '.join(strays[:8])}{', ...' if strays[8:] else ''}, which {MANIFEST_NAME} "
+            f"does not list; move out of the folder what is not of its data, or make it again: {MAKE_SHARDS}"
+        )
+    _check_hash(folder / TOKENIZER_NAME, manifest.tokenizer_sha256)
+    for name, info in manifest.files.items():
+        found = shard_tokens(folder / name)
+        if found != info.tokens:
             raise ValueError(
-                f"{path}: SHA-256 is {got[:16]}..., {MANIFEST_NAME} says {digest[:16]}...; copy it again"
+                f"{folder / name}: {found:,} tokens, {MANIFEST_NAME} says {info.tokens:,}; {_AGAIN}"
             )
+        if info.split != "train" or training:
+            _check_hash(folder / name, info.sha256)
+
+
+def _check_hash(path: Path, expected: str) -> None:
+    got = file_sha256(path)
+    if got != expected:
+        raise ValueError(
+            f"{path}: SHA-256 is {got[:16]}..., {MANIFEST_NAME} says {expected[:16]}...: the file was "
+            f"changed, damaged or swapped; {_AGAIN}"
+        )
 
 
 def file_sha256(path: Path) -> str:

@@ -1,10 +1,11 @@
 """SentencePiece tokenizers: training a lossless one, encoding with exact byte accounting.
 
-A tokenizer is lossless here when its normalizer changes nothing and it has all 256 byte pieces. Two
-characters would still be lost: SentencePiece writes a space as U+2581, so a real U+2581 would come back as a
-space, and NUL ends C strings. For lossless tokenizers both are written as two private-use characters before
-encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped too, so the map
-is reversible.
+A tokenizer is lossless here when its normalizer changes nothing, it has all 256 byte pieces and a piece for
+the space, and text that holds what is easily lost comes back (`_PROBES`); that is tried whenever one is
+loaded. Two characters would still be lost: SentencePiece writes a space as U+2581, so a real U+2581 would
+come back as a space, and NUL ends C strings. For lossless tokenizers both are written as two private-use
+characters before encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped
+too, so the map is reversible.
 
 The byte table follows the parameter-golf challenge's rule, the training settings its tokenizers, except that
 theirs normalize (nmt_nfkc) and lose newlines.
@@ -23,7 +24,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, atomic_file
+from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, atomic_file, require_finished
 
 Counts = NDArray[np.int64]
 
@@ -34,9 +35,29 @@ _ORIGINALS = {code: original for original, code in _CODES.items()}
 _TO_ESCAPE = re.compile(f"[{SPACE}\0{ESCAPE}]")
 _TO_UNESCAPE = re.compile(f"{ESCAPE}[\uf8f1-\uf8f3]")
 _ESCAPED_BYTES = re.compile(ESCAPE.encode() + b"\xef\xa3[\xb1-\xb3]")
-# White space at both ends, a compatibility character and a combining mark: each of SentencePiece's
-# normalizers and white-space options changes at least one of them.
-_PROBE = "  a\n\n \t\uff21e\u0301\u00a0 "
+# Every 63rd character: all bytes that UTF-8 has, in every place. The ends of its ranges, twice each ASCII
+# character, and what SentencePiece has a use of its own for.
+_WIDE = "".join(chr(c) for c in range(0, 0x110000, 63) if not 0xD800 <= c < 0xE000)
+_EDGES = "\x7f\x80\u07ff\u0800\ud7ff\ue000\ufeff\ufffd\uffff\U00010000\U0010ffff"
+_ASCII = "".join(chr(c) * 2 for c in range(128))
+_NAMES = "<s></s><unk><pad><0x0A><0xFF>\u2047\u2585 \u2047 "
+_PROBES = (
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n \n",
+    "\0",
+    SPACE,
+    SPACE + " " + SPACE,
+    ESCAPE,
+    ESCAPE * 2 + "\uf8f1\uf8f2\uf8f3" + ESCAPE + "\uf8f2",
+    "  a\n\n \t\uff21e\u0301\u00a0 ",
+    _ASCII,
+    _EDGES,
+    _NAMES,
+    _WIDE,
+)
 # SentencePiece skips training sentences above its limit, so lines are cut well below it.
 _LINE_CHARS = 4000
 
@@ -72,7 +93,9 @@ class Tokenizer:
 
     Attributes:
         path: the `.model` file. vocab_size: number of ids. bos_id: the id put before every document.
-        lossless: `decode(encode(text)[0]) == text` for every Unicode text.
+        lossless: `decode(encode(text)[0]) == text` for every Unicode text, with byte counts that sum to its
+            size; claimed only where the settings say so and `_PROBES` and all pieces came back.
+        lossy_because: what is lost, in words; "" for a lossless one.
     Raises:
         FileNotFoundError: no such file. ValueError: not a SentencePiece model, or one without a BOS id.
     """
@@ -84,7 +107,8 @@ class Tokenizer:
             )
         self._sp = sentencepiece.SentencePieceProcessor()
         try:
-            self._sp.LoadFromSerializedProto(path.read_bytes())
+            proto = path.read_bytes()
+            self._sp.LoadFromSerializedProto(proto)
             self.vocab_size: int = self._sp.vocab_size()
         except (RuntimeError, OSError) as e:
             raise ValueError(f"{path}: not a SentencePiece model") from e
@@ -92,9 +116,15 @@ class Tokenizer:
         self.bos_id: int = self._sp.bos_id()
         if self.bos_id < 0:
             raise ValueError(f"{path}: the tokenizer has no BOS id, which must stand before every document")
-        byte_pieces = sum(self._sp.is_byte(i) for i in range(self.vocab_size))
-        self.lossless: bool = byte_pieces == 256 and self._sp.normalize(_PROBE) == _PROBE.replace(" ", SPACE)
+        if self.vocab_size > 65536:
+            raise ValueError(
+                f"{path}: the tokenizer has {self.vocab_size} ids, shards hold uint16, at most 65536; use a "
+                "smaller one"
+            )
         self._piece_bytes = self._piece_lengths()
+        self.lossless = True  # what `_loss` tries
+        self.lossy_because: str = _changes(proto) or self._loss()
+        self.lossless = not self.lossy_because
 
     def encode(self, text: str) -> tuple[Tokens, Counts]:
         """Return ids and the original UTF-8 bytes that each stands for; no BOS is added.
@@ -161,6 +191,28 @@ class Tokenizer:
             base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix(SPACE).encode())
         return ByteTable(base, leading, boundary)
 
+    def _loss(self) -> str:
+        """Return what this tokenizer loses, "" if nothing was found."""
+        sp = self._sp
+        found = {sp.id_to_piece(i) for i in range(self.vocab_size) if sp.is_byte(i)}
+        missing = [name for name in (f"<0x{value:02X}>" for value in range(256)) if name not in found]
+        if missing:
+            return f"it has no piece for {len(missing)} of the 256 bytes ({missing[0]}, ...)"
+        if sp.piece_to_id(SPACE) == sp.unk_id():
+            return "it has no piece for the space, which would come back as U+2581"
+        apart = (sp.is_control, sp.is_unknown, sp.is_byte)
+        own = (sp.id_to_piece(i) for i in range(self.vocab_size) if not any(kind(i) for kind in apart))
+        vocabulary = unescape("".join(own).replace(SPACE, " "))
+        for text in (*_PROBES, vocabulary):
+            ids, counts = self.encode(text)
+            back, size = self.decode(ids), len(text.encode())
+            if back != text:
+                at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+                return f"it does not give back {text[at : at + 10] or text[-10:]!a}"
+            if int(counts.sum()) != size or int(counts.min(initial=0)) < 0:
+                return f"it counts {int(counts.sum())} bytes for the {size} of {text[:10]!a}"
+        return ""
+
     def _piece_lengths(self) -> Counts:
         """Bytes of escaped text per id: exact where the normalizer changes nothing."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
@@ -197,8 +249,10 @@ def find_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer in a folder of shards: `tokenizer.model`, or its only `.model` file.
 
     Raises:
-        FileNotFoundError: none, or several of which none is called `tokenizer.model`.
+        FileNotFoundError: no such folder, no tokenizer, or several of which none is called `tokenizer.model`.
+        ValueError: the folder holds an unfinished build.
     """
+    require_finished(folder)
     named = folder / TOKENIZER_NAME
     models = [named] if named.is_file() else sorted(folder.glob("*.model"))
     if len(models) != 1:
@@ -239,6 +293,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.999,
+            required_chars=SPACE,  # text without a space must not make a tokenizer without one
             user_defined_symbols=["\n"],
             hard_vocab_limit=False,
             pad_id=0,
@@ -250,7 +305,10 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
             minloglevel=2,
         )
     except (RuntimeError, OSError) as e:
-        raise ValueError(f"cannot train {vocab_size} pieces: {e}; give more text or lower vocab_size") from e
+        why = "there is no text" if "sentences_.empty()" in str(e) else str(e)
+        raise ValueError(
+            f"cannot train {vocab_size} pieces: {why}; give more text or lower vocab_size"
+        ) from e
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
         raise ValueError(
@@ -265,6 +323,26 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in escape(text).split("\n"):
             yield from (line[i : i + _LINE_CHARS] for i in range(0, len(line), _LINE_CHARS))
+
+
+def _changes(proto: bytes) -> str:
+    """Return what the settings of a serialized model change in text, "" if nothing.
+
+    Field numbers: sentencepiece_model.proto, ModelProto.normalizer_spec = 3, denormalizer_spec = 5;
+    NormalizerSpec.precompiled_charsmap = 2, add_dummy_prefix = 3, remove_extra_whitespaces = 4,
+    escape_whitespaces = 5, the last three on where they are not set.
+    """
+    parts = dict(_fields(proto))
+    normalizer, denormalizer = (
+        dict(_fields(part)) if isinstance(part := parts.get(field, b""), bytes) else {} for field in (3, 5)
+    )
+    if normalizer.get(2) or denormalizer.get(2):
+        return "its normalizer replaces characters"
+    if normalizer.get(3, 1):
+        return "it puts a space before the text (add_dummy_prefix)"
+    if normalizer.get(4, 1):
+        return "it removes spaces (remove_extra_whitespaces)"
+    return "" if normalizer.get(5, 1) else "it does not tell a space from U+2581 (escape_whitespaces)"
 
 
 def _unescaped_counts(text: str, counts: Counts) -> Counts:
@@ -301,8 +379,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
     while at < len(message):
         tag, at = _varint(message, at)
         value, kind = 0, tag & 7
-        if kind == 5:
-            at += 4
+        if kind in (1, 5):
+            at += 8 if kind == 1 else 4
             continue
         value, at = _varint(message, at)
         if kind == 2:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
-from pgolf.data.shards import file_sha256
+from pgolf.data.manifest import NO_MANIFEST, verify_folder
+from pgolf.data.shards import MANIFEST_NAME, Manifest, file_sha256
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
@@ -20,31 +21,61 @@ from pgolf.model.gpt import GPT
 
 @dataclass(frozen=True)
 class Corpus:
-    """A data folder that has been checked against the model."""
+    """A data folder that has been checked against its manifest and the model."""
 
     folder: Path
     tokenizer: Tokenizer
     sha256: str
+    """Of the tokenizer, hex."""
+    manifest: Manifest | None = None
+    """What the folder was checked against; None for another tool's folder, of which nobody knows."""
 
     @classmethod
-    def open(cls, folder: Path | None, *, vocab_size: int) -> Corpus:
-        """Check a data folder against the model's vocabulary.
+    def open(cls, folder: Path | None, *, vocab_size: int, verify: bool = False) -> Corpus:
+        """Check a data folder against its manifest and the model's vocabulary.
 
+        Args:
+            folder: with shards and a tokenizer. vocab_size: of the model.
+            verify: hash the training shards too, not only the rest (`verify_folder`).
         Raises:
-            FileNotFoundError: no folder, no tokenizer.
-            ValueError: the tokenizer's size is not the model's.
+            FileNotFoundError: no folder, no tokenizer, or a file that the manifest lists is not there.
+            ValueError: an unfinished build, something that the manifest does not list or says otherwise, or
+                the tokenizer's size is not the model's.
         """
         if folder is None:
             raise FileNotFoundError(
                 "no data folder given; make one with `pgolf data shards` and pass --data DIR"
             )
+        manifest = verify_folder(folder, training=verify)
         tokenizer = find_tokenizer(folder)
         if tokenizer.vocab_size != vocab_size:
             raise ValueError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
                 f"{vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
             )
-        return cls(folder, tokenizer, file_sha256(tokenizer.path))
+        return cls(folder, tokenizer, file_sha256(tokenizer.path), manifest)
+
+    @property
+    def checked(self) -> str:
+        """Say in a sentence what is known of the data, for results that rest on them."""
+        if self.manifest is None:
+            return NO_MANIFEST
+        total = self.manifest.total("val")
+        return (
+            f"{self.folder} is as its {MANIFEST_NAME} says: validation text of {total.documents:,} "
+            f"documents, {total.tokens:,} tokens, {total.bytes:,} bytes"
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a summary keeps: SHA-256 of the manifest and its counts of the validation text.
+
+        `{"manifest": None}` for a folder without one.
+        """
+        if self.manifest is None:
+            return {"manifest": None}
+        total = self.manifest.total("val")
+        counts = {key: getattr(total, key) for key in ("tokens", "documents", "bytes")}
+        return {"manifest": file_sha256(self.folder / MANIFEST_NAME), "validation": counts}
 
     def validation(self, *, documents: int = 0) -> ValidationText:
         """Return the validation text, or only its first `documents` documents."""
@@ -98,6 +129,11 @@ def score_as(
         batch_tokens: tokens of a forward pass of plain and sliding.
         stride: tokens that a window of sliding scores. ttt: settings of ttt.
     """
+    if not text.bytes[1:].any():
+        raise ValueError(
+            f"the {text.tokens.size - 1} tokens to score hold no bytes (only empty documents), so there are "
+            "no bits per byte; score more --documents"
+        )
     bos_id, context = corpus.tokenizer.bos_id, model.config.max_context
     if mode == "ttt":
         return score_adapted(model, text, dist, bos_id=bos_id, config=ttt)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.config import Config, config_hash, from_dict, to_dict
 
-FREE = ("train.seed", "train.out", "data.dir")
+FREE = ("train.seed", "train.out", "data.dir", "data.verify")
 """Settings that may differ between the runs of one record."""
 
 NEEDED = (
@@ -64,9 +65,9 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
-        ValueError: no folder given; a run is not finished, its files do not belong together, its artifact is
-            above the limit or its clock above its budget, it started from a checkpoint or made no artifact;
-            a seed twice, or configurations that differ.
+        ValueError: no folder given; a run is not finished, its files do not belong together, its scores
+            contradict themselves, its artifact is above the limit or its clock above its budget, it started
+            from a checkpoint or made no artifact; a seed twice, or configurations that differ.
     """
     if not folders:
         raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
@@ -158,6 +159,7 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
             f"{folder}: the run is not finished: summary.json has no score {', '.join(missing) or 'ledger'}, "
             "which config.json asks for"
         )
+    _check_scores(folder, scores)
     total, limit = ledger["total"], config.artifact.limit
     if total > limit:
         raise ValueError(
@@ -170,6 +172,29 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
             f"{folder}: the clock stopped at {clock:.2f} s, train.seconds={budget:g}, {clock - budget:.2f} s "
             "too late; run again with a larger train.quantize_reserve"
         )
+
+
+def _check_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
+    """Raise if a score is not what its own sums give, or is of another text than the others."""
+    for name, score in scores.items():
+        where, sums = f"{folder}: summary.json, score {name}", ("nats", "tokens", "bytes")
+        for key in (*sums, "bpb", "loss"):
+            number = score[key]
+            if type(number) not in (int, float) or not 0 < number < math.inf:
+                raise ValueError(f"{where}: {key} is {number!r}, expected a number above 0; it was edited")
+        nats, tokens, size = (score[key] for key in sums)
+        for key, value in (("bpb", nats / math.log(2) / size), ("loss", nats / tokens)):
+            if not math.isclose(score[key], value, rel_tol=1e-9):
+                raise ValueError(
+                    f"{where}: {key} is {score[key]}, but its {nats} nats over {tokens:,} tokens and "
+                    f"{size:,} bytes give {value}; one of them was edited: use the summary that the run wrote"
+                )
+        for key in ("tokens", "bytes"):
+            if score[key] != scores["quantized"][key]:
+                raise ValueError(
+                    f"{where} is over {score[key]:,} {key}, quantized over {scores['quantized'][key]:,}; all "
+                    "scores of a run are of one text"
+                )
 
 
 def _counted_code(folder: Path, counted: int, commit: str | None) -> bytes:

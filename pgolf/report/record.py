@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pgolf.artifact.codec import compress
-from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, file_sha256, read_manifest
+from pgolf.data.manifest import verify_folder
+from pgolf.data.shards import TOKENIZER_NAME, Manifest, file_sha256
 from pgolf.report.finished import FinishedRun, read_runs
-from pgolf.report.submission import Entry, readme, submission
+from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -49,16 +50,18 @@ def write_record(
     Raises:
         FileExistsError: `out` holds something, and `overwrite` is off or it is not a record folder or holds
             more than a record's files.
-        FileNotFoundError, ValueError: see `read_runs`. ValueError: `data` has another tokenizer.
+        FileNotFoundError, ValueError: see `read_runs`; the shards are not as their manifest says.
+            ValueError: `data` has another tokenizer or another validation text.
         OSError: a file cannot be written; nothing is left of the folder, an older one stays.
     """
     _check_out(out, folders, overwrite=overwrite)
     runs = read_runs(folders)
     shards = _shards(runs, data)
+    manifest = _manifest(shards, runs, asked=data is not None)
     with _whole_folder(out) as folder:
         files = _write_files(runs, folder, shards)
-        _write(folder / "submission.json", json.dumps(submission(runs, entry), indent=2) + "\n")
-        _write(folder / "README.md", readme(runs, entry, files, _manifest(shards, runs[0])))
+        _write(folder / "submission.json", json.dumps(submission(runs, entry, manifest), indent=2) + "\n")
+        _write(folder / "README.md", readme(runs, entry, files, manifest))
     return runs
 
 
@@ -129,13 +132,15 @@ def _shards(runs: Sequence[FinishedRun], data: Path | None) -> Path | None:
     return None
 
 
-def _manifest(shards: Path | None, run: FinishedRun) -> Manifest | None:
-    """Return the manifest of the shards, where there is one and it is of the text that was scored."""
-    if shards is None or not (shards / MANIFEST_NAME).is_file():
+def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) -> Manifest | None:
+    """Return the manifest of the shards, checked, where it is there and of the text that was scored."""
+    manifest = verify_folder(shards) if shards is not None else None
+    if manifest is None:
         return None
-    manifest = read_manifest(shards)
-    scored = run.summary["scores"]["quantized"]["bytes"]
-    return manifest if manifest.total("val").bytes == scored else None
+    differs = text_differs(runs, manifest.total("val"))
+    if differs and asked:
+        raise ValueError(f"{shards}: {differs}; give the folder the runs were scored on")
+    return None if differs else manifest
 
 
 def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:

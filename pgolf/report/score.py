@@ -73,6 +73,7 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> None:
             f"{found.bpb:.6f} bpb, {found.loss:.6f} nats a token, {found.tokens:,} tokens, {found.bytes:,} "
             f"bytes of text, {found.seconds:.1f} s\n"
             f"model {sizes[0]:,} + code {sizes[1]:,} = {sum(sizes):,} bytes\n"
+            f"{getattr(corpus, 'checked', 'the data folder was not checked')}\n"  # older code does not check
         )
 
 

@@ -13,7 +13,8 @@ from statistics import mean, stdev
 from typing import Any
 
 from pgolf.artifact.code import CODE_RULE
-from pgolf.data.shards import TOKENIZER_NAME, Manifest
+from pgolf.data.manifest import NO_MANIFEST
+from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.report.finished import FinishedRun
 
 BUDGET_S = 600.0
@@ -66,11 +67,12 @@ class Entry:
     """Seconds of making tokenizer and shards, before the runs."""
 
 
-def submission(runs: Sequence[FinishedRun], entry: Entry) -> dict[str, Any]:
+def submission(runs: Sequence[FinishedRun], entry: Entry, manifest: Manifest | None = None) -> dict[str, Any]:
     """Return `submission.json`: the keys of PR #1855, those that the summaries can fill.
 
     val_loss (nats a token) and val_bpb are of the headline score (`FinishedRun.headline`), means over the
-    seeds; their standard deviations need two.
+    seeds; their standard deviations need two. val_text says whether it is known that they are of the whole
+    validation text; `manifest` is the one of the shards, where they are at hand.
     """
     s, headline = runs[0].summary, runs[0].headline
     results = {str(run.seed): _result(run) for run in runs}
@@ -88,6 +90,7 @@ def submission(runs: Sequence[FinishedRun], entry: Entry) -> dict[str, Any]:
         "val_loss_std": _deviation([x["loss"] for x in scores[headline]]),
         "val_bpb_std": _deviation([x["bpb"] for x in scores[headline]]),
         "val_bpb_quantized": mean(x["bpb"] for x in scores["quantized"]),
+        "val_text": _certified(runs, manifest)[1],
         "seeds": [run.seed for run in runs],
         "seed_results": results,
         "artifact_bytes_mean": mean(r["artifact_bytes"] for r in results.values()),
@@ -353,12 +356,14 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
     """Return what was done, each with the figure or setting that says so, and what the challenge asks for."""
     run, config = runs[0], runs[0].config
     score, headline = run.summary["scores"]["quantized"], run.headline
-    text = f"Scored over the whole validation text: {score['tokens']:,} tokens, {score['bytes']:,} bytes"
+    whole, why = _certified(runs, manifest)
+    over = "the whole validation text" if whole else "a validation text"
+    text = f"Scored over {over}: {score['tokens']:,} tokens, {score['bytes']:,} bytes"
     if manifest is not None:
         total = manifest.total("val")
         lossless = "gives back" if manifest.lossless else "does NOT give back"
         text += f", {total.documents:,} documents; decoding their ids {lossless} every byte"
-    facts = [text + ". Every score asserts both counts against the shards."]
+    facts = [f"{text}. Every score asserts both counts against the shards; {why}."]
     facts += [_training_rule(runs), _bytes_rule(runs), _evaluation_rule(runs)]
     calibrated = (
         f"Calibrated on training text: {config.quant.calibration_batches} micro-batches of "
@@ -381,6 +386,40 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
     where = "" if TOKENIZER_NAME in files else "; it was not at hand and is not in this folder"
     facts.append(f"Tokenizer: SHA-256 {run.tokenizer_sha256}, not counted{where}.")
     return facts
+
+
+def text_differs(runs: Sequence[FinishedRun], text: ShardInfo) -> str:
+    """Return how what the runs scored differs from a validation text, "" where it does not.
+
+    A text of n tokens has n - 1 targets: the first token has none before it.
+    """
+    for run in runs:
+        score = run.summary["scores"]["quantized"]
+        for key, whole in (("tokens", text.tokens - 1), ("bytes", text.bytes)):
+            if score[key] != whole:
+                return f"{run.folder} scored {score[key]:,} {key}, the manifest's text has {whole:,}"
+    return ""
+
+
+def _certified(runs: Sequence[FinishedRun], manifest: Manifest | None) -> tuple[bool, str]:
+    """Return whether the runs are known to have scored a whole validation text, and what says so or not.
+
+    The manifest does, of shards that are at hand, or what each run kept of the one that it checked.
+    """
+    agrees = "both counts agree with the manifest of the shards"
+    if manifest is not None:
+        differs = text_differs(runs, manifest.total("val"))
+        return (False, f"not known to be the whole text: {differs}") if differs else (True, agrees)
+    for run in runs:
+        kept = run.summary.get("data")
+        if not kept:
+            return False, "not known to be the whole text: no manifest of it is at hand"
+        if not kept["manifest"]:
+            return False, f"not known to be the whole text: {NO_MANIFEST}"
+        differs = text_differs([run], ShardInfo("val", sha256="", **kept["validation"]))
+        if differs:
+            return False, f"not known to be the whole text: {differs}"
+    return True, f"{agrees} that the runs checked"
 
 
 def _training_rule(runs: Sequence[FinishedRun]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pgolf.artifact.size import Ledger
+from pgolf.data.manifest import NO_MANIFEST
 from pgolf.evaluate.bpb import Score
 
 PACKAGES = ("torch", "numpy", "brotli", "sentencepiece", "triton", "flash-attn-4")
@@ -41,6 +42,8 @@ class Summary:
     """Of the sources, with -dirty where files differ from it; empty where nobody knows."""
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and the packages that are installed; cuda is what torch was built for."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """SHA-256 of the data folder's manifest and what it says of the validation text; see Corpus.facts."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """The processes that the run took, in order: `pgolf.train.progress.Progress` says what each holds."""
     overrun: float = 0.0
@@ -80,6 +83,8 @@ def format_table(s: Summary) -> str:
             "run again with a larger train.quantize_reserve"
         )
     lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in s.seconds.items()))
+    if s.data == {"manifest": None}:
+        lines.append(NO_MANIFEST)
     if s.peak_mib:
         lines.append(f"peak GPU memory {s.peak_mib:,.0f} MiB")
     return "\n".join(lines)

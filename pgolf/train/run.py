@@ -45,6 +45,7 @@ from pgolf.train.budget import Clock
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
 from pgolf.train.loop import Position, Trainer, TrainResult, passes_per_step
+from pgolf.train.memory import check_memory
 from pgolf.train.progress import Past, keep_metrics, read_past, utc
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
@@ -80,7 +81,11 @@ class Run:
         before, began = process_seconds(), time.perf_counter()
         self._config, self._dist, self._folder, self._signals = config, dist, folder, signals
         self._past, self._train_more = past, train and (past is None or past.stage == "training")
-        self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
+        self._corpus = Corpus.open(
+            config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
+        )
+        if past is not None:
+            _check_same_data(past, self._corpus)
         self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
         find_shards(self._corpus.folder, "train")
         passes_per_step(config.data, dist.world_size)
@@ -104,6 +109,7 @@ class Run:
             started=utc(),
             commit=commit_name(),
             versions=versions(),
+            data=self._corpus.facts(),
         )
         if past is not None:
             self._summary.seconds.update(past.summary.get("seconds", {}))
@@ -113,6 +119,7 @@ class Run:
             self._summary.started = past.summary.get("started", self._summary.started)
         elif before is not None:
             self._summary.seconds["start"] = before
+        self._memory = check_memory(config, dist, attention=self._model.attention_name)
         self._add_seconds("set_up", time.perf_counter() - began)
         self._result = TrainResult()
 
@@ -143,6 +150,8 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
+        log.line(self._corpus.checked)
+        log.line(self._memory)
         if config.train.init is not None and self._past is None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
@@ -545,6 +554,17 @@ def train_run(config: Config, *, resume: Path | None = None, train: bool = True)
             # Leaving the group waits for the others; after a failure some of them may never come.
             if ended or dist.world_size == 1:
                 dist.close()
+
+
+def _check_same_data(past: Past, corpus: Corpus) -> None:
+    """Raise ValueError if the run had other data than `corpus`: its figures would be of neither."""
+    before, now = past.summary.get("data"), corpus.facts()
+    if before and before != now:
+        told = ", ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k))
+        raise ValueError(
+            f"{corpus.folder} is not the data that the run in {past.folder} began with: {told}; "
+            "pass --data with the folder of that text"
+        )
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,9 +9,11 @@ import pytest
 import sentencepiece
 
 from pgolf.cli.data import main
-from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.build import ShardsJob, build_shards, command_of
+from pgolf.data.loader import load_validation
+from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import Manifest, find_shards, read_manifest, read_shard, verify_manifest, write_shard
-from pgolf.data.tokenizer import Tokenizer
+from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 
 VAL = ["first val", " leading space", "nul \0 and \u2581 and \U0001f600", "", "\n\nlines\n"]
 TRAIN = [f"training document {n}\n" + "words " * (n % 37) for n in range(200)]
@@ -140,6 +145,14 @@ def test_missing_inputs_and_bad_settings_are_refused(tmp_path: Path, tokenizer: 
     empty.touch()
     with pytest.raises(ValueError, match=r"no train documents in .*empty\.jsonl"):
         build(job(tmp_path, tokenizer, train=(empty,)))
+    lines: list[str] = []
+    made = job(tmp_path, tokenizer, overwrite=True)
+    build_shards(replace(made, train=(*made.train, empty)), report=lines.append)
+    assert lines[0] == f"note: {empty} is empty"
+    with pytest.raises(ValueError, match="cannot train 300 pieces: there is no text"):
+        main(["tokenizer", "--inputs", str(empty), "--out", str(tmp_path / "t"), "--vocab-size", "300"])
+    with pytest.raises(FileNotFoundError, match="no data folder or shard at nowhere"):
+        main(["inspect", "nowhere"])
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +229,109 @@ def test_inspect_reads_other_tools_shards_and_reports_damage(
     (tmp_path / "f_val_000000.bin").write_bytes(b"xx")
     with pytest.raises(ValueError, match=r"f_val_000000\.bin: a shard starts with a header"):
         main(["inspect", str(tmp_path)])
+
+
+def test_a_lossy_tokenizer_is_named_before_anything_is_encoded(tmp_path: Path, lossy: Tokenizer) -> None:
+    lines: list[str] = []
+    made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["plain"]),))
+    build_shards(made, report=lines.append)
+    assert lines[0].startswith("note: the tokenizer is not lossless: its normalizer")
+
+
+def test_a_validation_text_without_a_byte_is_refused_before_the_training_text_is_read(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines: list[str] = []
+    for split in ("val", "train"):
+        texts = {"val": (write_jsonl(tmp_path / "v.jsonl", ["held out"]),)}
+        texts[split] = (write_jsonl(tmp_path / "e.jsonl", ["", ""]),)
+        made = job(tmp_path, tokenizer, **texts)
+        with pytest.raises(
+            ValueError, match=rf"the {split} text has no bytes: all of the 2 documents in .*e\.j"
+        ):
+            build_shards(made, report=lines.append)
+        written = [line.split(":")[0] for line in lines if "MB/s" in line]
+        assert written == ([] if split == "val" else ["val"])
+        assert not (made.out / "manifest.json").exists()
+
+
+def refused(folder: Path, command: str) -> None:
+    """Every way to open a folder refuses it, with the command that finishes it."""
+    for use in (
+        lambda: find_shards(folder, "train"),
+        lambda: load_validation(folder),
+        lambda: read_manifest(folder),
+        lambda: verify_folder(folder),
+        lambda: find_tokenizer(folder),
+        lambda: main(["inspect", str(folder)]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{folder} holds an unfinished build of shards")) as e:
+            use()
+        assert command in str(e.value)
+
+
+def test_a_build_that_failed_is_no_data_set_until_it_is_done_again(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    lines: list[str] = []
+    made = job(tmp_path, tokenizer, name="odd name", train_texts=[*TRAIN, VAL[0]])
+    with pytest.raises(ValueError, match="is in both splits"):
+        build_shards(made, report=lines.append)
+    assert "is unfinished and marked so" in lines[-1]
+    assert find_files(made.out), "some shards were written"
+    command = command_of(made)
+    refused(made.out, command)
+    (made.out / ".odd name_train_000099.bin.99.tmp").touch()  # of a writer that was killed
+    write_jsonl(tmp_path / "train.jsonl", TRAIN)
+    assert main([*shlex.split(command)[2:]]) == 0, "the very same command, without --overwrite"
+    assert verify_folder(made.out, training=True) == build(
+        job(tmp_path, tokenizer, name="odd name", out=tmp_path / "b")
+    )
+    assert {p.name for p in made.out.iterdir()} == {p.name for p in (tmp_path / "b").iterdir()}
+
+
+def find_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.bin"))
+
+
+def test_overwriting_marks_the_folder_before_the_old_shards_go(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(tmp_path, tokenizer)
+    build(made)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_manifest", "write_shard", "_remove_old"):  # from the last step to the first
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pgolf.data.build.{name}", full)
+            with pytest.raises(OSError, match="No space left"):
+                build(job(tmp_path, tokenizer, overwrite=True))
+        refused(made.out, "--overwrite")
+    assert build(made) == read_manifest(made.out)
+
+
+def test_a_file_that_cannot_be_read_leaves_the_old_shards_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer)
+    manifest = build(made)
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "a.csv").touch()
+    for path, error in ((tmp_path / "folder.jsonl", IsADirectoryError), (tmp_path / "a.csv", ValueError)):
+        with pytest.raises(error):
+            build(job(tmp_path, tokenizer, train=(path,), overwrite=True))
+    assert verify_folder(made.out, training=True) == manifest
+    with pytest.raises(NotADirectoryError, match=r"train\.jsonl is a file, expected a folder"):
+        build(job(tmp_path, tokenizer, out=tmp_path / "train.jsonl"))
+
+
+def test_another_key_of_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name, texts in (("train", TRAIN), ("val", VAL)):
+        lines = "".join(json.dumps({"body": t, "text": "other"}) + "\n" for t in texts)
+        (tmp_path / f"{name}.ndjson").write_text(lines)
+    files = {split: (tmp_path / f"{split}.ndjson",) for split in ("train", "val")}
+    for jobs in (1, 2):
+        made = job(tmp_path, tokenizer, **files, text_key="body", jobs=jobs, overwrite=True)
+        build(made)
+        assert documents(made.out, "train", tokenizer) == TRAIN
+        assert documents(made.out, "val", tokenizer) == VAL

@@ -1,3 +1,4 @@
+import gzip
 import json
 import lzma
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_text_file_is_cut_at_separator_lines(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
+        (b"\xff", "not UTF-8 at byte 0"),
         (b'"text"', 'expected an object with a string "text"'),
         (b'{"txt": "a"}', 'expected an object with a string "text"'),
         (b'{"text": 3}', 'expected an object with a string "text"'),
@@ -109,3 +110,81 @@ def test_sample_is_there_disjoint_and_as_large_as_its_licence_file_says() -> Non
         assert f"{len(part)} documents, {size:>7,} bytes" in notes
     assert not set(train) & set(val)
     assert "CC BY-SA 3.0" in notes
+
+
+def test_ndjson_and_another_key_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.ndjson"
+    path.write_text('{"content": "one", "text": 3}\n{"content": "two"}\n')
+    assert [d.text for d in iterate_documents(path, text_key="content")] == ["one", "two"]
+    with pytest.raises(ValueError, match=r'a string "text".*strings at content: choose one with --text-key'):
+        texts(path)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".txt.gz"])
+def test_a_byte_order_mark_is_no_text_but_only_at_the_beginning(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    want = "\ufeffone\n\ufefftwo"
+    raw = ("\ufeff" + (want if "txt" in suffix else json.dumps({"text": want}, ensure_ascii=False))).encode()
+    path.write_bytes(gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert texts(path) == [want]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / name).write_bytes('{"text": "one"}\n{"text": "two"}\n'.encode(encoding))
+    found = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    with pytest.raises(ValueError, match=rf"the file is {found}, expected UTF-8; .*iconv -f {found} "):
+        texts(tmp_path / name)
+
+
+def test_text_with_zero_bytes_is_still_text(tmp_path: Path) -> None:
+    for content in ("\0", "a\0", "\0\0\0\0", "a\0b\0c", "\0a\0", "ab\0\0cd"):
+        (tmp_path / "a.txt").write_text(content)
+        assert texts(tmp_path / "a.txt") == [content]
+
+
+def test_json_that_is_deep_or_has_huge_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": ' + "7" * 5000 + ', "text": "fine"}\n{"text": 7' + "7" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r'a\.jsonl, line 2: expected an object with a string "text"'):
+        texts(path)
+    path.write_text('{"id": ' + "7" * 5000 + ', "text": "fine"}\n')
+    assert texts(path) == ["fine"]
+    path.write_text('{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1: JSON nested too deeply"):
+        texts(path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"a\.jsonl is a folder, expected text files"):
+        texts(tmp_path / "a.jsonl")
+
+
+def test_parquet_columns_of_bytes_other_names_and_other_types(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    words = ["one", "\u00e9"]
+    packed = [w.encode() for w in words]
+    for kind in (pyarrow.binary(), pyarrow.large_binary(), pyarrow.large_string(), pyarrow.string()):
+        parquet.write_table(pyarrow.table({"body": pyarrow.array(packed).cast(kind)}), path)
+        assert [d.text for d in iterate_documents(path, text_key="body")] == words
+    parquet.write_table(pyarrow.table({"body": pyarrow.array(words).dictionary_encode()}), path)
+    assert [d.text for d in iterate_documents(path, text_key="body")] == words
+    with pytest.raises(ValueError, match=r"a\.parquet: no column 'text'; columns: body; .*--text-key"):
+        texts(path)
+    for values, message in (
+        ([b"fine", b"\xff"], r"line 2: not UTF-8 at byte 0"),
+        ([3], "holds int64, expected string or binary"),
+        ([["a"]], "expected string or binary"),
+        (["a", None], "line 2: the text is null"),
+    ):
+        parquet.write_table(pyarrow.table({"text": values}), path)
+        with pytest.raises(ValueError, match=rf"a\.parquet.*{message}"):
+            texts(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"a\.parquet: "):
+        texts(path)

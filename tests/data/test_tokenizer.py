@@ -201,3 +201,85 @@ def test_find_tokenizer_prefers_the_named_one(tmp_path: Path, tokenizer: Tokeniz
         find_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
     assert find_tokenizer(tmp_path).path.name == "tokenizer.model"
+
+
+def spaceless(folder: Path, **changes: object) -> Tokenizer:
+    """Train as `train_tokenizer` does, but for what `changes` says; of text without a space."""
+    settings: dict[str, object] = {
+        "model_prefix": str(folder / "made"),
+        "vocab_size": 300,
+        "model_type": "bpe",
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+        "hard_vocab_limit": False,
+        "pad_id": 0,
+        "bos_id": 1,
+        "eos_id": 2,
+        "unk_id": 3,
+        "minloglevel": 2,
+    }
+    rng = np.random.default_rng(1)
+    lines = ("".join(rng.choice(list("ACGT"), 400)) for _ in range(60))
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, **{**settings, **changes})
+    return Tokenizer(folder / "made.model")
+
+
+@pytest.mark.parametrize(
+    "line", ["ACGTTGCA" * 50, "\u4e2d\u6587" * 100, "\u0e01\u0e02\u0e04" * 99, "1a2b3" * 80]
+)
+def test_text_without_a_space_trains_a_tokenizer_that_keeps_spaces(tmp_path: Path, line: str) -> None:
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.permutation(list(line))) for _ in range(60)]
+    made = train_tokenizer(texts, tmp_path / "x.model", vocab_size=320)
+    assert made.lossless and made.lossy_because == ""
+    for text in ("ACG TTA", " ", "  a b  ", "\u2581 \u2581", *NASTY):
+        check(made, text)
+    ids, counts = made.encode("A C")
+    assert counts.tolist() == [1, 1, 1]
+    stream = np.concatenate((np.array([1], dtype=np.uint16), ids))
+    assert made.byte_table().target_bytes(stream[:-1], stream[1:]).tolist() == [1, 1, 1]
+
+
+def test_a_space_that_comes_back_as_another_character_is_not_lossless(tmp_path: Path) -> None:
+    made = spaceless(tmp_path)
+    assert not made.lossless
+    assert made.lossy_because == "it has no piece for the space, which would come back as U+2581"
+    for text in ("ACG TTA", "\u2581 \0", *NASTY):
+        assert int(made.encode(text)[1].sum()) == len(text.encode()), "the bytes are still exact"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"byte_fallback": False}, "no piece for 256 of the 256 bytes"),
+        ({"add_dummy_prefix": True}, "puts a space before the text"),
+        ({"remove_extra_whitespaces": True}, "removes spaces"),
+        ({"normalization_rule_name": "nfkc"}, "its normalizer replaces characters"),
+        # One character of a million that no text to try would hold.
+        ({"rule": "13A60\t41\n"}, "its normalizer replaces characters"),
+        ({"rule_back": "41\t42\n"}, "its normalizer replaces characters"),
+    ],
+)
+def test_what_a_tokenizer_loses_is_said(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
+    for key, option in (("rule", "normalization_rule_tsv"), ("rule_back", "denormalization_rule_tsv")):
+        if key in changes:
+            (tmp_path / "rule.tsv").write_text(str(changes.pop(key)))
+            changes[option] = str(tmp_path / "rule.tsv")
+    made = spaceless(tmp_path, required_chars="\u2581", **changes)
+    assert not made.lossless
+    assert reason in made.lossy_because
+
+
+def test_the_same_settings_without_a_fault_are_lossless(tmp_path: Path) -> None:
+    made = spaceless(tmp_path, required_chars="\u2581")
+    assert made.lossless, made.lossy_because
+
+
+def test_more_ids_than_a_shard_can_hold_are_refused(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 65_537)
+    with pytest.raises(ValueError, match="has 65537 ids, shards hold uint16, at most 65536"):
+        Tokenizer(tokenizer.path)

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 from pgolf import _C
 from pgolf.artifact.code import reader_code
 from pgolf.cli.main import main
+from pgolf.data.corpus import sample_paths
 from pgolf.report import record
 from pgolf.report.record import LIBRARIES
 from tests.e2e.conftest import SMALL
@@ -135,6 +137,13 @@ def summary_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
     return lambda run: edited(run, "summary.json", change)
 
 
+def rescaled(score: dict, **changes: int) -> None:
+    """Change what a score is over, as somebody would who makes its figures agree."""
+    score.update(changes)
+    score["bpb"] = score["nats"] / math.log(2) / score["bytes"]
+    score["loss"] = score["nats"] / score["tokens"]
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no summary": (
         lambda run: (run / "summary.json").unlink(),
@@ -189,8 +198,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"differ in more than the seed: device \(GPU and CPU\), world_size \(8 and 1\); record them apart",
     ),
     "other text": (
-        summary_with(lambda s: s["scores"]["quantized"].update(bytes=7)),
+        summary_with(lambda s: [rescaled(score, bytes=7) for score in s["scores"].values()]),
         r"bytes of the validation text \(7 and 91100\)",
+    ),
+    "an edited bpb": (
+        summary_with(lambda s: s["scores"]["quantized"].update(bpb=0.9)),
+        r"score quantized: bpb is 0\.9, but its .* nats over 48,545 tokens and 91,100 bytes give",
+    ),
+    "an edited bpb of another score": (
+        summary_with(lambda s: s["scores"]["ema"].update(bpb=s["scores"]["ema"]["bpb"] * (1 - 1e-6))),
+        "score ema: bpb is",
+    ),
+    "an edited loss": (
+        summary_with(lambda s: s["scores"]["ttt"].update(loss=1.5)),
+        r"score ttt: loss is 1\.5, but its",
+    ),
+    "edited nats": (summary_with(lambda s: s["scores"]["ttt"].update(nats=1e5)), "score ttt: bpb is"),
+    "no number": (
+        summary_with(lambda s: s["scores"]["raw"].update(bpb="4.1")),
+        "score raw: bpb is '4.1', expected a number above 0",
+    ),
+    "NaN": (
+        summary_with(lambda s: s["scores"]["raw"].update(bpb=math.nan, nats=math.nan)),
+        "score raw: nats is nan, expected a number above 0",
+    ),
+    "a score of less text": (
+        summary_with(lambda s: rescaled(s["scores"]["ttt"], tokens=100)),
+        "score ttt is over 100 tokens, quantized over 48,545",
     ),
 }
 
@@ -264,21 +298,61 @@ def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_
     assert "it was not at hand" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_documents_are_counted_only_where_the_shards_are_of_the_text_that_was_scored(
-    written, seeds, shards, tmp_path
+WHOLE = "Scored over the whole validation text: 48,545 tokens, 91,100 bytes"
+
+
+@pytest.fixture
+def other(shards: Path, tmp_path: Path) -> Path:
+    """Shards of another validation text with the runs' tokenizer."""
+    (tmp_path / "v.jsonl").write_text('{"text": "another text"}\n')
+    words = [
+        "--train",
+        str(sample_paths().val),
+        "--val",
+        str(tmp_path / "v.jsonl"),
+        "--out",
+        str(tmp_path / "s"),
+    ]
+    assert main(["data", "shards", *words, "--tokenizer", str(shards / "tokenizer.model")]) == 0
+    return tmp_path / "s"
+
+
+def test_the_whole_text_is_certified_only_by_a_manifest_with_the_scored_counts(
+    written, seeds, other, tmp_path, capsys
 ):
-    data = tmp_path / "data"
-    shutil.copytree(shards, data)
+    assert WHOLE in (written / "README.md").read_text()
+    certified = json.loads((written / "submission.json").read_text())["val_text"]
+    assert certified == "both counts agree with the manifest of the shards"
+    assert write(seeds, tmp_path / "out", "--data", str(other)) == 2
+    assert "scored 48,545 tokens, the manifest's text has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
-    def grow(manifest: dict) -> None:
-        info = next(info for info in manifest["files"].values() if info["split"] == "val")
-        info["bytes"] += 1
 
-    edited(data, "manifest.json", grow)
-    assert write(seeds, tmp_path / "out", "--data", str(data)) == 0
-    assert "27 documents" in (written / "README.md").read_text()
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "documents;" not in text and "Scored over the whole validation text" in text
+def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
+    seeds, other, tmp_path, monkeypatch, capsys
+):
+    def kept(change: Callable[[dict], object]) -> str:
+        out = tmp_path / "out"
+        run = Path(shutil.copytree(seeds[0], tmp_path / "run", dirs_exist_ok=True))
+        edited(run, "summary.json", change)
+        assert write([run, seeds[1]], out, *(["--overwrite"] if out.exists() else [])) == 0
+        text = (out / "README.md").read_text()
+        certified = json.loads((out / "submission.json").read_text())["val_text"]
+        assert certified in text and (WHOLE in text) != ("not known to be the whole text" in text)
+        assert ("not known" in capsys.readouterr().out) == (WHOLE not in text)
+        return certified
+
+    monkeypatch.setattr(record, "_shards", lambda *_: None)
+    assert "that the runs checked" in kept(lambda s: None)
+    assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
+    assert "shards of another tool" in kept(lambda s: s.update(data={"manifest": None}))
+    assert "91,100 bytes, the manifest's text has 91,101" in kept(
+        lambda s: s["data"]["validation"].update(bytes=91101)
+    )
+    # The folder that the run names holds another text by now.
+    monkeypatch.setattr(record, "_shards", lambda *_: other)
+    assert "that the runs checked" in kept(lambda s: None)
+    assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
 
 
 def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same_code(

@@ -101,6 +101,7 @@ def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shar
     other.mkdir()
     for path in shards.iterdir():
         shutil.copy(model if path.name == "tokenizer.model" else path, other / path.name)
+    (other / "manifest.json").unlink()  # it would say before that the tokenizer is another
     out = tmp_path / "again.pgolf"
     assert main([*words, str(other), "--out", str(out)]) == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err and not out.exists()
@@ -200,7 +201,11 @@ def rewritten(shard: Path, change) -> None:
 
 UNUSABLE = {
     "no training text": ("train", lambda path: path.unlink(), r"no \*_train_\*\.bin"),
-    "no validation text": ("val", lambda path: path.unlink(), r"no \*_val_\*\.bin"),
+    "no validation text": (
+        "val",
+        lambda path: [p.unlink() for p in path.parent.glob("*_val_*")],
+        r"no \*_val_\*\.bin",
+    ),
     "foreign ids": (
         "val",
         lambda path: rewritten(path, lambda t: t + 512),
@@ -214,6 +219,7 @@ UNUSABLE = {
 def test_data_that_could_not_be_scored_is_refused_before_the_run(shards, tmp_path, capsys, case):
     split, damage, message = UNUSABLE[case]
     shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "shards" / "manifest.json").unlink()  # it would not let the damage pass: test_data_law.py
     damage(next((tmp_path / "shards").glob(f"*_{split}_0*.bin")))
     words = ["train", "tiny", "--data", str(tmp_path / "shards"), "--out", str(tmp_path / "runs"), *SMALL]
     assert main(words) == 2

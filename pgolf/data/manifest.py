@@ -1,0 +1,64 @@
+"""Whether a data folder is what its manifest says, with the counts and the tokenizer too.
+
+Folders of other tools have no manifest; what rests on them says so (`NO_MANIFEST`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pgolf.data.shards import (
+    MAKE_SHARDS,
+    MANIFEST_NAME,
+    Manifest,
+    read_manifest,
+    read_shard,
+    require_finished,
+    verify_manifest,
+)
+from pgolf.data.tokenizer import find_tokenizer
+
+NO_MANIFEST = (
+    "no manifest.json in the data folder: shards of another tool, nothing says whether they are whole and "
+    "unchanged"
+)
+"""What every result says that rests on such a folder."""
+
+
+def verify_folder(folder: Path, *, training: bool = False) -> Manifest | None:
+    """Check a data folder against its manifest and return that; None where it has none.
+
+    Compared are the list of shards and sidecars, their size, the SHA-256 of the tokenizer, of validation
+    shards and sidecars (`training`: of training shards too), documents and bytes of the validation text
+    (`training`: documents of the other too), and the tokenizer's vocabulary and BOS.
+
+    Raises:
+        FileNotFoundError: no such folder, or a listed file is not there. ValueError: an unfinished build, a
+            damaged manifest, or a file that differs or is not listed.
+    """
+    require_finished(folder)
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = read_manifest(folder)
+    verify_manifest(folder, manifest, training=training)
+    tokenizer = find_tokenizer(folder)
+    for what in ("vocab_size", "bos_id"):
+        _check_count(tokenizer.path, what, getattr(tokenizer, what), getattr(manifest, what))
+    for name, info in manifest.files.items():
+        path = folder / name
+        if info.split == "val_bytes":
+            _check_count(path, "bytes", int(read_shard(path).sum(dtype=np.int64)), info.bytes)
+        elif info.split == "val" or training:
+            starts = np.count_nonzero(read_shard(path, vocab_size=manifest.vocab_size) == manifest.bos_id)
+            _check_count(path, "documents", int(starts), info.documents)
+    return manifest
+
+
+def _check_count(path: Path, what: str, got: int, expected: int) -> None:
+    if got != expected:
+        raise ValueError(
+            f"{path}: {what} {got:,}, {MANIFEST_NAME} says {expected:,}; copy the folder again, or make it "
+            f"again: {MAKE_SHARDS}"
+        )
