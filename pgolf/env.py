@@ -37,6 +37,16 @@ def launch() -> Launch:
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
 
 
+def ranks_on_this_host() -> int:
+    """Return how many ranks torchrun started on this machine; all of them where it does not say, 1 without.
+
+    Raises:
+        RuntimeError: only some of torchrun's variables are set.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(local) if local.isdigit() and int(local) > 0 else launch().world_size
+
+
 def check_targets() -> bool:
     """Return whether PGOLF_CHECK_TARGETS asks for targets to be checked on the GPU too.
 

@@ -40,6 +40,7 @@ from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.train.budget import Clock
 from pgolf.train.loop import Trainer, TrainResult, passes_per_step
+from pgolf.train.memory import check_memory
 from pgolf.train.rehearse import rehearse
 from pgolf.train.state import (
     clone_parameters,
@@ -131,6 +132,7 @@ class Run:
         if config.train.init is not None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
+        log.line(check_memory(config, dist, attention=s.attention))
         with open_loader(config, self._corpus, dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, dist)
             s.seconds["warm_up"] = trainer.warm_up(log)
