@@ -8,10 +8,16 @@ execution of a block (the loop's repeats count) keeps of each token, with `D` wi
 besides the stem, the skips and, for the loss, one row of the vocabulary. glibc keeps tensors under 32 MiB in
 its heap, most of whose holes stay empty: on a CPU they count `HEAP` times.
 
-Resident memory of a CPU process, one step with the loop on, then calibration and quantization, was measured
-at a few micro-batches of the three presets; what CUDA allocated is in bench/results. Both are in
-tests/train/test_memory.py, which holds the estimate to 10 % of them (and CUDA, where all seven are of one
-shape, to 5 %). Not counted: test-time training, which does not depend on the micro-batch, and the text.
+Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps with the loop on:
+    tiny    2,048 tokens 577 566    8,192 1,304 1,273    16,384 2,278 2,215    32,768 4,185 3,842
+    naive   1,024 1,203 1,235       4,096 2,756 2,785
+    record  1,024 2,578 2,710       2,048 3,770 4,129     4,096 6,344 6,967
+with calibration and quantization after them:
+    tiny    2,048 593 575    8,192 1,328 1,282    naive 1,024 1,347 1,348    4,096 2,666 2,785
+    record  1,024 4,646 4,471
+CUDA (H200 and H100, allocated), record with 98,304 tokens: one GPU 39,676 39,644, two 39,715 39,685; no other
+shape was measured. tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
+Not counted: the text and its shards, and test-time training, which does not depend on the micro-batch.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
 from typing import Protocol
 
@@ -32,9 +38,10 @@ from pgolf.model.gpt import layer_order, parameter_shapes
 MARGIN = 1.1
 """The estimate, times this, must be there: it is right to about 10 %."""
 PROCESS = 310 << 20
-"""Python, torch and libraries in a CPU process. What a GPU holds besides tensors is not free to begin with."""
-HEAP, HEAP_LARGEST = 1.42, 32 << 20
-"""Heap over live bytes while a step runs, and the bytes from which on a tensor is mapped by itself."""
+"""Python, torch and libraries in a CPU process. What a GPU holds besides tensors is not free anyway."""
+HEAP, HEAP_WIDE, HEAP_LARGEST = 1.42, 1.3, 32 << 20
+"""Heap over live bytes while a step runs, of tensors as wide as the model and as its MLP (whose holes take
+what is narrower); and the bytes from which on a tensor is mapped by itself."""
 EAGER_BF16 = 1.25
 """Eager bfloat16 over float32 in elements: parts of rotation and exclusion are float32 there."""
 HEAP_LEFT = 0.85
@@ -159,13 +166,16 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
         ends = 3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0)
     runs = len(encoder) + len(decoder)
     streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
-    parts = ((streams, c.width), (runs * hidden * c.hidden, c.hidden))
+    wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))
     if cuda:
-        elements = sum(count for count, _ in parts) * (1 if compiled else EAGER_BF16)
+        elements = sum(count for count, _, _ in wanted) * (1 if compiled else EAGER_BF16)
         return int(2 * tokens * elements), 0
-    live = [(4 * tokens * count, 4 * tokens * each < HEAP_LARGEST) for count, each in parts]
-    heap = HEAP * sum(count for count, small in live if small)
-    return int(heap + sum(count for count, small in live if not small)), int(heap)
+    total = heap = 0.0
+    for count, each, factor in wanted:
+        small = factor * 4 * count * min(tokens, HEAP_LARGEST / (4 * each))
+        total += max(small, 4 * count * tokens)  # never less for more tokens
+        heap += small
+    return int(total), int(heap)
 
 
 def _hessians(c: ModelConfig) -> tuple[int, int, int]:
@@ -240,9 +250,8 @@ def fitting_micro_tokens(
 ) -> int | None:
     """Return the largest data.micro_tokens that fits into `room` bytes and divides the batch; None: none."""
     share = config.data.batch_tokens // world_size
-    for micro in (
-        d for d in range(share, SMALLEST - 1, -1) if config.data.batch_tokens % (d * world_size) == 0
-    ):
+    low = [d for d in range(1, isqrt(share) + 1) if share % d == 0]
+    for micro in sorted({*low, *(share // d for d in low)} - set(range(SMALLEST)), reverse=True):
         smaller = replace(config, data=replace(config.data, micro_tokens=micro))
         found = estimate_memory(smaller, device_type=device_type, world_size=world_size, attention=attention)
         if MARGIN * found.total <= room:
