@@ -37,9 +37,20 @@ def launch() -> Launch:
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
 
 
+<<<<<<< HEAD
 def main_address() -> str:
     """Return the name or address of rank 0's host, as torchrun tells it; this machine's without torchrun."""
     return os.environ.get("MASTER_ADDR") or "localhost"
+=======
+def ranks_on_this_host() -> int:
+    """Return how many ranks torchrun started on this machine; all of them where it does not say, 1 without.
+
+    Raises:
+        RuntimeError: only some of torchrun's variables are set.
+    """
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(local) if local.isdigit() and int(local) > 0 else launch().world_size
+>>>>>>> work-mem
 
 
 def check_targets() -> bool:

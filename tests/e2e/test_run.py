@@ -56,6 +56,8 @@ def test_run_writes_everything_and_learns(run):
     }
     assert expected | {"summary.json"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
+    log = (run / "log.txt").read_text()
+    assert 0 < log.index("memory: about ") < log.index("warm-up: ")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == list(range(6))
     assert rows[-1]["loss"] < rows[0]["loss"]

@@ -1,0 +1,325 @@
+"""The estimate of memory against what was measured, and what a run is told where it does not fit."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.config import Config, ModelConfig, from_dict
+from pgolf.model.gpt import GPT
+from pgolf.presets import PRESETS
+from pgolf.train import memory
+from pgolf.train.memory import available_memory, check_memory, estimate_memory, fitting_micro_tokens
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB, MIB = 2**30, 2**20
+CPU = {"device_type": "cpu", "world_size": 1, "attention": "sdpa"}
+
+# (preset, tokens of the micro-batch, quantized, peak resident MiB): one rank, one thread, x86, torch 2.13.
+CPU_PEAKS = [
+    ("tiny", 2048, False, 577),
+    ("tiny", 8192, False, 1304),
+    ("tiny", 16384, False, 2278),
+    ("tiny", 32768, False, 4185),
+    ("naive", 1024, False, 1203),
+    ("naive", 4096, False, 2756),
+    ("record", 1024, False, 2578),
+    ("record", 2048, False, 3770),
+    ("record", 4096, False, 6344),
+    ("tiny", 2048, True, 593),
+    ("tiny", 8192, True, 1328),
+    ("naive", 1024, True, 1347),
+    ("naive", 4096, True, 2666),
+    ("record", 1024, True, 4646),
+]
+
+
+class OneRank:
+    """What `check_memory` needs of a Dist."""
+
+    world_size = 1
+
+    def __init__(self, device="cpu"):
+        self.device = torch.device(device)
+
+    def share(self, values):
+        return values
+
+    def check(self, error):
+        if error is not None:
+            raise RuntimeError(error)
+
+
+def config_of(preset: str, micro: int, *, quantize: bool = True) -> Config:
+    config = PRESETS[preset]()
+    data = replace(config.data, batch_tokens=max(micro, config.data.batch_tokens), micro_tokens=micro)
+    return replace(config, data=data, train=replace(config.train, quantize=quantize))
+
+
+@pytest.mark.parametrize(("preset", "micro", "quantize", "peak"), CPU_PEAKS)
+def test_estimate_is_within_a_tenth_of_what_was_measured(preset, micro, quantize, peak):
+    found = estimate_memory(config_of(preset, micro, quantize=quantize), **CPU).total / MIB
+    assert found == pytest.approx(peak, rel=0.1)
+
+
+COMMITTED = sorted(
+    p
+    for p in (ROOT / "bench" / "results").glob("*/summary.json")
+    if json.loads(p.read_text()).get("peak_mib")
+)
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.parent.name)
+def test_estimate_is_near_every_committed_peak_on_a_gpu(path):
+    """Older runs have another form of config.json: what the estimate depends on is taken from it."""
+    summary = json.loads(path.read_text())
+    saved = json.loads((path.parent / "config.json").read_text())
+    # Runs without this section measured no curvature.
+    old = "row_steps" not in saved["quant"]
+    config = replace(
+        Config(),
+        model=from_dict(ModelConfig, saved["model"]),
+        data=replace(
+            Config().data,
+            batch_tokens=saved["data"]["batch_tokens"],
+            micro_tokens=saved["data"]["micro_tokens"],
+        ),
+        quant=replace(Config().quant, row_steps="spread" if old else "loss"),
+    )
+    found = estimate_memory(
+        config, device_type="cuda", world_size=summary["world_size"], attention=summary["attention"]
+    )
+    assert found.total / MIB == pytest.approx(summary["peak_mib"], rel=0.05)
+
+
+def saved_bytes(model: ModelConfig, tokens: int) -> int:
+    """Return the bytes that one eager forward pass keeps for the backward pass, parameters aside."""
+    gpt = GPT(model).prepare(torch.device("cpu"))
+    owned = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    cu = torch.tensor([0, tokens], dtype=torch.int32)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gpt(ids, ids, cu, max_seqlen=tokens, loop=True)
+    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in owned)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"xsa_layers": 0},
+        {"head_gate": "none"},
+        {"head_gate": "none", "xsa_layers": 0},
+        {"resid_mix": False},
+        {"smear_gate": False},
+        {"skip": "none"},
+        {"skip": "weighted"},
+        {"parallel_from": 4},
+        {"loops": 0},
+        {"loops": 3},
+        {"kv_heads": 4},
+        {"mlp_mult": 6},
+        {"layers": 6, "parallel_from": 4},
+        {"vocab_size": 4096},
+    ],
+    ids=str,
+)
+def test_activations_are_what_autograd_keeps(monkeypatch, change):
+    monkeypatch.setattr(memory, "HEAP", 1.0)
+    monkeypatch.setattr(memory, "HEAP_WIDE", 1.0)
+    config = config_of("tiny", 2048, quantize=False)
+    model = replace(config.model, **change)
+    few, many = 64, 192
+    measured = saved_bytes(model, many) - saved_bytes(model, few)  # the weights' copies cancel
+
+    def kept(tokens):
+        data = replace(config.data, batch_tokens=tokens, micro_tokens=tokens)
+        found = estimate_memory(replace(config, model=model, data=data), **CPU)
+        return found.activations + tokens * model.vocab_size * 4
+
+    assert kept(many) - kept(few) == pytest.approx(measured, rel=0.03)
+
+
+PROGRAM = """
+import sys
+import torch
+import pgolf.train.run
+from pgolf.dist import Dist
+from pgolf.model.gpt import GPT
+from pgolf.optim.ema import Ema
+from pgolf.optim.step import Optimizer
+from pgolf.presets import tiny
+tokens = int(sys.argv[1])
+torch.set_num_threads(1)
+config, dist = tiny(), Dist.start("cpu")
+model = GPT(config.model).prepare(dist.device)
+ema = Ema(dict(model.named_parameters()))
+optimizer = Optimizer(model, config.optim, dist, ema=ema)
+ids = torch.randint(0, config.model.vocab_size, (tokens,))
+cu = torch.arange(0, tokens + 1, 256, dtype=torch.int32)
+for _ in range(2):
+    model(ids, ids, cu, max_seqlen=256, loop=True).mean().backward()
+    optimizer.step(0.0, ema_decay=0.5)
+print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM:')))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_estimate_against_a_process_of_now():
+    """Not by ru_maxrss, in which a child of a large process starts with its parent's size."""
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, "2048"], capture_output=True, text=True, timeout=120, check=True
+    )
+    found = estimate_memory(config_of("tiny", 2048, quantize=False), **CPU)
+    assert found.total == pytest.approx(int(result.stdout) << 10, rel=0.2)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_more_tokens_need_more_memory(preset, device):
+    sizes = [256 * k for k in (1, 2, 3, 5, 16, 31, 32, 33, 64, 65, 85, 86, 100, 255, 256, 257, 400, 1000)]
+    totals = []
+    for micro in sizes:
+        config = PRESETS[preset]()
+        config = replace(config, data=replace(config.data, batch_tokens=micro, micro_tokens=micro))
+        found = estimate_memory(config, device_type=device, world_size=1, attention="auto")
+        totals.append(found.total)
+    assert totals == sorted(totals) and totals[0] < totals[-1]
+
+
+def test_parts_sum_to_the_total_and_ranks_share_the_optimizer():
+    config = config_of("record", 4096)
+    one = estimate_memory(config, **CPU)
+    assert one.weights == 4 * 35_945_671 == one.gradients == one.averages
+    assert one.total == sum(vars(one).values()) and min(vars(one).values()) >= 0
+    four = estimate_memory(config, device_type="cpu", world_size=4, attention="sdpa")
+    assert four.activations == one.activations and four.optimizer < 2 * one.optimizer
+
+
+def test_record_on_a_laptop_is_refused_with_the_flag_that_works(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: 24 * GIB)
+    config = PRESETS["record"]()
+    with pytest.raises(ValueError, match=r"about \d+\.\d GiB of memory with data\.micro_tokens=98304") as e:
+        check_memory(config, OneRank(), attention="sdpa")
+    text = str(e.value)
+    assert "24.0 GiB are available on this machine" in text and "activations" in text and "loss" in text
+    micro = int(re.search(r"--data\.micro-tokens (\d+)", text).group(1))
+    assert 8192 <= micro <= 24_576 and config.data.batch_tokens % micro == 0
+    passing = replace(config, data=replace(config.data, micro_tokens=micro))
+    assert re.fullmatch(
+        r"memory: about .* of 24\.0 GiB available \(.*\)", check_memory(passing, OneRank(), attention="sdpa")
+    )
+    larger = min(m for m in range(micro + 1, 98_305) if config.data.batch_tokens % m == 0)
+    with pytest.raises(ValueError, match=f"--data.micro-tokens {micro},"):
+        check_memory(
+            replace(config, data=replace(config.data, micro_tokens=larger)), OneRank(), attention="sdpa"
+        )
+
+
+def test_where_nothing_fits_no_flag_is_named(monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda device: GIB)
+    with pytest.raises(ValueError, match="not even the smallest micro-batch") as e:
+        check_memory(PRESETS["record"](), OneRank(), attention="sdpa")
+    assert "--data.micro-tokens" not in str(e.value)
+
+
+def test_suggestion_divides_the_batch_over_the_ranks():
+    config = PRESETS["record"]()
+    for world in (1, 2, 3, 8):
+        micro = fitting_micro_tokens(config, 12 * GIB, device_type="cpu", world_size=world, attention="sdpa")
+        assert micro >= 16 and config.data.batch_tokens % (micro * world) == 0
+
+
+def test_a_rank_with_less_memory_stops_all(monkeypatch):
+    """Rank 0 has enough; this one does not, and says so through `check`."""
+    monkeypatch.setattr(memory, "available_memory", lambda device: GIB)
+    rank = OneRank()
+    rank.share = lambda values: [200.0 * GIB]
+    with pytest.raises(RuntimeError, match=r"1\.0 GiB are available"):
+        check_memory(PRESETS["record"](), rank, attention="sdpa")
+
+
+def fake_root(tmp_path: Path, files: dict[str, str]) -> Path:
+    files = {
+        "proc/meminfo": "MemTotal: 9 kB\nMemAvailable:  8388608 kB\n",
+        "proc/self/statm": "9 0 0\n",
+    } | files
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+V1 = "sys/fs/cgroup/memory"
+V2 = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 8 * GIB),
+        ({"proc/self/statm": "9 1024 7\n"}, 8 * GIB + 1024 * memory._page()),
+        (  # v2, with a limit on the parent; 1 GiB of the usage is cache
+            {
+                "proc/self/cgroup": "0::/a/b\n",
+                f"{V2}/a/b/memory.max": "max\n",
+                f"{V2}/a/b/memory.current": "1\n",
+                f"{V2}/a/b/memory.stat": "anon 1\n",
+                f"{V2}/a/memory.max": f"{4 * GIB}\n",
+                f"{V2}/a/memory.current": f"{3 * GIB}\n",
+                f"{V2}/a/memory.stat": f"anon 5\ninactive_file {GIB}\n",
+            },
+            2 * GIB,
+        ),
+        (  # v1 in a container: the path is the host's, the limit is at the top
+            {
+                "proc/self/cgroup": "7:cpu,cpuacct:/docker/x\n5:memory:/docker/x\n",
+                f"{V1}/memory.limit_in_bytes": f"{3 * GIB}",
+                f"{V1}/memory.usage_in_bytes": f"{GIB}",
+                f"{V1}/memory.stat": "total_inactive_file 0",
+            },
+            2 * GIB,
+        ),
+        (  # v1's "no limit"
+            {
+                "proc/self/cgroup": "5:memory:/\n",
+                f"{V1}/memory.limit_in_bytes": "9223372036854771712",
+                f"{V1}/memory.usage_in_bytes": "1",
+                f"{V1}/memory.stat": "",
+            },
+            8 * GIB,
+        ),
+        (  # used up: nothing left, not less
+            {
+                "proc/self/cgroup": "0::/\n",
+                f"{V2}/memory.max": "1",
+                f"{V2}/memory.current": "2",
+                f"{V2}/memory.stat": "",
+            },
+            0,
+        ),
+    ],
+)
+def test_available_memory_reads_meminfo_and_cgroups(tmp_path, monkeypatch, files, expected):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert available_memory(torch.device("cpu"), root=fake_root(tmp_path, files)) == expected
+
+
+def test_ranks_of_a_host_share_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert available_memory(torch.device("cpu"), root=fake_root(tmp_path, {})) == 2 * GIB
+
+
+def test_available_memory_of_this_machine():
+    assert GIB / 4 < available_memory(torch.device("cpu")) < 2**45
