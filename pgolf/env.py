@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def launch() -> Launch:
     """Return this process's place among the ranks.
 
     Raises:
-        RuntimeError: only some of torchrun's variables are set.
+        RuntimeError: only some of torchrun's variables are set, or not to a place among ranks.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [n for n in names if n in os.environ]
@@ -33,7 +35,15 @@ def launch() -> Launch:
         raise RuntimeError(
             f"launch: {present} set but not {missing}; start with torchrun, or unset {present}"
         )
+    for n in names:
+        if not (os.environ[n].isascii() and os.environ[n].isdigit()):
+            raise RuntimeError(
+                f"launch: {n} must be a whole number >= 0, got {os.environ[n]!r}; start with torchrun, or "
+                f"unset {', '.join(names)}"
+            )
     rank, world, local = (int(os.environ[n]) for n in names)
+    if not rank < world:
+        raise RuntimeError(f"launch: RANK must be below WORLD_SIZE={world}, got {rank}; start with torchrun")
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
 
 
@@ -57,27 +67,126 @@ def share_of_cores(processes: int) -> dict[str, str]:
 
     OMP_NUM_THREADS for torch, TORCHINDUCTOR_COMPILE_THREADS for its compiler; one that is set already stays.
     """
-    share = str(max(1, len(os.sched_getaffinity(0)) // processes))
-    return {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | os.environ
+    share = str(max(1, usable_cores() // processes))
+    given = {key: value for key, value in os.environ.items() if key not in _SETTLED}
+    return {"OMP_NUM_THREADS": share, "TORCHINDUCTOR_COMPILE_THREADS": share} | given
 
 
-def source_commit() -> tuple[str, bool]:
-    """Return the commit of this package's tree and whether files differ; ("unknown", True) outside of git.
+_SETTLED: set[str] = set()
+"""Variables that `settle_threads` set, not the user."""
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
+"""Where a container's share of the processor stands: "quota period" of cgroup 2, quota alone of cgroup 1."""
 
-    A tree that was copied without its history (to a GPU machine) carries the commit in a file `.commit`,
-    written by `git rev-parse HEAD > .commit` from a clean tree.
+
+def usable_cores() -> int:
+    """Return how many cores this process may keep busy: its affinity, or its container's quota if less."""
+    cores = len(os.sched_getaffinity(0))
+    for path in CGROUP_LIMITS:
+        try:
+            words = path.read_text().split()
+            period = words[1] if len(words) > 1 else path.with_name("cpu.cfs_period_us").read_text()
+            quota = int(words[0]) / int(period)
+        except (OSError, ValueError, IndexError, ZeroDivisionError):
+            continue  # no limit ("max"), or no such file
+        if quota > 0:
+            cores = min(cores, max(1, int(quota)))
+    return cores
+
+
+def settle_threads() -> None:
+    """Let OpenMP wait passively and take this process's share of the cores; call it before torch is imported.
+
+    By default threads that wait for each other spin, on cores that other processes want: two trainings side
+    by side slow each other many times. OMP_WAIT_POLICY=PASSIVE sleeps instead. OMP_NUM_THREADS becomes the
+    usable cores over the processes that torchrun started on this host. What is set already stays (torchrun
+    sets OMP_NUM_THREADS to 1). OpenMP reads both when it is loaded, so later calls change nothing.
     """
-    root = Path(__file__).resolve().parents[1]
-    copied = root / ".commit"
-    if copied.is_file():
-        return copied.read_text().strip(), False
+    if "torch" in sys.modules:
+        return
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = int(here) if here.isascii() and here.isdigit() and int(here) else 1
+    if not os.environ.get("OMP_NUM_THREADS"):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // processes))
+        _SETTLED.add("OMP_NUM_THREADS")
+
+
+def threads_note(threads: int) -> str:
+    """Return the sentence on cores and waiting for a run's log.
+
+    Args:
+        threads: that torch uses, `torch.get_num_threads()`.
+    """
+    cores = usable_cores()
+    spin = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if name in os.environ}
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    waiting = "which sleep while they wait" if passive else "which spin while they wait (OMP_WAIT_POLICY)"
+    waiting = ", ".join(f"{k}={v}" for k, v in spin.items()) or waiting
+    text = f"{threads} threads on {cores} usable cores, {waiting}"
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return text
+    busy = load > max(0.5 * cores, 1.0)
+    return text + (f"; other work keeps {load:.1f} cores busy, the run will be slower for it" if busy else "")
+
+
+BUILD_INFO = "_build_info.json"
+"""Beside this file in an installed package and in an sdist: the commit that `setup.py` built from."""
+
+
+PACKAGE = Path(__file__).resolve().parent
+"""Folder of the package."""
+
+
+def source_commit(package: Path = PACKAGE) -> tuple[str, bool]:
+    """Return the commit of the package's sources and whether files differ; ("unknown", True) if nobody knows.
+
+    A source tree (also an editable install) asks git, if the tree is the top of its repository: a package
+    inside somebody's repository does not have that one's commit. A tree that was copied without its history
+    (to a GPU machine) carries the commit in a file `.commit`, written by `git rev-parse HEAD > .commit` from
+    a clean tree. An installed package and an sdist have it from their build.
+
+    Args:
+        package: the folder of the package, whose parent may be a source tree.
+    """
+    root = package.parent
+    if is_source_tree(root):
+        copied = root / ".commit"
+        if copied.is_file():
+            return copied.read_text().strip(), False
+        if (root / ".git").exists():
+            return _git_commit(root)
+    try:
+        info = json.loads((package / BUILD_INFO).read_text())
+        return str(info["commit"]), bool(info["dirty"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown", True
+
+
+def is_source_tree(root: Path) -> bool:
+    """Return whether `root` is the top folder of this project's sources."""
+    try:
+        return (root / "setup.py").is_file() and 'name = "pgolf"' in (root / "pyproject.toml").read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _git_commit(root: Path) -> tuple[str, bool]:
+    """Return git's word on the tree at `root`, if that is the top of a repository."""
+    # Inside a hook, git's own variables name another repository.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
         return subprocess.run(
-            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
+            command, capture_output=True, text=True, check=True, env=environment
         ).stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return "unknown", True
         return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown", True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pgolf.cli.overrides import parse_config
+from pgolf.cli.overrides import base_note, parse_config
 
 
 def main(argv: list[str]) -> int:
@@ -10,5 +10,5 @@ def main(argv: list[str]) -> int:
     config = parse_config("train", argv)
     from pgolf.train.run import train_run
 
-    train_run(config)
+    train_run(config, notes=(base_note(argv[0]),))
     return 0

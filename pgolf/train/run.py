@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist
-from pgolf.env import commit_name
+from pgolf.env import commit_name, threads_note
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.log import RunLog
@@ -117,8 +117,12 @@ class Run:
             self._summary.seconds["start"] = before
         self._summary.seconds["set_up"] = time.perf_counter() - began
 
-    def execute(self) -> Summary:
-        """Run every phase and return the summary (scores on every rank, files from the main rank)."""
+    def execute(self, notes: Sequence[str] = ()) -> Summary:
+        """Run every phase and return the summary (scores on every rank, files from the main rank).
+
+        Args:
+            notes: lines for the beginning of the log; empty ones are left out.
+        """
         config, dist = self._config, self._dist
         self._folder = make_folder(self._folder, dist)
         self._log = log = RunLog(self._folder, is_main=dist.is_main)
@@ -128,6 +132,8 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
+        for note in filter(None, (*notes, threads_note(torch.get_num_threads()))):
+            log.line(note)
         if config.train.init is not None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
@@ -384,9 +390,11 @@ def write_quantized(
     )
 
 
-def train_run(config: Config) -> Summary:
+def train_run(config: Config, *, notes: Sequence[str] = ()) -> Summary:
     """Make a run folder and run `config` in it; under torchrun every rank calls this.
 
+    Args:
+        config: the run. notes: lines for the beginning of its log.
     Raises:
         RuntimeError: a rank failed during set-up; every rank raises, naming the first.
     """
@@ -401,7 +409,7 @@ def train_run(config: Config) -> Summary:
             error = f"{type(e).__name__}: {e}"
         dist.check(error)
         assert run is not None
-        return run.execute()
+        return run.execute(notes)
     finally:
         dist.close()
 
