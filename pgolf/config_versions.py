@@ -82,6 +82,8 @@ CHANGES: tuple[Change, ...] = (
 """From the first run on, in order. Defaults that came and went between two runs are not told apart."""
 VERSION = len(CHANGES)
 """Of the settings, written into every saved configuration."""
+NAMED = 20
+"""Most settings that a note on missing ones names."""
 WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
 """Keys of every configuration that a run ever saved; one without them was written by hand."""
 
@@ -128,7 +130,8 @@ def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
     version = writer_version(data, where)
     whose = "today's defaults" if version is None else f"the values of version {version}, which wrote it"
     what = f"{len(missing)} of the settings of version {VERSION}; they have {whose}"
-    return f"{where} lacks {what}: {', '.join(missing)}"
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    return f"{where} lacks {what}: {', '.join(missing[:NAMED])}{more}"
 
 
 def writer_version(data: dict[str, Any], where: str) -> int | None:

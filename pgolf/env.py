@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -60,6 +62,34 @@ def check_targets() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"PGOLF_CHECK_TARGETS must be 0 or 1, got {value!r}")
     return value == "1"
+
+
+PARENT = "PGOLF_PARENT"
+"""Number of the process that a child shall not outlive, see `follow_parent`."""
+_PR_SET_PDEATHSIG = 1
+
+
+def with_parent(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """Return an environment (this process's by default) for children that shall end with this process."""
+    return {**(os.environ if environment is None else environment), PARENT: str(os.getpid())}
+
+
+def follow_parent() -> None:
+    """Have the kernel kill this process when its parent ends, if it was started `with_parent`; Linux only.
+
+    The kernel does it whatever this process is busy with and however the parent ended, SIGKILL included. A
+    thread that watches a pipe would have to wait for Python's lock, and a handler of the parent's never runs
+    when that is killed.
+
+    Raises:
+        SystemExit: the parent ended before this was called.
+    """
+    parent = os.environ.pop(PARENT, "")  # not for children of this process
+    if not parent.isdigit() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != int(parent):
+        raise SystemExit(f"pgolf: process {parent}, which started this one, has ended")
 
 
 def share_of_cores(processes: int) -> dict[str, str]:
@@ -121,9 +151,9 @@ def threads_note(threads: int) -> str:
     cores = usable_cores()
     spin = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if name in os.environ}
     passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
-    waiting = "which sleep while they wait" if passive else "which spin while they wait (OMP_WAIT_POLICY)"
-    waiting = ", ".join(f"{k}={v}" for k, v in spin.items()) or waiting
-    text = f"{threads} threads on {cores} usable cores, {waiting}"
+    waiting = "sleep while they wait" if passive else "spin while they wait (OMP_WAIT_POLICY)"
+    waiting = ", ".join(f"wait with {k}={v}" for k, v in spin.items()) or waiting
+    text = f"threads: {threads} on {cores} usable cores; they {waiting}"
     try:
         load = os.getloadavg()[0]
     except OSError:

@@ -7,11 +7,12 @@ import importlib
 import importlib.metadata
 import io
 import os
+import signal
 import sys
 from typing import TextIO
 
 import pgolf
-from pgolf.env import commit_name, settle_threads
+from pgolf.env import commit_name, follow_parent, settle_threads
 
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     settle_threads()
     if argv is None:
+        follow_parent()
         _open_closed_streams()
     _speak_any_letter(sys.stdout)
     _speak_any_letter(sys.stderr)
@@ -79,9 +81,9 @@ def _run(args: list[str]) -> int:
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         _complain(f"pgolf {args[0]}: {e}")
         return 2
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
+    except KeyboardInterrupt as e:
+        _complain(str(e) or "interrupted")
+        return 128 + int(getattr(e, "signum", signal.SIGINT))
 
 
 def _complain(text: str) -> None:

@@ -189,7 +189,8 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     try:
         data = read_json(path, pairs=_no_duplicates)
     except ValueError as e:
-        raise ValueError(f"{path} is not a plan: {e}") from e
+        why = str(e).replace(f"{path} ", "it ", 1)
+        raise ValueError(f"{path} is not a plan: {why}") from e
     if not isinstance(data, dict):
         raise TypeError(f"{path}: expected an object, got {type(data).__name__}")
     file = from_dict(_File, data, where=str(path))

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.code import code_archive
-from pgolf.artifact.fit import fit_artifact
+from pgolf.artifact.fit import fill_note, fit_artifact
 from pgolf.artifact.read import read_artifact
-from pgolf.artifact.size import Ledger
+from pgolf.artifact.size import Ledger, check_limit
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash, to_dict
 from pgolf.data.loader import TrainLoader
@@ -88,6 +88,8 @@ class Run:
     def __init__(self, config: Config, dist: Dist, folder: Path) -> None:
         before, began = process_seconds(), time.perf_counter()
         self._config, self._dist, self._folder = config, dist, folder
+        if config.train.quantize:
+            check_limit(config.artifact.limit)
         self._corpus = Corpus.open(config.data.dir, vocab_size=config.model.vocab_size)
         self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
         find_shards(self._corpus.folder, "train")
@@ -438,6 +440,7 @@ def format_table(s: Summary) -> str:
     ]
     if s.ledger is not None:
         lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
+        lines += filter(None, [fill_note(s.ledger)])
     lines.append("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in s.seconds.items()))
     if s.peak_mib:
         lines.append(f"peak GPU memory {s.peak_mib:,.0f} MiB")
