@@ -165,8 +165,8 @@ class Run:
         return s
 
     def _plot(self) -> None:
-        if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
-            self._log.line(f"loss plot: {self._folder / 'loss.png'}")
+        why = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png")
+        self._log.line(f"no loss plot: {why}" if why else f"loss plot: {self._folder / 'loss.png'}")
 
     def _with_reserve(self, loader: TrainLoader) -> TrainConfig:
         """Return the clock's settings with the seconds that a rehearsal says quantization needs."""

@@ -490,11 +490,7 @@ def test_a_child_whose_parent_ended_first_does_not_start():
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_no_training_goes_on_after_its_ablation_ended(shards, tmp_path, signum):
-    small = dict(
-        word[2:].replace("-", "_").split("=") for word in SMALL if not word.startswith(("--s", "--d"))
-    )
-    overrides = {key: int(value) for key, value in small.items()}
-    overrides |= {"data.batch_tokens": 512, "data.micro_tokens": 512, "train.quantize": False}
+    overrides = {**small_overrides(), "data.batch_tokens": 512, "train.quantize": False}
     make_plan(tmp_path, data=str(shards), steps=10**6, overrides=overrides, metric="raw", seeds=[1])
     command = [sys.executable, "-m", "pgolf", "ablate", str(tmp_path / "plan.json")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ablation:
