@@ -29,6 +29,7 @@ VERBS = {
     "info": "versions, GPUs, which operator has which kernel, and what is missing",
 }
 HELP = ("-h", "--help", "help")
+VERSION = ("-V", "--version", "version")
 BROKEN_PIPE = 141
 """Exit code of a program whose reader went away, as the shell reports SIGPIPE."""
 
@@ -65,25 +66,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: list[str]) -> int:
+    try:
+        return _verb(args)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError) as e:
+        _complain(f"pgolf {args[0] if args else ''}: {e}")
+        return 2
+    except KeyboardInterrupt as e:
+        _complain(str(e) or "interrupted")
+        return 128 + int(getattr(e, "signum", signal.SIGINT))
+
+
+def _verb(args: list[str]) -> int:
     if not args or args[0] in HELP:
         print(usage())
         return 0
-    if args[0] in ("--version", "-V", "version"):
+    if args[0] in VERSION:
         print(version_line())
         return 0
     if args[0] not in VERBS:
         _complain(f"pgolf: unknown verb {args[0]!r}\n\n{usage()}")
         return 2
-    try:
-        return int(importlib.import_module(f"pgolf.cli.{args[0]}").main(args[1:]))
-    except BrokenPipeError:
-        raise
-    except (OSError, ValueError, TypeError, RuntimeError) as e:
-        _complain(f"pgolf {args[0]}: {e}")
-        return 2
-    except KeyboardInterrupt as e:
-        _complain(str(e) or "interrupted")
-        return 128 + int(getattr(e, "signum", signal.SIGINT))
+    return int(importlib.import_module(f"pgolf.cli.{args[0]}").main(args[1:]))
 
 
 def _complain(text: str) -> None:
