@@ -127,9 +127,10 @@ def settle_threads() -> None:
     """Let OpenMP wait passively and take this process's share of the cores; call it before torch is imported.
 
     By default threads that wait for each other spin, on cores that other processes want: two trainings side
-    by side slow each other many times. OMP_WAIT_POLICY=PASSIVE sleeps instead. OMP_NUM_THREADS becomes the
-    usable cores over the processes that torchrun started on this host. What is set already stays (torchrun
-    sets OMP_NUM_THREADS to 1). OpenMP reads both when it is loaded, so later calls change nothing.
+    by side slow each other many times. OMP_WAIT_POLICY=PASSIVE sleeps instead. Where several processes of a
+    launch share this host, or a container has fewer cores than it sees, OMP_NUM_THREADS becomes the share
+    (elsewhere torch knows better: it leaves out the second threads of cores). What is set already stays
+    (torchrun sets OMP_NUM_THREADS to 1). OpenMP reads both when it is loaded; later calls change nothing.
     """
     if "torch" in sys.modules:
         return
@@ -137,8 +138,9 @@ def settle_threads() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     here = os.environ.get("LOCAL_WORLD_SIZE", "1")
     processes = int(here) if here.isascii() and here.isdigit() and int(here) else 1
-    if not os.environ.get("OMP_NUM_THREADS"):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // processes))
+    share = usable_cores() // processes
+    if not os.environ.get("OMP_NUM_THREADS") and share < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(max(1, share))
         _SETTLED.add("OMP_NUM_THREADS")
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import tyro
 
-from pgolf.cli.overrides import load_base
+from pgolf.cli.overrides import base_note, load_base
+from pgolf.cli.overrides import say as say_note
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ def main(argv: list[str]) -> int:
 
     say = functools.partial(print, flush=True)
     plan = read_plan(args.plan, load_base, out=args.out)
+    say_note(base_note(plan.base))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 

@@ -102,10 +102,13 @@ def _opened(path: Path) -> Iterator[Any]:
 def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]]:
     if "config" not in metadata:
         raise ValueError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
-    saved = json.loads(metadata.pop("config"))
+    try:
+        facts = {k: json.loads(v) for k, v in metadata.items()}
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
+    saved = facts.pop("config")
     config = from_dict(Config, saved, where=f"{path}: config")
     note = missing_note(saved, to_dict(config), f"{path}: config")
-    facts = {k: json.loads(v) for k, v in metadata.items()}
     return config, {**facts, "note": note} if note else facts
 
 
