@@ -58,7 +58,7 @@ bench:
 	set -e; for file in bench/ops/bench_*.py; do $(PYTHON) -m bench.ops.$$(basename $$file .py); done
 
 clean:
-	rm -rf build pgolf/_C*.so *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist pgolf/_C*.so pgolf/_build_info.json *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 size:
 	git ls-files '*.py' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs wc -l | sort -n

@@ -7,6 +7,7 @@ edit loop call `cmake --build` on that tree directly and copy the module, or rei
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 
@@ -108,4 +111,40 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"pgolf: build step failed (exit {result.returncode}): {' '.join(command)}")
 
 
-setup(ext_modules=[Extension("pgolf._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+def write_build_info(package: Path) -> None:
+    """Write the commit of these sources beside the modules of a built package, where `pgolf.env` reads it."""
+    spec = importlib.util.spec_from_file_location("pgolf_env", ROOT / "pgolf" / "env.py")
+    assert spec is not None and spec.loader is not None
+    env = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = env  # dataclasses look their module up
+    spec.loader.exec_module(env)
+    commit, dirty = env.source_commit(ROOT / "pgolf")
+    path = package / env.BUILD_INFO
+    path.unlink(missing_ok=True)  # an sdist's files may be hard links to the tree's
+    path.write_text(json.dumps({"commit": commit, "dirty": dirty}) + "\n")
+
+
+class BuildWithCommit(build_py):
+    """Builds the modules and bakes the commit in; an editable install asks git instead."""
+
+    def run(self) -> None:
+        """Copy the modules, then write the commit beside them."""
+        super().run()
+        package = Path(self.build_lib) / "pgolf"
+        if not self.editable_mode and package.is_dir():
+            write_build_info(package)
+
+
+class SdistWithCommit(sdist):
+    """Makes an sdist that knows its commit."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy the files, then write the commit beside the modules."""
+        super().make_release_tree(base_dir, files)
+        write_build_info(Path(base_dir) / "pgolf")
+
+
+setup(
+    ext_modules=[Extension("pgolf._C", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithCommit, "sdist": SdistWithCommit},
+)

@@ -7,22 +7,29 @@ the variations. The resolved configuration is written to `config.json` before st
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import hashlib
-import json
-import types
-import typing
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
-T = TypeVar("T")
+from pgolf import config_versions
+from pgolf.config_io import config_hash as config_hash
+from pgolf.config_io import from_dict as from_dict
+from pgolf.config_io import read_json as read_json
+from pgolf.config_io import to_dict as to_dict
 
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
+
+
+def _check_finite(section: str, config: Any) -> None:
+    """Refuse NaN and infinity in every number with a fraction, whatever else is asked of it."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{section}.{f.name} must be a finite number, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,7 @@ class ModelConfig:
     """Standard deviation of the embedding at initialization."""
 
     def __post_init__(self) -> None:
+        _check_finite("model", self)
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
@@ -119,7 +127,11 @@ class ModelConfig:
             1 <= self.gate_window <= self.width,
             f"model.gate_window must be in [1, width={self.width}], got {self.gate_window}",
         )
-        _require(self.softcap > 0, f"model.softcap must be > 0, got {self.softcap}")
+        for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
+            _require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
+        _require(
+            self.sparse_gate_scale >= 0, f"model.sparse_gate_scale must be >= 0, got {self.sparse_gate_scale}"
+        )
         _require(
             8 <= self.vocab_size <= 65536,
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
@@ -196,7 +208,11 @@ class MuonConfig:
     matrices) where it can, standard always the products of one step after another."""
 
     def __post_init__(self) -> None:
+        _check_finite("optim.muon", self)
         _require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
+        for name in ("lr", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
         for name in ("momentum", "momentum_start"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
@@ -225,6 +241,16 @@ class AdamConfig:
     eps: float = 1e-8
     """Added to the root of the second moment."""
 
+    def __post_init__(self) -> None:
+        _check_finite("optim.adam", self)
+        for name in ("embed_lr", "embed_weight_decay", "scalar_lr", "scalar_weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optim.adam.{name} must be >= 0, got {value}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optim.adam.{name} must be in [0, 1), got {value}")
+        _require(self.eps > 0, f"optim.adam.eps must be > 0, got {self.eps}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -246,6 +272,7 @@ class OptimConfig:
     """Fraction of the run at which depth recurrence is switched on."""
 
     def __post_init__(self) -> None:
+        _check_finite("optim", self)
         _require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
         for name in ("warmdown", "min_lr", "ema_horizon", "loop_at"):
             value = getattr(self, name)
@@ -290,6 +317,7 @@ class TrainConfig:
     that was killed is noticed at once."""
 
     def __post_init__(self) -> None:
+        _check_finite("train", self)
         for name in ("seconds", "steps", "seed", "warmup_steps"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name} must be >= 0, got {value}")
@@ -305,6 +333,7 @@ class TrainConfig:
             5 <= self.rank_timeout <= 600,
             f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
         )
+        _require(self.seed < 2**63, f"train.seed must be below 2^63, got {self.seed}")
         reserve = self.quantize_reserve or 0.0
         _require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         _require(
@@ -370,6 +399,7 @@ class QuantConfig:
     """Micro-batches of training text per calibration, over all ranks."""
 
     def __post_init__(self) -> None:
+        _check_finite("quant", self)
         for name in ("matrix_bits", "embed_bits"):
             value = getattr(self, name)
             _require(4 <= value <= 8, f"quant.{name} must be one of (4, 5, 6, 7, 8), got {value}")
@@ -393,7 +423,11 @@ class ArtifactConfig:
     limit: int = 16_000_000
     """Bytes of code plus model that the artifact may have (decimal)."""
     fit: bool = True
-    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %."""
+    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %; a model that is
+    too small for that gets its finest grid."""
+
+    def __post_init__(self) -> None:
+        _require(self.limit > 0, f"artifact.limit must be > 0 bytes, got {self.limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,6 +460,7 @@ class TttConfig:
     """Seeds the adapters' start, the same for every document."""
 
     def __post_init__(self) -> None:
+        _check_finite("ttt", self)
         for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
             value = getattr(self, name)
             _require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
@@ -472,8 +507,11 @@ class EvaluateConfig:
 class Config:
     """One run."""
 
+    VERSION: ClassVar[int] = config_versions.VERSION
+    """Goes into every saved configuration; what each version meant is in `config_versions.CHANGES`."""
+
     name: str = "record"
-    """Names the run folder."""
+    """Names the run folder: printable characters, no path."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -490,6 +528,7 @@ class Config:
     """Further ways to score."""
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         longest = self.model.max_context
         _require(
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
@@ -501,66 +540,17 @@ class Config:
             f"evaluate.stride must be at most model.max_context={longest}, got {self.evaluate.stride}",
         )
 
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Return a JSON-ready dict of a config dataclass (paths become strings)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return str(value) if isinstance(value, Path) else value
-
-    result: dict[str, Any] = plain(config)
-    return result
+    @staticmethod
+    def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return saved settings with those that are missing as their writer had them; `from_dict` asks."""
+        return config_versions.completed(data, where)
 
 
-def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T:
-    """Build config dataclass `cls` from a plain dict; missing keys take defaults.
-
-    Raises:
-        ValueError: an unknown key (with the nearest known one) or a value out of range.
-        TypeError: a value of the wrong type.
-    """
-    if not isinstance(data, dict):
-        raise TypeError(f"{where}: expected an object, got {type(data).__name__}")
-    known = _field_types(typing.cast(typing.Hashable, cls))
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
-        values[key] = _parse(known[key], value, f"{where}.{key}")
-    return cls(**values)
-
-
-@functools.cache
-def _field_types(cls: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(cls)  # compiles every annotation: 1 ms
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, where=where)
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _parse(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in typing.get_args(kind):
-            raise ValueError(f"{where} must be one of {typing.get_args(kind)}, got {value!r}")
-        return value
-    if kind is Path:
-        return Path(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
-    return value
-
-
-def config_hash(config: Any) -> str:
-    """Return the first 16 hex digits of the SHA-256 of the resolved configuration."""
-    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]
+def _check_name(name: str) -> None:
+    """Refuse what cannot be one part of a path, or would be hidden or unreadable there."""
+    plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith((".", "-", " "))
+    _require(
+        bool(name) and plain and len(name.encode("utf-8", "replace")) <= 128,
+        "name is part of a folder's name: 1 to 128 bytes, printable, no / or \\, and no '.', '-' or space at "
+        f"its beginning, got {name!r}",
+    )

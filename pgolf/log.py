@@ -6,6 +6,7 @@ worth more than its log. This is the one place in library code that prints.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -14,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 class RunLog:
@@ -50,19 +51,21 @@ class RunLog:
         self._append(self.metrics_path, json.dumps(_finite(fields), allow_nan=False) + "\n")
 
     def line(self, text: str) -> None:
-        """Print one line on the console and append it to `log.txt`."""
+        """Print one line on the console and append it to `log.txt`.
+
+        Letters that the console's encoding lacks are escaped there; a console that is gone costs a warning.
+        """
         if not self._is_main:
             return
         try:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-        except OSError as e:
+            _write(sys.stdout, text + "\n")
+        except (OSError, ValueError) as e:
             self._warn(f"cannot write to the console: {e}")
         self._append(self.text_path, text + "\n")
 
     def _append(self, path: Path, text: str) -> None:
         """Append all of `text` or nothing: a torn line would spoil the line after it."""
-        data = text.encode()
+        data = text.encode(errors="backslashreplace")  # a file's name need not be text
         try:
             with path.open("ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -76,11 +79,22 @@ class RunLog:
         if self._warned:
             return
         self._warned = True
-        try:
-            sys.stderr.write(f"warning: {why}. The run goes on; log lines may be missing.\n")
-            sys.stderr.flush()
-        except OSError:
-            return
+        _complain(f"warning: {why}. The run goes on; log lines may be missing.\n")
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write to a console in its own encoding, at once; nothing if the process was started without it."""
+    if stream is None:
+        return
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    stream.flush()
+
+
+def _complain(text: str) -> None:
+    """Write to stderr if somebody listens."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, text)
 
 
 def _finite(value: Any) -> Any:
@@ -114,8 +128,6 @@ class Progress:
         self._last = time.perf_counter()
         elapsed = self._last - self._start
         left = elapsed * max(self._total / self._done - 1, 0.0)
-        share = 100 * self._done / self._total
-        sys.stderr.write(
-            f"{self._label}: {share:3.0f} %  {elapsed:.0f} s, {left:.0f} s left  {text}".rstrip() + "\n"
-        )
-        sys.stderr.flush()
+        share = min(100 * self._done / self._total, 100.0)
+        line = f"{self._label}: {share:3.0f} %  {elapsed:.0f} s, {left:.0f} s left  {text}"
+        _complain(line.rstrip() + "\n")

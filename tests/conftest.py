@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Before torch is loaded: threads that spin at barriers slow a busy machine, and the tests' children with it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 

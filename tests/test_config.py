@@ -1,10 +1,12 @@
 """Settings out of range are refused where they are written, before anything is loaded or paid for."""
 
+import json
+import math
 from dataclasses import replace
 
 import pytest
 
-from pgolf.config import Config, EvaluateConfig, from_dict
+from pgolf.config import Config, EvaluateConfig, from_dict, to_dict
 from pgolf.presets import PRESETS
 
 # Each of these used to train (with the clock overrun, or for no step at all) or to end in a traceback.
@@ -19,6 +21,28 @@ BAD = [
     ("train", "warmup_steps", -1, "train.warmup_steps must be >= 0, got -1"),
     ("train", "quantize_reserve", -300.0, "train.quantize_reserve must be >= 0 s, got -300"),
     ("quant", "block", 0, "quant.block must be >= 1, got 0"),
+    ("model", "rope_base", 0.0, "model.rope_base must be > 0, got 0.0"),
+    ("model", "rope_base", -1.0, "model.rope_base must be > 0, got -1.0"),
+    ("model", "qk_gain", -5.0, "model.qk_gain must be > 0, got -5.0"),
+    ("model", "embed_init_std", 0.0, "model.embed_init_std must be > 0, got 0.0"),
+    ("model", "sparse_gate_scale", -1.0, "model.sparse_gate_scale must be >= 0, got -1.0"),
+    ("train", "seed", 2**63, r"train.seed must be below 2\^63"),
+    ("artifact", "limit", 0, "artifact.limit must be > 0 bytes, got 0"),
+    ("artifact", "limit", -1, "artifact.limit must be > 0 bytes, got -1"),
+]
+
+OPTIMIZER_BAD = [
+    ("muon", "lr", -0.1, "optim.muon.lr must be >= 0, got -0.1"),
+    ("muon", "weight_decay", -0.1, "optim.muon.weight_decay must be >= 0, got -0.1"),
+    ("muon", "momentum", 1.0, r"optim.muon.momentum must be in \[0, 1\), got 1.0"),
+    ("adam", "embed_lr", -1.0, "optim.adam.embed_lr must be >= 0, got -1.0"),
+    ("adam", "scalar_lr", -1.0, "optim.adam.scalar_lr must be >= 0, got -1.0"),
+    ("adam", "embed_weight_decay", -1.0, "optim.adam.embed_weight_decay must be >= 0"),
+    ("adam", "scalar_weight_decay", -1.0, "optim.adam.scalar_weight_decay must be >= 0"),
+    ("adam", "beta1", 1.0, r"optim.adam.beta1 must be in \[0, 1\), got 1.0"),
+    ("adam", "beta2", 1.5, r"optim.adam.beta2 must be in \[0, 1\), got 1.5"),
+    ("adam", "beta1", -0.1, r"optim.adam.beta1 must be in \[0, 1\), got -0.1"),
+    ("adam", "eps", 0.0, "optim.adam.eps must be > 0, got 0.0"),
 ]
 
 
@@ -29,6 +53,63 @@ def test_a_setting_out_of_range_is_refused(section, key, value, message):
             replace(getattr(make(), section), **{key: value})
     with pytest.raises(ValueError, match=message):
         from_dict(Config, {section: {key: value}})
+
+
+@pytest.mark.parametrize(("section", "key", "value", "message"), OPTIMIZER_BAD)
+def test_a_rate_that_means_nothing_is_refused(section, key, value, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(Config, {"optim": {section: {key: value}}})
+
+
+def fractions(data, path=()):
+    """Yield the path of every number with a fraction."""
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from fractions(value, (*path, key))
+        elif isinstance(value, float):
+            yield (*path, key)
+
+
+FRACTIONS = list(fractions(to_dict(Config())))
+
+
+@pytest.mark.parametrize("path", [*FRACTIONS, ("train", "quantize_reserve")], ids=".".join)
+def test_no_number_may_be_nan_or_infinite(path):
+    for value in (math.nan, math.inf, -math.inf):
+        data = to_dict(Config())
+        node = data
+        for key in path[:-1]:
+            node = node[key]
+        node[path[-1]] = value
+        with pytest.raises(ValueError, match=r"must be|is a fraction"):
+            from_dict(Config, json.loads(json.dumps(data)))
+
+
+def test_every_fraction_was_found():
+    assert len(FRACTIONS) > 35 and ("evaluate", "adapters", "lr") in FRACTIONS
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../x", "a/b", "/tmp/x", "a\\b", "a\nb", "a\0b", "\x1b[31m", ".x", "-x", " x", "n" * 129],
+)
+def test_a_name_that_is_no_part_of_a_path_is_refused(name):
+    with pytest.raises(ValueError, match="name is part of a folder's name"):
+        replace(Config(), name=name)
+    with pytest.raises(ValueError, match="name is part of a folder's name"):
+        from_dict(Config, {"name": name})
+
+
+def test_names_in_other_letters_are_fine():
+    for name in ("l\xe4ufe 2", "a.b_c-d", "\u0434", "x" * 128):
+        assert replace(Config(), name=name).name == name
+
+
+@pytest.mark.parametrize("value", [5, ["a"], None, 10**400])
+def test_values_of_the_wrong_kind_are_named(value):
+    for section, key in (("train", "out"), ("model", "softcap")):
+        with pytest.raises((TypeError, ValueError), match=rf"config.{section}.{key}: "):
+            from_dict(Config, {section: {key: [value] if value == 5 else value}})
 
 
 def test_a_configuration_that_is_no_object_is_refused_at_any_depth():

@@ -75,7 +75,7 @@ def test_progress_says_what_is_done_and_left_on_the_main_rank_only(capsys):
     captured = capsys.readouterr()
     first, second = captured.err.splitlines()
     assert first.startswith("ttt:  40 %") and first.endswith(" s left  1.05 bpb")
-    assert second.startswith("ttt: 120 %") and second.endswith(" 0 s left")
+    assert second.startswith("ttt: 100 %") and second.endswith(" 0 s left")
     assert captured.out == ""
 
 

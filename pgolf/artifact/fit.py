@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file
 from pgolf.config import ModelConfig
 from pgolf.quant.state import QuantizedState
+
+T = TypeVar("T")
 
 WINDOW = 1e-3
 """The search ends when the counted bytes are below the limit by at most this fraction of it."""
@@ -59,26 +62,47 @@ def fit_artifact(
         ArtifactError: no try is below the limit (with the smallest one's ledger); nothing is written.
         FileNotFoundError: the folder of `path` does not exist.
     """
+
+    def make(scale: float) -> tuple[bytes, Ledger, int]:
+        state = quantize(scale)
+        facts = Facts(tokenizer_sha256, config_hash, limit, scale)
+        weights = sum(t.codes.numel() for t in state.quantized.values())
+        return *build_file(state, model, facts, quality=11), weights
+
+    data, ledger = search(make, limit=limit)
+    check(ledger, limit)
+    save_file(path, data)
+    return ledger
+
+
+def search(make: Callable[[float], tuple[T, Ledger, int]], *, limit: int) -> tuple[T, Ledger]:
+    """Return the largest thing found within `limit`, else the smallest, and its ledger.
+
+    Args:
+        make: clip_scale -> the thing, its ledger, the weights in it; called with 1.0 first.
+        limit: counted bytes to stay within.
+    """
     tries: list[Try] = []
-    best: tuple[bytes, Ledger] | None = None
+    best: tuple[T, Ledger] | None = None
     octaves: float | None = 0.0
     while octaves is not None and len(tries) < MOST_TRIES:
-        scale = 2.0**octaves
-        state = quantize(scale)
-        data, ledger = build_file(
-            state, model, Facts(tokenizer_sha256, config_hash, limit, scale), quality=11
-        )
+        thing, ledger, weights = make(2.0**octaves)
         tries.append(Try(octaves, ledger.total))
         if best is None or _better(ledger, best[1], limit):
-            best = data, ledger
+            best = thing, ledger
         if (1 - WINDOW) * limit <= ledger.total <= limit:
             break
-        weights = sum(t.codes.numel() for t in state.quantized.values())
         octaves = next_try(tries, limit=limit, weights=weights)
     assert best is not None
-    check(best[1], limit)
-    save_file(path, best[0])
-    return best[1]
+    return best
+
+
+def fill_note(ledger: Ledger) -> str:
+    """Return the sentence on an artifact that was to fill the limit and cannot; "" for any other."""
+    if ledger.clip_scale > NARROWEST or ledger.total >= (1 - WINDOW) * ledger.limit:
+        return ""
+    share = 100 * ledger.total / ledger.limit
+    return f"the model is too small to fill the limit: with the finest steps it takes {share:.1f} % of it"
 
 
 def _better(new: Ledger, old: Ledger, limit: int) -> bool:

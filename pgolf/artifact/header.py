@@ -244,6 +244,11 @@ def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
 def _parse_model(value: object) -> ModelConfig:
     if not isinstance(value, dict):
         raise ArtifactError(f"artifact header: model must be an object, got {type(value).__name__}")
+    missing = sorted(vars(ModelConfig()).keys() - value.keys())
+    if missing:
+        raise ArtifactError(
+            f"artifact header: the model lacks {', '.join(missing)}; its writer left none out"
+        )
     try:
         return from_dict(ModelConfig, value, where="artifact model")
     except (ValueError, TypeError, ArithmeticError) as e:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.codec import compress
+from pgolf.artifact.fit import search
 from pgolf.artifact.format import DIGEST_BYTES, PREFIX
 from pgolf.artifact.header import (
     Header,
@@ -99,6 +100,16 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
     return make_ledger(header, file_bytes=framing + sum(s.length for s in sections), clip_scale=clip_scale)
 
 
+def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int) -> Ledger:
+    """Return the ledger that artifact.fit is expected to end with; takes a few times `predict_ledger`."""
+    weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
+
+    def make(scale: float) -> tuple[None, Ledger, int]:
+        return None, predict_ledger(model, quant, limit=limit, clip_scale=scale), weights
+
+    return search(make, limit=limit)[1]
+
+
 def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     """Return the directory of the model's parameters, in the order of `write.py`."""
     matrices, gates, small = [], [], []
@@ -137,6 +148,18 @@ def nearest_ledger(
     state = nearest_state(tensors, model, quant, clip_scale=clip_scale)
     facts = Facts("0" * 64, "0" * 16, limit, clip_scale)
     return build_file(state, model, facts, quality=11)[1]
+
+
+def nearest_fitted(
+    tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, limit: int
+) -> Ledger:
+    """Return the ledger that artifact.fit would end with if it rounded to nearest; nothing is written."""
+    weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
+
+    def make(scale: float) -> tuple[None, Ledger, int]:
+        return None, nearest_ledger(tensors, model, quant, limit=limit, clip_scale=scale), weights
+
+    return search(make, limit=limit)[1]
 
 
 def nearest_state(

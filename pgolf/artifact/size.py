@@ -70,6 +70,18 @@ def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> 
     return Ledger(tuple(parts), code_bytes(), header.limit, clip_scale)
 
 
+def check_limit(limit: int) -> None:
+    """Refuse a limit that no model fits in, before anything is trained for it.
+
+    Raises:
+        ValueError: the code alone takes it all.
+    """
+    if limit <= code_bytes():
+        raise ValueError(
+            f"artifact.limit must be above {code_bytes():,} bytes, which the code alone takes, got {limit:,}"
+        )
+
+
 def check(ledger: Ledger, limit: int) -> None:
     """Raise unless the counted bytes are within `limit`.
 

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import tyro
 
-from pgolf.cli.overrides import load_base
+from pgolf.cli.overrides import base_note, load_base
+from pgolf.cli.overrides import say as say_note
 
 
 @dataclass(frozen=True)
 class Ablate:
     """Run every arm of a plan with every seed, then write report.md and report.html.
 
-    Finished cells are kept and skipped: stop with Ctrl-C and start again at will.
+    Finished cells are kept and skipped: stop with Ctrl-C or a signal and start again at will. One process at
+    a time works on a plan's folder.
     """
 
     plan: tyro.conf.Positional[Path]
@@ -36,27 +38,37 @@ def main(argv: list[str]) -> int:
     """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
     from pgolf.env import commit_name, share_of_cores
-    from pgolf.report.ablation import markdown
+    from pgolf.report.ablation import Ablation, markdown
     from pgolf.report.html import write_report
     from pgolf.train.ablate import gather, run_plan, start_process
+    from pgolf.train.guard import HeldError
     from pgolf.train.plan import read_plan
 
     say = functools.partial(print, flush=True)
     plan = read_plan(args.plan, load_base, out=args.out)
+    say_note(base_note(plan.base))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    try:
-        if not args.report_only:
-            gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
-            processes = max(1, gpus) * args.per_gpu
-            environment = share_of_cores(processes) if processes > 1 else None
-            start = functools.partial(start_process, environment=environment)
-            run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
-    finally:
+
+    def report() -> Ablation:
         result = gather(plan, args.plan)
         paths = write_report(result, plan.out)
-    print(f"\n{markdown(result)}\nreport: {paths[0]}, {paths[1]}")
-    return 0 if result.complete else 1
+        print(f"\n{markdown(result)}\nreport: {paths[0]}, {paths[1]}")
+        return result
+
+    if not args.report_only:
+        gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
+        processes = max(1, gpus) * args.per_gpu
+        environment = share_of_cores(processes) if processes > 1 else None
+        start = functools.partial(start_process, environment=environment)
+        try:
+            run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
+        except HeldError:
+            raise  # the report is the other's
+        except BaseException:
+            report()
+            raise
+    return 0 if report().complete else 1
 
 
 def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:

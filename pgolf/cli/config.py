@@ -12,13 +12,19 @@ from pgolf.config import config_hash, to_dict
 def main(argv: list[str]) -> int:
     """Print the resolved configuration as JSON, then the figures that follow from it."""
     config = parse_config("config", argv)
-    from pgolf.artifact.predict import predict_ledger
+    from pgolf.artifact.predict import predict_fitted, predict_ledger
+    from pgolf.artifact.size import check_limit
     from pgolf.model.gpt import layer_order, parameter_shapes
+    from pgolf.optim.polar import coefficients
+
+    coefficients(config.optim.muon.coefficients, config.optim.muon.ns_steps)  # raises if there are none
+    check_limit(config.artifact.limit)
 
     print(json.dumps(to_dict(config), indent=2))
     shapes = parameter_shapes(config.model)
     total = sum(math.prod(shape) for shape in shapes.values())
-    ledger = predict_ledger(config.model, config.quant, limit=config.artifact.limit)
+    predict = predict_fitted if config.artifact.fit else predict_ledger
+    ledger = predict(config.model, config.quant, limit=config.artifact.limit)
     passes = config.data.batch_tokens // config.data.micro_tokens
     print(f"\nhash            {config_hash(config)}")
     print(f"parameters      {total:,}")

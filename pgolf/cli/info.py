@@ -6,6 +6,9 @@ import importlib.metadata
 import importlib.util
 import platform
 
+import pgolf
+from pgolf.env import commit_name
+
 PACKAGES = (
     "torch",
     "numpy",
@@ -42,6 +45,7 @@ def main(argv: list[str]) -> int:
         return 0 if argv[0] in ("-h", "--help") else 2
     import torch
 
+    print(f"pgolf          {pgolf.__version__}, commit {commit_name(12) or 'unknown'}")
     print(f"python         {platform.python_version()} on {platform.machine()}")
     for package in PACKAGES:
         print(f"{package:<15}{version(package)}")

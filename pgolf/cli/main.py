@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
+import io
+import os
+import signal
 import sys
+from typing import TextIO
+
+import pgolf
+from pgolf.env import commit_name, follow_parent, settle_threads
 
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
     "config": "show what a preset would do, every setting with its value",
-    "size": "bytes of an artifact by section: predicted for a preset, measured for a checkpoint",
+    "size": "bytes of an artifact by section: what a run wrote, a checkpoint will take, a preset should",
     "artifact": "look into an artifact, export its weights to safetensors",
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
@@ -20,28 +29,113 @@ VERBS = {
     "info": "versions, GPUs, which operator has which kernel, and what is missing",
 }
 HELP = ("-h", "--help", "help")
+VERSION = ("-V", "--version", "version")
+BROKEN_PIPE = 141
+"""Exit code of a program whose reader went away, as the shell reports SIGPIPE."""
 
 
 def usage() -> str:
     """Return the top-level help."""
     rows = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
-    return f"usage: pgolf VERB [options]\n\n{rows}\n\n`pgolf VERB --help` explains a verb."
+    return f"usage: pgolf VERB [options]\n\n{rows}\n\n`pgolf VERB --help` explains a verb; `pgolf --version`."
+
+
+def version_line() -> str:
+    """Return the versions of the package, its sources and torch."""
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "missing"
+    return f"pgolf {pgolf.__version__}, commit {commit_name(12) or 'unknown'}, torch {torch}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; return the exit code."""
     args = sys.argv[1:] if argv is None else argv
+    settle_threads()
+    if argv is None:
+        follow_parent()
+        _open_closed_streams()
+    _speak_any_letter(sys.stdout)
+    _speak_any_letter(sys.stderr)
+    try:
+        code = _run(args)
+    except BrokenPipeError:
+        code = BROKEN_PIPE
+    return _flush(code, logs_itself=args[:1] == ["train"])
+
+
+def _run(args: list[str]) -> int:
+    try:
+        return _verb(args)
+    except BrokenPipeError:
+        raise
+    except (OSError, ValueError, TypeError, RuntimeError) as e:
+        _complain(f"pgolf {args[0] if args else ''}: {e}")
+        return 2
+    except KeyboardInterrupt as e:
+        _complain(str(e) or "interrupted")
+        return 128 + int(getattr(e, "signum", signal.SIGINT))
+
+
+def _verb(args: list[str]) -> int:
     if not args or args[0] in HELP:
         print(usage())
         return 0
+    if args[0] in VERSION:
+        print(version_line())
+        return 0
     if args[0] not in VERBS:
-        print(f"pgolf: unknown verb {args[0]!r}\n\n{usage()}", file=sys.stderr)
+        _complain(f"pgolf: unknown verb {args[0]!r}\n\n{usage()}")
         return 2
-    try:
-        return int(importlib.import_module(f"pgolf.cli.{args[0]}").main(args[1:]))
-    except (OSError, ValueError, TypeError, RuntimeError) as e:
-        print(f"pgolf {args[0]}: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return int(importlib.import_module(f"pgolf.cli.{args[0]}").main(args[1:]))
+
+
+def _complain(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
+
+
+def _open_closed_streams() -> None:
+    """Give a standard stream that was closed at the start an end that swallows everything.
+
+    Otherwise the next file that is opened gets its number, and what native code prints goes into that file.
+    """
+    closed = []
+    for number, name in enumerate(("input", "output", "error")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
+            closed.append(name)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for good
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    if "output" in closed:
+        _complain("pgolf: standard output is closed; what would be printed is lost")
+
+
+def _speak_any_letter(stream: TextIO) -> None:
+    """Escape letters that the stream's encoding lacks instead of failing."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
+        stream.reconfigure(errors="backslashreplace")
+
+
+def _flush(code: int, *, logs_itself: bool) -> int:
+    """Hand the output to the system and return the exit code; a reader that went away is no error.
+
+    Where it cannot be written otherwise (a full disk), the code is 2, unless the verb has a log of its own.
+    """
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as e:
+            if not isinstance(e, BrokenPipeError) and number == 1 and not logs_itself:
+                _complain(f"pgolf: cannot write to standard output: {e.strerror}")
+                code = code or 2
+            with contextlib.suppress(OSError, ValueError):  # or Python tries again at its end, and complains
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except ValueError:
+            continue  # closed by somebody else
+    return code

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from pathlib import Path
 
 import tyro
 
-from pgolf.config import Config, from_dict
+from pgolf.config import Config, from_dict, read_json, to_dict
+from pgolf.config_versions import missing_note
+from pgolf.env import launch
 from pgolf.presets import PRESETS
 
 SHORT = {
@@ -34,10 +36,21 @@ def load_base(name: str) -> Config:
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a saved config.json; "
             "see `pgolf config --help`"
         )
-    try:
-        return from_dict(Config, json.loads(path.read_text()), where=str(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from e
+    return from_dict(Config, read_json(path), where=str(path))
+
+
+def base_note(name: str) -> str:
+    """Return the line on settings that the configuration called `name` lacks and got; "" if it has all."""
+    if name in PRESETS:
+        return ""
+    data = read_json(Path(name))
+    return missing_note(data, to_dict(from_dict(Config, data, where=name)), name)
+
+
+def say(note: str) -> None:
+    """Print a note on stderr, once for all ranks; nothing if it is empty."""
+    if note and launch().rank == 0:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def parse_config(verb: str, args: list[str]) -> Config:
@@ -55,7 +68,10 @@ def parse_config(verb: str, args: list[str]) -> Config:
             print(text)
             raise SystemExit(0)
         raise ValueError(f"name a preset first\n\n{text}")
-    return override(verb, args[0], args[1:], load_base(args[0]))
+    base = load_base(args[0])
+    if verb != "train":  # whose log says it
+        say(base_note(args[0]))
+    return override(verb, args[0], args[1:], base)
 
 
 def override(verb: str, name: str, words: list[str], base: Config) -> Config:

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from pgolf.cli.overrides import say
 from pgolf.config import ArtifactConfig, QuantConfig
 
 
@@ -45,7 +46,9 @@ def parse(argv: list[str]) -> Quantize:
 def main(argv: list[str]) -> int:
     """Quantize and score."""
     args = parse(argv)
+    from pgolf.artifact.fit import fill_note
     from pgolf.artifact.read import read_artifact
+    from pgolf.artifact.size import check_limit
     from pgolf.dist import Dist
     from pgolf.evaluate.corpus import Corpus, score_model
     from pgolf.model.gpt import GPT
@@ -53,7 +56,9 @@ def main(argv: list[str]) -> int:
     from pgolf.train.run import open_loader, write_quantized
     from pgolf.train.state import check_tokenizer, copy_parameters, load_weights
 
+    check_limit(args.artifact.limit)
     state, saved, facts = load_weights(args.checkpoint)
+    say(facts.get("note", ""))
     quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
@@ -89,4 +94,6 @@ def main(argv: list[str]) -> int:
         dist.close()
     note = f"  ({corpus.checked})" if corpus.manifest is None else ""
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
+    if fill := fill_note(ledger):
+        print(fill)
     return 0

@@ -1,34 +1,103 @@
-"""`pgolf size PRESET|config.json|CHECKPOINT [--section.key VALUE ...]`: an artifact's bytes by section."""
+"""`pgolf size PRESET|config.json|RUN|CHECKPOINT|ARTIFACT [--section.key VALUE ...]`: bytes by section."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pgolf.cli.overrides import override, parse_config
+from pgolf.cli.overrides import override, parse_config, say
 from pgolf.presets import PRESETS
+
+if TYPE_CHECKING:
+    from pgolf.artifact.size import Ledger
+
+ARTIFACT = "model.pgolf"
 
 
 def main(argv: list[str]) -> int:
-    """Print the ledger; 0 when it is within artifact.limit, 1 when not."""
+    """Print the ledger and where it is from; 0 when it is within artifact.limit, 1 when not."""
+    artifact = _artifact(argv)
     checkpoint = _checkpoint(argv[0]) if argv else None
-    began = time.perf_counter()
-    if checkpoint is None:
-        config = parse_config("size", argv)
-        from pgolf.artifact.predict import predict_ledger
-
-        ledger = predict_ledger(config.model, config.quant, limit=config.artifact.limit)
-        print("predicted from shapes, bits and clips (within 0.5 % for a fully trained model)")
+    if artifact is not None:
+        ledger, origin = _written(artifact), f"{artifact}, as it was written"
+    elif checkpoint is not None:
+        ledger, origin = _of_checkpoint(checkpoint, argv)
     else:
-        from pgolf.artifact.predict import nearest_ledger
-        from pgolf.train.state import load_weights
+        ledger, origin = _of_settings(argv)
+    print(f"{origin}\n{ledger.text()}")
+    if ledger.total <= ledger.limit:
+        return 0
+    print(f"{ledger.total - ledger.limit:,} bytes too many: writing it would be refused")
+    return 1
 
-        tensors, saved, _ = load_weights(checkpoint)
-        config = override("size", argv[0], argv[1:], saved)
-        ledger = nearest_ledger(tensors, config.model, config.quant, limit=config.artifact.limit)
-        print(f"{checkpoint}: rounded to nearest and coded in {time.perf_counter() - began:.1f} s")
-    print(ledger.text())
-    return 0 if ledger.total <= ledger.limit else 1
+
+def _written(path: Path) -> Ledger:
+    """Return the ledger of an artifact, with the code that its run kept beside it if that is there."""
+    from pgolf.artifact.read import open_artifact
+    from pgolf.artifact.size import make_ledger
+
+    with open_artifact(path) as reader:
+        for _ in reader.sections():
+            pass  # the checksum is compared after the last
+        ledger = make_ledger(reader.header, file_bytes=path.stat().st_size)
+    code = path.with_name("code.br")
+    return replace(ledger, code=code.stat().st_size) if code.is_file() else ledger
+
+
+def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
+    """Return what weights would take, and how that is known."""
+    from pgolf.artifact.predict import nearest_fitted, nearest_ledger
+    from pgolf.artifact.size import check_limit
+    from pgolf.train.state import load_weights
+
+    tensors, saved, facts = load_weights(path)
+    say(facts.get("note", ""))
+    config = override("size", argv[0], argv[1:], saved)
+    limit = config.artifact.limit
+    check_limit(limit)
+    measure = nearest_fitted if config.artifact.fit else nearest_ledger
+    ledger = measure(tensors, config.model, config.quant, limit=limit)
+    origin = (
+        f"{path}: an estimate, rounded to nearest and coded; the file itself follows the calibration on "
+        "training text,\nwhich changed toys by up to 10 % (`pgolf quantize` writes it)"
+    )
+    return ledger, origin + _scaled(ledger)
+
+
+def _of_settings(argv: list[str]) -> tuple[Ledger, str]:
+    """Return what a trained model is expected to take, and how that is known."""
+    config = parse_config("size", argv)
+    from pgolf.artifact.predict import predict_fitted, predict_ledger
+    from pgolf.artifact.size import check_limit
+
+    limit = config.artifact.limit
+    check_limit(limit)
+    plain = predict_ledger(config.model, config.quant, limit=limit)
+    origin = "predicted from shapes, bits and clips (within 0.5 % for a fully trained model)"
+    if not config.artifact.fit:
+        return plain, origin
+    ledger = predict_fitted(config.model, config.quant, limit=limit)
+    return ledger, f"{origin}\n{plain.total:,} bytes at these settings{_scaled(ledger)}"
+
+
+def _scaled(ledger: Ledger) -> str:
+    """Return what artifact.fit does, as the end of a sentence or a line of its own."""
+    from pgolf.artifact.fit import fill_note
+
+    text = "" if ledger.clip_scale == 1 else f"; artifact.fit scales the steps by {ledger.clip_scale:.3f}"
+    note = fill_note(ledger)
+    return f"{text}\n{note}" if note else text
+
+
+def _artifact(argv: list[str]) -> Path | None:
+    """Return the artifact asked for: a .pgolf file, or that of a run folder; None if settings follow it."""
+    if len(argv) != 1 or argv[0] in PRESETS:
+        return None
+    path = Path(argv[0])
+    if path.is_dir():
+        path = path / ARTIFACT
+    return path if path.suffix == ".pgolf" and path.is_file() else None
 
 
 def _checkpoint(name: str) -> Path | None:

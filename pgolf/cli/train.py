@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pgolf.cli.overrides import load_base, override, parse_config
+from pgolf.cli.overrides import base_note, load_base, override, parse_config
 from pgolf.config import Config, to_dict
 
 OVERRUN = 3
@@ -41,6 +41,7 @@ def main(argv: list[str]) -> int:
         if argv and argv[0] in ("-h", "--help"):
             print(USAGE.strip() + "\n")
         config = parse_config("train", argv)
+    note = base_note(str(resume / "config.json") if resume is not None else argv[0])
     from pgolf.dist import RanksFailed
     from pgolf.env import launch
     from pgolf.train.run import train_run
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> int:
 
     place = launch()
     try:
-        summary = train_run(config, resume=resume, train=train)
+        summary = train_run(config, resume=resume, train=train, notes=(note,))
         code = OVERRUN if summary.overrun else 0
     except Stopped as e:
         code = e.exit_code

@@ -221,6 +221,22 @@ def padded_cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
     return out
 
 
+def buffer_size(count: int, full: int, *, first: bool, last: bool, device: torch.device) -> int:
+    """Return how long a validation buffer of `count` tokens is padded: as little as costs nothing else.
+
+    Without a compiler (CPU) the last buffer of a text ends with it, rounded up to 64. On a GPU each new
+    length compiles new graphs, so only a text of one buffer has a shorter one, a power of two.
+
+    Args:
+        count: real tokens, at most `full`. full: tokens of all other buffers. first, last: of the whole text.
+        device: where the model runs.
+    """
+    if not last or (device.type != "cpu" and not first):
+        return full
+    size = -(-count // 64) * 64 if device.type == "cpu" else 1 << max(6, (count - 1).bit_length())
+    return min(size, full)
+
+
 @dataclass(frozen=True)
 class ValBatch:
     """One buffer of whole validation segments."""
@@ -364,8 +380,9 @@ def validation_batches(
 ) -> Iterator[ValBatch]:
     """Yield this rank's share of the validation text, in order.
 
-    Whole segments are packed into buffers of `batch_tokens`, so the score does not depend on the buffer's
-    size; buffer b goes to rank b mod world_size, so ranks may get different numbers of them.
+    Whole segments are packed into buffers of `batch_tokens` (the last one shorter, see `buffer_size`), so the
+    score does not depend on the buffer's size; buffer b goes to rank b mod world_size, so ranks may get
+    different numbers of them.
 
     Args:
         folder, tokenizer, vocab_size: as `load_validation`.
@@ -386,7 +403,15 @@ def validation_batches(
     while first < starts.size:
         last = int(np.searchsorted(ends, starts[first] + batch_tokens, side="right"))
         if index % world_size == rank:
-            yield _pack(text, starts[first:last], int(ends[last - 1]), batch_tokens, max_context, device)
+            end = int(ends[last - 1])
+            size = buffer_size(
+                end - int(starts[first]),
+                batch_tokens,
+                first=first == 0,
+                last=last == starts.size,
+                device=device,
+            )
+            yield _pack(text, starts[first:last], end, size, max_context, device)
         index, first = index + 1, last
 
 

@@ -46,6 +46,10 @@ class Corpus:
             raise FileNotFoundError(
                 "no data folder given; make one with `pgolf data shards` and pass --data DIR"
             )
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no data folder at {folder}; make one with `pgolf data shards` or pass another --data DIR"
+            )
         manifest = verify_folder(folder, training=verify)
         tokenizer = find_tokenizer(folder)
         if tokenizer.vocab_size != vocab_size:

@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pgolf.data.loader import IGNORED_TARGET, ValBatch, ValidationText, padded_cu_seqlens
+from pgolf.data.loader import IGNORED_TARGET, ValBatch, ValidationText, buffer_size, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
+
+CPU = torch.device("cpu")
 
 
 def sliding_windows(
@@ -51,6 +53,28 @@ def sliding_windows(
     return np.stack((begin, scored, end), axis=1)
 
 
+def window_buffers(
+    windows: NDArray[np.int64], *, context: int, batch_tokens: int
+) -> list[tuple[NDArray[np.int64], int]]:
+    """Pack whole windows, in order, into buffers; return the windows of each and their tokens.
+
+    Args:
+        windows: `(K, 3)` of `sliding_windows`.
+        context: longest window. batch_tokens: T, most tokens of a buffer, at least context.
+    Raises:
+        ValueError: batch_tokens < context.
+    """
+    if batch_tokens < context:
+        raise ValueError(f"batch_tokens must be at least max_context={context}, got {batch_tokens}")
+    offsets = np.concatenate(([0], np.cumsum(windows[:, 2] - windows[:, 0])))
+    buffers, first = [], 0
+    while first < len(windows):
+        last = int(np.searchsorted(offsets, offsets[first] + batch_tokens, side="right")) - 1
+        buffers.append((windows[first:last], int(offsets[last] - offsets[first])))
+        first = last
+    return buffers
+
+
 def window_batches(
     text: ValidationText,
     windows: NDArray[np.int64],
@@ -59,24 +83,22 @@ def window_batches(
     batch_tokens: int,
     rank: int = 0,
     world_size: int = 1,
+    device: torch.device = CPU,
 ) -> Iterator[ValBatch]:
-    """Pack whole windows, in order, into buffers; yield this rank's, of buffer b rank b mod world_size.
+    """Yield this rank's buffers of whole windows, of buffer b rank b mod world_size, in host memory.
 
     Args:
-        text: what the windows index. windows: `(K, 3)` of `sliding_windows`.
-        context: longest window. batch_tokens: T, at least context.
+        text: what the windows index. windows, context, batch_tokens: as `window_buffers`.
+        device: where the model runs, on which the length of the last buffer depends (`buffer_size`).
     Raises:
         ValueError: batch_tokens < context.
     """
-    if batch_tokens < context:
-        raise ValueError(f"batch_tokens must be at least max_context={context}, got {batch_tokens}")
-    offsets = np.concatenate(([0], np.cumsum(windows[:, 2] - windows[:, 0])))
-    index, first = 0, 0
-    while first < len(windows):
-        last = int(np.searchsorted(offsets, offsets[first] + batch_tokens, side="right")) - 1
-        if index % world_size == rank:
-            yield _pack(text, windows[first:last], batch_tokens, context)
-        index, first = index + 1, last
+    buffers = window_buffers(windows, context=context, batch_tokens=batch_tokens)
+    for index in range(rank, len(buffers), world_size):
+        inside, count = buffers[index]
+        last = index == len(buffers) - 1
+        size = buffer_size(count, batch_tokens, first=index == 0, last=last, device=device)
+        yield _pack(text, inside, size, context)
 
 
 def _pack(text: ValidationText, windows: NDArray[np.int64], size: int, context: int) -> ValBatch:
@@ -113,27 +135,31 @@ def score_sliding(
     Args:
         model: as in `evaluate_bpb`. text: the validation split. dist: ranks that share the buffers.
         bos_id: starts a document. context: longest window, tokens. stride: in [1, context].
-        batch_tokens: tokens of a forward pass (at least one window); speed and memory, not the score.
+        batch_tokens: most tokens of a forward pass (at least one window); speed and memory, not the score.
     Raises:
         ValueError, RuntimeError: as `sliding_windows`, `evaluate_bpb`.
     """
     starts, lengths = document_bounds(text, bos_id)
     windows = sliding_windows(starts, lengths, context=context, stride=stride)
-    work = int((windows[:, 2] - windows[:, 0]).sum())
+    most = max(batch_tokens, context)
+    buffers = window_buffers(windows, context=context, batch_tokens=most)[dist.rank :: dist.world_size]
     batches = window_batches(
         text,
         windows,
         context=context,
-        batch_tokens=max(batch_tokens, context),
+        batch_tokens=most,
         rank=dist.rank,
         world_size=dist.world_size,
+        device=dist.device,
     )
-    progress = Progress(f"stride {stride}", work, is_main=dist.is_main)
+    label = "plain" if stride == context else f"sliding, stride {stride}"
+    work = sum(count for _, count in buffers)
+    progress = Progress(label, work, is_main=dist.is_main)
 
     def reported() -> Iterator[ValBatch]:
-        for batch in batches:
+        for batch, (_, count) in zip(batches, buffers, strict=True):
             yield batch
-            progress.advance(dist.world_size * max(batch_tokens, context))
+            progress.advance(count)
 
     return evaluate_bpb(
         model, reported(), dist, expected_tokens=text.tokens.size - 1, expected_bytes=int(text.bytes.sum())

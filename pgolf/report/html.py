@@ -1,21 +1,20 @@
 """The report of an ablation as one HTML page that needs no other file, and its writing to disk.
 
 Plots are SVG inside data URIs, drawn by matplotlib (`pip install 'pgolf[plot]'`); without it the page has the
-tables only and says so. The page is well-formed XML: no scripts, no links, no fonts from elsewhere.
+tables only and says why. The page is well-formed XML: no scripts, no links, no fonts from elsewhere.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from pgolf.data.shards import atomic_file
 from pgolf.report.ablation import Ablation, CellResult, Table, arm_mean, compare_arms, facts, markdown, tables
-from pgolf.report.plots import read_metrics
+from pgolf.report.plots import loss_ceiling, read_metrics, smoothed, why_no_plots
 
 COLORS = ("#1f5a99", "#c0504d", "#4f8a4c", "#8a5aa0", "#c98a1b", "#3d9aa0", "#7a7a7a", "#a0527a")
 MAX_POINTS = 300
@@ -64,8 +63,8 @@ def _table(table: Table) -> str:
 
 def _plots(ablation: Ablation) -> list[str]:
     """Return the plots as img elements."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return ["<p>No plots: matplotlib is not installed; pip install 'pgolf[plot]' and build it again.</p>"]
+    if why := why_no_plots():
+        return [f"<p>No plots: {html.escape(why)}, and write the report again with --report-only.</p>"]
     curves = [(c, _curve(c)) for c in ablation.cells if c.metrics is not None and c.metrics.is_file()]
     return [
         _differences_plot(ablation),
@@ -77,13 +76,11 @@ def _plots(ablation: Ablation) -> list[str]:
 
 
 def _curve(cell: CellResult) -> dict[str, list[float]]:
-    """Return step, elapsed and loss (moving average over about 20 steps) of a run, thinned."""
+    """Return step, elapsed and loss (moving average over about 10 steps) of a run, thinned."""
     assert cell.metrics is not None
     rows = [r for r in read_metrics(cell.metrics) if r.get("loss") is not None]
-    mean, smooth = rows[0]["loss"] if rows else 0.0, []
-    for row in rows:
-        mean += 0.1 * (row["loss"] - mean)
-        smooth.append(mean)
+    losses = [row["loss"] for row in rows]
+    smooth = smoothed(losses, loss_ceiling(losses))
     every = max(1, -(-len(rows) // MAX_POINTS))
     picked = range(0, len(rows), every)
     curve = {key: [rows[i][key] for i in picked] for key in ("step", "elapsed")}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -18,37 +19,73 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return rows
 
 
-def plot_loss(metrics: Path, out: Path) -> bool:
+def why_no_plots() -> str:
+    """Return the sentence that says why nothing can be drawn, "" if matplotlib is there and works."""
+    try:
+        import matplotlib.figure  # noqa: F401 - the part that loads the compiled ones
+    except ModuleNotFoundError as e:
+        if e.name == "matplotlib":
+            return "matplotlib is not installed; pip install matplotlib"
+        return f"matplotlib is not usable: {e}; pip install --force-reinstall matplotlib"
+    except Exception as e:  # a broken installation raises what it likes, and a plot is not worth a run
+        return f"matplotlib is not usable: {e}; pip install --force-reinstall matplotlib"
+    return ""
+
+
+def loss_ceiling(losses: Sequence[float]) -> float:
+    """Return the top of a plot of losses: a few wild steps do not flatten the rest.
+
+    The largest tenth of the steps (one at least) may be cut off, where they are above the others' maximum by
+    more than twice the others' range.
+    """
+    kept = sorted(losses)[: -max(1, math.ceil(0.1 * len(losses)))]
+    if not kept:
+        return max(losses, default=1.0)
+    return min(max(losses), kept[-1] + 2 * max(kept[-1] - kept[0], 0.1))
+
+
+def smoothed(losses: Sequence[float], ceiling: float) -> list[float]:
+    """Return the moving average over about 10 steps; what is above the ceiling counts as the ceiling."""
+    mean, smooth = min(losses[0], ceiling) if losses else 0.0, []
+    for loss in losses:
+        mean += 0.1 * (min(loss, ceiling) - mean)
+        smooth.append(mean)
+    return smooth
+
+
+def plot_loss(metrics: Path, out: Path) -> str:
     """Draw the training loss by second, with the loop switch marked, into `out`.
 
     Returns:
-        False when matplotlib is not installed (nothing is written).
+        Why there is no plot (then nothing is written), "" if there is.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        return False
+    if why := why_no_plots():
+        return why
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [r for r in read_metrics(metrics) if "loss" in r]
+    rows = [r for r in read_metrics(metrics) if r.get("loss") is not None]
     seconds, losses = [r["elapsed"] for r in rows], [r["loss"] for r in rows]
-    smooth, mean = [], losses[0] if losses else 0.0
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        smooth.append(mean)
+    ceiling = loss_ceiling(losses)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(seconds, losses, color="#b8cbe0", linewidth=0.8, label="step")
-    axes.plot(seconds, smooth, color="#1f5a99", linewidth=1.6, label="moving average (10 steps)")
+    average = "moving average (10 steps)"
+    axes.plot(seconds, smoothed(losses, ceiling), color="#1f5a99", linewidth=1.6, label=average)
+    above = sum(loss > ceiling for loss in losses)
+    if above:
+        margin = 0.05 * (ceiling - min(losses))
+        axes.set_ylim(min(losses) - margin, ceiling + margin)
     switch = next((r["elapsed"] for r in rows if r.get("loop")), None)
     if switch is not None:
         axes.axvline(switch, color="#c0504d", linewidth=1.0, linestyle="--", label="depth recurrence on")
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(f"training loss, {len(rows)} steps")
+    axes.set_title(f"training loss, {len(rows)} steps" + (f", {above} above the top" if above else ""))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
     figure.savefig(out)
     plt.close(figure)
-    return True
+    return ""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from pgolf.artifact.fit import fill_note
 from pgolf.artifact.size import Ledger
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.evaluate.bpb import Score
@@ -74,6 +75,7 @@ def format_table(s: Summary) -> str:
     ]
     if s.ledger is not None:
         lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
+        lines += filter(None, [fill_note(s.ledger)])
     if len(s.sessions) > 1:
         lost = sum(session["lost_seconds"] for session in s.sessions)
         lines.append(f"{len(s.sessions)} processes; {lost:.1f} s of lost work are on the clock")

@@ -12,7 +12,6 @@ always start from the same weights.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import subprocess
@@ -21,10 +20,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from pgolf.config import Config, from_dict, to_dict
+from pgolf.config import Config, from_dict, read_json, to_dict
+from pgolf.env import with_parent
 from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkResult
+from pgolf.train.guard import Process, Stopped, end, held, raised_signals
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.state import write_json
 
@@ -41,19 +42,6 @@ DIVERGED = re.compile(
 """What `Trainer.run` raises; a test runs into it."""
 
 
-class Process(Protocol):
-    """A cell under way."""
-
-    def poll(self) -> int | None:
-        """Return the exit code, None while it runs."""
-
-    def terminate(self) -> None:
-        """Ask it to end."""
-
-    def wait(self) -> int:
-        """Wait for its end and return the exit code."""
-
-
 Start = Callable[[Cell, int | None], Process]
 """Starts a cell on a GPU (None: wherever its configuration says)."""
 
@@ -62,7 +50,7 @@ def start_process(cell: Cell, gpu: int | None, *, environment: dict[str, str] | 
     """Start `python -m pgolf train config.json` with its output in the cell's folder.
 
     A GPU is chosen the way torchrun does it, as local rank of a world of one: `gpu` counts the visible ones.
-    `environment` replaces this process's, see `share_of_cores`.
+    `environment` replaces this process's, see `share_of_cores`. The child ends when this process does.
     """
     config = cell.folder / "config.json"
     write_json(config, to_dict(cell.config))
@@ -75,7 +63,7 @@ def start_process(cell: Cell, gpu: int | None, *, environment: dict[str, str] | 
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env=with_parent(environment),
         )
 
 
@@ -112,8 +100,9 @@ def run_plan(
         poll_seconds: pause between looks at the processes.
     Raises:
         ValueError: per_gpu < 1, or above 1 in a plan of fixed seconds.
-        RuntimeError: three cells in a row crashed.
-        KeyboardInterrupt: passed on after the cells under way were ended; finished ones are untouched.
+        RuntimeError: three cells in a row crashed. HeldError: another process runs a plan in this folder.
+        KeyboardInterrupt: passed on after the cells under way were ended; finished ones are untouched. It is
+            a `Stopped` for SIGINT, SIGTERM and SIGHUP.
     """
     if per_gpu < 1:
         raise ValueError(f"per_gpu must be >= 1, got {per_gpu}")
@@ -122,6 +111,20 @@ def run_plan(
             f"per_gpu {per_gpu} in a plan of {plan.length}: runs that share a GPU slow each other; "
             "give the plan steps instead of seconds, or per_gpu 1"
         )
+    with held(plan.out), raised_signals():
+        _run(plan, start, gpus, per_gpu, commit, say, poll_seconds)
+
+
+def _run(
+    plan: Plan,
+    start: Start,
+    gpus: int,
+    per_gpu: int,
+    commit: str,
+    say: Callable[[str], None],
+    poll_seconds: float,
+) -> None:
+    """Run the open cells of a plan that this process holds."""
     queue, running = open_cells(plan), list[_Running]()
     total = len(plan.cells()) + len(plan.trunks())
     if done := total - len(queue):
@@ -143,11 +146,13 @@ def run_plan(
                 progress.report(_finish(r, commit), plan.metric, time.monotonic() - r.began)
             if not ended:
                 time.sleep(poll_seconds)
+    except KeyboardInterrupt as e:
+        why = str(e) if isinstance(e, Stopped) else "interrupted"
+        say(f"{why}: ending {len(running)} runs under way; {progress.done} of {total} cells are kept")
+        raise
     finally:
-        for r in running:
-            r.process.terminate()
-        for r in running:
-            r.process.wait()
+        if stubborn := end([r.process for r in running]):
+            say(f"{stubborn} runs did not end when asked and were killed")
 
 
 def open_cells(plan: Plan) -> list[Cell]:
@@ -195,18 +200,19 @@ class _Progress:
     """Counts the cells and guesses the rest; raises when only crashes come."""
 
     def __init__(self, total: int, done: int, slots: int, say: Callable[[str], None]) -> None:
-        self._total, self._done, self._slots, self._say = total, done, slots, say
+        self.done = done
+        self._total, self._slots, self._say = total, slots, say
         self._seconds: list[float] = []
         self._crashes = 0
 
     def report(self, result: CellResult, metric: str, seconds: float) -> None:
-        self._done += 1
+        self.done += 1
         self._seconds.append(seconds)
-        left = (self._total - self._done) * sum(self._seconds) / len(self._seconds) / self._slots
+        left = (self._total - self.done) * sum(self._seconds) / len(self._seconds) / self._slots
         score = result.values.get(metric, result.values.get("raw"))
         what = f"{score:.5f} bpb" if score is not None else f"{result.status}: {result.message}"
         self._say(
-            f"[{self._done}/{self._total}] {result.arm} seed {result.seed}: {what}, {seconds:.0f} s; "
+            f"[{self.done}/{self._total}] {result.arm} seed {result.seed}: {what}, {seconds:.0f} s; "
             f"about {left / 60:.1f} min to go"
         )
         self._crashes = self._crashes + 1 if result.status == "crashed" else 0
@@ -218,8 +224,8 @@ class _Progress:
 
     def skip(self, cell: Cell) -> None:
         """Count a cell whose trunk left no weights."""
-        self._done += 1
-        self._say(f"[{self._done}/{self._total}] {cell.arm} seed {cell.seed}: not run, its trunk failed")
+        self.done += 1
+        self._say(f"[{self.done}/{self._total}] {cell.arm} seed {cell.seed}: not run, its trunk failed")
 
 
 def _begin(cell: Cell, gpu: int | None, start: Start) -> _Running:
@@ -310,7 +316,7 @@ def _key(path: Path) -> str | None:
 def _read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object; empty when the file is missing or torn."""
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

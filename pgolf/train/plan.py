@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf.config import Config, config_hash, from_dict, to_dict
+from pgolf.config import Config, config_hash, from_dict, read_json, to_dict
 from pgolf.optim.polar import coefficients
 
 Metric = Literal["raw", "ema", "quantized"]
@@ -34,6 +34,7 @@ TRUNK_SEEDS = 1_000_000
 
 OWNED = {
     "name": "the arm's name",
+    "version": "the code",
     "data.dir": "the plan's data",
     "train.seed": "the plan's seeds",
     "train.out": "the plan's out",
@@ -167,7 +168,7 @@ def run_key(config: Config) -> str:
     run), so that results and checkpoints may be moved.
     """
     init = config.train.init and Path(*config.train.init.parts[-2:])
-    return config_hash(replace(config, name="", train=replace(config.train, out=Path(), init=init)))
+    return config_hash(replace(config, name="run", train=replace(config.train, out=Path(), init=init)))
 
 
 def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:
@@ -186,9 +187,10 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     if not path.is_file():
         raise FileNotFoundError(f"no plan file {path}; bench/ablations/example.json is one to start from")
     try:
-        data = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        data = read_json(path, pairs=_no_duplicates)
     except ValueError as e:
-        raise ValueError(f"{path} is not a plan: {e}") from e
+        why = str(e).replace(f"{path} ", "it ", 1)
+        raise ValueError(f"{path} is not a plan: {why}") from e
     if not isinstance(data, dict):
         raise TypeError(f"{path}: expected an object, got {type(data).__name__}")
     file = from_dict(_File, data, where=str(path))

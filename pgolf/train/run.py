@@ -14,7 +14,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,13 +25,13 @@ from torch import Tensor
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.fit import fit_artifact
 from pgolf.artifact.read import read_artifact
-from pgolf.artifact.size import Ledger
+from pgolf.artifact.size import Ledger, check_limit
 from pgolf.artifact.write import write_artifact
 from pgolf.config import Config, TrainConfig, config_hash
 from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist, RanksFailed
-from pgolf.env import commit_name
+from pgolf.env import commit_name, threads_note
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.corpus import Corpus, score_as, score_model
 from pgolf.model.gpt import GPT
@@ -49,7 +49,7 @@ from pgolf.train.memory import check_memory
 from pgolf.train.progress import Past, keep_metrics, read_past, utc
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
-from pgolf.train.session import Session
+from pgolf.train.session import Around, Session
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import (
     clone_parameters,
@@ -60,6 +60,7 @@ from pgolf.train.state import (
     save_weights,
 )
 from pgolf.train.timing import process_seconds
+from pgolf.train.watch import Watch
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -71,16 +72,18 @@ class Run:
     def __init__(
         self,
         config: Config,
-        dist: Dist,
+        around: Around,
         folder: Path,
-        signals: Signals,
         *,
         past: Past | None = None,
         train: bool = True,
     ) -> None:
         before, began = process_seconds(), time.perf_counter()
-        self._config, self._dist, self._folder, self._signals = config, dist, folder, signals
+        dist = around.dist
+        self._config, self._around, self._dist, self._folder = config, around, dist, folder
         self._past, self._train_more = past, train and (past is None or past.stage == "training")
+        if config.train.quantize:
+            check_limit(config.artifact.limit)
         self._corpus = Corpus.open(
             config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
         )
@@ -132,9 +135,8 @@ class Run:
         """
         self._session = Session(
             self._config,
-            self._dist,
+            self._around,
             self._folder,
-            self._signals,
             self._summary,
             past=self._past,
             steps=lambda: self._result.steps or int(self._summary.train.get("steps", 0)),
@@ -150,8 +152,14 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
-        log.line(self._corpus.checked)
-        log.line(self._memory)
+        for note in (
+            *self._around.notes,
+            threads_note(torch.get_num_threads()),
+            self._corpus.checked,
+            self._memory,
+        ):
+            if note:
+                log.line(note)
         if config.train.init is not None and self._past is None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
@@ -200,12 +208,12 @@ class Run:
         self._writer = Checkpointer(self._folder, self._dist, trainer.parts())
         saver = Saver(
             self._writer,
-            self._signals,
+            self._around.signals,
             self._log,
             every_s=self._config.train.checkpoint_every,
             began=used,
         )
-        with self._signals.deferred():
+        with self._around.signals.deferred():
             self._session.start_clock(clock, at=used)
             stopped_by = trainer.run(clock, self._log, result, saver, start=position, validate=self._validate)
         self._record_training()
@@ -475,8 +483,8 @@ class Run:
         shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
 
     def _plot(self) -> None:
-        if plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png"):
-            self._log.line(f"loss plot: {self._folder / 'loss.png'}")
+        why = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png")
+        self._log.line(f"no loss plot: {why}" if why else f"loss plot: {self._folder / 'loss.png'}")
 
     def _timed(self, phase: str, work: Any) -> Any:
         self._session.phase = phase
@@ -522,19 +530,23 @@ def write_quantized(
     )
 
 
-def train_run(config: Config, *, resume: Path | None = None, train: bool = True) -> Summary:
+def train_run(
+    config: Config, *, resume: Path | None = None, train: bool = True, notes: Sequence[str] = ()
+) -> Summary:
     """Make a run folder and run `config` in it; under torchrun every rank calls this.
 
     Args:
         config: the run's settings; with `resume` those of its config.json, but for settings that may change.
         resume: go on with the unfinished run in this folder, on any number of ranks.
         train: False: train no further, quantize and score what the run in `resume` has.
+        notes: lines for the beginning of the log; empty ones are left out.
     Raises:
         RanksFailed: a rank failed during set-up, or what ended the run is known to every rank.
         Stopped: SIGTERM, SIGHUP or SIGINT; what was trained is saved.
     """
     with Signals() as signals:
         dist = Dist.start(config.train.device)
+        watch = Watch(dist, timeout_s=config.train.rank_timeout)
         ended = False
         try:
             stamp = int(dist.share([time.time()])[0])
@@ -542,7 +554,8 @@ def train_run(config: Config, *, resume: Path | None = None, train: bool = True)
             run, error = None, None
             try:
                 past = read_past(resume) if resume is not None else None
-                run = Run(config, dist, resume or folder, signals, past=past, train=train)
+                around = Around(dist, signals, watch, tuple(notes))
+                run = Run(config, around, resume or folder, past=past, train=train)
             except (OSError, ValueError, TypeError, RuntimeError) as e:
                 error = f"{type(e).__name__}: {e}"
             dist.check(error)
@@ -551,6 +564,7 @@ def train_run(config: Config, *, resume: Path | None = None, train: bool = True)
             ended = True
             return summary
         finally:
+            watch.leave()
             # Leaving the group waits for the others; after a failure some of them may never come.
             if ended or dist.world_size == 1:
                 dist.close()
@@ -560,7 +574,11 @@ def _check_same_data(past: Past, corpus: Corpus) -> None:
     """Raise ValueError if the run had other data than `corpus`: its figures would be of neither."""
     before, now = past.summary.get("data"), corpus.facts()
     if before and before != now:
-        told = ", ".join(f"{k} was {before.get(k)}, is {now.get(k)}" for k in {**before, **now} if before.get(k) != now.get(k))
+        told = ", ".join(
+            f"{k} was {before.get(k)}, is {now.get(k)}"
+            for k in {**before, **now}
+            if before.get(k) != now.get(k)
+        )
         raise ValueError(
             f"{corpus.folder} is not the data that the run in {past.folder} began with: {told}; "
             "pass --data with the folder of that text"

@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from pgolf.config import Config, to_dict
 from pgolf.dist import Dist, RanksFailed
@@ -21,6 +22,16 @@ from pgolf.train.progress import ClockFile, FolderLock, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import write_json
 from pgolf.train.watch import Watch
+
+
+class Around(NamedTuple):
+    """What a run finds when it begins, in every process."""
+
+    dist: Dist
+    signals: Signals
+    watch: Watch
+    notes: tuple[str, ...] = ()
+    """Lines for the beginning of the log."""
 
 
 class Session:
@@ -36,9 +47,8 @@ class Session:
     def __init__(
         self,
         config: Config,
-        dist: Dist,
+        around: Around,
         folder: Path,
-        signals: Signals,
         summary: Summary,
         *,
         past: Past | None,
@@ -49,7 +59,8 @@ class Session:
 
         `steps` says how many were done, `keep_weights` saves what there is, without a collective.
         """
-        self._config, self._dist, self._signals, self._summary = config, dist, signals, summary
+        dist, self._signals, self._watch, _ = around
+        self._config, self._dist, self._summary = config, dist, summary
         self._past, self._steps, self._keep_weights = past, steps, keep_weights
         self.folder = folder if past is not None else make_folder(folder, dist)
         self.phase = "set_up"
@@ -66,12 +77,7 @@ class Session:
             self.reach(self.stage, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
-        self._watch = Watch(
-            dist,
-            timeout_s=config.train.rank_timeout,
-            beat=self._beat,
-            on_lost=self._end_without_main_thread,
-        )
+        self._watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
         self._files.callback(self._watch.leave)
         if past is not None:
             self._tell_past(past)

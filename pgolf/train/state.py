@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
+from pgolf.config_versions import missing_note
 from pgolf.data.shards import atomic_file
 
 
@@ -32,6 +33,8 @@ def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]:
     """Return the tensors, the configuration and the facts of a file written by `save_weights`.
+
+    Where the configuration lacks settings, the fact `note` is the line that names what they got.
 
     Raises:
         FileNotFoundError: no such file.
@@ -106,8 +109,14 @@ def _opened(path: Path) -> Iterator[Any]:
 def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]]:
     if "config" not in metadata:
         raise ValueError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
-    config = from_dict(Config, json.loads(metadata.pop("config")), where=f"{path}: config")
-    return config, {k: json.loads(v) for k, v in metadata.items()}
+    try:
+        facts = {k: json.loads(v) for k, v in metadata.items()}
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
+    saved = facts.pop("config")
+    config = from_dict(Config, saved, where=f"{path}: config")
+    note = missing_note(saved, to_dict(config), f"{path}: config")
+    return config, {**facts, "note": note} if note else facts
 
 
 def clone_parameters(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -9,9 +9,11 @@ host that is unreachable) falls silent: noticed after `timeout_s`. Rank 0 tells 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import selectors
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -41,27 +43,19 @@ class _Peer:
 
 
 class Watch:
-    """Watches the other ranks and calls back; `close` or `leave` before the process ends.
+    """Watches the other ranks and calls back; `leave` before the process ends.
 
     Args:
         dist: the ranks; every rank makes a Watch, which is a collective.
         timeout_s: silence of a rank that counts as its loss, seconds.
-        beat: called four times a second.
-        on_lost: called in the thread with a sentence that names the rank, once, unless this process is
-            leaving already or ends within `GRACE_S`.
     Raises:
         RanksFailed: the ranks cannot connect to rank 0.
     """
 
-    def __init__(
-        self,
-        dist: Dist,
-        *,
-        timeout_s: float,
-        beat: Callable[[], object],
-        on_lost: Callable[[str], object],
-    ) -> None:
-        self._dist, self._timeout_s, self._beat, self._on_lost = dist, timeout_s, beat, on_lost
+    def __init__(self, dist: Dist, *, timeout_s: float) -> None:
+        self._dist, self._timeout_s = dist, timeout_s
+        self._beat: Callable[[], object] = lambda: None
+        self._on_lost: Callable[[str], object] = _exit
         self._peers: list[_Peer] = []
         self._farewell: str | None = None
         self._lost: str | None = None
@@ -71,6 +65,16 @@ class Watch:
             self._meet()
         self._thread = threading.Thread(target=self._run, name="pgolf-watch", daemon=True)
         self._thread.start()
+
+    def attend(self, *, beat: Callable[[], object], on_lost: Callable[[str], object]) -> None:
+        """Say what to do from now on.
+
+        Args:
+            beat: called four times a second.
+            on_lost: called in the thread with a sentence that names the lost rank, once, unless this process
+                is leaving already or ends within `GRACE_S`. Before this call the process ends with it.
+        """
+        self._beat, self._on_lost = beat, on_lost
 
     def reason(self, *, wait_s: float = 0.0) -> str | None:
         """Return which rank was lost, None if none was; waits up to `wait_s` for the word of it."""
@@ -213,6 +217,12 @@ class Watch:
             with contextlib.suppress(OSError):
                 peer.socket.close()
         self._selector.close()
+
+
+def _exit(reason: str) -> None:
+    sys.stderr.write(f"pgolf: {reason}\n")
+    sys.stderr.flush()
+    os._exit(2)
 
 
 def _read_line(peer: socket.socket) -> str:

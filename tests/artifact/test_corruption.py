@@ -143,6 +143,7 @@ def set_tensor(index, **values):
         (lambda f: f.update(config_hash="xyz"), "config_hash must match"),
         (lambda f: f.update(model=[]), "model must be an object, got list"),
         (lambda f: f["model"].update(heads=0), "bad model configuration"),
+        (lambda f: f["model"].pop("softcap") and None, "the model lacks softcap; its writer left none out"),
         (lambda f: f["model"].update(widht=3), "unknown key 'widht'; did you mean 'width'"),
         (lambda f: f["model"].update(skip="left"), "model.skip must be one of"),
         (lambda f: [1], "header: expected the keys .* got list"),

@@ -8,6 +8,7 @@ import torch
 from pgolf.data.corpus import iterate_documents, sample_paths
 from pgolf.data.loader import (
     ValBatch,
+    buffer_size,
     load_validation,
     validation_batches,
     validation_segments,
@@ -66,13 +67,31 @@ def test_segments_do_not_depend_on_the_buffer(sample_shards: Path, batch_tokens:
     reference = [s for b in batches(sample_shards) for s in scored(b)]
     got = batches(sample_shards, batch_tokens=batch_tokens)
     assert [s for b in got for s in scored(b)] == reference
-    for batch in got:
-        assert batch.inputs.shape == batch.targets.shape == batch.target_bytes.shape == (batch_tokens,)
+    for number, batch in enumerate(got, start=1):
+        # The last ends with the text, rounded up; nobody pays for a million tokens of padding.
+        size = batch_tokens if number < len(got) else min(batch_tokens, -(-batch.tokens // 64) * 64)
+        assert batch.inputs.shape == batch.targets.shape == batch.target_bytes.shape == (size,)
         assert (batch.targets[batch.tokens :] == -100).all()
         assert (batch.target_bytes[batch.tokens :] == 0).all()
         assert (batch.inputs[batch.tokens :] == 0).all()
         assert batch.cu_seqlens.numel() % 64 == 0
-        assert batch.cu_seqlens[-1] == batch_tokens
+        assert batch.cu_seqlens[-1] == size
+
+
+@pytest.mark.parametrize(
+    ("count", "first", "last", "cpu", "cuda"),
+    [
+        (900, True, False, 1000, 1000),  # a full buffer: one shape for all of them
+        (7, False, True, 64, 1000),  # the rest of a text: on a GPU its own shape would be compiled
+        (7, True, True, 64, 64),
+        (65, True, True, 128, 128),
+        (300, True, True, 320, 512),
+        (1000, True, True, 1000, 1000),
+    ],
+)
+def test_a_buffer_is_padded_to_what_is_needed(count, first, last, cpu, cuda) -> None:
+    for device, expected in ((CPU, cpu), (torch.device("cuda"), cuda)):
+        assert buffer_size(count, 1000, first=first, last=last, device=device) == expected
 
 
 @pytest.mark.parametrize("world_size", [2, 7])

@@ -1,6 +1,9 @@
 """`pgolf size` on a preset, a configuration and a trained run."""
 
+import json
 import re
+
+import pytest
 
 from pgolf.artifact.predict import TRAINED, predict_ledger
 from pgolf.artifact.read import read_state
@@ -44,15 +47,55 @@ def test_prediction_of_an_artifact_with_steps_by_spread_is_near(run, shards, tmp
     assert abs(sum(parts.values()) - real.model_bytes) < 0.1 * real.model_bytes
 
 
-def test_checkpoint_is_coded_for_real(run, capsys):
-    assert main(["size", str(run)]) == 0
-    folder = capsys.readouterr().out
-    assert main(["size", str(run / "ema.safetensors"), "--quant.mean-bits", "2.5"]) == 0
-    coarser = capsys.readouterr().out
-    assert "rounded to nearest and coded" in folder
-    assert total(coarser) < total(folder)
-    assert main(["size", str(run / "config.json"), "--artifact.limit", "40000"]) == 1
-    assert "predicted" in capsys.readouterr().out
+def test_a_run_has_the_bytes_that_it_wrote(run, capsys):
+    said = json.loads((run / "summary.json").read_text())["bytes"]
+    for name in (run, run / "model.pgolf"):
+        assert main(["size", str(name)]) == 0
+        text = capsys.readouterr().out
+        assert "as it was written" in text
+        assert total(text) == said["total"] == (run / "model.pgolf").stat().st_size + said["code"]
+
+
+def test_a_damaged_artifact_has_no_size(run, tmp_path, capsys):
+    data = bytearray((run / "model.pgolf").read_bytes())
+    data[-40] ^= 1
+    (tmp_path / "a.pgolf").write_bytes(data)
+    assert main(["size", str(tmp_path / "a.pgolf")]) == 2
+    assert "checksum" in capsys.readouterr().err
+
+
+def test_the_estimate_of_a_checkpoint_follows_the_fit(run, capsys):
+    """It took the configured steps, though the run had filled as much of the limit as it could: 16 % off."""
+    said = json.loads((run / "summary.json").read_text())["bytes"]
+    assert said["clip_scale"] == 0.5
+    assert main(["size", str(run / "ema.safetensors")]) == 0
+    text = capsys.readouterr().out
+    assert "an estimate" in text and "scales the steps by 0.500" in text
+    assert "too small to fill the limit" in text
+    assert total(text) == pytest.approx(said["total"], rel=0.1)
+    assert main(["size", str(run), "--quant.mean-bits", "2.5"]) == 0
+    assert total(capsys.readouterr().out) < total(text)
+    assert main(["size", str(run), "--artifact.no-fit"]) == 0
+    assert total(capsys.readouterr().out) < total(text)
+
+
+def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
+    """The README's example: more bits than fit at these settings, but the steps are scaled until they do."""
+    assert main(["size", "record", "--quant.mean-bits", "3.6"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"16,\d{3},\d{3} bytes at these settings; artifact.fit scales the steps by 1.0\d+", text)
+    assert 15_984_000 <= total(text) <= 16_000_000
+    assert main(["size", "record", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
+    assert "bytes too many" in capsys.readouterr().out
+
+
+def test_limits_that_nothing_fits_in(run, capsys):
+    config = str(run / "config.json")
+    assert main(["size", config, "--artifact.limit", "32000"]) == 1
+    assert "bytes too many" in capsys.readouterr().out
+    for words in (["size", config], ["config", "tiny"], ["train", "tiny", "--data", "nowhere"]):
+        assert main([*words, "--artifact.limit", "20000"]) == 2
+        assert "which the code alone takes, got 20,000" in capsys.readouterr().err
 
 
 def test_a_folder_does_not_hide_the_preset_of_its_name(tmp_path, monkeypatch, capsys):

@@ -1,5 +1,8 @@
 """Windows: which token is scored where, and with what context."""
 
+import functools
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ import torch
 from pgolf.data.loader import validation_segments
 from pgolf.evaluate.documents import document_bounds, first_documents
 from pgolf.evaluate.sliding import score_sliding, sliding_windows, window_batches
+from pgolf.log import Progress
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
@@ -84,6 +88,24 @@ def test_ranks_share_the_buffers(text):
         for index, batch in enumerate(alone):
             assert torch.equal(batch.targets, shares[index % world][index // world].targets)
         assert sum(map(len, shares)) == len(alone)
+
+
+def test_a_short_text_is_not_padded_to_the_whole_buffer(text):
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=32)
+    sizes = [b.inputs.numel() for b in window_batches(text, windows, context=CONTEXT, batch_tokens=98_304)]
+    tokens = text.tokens.size - 1
+    assert len(sizes) == 1 and tokens <= sizes[0] < tokens + 64
+
+
+@pytest.mark.parametrize(("stride", "label"), [(32, "plain: "), (5, "sliding, stride 5: ")])
+def test_progress_names_what_runs_and_ends_at_100(text, stride, label, monkeypatch, capsys):
+    monkeypatch.setattr("pgolf.evaluate.sliding.Progress", functools.partial(Progress, every_s=0.0))
+    settings = {"bos_id": BOS, "context": CONTEXT, "stride": stride}
+    score_sliding(small_model(), text, FakeDist(), batch_tokens=64, **settings)
+    lines = capsys.readouterr().err.splitlines()
+    shares = [int(re.search(r"(\d+) %", line)[1]) for line in lines]
+    assert all(line.startswith(label) for line in lines)
+    assert len(lines) > 1 and shares == sorted(shares) and shares[-1] == 100 and 0 < shares[0] < 100
 
 
 @pytest.mark.parametrize("stride", [0, -1, 33])

@@ -3,9 +3,14 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
+from socket import gethostname
 
 import pytest
 
@@ -16,6 +21,7 @@ from pgolf.data.corpus import sample_paths
 from pgolf.env import share_of_cores
 from pgolf.train import ablate
 from pgolf.train.ablate import gather, read_cell, run_plan, start_process
+from pgolf.train.guard import HeldError, Stopped, end, held
 from pgolf.train.plan import Plan, read_plan
 from tests.e2e.conftest import SMALL
 
@@ -173,7 +179,10 @@ class FakeProcess:
     def terminate(self):
         self.stopped = True
 
-    def wait(self):
+    def kill(self):
+        raise AssertionError("it ended when asked")
+
+    def wait(self, timeout=None):
         return self.code
 
 
@@ -364,3 +373,138 @@ def test_processes_side_by_side_share_the_cores(tmp_path, monkeypatch):
     assert start_process(cell, None, environment=share_of_cores(5)).wait() == 0
     assert (cell.folder / ablate.OUTPUT).read_text() == "3 7\n"
     assert share_of_cores(40)["OMP_NUM_THREADS"] == "1"
+
+
+# Two on one plan, and those that are killed
+
+
+def test_a_plan_that_another_process_runs_is_refused_with_its_number(tmp_path):
+    plan = make_plan(tmp_path)
+    with (
+        held(plan.out),
+        pytest.raises(HeldError, match=rf"process {os.getpid()} on {gethostname()} since 20"),
+    ):
+        run_all(plan, FakeCells())
+    assert not (plan.out / "cells").exists()
+    assert len(run_all(plan, FakeCells())) == 6  # the lock went with its block
+
+
+def test_the_lock_goes_with_its_process_however_that_ends(tmp_path):
+    program = (
+        f"from pgolf.train.guard import *\nfrom pathlib import Path\n"
+        f"with held(Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(HeldError, match=f"process {other.pid} on "), held(tmp_path):
+            pass
+        other.kill()
+    with held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_cells_under_way_and_says_so(tmp_path, signum):
+    class Endless(FakeProcess):
+        def poll(self):
+            os.kill(os.getpid(), signum)
+            return None
+
+        def wait(self, timeout=None):
+            os.kill(os.getpid(), signum)  # once more: the end is not cut short
+            return 0
+
+    process, lines, before = Endless(None), [], signal.getsignal(signum)
+    with pytest.raises(Stopped, match=f"stopped by {signum.name}") as e:
+        run_plan(
+            make_plan(tmp_path),
+            lambda cell, gpu: process,
+            gpus=0,
+            commit="abc",
+            say=lines.append,
+            poll_seconds=0.0,
+        )
+    assert e.value.signum == signum and process.stopped
+    assert lines[-1] == f"stopped by {signum.name}: ending 1 runs under way; 0 of 6 cells are kept"
+    assert signal.getsignal(signum) == before
+
+
+def test_a_child_that_does_not_end_when_asked_is_killed():
+    sleeps = "import time; print(flush=True); time.sleep(60)"
+    deaf = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {sleeps}"
+    children = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        for program in (deaf, sleeps)
+    ]
+    for child in children:
+        child.stdout.readline()
+    assert end(children, grace=0.5) == 1
+    assert [child.returncode for child in children] == [-signal.SIGKILL, -signal.SIGTERM]
+    for child in children:
+        child.stdout.close()
+
+
+PARENT_PROGRAM = """
+import subprocess, sys, time
+from pgolf.env import with_parent
+child = "from pgolf.env import follow_parent; follow_parent(); import time; print(flush=True); time.sleep(60)"
+process = subprocess.Popen([sys.executable, "-c", child], env=with_parent(), stdout=subprocess.PIPE)
+process.stdout.readline()
+print(process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def gone(pid: int, within: float = 5.0) -> bool:
+    """Return whether a process ends in time (a zombie that nobody waits for has ended)."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_child_does_not_outlive_a_parent_that_was_killed():
+    command = [sys.executable, "-c", PARENT_PROGRAM]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.kill()
+    assert gone(child)
+
+
+def test_a_child_whose_parent_ended_first_does_not_start():
+    program = "from pgolf.env import follow_parent; follow_parent(); print('on')"
+    environment = {**os.environ, "PGOLF_PARENT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert "process 1, which started this one, has ended" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_no_training_goes_on_after_its_ablation_ended(shards, tmp_path, signum):
+    overrides = {**small_overrides(), "data.batch_tokens": 512, "train.quantize": False}
+    make_plan(tmp_path, data=str(shards), steps=10**6, overrides=overrides, metric="raw", seeds=[1])
+    command = [sys.executable, "-m", "pgolf", "ablate", str(tmp_path / "plan.json")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as ablation:
+        output = tmp_path / "out" / "cells" / "base" / "seed1" / "output.txt"
+        until = time.monotonic() + 100
+        while time.monotonic() < until and not (output.is_file() and "step     1" in output.read_text()):
+            time.sleep(0.1)
+        assert "step     1" in output.read_text()
+        (child,) = Path(f"/proc/{ablation.pid}/task/{ablation.pid}/children").read_text().split()
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 2 and f"held by process {ablation.pid} on" in second.stderr
+        ablation.send_signal(signum)
+        text, _ = ablation.communicate(timeout=40)
+    assert gone(int(child))
+    if signum == signal.SIGTERM:
+        assert ablation.returncode == 128 + signum
+        assert "stopped by SIGTERM: ending 1 runs under way; 0 of 2 cells are kept" in text

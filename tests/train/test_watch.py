@@ -48,9 +48,8 @@ def watches(monkeypatch):
         world, told, found = World(size), {r: [] for r in range(size)}, dict[int, Watch]()
 
         def make(number: int) -> None:
-            found[number] = Watch(
-                world.rank(number), timeout_s=timeout_s, beat=lambda: None, on_lost=told[number].append
-            )
+            found[number] = Watch(world.rank(number), timeout_s=timeout_s)
+            found[number].attend(beat=lambda: None, on_lost=told[number].append)
 
         threads = [threading.Thread(target=make, args=(r,)) for r in range(size)]
         for thread in threads:
@@ -122,7 +121,8 @@ def test_ranks_that_say_goodbye_are_not_lost(watches, monkeypatch):
 def test_one_process_needs_no_connection_and_beats(monkeypatch):
     beats: list[float] = []
     monkeypatch.setattr(module, "PERIOD_S", 0.02)
-    watch = Watch(World(1).rank(0), timeout_s=5.0, beat=lambda: beats.append(time.monotonic()), on_lost=print)
+    watch = Watch(World(1).rank(0), timeout_s=5.0)
+    watch.attend(beat=lambda: beats.append(time.monotonic()), on_lost=print)
     wait_until(lambda: len(beats) > 5)
     watch.leave()
     count = len(beats)

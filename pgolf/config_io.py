@@ -1,0 +1,135 @@
+"""Settings as JSON: dataclasses to plain dicts and back, and files of them read with one clear error each.
+
+Knows no setting by name: what a class of settings wants to say about its saved form (which version wrote it,
+what a missing key meant then) it says itself, see `from_dict`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+DEEPEST = 64
+"""Levels of a JSON file of settings; ours have four."""
+
+
+def read_json(path: Path, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Return what the JSON file at `path` holds; a byte order mark at its beginning is skipped.
+
+    Args:
+        path: the file. pairs: as json's object_pairs_hook.
+    Raises:
+        OSError: it cannot be read. ValueError: not UTF-8, not JSON, or nested too deeply.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path} is not JSON: {e}") from e
+    except RecursionError as e:
+        raise ValueError(_too_deep(path)) from e
+    level, depth = [node for node in (data,) if isinstance(node, dict | list)], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(_too_deep(path))
+        inner = [node.values() if isinstance(node, dict) else node for node in level]
+        level = [node for nodes in inner for node in nodes if isinstance(node, dict | list)]
+    return data
+
+
+def _too_deep(path: Path) -> str:
+    return f"{path} is nested more than {DEEPEST} levels deep, which settings never are; it is another file"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a JSON-ready dict of a config dataclass (paths become strings).
+
+    A class with a `VERSION` has it as its first key.
+    """
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value):
+            version = {"version": value.VERSION} if hasattr(value, "VERSION") else {}
+            return {**version, **{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(config)
+    return result
+
+
+def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T:
+    """Build config dataclass `cls` from a plain dict.
+
+    Missing keys take defaults, unless the class has a `completed(data, where)`: what that returns is read.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one) or a value out of range.
+        TypeError: a value of the wrong type.
+    """
+    if not isinstance(data, dict):
+        raise TypeError(f"{where}: expected an object, got {type(data).__name__}")
+    completed = getattr(cls, "completed", None)
+    if completed is not None:
+        data = completed(data, where)
+    known = _field_types(typing.cast(typing.Hashable, cls))
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+        values[key] = _parse(known[key], value, f"{where}.{key}")
+    return cls(**values)
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)  # compiles every annotation: 1 ms
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(kind):
+        return from_dict(typing.cast(type, kind), value, where=where)
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _parse(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
+    if origin is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(f"{where} must be one of {typing.get_args(kind)}, got {value!r}")
+        return value
+    if kind is Path:
+        if not isinstance(value, str | Path):
+            raise TypeError(f"{where}: expected a path, got {type(value).__name__} {value!r}")
+        return Path(value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return _float(value, where)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+    return value
+
+
+def _float(value: int, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError as e:
+        raise ValueError(f"{where}: a number of {len(str(value))} digits is out of range") from e
+
+
+def config_hash(config: Any) -> str:
+    """Return the first 16 hex digits of the SHA-256 of the resolved configuration."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]

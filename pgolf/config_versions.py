@@ -1,0 +1,189 @@
+"""What a setting that a saved configuration lacks meant to the code that wrote it.
+
+Every configuration that a run saves is complete, so a missing key is one that its writer did not know (then
+the table says what that code did) or one that somebody took out (then it has the default of that version).
+A new setting, or a new default of an old one, is one more `Change` at the end of `CHANGES`; the version is
+their number. Files older than the version field are placed by the newest setting that they name.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+
+class Change(NamedTuple):
+    """A step from one version of the settings to the next."""
+
+    commit: str
+    """Where it happened."""
+    added: dict[str, Any]
+    """Dotted settings that are new, and what the code before did, in their terms."""
+    defaults: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """Dotted settings whose default changed, and the default before."""
+
+
+CHANGES: tuple[Change, ...] = (
+    Change("beac8df", {}, {"train.compile": "blocks"}),
+    Change(
+        "d4a3e3a",
+        {
+            "quant.act_order": True,
+            "quant.row_steps": "spread",
+            "quant.column_steps": False,
+            "quant.mean_bits": 3.45,
+            "quant.rate": 0.0,
+            "quant.embed_gram": 1.0,
+            "quant.matrix_gram": 0.0,
+            "quant.row_floor": 0.02,
+            "quant.gradient_batches": 8,
+        },
+    ),
+    Change("dfbb790", {"quant.lqer": "off", "quant.lqer_rank": 4, "quant.lqer_top": 3}),
+    Change("a6b5dec", {}, {"train.quantize_reserve": 7.0}),
+    Change(
+        "3f58952",
+        {
+            "evaluate.sliding": False,
+            "evaluate.stride": 64,
+            "evaluate.ttt": False,
+            "evaluate.adapters.rank": 80,
+            "evaluate.adapters.alpha": 144.0,
+            "evaluate.adapters.lr": 1e-4,
+            "evaluate.adapters.beta2": 0.99,
+            "evaluate.adapters.eps": 1e-10,
+            "evaluate.adapters.weight_decay": 0.5,
+            "evaluate.adapters.chunk": 48,
+            "evaluate.adapters.chunk_growth": 16,
+            "evaluate.adapters.chunk_max": 256,
+            "evaluate.adapters.batch_tokens": 65_536,
+            "evaluate.adapters.batch_documents": 128,
+            "evaluate.adapters.seed": 0,
+        },
+    ),
+    Change("97105b9", {"quant.embed_floor": 0.02}),
+    Change(
+        "bc6b712",
+        {},
+        {
+            "quant.matrix_bits": 6,
+            "quant.embed_bits": 7,
+            "quant.row_steps": "spread",
+            "quant.column_steps": False,
+        },
+    ),
+    Change("719f38a", {"quant.trellis": False}),
+    Change("33998d9", {"train.quantize": True}),
+    Change("aa477a9", {"train.init": None}),
+    Change("5a2f7a1", {"optim.muon.algorithm": "auto"}),
+    Change("feb67c9", {}, {"quant.rate": 0.0}),
+    Change("764bc8d", {}),  # the version field itself
+    Change(
+        "ab95ec9",
+        {
+            "data.verify": False,
+            "train.checkpoint_every": 0.0,
+            "train.rank_timeout": 600.0,
+            "evaluate.raw": True,
+            "evaluate.ema": True,
+            "evaluate.every": 0,
+        },
+    ),
+)
+"""From the first run on, in order. Defaults that came and went between two runs are not told apart."""
+VERSION = len(CHANGES)
+"""Of the settings, written into every saved configuration."""
+NAMED = 20
+"""Most settings that a note on missing ones names."""
+WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
+"""Keys of every configuration that a run ever saved; one without them was written by hand."""
+
+
+def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a saved configuration without its version, with what was missing as its writer had it.
+
+    Settings that have the same meaning today are left to their defaults. One written by hand (no version, not
+    all sections) means today's.
+
+    Raises:
+        ValueError: the version is no whole number from 0 to `VERSION`.
+    """
+    version = writer_version(data, where)
+    result = {k: copy.deepcopy(v) for k, v in data.items() if k != "version"}
+    if version is None:
+        return result
+    train = result.get("train")
+    if version == 0 and isinstance(train, dict) and isinstance(train.get("compile"), bool):
+        train["compile"] = "blocks" if train["compile"] else "off"  # what the two were called then
+    for key, value in _meanings(version).items():
+        *sections, last = key.split(".")
+        node: Any = result
+        for section in sections:
+            node = node.setdefault(section, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.setdefault(last, value)
+    return result
+
+
+def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
+    """Return the line that names the settings which a saved configuration lacked, "" if it lacked none.
+
+    Args:
+        data: what was saved. complete: `to_dict` of the configuration that was made of it.
+        where: begins the line.
+    """
+    if not isinstance(data, dict):
+        return ""
+    before, now = _leaves(data), _leaves(complete)
+    missing = [f"{key}={value}" for key, value in now.items() if key not in before and key != "version"]
+    if not missing:
+        return ""
+    version = writer_version(data, where)
+    whose = "today's defaults" if version is None else f"the values of version {version}, which wrote it"
+    what = f"{len(missing)} of the settings of version {VERSION}; they have {whose}"
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    return f"{where} lacks {what}: {', '.join(missing[:NAMED])}{more}"
+
+
+def writer_version(data: dict[str, Any], where: str) -> int | None:
+    """Return the version of the settings that wrote `data`; None for one written by hand.
+
+    Raises:
+        ValueError: as `completed`.
+    """
+    if "version" in data:
+        version = data["version"]
+        if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+            raise ValueError(f"{where}: version must be a whole number from 0 to {VERSION}, got {version!r}")
+        if version > VERSION:
+            raise ValueError(
+                f"{where} was written by a newer pgolf (settings of version {version}; this one knows "
+                f"{VERSION}); update pgolf"
+            )
+        return version
+    if any(key not in data for key in WHOLE):
+        return None
+    known = [i + 1 for i, change in enumerate(CHANGES) if any(key in _leaves(data) for key in change.added)]
+    if not known and isinstance(data["train"], dict) and isinstance(data["train"].get("compile"), str):
+        return 1
+    return max(known, default=0)
+
+
+def _meanings(version: int) -> dict[str, Any]:
+    """Return what settings that are missing in a file of `version` meant, where the table has a say."""
+    meanings: dict[str, Any] = {}
+    for change in CHANGES[version:]:
+        for key, value in {**change.added, **change.defaults}.items():
+            meanings.setdefault(key, value)
+    return meanings
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+    found: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            found.update(_leaves(value, f"{prefix}{key}."))
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,208 @@
+"""Saved configurations mean what they meant to the code that wrote them, whatever was added since."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from pgolf.cli.main import main
+from pgolf.config import Config, from_dict, to_dict
+from pgolf.config_versions import CHANGES, VERSION, missing_note, writer_version
+from pgolf.presets import PRESETS
+from pgolf.train.state import load_weights
+
+ROOT = Path(__file__).resolve().parents[1]
+SAVED = sorted((ROOT / "bench" / "results").glob("*/config.json"))
+FIRST = [
+    "name",
+    "model.vocab_size",
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.kv_heads",
+    "model.mlp_mult",
+    "model.activation",
+    "model.max_context",
+    "model.rope_dims",
+    "model.rope_base",
+    "model.qk_gain",
+    "model.xsa_layers",
+    "model.head_gate",
+    "model.gate_window",
+    "model.sparse_gate_scale",
+    "model.smear_gate",
+    "model.ln_scale",
+    "model.resid_mix",
+    "model.skip",
+    "model.parallel_from",
+    "model.loop_start",
+    "model.loop_end",
+    "model.loops",
+    "model.softcap",
+    "model.embed_init_std",
+    "data.dir",
+    "data.batch_tokens",
+    "data.micro_tokens",
+    "data.shuffle",
+    "data.prefetch",
+    "optim.muon.lr",
+    "optim.muon.weight_decay",
+    "optim.muon.momentum",
+    "optim.muon.momentum_start",
+    "optim.muon.momentum_warmup",
+    "optim.muon.nesterov",
+    "optim.muon.row_normalize",
+    "optim.muon.ns_steps",
+    "optim.muon.coefficients",
+    "optim.adam.embed_lr",
+    "optim.adam.embed_weight_decay",
+    "optim.adam.scalar_lr",
+    "optim.adam.scalar_weight_decay",
+    "optim.adam.beta1",
+    "optim.adam.beta2",
+    "optim.adam.eps",
+    "optim.grad_clip",
+    "optim.warmdown",
+    "optim.min_lr",
+    "optim.ema_horizon",
+    "optim.loop_at",
+    "train.seconds",
+    "train.steps",
+    "train.quantize_reserve",
+    "train.seed",
+    "train.device",
+    "train.compile",
+    "train.attention",
+    "train.warmup_steps",
+    "train.out",
+    "quant.matrix_bits",
+    "quant.embed_bits",
+    "quant.mlp_clip",
+    "quant.attn_clip",
+    "quant.embed_clip",
+    "quant.damp",
+    "quant.block",
+    "quant.calibration_batches",
+    "artifact.limit",
+    "artifact.fit",
+]
+"""Settings of version 0, which every saved configuration has."""
+
+
+def leaves(data, prefix=""):
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def without(data, dotted):
+    data = copy.deepcopy(data)
+    *sections, last = dotted.split(".")
+    node = data
+    for section in sections:
+        node = node[section]
+    del node[last]
+    return data
+
+
+def test_every_setting_is_in_the_table_or_of_the_first_version():
+    """A new setting needs a `Change` that says what the code before it did."""
+    now = {key for key, _ in leaves(to_dict(Config()))} - {"version"}
+    added = [key for change in CHANGES for key in change.added]
+    assert len(added) == len(set(added))
+    assert now == {*FIRST, *added}
+    for change in CHANGES:
+        assert set(change.defaults) <= now
+
+
+def test_what_is_saved_says_its_version_and_loads_as_it_was():
+    for make in PRESETS.values():
+        saved = json.loads(json.dumps(to_dict(make())))
+        assert next(iter(saved.items())) == ("version", VERSION)
+        assert from_dict(Config, saved) == make()
+        assert missing_note(saved, to_dict(make()), "x") == ""
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda p: p.parent.name)
+def test_committed_configurations_load_with_what_they_have(path):
+    saved = json.loads(path.read_text())
+    loaded = dict(leaves(to_dict(from_dict(Config, saved))))
+    for key, value in leaves(saved):
+        assert loaded[key] == ("blocks" if value is True and key == "train.compile" else value), key
+
+
+MEANT = {
+    "20261122_record_120s_1gpu": {"quant.row_steps": "spread", "quant.trellis": False, "quant.rate": 0.0},
+    "20261123_record_600s_1gpu_196k": {
+        "quant.row_steps": "spread",
+        "quant.column_steps": False,
+        "quant.trellis": False,
+        "quant.rate": 0.0,
+        "quant.lqer": "off",
+        "quant.act_order": True,
+        "train.quantize": True,
+        "evaluate.ttt": False,
+    },
+    "20261124_record_600s_1gpu_196k": {"optim.muon.algorithm": "auto", "quant.trellis": True},
+}
+
+
+@pytest.mark.parametrize("name", MEANT)
+def test_what_old_files_lack_is_what_their_code_did(name):
+    """Their settings got today's defaults: 6-bit files of equal steps read as steps by loss on a trellis."""
+    saved = json.loads((ROOT / "bench" / "results" / name / "config.json").read_text())
+    loaded = dict(leaves(to_dict(from_dict(Config, saved))))
+    assert {key: loaded[key] for key in MEANT[name]} == MEANT[name]
+    note = missing_note(saved, to_dict(from_dict(Config, saved)), "config.json")
+    assert note.startswith("config.json lacks ") and "optim.muon.algorithm=auto" in note
+
+
+def test_a_key_taken_out_has_the_default_of_the_version_that_wrote_the_file():
+    now = to_dict(Config())
+    assert from_dict(Config, without(now, "quant.trellis")).quant.trellis is True
+    # The same without a version field: the file has newer settings, so its writer knew the trellis.
+    unversioned = {k: v for k, v in now.items() if k != "version"}
+    assert from_dict(Config, without(unversioned, "quant.trellis")).quant.trellis is True
+    # Before the change of a default: its writer's.
+    older = {**now, "version": VERSION - 2}
+    assert from_dict(Config, without(older, "quant.rate")).quant.rate == 0.0
+    assert from_dict(Config, without(now, "quant.rate")).quant.rate == 1 / 12
+    older = {**now, "version": 7}
+    assert from_dict(Config, without(older, "quant.trellis")).quant.trellis is False
+    assert from_dict(Config, {**older, "evaluate": {}}) == from_dict(Config, older)
+
+
+def test_one_that_was_written_by_hand_has_todays_defaults():
+    assert from_dict(Config, {"quant": {"matrix_bits": 6}}).quant == Config().quant.__class__(matrix_bits=6)
+    assert writer_version({"model": {"width": 64}}, "x") is None
+
+
+@pytest.mark.parametrize("version", [-1, "3", 1.0, True, None])
+def test_a_version_that_is_none_is_refused(version):
+    with pytest.raises(ValueError, match="x: version must be a whole number from 0"):
+        from_dict(Config, {"version": version}, where="x")
+
+
+def test_a_newer_file_asks_for_a_newer_pgolf():
+    with pytest.raises(ValueError, match=r"x was written by a newer pgolf .*this one knows \d+\); update"):
+        from_dict(Config, {"version": VERSION + 1}, where="x")
+
+
+def test_what_was_missing_is_said_by_the_command_line_and_of_checkpoints(tmp_path, capsys):
+    saved = {k: v for k, v in to_dict(PRESETS["tiny"]()).items() if k != "version"}
+    old = tmp_path / "config.json"
+    old.write_text(json.dumps(without(saved, "optim.muon.algorithm")))
+    assert main(["config", str(old)]) == 0
+    said = capsys.readouterr()
+    assert f"note: {old} lacks 1 of the settings" in said.err and "optim.muon.algorithm=auto" in said.err
+    json.loads(said.out[: said.out.index("\n}\n") + 3])
+    assert main(["config", "tiny"]) == 0
+    assert "note:" not in capsys.readouterr().err
+    path = tmp_path / "raw.safetensors"
+    save_file({}, path, {"config": old.read_text(), "steps": "3"})
+    facts = load_weights(path)[2]
+    assert facts["steps"] == 3 and "optim.muon.algorithm=auto" in facts["note"]
