@@ -19,8 +19,10 @@ from typing import Any, Literal
 import torch
 import torch.distributed as td
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from pgolf import env
+from pgolf.watch import MEET_S, Watch
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -59,7 +61,7 @@ class Dist:
 
     Attributes:
         rank: global rank, 0 is the main one. world_size: number of ranks. local_rank: rank on this machine.
-        device: where this rank computes. is_main: rank == 0.
+        device: where this rank computes. is_main: rank == 0. watch: notices ranks that are lost.
     """
 
     def __init__(self, launch: env.Launch, device: torch.device) -> None:
@@ -68,10 +70,11 @@ class Dist:
         self.local_rank = launch.local_rank
         self.device = device
         self.is_main = launch.rank == 0
+        self.watch = Watch(self.rank, 1, None, timeout_s=0.0)
         self._host: td.ProcessGroup | None = None
 
     @classmethod
-    def start(cls, device: DeviceChoice, *, timeout_s: float = 600.0) -> Dist:
+    def start(cls, device: DeviceChoice, *, timeout_s: float = 600.0, rank_timeout_s: float = 30.0) -> Dist:
         """Join the ranks that the launcher started (one process without torchrun) and pick the device.
 
         Args:
@@ -79,6 +82,8 @@ class Dist:
             timeout_s: seconds a collective may wait for the slowest rank before every rank fails. The default
                 outlasts rank 0 compressing the artifact (about 100 s) and ranks that compile at different
                 speeds.
+            rank_timeout_s: seconds of silence after which a rank counts as lost, see `pgolf.watch`; one that
+                is killed is noticed at once.
 
         Raises:
             ValueError: unknown device name. RuntimeError: no such GPU, or the ranks cannot meet.
@@ -90,14 +95,22 @@ class Dist:
         if dist.device.type == "cuda":
             torch.cuda.set_device(dist.device)
         if dist.world_size > 1:
-            dist._join(timedelta(seconds=timeout_s))
+            dist._join(timedelta(seconds=timeout_s), rank_timeout_s)
         return dist
 
-    def _join(self, timeout: timedelta) -> None:
+    def _join(self, timeout: timedelta, rank_timeout_s: float) -> None:
         cuda = self.device.type == "cuda"
         try:
+            # The watch first: it sees ranks that are lost while the groups are made, too.
+            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
+            self.watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s)
             td.init_process_group(
-                "nccl" if cuda else "gloo", timeout=timeout, device_id=self.device if cuda else None
+                "nccl" if cuda else "gloo",
+                timeout=timeout,
+                store=store,
+                rank=self.rank,
+                world_size=self.world_size,
+                device_id=self.device if cuda else None,
             )
             self._host = td.new_group(backend="gloo", timeout=timeout)
         except (ValueError, RuntimeError) as e:
@@ -108,6 +121,7 @@ class Dist:
 
     def close(self) -> None:
         """Leave the process group; a second call does nothing."""
+        self.watch.leave()
         if self._host is not None:
             self._host = None
             td.destroy_process_group()

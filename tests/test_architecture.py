@@ -15,7 +15,7 @@ PACKAGE = ROOT / "pgolf"
 FLOORS = [
     ["config_io", "config_versions"],
     ["config", "env"],
-    ["presets", "_C"],
+    ["presets", "_C", "watch"],
     ["ops"],
     ["dist", "log", "data"],
     ["model", "optim"],

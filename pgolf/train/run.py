@@ -60,7 +60,6 @@ from pgolf.train.state import (
     save_weights,
 )
 from pgolf.train.timing import process_seconds
-from pgolf.train.watch import Watch
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -545,8 +544,7 @@ def train_run(
         Stopped: SIGTERM, SIGHUP or SIGINT; what was trained is saved.
     """
     with Signals() as signals:
-        dist = Dist.start(config.train.device)
-        watch = Watch(dist, timeout_s=config.train.rank_timeout)
+        dist = Dist.start(config.train.device, rank_timeout_s=config.train.rank_timeout)
         ended = False
         try:
             stamp = int(dist.share([time.time()])[0])
@@ -554,7 +552,7 @@ def train_run(
             run, error = None, None
             try:
                 past = read_past(resume) if resume is not None else None
-                around = Around(dist, signals, watch, tuple(notes))
+                around = Around(dist, signals, tuple(notes))
                 run = Run(config, around, resume or folder, past=past, train=train)
             except (OSError, ValueError, TypeError, RuntimeError) as e:
                 error = f"{type(e).__name__}: {e}"
@@ -564,7 +562,7 @@ def train_run(
             ended = True
             return summary
         finally:
-            watch.leave()
+            dist.watch.leave()
             # Leaving the group waits for the others; after a failure some of them may never come.
             if ended or dist.world_size == 1:
                 dist.close()

@@ -21,7 +21,6 @@ from pgolf.train.loop import Diverged
 from pgolf.train.progress import ClockFile, FolderLock, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import write_json
-from pgolf.train.watch import Watch
 
 
 class Around(NamedTuple):
@@ -29,7 +28,6 @@ class Around(NamedTuple):
 
     dist: Dist
     signals: Signals
-    watch: Watch
     notes: tuple[str, ...] = ()
     """Lines for the beginning of the log."""
 
@@ -59,7 +57,7 @@ class Session:
 
         `steps` says how many were done, `keep_weights` saves what there is, without a collective.
         """
-        dist, self._signals, self._watch, _ = around
+        dist, self._signals, _ = around
         self._config, self._dist, self._summary = config, dist, summary
         self._past, self._steps, self._keep_weights = past, steps, keep_weights
         self.folder = folder if past is not None else make_folder(folder, dist)
@@ -77,8 +75,8 @@ class Session:
             self.reach(self.stage, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
-        self._watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
-        self._files.callback(self._watch.leave)
+        dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
+        self._files.callback(dist.watch.leave)
         if past is not None:
             self._tell_past(past)
 
@@ -172,7 +170,7 @@ class Session:
         known = str(error) if isinstance(error, RanksFailed) else None
         if known is None and self._dist.world_size > 1:
             # A lost rank shows as a broken collective, or as the signal with which torchrun ends the rest.
-            known = self._watch.reason(wait_s=0.5 if isinstance(error, Stopped) else 1.5)
+            known = self._dist.watch.reason(wait_s=0.5 if isinstance(error, Stopped) else 1.5)
         if isinstance(error, Stopped) and known is None:
             how = str(error).removeprefix("stopped by ")
             text = f"{error} during {self.phase}; go on with: pgolf train --resume {self.folder}"
@@ -184,7 +182,7 @@ class Session:
                     self._keep_weights()
         with contextlib.suppress(Exception):
             self._close(how, text, lost_main=(known or "").startswith("rank 0 "))
-        self._watch.leave("" if known is not None else f"{error}")
+        self._dist.watch.leave("" if known is not None else f"{error}")
         return known
 
     def _close(self, how: str, text: str, *, lost_main: bool) -> None:

@@ -8,6 +8,7 @@ host that is unreachable) falls silent: noticed after `timeout_s`. Rank 0 tells 
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import secrets
@@ -18,19 +19,26 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from torch.distributed import DistError
 
 from pgolf import env
-from pgolf.dist import Dist
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 PERIOD_S = 0.25
 BEAT_S = 1.0
-MEET_S = 20.0
-"""Seconds in which the ranks must have connected."""
+MEET_S = 120.0
+"""Seconds in which every rank must have started and connected."""
 GRACE_S = 3.0
 """Seconds that the main thread has to end by itself once a rank is lost."""
 SUSPENDED_S = 5.0
 """A longer pause of this thread means that this process itself did not run: nobody is judged by it."""
 _LONGEST_LINE = 4096
+_KEY = "pgolf/watch"
 
 
 @dataclass
@@ -46,14 +54,14 @@ class Watch:
     """Watches the other ranks and calls back; `leave` before the process ends.
 
     Args:
-        dist: the ranks; every rank makes a Watch, which is a collective.
+        rank, world_size: of this process. store: where rank 0 says how it is reached; None for one process.
         timeout_s: silence of a rank that counts as its loss, seconds.
     Raises:
-        RanksFailed: the ranks cannot connect to rank 0.
+        RuntimeError: a rank did not come within `MEET_S`; names it.
     """
 
-    def __init__(self, dist: Dist, *, timeout_s: float) -> None:
-        self._dist, self._timeout_s = dist, timeout_s
+    def __init__(self, rank: int, world_size: int, store: Store | None, *, timeout_s: float) -> None:
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._beat: Callable[[], object] = lambda: None
         self._on_lost: Callable[[str], object] = _exit
         self._peers: list[_Peer] = []
@@ -61,10 +69,11 @@ class Watch:
         self._lost: str | None = None
         self._heard, self._done = threading.Event(), threading.Event()
         self._selector = selectors.DefaultSelector()
-        if dist.world_size > 1:
-            self._meet()
         self._thread = threading.Thread(target=self._run, name="pgolf-watch", daemon=True)
-        self._thread.start()
+        if store is not None and world_size > 1:
+            self._meet(store)
+            self._thread.start()
+            atexit.register(self.leave)  # a program that just ends is not a lost rank
 
     def attend(self, *, beat: Callable[[], object], on_lost: Callable[[str], object]) -> None:
         """Say what to do from now on.
@@ -75,6 +84,8 @@ class Watch:
                 is leaving already or ends within `GRACE_S`. Before this call the process ends with it.
         """
         self._beat, self._on_lost = beat, on_lost
+        if not self._thread.is_alive() and not self._done.is_set():
+            self._thread.start()
 
     def reason(self, *, wait_s: float = 0.0) -> str | None:
         """Return which rank was lost, None if none was; waits up to `wait_s` for the word of it."""
@@ -86,40 +97,35 @@ class Watch:
         if self._farewell is None:
             self._farewell = " ".join(reason.split())[: _LONGEST_LINE // 2]
             self._done.set()
-        if threading.current_thread() is not self._thread:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
 
-    def _meet(self) -> None:
-        """Connect every rank to rank 0."""
-        error, listener = None, None
-        port, token = 0, secrets.randbits(48)
-        if self._dist.is_main:
-            try:
-                listener = socket.create_server(("", 0), backlog=self._dist.world_size)
-                port = listener.getsockname()[1]
-            except OSError as e:
-                error = f"cannot listen for the other ranks: {e}"
-        self._dist.check(error)
-        port, token = (int(v) for v in self._dist.share([float(port), float(token)]))
+    def _meet(self, store: Store) -> None:
+        """Connect every rank to rank 0, whose place the others find in `store`."""
         try:
-            if listener is not None:
-                self._accept(listener, token)
+            if self._rank == 0:
+                with socket.create_server(("", 0), backlog=self._world_size) as listener:
+                    token = secrets.randbits(64)
+                    store.set(_KEY, f"{listener.getsockname()[1]} {token}")
+                    self._accept(listener, token)
             else:
-                address = (env.main_address(), port)
-                peer = socket.create_connection(address, timeout=MEET_S)
-                peer.sendall(f"hello {self._dist.rank} {token}\n".encode())
+                store.wait([_KEY], timedelta(seconds=MEET_S))
+                port, token = (int(word) for word in store.get(_KEY).split())
+                peer = socket.create_connection((env.main_address(), port), timeout=MEET_S)
+                peer.sendall(f"hello {self._rank} {token}\n".encode())
                 self._add(0, peer)
-        except (OSError, ValueError) as e:
-            error = f"cannot connect to rank 0 to watch the ranks: {e}"
-        finally:
-            if listener is not None:
-                listener.close()
-        self._dist.check(error)
+        except (OSError, ValueError, DistError) as e:
+            missing = sorted(set(range(1, self._world_size)) - {peer.rank for peer in self._peers})
+            who = f"ranks {missing} did not come" if self._rank == 0 else "rank 0 did not answer"
+            raise RuntimeError(
+                f"rank {self._rank} of {self._world_size}: {who} within {MEET_S:g} s ({e}); "
+                "start all ranks with one torchrun command"
+            ) from e
 
     def _accept(self, listener: socket.socket, token: int) -> None:
         """Take a connection of every other rank; strangers, who do not know the token, are sent away."""
         end = time.monotonic() + MEET_S
-        while len(self._peers) < self._dist.world_size - 1:
+        while len(self._peers) < self._world_size - 1:
             listener.settimeout(max(0.01, end - time.monotonic()))
             peer, _ = listener.accept()
             peer.settimeout(max(0.01, end - time.monotonic()))

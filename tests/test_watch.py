@@ -4,38 +4,10 @@ import threading
 import time
 
 import pytest
+import torch.distributed as td
 
-from pgolf.train import watch as module
-from pgolf.train.watch import Watch
-
-
-class World:
-    """Several ranks as threads of this process, with the two collectives that Watch needs."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.barrier = threading.Barrier(size, timeout=20)
-        self.values: list[float] = []
-
-    def rank(self, number: int) -> "Rank":
-        return Rank(self, number)
-
-
-class Rank:
-    def __init__(self, world: World, rank: int) -> None:
-        self.world, self.rank, self.world_size, self.is_main = world, rank, world.size, rank == 0
-
-    def check(self, error: str | None) -> None:
-        assert error is None, error
-        self.world.barrier.wait()
-
-    def share(self, values: list[float]) -> list[float]:
-        if self.is_main:
-            self.world.values = list(values)
-        self.world.barrier.wait()
-        got = list(self.world.values)
-        self.world.barrier.wait()
-        return got
+from pgolf import watch as module
+from pgolf.watch import Watch
 
 
 @pytest.fixture
@@ -45,10 +17,10 @@ def watches(monkeypatch):
     started: list[Watch] = []
 
     def start(size: int, timeout_s: float = 20.0) -> tuple[list[Watch], dict[int, list[str]]]:
-        world, told, found = World(size), {r: [] for r in range(size)}, dict[int, Watch]()
+        store, told, found = td.HashStore(), {r: [] for r in range(size)}, dict[int, Watch]()
 
         def make(number: int) -> None:
-            found[number] = Watch(world.rank(number), timeout_s=timeout_s)
+            found[number] = Watch(number, size, store, timeout_s=timeout_s)
             found[number].attend(beat=lambda: None, on_lost=told[number].append)
 
         threads = [threading.Thread(target=make, args=(r,)) for r in range(size)]
@@ -121,10 +93,18 @@ def test_ranks_that_say_goodbye_are_not_lost(watches, monkeypatch):
 def test_one_process_needs_no_connection_and_beats(monkeypatch):
     beats: list[float] = []
     monkeypatch.setattr(module, "PERIOD_S", 0.02)
-    watch = Watch(World(1).rank(0), timeout_s=5.0)
+    watch = Watch(0, 1, None, timeout_s=5.0)
     watch.attend(beat=lambda: beats.append(time.monotonic()), on_lost=print)
     wait_until(lambda: len(beats) > 5)
     watch.leave()
     count = len(beats)
     time.sleep(0.1)
     assert len(beats) == count and watch.reason() is None
+
+
+def test_a_rank_that_does_not_come_is_named(monkeypatch):
+    monkeypatch.setattr(module, "MEET_S", 0.3)
+    with pytest.raises(RuntimeError, match=r"rank 0 of 3: ranks \[1, 2\] did not come within 0\.3 s"):
+        Watch(0, 3, td.HashStore(), timeout_s=5.0)
+    with pytest.raises(RuntimeError, match=r"rank 2 of 3: rank 0 did not answer within 0\.3 s"):
+        Watch(2, 3, td.HashStore(), timeout_s=5.0)
