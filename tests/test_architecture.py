@@ -13,7 +13,7 @@ PACKAGE = ROOT / "pgolf"
 
 # Each may import the ones on earlier lines; neighbours on a line must not import each other.
 FLOORS = [
-    ["config", "env"],
+    ["config", "env", "peers"],
     ["presets", "_C"],
     ["ops"],
     ["dist", "log", "data"],

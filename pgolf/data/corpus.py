@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from pgolf.peers import find_peer
+
 SEPARATOR = b"<|endoftext|>"
 FORMATS = ".jsonl, .jsonl.xz, .txt, .txt.xz, .parquet"
 
@@ -139,11 +141,12 @@ def _split_text(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (row, text) of a parquet file's `text` column."""
-    try:
-        from pyarrow import parquet
-    except ImportError as e:
-        raise RuntimeError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from e
-    table = parquet.ParquetFile(path)
+    peer = find_peer("pyarrow", "pyarrow.parquet")
+    if not peer.usable:
+        raise RuntimeError(
+            f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install 'pgolf[parquet]'"
+        )
+    table = peer.found.ParquetFile(path)
     if "text" not in table.schema_arrow.names:
         raise ValueError(f"{path}: no column 'text'; columns: {', '.join(table.schema_arrow.names)}")
     row = 0

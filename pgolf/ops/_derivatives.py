@@ -76,11 +76,11 @@ def is_batched(tensor: Tensor) -> bool:
     return bool(_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
 
 
-def refuse_transforms(op: str, *tensors: Tensor) -> None:
+def refuse_transforms(op: str, *tensors: Tensor, reference: str | None = None) -> None:
     """Raise RuntimeError where a derivative of `op` by forward mode or torch.func was asked for.
 
     Tensors without tangent that torch.func does not differentiate pass, so do vmap's alone. Reads two Python
-    values where nothing of the kind is under way.
+    values where nothing of the kind is under way. `reference` is what the error advises: `<op>_ref`.
     """
     forward = forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
@@ -93,7 +93,8 @@ def refuse_transforms(op: str, *tensors: Tensor) -> None:
     if found:
         raise RuntimeError(
             f"{op}: forward-mode derivatives and those of torch.func (grad, vjp, jvp, jacrev, jacfwd, "
-            f"hessian) are not implemented; use {op}_ref, which has them, or detach what needs none"
+            f"hessian) are not implemented; use {reference or op + '_ref'}, which has them, or detach what "
+            "needs none"
         )
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import base64
 import html
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from pgolf.data.shards import atomic_file
+from pgolf.peers import find_peer
 from pgolf.report.ablation import Ablation, CellResult, Table, arm_mean, compare_arms, facts, markdown, tables
 from pgolf.report.plots import read_metrics
 
@@ -64,8 +64,10 @@ def _table(table: Table) -> str:
 
 def _plots(ablation: Ablation) -> list[str]:
     """Return the plots as img elements."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return ["<p>No plots: matplotlib is not installed; pip install 'pgolf[plot]' and build it again.</p>"]
+    peer = find_peer("matplotlib", "matplotlib.figure")
+    if not peer.usable:
+        why = html.escape(peer.problem)
+        return [f"<p>No plots: matplotlib is {why}; pip install 'pgolf[plot]' and build it again.</p>"]
     curves = [(c, _curve(c)) for c in ablation.cells if c.metrics is not None and c.metrics.is_file()]
     return [
         _differences_plot(ablation),

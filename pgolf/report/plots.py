@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+
+from pgolf.peers import find_peer
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
@@ -22,9 +23,9 @@ def plot_loss(metrics: Path, out: Path) -> bool:
     """Draw the training loss by second, with the loop switch marked, into `out`.
 
     Returns:
-        False when matplotlib is not installed (nothing is written).
+        False when matplotlib cannot be used (nothing is written).
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not find_peer("matplotlib", "matplotlib.pyplot").usable:
         return False
     import matplotlib
 

@@ -128,6 +128,8 @@ class Run:
         log.line(
             f"run {self._folder} | {s.device} x{s.world_size} | {s.parameters:,} parameters | {s.attention}"
         )
+        if self._model.attention_note:
+            log.line(self._model.attention_note)
         if config.train.init is not None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
