@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,11 +45,19 @@ def find_peer(package: str, module: str, attribute: str | None = None) -> Peer:
 
     Never raises but for KeyboardInterrupt.
     """
+
+    def load() -> Any:
+        found = importlib.import_module(module)
+        return found if attribute is None else getattr(found, attribute)
+
+    return try_peer(package, load)
+
+
+def try_peer(package: str, load: Callable[[], Any]) -> Peer:
+    """Do what `find_peer` does, with a function that imports: for modules that `pgolf.artifact.code` counts."""
     version = installed_version(package)
     try:
-        found: Any = importlib.import_module(module)
-        if attribute is not None:
-            found = getattr(found, attribute)
+        found = load()
     except KeyboardInterrupt:
         raise
     except BaseException as e:

@@ -144,7 +144,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     peer = find_peer("pyarrow", "pyarrow.parquet")
     if not peer.usable:
         raise RuntimeError(
-            f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install 'pgolf[parquet]'"
+            f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install pyarrow"
         )
     table = peer.found.ParquetFile(path)
     if "text" not in table.schema_arrow.names:

@@ -23,7 +23,7 @@ from pgolf.env import launch
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
-from pgolf.peers import Peer, describe, find_peer
+from pgolf.peers import Peer, describe, try_peer
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
@@ -75,7 +75,13 @@ _VARLEN_HAS_GQA_FLAG = _varlen_has_gqa_flag()
 
 def find_fa4() -> Peer:
     """Return whether flash-attn-4 can be imported and has the arguments used here; `found` is the kernel."""
-    return find_peer("flash-attn-4", "pgolf.model.fa4", "fa4_attention")
+
+    def load() -> AttentionKernel:
+        from pgolf.model.fa4 import fa4_attention
+
+        return fa4_attention
+
+    return try_peer("flash-attn-4", load)
 
 
 @functools.lru_cache(maxsize=8)

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from pgolf.artifact.code import reader_code
 from pgolf.model import attention
 from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
 
@@ -113,6 +114,12 @@ def test_a_version_without_the_arguments_is_not_usable_and_says_so(stand_in):
         "not usable: ImportError: _flash_attn_fwd of this flash-attn-4 has no argument out; "
         "pip install 'pgolf[fa4]' installs a version that has"
     )
+
+
+def test_the_counted_code_of_an_artifact_holds_the_wrapper():
+    found = reader_code()
+    assert {"pgolf/model/fa4.py", "pgolf/peers.py", "pgolf/ops/_derivatives.py"} <= found.keys()
+    assert "def fa4_attention" in found["pgolf/model/fa4.py"]
 
 
 @pytest.fixture
