@@ -54,7 +54,7 @@ def find_peer(package: str, module: str, attribute: str | None = None) -> Peer:
 
 
 def try_peer(package: str, load: Callable[[], Any]) -> Peer:
-    """Do what `find_peer` does, with a function that imports: for modules that `pgolf.artifact.code` counts."""
+    """Do what `find_peer` does with a function that imports: what an artifact counts is found by imports."""
     version = installed_version(package)
     try:
         found = load()
