@@ -50,17 +50,14 @@ def compare_facts(facts: Sequence[Fact], fresh: bool, group: td.ProcessGroup | N
     Args:
         group: exchanges CPU tensors.
     """
-    codes = [zlib.crc32(repr(tuple(fact)).encode()) for fact in facts]
-    digest = zlib.crc32(repr(codes).encode())
-    rows = _gather(torch.tensor([digest, len(codes), int(fresh)]), group)
+    rows = _gather(torch.tensor([zlib.crc32(repr(facts).encode()), len(facts), int(fresh)]), group)
     if not bool((rows[:, :2] == rows[0, :2]).all()):
-        _raise_facts(facts, codes, rows[:, 1], group)
+        _raise_facts(facts, rows[:, 1], group)
     return bool(rows[:, 2].any())
 
 
-def _raise_facts(
-    facts: Sequence[Fact], codes: list[int], lengths: Tensor, group: td.ProcessGroup | None
-) -> None:
+def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup | None) -> None:
+    codes = [zlib.crc32(repr(fact).encode()) for fact in facts]
     padded = torch.zeros(int(lengths.max()), dtype=torch.int64)
     padded[: len(codes)] = torch.tensor(codes)
     table = _gather(padded, group)
@@ -116,20 +113,20 @@ class Comparison:
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     """Return norm and largest element of each tensor, `(2, n)` float64 on the first's device; NaN as -1."""
-    device = tensors[0].device
-    found: list[list[Tensor]] = [[], []]
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
-    for row, measure in enumerate((_norms, torch._foreach_max)):
-        results: dict[int, Tensor] = {}
-        for where in {t.device for t in real}:
-            indices = [i for i, t in enumerate(real) if t.device == where]
-            results |= zip(indices, measure([real[i] for i in indices]), strict=True)
-        found[row] = [results[i].to(device, torch.float64, non_blocking=True) for i in range(len(real))]
-    return torch.stack([torch.stack(row) for row in found]).nan_to_num_(nan=-1.0)
+    devices = list(dict.fromkeys(t.device for t in real))
+    places = [[i for i, t in enumerate(real) if t.device == device] for device in devices]
+    parts = [_measure([real[i] for i in indices]).to(devices[0], non_blocking=True) for indices in places]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([i for indices in places for i in indices]).argsort().to(devices[0])
+    return torch.cat(parts, 1)[:, order]
 
 
-def _norms(tensors: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(tensors, 2, dtype=torch.float64)
+def _measure(tensors: list[Tensor]) -> Tensor:
+    """Return what `fingerprint` does for tensors of one device."""
+    norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=torch.float64)))
+    return torch.stack([norms, torch.stack(list(torch._foreach_max(tensors))).double()]).nan_to_num_(nan=-1.0)
 
 
 def _gather(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:
