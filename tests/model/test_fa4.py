@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pgolf.artifact.code import reader_code
-from pgolf.model import attention
+from pgolf.model import attention, gpt
 from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
+from pgolf.presets import tiny
 
 VARLEN = "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False"
 # The private functions by what the wheels of the versions have, computed by torch here.
@@ -143,6 +144,16 @@ def test_auto_falls_back_with_one_sentence_and_fa4_says_why(stand_in, hopper):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert select_attention("varlen", hopper).note == ""
+
+
+def test_a_model_keeps_the_sentence_for_the_log(monkeypatch):
+    why = "attention is torch's varlen, because flash-attn-4 is not usable: TypeError: no"
+    chosen = attention.Attention("varlen", sdpa_attention, why)
+    monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: chosen)
+    model = gpt.GPT(tiny().model).prepare(torch.device("cpu"))
+    assert (model.attention_name, model.attention_note) == ("varlen", why)
+    monkeypatch.undo()
+    assert gpt.GPT(tiny().model).prepare(torch.device("cpu")).attention_note == ""
 
 
 def test_a_package_that_is_not_there_is_no_news(hopper, monkeypatch):
