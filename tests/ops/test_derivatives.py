@@ -174,7 +174,7 @@ def test_higher_and_forward_derivatives_of_a_loss_are_refused(name: str, route: 
 def test_first_derivatives_of_a_loss_are_right(name: str, route: str, device) -> None:
     loss, reference, x = losses(device)[name]
     torch.testing.assert_close(
-        FIRST[route](loss, x), FIRST[route](reference, x), rtol=1e-2, atol=1e-3 if x.is_cuda else 1e-5
+        FIRST[route](loss, x), FIRST[route](reference, x), rtol=1e-2, atol=5e-3 if x.is_cuda else 1e-5
     )
 
 
@@ -223,7 +223,7 @@ def test_a_loss_may_be_scaled_in_place_before_backward(name: str, device) -> Non
     value /= 4
     value.backward()
     (reference(other) / 4).backward()
-    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-2, atol=1e-3 if x.is_cuda else 1e-5)
+    torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-2, atol=5e-3 if x.is_cuda else 1e-5)
 
 
 def in_place(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
