@@ -1,19 +1,19 @@
 """Other implementations of (capped) cross-entropy, found by import when a bench runs.
 
 Each is a function that returns a mean loss and is named with its version. One that cannot cap is named so:
-it does less work. What is not installed is printed, not counted.
+it does less work. What is not usable is printed with the reason, not counted.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pgolf.peers import describe, find_peer
 
 FromLogits = Callable[[Tensor, Tensor, float], Tensor]
 """(logits, target, cap) -> mean loss."""
@@ -22,13 +22,12 @@ FromHidden = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def find(name: str, package: str, module: str, attribute: str) -> tuple[str, Any] | None:
-    """Return (name with version, attribute of the module), or None after saying that it is not there."""
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-        return f"{name} {metadata.version(package)}", found
-    except (ImportError, AttributeError, metadata.PackageNotFoundError) as e:
-        print(f"{name:<28} not installed ({e})")
-        return None
+    """Return (name with version, attribute of the module), or None after saying why it cannot be used."""
+    peer = find_peer(package, module, attribute)
+    if peer.usable:
+        return f"{name} {peer.version}".strip(), peer.found
+    print(f"{name:<28} {peer.problem}")
+    return None
 
 
 def _triton_ce() -> tuple[str, Any] | None:
@@ -93,8 +92,7 @@ def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], ob
         except Exception as e:
             if name.startswith("pgolf"):
                 raise
-            lines = str(e).splitlines()
-            print(f"{name:<28} failed: {type(e).__name__}: {lines[0] if lines else ''}")
+            print(f"{name:<28} failed: {describe(e)}")
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         else:

@@ -26,6 +26,7 @@ import torch
 import pgolf
 from pgolf.data.shards import atomic_file
 from pgolf.env import source_commit
+from pgolf.peers import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -213,8 +214,10 @@ def time_graph(
     for name, function in contenders.items():
         try:
             graphs[name] = capture(function, device)
-        except RuntimeError as e:
-            print(f"{name}: not captured: {str(e).splitlines()[0]}")
+        except Exception as e:
+            if name.startswith("pgolf") and not isinstance(e, RuntimeError):
+                raise
+            print(f"{name}: not captured: {describe(e)}")
     return time_launched(graphs, device, repeats=repeats, calls=calls)
 
 

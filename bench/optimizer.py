@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.ce_peers import working
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
 from bench.ops.bench_muon_step import (
     CASES as BANKS,
@@ -166,7 +167,7 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     if world > 1:
         calls["pgolf, a call a bank"] = lambda: [muon_step([bank], scalars, rule) for bank in own]
     if with_peers:
-        calls |= peers(shapes, table, device)
+        calls |= working(peers(shapes, table, device))
     case = f"{variant}_w{world}"
     for impl, sample in time_launched(calls, device, repeats=repeats).items():
         recorder.add(case, impl, "ms_launched", sample, "ms")

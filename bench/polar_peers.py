@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import metadata
 
 from torch import Tensor
 
 from bench.ce_peers import find
+from pgolf.peers import describe
 
 Table = tuple[tuple[float, float, float], ...]
 
@@ -27,14 +27,18 @@ def gram_newton_schulz(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
     quack = find("quack", "quack-kernels", "quack.gemm_interface", "gemm_symmetric")
     if found is None or quack is None:
         return {}
-    name = f"{found[0]}, quack {metadata.version('quack-kernels')}"
+    name = f"{found[0]}, {quack[0]}"
     rows = [list(row) for row in table]
-    return {
-        name: found[1](ns_coefficients=rows, compile_kwargs=None),
-        f"{name}, compiled": found[1](
-            ns_coefficients=rows, compile_kwargs={"fullgraph": True, "dynamic": False}
-        ),
-    }
+    try:
+        return {
+            name: found[1](ns_coefficients=rows, compile_kwargs=None),
+            f"{name}, compiled": found[1](
+                ns_coefficients=rows, compile_kwargs={"fullgraph": True, "dynamic": False}
+            ),
+        }
+    except Exception as e:
+        print(f"{name:<28} not usable: {describe(e)}")
+        return {}
 
 
 def speedrun_form(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:

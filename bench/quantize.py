@@ -11,7 +11,6 @@ same difference as the calibration foresees it, 1/2 sum g_r e_r H e_r.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from pgolf.config import Config, DataConfig, ModelConfig, from_dict
 from pgolf.dist import Dist
 from pgolf.evaluate.corpus import Corpus, score_model
 from pgolf.model.gpt import GPT
+from pgolf.peers import find_peer
 from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.gptq import factorize, row_errors
 from pgolf.quant.sensitivity import blend, collect_curvature
@@ -270,8 +270,9 @@ def table(outcomes: list[Outcome]) -> str:
 
 def plot(outcomes: list[Outcome], path: Path) -> None:
     """Draw bytes against the loss of quantization, if matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
+    peer = find_peer("matplotlib", "matplotlib.pyplot")
+    if not peer.usable:
+        print(f"no plot: matplotlib is {peer.problem}")
         return
     import matplotlib
 

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 from bench.common import RESULTS, Recorder, Sample
+from pgolf.peers import find_peer
 from pgolf.presets import record
 
 IQR = 1.349  # of a normal distribution, in standard deviations
@@ -321,11 +322,12 @@ def find_slope(args: argparse.Namespace) -> Slope:
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
     """Draw the steps gained by variant and world size; nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: matplotlib is not installed (pip install pgolf[plot])")
+    peer = find_peer("matplotlib", "matplotlib.pyplot")
+    if not peer.usable:
+        print(f"no plot: matplotlib is {peer.problem} (pip install pgolf[plot])")
         return
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

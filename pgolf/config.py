@@ -304,7 +304,7 @@ class TrainConfig:
     compile: Literal["off", "blocks", "model"] = "blocks"
     """torch.compile each kind of block once, or all layers as one graph; the CPU always runs eagerly."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
-    """Attention kernel; auto takes flash-attn-4 if installed, else torch varlen on CUDA, SDPA elsewhere."""
+    """Attention kernel; auto takes flash-attn-4 where it works, else torch varlen on CUDA, SDPA elsewhere."""
     warmup_steps: int = 3
     """Untimed steps per loop mode before the clock; all state is restored after them."""
     out: Path = Path("runs")

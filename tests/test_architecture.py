@@ -14,7 +14,7 @@ PACKAGE = ROOT / "pgolf"
 # Each may import the ones on earlier lines; neighbours on a line must not import each other.
 FLOORS = [
     ["config_io", "config_versions"],
-    ["config", "env"],
+    ["config", "env", "peers"],
     ["presets", "_C", "watch"],
     ["ops"],
     ["dist", "log", "data"],

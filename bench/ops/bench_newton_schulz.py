@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.ce_peers import working
 from bench.common import Recorder, Sample, only, parser, time_graph, time_launched, torch_name
 from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
 from pgolf.ops import newton_schulz_banks
@@ -89,7 +90,7 @@ def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> No
     g = torch.Generator().manual_seed(0)
     device = recorder.device
     banks = [torch.randn(s, generator=g).to(device, torch.bfloat16) for s in shapes]
-    calls = only(contenders(banks, table), peers)
+    calls = working(only(contenders(banks, table), peers))
     for name, sample in time_launched(calls, device, repeats=repeats).items():
         recorder.add(case, name, "ms_launched", sample, "ms")
     for name, sample in time_graph(calls, device, repeats=repeats).items():

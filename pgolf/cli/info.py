@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import platform
 
 import pgolf
 from pgolf.env import commit_name
+from pgolf.peers import Peer, find_peer
 
-PACKAGES = (
-    "torch",
-    "numpy",
-    "sentencepiece",
-    "brotli",
-    "safetensors",
-    "tyro",
-    "matplotlib",
-    "flash-attn-4",
-    "pyarrow",
-)
+PACKAGES = ("torch", "numpy", "sentencepiece", "brotli", "safetensors", "tyro")
 OPTIONAL = {
-    "matplotlib": "no loss plots; pip install 'pgolf[plot]'",
-    "flash-attn-4": "attention uses torch's FlashAttention-2; pip install 'pgolf[fa4]' on Hopper",
-    "pyarrow": "no parquet input; pip install 'pgolf[parquet]'",
+    "matplotlib": ("matplotlib.pyplot", "no plots; pip install 'pgolf[plot]'"),
+    "flash-attn-4": (
+        "pgolf.model.fa4",
+        "attention uses torch's FlashAttention-2; pip install 'pgolf[fa4]' on Hopper",
+    ),
+    "pyarrow": ("pyarrow.parquet", "no parquet input; pip install 'pgolf[parquet]'"),
 }
+"""Package -> (what is imported of it, what is missing without it)."""
 
 
-def version(package: str) -> str:
-    """Return the installed version of `package`, or what its absence means."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        found = importlib.util.find_spec(package.replace("-", "_")) is not None
-        return "installed" if found else f"missing: {OPTIONAL.get(package, 'required; pip install -e .')}"
+def state(peer: Peer, without: str) -> str:
+    """Return the version of a package that can be imported, or why it cannot and what that means."""
+    if peer.usable:
+        return peer.version or "version unknown"
+    return f"{f'{peer.version} {peer.problem}'.strip()}: {without}"
 
 
 def main(argv: list[str]) -> int:
@@ -48,7 +39,9 @@ def main(argv: list[str]) -> int:
     print(f"pgolf          {pgolf.__version__}, commit {commit_name(12) or 'unknown'}")
     print(f"python         {platform.python_version()} on {platform.machine()}")
     for package in PACKAGES:
-        print(f"{package:<15}{version(package)}")
+        print(f"{package:<15}{state(find_peer(package, package), 'required; pip install -e .')}")
+    for package, (module, without) in OPTIONAL.items():
+        print(f"{package:<15}{state(find_peer(package, module), without)}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(count):
         p = torch.cuda.get_device_properties(i)

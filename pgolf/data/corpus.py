@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgolf.data.compressed import SUFFIXES, open_text
+from pgolf.peers import find_peer
 
 SEPARATOR = b"<|endoftext|>"
 TEXT_KEY = "text"
@@ -192,11 +193,12 @@ def _split_text(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
 
 def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
     """Yield (row, text) of one column of a parquet file: strings, or bytes that are UTF-8."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except Exception as e:
-        raise RuntimeError(f"{path}: reading parquet needs pyarrow ({e}); pip install pyarrow") from e
+    peer, arrow = find_peer("pyarrow", "pyarrow.parquet"), find_peer("pyarrow", "pyarrow")
+    if not peer.usable:
+        raise RuntimeError(
+            f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install pyarrow"
+        )
+    pyarrow, parquet = arrow.found, peer.found
     try:
         table = parquet.ParquetFile(path)
         schema = table.schema_arrow

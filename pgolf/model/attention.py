@@ -7,9 +7,10 @@ Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `S` segments, `
 
 from __future__ import annotations
 
-import importlib.util
+import functools
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
+from pgolf.env import launch
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
+from pgolf.peers import Peer, describe, try_peer
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
@@ -70,33 +73,109 @@ def _varlen_has_gqa_flag() -> bool:
 _VARLEN_HAS_GQA_FLAG = _varlen_has_gqa_flag()
 
 
-def select_attention(name: AttentionName, device: torch.device) -> tuple[AttentionName, AttentionKernel]:
-    """Return the name and the attention kernel to use on `device`.
+def find_fa4() -> Peer:
+    """Return whether flash-attn-4 can be imported and has the arguments used here; `found` is the kernel."""
 
-    auto is flash-attn-4 on Hopper when installed, else torch varlen on CUDA sm_80 and newer, else SDPA.
+    def load() -> AttentionKernel:
+        from pgolf.model.fa4 import fa4_attention
+
+        return fa4_attention
+
+    return try_peer("flash-attn-4", load)
+
+
+@functools.lru_cache(maxsize=8)
+def fa4_problem(device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
+    """Return why flash-attn-4 cannot be used on `device` with these heads, empty where it can.
+
+    On Hopper it is tried: 256 tokens forward and backward, against torch's varlen attention. The kernels that
+    this compiles are those of the model.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "needs a Hopper GPU"
+    peer = find_fa4()
+    return peer.problem or _trial(peer.found, device, heads, kv_heads, head_dim)
+
+
+def _trial(kernel: AttentionKernel, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
+    """Return what is wrong with a kernel's output and gradients of three small segments, empty if nothing."""
+    if torch.is_inference_mode_enabled():  # which makes tensors that cannot be differentiated
+        with torch.inference_mode(False):
+            return _trial(kernel, device, heads, kv_heads, head_dim)
+    cu = torch.tensor([0, 100, 101, 256, 256], dtype=torch.int32, device=device)
+    rng = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(256, h, head_dim, generator=rng).to(device, torch.bfloat16)
+        for h in (heads, kv_heads, kv_heads, heads)
+    ]
+
+    def run(attend: AttentionKernel) -> list[Tensor]:
+        q, k, v = (t.requires_grad_() for t in inputs[:3])
+        with torch.enable_grad():
+            out = attend(q, k, v, cu, 256)
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
+
+    try:
+        found, wanted = run(kernel), run(varlen_attention)
+        for what, got, want in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
+            error = float((got - want).float().norm() / want.float().norm())
+            if not error < TRIAL_TOLERANCE:
+                return f"not usable: its {what} differs from torch's by {error:.1e} of the norm in a trial"
+    except Exception as e:
+        return f"not usable: a trial raised {describe(e)}"
+    return ""
+
+
+TRIAL_TOLERANCE = 0.05
+"""Two bfloat16 kernels are 0.005 apart; one that is wrong is of order 1."""
+
+
+class Attention(NamedTuple):
+    """The kernel that was chosen."""
+
+    name: AttentionName
+    kernel: AttentionKernel
+    note: str
+    """Empty, or the sentence that says why it is not the one that is installed."""
+
+
+def select_attention(
+    name: AttentionName, device: torch.device, *, heads: int = 8, kv_heads: int = 4, head_dim: int = 64
+) -> Attention:
+    """Return the attention kernel to use on `device`.
+
+    auto is flash-attn-4 on Hopper where it is installed and works, else torch varlen on CUDA sm_80 and newer,
+    else SDPA. Where it is installed and does not work, a warning says why, from the first rank.
+
+    Args:
+        heads, kv_heads, head_dim: what flash-attn-4 is tried with.
 
     Raises:
         RuntimeError: the named kernel cannot run here.
     """
     cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    has_fa4 = cuda and capability[0] == 9 and importlib.util.find_spec("flash_attn") is not None
-    if name == "auto":
-        name = "fa4" if has_fa4 else ("varlen" if capability >= (8, 0) else "sdpa")
-    if name == "fa4":
-        if not has_fa4:
+    note = ""
+    if name == "fa4" or (name == "auto" and capability[0] == 9):
+        problem = fa4_problem(device, heads, kv_heads, head_dim)
+        if not problem:
+            return Attention("fa4", find_fa4().found, note)
+        if name == "fa4":
             raise RuntimeError(
-                "train.attention=fa4 needs a Hopper GPU and the flash-attn-4 package; "
-                "pip install 'pgolf[fa4]', or use train.attention=varlen"
+                "train.attention=fa4 needs a Hopper GPU and the flash-attn-4 package "
+                f"(here: {problem}); pip install 'pgolf[fa4]', or use train.attention=varlen"
             )
-        from pgolf.model.fa4 import fa4_attention
-
-        return name, fa4_attention
+        if problem != "not installed":
+            note = f"attention is torch's varlen, because flash-attn-4 is {problem}"
+            if launch().rank == 0:
+                warnings.warn(note, stacklevel=2)
+    if name == "auto":
+        name = "varlen" if capability >= (8, 0) else "sdpa"
     if name == "varlen" and capability < (8, 0):
         raise RuntimeError(
             "train.attention=varlen needs a CUDA device of sm_80 or newer; use train.attention=sdpa"
         )
-    return name, varlen_attention if name == "varlen" else sdpa_attention
+    return Attention(name, varlen_attention if name == "varlen" else sdpa_attention, note)
 
 
 class AttentionWeights(NamedTuple):

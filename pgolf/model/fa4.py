@@ -1,38 +1,66 @@
 """flash-attn-4 (CuTe DSL, Hopper) as a dispatcher op, so that compiled blocks treat it as one opaque node.
 
-Optional: `pip install 'pgolf[fa4]'`. Kernels are compiled at the first call. Fakes take the op's whole
-signature.
+Optional: `pip install 'pgolf[fa4]'`. Kernels are compiled at the first call. Its public functions are
+autograd functions, which a compiled block could only break at; the private ones below them have kept the
+arguments used here from 4.0.0b18 to 4.0.0b36, but not the number of their results. So results are asked for
+by name, in tensors that are passed in, and importing this module raises where an argument is missing.
+`pgolf.model.attention` imports it, and tries it, before it says that it is usable.
+Fakes take the op's whole signature.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from flash_attn.cute.interface import _flash_attn_bwd, _flash_attn_fwd
 from torch import Tensor
 
+from pgolf.ops._derivatives import refuse_transforms
+
+_VARLEN = ("causal", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+_NEEDED = {
+    _flash_attn_fwd: ("q", "k", "v", *_VARLEN, "return_lse", "out", "lse"),
+    _flash_attn_bwd: ("q", "k", "v", "out", "dout", "lse", *_VARLEN, "dq", "dk", "dv"),
+}
+for _function, _names in _NEEDED.items():
+    _missing = sorted(set(_names) - set(inspect.signature(_function).parameters))
+    if _missing:
+        raise ImportError(
+            f"{_function.__name__} of this flash-attn-4 has no argument {', '.join(_missing)}; "
+            "pip install 'pgolf[fa4]' installs a version that has"
+        )
+
 
 @torch.library.custom_op("pgolf::fa4_forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    out, lse = _flash_attn_fwd(
-        q,
-        k,
-        v,
+    out, lse = _results(q)
+    _flash_attn_fwd(
+        q=q,
+        k=k,
+        v=v,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
         causal=True,
         return_lse=True,
+        out=out,
+        lse=lse,
     )
     return out, lse
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Return room for the output `(T, H, K)` and the logsumexp `(H, T)` float32."""
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @_forward.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
     del k, v, cu_seqlens, max_seqlen
-    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    return _results(q)
 
 
 @torch.library.custom_op("pgolf::fa4_backward", mutates_args=())
@@ -46,20 +74,24 @@ def _backward(
     cu_seqlens: Tensor,
     max_seqlen: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _flash_attn_bwd(
-        q,
-        k,
-        v,
-        out,
-        grad.contiguous(),
-        lse,
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    _flash_attn_bwd(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        dout=grad.contiguous(),
+        lse=lse,
         causal=True,
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_k=cu_seqlens,
         max_seqlen_q=max_seqlen,
         max_seqlen_k=max_seqlen,
+        dq=dq,
+        dk=dk,
+        dv=dv,
     )
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    return dq, dk, dv
 
 
 @_backward.register_fake
@@ -92,6 +124,10 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def fa4_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Attend causally within each segment; arguments as `pgolf.model.attention.sdpa_attention`."""
+    """Attend causally within each segment; arguments as `pgolf.model.attention.sdpa_attention`.
+
+    Differentiable once, by torch.autograd.
+    """
+    refuse_transforms("fa4_attention", q, k, v, reference="sdpa_attention")
     out: Tensor = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)[0]
     return out

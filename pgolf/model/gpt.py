@@ -177,6 +177,8 @@ class GPT(nn.Module):
     bank_names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
     embed_names = ("tok_emb",)
     attention_name: AttentionName
+    attention_note: str
+    """Why it is not the kernel that is installed, a sentence; empty where there is nothing to say."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -209,7 +211,10 @@ class GPT(nn.Module):
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.attention_name, self._attention = select_attention(attention, device)
+        c = self.config
+        self.attention_name, self._attention, self.attention_note = select_attention(
+            attention, device, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim
+        )
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)

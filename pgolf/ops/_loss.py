@@ -1,13 +1,14 @@
-"""What the two cross-entropies share: reductions, the debugging switch, refusal of second derivatives."""
+"""What the two cross-entropies share: reductions, the debugging switch, the factor of a saved gradient."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pgolf import env
+from pgolf.ops._derivatives import is_batched
 
 Reduction = Literal["none", "mean", "sum"]
 
@@ -37,36 +38,14 @@ def reduce_rows(loss: Tensor, target: Tensor, ignore_index: int, reduction: Redu
 
 
 def rescale_once(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    """Multiply a saved gradient by the upstream one, in place; nothing is read or written where that is 1."""
+    """Multiply a saved gradient by the upstream one, in place; nothing is read or written where that is 1.
+
+    In a batched backward pass, which has many upstream gradients, the product is a new tensor.
+    """
     with torch.no_grad():
+        if is_batched(grad_loss):
+            return (grad * grad_loss).to(grad.dtype)
         torch.ops.pgolf.softcap_ce_rescale_(grad, grad_loss)
         # A second backward would rescale twice: make its unpacking fail.
         torch.autograd.graph.increment_version(grad)
     return grad
-
-
-def second_order_error(op: str) -> RuntimeError:
-    """Return the error of differentiating a gradient of `op`."""
-    return RuntimeError(
-        f"{op}: second derivatives are not implemented; use {op}_ref where a gradient of a gradient is needed"
-    )
-
-
-def refuse_second_order(op: str, grad: Tensor) -> Tensor:
-    """Return `grad` of `op`; where the backward pass is recorded, differentiating it is an error."""
-    if not torch.is_grad_enabled():
-        return grad
-    return _Refuse.apply(op, grad, grad.new_empty(0).requires_grad_())  # type: ignore[no-any-return,no-untyped-call]
-
-
-class _Refuse(torch.autograd.Function):
-    """The identity, whose derivative is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, op: str, grad: Tensor, _anchor: Tensor) -> Tensor:
-        ctx.op = op
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> Any:
-        raise second_order_error(ctx.op)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 GROUP = {4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
 """Codes that share bytes, by bits."""
@@ -91,6 +92,7 @@ def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
         ValueError: bits out of range, scales of another shape or device. TypeError: other dtypes.
     Source: csrc/kernels/int6.h.
     """
+    refuse_transforms("quantize_pack", weight, scales)
     packed: Tensor = torch.ops.pgolf.quantize_pack(weight, scales, bits)
     return packed
 
@@ -111,6 +113,7 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
         ValueError: bits, clip or n out of range. TypeError: not float32.
     Source: csrc/kernels/int6.h; SDClip of SPEC 6.3.
     """
+    refuse_transforms("quantize_pack_sdclip", weight)
     packed, scales = torch.ops.pgolf.quantize_pack_sdclip(weight, clip, bits)
     return packed, scales
 
@@ -129,6 +132,7 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tens
         ValueError: shapes, n or bits. TypeError: other dtypes.
     Source: csrc/kernels/int6.h.
     """
+    refuse_transforms("unpack_dequantize", scales)
     weight: Tensor = torch.ops.pgolf.unpack_dequantize(packed, scales, n, bits)
     return weight
 
@@ -197,3 +201,6 @@ torch.library.register_fake("pgolf::quantize_pack", _quantize_fake)
 torch.library.register_fake("pgolf::quantize_pack_sdclip", _sdclip_fake)
 torch.library.register_fake("pgolf::unpack_dequantize", _dequantize_fake)
 torch.library.register_fake("pgolf::unpack_int6", _unpack_fake)
+# Codes are integers, which autograd leaves alone; scales and weights are not.
+refuse_derivatives("quantize_pack_sdclip", "quantize_pack_sdclip")
+refuse_derivatives("unpack_dequantize", "unpack_dequantize")

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_second_order, refuse_transforms, second_order_error
 from pgolf.ops._loss import (
     CHECK_TARGETS,
     Reduction,
     check_reduction,
     reduce_rows,
-    refuse_second_order,
     rescale_once,
     row_weight,
-    second_order_error,
 )
 from pgolf.ops.softcap_ce import softcap_ce_ref
 
@@ -42,9 +41,10 @@ def linear_softcap_ce(
     loss_i = lse_i - z_i,target_i + z_loss * lse_i^2   with   z = cap * tanh(hidden @ weight.T / cap)
     Equals `F.cross_entropy(cap * torch.tanh(F.linear(hidden, weight) / cap), target)`.
 
-    Differentiable in `hidden` and `weight`, once; each gradient has the dtype of its tensor, the weight's is
-    accumulated in float32. Deterministic: bitwise the same from run to run. Under autocast, `hidden` is cast
-    to its dtype first, as `F.linear` would.
+    Differentiable in `hidden` and `weight`, once, by torch.autograd; a second derivative, a tangent of
+    forward mode and the derivatives of torch.func raise. Each gradient has the dtype of its tensor, the
+    weight's is accumulated in float32. Deterministic: bitwise the same from run to run. Under autocast,
+    `hidden` is cast to its dtype first, as `F.linear` would.
 
     Args:
         hidden: `(rows, width)`, or any leading shape `(..., width)`; float32, bfloat16 or float16.
@@ -70,10 +70,12 @@ def linear_softcap_ce(
         ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, unknown reduction or memory, or a target
             out of range.
         TypeError: unsupported dtype.
+        RuntimeError: another derivative than the first one, or by torch.func or forward mode.
 
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
     check_reduction("linear_softcap_ce", reduction)
+    refuse_transforms("linear_softcap_ce", hidden, weight)
     if memory not in ("fast", "low"):
         raise ValueError(f'linear_softcap_ce: memory must be "fast" or "low", got {memory!r}')
     if hidden.dim() < 2:
@@ -96,7 +98,7 @@ def linear_softcap_ce(
     if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
         share = row_weight(y, ignore_index, reduction)
         if not torch.compiler.is_compiling():
-            return _OnePass.apply(x, weight, y, share, options, needs)  # type: ignore[no-any-return,no-untyped-call]
+            return _OnePass.apply(x, weight, y, share, options, needs)[0]  # type: ignore[no-any-return,no-untyped-call]
         total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[
             0
         ]
@@ -136,26 +138,32 @@ class _OnePass(torch.autograd.Function):
         share: Tensor,
         options: tuple[float | None, int, float],
         needs: list[bool],
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         loss, *grads = torch.ops.pgolf.linear_softcap_ce_gradients(
             share, hidden, weight, target, *options, *needs, CHECK_TARGETS
         )
         ctx.weight_dtype = weight.dtype
-        ctx.save_for_backward(*grads)
+        # As in `softcap_ce`: it comes from the inputs, which are not kept.
+        anchor = share.new_empty(0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*grads, anchor)
         total: Tensor = loss
-        return total
+        return total, anchor
 
     @staticmethod
-    def backward(ctx: Any, *grad_loss: Tensor) -> Any:
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        grad_loss = upstream[0]
+        if grad_loss is None:
+            return (None,) * 6
         needed = ctx.needs_input_grad
+        *saved, anchor = ctx.saved_tensors
         # A graph that is kept must keep its gradients too.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
-        scale = torch.mul if kept else rescale_once
-        grads = [
-            scale(g, grad_loss[0].detach()) if n else g
-            for g, n in zip(ctx.saved_tensors, needed, strict=False)
-        ]
-        return *_needed((grads[0], grads[1].to(ctx.weight_dtype)), needed), None, None, None, None
+        with torch.no_grad():
+            scale = torch.mul if kept else rescale_once
+            grads = [scale(g, grad_loss) if n else g for g, n in zip(saved, needed, strict=False)]
+            both = grads[0], grads[1].to(ctx.weight_dtype)
+        return *_needed(both, needed, grad_loss, anchor), None, None, None, None
 
 
 def _forward_fake(
@@ -227,30 +235,36 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Ten
     else:
         hidden, weight, target = ctx.saved_tensors
         arguments = (*ctx.options, need_hidden, need_weight, False)
-        grads = ops.linear_softcap_ce_gradients(grad_loss, hidden, weight, target, *arguments)[1:]
-        grads = grads[0], grads[1].to(ctx.weight_dtype)
-    return _needed(grads, ctx.needs_input_grad) + (None,) * 6
+        with torch.no_grad():
+            grads = ops.linear_softcap_ce_gradients(grad_loss, hidden, weight, target, *arguments)[1:]
+            grads = grads[0], grads[1].to(ctx.weight_dtype)
+    return _needed(grads, ctx.needs_input_grad, grad_loss, hidden, weight) + (None,) * 6
 
 
 def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.weight_dtype = inputs[2].dtype
-    ctx.save_for_backward(*output[1:])
+    # The inputs only tell autograd what the gradients come from; the compiler drops them.
+    ctx.save_for_backward(*output[1:], inputs[1], inputs[2])
 
 
 def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 10
-    grads = tuple(g * grad_loss.detach() for g in ctx.saved_tensors)
-    grads = grads[0], grads[1].to(ctx.weight_dtype)
-    return (None, *_needed(grads, ctx.needs_input_grad[1:]), *(None,) * 7)
+    *saved, hidden, weight = ctx.saved_tensors
+    with torch.no_grad():
+        grads = tuple(g * grad_loss for g in saved)
+        grads = grads[0], grads[1].to(ctx.weight_dtype)
+    return (None, *_needed(grads, ctx.needs_input_grad[1:], grad_loss, hidden, weight), *(None,) * 7)
 
 
-def _needed(grads: tuple[Tensor, Tensor], needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-    """Return None for the gradients that nobody asked for."""
+def _needed(
+    grads: tuple[Tensor, Tensor], needed: tuple[bool, ...], *sources: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Return None for the gradients that nobody asked for; none can be differentiated again."""
     return tuple(
-        refuse_second_order("linear_softcap_ce", g) if n else None
+        refuse_second_order("linear_softcap_ce", g, *sources) if n else None
         for g, n in zip(grads, needed[:2], strict=True)
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_recording
 from pgolf.ops.newton_schulz import newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
@@ -98,6 +99,7 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
     if averages and not params:
         raise ValueError("muon_step: average needs param; without it, pass averages to muon_apply")
     momenta, updates = [bank.momentum for bank in banks], [bank.update for bank in banks]
+    refuse_recording("muon_step", [bank.grad for bank in banks] + momenta + updates + params + averages)
     torch.ops.pgolf.muon_step(
         params,
         [bank.grad for bank in banks],
@@ -166,6 +168,7 @@ def muon_apply(
     Raises:
         ValueError, TypeError: as in `muon_step`.
     """
+    refuse_recording("muon_apply", [*params, *updates, *averages])
     torch.ops.pgolf.muon_apply(
         list(params), list(updates), list(averages), scalars, [float(s) for s in lr_scales]
     )

@@ -8,12 +8,13 @@ Jordan) with the per-step polynomials of Polar Express; `b` batch, `m` rows, `n`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 Algorithm = Literal["auto", "standard", "gram"]
 
@@ -54,8 +55,8 @@ def newton_schulz(
             takes "gram" where it can run, else "standard".
 
     Returns:
-        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it raises
-        RuntimeError.
+        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it, a tangent
+        or a derivative of torch.func raises RuntimeError.
 
     Raises:
         ValueError: wrong number of dimensions, an empty, overlong or non-finite table, a row that is no
@@ -65,6 +66,7 @@ def newton_schulz(
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
     """
+    refuse_transforms("newton_schulz", x)
     out: Tensor = torch.ops.pgolf.newton_schulz(x, _flat(coefficients), eps, algorithm)
     return out
 
@@ -96,6 +98,7 @@ def newton_schulz_banks(
             f"newton_schulz_banks: banks must be on one device, got {sorted(map(str, devices))}; "
             "call it once for each device"
         )
+    refuse_transforms("newton_schulz_banks", *banks)
     out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(list(banks), _flat(coefficients), eps, algorithm)
     return out
 
@@ -140,14 +143,6 @@ def _fake_banks(
     return [_fake(x, coefficients, eps, algorithm) for x in banks]
 
 
-def _backward(_ctx: Any, _grad: Any) -> None:
-    raise RuntimeError(
-        "newton_schulz: not differentiable; call it under torch.no_grad() or on x.detach(), "
-        "or use newton_schulz_ref where a gradient is needed"
-    )
-
-
 torch.library.register_fake("pgolf::newton_schulz", _fake)
-torch.library.register_autograd("pgolf::newton_schulz", _backward)
 torch.library.register_fake("pgolf::newton_schulz_banks", _fake_banks)
-torch.library.register_autograd("pgolf::newton_schulz_banks", _backward)
+refuse_derivatives("newton_schulz", "newton_schulz", "newton_schulz_banks")

@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_second_order, refuse_transforms, second_order_error
 from pgolf.ops._loss import (
     CHECK_TARGETS,
     Reduction,
     check_reduction,
     reduce_rows,
-    refuse_second_order,
     rescale_once,
     row_weight,
-    second_order_error,
 )
 
 
@@ -41,8 +40,9 @@ def softcap_ce(
     loss_i = lse_i - z_i,target_i + z_loss * lse_i^2   with   z = cap * tanh(logits / cap), lse = logsumexp(z)
     Equals `F.cross_entropy(cap * torch.tanh(logits / cap), target)` computed in float32.
 
-    Differentiable in `logits`, once; the gradient has the dtype of `logits`. NaN in a row of `logits` makes
-    the row's loss and gradient NaN. Deterministic. With "mean" or "sum" in eager mode, the gradient is
+    Differentiable in `logits`, once, by torch.autograd; a second derivative, a tangent of forward mode and
+    the derivatives of torch.func raise. The gradient has the dtype of `logits`. NaN in a row of `logits`
+    makes the row's loss and gradient NaN. Deterministic. With "mean" or "sum" in eager mode, the gradient is
     written as the loss is computed: one read and one write of `(rows, vocab)`; backward then multiplies it
     by the upstream gradient, and touches nothing where that is exactly 1. A second backward through the same
     loss raises then. With "none" and under torch.compile, backward reads the logits again.
@@ -69,16 +69,18 @@ def softcap_ce(
         ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, unknown reduction, strided logits
             with inplace, or a target out of range.
         TypeError: unsupported dtype.
+        RuntimeError: another derivative than the first one, or by torch.func or forward mode.
 
     Source: Gemma 2, section 2. Kernel: csrc/kernels/softcap_ce.h.
     """
     check_reduction("softcap_ce", reduction)
+    refuse_transforms("softcap_ce", logits)
     options = (cap, ignore_index, z_loss)
     compiling = torch.compiler.is_compiling()
     gradient = torch.is_grad_enabled() and logits.requires_grad
     if reduction != "none" and gradient and not compiling and logits.dim() == 2:
         weight = row_weight(target, ignore_index, reduction)
-        return _OnePass.apply(logits, target, weight, options, inplace)  # type: ignore[no-any-return,no-untyped-call]
+        return _OnePass.apply(logits, target, weight, options, inplace)[0]  # type: ignore[no-any-return,no-untyped-call]
     loss: Tensor = torch.ops.pgolf.softcap_ce(logits, target, *options, CHECK_TARGETS)[0]
     return reduce_rows(loss, target, ignore_index, reduction)
 
@@ -114,7 +116,7 @@ class _OnePass(torch.autograd.Function):
         weight: Tensor,
         options: tuple[float | None, int, float],
         inplace: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         if inplace:
             grad = logits.detach()
             loss = torch.ops.pgolf.softcap_ce_gradient_(grad, target, weight, *options, CHECK_TARGETS)
@@ -122,15 +124,21 @@ class _OnePass(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         else:
             loss, grad = torch.ops.pgolf.softcap_ce_gradient(logits, target, weight, *options, CHECK_TARGETS)
-        ctx.save_for_backward(grad)
+        # What nobody else sees or writes, and autograd knows to come from `logits`, which are not kept.
+        anchor = weight.new_empty(0)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad, anchor)
         total: Tensor = loss.sum() * weight
-        return total
+        return total, anchor
 
     @staticmethod
-    def backward(ctx: Any, *grad_loss: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        grad = rescale_once(grad, grad_loss[0])
-        return refuse_second_order("softcap_ce", grad), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        grad_loss = grads[0]
+        if grad_loss is None:
+            return (None,) * 5
+        grad, anchor = ctx.saved_tensors
+        grad = rescale_once(grad, grad_loss)
+        return refuse_second_order("softcap_ce", grad, grad_loss, anchor), None, None, None, None
 
 
 def _forward_fake(logits: Tensor, *_others: object) -> tuple[Tensor, Tensor]:

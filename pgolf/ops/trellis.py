@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 STATES, CHAIN = 256, 256
 """States of the machine; numbers after which a chain starts anew."""
@@ -28,10 +29,12 @@ def trellis_round(x: Tensor) -> Tensor:
     Args:
         x: `(..., n)` float32, finite and |x| < 2^20 (quarters get lost in larger ones), chains along n.
     Returns:
-        v, of the same shape. CPU and CUDA may choose different paths where two are equally good.
+        v, of the same shape. CPU and CUDA may choose different paths where two are equally good. Not
+        differentiable: a derivative through it raises RuntimeError.
     Raises:
         ValueError: no dimension. TypeError: not float32.
     """
+    refuse_transforms("trellis_round", x)
     values: Tensor = torch.ops.pgolf.trellis_round(x)
     return values
 
@@ -107,3 +110,4 @@ def _values_fake(codes: Tensor) -> Tensor:
 
 torch.library.register_fake("pgolf::trellis_round", torch.empty_like)
 torch.library.register_fake("pgolf::trellis_values", _values_fake)
+refuse_derivatives("trellis_round", "trellis_round")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import heapq
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +25,28 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
+from pgolf.optim.foreign import check_saved
 from pgolf.optim.muon import lr_scale, row_normalize_
 from pgolf.optim.polar import JORDAN, Coefficients, check_converges, coefficients
+from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
 
 ADJUST = (None, "original", "match_rms_adamw")
 ADAM_EPS = 1e-8  # torch.optim.AdamW's; Muon's own eps, 1e-7, guards a norm instead
 MAX_STEPS = 10  # what newton_schulz takes
+SETTINGS = {
+    "lr",
+    "weight_decay",
+    "momentum",
+    "nesterov",
+    "ns_coefficients",
+    "eps",
+    "ns_steps",
+    "adjust_lr_fn",
+    "row_normalize",
+    "use_muon",
+    "split_sizes",
+    "betas",
+}
 
 
 class Muon(Optimizer):
@@ -45,7 +62,8 @@ class Muon(Optimizer):
     group); 4-D and 5-D, convolutions, count as `(out, the rest)`. A group may set every argument that is not
     marked, and:
         use_muon: False makes it an AdamW group for embeddings, heads, gains and biases, with `lr`,
-            `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`.
+            `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`, whose `capturable`
+            and `fused` it takes. Its state is AdamW's, so the states of such groups are interchangeable.
         split_sizes: rows of the matrices that are fused in each parameter of the group, as `(d, k, k)` for
             QKV; each is iterated by itself.
     `lr`, `weight_decay`, `momentum` are read from the groups at each step, so schedulers work. A zero
@@ -56,6 +74,9 @@ class Muon(Optimizer):
     # What a copied or unpickled optimizer falls back to: a process group cannot be copied.
     _sharded = False
     _process_group: td.ProcessGroup | None = None
+    _host_group: td.ProcessGroup | None = None
+    # Whether the ranks' parameters and state were compared since they were last set.
+    _compared = False
 
     def __init__(
         self,
@@ -87,15 +108,21 @@ class Muon(Optimizer):
             maximize: must be False.
             sharded: (not in a group) each rank of `process_group` iterates its share of the matrices,
                 balanced by cost, and the updates are gathered. Gradients must be the same on every rank and
-                present for the same parameters (DDP sees to both); ranks that start equal stay equal bit for
-                bit. Momentum is kept whole on each rank, so checkpoints move between world sizes. Without
-                torch.distributed it changes nothing.
+                present for the same parameters (DDP sees to both), else `step` raises on each of them, see
+                `pgolf.optim.ranks`; ranks that start equal stay equal bit for bit. Momentum is kept whole on
+                each rank, so checkpoints move between world sizes. Without torch.distributed it changes
+                nothing.
             process_group: (not in a group) the ranks that share; None is all of them.
 
         Raises:
             ValueError: a number, name or shape that does not fit. TypeError: a parameter that is no plain
-                real tensor.
+                real tensor, a setting that is no number.
         """
+        if params is None or isinstance(params, str | int | float):
+            raise TypeError(
+                f"Muon: params must be parameters or groups of them, got {params!r}; pass model.parameters()"
+            )
+        _check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
         if maximize:
             raise ValueError("Muon: maximize is not supported; negate the loss")
         self._sharded, self._process_group = sharded, process_group
@@ -129,6 +156,7 @@ class Muon(Optimizer):
         if not param_group.get("use_muon", True):
             param_group = {"eps": ADAM_EPS, "betas": self._betas, **param_group}
         super().add_param_group(param_group)
+        self._compared = False
         try:
             _check_group(self.param_groups[-1])
         except (ValueError, TypeError):
@@ -136,17 +164,27 @@ class Muon(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state_dict of this class or of `torch.optim.Muon`.
+        """Take over a state_dict of this class or `torch.optim.Muon`; of `torch.optim.AdamW` in AdamW groups.
 
         What the saved groups say holds; options that they do not know stay as they are here.
+
+        Raises:
+            ValueError: see `pgolf.optim.foreign.check_saved`, and the constructor for the settings; then
+                nothing is loaded. TypeError: settings that are no numbers.
         """
-        saved = state_dict["param_groups"]
-        if len(saved) == len(self.param_groups):
-            saved = [
-                {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **group}
-                for own, group in zip(self.param_groups, saved, strict=True)
-            ]
+        check_saved(state_dict, self.param_groups)
+        saved = [
+            {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **group}
+            for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        for own, group in zip(self.param_groups, saved, strict=True):
+            _check_group({**group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": saved})
+        self._compared = False
+        for group in self.param_groups:
+            for p in group["params"]:
+                if isinstance(self.state.get(p, {}).get("step"), int | float):  # of torch before 1.12
+                    self.state[p]["step"] = _step_of(p, group) + self.state[p]["step"]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -159,12 +197,14 @@ class Muon(Optimizer):
         """Apply the gradients; return what `closure`, called first with gradients enabled, returned.
 
         Raises:
-            RuntimeError: a sparse gradient, or shared-out parameters on several devices.
+            RuntimeError: a sparse gradient, shared-out parameters on several devices, or ranks of a sharded
+                optimizer that differ: on CPU before anything changes, on CUDA after the step was queued.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        comparison = self._compare_ranks()
         buckets: list[_Bucket] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
@@ -180,7 +220,64 @@ class Muon(Optimizer):
             updates = [list(_iterate(bucket, range(len(bucket.targets))).unbind()) for bucket in buckets]
         for bucket, update in zip(buckets, updates, strict=True):
             _apply(bucket, update)
+        if comparison is not None:
+            comparison.finish()
         return loss
+
+    def _compare_ranks(self) -> Comparison | None:
+        """Raise where ranks of a sharded optimizer differ; return the part that is still on the device."""
+        if not self._sharded or not td.is_initialized() or td.get_world_size(self._process_group) == 1:
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # a graph can wait for nobody
+        self._host_group = self._host_group or host_group(self._process_group)
+        # Matrices first: theirs is the device that the ranks exchange on.
+        groups = sorted(enumerate(self.param_groups), key=lambda group: not group[1]["use_muon"])
+        named = [
+            (f"parameter {name}" if "param_names" in group else f"parameter {name} of group {i}", p)
+            for i, group in groups
+            for name, p in zip(group.get("param_names") or itertools.count(), group["params"], strict=False)
+        ]
+        fresh = compare_facts(self._facts(named), not self._compared, self._host_group)
+        self._compared = True
+        tensors = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
+        if fresh:
+            tensors += named
+            tensors += [
+                (f"{key} of {name}", t)
+                for name, p in named
+                for key, t in sorted(self.state.get(p, {}).items())
+            ]
+        tensors = [(name, t.detach()) for name, t in tensors if t.numel() and not t.is_sparse]
+        if not tensors:
+            return None
+        names, values = [name for name, _ in tensors], [t for _, t in tensors]
+        comparison = Comparison(names, values, self._process_group)
+        if values[0].is_cuda:
+            return comparison
+        comparison.finish()
+        return None
+
+    def _facts(self, named: list[tuple[str, Tensor]]) -> list[Fact]:
+        """Return what every rank must have alike and the host knows."""
+        facts = []
+        for name, p in named:
+            kind = (
+                "none"
+                if p.grad is None
+                else f"sparse {p.grad.dtype}"
+                if p.grad.is_sparse
+                else f"{p.grad.dtype}"
+            )
+            facts.append(Fact(f"the gradient of {name}", kind))
+            facts.append(Fact(name, (tuple(p.shape), str(p.dtype), sorted(self.state.get(p, {})))))
+        for i, group in enumerate(self.param_groups):
+            for key in sorted(SETTINGS & group.keys()):
+                value = group[key]
+                facts.append(
+                    Fact(f"{key} of group {i}", float(value) if isinstance(value, Tensor) else value)
+                )
+        return facts
 
     def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Bucket]:
         """Update the momentum; return what to iterate, matrices of one shape together."""
@@ -208,7 +305,7 @@ class Muon(Optimizer):
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p]["step"] = torch.zeros((), dtype=torch.float32)
+                self.state[p]["step"] = _step_of(p, group)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         adamw(
@@ -218,7 +315,9 @@ class Muon(Optimizer):
             [self.state[p]["exp_avg_sq"] for p in params],
             [],
             [self.state[p]["step"] for p in params],
-            foreach=True,
+            foreach=not group.get("fused"),
+            fused=bool(group.get("fused")),
+            capturable=bool(group.get("capturable")),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -243,6 +342,13 @@ class _Bucket:
         """Multiply-adds to iterate one matrix: per step two products of the Gram matrix, one square."""
         short, long = sorted(self.directions[0].shape)
         return len(self.table) * short * short * (2 * long + short)
+
+
+def _step_of(p: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return the number of steps of a parameter without any, where `torch.optim.AdamW` keeps it."""
+    wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+    device = p.device if group.get("fused") or group.get("capturable") else None
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _matrices(tensor: Tensor, split_sizes: Sequence[int] | None) -> list[Tensor]:
@@ -347,19 +453,29 @@ def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
     return table
 
 
+def _check_numbers(settings: dict[str, Any]) -> None:
+    """Raise unless each is one finite number that is not negative, or a tensor of one."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"Muon: a tensor {name} must have one element, got shape {tuple(value.shape)}")
+        complex_ = isinstance(value, Tensor) and value.is_complex()
+        if isinstance(value, bool | str | bytes | complex) or complex_ or not hasattr(value, "__float__"):
+            raise TypeError(f"Muon: {name} must be a number >= 0, got {value!r}")
+        if not 0 <= float(value) < math.inf:
+            raise ValueError(f"Muon: {name} must be >= 0, got {value}")
+
+
 def _check_group(group: dict[str, Any]) -> None:
     """Raise for settings or parameters that a step could not use."""
-    if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-        raise ValueError(f"Muon: a tensor lr must have one element, got shape {tuple(group['lr'].shape)}")
-    for name in ("lr", "weight_decay", "eps"):
-        if not group[name] >= 0:
-            raise ValueError(f"Muon: {name} must be >= 0, got {group[name]}")
+    _check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
     if group.get("maximize"):
         raise ValueError("Muon: maximize is not supported; negate the loss")
     if not group["use_muon"]:
-        if not all(0 <= beta < 1 for beta in group["betas"]):
-            raise ValueError(f"Muon: betas must be in [0, 1), got {group['betas']}")
+        betas = group["betas"]
+        if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+            raise ValueError(f"Muon: betas must be two numbers in [0, 1), got {betas}")
         return
+    _check_numbers({"momentum": group["momentum"]})
     if not 0 <= group["momentum"] <= 1:
         raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
     if group["adjust_lr_fn"] not in ADJUST:

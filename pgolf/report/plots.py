@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pgolf.peers import find_peer
+
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the lines of a metrics.jsonl; a torn last line (killed run) is dropped."""
@@ -21,15 +23,8 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 def why_no_plots() -> str:
     """Return the sentence that says why nothing can be drawn, "" if matplotlib is there and works."""
-    try:
-        import matplotlib.figure  # noqa: F401 - the part that loads the compiled ones
-    except ModuleNotFoundError as e:
-        if e.name == "matplotlib":
-            return "matplotlib is not installed; pip install matplotlib"
-        return f"matplotlib is not usable: {e}; pip install --force-reinstall matplotlib"
-    except Exception as e:  # a broken installation raises what it likes, and a plot is not worth a run
-        return f"matplotlib is not usable: {e}; pip install --force-reinstall matplotlib"
-    return ""
+    peer = find_peer("matplotlib", "matplotlib.figure")  # the part that loads the compiled ones
+    return "" if peer.usable else f"matplotlib is {peer.problem}; pip install matplotlib"
 
 
 def loss_ceiling(losses: Sequence[float]) -> float:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pgolf.data.shards import atomic_file
 from pgolf.optim.polar import Coefficients, quality, scalar_map
+from pgolf.peers import find_peer
 
 POINTS = 2_000  # a composition of quintics oscillates fast near 1
 DECADES_BELOW = 1.5  # how far below `lower` the axis starts, so that the loss of small values is seen
@@ -23,12 +23,12 @@ def plot_scalar_maps(tables: Mapping[str, Sequence[Coefficients]], out: Path, *,
         lower: end of the interval of interest, in (0, 1); marked, and the titles give the outputs over it.
 
     Returns:
-        False when matplotlib is not installed (nothing is written).
+        False when matplotlib cannot be used (nothing is written).
 
     Raises:
         ValueError: matplotlib does not know the suffix.
     """
-    if importlib.util.find_spec("matplotlib") is None:
+    if not find_peer("matplotlib", "matplotlib.pyplot").usable:
         return False
     import matplotlib
 

@@ -153,6 +153,7 @@ class Run:
         )
         for note in (
             *self._around.notes,
+            self._model.attention_note,
             threads_note(torch.get_num_threads()),
             self._corpus.checked,
             self._memory,

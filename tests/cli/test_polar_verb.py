@@ -1,7 +1,7 @@
 """`pgolf polar`: what it prints is what the package computes, and the plot is a file."""
 
 import ast
-import importlib.util
+import sys
 
 import pytest
 
@@ -76,7 +76,7 @@ def test_plot_is_written_in_the_format_of_its_suffix(capsys, tmp_path):
 
 
 def test_plot_without_matplotlib_says_what_to_install(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     assert plot_scalar_maps({"one": [(2.0, -1.5, 0.5)]}, tmp_path / "a.png", lower=0.01) is False
     assert main(["polar", "--plot", str(tmp_path / "a.png")]) == 2
     assert "--plot needs matplotlib; pip install 'pgolf[plot]'" in capsys.readouterr().err

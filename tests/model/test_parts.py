@@ -114,7 +114,7 @@ def test_cuda_attention_matches_sdpa_forward_and_backward():
     device = torch.device("cuda")
     cu = torch.tensor([0, 1, 130, 700, 1000, 1000], dtype=torch.int32, device=device)
     kernels = [select_attention("varlen", device)[1]]
-    name, best = select_attention("auto", device)
+    name, best, _ = select_attention("auto", device)
     if name == "fa4":
         kernels.append(best)
     inputs = [randn(1000, h, 64, seed=h).to(device, torch.bfloat16) for h in (8, 4, 4)]

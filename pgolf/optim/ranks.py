@@ -1,0 +1,147 @@
+"""Whether the ranks that share an optimizer step hold the same things; an error on each of them where not.
+
+Two looks a step. The host's comes first, over CPU tensors: which parameters have gradients, of what shape,
+under which settings; ranks that differ there would wait for each other for ever. It costs one exchange of 24
+bytes a rank, not a wait for the device. The device's compares norm (float64) and largest element of every
+gradient, and of parameters and state in the first step and after they were loaded: two multi-tensor
+reductions and one gather of 16 bytes a tensor, queued before the iterations. On CUDA its answer is awaited at
+the end of the step, while the device has the iterations to do: the host cannot run ahead by more than those.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as td
+from torch import Tensor
+
+ADVICE = (
+    "with sharded=True every rank must hold the same gradients, parameters, state and settings: wrap the "
+    "model in DistributedDataParallel, or average the gradients over the ranks before the step"
+)
+TOLERANCE = 1e-12  # of norms in float64, whose order of summation may depend on how memory is aligned
+
+
+class Fact(NamedTuple):
+    """One thing that must be the same on every rank."""
+
+    what: str
+    value: object
+
+
+def host_group(process_group: td.ProcessGroup | None) -> td.ProcessGroup | None:
+    """Return the group, or one of the same ranks over gloo where it cannot exchange CPU tensors.
+
+    A collective: each rank of the group calls it.
+    """
+    if "cpu:" in td.get_backend_config(process_group):
+        return process_group
+    ranks = td.get_process_group_ranks(process_group or td.group.WORLD)
+    group: td.ProcessGroup = td.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return group
+
+
+def compare_facts(facts: Sequence[Fact], fresh: bool, group: td.ProcessGroup | None) -> bool:
+    """Raise RuntimeError on every rank where `facts` differ between ranks; return whether any is `fresh`.
+
+    Args:
+        group: exchanges CPU tensors.
+    """
+    rows = _gather(torch.tensor([zlib.crc32(repr(facts).encode()), len(facts), int(fresh)]), group)
+    if not bool((rows[:, :2] == rows[0, :2]).all()):
+        _raise_facts(facts, rows[:, 1], group)
+    return bool(rows[:, 2].any())
+
+
+def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup | None) -> None:
+    codes = [zlib.crc32(repr(fact).encode()) for fact in facts]
+    padded = torch.zeros(int(lengths.max()), dtype=torch.int64)
+    padded[: len(codes)] = torch.tensor(codes)
+    table = _gather(padded, group)
+    differing = (table != table[0]).any(0).nonzero().flatten().tolist()
+    own = td.get_rank(group)
+    lines = []
+    for i in differing[:3]:
+        ranks = _differing_ranks(table[:, i] != table[0, i], group)
+        mine = (
+            f"{facts[i].what} (here, rank {_global(own, group)}: {facts[i].value})" if i < len(facts) else ""
+        )
+        lines.append(f"{mine or 'the number of parameters'}: {ranks}")
+    more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+    raise RuntimeError(f"Muon: the ranks differ in {'; '.join(lines)}{more}; {ADVICE}")
+
+
+class Comparison:
+    """The device's look, begun: `finish` waits for it and raises on every rank where tensors differ."""
+
+    def __init__(
+        self, names: Sequence[str], tensors: Sequence[Tensor], group: td.ProcessGroup | None
+    ) -> None:
+        """Queue the comparison of non-empty tensors; a collective on the device of the first."""
+        self._names, self._group = names, group
+        mine = fingerprint(tensors)
+        rows = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
+        td.all_gather(rows, mine, group=group)
+        table = torch.stack(rows)
+        same = (table == table[0]) | ((table - table[0]).abs() <= TOLERANCE * table[0].abs())
+        differing = ~same.all(1)
+        self._event: torch.cuda.Event | None = None
+        if differing.is_cuda:
+            host = torch.empty(differing.shape, dtype=torch.bool, pin_memory=True)
+            self._differing = host.copy_(differing, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+        else:
+            self._differing = differing
+
+    def finish(self) -> None:
+        """Raise RuntimeError where the ranks differ; waits for the device to have compared, not for more."""
+        if self._event is not None:
+            self._event.synchronize()
+        columns = self._differing.any(0).nonzero().flatten().tolist()
+        if not columns:
+            return
+        lines = [
+            f"{self._names[i]}: {_differing_ranks(self._differing[:, i], self._group)}" for i in columns[:3]
+        ]
+        more = f" and {len(columns) - 3} more" if len(columns) > 3 else ""
+        raise RuntimeError(f"Muon: the ranks differ in the values of {'; '.join(lines)}{more}; {ADVICE}")
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
+    """Return norm and largest element of each tensor, `(2, n)` float64 on the first's device; NaN as -1."""
+    real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    devices = list(dict.fromkeys(t.device for t in real))
+    places = [[i for i, t in enumerate(real) if t.device == device] for device in devices]
+    parts = [_measure([real[i] for i in indices]).to(devices[0], non_blocking=True) for indices in places]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.tensor([i for indices in places for i in indices]).argsort().to(devices[0])
+    return torch.cat(parts, 1)[:, order]
+
+
+def _measure(tensors: list[Tensor]) -> Tensor:
+    """Return what `fingerprint` does for tensors of one device."""
+    norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=torch.float64)))
+    return torch.stack([norms, torch.stack(list(torch._foreach_max(tensors))).double()]).nan_to_num_(nan=-1.0)
+
+
+def _gather(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:
+    """Return the int64 vectors of all ranks, a row each."""
+    rows = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
+    td.all_gather(rows, mine, group=group)
+    return torch.stack(rows)
+
+
+def _global(rank: int, group: td.ProcessGroup | None) -> int:
+    return rank if group is None else td.get_global_rank(group, rank)
+
+
+def _differing_ranks(differs: Tensor, group: td.ProcessGroup | None) -> str:
+    ranks = [_global(r, group) for r in differs.nonzero().flatten().tolist()]
+    return (
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))} against rank {_global(0, group)}"
+    )

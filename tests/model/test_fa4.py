@@ -1,0 +1,221 @@
+"""flash-attn-4's wrapper, on a stand-in for the package and, on a Hopper GPU, on what is installed."""
+
+import sys
+import warnings
+
+import pytest
+import torch
+
+from pgolf.artifact.code import reader_code
+from pgolf.model import attention, gpt
+from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
+from pgolf.presets import tiny
+
+VARLEN = "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False"
+# The private functions by what the wheels of the versions have, computed by torch here.
+SOURCE = """
+import torch
+
+def weights(q, k, cu):
+    at = torch.arange(len(q))
+    segment = torch.searchsorted(cu, at, right=True)
+    scores = torch.einsum("thk,shk->hts", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores /= q.shape[2] ** 0.5
+    allowed = (segment[:, None] == segment) & (at[:, None] >= at)
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+
+def _flash_attn_fwd(q, k, v, {varlen}, return_lse=False{named}):
+    assert causal and return_lse and max_seqlen_q == max_seqlen_k and cu_seqlens_q is cu_seqlens_k
+    group = q.shape[1] // k.shape[1]
+    out.copy_(torch.einsum("hts,shk->thk", weights(q, k, cu_seqlens_q), v.repeat_interleave(group, 1)))
+    lse.zero_()
+    return out, lse, *[None] * {extra}
+
+def _flash_attn_bwd(q, k, v, out, dout, lse, {varlen}, dq=None, dk=None, dv=None):
+    p, group = weights(q, k, cu_seqlens_q), q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+    dp = torch.einsum("thk,shk->hts", dout, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.shape[2] ** 0.5
+    dq.copy_(torch.einsum("hts,shk->thk", ds, k))
+    dk.copy_(torch.einsum("hts,thk->shk", ds, q).unflatten(1, (-1, group)).sum(2))
+    dv.copy_(torch.einsum("hts,thk->shk", p, dout).unflatten(1, (-1, group)).sum(2))
+    return dq, dk, dv
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Return what puts a flash_attn in place and forgets what was imported of another one."""
+
+    def install(extra=0, named=", out=None, lse=None", source=SOURCE):
+        for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delitem(sys.modules, "pgolf.model.fa4", raising=False)
+        (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+        for folder in ("flash_attn", "flash_attn/cute"):
+            (tmp_path / folder / "__init__.py").write_text("")
+        code = source.format(varlen=VARLEN, extra=extra, named=named)
+        (tmp_path / "flash_attn" / "cute" / "interface.py").write_text(code)
+        monkeypatch.syspath_prepend(tmp_path)
+        fa4_problem.cache_clear()
+
+    yield install
+    fa4_problem.cache_clear()
+    for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn" or n == "pgolf.model.fa4"]:
+        del sys.modules[name]
+    monkeypatch.undo()
+    find_fa4()  # the real one, where there is one, registers its operators again
+
+
+def tensors(tokens=40, heads=4, kv_heads=2, dim=8):
+    rng = torch.Generator().manual_seed(0)
+    return [torch.randn(tokens, h, dim, generator=rng) for h in (heads, kv_heads, kv_heads, heads)]
+
+
+CU = torch.tensor([0, 1, 17, 40, 40], dtype=torch.int32)
+
+
+def gradients(kernel):
+    q, k, v, grad = tensors()
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = kernel(*leaves, CU, 23)
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+
+@pytest.mark.parametrize("extra", [0, 2, 3, 7], ids=["b18", "b22", "b36", "later"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_number_of_results_of_the_private_function_does_not_matter(stand_in, extra, compiled):
+    stand_in(extra)
+    peer = find_fa4()
+    assert peer.usable, peer.problem
+    kernel = peer.found
+    if compiled:
+        torch.compiler.reset()
+        kernel = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+    for got, want in zip(gradients(kernel), gradients(sdpa_attention), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_derivatives_that_it_does_not_have_are_errors(stand_in):
+    stand_in()
+    q, k, v, grad = tensors()
+    kernel, leaf = find_fa4().found, q.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match=r"fa4_attention: forward-mode .* use sdpa_attention"):
+        torch.func.jvp(lambda x: kernel(x, k, v, CU, 23), (q,), (q,))
+    with pytest.raises(RuntimeError, match=r"fa4_attention: forward-mode .* use sdpa_attention"):
+        torch.func.grad(lambda x: kernel(x, k, v, CU, 23).sum())(q)
+    (first,) = torch.autograd.grad(kernel(leaf, k, v, CU, 23), leaf, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"fa4_backward.* no autograd formula"):
+        torch.autograd.grad(first.sum(), leaf)
+
+
+def test_a_version_without_the_arguments_is_not_usable_and_says_so(stand_in):
+    stand_in(named=", result=None, lse=None")
+    assert find_fa4().problem == (
+        "not usable: ImportError: _flash_attn_fwd of this flash-attn-4 has no argument out; "
+        "pip install 'pgolf[fa4]' installs a version that has"
+    )
+
+
+def test_the_counted_code_of_an_artifact_holds_the_wrapper():
+    found = reader_code()
+    assert {"pgolf/model/fa4.py", "pgolf/peers.py", "pgolf/ops/_derivatives.py"} <= found.keys()
+    assert "def fa4_attention" in found["pgolf/model/fa4.py"]
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A CUDA device of compute capability 9.0, as far as choosing an attention goes."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    return torch.device("cuda")
+
+
+def test_auto_falls_back_with_one_sentence_and_fa4_says_why(stand_in, hopper):
+    stand_in(source="raise TypeError('not for this Python')")
+    sentence = (
+        "attention is torch's varlen, because flash-attn-4 is not usable: TypeError: not for this Python"
+    )
+    with pytest.warns(UserWarning) as caught:
+        chosen = select_attention("auto", hopper)
+    assert [str(w.message) for w in caught] == [sentence]
+    assert (chosen.name, chosen.kernel, chosen.note) == ("varlen", varlen_attention, sentence)
+    with pytest.raises(RuntimeError, match=r"attention=fa4 needs .*here: not usable: TypeError.*fa4\]'"):
+        select_attention("fa4", hopper)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_attention("varlen", hopper).note == ""
+
+
+def test_a_model_keeps_the_sentence_for_the_log(monkeypatch):
+    why = "attention is torch's varlen, because flash-attn-4 is not usable: TypeError: no"
+    chosen = attention.Attention("varlen", sdpa_attention, why)
+    monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: chosen)
+    model = gpt.GPT(tiny().model).prepare(torch.device("cpu"))
+    assert (model.attention_name, model.attention_note) == ("varlen", why)
+    monkeypatch.undo()
+    assert gpt.GPT(tiny().model).prepare(torch.device("cpu")).attention_note == ""
+
+
+def test_a_package_that_is_not_there_is_no_news(hopper, monkeypatch):
+    monkeypatch.setattr(attention, "fa4_problem", lambda *_: "not installed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_attention("auto", hopper)[::2] == ("varlen", "")
+
+
+def test_a_kernel_that_fails_or_is_wrong_in_its_trial_is_not_used(monkeypatch):
+    monkeypatch.setattr(attention, "varlen_attention", sdpa_attention)
+    cpu = torch.device("cpu")
+
+    def wrong(q, k, v, cu, longest):
+        return sdpa_attention(q, k, 1.2 * v, cu, longest)
+
+    def raises(*_):
+        raise ValueError("the compiler of kernels says no\nat length")
+
+    def forgets(q, k, v, cu, longest):
+        return sdpa_attention(q, k.detach(), v, cu, longest)
+
+    assert attention._trial(sdpa_attention, cpu, 4, 2, 16) == ""
+    with torch.inference_mode():
+        assert attention._trial(sdpa_attention, cpu, 4, 2, 16) == ""
+    assert attention._trial(wrong, cpu, 4, 2, 16).startswith(
+        "not usable: its output differs from torch's by 2."
+    )
+    assert attention._trial(raises, cpu, 4, 2, 16) == (
+        "not usable: a trial raised ValueError: the compiler of kernels says no"
+    )
+    assert attention._trial(forgets, cpu, 4, 2, 16).startswith("not usable: a trial raised RuntimeError")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 64), (4, 4, 64), (8, 2, 128)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_installed_flash_attn_4_equals_torchs_varlen(heads, kv_heads, dim, compiled):
+    device = torch.device("cuda")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    sys.modules.pop("pgolf.model.fa4", None)
+    peer = find_fa4()
+    if peer.problem == "not installed":
+        pytest.skip("flash-attn-4 is not installed: pip install 'pgolf[fa4]'")
+    assert peer.usable, f"flash-attn-4 {peer.version} is {peer.problem}"
+    fa4_problem.cache_clear()
+    assert fa4_problem(device, heads, kv_heads, dim) == ""
+    assert select_attention("auto", device, heads=heads, kv_heads=kv_heads, head_dim=dim).name == "fa4"
+    cu = torch.tensor([0, 1, 130, 700, 3000, 4096, 4096], dtype=torch.int32, device=device)
+    inputs = [t.to(device, torch.bfloat16) for t in tensors(4096, heads, kv_heads, dim)]
+
+    def run(kernel, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs[:3]]
+        out = kernel(*leaves, cu, 2304)
+        return [out, *torch.autograd.grad(out, leaves, inputs[3].to(dtype))]
+
+    torch.compiler.reset()
+    kernel = torch.compile(peer.found, fullgraph=True, dynamic=False) if compiled else peer.found
+    truth = run(sdpa_attention, torch.float32)
+    ours, theirs = run(kernel, torch.bfloat16), run(varlen_attention, torch.bfloat16)
+    for exact, got, peers in zip(truth, ours, theirs, strict=True):
+        error, bound = ((t.float() - exact).norm() / exact.norm() for t in (got, peers))
+        assert error < 1.5 * bound + 1e-3
