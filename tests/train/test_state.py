@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from pgolf.presets import tiny
-from pgolf.train.state import copy_parameters, load_weights, save_weights
+from pgolf.train.state import copy_parameters, load_config, load_weights, save_weights
 
 
 def weights() -> dict[str, torch.Tensor]:
@@ -52,3 +53,13 @@ def test_copy_parameters_refuses_other_names():
 def test_copy_parameters_spreads_no_smaller_tensor_over_a_larger():
     with pytest.raises(ValueError, match=r"do not fit the model: weight must be \(2, 2\), got \(1, 2\)"):
         copy_parameters(nn.Linear(2, 2), {"weight": torch.ones(1, 2), "bias": torch.zeros(2)})
+
+
+def test_metadata_that_is_no_json_names_the_file(tmp_path):
+    path = tmp_path / "raw.safetensors"
+    for text in ("{", "[" * 100_000):
+        save_file({}, path, {"config": text})
+        with pytest.raises(
+            ValueError, match=r"raw.safetensors: its metadata is not JSON as `pgolf train` writes"
+        ):
+            load_config(path)
