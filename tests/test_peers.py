@@ -98,9 +98,9 @@ def test_info_says_what_is_not_usable_and_why(broken, capsys, monkeypatch, packa
 
 def test_plots_and_parquet_without_a_usable_package(broken, tmp_path):
     broken("matplotlib", "TypeError('numpy of another age')")
-    assert plot_loss(tmp_path / "none.jsonl", tmp_path / "none.png") is False
+    assert "TypeError: numpy of another age" in plot_loss(tmp_path / "none.jsonl", tmp_path / "none.png")
     broken("pyarrow", "TypeError('numpy of another age')")
     with pytest.raises(
         RuntimeError, match=r"needs pyarrow, which is not usable: TypeError: numpy of another"
     ):
-        list(corpus._parquet_rows(tmp_path / "a.parquet"))
+        list(corpus._parquet_rows(tmp_path / "a.parquet", "text"))

@@ -52,7 +52,9 @@ def main(argv: list[str]) -> int:
         summary = train_run(config, resume=resume, train=train, notes=(note,))
         code = OVERRUN if summary.overrun else 0
     except Stopped as e:
-        code = e.exit_code
+        if place.world_size == 1:
+            raise
+        code = 128 + e.signum
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         if place.world_size == 1:
             raise

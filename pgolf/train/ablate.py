@@ -25,8 +25,9 @@ from typing import Any
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.env import with_parent
 from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkResult
-from pgolf.train.guard import Process, Stopped, end, held, raised_signals
+from pgolf.train.guard import Process, end, held
 from pgolf.train.plan import Cell, Plan, run_key
+from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import write_json
 
 OUTPUT = "output.txt"
@@ -111,8 +112,8 @@ def run_plan(
             f"per_gpu {per_gpu} in a plan of {plan.length}: runs that share a GPU slow each other; "
             "give the plan steps instead of seconds, or per_gpu 1"
         )
-    with held(plan.out), raised_signals():
-        _run(plan, start, gpus, per_gpu, commit, say, poll_seconds)
+    with held(plan.out), Signals() as signals:
+        _run(plan, start, gpus, per_gpu, commit, say, poll_seconds, signals)
 
 
 def _run(
@@ -123,6 +124,7 @@ def _run(
     commit: str,
     say: Callable[[str], None],
     poll_seconds: float,
+    signals: Signals,
 ) -> None:
     """Run the open cells of a plan that this process holds."""
     queue, running = open_cells(plan), list[_Running]()
@@ -147,6 +149,7 @@ def _run(
             if not ended:
                 time.sleep(poll_seconds)
     except KeyboardInterrupt as e:
+        signals.close()  # another one would cut short what follows
         why = str(e) if isinstance(e, Stopped) else "interrupted"
         say(f"{why}: ending {len(running)} runs under way; {progress.done} of {total} cells are kept")
         raise

@@ -1,4 +1,4 @@
-"""What holds a folder for one process, ends it in order on a signal, and ends its children with it.
+"""What holds a folder for one process, and ends its children with it.
 
 `held` is a lock of the kernel's (flock): it goes with its process, however that ends, and leaves nothing to
 clean up. Children end with their parent through `pgolf.env.follow_parent`, also when that is killed.
@@ -10,32 +10,20 @@ import contextlib
 import fcntl
 import json
 import os
-import signal
 import socket
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Protocol
 
 LOCK = "lock"
 GRACE_SECONDS = 20.0
 """Between asking a child to end and killing it."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class HeldError(RuntimeError):
     """Another process works in the folder."""
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal asked this process to end."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.signum = signum
 
 
 class Process(Protocol):
@@ -88,34 +76,6 @@ def _holder(text: str) -> str:
         return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
-
-
-@contextlib.contextmanager
-def raised_signals() -> Iterator[None]:
-    """Turn SIGINT, SIGTERM and SIGHUP into `Stopped` while the block runs.
-
-    Ignored ones (nohup) stay ignored. Only the first is raised: the next ones would cut short what it began.
-    Outside of the main thread, which alone gets signals, nothing changes.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    stopped = False
-
-    def stop(signum: int, _: FrameType | None) -> None:
-        nonlocal stopped
-        if not stopped:
-            stopped = True
-            raise Stopped(signum)
-
-    before = {s: signal.getsignal(s) for s in SIGNALS if signal.getsignal(s) != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def end(processes: Sequence[Process], grace: float = GRACE_SECONDS) -> int:

@@ -162,13 +162,16 @@ class Plan:
 
 
 def run_key(config: Config) -> str:
-    """Return the hash of what `config` computes: all of it but the names of the run and of its folder.
+    """Return the hash of what `config` computes: without the names of the run and of its folder, and without
+    what only decides how it is kept and watched.
 
     A checkpoint that it starts from counts by its own and its run folder's name (which holds the time of the
     run), so that results and checkpoints may be moved.
     """
     init = config.train.init and Path(*config.train.init.parts[-2:])
-    return config_hash(replace(config, name="run", train=replace(config.train, out=Path(), init=init)))
+    train = replace(config.train, out=Path(), init=init, checkpoint_every=0.0, rank_timeout=30.0)
+    data = replace(config.data, verify=False)
+    return config_hash(replace(config, name="run", train=train, data=data))
 
 
 def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:

@@ -1,6 +1,6 @@
 """What a run keeps in its folder besides its results, so that another process can go on where one ended.
 
-    .lock            held while a process works in the folder (its number and host are in it)
+    lock             held while a process works in the folder (`pgolf.train.guard.held`)
     clock.txt        seconds on the run's clock, written four times a second while it runs
     progress.json    how far the run is, its summary so far, its sessions (processes); gone when it is done
     checkpoints/     see `pgolf.train.checkpoint`
@@ -12,22 +12,19 @@ process and done again is, twice.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from pgolf.data.shards import atomic_file
 from pgolf.report.plots import read_metrics
 from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
 from pgolf.train.state import write_json
 
-LOCK = ".lock"
 CLOCK = "clock.txt"
 PROGRESS = "progress.json"
 SUMMARY = "summary.json"
@@ -35,36 +32,6 @@ SUMMARY = "summary.json"
 Stage = Literal["training", "trained", "written"]
 """What is on disk: nothing but checkpoints; the trained weights; the artifact and its code too."""
 STAGES: tuple[Stage, ...] = ("training", "trained", "written")
-
-
-class FolderLock:
-    """Says that a process works in a run's folder; held until the process ends, however it ends."""
-
-    def __init__(self, folder: Path) -> None:
-        """Take the lock.
-
-        Raises:
-            RuntimeError: another process has it. OSError: the file cannot be written.
-        """
-        self._file: BinaryIO = (folder / LOCK).open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as e:
-            self._file.seek(0)
-            holder = self._file.read(200).decode(errors="replace").strip()
-            self._file.close()
-            raise RuntimeError(
-                f"{folder} is in use by another process ({holder or 'unknown'}); wait for it or stop it first"
-            ) from e
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._file.flush()
-
-    def release(self) -> None:
-        """Let others have the folder."""
-        with contextlib.suppress(OSError):
-            self._file.truncate(0)
-            self._file.close()
 
 
 class ClockFile:

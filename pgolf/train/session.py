@@ -17,8 +17,9 @@ from pgolf.dist import Dist, RanksFailed
 from pgolf.log import RunLog
 from pgolf.report.summary import Summary, summary_dict
 from pgolf.train.budget import Clock
+from pgolf.train.guard import held
 from pgolf.train.loop import Diverged
-from pgolf.train.progress import ClockFile, FolderLock, Past, Progress, Stage
+from pgolf.train.progress import ClockFile, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.state import write_json
 
@@ -84,7 +85,7 @@ class Session:
         error = None
         if self._dist.is_main:
             try:
-                self._files.callback(FolderLock(self.folder).release)
+                self._files.enter_context(held(self.folder))
             except (OSError, RuntimeError) as e:
                 error = str(e)
         elif not self.folder.is_dir():

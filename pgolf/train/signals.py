@@ -21,17 +21,12 @@ ECHO_S = 2.0
 from torchrun."""
 
 
-class Stopped(BaseException):
-    """The process was asked to stop. Not an Exception: nothing that handles failures should swallow it."""
+class Stopped(KeyboardInterrupt):
+    """A signal, whose number is `signum`, asked the process to end. No Exception: it is not a failure."""
 
-    def __init__(self, number: int, message: str = "") -> None:
-        super().__init__(message or f"stopped by {signal.Signals(number).name}")
-        self.number = number
-
-    @property
-    def exit_code(self) -> int:
-        """128 + the signal's number, as a shell reports it."""
-        return 128 + self.number
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
 
 
 class Signals:

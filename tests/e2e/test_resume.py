@@ -16,7 +16,8 @@ import torch
 from pgolf.cli.main import main
 from pgolf.data.shards import atomic_file
 from pgolf.train import run as run_module
-from pgolf.train.progress import PROGRESS, FolderLock
+from pgolf.train.guard import held
+from pgolf.train.progress import PROGRESS
 from pgolf.train.signals import Stopped
 from pgolf.train.state import load_weights
 from tests.e2e.conftest import SMALL
@@ -261,10 +262,9 @@ def test_what_cannot_go_on_is_refused_in_one_sentence(stopped, whole, capsys):
     for words, message in refused:
         assert main(["train", *words]) == 2
         assert message in capsys.readouterr().err
-    lock = FolderLock(stopped)
-    assert main(["train", "--resume", str(stopped)]) == 2
-    assert "is in use by another process" in capsys.readouterr().err
-    lock.release()
+    with held(stopped):
+        assert main(["train", "--resume", str(stopped)]) == 2
+    assert f"is held by process {os.getpid()} on" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(stopped, capsys):

@@ -45,4 +45,6 @@ def test_without_matplotlib_the_reason_and_the_remedy_are_said(tmp_path, monkeyp
     assert said == "matplotlib is not installed; pip install matplotlib"
     assert not (tmp_path / "loss.png").exists()
     (tmp_path / "matplotlib.py").write_text("raise TypeError('built for another numpy')")
-    assert why_no_plots().startswith("matplotlib is not usable: built for another numpy; pip install")
+    assert why_no_plots().startswith(
+        "matplotlib is not usable: TypeError: built for another numpy; pip install"
+    )

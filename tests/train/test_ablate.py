@@ -21,8 +21,9 @@ from pgolf.data.corpus import sample_paths
 from pgolf.env import share_of_cores
 from pgolf.train import ablate
 from pgolf.train.ablate import gather, read_cell, run_plan, start_process
-from pgolf.train.guard import HeldError, Stopped, end, held
+from pgolf.train.guard import HeldError, end, held
 from pgolf.train.plan import Plan, read_plan
+from pgolf.train.signals import Stopped
 from tests.e2e.conftest import SMALL
 
 PLAN = {

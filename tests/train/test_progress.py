@@ -1,7 +1,6 @@
 """What an unfinished run keeps: one process at a time, a clock that survives, sessions that add up."""
 
 import json
-import os
 
 import pytest
 
@@ -9,20 +8,11 @@ from pgolf.train.progress import (
     CLOCK,
     PROGRESS,
     ClockFile,
-    FolderLock,
     Progress,
     keep_metrics,
     read_clock,
     read_past,
 )
-
-
-def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
-    lock = FolderLock(tmp_path)
-    with pytest.raises(RuntimeError, match=rf"in use by another process \(process {os.getpid()} on "):
-        FolderLock(tmp_path)
-    lock.release()
-    FolderLock(tmp_path).release()
 
 
 def test_the_clock_on_disk_is_the_last_beat_or_nothing(tmp_path):
