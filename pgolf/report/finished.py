@@ -17,7 +17,14 @@ from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.config import Config, config_hash, from_dict, to_dict
 
-FREE = ("train.seed", "train.out", "data.dir", "data.verify")
+FREE = (
+    "train.seed",
+    "train.out",
+    "train.checkpoint_every",
+    "train.rank_timeout",
+    "data.dir",
+    "data.verify",
+)
 """Settings that may differ between the runs of one record."""
 
 NEEDED = (

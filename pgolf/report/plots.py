@@ -61,7 +61,9 @@ def plot_loss(metrics: Path, out: Path) -> str:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [r for r in read_metrics(metrics) if r.get("loss") is not None]
+    every = read_metrics(metrics)
+    rows = [r for r in every if r.get("loss") is not None]
+    curve = [(r["elapsed"], r["val_bpb"]) for r in every if r.get("val_bpb") is not None]
     seconds, losses = [r["elapsed"] for r in rows], [r["loss"] for r in rows]
     ceiling = loss_ceiling(losses)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
@@ -79,6 +81,10 @@ def plot_loss(metrics: Path, out: Path) -> str:
     axes.set_ylabel("loss, nats per token")
     axes.set_title(f"training loss, {len(rows)} steps" + (f", {above} above the top" if above else ""))
     axes.grid(alpha=0.3)
+    if curve:
+        right = axes.twinx()
+        right.plot(*zip(*curve, strict=True), color="#3c8d53", marker="o", markersize=3, linewidth=1.2)
+        right.set_ylabel("validation, bits per byte (green)")
     axes.legend()
     figure.tight_layout()
     figure.savefig(out)

@@ -333,11 +333,25 @@ def _seconds_notes(runs: Sequence[FinishedRun], entry: Entry) -> str:
         text += "comes after training."
     else:
         text = f"No clock limited these runs ({clocks} s): they trained a fixed number of steps."
+    text += "".join(map(_interruptions, runs))
     if not all("total" in run.summary["seconds"] for run in runs):
         text += " The process as a whole was not timed."
     if entry.prepare_seconds is not None:
         text += f" Making tokenizer and shards, before, took {entry.prepare_seconds:,.0f} s."
     return text
+
+
+def _interruptions(run: FinishedRun) -> str:
+    """Say in how many processes a run was made, what is on its clock and what is not; "" if in one."""
+    sessions = run.summary.get("sessions", [])
+    if len(sessions) < 2:
+        return ""
+    lost = sum(session["lost_seconds"] for session in sessions)
+    ends = ", ".join(f"{s['end']} after {s['to_step']} steps" for s in sessions[:-1])
+    return (
+        f" The run of seed {run.seed} took {len(sessions)} processes ({ends}): {lost:.2f} s of work were "
+        "lost and done again, both times on the clock; the time in which no process ran is not on it."
+    )
 
 
 def bytes_table(runs: Sequence[FinishedRun]) -> str:
