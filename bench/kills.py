@@ -88,6 +88,10 @@ class Trial:
     error: str = ""
 
 
+ENDED: dict[int, int] = {}
+"""Exit status of every process that ended: the system tells it once."""
+
+
 def start(words: list[str], output: Path, world: int) -> list[int]:
     """Fork `world` ranks that run the command line `words`; return their process numbers."""
     with socket.socket() as probe:
@@ -121,18 +125,18 @@ def _fork(words: list[str], output: Path, rank: int, world: int, port: int) -> i
 
 def wait(processes: list[int], seconds: float) -> dict[int, int] | None:
     """Return the exit status of every process, None if one is still there after `seconds`."""
-    found: dict[int, int] = {}
     end = time.monotonic() + seconds
-    while len(found) < len(processes):
+    while True:
         for process in processes:
-            if process not in found:
+            if process not in ENDED:
                 done, status = os.waitpid(process, os.WNOHANG)
                 if done:
-                    found[process] = os.waitstatus_to_exitcode(status)
+                    ENDED[process] = os.waitstatus_to_exitcode(status)
+        if all(process in ENDED for process in processes):
+            return {process: ENDED[process] for process in processes}
         if time.monotonic() > end:
             return None
         time.sleep(0.005)
-    return found
 
 
 def end_all(processes: list[int]) -> None:

@@ -11,6 +11,7 @@ Fakes take the op's whole signature.
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ for _function, _names in _NEEDED.items():
             f"{_function.__name__} of this flash-attn-4 has no argument {', '.join(_missing)}; "
             "pip install 'pgolf[fa4]' installs a version that has"
         )
+
+
+# 4.0.0b36 warns at each compilation that an argument of its own, which is not used, is not converted.
+warnings.filterwarnings("ignore", message=r"Argument aux_data \(position", category=UserWarning)
 
 
 @torch.library.custom_op("pgolf::fa4_forward", mutates_args=())
