@@ -201,7 +201,7 @@ def look(folder: Path) -> str:
 def outcome(folder: Path) -> dict[str, Any]:
     """Return all that must be equal between two runs of the same settings."""
     sections = describe(folder / "model.pgolf")["sections"]  # the header holds a hash of the folder's name
-    found: dict[str, Any] = {"artifact": [(s["name"], s["sha256"]) for s in sections]}
+    found: dict[str, Any] = {f"artifact {s['name']}": s["sha256"] for s in sections}
     for name in ("raw", "ema"):
         tensors = load_file(folder / f"{name}.safetensors")
         found[name] = {k: t.numpy().tobytes() for k, t in sorted(tensors.items())}

@@ -276,11 +276,13 @@ class Run:
         return self._load_trained()
 
     def _load_trained(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the raw and the averaged weights from the folder; leave the averaged ones in the model."""
-        raw, best = (
-            {k: t.to(self._dist.device) for k, t in load_weights(self._folder / name)[0].items()}
-            for name in (RAW, AVERAGED)
-        )
+        """Return the raw and the averaged weights from the folder; leave the averaged ones in the model.
+
+        In the model's order, which is the artifact's; a safetensors file has an order of its own.
+        """
+        files = (load_weights(self._folder / name)[0] for name in (RAW, AVERAGED))
+        names = [name for name, _ in self._model.named_parameters()]
+        raw, best = ({name: file[name].to(self._dist.device) for name in names} for file in files)
         copy_parameters(self._model, best)
         return raw, best
 

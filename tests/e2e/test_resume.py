@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.artifact.export import describe
 from pgolf.cli.main import main
 from pgolf.data.shards import atomic_file
 from pgolf.train import run as run_module
@@ -249,7 +250,9 @@ def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, mon
     (folder,) = tmp_path.iterdir()
     assert "stopped by SIGTERM during calibrate" in (folder / "log.txt").read_text()
     assert main(["train", "--resume", str(folder)]) == 0
-    assert summary(folder)["train"]["steps"] == STEPS and (folder / "model.pgolf").is_file()
+    assert summary(folder)["train"]["steps"] == STEPS
+    ours, theirs = (describe(f / "model.pgolf")["sections"] for f in (folder, whole))
+    assert [s["sha256"] for s in ours] == [s["sha256"] for s in theirs]
 
 
 def test_what_cannot_go_on_is_refused_in_one_sentence(stopped, whole, capsys):
