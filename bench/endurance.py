@@ -20,7 +20,7 @@ os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 from bench.common import versions
 from pgolf.cli.main import main as pgolf
-from pgolf.data.corpus import sample_paths
+from pgolf.data.text import sample_paths
 from pgolf.env import commit_name
 
 MODEL = (

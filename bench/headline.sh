@@ -2,9 +2,9 @@
 # From text to a submission folder on every GPU of this machine, every second and byte accounted for:
 #   bench/headline.sh OUT SECONDS VAL TRAIN [TRAIN ...]      e.g. bench/headline.sh out 600 val.jsonl.xz train_*.jsonl.xz
 #   SEEDS="42 43 44"   one run each; else one with the preset's seed      TTT=1           also with test-time training
-#   RECORD="--author me --github-id me"   words for `pgolf record`        PRESET=tiny     another preset than record
+#   SUBMIT="--author me --github-id me"   words for `pgolf submit`        PRESET=tiny     another preset than pr1855
 #   EXTRA="--train.attention varlen"      more settings for the runs      RESULTS=folder  result lines, bench/results
-# Keeps OUT/tokenizer.model and OUT/shards if they are there; a folder OUT/runs/... a seed; writes OUT/record.
+# Keeps OUT/tokenizer.model and OUT/shards if they are there; a folder OUT/runs/... a seed; writes OUT/submission.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 4 ]; then
@@ -13,7 +13,7 @@ if [ $# -lt 4 ]; then
 fi
 out=$1 seconds=$2 val=$3
 shift 3
-python=${PYTHON:-python3} preset=${PRESET:-record}
+python=${PYTHON:-python3} preset=${PRESET:-pr1855}
 # The GPUs that torch sees, and the tokenizer that the preset wants.
 facts='import sys, torch, pgolf.presets as p; print(torch.cuda.device_count(), p.PRESETS[sys.argv[1]]().model.vocab_size)'
 read -r gpus vocab < <("$python" -c "$facts" "$preset")
@@ -55,4 +55,4 @@ if [ -f "$out/prepare_seconds" ]; then
   prepared=(--prepare-seconds "$(cat "$out/prepare_seconds")")
 fi
 # shellcheck disable=SC2086
-"$python" -m pgolf record "${runs[@]}" --out "$out/record" --overwrite "${prepared[@]}" ${RECORD:-}
+"$python" -m pgolf submit "${runs[@]}" --out "$out/submission" --overwrite "${prepared[@]}" ${SUBMIT:-}

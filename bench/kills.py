@@ -44,7 +44,7 @@ from bench.common import versions
 from pgolf.artifact.export import describe
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import main as command_line
-from pgolf.data.corpus import sample_paths
+from pgolf.data.text import sample_paths
 from pgolf.env import commit_name
 from pgolf.train.checkpoint import INDEX, read_checkpoint
 from pgolf.train.progress import PROGRESS
@@ -274,7 +274,7 @@ def shards_of(folder: Path) -> dict[str, bytes]:
 
 def prepare(base: Path) -> dict[Any, dict[str, Any]]:
     """Make tokenizer, shards and the runs that nothing interrupts: by number of ranks, and "build"."""
-    from pgolf.data.corpus import iterate_documents
+    from pgolf.data.text import iterate_documents
 
     log = base / "output.txt"
 

@@ -1,7 +1,7 @@
 """What the optimizer costs a step: every variant of Muon, beside its peers, and the whole tail of a step.
 
 A variant is a coefficient table and a number of steps, `polar_express_golf5` for example. For each, and for
-the share that one rank of `world` ranks owns of the record model's 66 matrices: ms of `muon_step` (momentum,
+the share that one rank of `world` ranks owns of preset pr1855's 66 matrices: ms of `muon_step` (momentum,
 row normalization, iteration, decay, float32 update) as launched and as a CUDA graph, and how orthogonal the
 updates of random gradients are: extreme singular values, and RMS deviation of the singular values from 1.
 `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once; `a call a bank`
@@ -10,7 +10,7 @@ Peers do the same step with torch operators (baddbmm, eager, compiled), torch.op
 installed, gram-newton-schulz and symmetric Triton products (the iteration alone). AOL (the row scaling of
 Turbo-Muon, four steps, another polar factor) is compiled torch code, with how orthogonal it is.
 
-The tail is reduce, clip, AdamW, Muon, average and zero on the record model, against the same with torch's
+The tail is reduce, clip, AdamW, Muon, average and zero on pr1855's model, against the same with torch's
 fused kernels; under torchrun it includes the communication of that many ranks. On CPU all shapes are small.
 """
 
@@ -42,11 +42,11 @@ from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
+from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.ema import Ema
-from pgolf.optim.muon import lr_scale
 from pgolf.optim.polar import coefficients
 from pgolf.optim.step import Optimizer
-from pgolf.presets import record, tiny
+from pgolf.presets import pr1855, tiny
 
 # name -> (table, steps). The fixed quintic, the per-iteration tables solved for their number of steps, the
 # published list cut short, and the lists of five.
@@ -141,10 +141,10 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
     return found
 
 
-def takes(own: list[MuonBank], scalars: Tensor, rule: MuonRule) -> bool:
+def takes(own: list[MuonBank], hyper: Tensor, rule: MuonRule) -> bool:
     """Return whether this device and build can run the rule."""
     try:
-        muon_step(own, scalars, rule)
+        muon_step(own, hyper, rule)
     except RuntimeError as e:
         print(f"algorithm {rule.algorithm!r} left out: {str(e).splitlines()[0]}")
         return False
@@ -158,14 +158,14 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     table = coefficients(name, steps)
     shapes = share(BANKS["bank66" if device.type == "cuda" else "tiny"], world)
     own = banks(shapes, device)
-    scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
+    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(table, row_normalize=True)
-    calls: dict[str, Callable[[], object]] = {"pgolf": lambda: muon_step(own, scalars, rule)}
+    calls: dict[str, Callable[[], object]] = {"pgolf": lambda: muon_step(own, hyper, rule)}
     gram = rule._replace(algorithm="gram")
-    if takes(own, scalars, gram):
-        calls["pgolf gram"] = lambda: muon_step(own, scalars, gram)
+    if takes(own, hyper, gram):
+        calls["pgolf gram"] = lambda: muon_step(own, hyper, gram)
     if world > 1:
-        calls["pgolf, a call a bank"] = lambda: [muon_step([bank], scalars, rule) for bank in own]
+        calls["pgolf, a call a bank"] = lambda: [muon_step([bank], hyper, rule) for bank in own]
     if with_peers:
         calls |= working(peers(shapes, table, device))
     case = f"{variant}_w{world}"
@@ -188,7 +188,7 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
 
 def torch_tail(model: GPT) -> Callable[[], object]:
     """Return clip, Muon, AdamW, average and zero by torch's fused kernels; Muon is compiled on CUDA."""
-    config = record().optim
+    config = pr1855().optim
     names = dict(model.named_parameters())
     own = {n: p.detach().clone().requires_grad_() for n, p in names.items()}
     for p in own.values():
@@ -224,7 +224,7 @@ def measure_tail(device: torch.device, repeats: int, out: Path | None) -> Record
     """
     dist = Dist.start("cuda" if device.type == "cuda" else "cpu")
     recorder = Recorder("tail", device, out)
-    config = record() if device.type == "cuda" else tiny()
+    config = pr1855() if device.type == "cuda" else tiny()
     model = GPT(config.model).to(dist.device)
     ema = Ema(dict(model.named_parameters()))
     case = f"record_{dist.world_size}gpu" if device.type == "cuda" else "tiny_cpu"

@@ -26,15 +26,15 @@ from bench.common import RESULTS, Recorder, Sample
 from pgolf.artifact.write import Facts, build_file
 from pgolf.config import Config, DataConfig, ModelConfig, from_dict
 from pgolf.dist import Dist
-from pgolf.evaluate.corpus import Corpus, score_model
+from pgolf.evaluate.validation import DataFolder, score_model
 from pgolf.model.gpt import GPT
 from pgolf.peers import find_peer
 from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.gptq import factorize, row_errors
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import blend, collect_curvature
-from pgolf.quant.state import QuantizedState, dequantize_state
 from pgolf.train.run import open_loader
-from pgolf.train.state import copy_parameters, load_weights
+from pgolf.train.weights import copy_parameters, load_weights
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Bench:
         self.dist = Dist.start(device)
         micro = min(saved.data.micro_tokens, micro_tokens)
         self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
-        self.corpus = Corpus.open(data, vocab_size=saved.model.vocab_size)
+        self.data_folder = DataFolder.open(data, vocab_size=saved.model.vocab_size)
         self.model = GPT(saved.model).prepare(self.dist.device)
         self.weights = {"ema": {k: v.to(self.dist.device) for k, v in averaged.items()}}
         if (folder / "raw.safetensors").is_file():
@@ -139,7 +139,7 @@ class Bench:
         copy_parameters(self.model, self.weights["ema"])
         quant, dist = self.config.quant, self.dist
         times = max(1, original.micro_tokens // self.config.data.micro_tokens)
-        with open_loader(self.config, self.corpus, dist) as loader:
+        with open_loader(self.config, self.data_folder, dist) as loader:
             self.model.eval()
             began = self._now()
             count = quant.calibration_batches * times
@@ -171,7 +171,7 @@ class Bench:
     def score(self, state: dict[str, Tensor]) -> float:
         """Return bits per byte over the whole validation text."""
         copy_parameters(self.model, state)
-        return score_model(self.model, self.corpus, self.config.data.micro_tokens, self.dist).bpb
+        return score_model(self.model, self.data_folder, self.config.data.micro_tokens, self.dist).bpb
 
     def quantize(self, setting: Setting, scale: float) -> QuantizedState:
         """Return the setting's codes with all its steps times `scale`."""
@@ -220,7 +220,7 @@ class Bench:
         if not hasattr(self, "_bytes_per_token"):
             from pgolf.data.loader import validation_totals
 
-            tokens, size = validation_totals(self.corpus.folder, tokenizer=self.corpus.tokenizer)
+            tokens, size = validation_totals(self.data_folder.folder, tokenizer=self.data_folder.tokenizer)
             self._bytes_per_token = size / tokens
         return float(np.log(2) * self._bytes_per_token)
 

@@ -1,4 +1,4 @@
-"""Forward+backward of the record model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
+"""Forward+backward of pr1855's model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
 
 Documents have log-normal lengths (mean about 712 tokens, at most 2,048), as web text has. Also the optimizer
 tail (clip, Muon, AdamW, EMA, zero) as launched.
@@ -19,7 +19,7 @@ from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
-from pgolf.presets import record
+from pgolf.presets import pr1855
 
 BOS = 1
 
@@ -86,7 +86,7 @@ def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int)
 
 def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
     """Time what follows the backward passes of a step: reduce, clip, AdamW, Muon, zero, EMA."""
-    config = record()
+    config = pr1855()
     ema = Ema(dict(model.named_parameters()))
     for metric, capture in (("ms_launched", False), ("ms_graph", True)):
         optimizer = Optimizer(model, config.optim, Dist.start("cuda"), ema=ema, capture=capture)
@@ -112,7 +112,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda")
     recorder = Recorder("step", device, args.out)
-    config = record().model
+    config = pr1855().model
     ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
     for attention in args.attention:
         model = GPT(config).prepare(device, attention=attention, compile=args.compile)

@@ -34,7 +34,7 @@ import torch
 
 from bench.common import RESULTS, Recorder, Sample
 from pgolf.peers import find_peer
-from pgolf.presets import record
+from pgolf.presets import pr1855
 
 IQR = 1.349  # of a normal distribution, in standard deviations
 BANKS = ((22, 512 * 512), (22, 256 * 512), (11, 2048 * 512), (11, 512 * 2048))  # matrices, elements of each
@@ -210,8 +210,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4, 8])
     p.add_argument("--baseline", default="polar_express_golf5")
     p.add_argument("--attention", default="pgolf fa4 blocks", help="impl in the bench `step` file")
-    p.add_argument("--batch-tokens", type=int, default=record().data.batch_tokens)
-    p.add_argument("--micro-tokens", type=int, default=record().data.micro_tokens)
+    p.add_argument("--batch-tokens", type=int, default=pr1855().data.batch_tokens)
+    p.add_argument("--micro-tokens", type=int, default=pr1855().data.micro_tokens)
     p.add_argument("--seconds", type=float, default=600.0)
     p.add_argument("--reserve", type=float, default=7.0, help="seconds of the limit kept for quantization")
     p.add_argument(
@@ -392,7 +392,7 @@ def main() -> None:
             continue
         setting = Setting(
             seconds=args.seconds - args.reserve,
-            loop_at=record().optim.loop_at,
+            loop_at=pr1855().optim.loop_at,
             world=world,
             micro_steps=args.batch_tokens / args.micro_tokens / world,
             forward_backward=pass_ms,

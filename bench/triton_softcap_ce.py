@@ -1,4 +1,4 @@
-"""The record stack's form of the loss, as a peer: softcapped cross-entropy in two Triton kernels.
+"""The baseline script's form of the loss, as a peer: softcapped cross-entropy in two Triton kernels.
 
 One program a row, blocks of 1024, 4 warps. z' = 2 cap sigmoid(2 x / cap) = z + cap leaves the loss as it is.
 Forward keeps a running maximum and sum; backward reads the logits again and writes a new gradient. Written

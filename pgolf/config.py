@@ -1,7 +1,7 @@
 """Every knob of a run, as frozen dataclasses: unit, meaning and range check beside the field.
 
-No torch here. The defaults are the record run (PR #1855 of the parameter-golf challenge); `presets.py` names
-the variations. The resolved configuration is written to `config.json` before step 0.
+No torch here. The defaults are those of preset pr1855 (PR #1855 of the parameter-golf challenge);
+`presets.py` names the variations. The resolved configuration is written to `config.json` before step 0.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class MuonConfig:
     momentum_start: float = 0.92
     """Momentum at step 0."""
     momentum_warmup: float = 0.3
-    """Fraction of the run over which momentum rises linearly (the record: 1,500 of about 4,930 steps)."""
+    """Fraction of the run over which momentum rises linearly (PR #1855: 1,500 of about 4,930 steps)."""
     nesterov: bool = True
     """Use g + momentum * buffer as the update direction."""
     row_normalize: bool = True
@@ -267,7 +267,7 @@ class OptimConfig:
     min_lr: float = 0.1
     """Floor of the learning rate as a fraction of its peak."""
     ema_horizon: float = 0.058
-    """Averaging horizon 1 / (1 - decay), fraction of the run (the record: 286 of 4,931 steps); 0 = no EMA."""
+    """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
     loop_at: float = 0.35
     """Fraction of the run at which depth recurrence is switched on."""
 
@@ -385,7 +385,7 @@ class QuantConfig:
     row_floor: float = 0.02
     """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
     embed_floor: float = 0.02
-    """The same for the embedding. With much less than the record's 0.8 M tokens of gradients, rows of tokens
+    """The same for the embedding. With much less than PR #1855's 0.8 M tokens of gradients, rows of tokens
     that do not occur would get steps far too coarse: raise it to 0.3."""
     lqer: Literal["off", "asym", "sym"] = "off"
     """Low-rank correction of the matrices with the largest errors; the form of its codes."""
@@ -455,7 +455,7 @@ class TttConfig:
     batch_tokens: int = 65_536
     """Tokens of one forward and backward, over all documents in it; speed and memory, not the score."""
     batch_documents: int = 128
-    """Most documents of a batch: each has its own adapters and second moments (record: 84 MB)."""
+    """Most documents of a batch: each has its own adapters and second moments (`pr1855`: 84 MB)."""
     seed: int = 0
     """Seeds the adapters' start, the same for every document."""
 
@@ -510,7 +510,7 @@ class Config:
     VERSION: ClassVar[int] = config_versions.VERSION
     """Goes into every saved configuration; what each version meant is in `config_versions.CHANGES`."""
 
-    name: str = "record"
+    name: str = "pr1855"
     """Names the run folder: printable characters, no path."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""

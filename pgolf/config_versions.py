@@ -89,6 +89,7 @@ CHANGES: tuple[Change, ...] = (
             "evaluate.every": 0,
         },
     ),
+    Change("8ab5e69", {}, {"name": "record"}),
 )
 """From the first run on, in order. Defaults that came and went between two runs are not told apart."""
 VERSION = len(CHANGES)

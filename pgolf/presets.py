@@ -17,7 +17,7 @@ from pgolf.config import (
 )
 
 
-def record() -> Config:
+def pr1855() -> Config:
     """PR #1855's settings: 11 layers x 512, SP8192, 35,945,671 parameters, 600 s."""
     return Config()
 
@@ -75,8 +75,8 @@ def naive() -> Config:
 
 
 def tiny() -> Config:
-    """Every part of `record` at a size that a laptop's CPU trains in about a minute."""
-    base = record()
+    """Every part of `pr1855` at a size that a laptop's CPU trains in about a minute."""
+    base = pr1855()
     muon = replace(base.optim.muon, lr=0.05, momentum=0.92, momentum_start=0.85)
     adam = replace(base.optim.adam, embed_lr=0.08)
     return replace(
@@ -98,11 +98,13 @@ def tiny() -> Config:
             loops=1,
         ),
         data=DataConfig(batch_tokens=2048, micro_tokens=2048),
-        # A few hundred small steps want a shorter memory and larger steps than the record's thousands.
+        # A few hundred small steps want a shorter memory and larger steps than the thousands of `pr1855`.
         optim=replace(base.optim, muon=muon, adam=adam, grad_clip=1.0),
         train=TrainConfig(seconds=80.0, warmup_steps=1),
         quant=QuantConfig(calibration_batches=4, embed_floor=0.3),
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"record": record, "naive": naive, "tiny": tiny}
+PRESETS: dict[str, Callable[[], Config]] = {"pr1855": pr1855, "naive": naive, "tiny": tiny}
+OLD_NAMES = {"record": "pr1855"}
+"""Names that presets had before; they work, with a notice, until version 0.3."""

@@ -91,9 +91,9 @@ def test_imports_only_go_to_lower_floors(path: Path) -> None:
     ("floor", "source", "expected"),
     [
         ("data", "from pgolf.model.gpt import GPT", ["model"]),
-        ("data", "def f():\n    import pgolf.train.loop", ["train"]),
+        ("data", "def f():\n    import pgolf.train.trainer", ["train"]),
         ("data", "from pgolf import log, config", ["log"]),
-        ("train", "from pgolf.model import gpt\nfrom pgolf.train import state", []),
+        ("train", "from pgolf.model import gpt\nfrom pgolf.train import weights", []),
     ],
 )
 def test_the_floor_check_finds_forbidden_imports(floor: str, source: str, expected: list[str]) -> None:

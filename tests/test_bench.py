@@ -9,11 +9,11 @@ from bench.common import Recorder, Sample
 from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
 from pgolf.model.gpt import GPT, parameter_shapes
-from pgolf.presets import record
+from pgolf.presets import pr1855
 
 
 def test_banks_of_the_communication_model_are_the_record_models():
-    shapes = parameter_shapes(record().model)
+    shapes = parameter_shapes(pr1855().model)
     assert sorted(BANKS) == sorted((shapes[n][0], shapes[n][1] * shapes[n][2]) for n in GPT.bank_names)
 
 

@@ -11,7 +11,7 @@ from pgolf.cli.main import main
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import CHANGES, VERSION, missing_note, writer_version
 from pgolf.presets import PRESETS
-from pgolf.train.state import load_weights
+from pgolf.train.weights import load_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 SAVED = sorted((ROOT / "bench" / "results").glob("*/config.json"))

@@ -7,7 +7,7 @@ import pytest
 
 from bench import ce_peers, polar_peers
 from pgolf.cli import info
-from pgolf.data import corpus
+from pgolf.data import text
 from pgolf.peers import find_peer
 from pgolf.report.plots import plot_loss
 
@@ -103,4 +103,4 @@ def test_plots_and_parquet_without_a_usable_package(broken, tmp_path):
     with pytest.raises(
         RuntimeError, match=r"needs pyarrow, which is not usable: TypeError: numpy of another"
     ):
-        list(corpus._parquet_rows(tmp_path / "a.parquet", "text"))
+        list(text._parquet_rows(tmp_path / "a.parquet", "text"))

@@ -1,6 +1,6 @@
 """Clip, AdamW, average and zeroing of the replicated parameters, against torch's fused kernels.
 
-`record` is the embedding (8,192 x 512) and 60 small tensors of the record model; `tiny` is for machines
+`record` is the embedding (8,192 x 512) and 60 small tensors of preset pr1855; `tiny` is for machines
 without a GPU. float32. Every contender measures the norm, clips, steps, moves the averages and zeroes the
 gradients. gbytes is what has to cross the memory of a GPU for the step alone: 40 bytes an element.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from bench.common import Recorder, Sample, parser, time_graph, time_launched, torch_name
 from pgolf.ops import AdamRule, AdamTensor, adam_step, clip_scale, square_sums
 from pgolf.ops.adam_step import CLIP_STATE
-from pgolf.ops.muon_step import AVERAGE_WEIGHT, SCALARS
+from pgolf.ops.muon_step import AVERAGE_WEIGHT, HYPER
 
 CASES = {
     "tiny": [(512, 64), *[(64,)] * 10],
@@ -39,14 +39,14 @@ def tensors(shapes: list[tuple[int, ...]], device: torch.device) -> list[AdamTen
 def ours(shapes: list[tuple[int, ...]], device: torch.device) -> Callable[[], object]:
     """Return the step by this package's operators."""
     own, lr = tensors(shapes, device), torch.tensor(LR, device=device)
-    scalars, corrections = torch.zeros(SCALARS, device=device), torch.zeros(2, device=device)
-    scalars[AVERAGE_WEIGHT] = WEIGHT
+    hyper, corrections = torch.zeros(HYPER, device=device), torch.zeros(2, device=device)
+    hyper[AVERAGE_WEIGHT] = WEIGHT
     state = torch.zeros(CLIP_STATE, device=device)
 
     def step() -> None:
         sums = square_sums([t.grad for t in own])
-        clip_scale(sums, state, scalars, corrections, clip=CLIP, beta1=RULE.beta1, beta2=RULE.beta2)
-        adam_step(own, lr, scalars, corrections, RULE)
+        clip_scale(sums, state, hyper, corrections, clip=CLIP, beta1=RULE.beta1, beta2=RULE.beta2)
+        adam_step(own, lr, hyper, corrections, RULE)
 
     return step
 

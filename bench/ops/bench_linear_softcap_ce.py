@@ -111,7 +111,7 @@ def main() -> None:
         torch.compiler.reset()
         if recorder.device.type == "cuda":
             torch.cuda.empty_cache()
-        # The largest shape takes 20 times as long as the record's.
+        # The largest shape takes 20 times as long as PR #1855's.
         repeats = 3 if args.quick else args.repeats if "d4096" not in case else max(args.repeats // 4, 3)
         measure(recorder, case, repeats, args.only)
     recorder.write()

@@ -1,8 +1,8 @@
 """muon_step on the model's weight banks: momentum, row normalization, iteration, decay and float32 update.
 
-`bank66` is all 66 matrices of the record model, `eighth` the share of one rank of eight; `tiny` is for
+`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight; `tiny` is for
 machines without a GPU. float32 gradients and parameters, bfloat16 momentum, 5 iterations of
-`polar_express_golf`. The peers do the same work: the record stack's way (banks, bfloat16, eager and
+`polar_express_golf`. The peers do the same work: the baseline script's way (banks, bfloat16, eager and
 compiled), and torch.optim.Muon on the separate matrices (without row normalization, its own coefficients).
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.common import Recorder, parser, time_graph, time_launched, torch_name
 from bench.polar_peers import Table
 from pgolf.ops import MuonBank, MuonRule, muon_step
-from pgolf.optim.muon import lr_scale
+from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.polar import coefficients
 
 CASES = {
@@ -31,7 +31,7 @@ TABLE = coefficients("polar_express_golf", 5)
 
 
 def banked_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = TABLE) -> None:
-    """One bank's step as the record stack writes it: bfloat16 throughout, float32 parameters."""
+    """One bank's step as the baseline script writes it: bfloat16 throughout, float32 parameters."""
     g = grad.to(momentum.dtype)
     momentum.mul_(MOMENTUM).add_(g)
     u = g.add(momentum, alpha=MOMENTUM)
@@ -62,18 +62,18 @@ def banks(shapes: Shapes, device: torch.device) -> list[MuonBank]:
 def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return every implementation as a call over all banks; each has tensors of its own."""
     ours, eager, compiled = (banks(CASES[case], device) for _ in range(3))
-    scalars = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
+    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(TABLE, row_normalize=True)
     compiled_step = torch.compile(banked_step, dynamic=False, fullgraph=True)
     found: dict[str, Callable[[], object]] = {
-        "pgolf": lambda: muon_step(ours, scalars, rule),
+        "pgolf": lambda: muon_step(ours, hyper, rule),
         torch_name("eager"): lambda: [banked_step(b.param, b.grad, b.momentum) for b in eager],
         torch_name("compile"): lambda: [compiled_step(b.param, b.grad, b.momentum) for b in compiled],
         torch_name("optim.Muon"): torch_muon(CASES[case], device),
     }
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         gram = rule._replace(algorithm="gram")
-        found["pgolf gram"] = lambda: muon_step(ours, scalars, gram)
+        found["pgolf gram"] = lambda: muon_step(ours, hyper, gram)
     return found
 
 

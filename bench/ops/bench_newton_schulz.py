@@ -1,6 +1,6 @@
 """newton_schulz on the model's weight banks and on large matrices, against torch and public kernels.
 
-`bank66` is all 66 matrices of the record model, `eighth` the share of one rank of eight. bfloat16 in and out,
+`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight. bfloat16 in and out,
 coefficients of `polar_express_golf`. A call is the whole set of banks. sv_min and sv_max are the extreme
 singular values of the first matrix of each bank after the iteration.
 """

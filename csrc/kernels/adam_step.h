@@ -38,7 +38,7 @@ struct AdamTarget {
 // The same for all tensors of a call. Pointers are device memory for the CUDA form.
 struct AdamRule {
   const float* lr;           // (1,)
-  const float* scalars;      // (kMuonScalars,): grad_scale and average_weight
+  const float* hyper;        // (kMuonHyper,): grad_scale and average_weight
   const float* corrections;  // (2,): c1, c2
   float weight_decay, beta1, beta2, eps;
   float rest1, rest2;  // 1 - beta, rounded once
@@ -59,9 +59,9 @@ int64_t square_sums_workspace(const SquareSum* tensors, int count);
 template <typename T>
 void square_sums_cuda(const SquareSum* tensors, int count, float* out, void* workspace, CUstream_st* stream);
 
-void clip_scale_cpu(const float* sums, int count, float* state, float* scalars, float* corrections,
+void clip_scale_cpu(const float* sums, int count, float* state, float* hyper, float* corrections,
                     ClipRule rule);
-void clip_scale_cuda(const float* sums, int count, float* state, float* scalars, float* corrections,
+void clip_scale_cuda(const float* sums, int count, float* state, float* hyper, float* corrections,
                      ClipRule rule, CUstream_st* stream);
 
 void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int threads);

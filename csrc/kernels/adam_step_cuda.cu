@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(kSumThreads) square_sums_kernel(const __grid_c
   if (threadIdx.x == 0) args.out[which] = total;
 }
 
-__global__ void clip_scale_kernel(const float* sums, int count, float* state, float* scalars,
+__global__ void clip_scale_kernel(const float* sums, int count, float* state, float* hyper,
                                   float* corrections, ClipRule rule) {
   float sum = 0.0f;
   for (int i = 0; i < count; ++i) sum += sums[i];
   const float norm = sqrtf(sum);
   const bool finite = isfinite(norm);
   const float scale = rule.clip > 0 ? fminf(static_cast<float>(rule.clip) / (norm + kClipEps), 1.0f) : 1.0f;
-  scalars[kMuonGradScale] = finite ? scale : __int_as_float(0x7fffffff);  // NaN
+  hyper[kMuonGradScale] = finite ? scale : __int_as_float(0x7fffffff);  // NaN
   state[kClipNorm] = norm;
   state[finite ? kClipSteps : kClipSkipped] += 1.0f;
   const double steps = fmaxf(state[kClipSteps], 1.0f);
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) adam_step_kernel(const __grid_consta
   if (valid <= 0) return;
   const bool aligned = args.runs.aligned[which] && valid >= kVector;
   const AdamRule& rule = args.rule;
-  const float scale = rule.scalars[kMuonGradScale], weight = rule.scalars[kMuonAverageWeight];
+  const float scale = rule.hyper[kMuonGradScale], weight = rule.hyper[kMuonAverageWeight];
   if (!isfinite(scale)) {
     zero8(t.grad + at, valid, aligned);
     return;
@@ -150,9 +150,9 @@ void square_sums_cuda(const SquareSum* tensors, int count, float* out, void* wor
       });
 }
 
-void clip_scale_cuda(const float* sums, int count, float* state, float* scalars, float* corrections,
+void clip_scale_cuda(const float* sums, int count, float* state, float* hyper, float* corrections,
                      ClipRule rule, CUstream_st* stream) {
-  clip_scale_kernel<<<1, 1, 0, stream>>>(sums, count, state, scalars, corrections, rule);
+  clip_scale_kernel<<<1, 1, 0, stream>>>(sums, count, state, hyper, corrections, rule);
   PGOLF_LAUNCH_CHECK();
 }
 

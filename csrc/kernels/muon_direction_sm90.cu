@@ -28,7 +28,7 @@ struct InputArgs {
   InputBank banks[kNsMaxBanks];
   int count;
   NsPrepared prepared;
-  const float* scalars;
+  const float* hyper;
   MuonOptions options;
   float eps;
 };
@@ -190,7 +190,7 @@ __global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads,
   const MuonPolarInput& bank = args.banks[which].bank;
   const int in_bank = cluster - args.banks[which].first_cluster;
   const int matrix = args.banks[which].first_matrix + in_bank;
-  const float mu = args.scalars[kMuonMomentum], grad_scale = args.scalars[kMuonGradScale];
+  const float mu = args.hyper[kMuonMomentum], grad_scale = args.hyper[kMuonGradScale];
   const bool finite = isfinite(grad_scale), normalize = args.options.row_normalize && finite;
   const int64_t start = static_cast<int64_t>(in_bank) * bank.rows * bank.cols;
   const Part<G, M> part{static_cast<const G*>(bank.grad) + start,
@@ -231,11 +231,11 @@ __global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads,
 
 template <typename G, typename M>
 void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepared& prepared, float eps,
-                         const float* scalars, MuonOptions options, CUstream_st* stream) {
+                         const float* hyper, MuonOptions options, CUstream_st* stream) {
   InputArgs args{};
   args.count = count;
   args.prepared = prepared;
-  args.scalars = scalars;
+  args.hyper = hyper;
   args.options = options;
   args.eps = eps;
   int64_t matrices = 0;

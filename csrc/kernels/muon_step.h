@@ -16,14 +16,14 @@
 
 namespace pgolf {
 
-// Places in `scalars`, (kMuonScalars,) float32.
+// Places in `hyper`, (kMuonHyper,) float32.
 enum MuonScalar : int {
   kMuonLr,
   kMuonMomentum,
   kMuonWeightDecay,
   kMuonGradScale,
   kMuonAverageWeight,
-  kMuonScalars
+  kMuonHyper
 };
 
 inline constexpr float kMuonRowEps = 1e-7f;
@@ -60,25 +60,25 @@ struct MuonTarget {
   float lr_scale;
 };
 
-// G, M and X are float or bf16. `scalars` is (kMuonScalars,), on the device for the CUDA forms.
+// G, M and X are float or bf16. `hyper` is (kMuonHyper,), on the device for the CUDA forms.
 template <typename G, typename M, typename X>
-void muon_direction_cpu(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
+void muon_direction_cpu(const MuonDirection* banks, int count, const float* hyper, MuonOptions options,
                         int threads);
 
 template <typename G, typename M, typename X>
-void muon_direction_cuda(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
+void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyper, MuonOptions options,
                          CUstream_st* stream);
 
 // The same directions, not rounded before, as float16 times a power of two that brings each matrix' norm near
 // [16, 32), and prepared.sigma = 1 / ((norm + eps) 2^e). At most kNsMaxBanks banks; Hopper.
 template <typename G, typename M>
 void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepared& prepared, float eps,
-                         const float* scalars, MuonOptions options, CUstream_st* stream);
+                         const float* hyper, MuonOptions options, CUstream_st* stream);
 
 template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* scalars, int threads);
+void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads);
 
 template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* scalars, CUstream_st* stream);
+void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, CUstream_st* stream);
 
 }  // namespace pgolf

@@ -13,11 +13,11 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
 // u for one row, and the new momentum; both rounded to their types only when stored.
 template <typename G, typename M>
-void momentum_row(const G* grad, M* momentum, float* u, int64_t cols, const float* scalars,
+void momentum_row(const G* grad, M* momentum, float* u, int64_t cols, const float* hyper,
                   MuonOptions options) {
-  const float mu = scalars[kMuonMomentum];
+  const float mu = hyper[kMuonMomentum];
   const float share = options.lerp ? 1.0f - mu : 1.0f;
-  const float scale = scalars[kMuonGradScale] * share;
+  const float scale = hyper[kMuonGradScale] * share;
   for (int64_t j = 0; j < cols; ++j) {
     const float g = to_float(grad[j]) * scale;
     momentum[j] = from_float<M>(mu * to_float(momentum[j]) + g);
@@ -32,15 +32,15 @@ float row_scale(const float* u, int64_t cols) {
 }
 
 template <typename X>
-void apply_range(const MuonTarget& t, const float* scalars, int64_t begin, int64_t end) {
-  const float lr = scalars[kMuonLr];
-  const float keep = 1.0f - lr * scalars[kMuonWeightDecay];
+void apply_range(const MuonTarget& t, const float* hyper, int64_t begin, int64_t end) {
+  const float lr = hyper[kMuonLr];
+  const float keep = 1.0f - lr * hyper[kMuonWeightDecay];
   const float step = lr * t.lr_scale;
   const X* update = static_cast<const X*>(t.update);
   for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
   if (t.average == nullptr) return;
   // Two forms, as torch.lerp: exact at both ends of the weight.
-  const float weight = scalars[kMuonAverageWeight];
+  const float weight = hyper[kMuonAverageWeight];
   if (weight < 0.5f) {
     for (int64_t i = begin; i < end; ++i) t.average[i] += weight * (t.param[i] - t.average[i]);
   } else {
@@ -52,9 +52,9 @@ void apply_range(const MuonTarget& t, const float* scalars, int64_t begin, int64
 }  // namespace
 
 template <typename G, typename M, typename X>
-void muon_direction_cpu(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
+void muon_direction_cpu(const MuonDirection* banks, int count, const float* hyper, MuonOptions options,
                         int threads) {
-  const bool skip = !std::isfinite(scalars[kMuonGradScale]);
+  const bool skip = !std::isfinite(hyper[kMuonGradScale]);
   for (int i = 0; i < count; ++i) {
     const MuonDirection& bank = banks[i];
     const int64_t cols = bank.cols;
@@ -67,7 +67,7 @@ void muon_direction_cpu(const MuonDirection* banks, int count, const float* scal
       std::vector<float> u(static_cast<size_t>(cols));
       for (int64_t row = begin; row < end; ++row) {
         momentum_row(static_cast<const G*>(bank.grad) + row * cols,
-                     static_cast<M*>(bank.momentum) + row * cols, u.data(), cols, scalars, options);
+                     static_cast<M*>(bank.momentum) + row * cols, u.data(), cols, hyper, options);
         const float scale = options.row_normalize ? row_scale(u.data(), cols) : 1.0f;
         X* out = static_cast<X*>(bank.direction) + row * cols;
         for (int64_t j = 0; j < cols; ++j) out[j] = from_float<X>(u[static_cast<size_t>(j)] * scale);
@@ -77,11 +77,11 @@ void muon_direction_cpu(const MuonDirection* banks, int count, const float* scal
 }
 
 template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* scalars, int threads) {
-  if (!std::isfinite(scalars[kMuonGradScale])) return;
+void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads) {
+  if (!std::isfinite(hyper[kMuonGradScale])) return;
   for (int i = 0; i < count; ++i) {
     parallel_for(targets[i].count, kGrain, threads,
-                 [&](int64_t begin, int64_t end) { apply_range<X>(targets[i], scalars, begin, end); });
+                 [&](int64_t begin, int64_t end) { apply_range<X>(targets[i], hyper, begin, end); });
   }
 }
 

@@ -20,7 +20,7 @@ constexpr int kMaxTargets = 80;
 
 struct DirectionArgs {
   Runs<MuonDirection, kMaxBanks> banks;
-  const float* scalars;
+  const float* hyper;
   MuonOptions options;
 };
 static_assert(sizeof(DirectionArgs) <= 4096, "kernel arguments hold 4 KB on every driver");
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
   const G* grad = static_cast<const G*>(bank.grad) + start;
   M* momentum = static_cast<M*>(bank.momentum) + start;
   X* direction = static_cast<X*>(bank.direction) + start;
-  const float mu = args.scalars[kMuonMomentum], grad_scale = args.scalars[kMuonGradScale];
+  const float mu = args.hyper[kMuonMomentum], grad_scale = args.hyper[kMuonGradScale];
   const float scale = grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f);
   const int64_t lane = threadIdx.x % kWarp * kVector;
 
@@ -91,13 +91,13 @@ __global__ void __launch_bounds__(kThreads)
 
 struct ApplyArgs {
   Runs<MuonTarget, kMaxTargets> runs;
-  const float* scalars;
+  const float* hyper;
 };
 static_assert(sizeof(ApplyArgs) <= 4096, "kernel arguments hold 4 KB on every driver");
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_constant__ ApplyArgs args) {
-  if (!isfinite(args.scalars[kMuonGradScale])) return;
+  if (!isfinite(args.hyper[kMuonGradScale])) return;
   const int which = args.runs.of_block(blockIdx.x);
   const MuonTarget& t = args.runs.targets[which];
   const X* update = static_cast<const X*>(t.update);
@@ -109,21 +109,21 @@ __global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_const
   load8(p, t.param + at, valid, aligned);
   load8(o, update + at, valid, aligned);
   if (t.average != nullptr) load8(average, t.average + at, valid, aligned);
-  const float lr = args.scalars[kMuonLr];
-  const float keep = 1.0f - lr * args.scalars[kMuonWeightDecay];
+  const float lr = args.hyper[kMuonLr];
+  const float keep = 1.0f - lr * args.hyper[kMuonWeightDecay];
   const float step = lr * t.lr_scale;
   PGOLF_UNROLL
   for (int i = 0; i < kVector; ++i) p[i] = fmaf(p[i], keep, -step * o[i]);
   store8<true>(t.param + at, p, valid, aligned);
   if (t.average == nullptr) return;
-  lerp8(average, p, args.scalars[kMuonAverageWeight]);
+  lerp8(average, p, args.hyper[kMuonAverageWeight]);
   store8<true>(t.average + at, average, valid, aligned);
 }
 
 }  // namespace
 
 template <typename G, typename M, typename X>
-void muon_direction_cuda(const MuonDirection* banks, int count, const float* scalars, MuonOptions options,
+void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyper, MuonOptions options,
                          CUstream_st* stream) {
   launch_runs<kMaxBanks>(
       banks, count, "muon_step",
@@ -135,19 +135,19 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* sca
       [&](const Runs<MuonDirection, kMaxBanks>& runs, unsigned int blocks) {
         muon_direction_kernel<typename DeviceType<G>::type, typename DeviceType<M>::type,
                               typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(DirectionArgs{runs, scalars, options});
+            <<<blocks, kThreads, 0, stream>>>(DirectionArgs{runs, hyper, options});
         PGOLF_LAUNCH_CHECK();
       });
 }
 
 template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* scalars, CUstream_st* stream) {
+void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, CUstream_st* stream) {
   launch_runs<kMaxTargets>(
       targets, count, "muon_step", [](const MuonTarget& t) { return (t.count + kRun - 1) / kRun; },
       [](const MuonTarget& t) { return aligned16(t.param) && aligned16(t.update) && aligned16(t.average); },
       [&](const Runs<MuonTarget, kMaxTargets>& runs, unsigned int blocks) {
         muon_apply_kernel<typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{runs, scalars});
+            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{runs, hyper});
         PGOLF_LAUNCH_CHECK();
       });
 }

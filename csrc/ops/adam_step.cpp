@@ -59,30 +59,30 @@ at::Tensor square_sums_on_cpu(at::TensorList tensors) {
   });
 }
 
-ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
                     const at::Tensor& corrections, double clip, double beta1, double beta2) {
   check_vector(sums, "clip_scale", "sums", sums.numel(), sums.device());
   check_vector(state, "clip_scale", "state", kClipState, sums.device());
-  check_vector(scalars, "clip_scale", "scalars", kMuonScalars, sums.device());
+  check_vector(hyper, "clip_scale", "hyper", kMuonHyper, sums.device());
   check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
   TORCH_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
   check_betas("clip_scale", beta1, beta2);
   return {clip, beta1, beta2};
 }
 
-void clip_scale_on_cpu(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+void clip_scale_on_cpu(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
                        const at::Tensor& corrections, double clip, double beta1, double beta2) {
-  const ClipRule rule = check_clip(sums, state, scalars, corrections, clip, beta1, beta2);
+  const ClipRule rule = check_clip(sums, state, hyper, corrections, clip, beta1, beta2);
   clip_scale_cpu(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
-                 mutable_pointer<float>(scalars), mutable_pointer<float>(corrections), rule);
+                 mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule);
 }
 
 std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, at::TensorList means,
                                    at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                                   const at::Tensor& scalars, const at::Tensor& corrections) {
+                                   const at::Tensor& hyper, const at::Tensor& corrections) {
   const at::Device device = lr.device();
   check_vector(lr, "adam_step", "lr", 1, device);
-  check_vector(scalars, "adam_step", "scalars", kMuonScalars, device);
+  check_vector(hyper, "adam_step", "hyper", kMuonHyper, device);
   check_vector(corrections, "adam_step", "corrections", 2, device);
   const auto take = [&](at::TensorList list, const char* what, size_t i) {
     TORCH_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
@@ -101,23 +101,23 @@ std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, 
   return targets;
 }
 
-AdamRule make_rule(const at::Tensor& lr, const at::Tensor& scalars, const at::Tensor& corrections,
+AdamRule make_rule(const at::Tensor& lr, const at::Tensor& hyper, const at::Tensor& corrections,
                    double weight_decay, double beta1, double beta2, double eps) {
   check_betas("adam_step", beta1, beta2);
   TORCH_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
                     " and ", weight_decay);
-  return {const_pointer<float>(lr),         const_pointer<float>(scalars), const_pointer<float>(corrections),
+  return {const_pointer<float>(lr),         const_pointer<float>(hyper),   const_pointer<float>(corrections),
           static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
           static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
 }
 
 void adam_step_on_cpu(at::TensorList params, at::TensorList grads, at::TensorList means,
                       at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                      const at::Tensor& scalars, const at::Tensor& corrections, double weight_decay,
+                      const at::Tensor& hyper, const at::Tensor& corrections, double weight_decay,
                       double beta1, double beta2, double eps) {
-  const auto targets = check_adam(params, grads, means, squares, averages, lr, scalars, corrections);
+  const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
   adam_step_cpu(targets.data(), static_cast<int>(targets.size()),
-                make_rule(lr, scalars, corrections, weight_decay, beta1, beta2, eps), at::get_num_threads());
+                make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), at::get_num_threads());
 }
 
 #ifdef PGOLF_WITH_CUDA
@@ -132,23 +132,23 @@ at::Tensor square_sums_on_cuda(at::TensorList tensors) {
   });
 }
 
-void clip_scale_on_cuda(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& scalars,
+void clip_scale_on_cuda(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
                         const at::Tensor& corrections, double clip, double beta1, double beta2) {
-  const ClipRule rule = check_clip(sums, state, scalars, corrections, clip, beta1, beta2);
+  const ClipRule rule = check_clip(sums, state, hyper, corrections, clip, beta1, beta2);
   const c10::cuda::CUDAGuard guard(sums.device());
   clip_scale_cuda(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
-                  mutable_pointer<float>(scalars), mutable_pointer<float>(corrections), rule,
+                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule,
                   c10::cuda::getCurrentCUDAStream().stream());
 }
 
 void adam_step_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList means,
                        at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                       const at::Tensor& scalars, const at::Tensor& corrections, double weight_decay,
+                       const at::Tensor& hyper, const at::Tensor& corrections, double weight_decay,
                        double beta1, double beta2, double eps) {
-  const auto targets = check_adam(params, grads, means, squares, averages, lr, scalars, corrections);
+  const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
   const c10::cuda::CUDAGuard guard(lr.device());
   adam_step_cuda(targets.data(), static_cast<int>(targets.size()),
-                 make_rule(lr, scalars, corrections, weight_decay, beta1, beta2, eps),
+                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps),
                  c10::cuda::getCurrentCUDAStream().stream());
 }
 #endif
@@ -159,12 +159,12 @@ void adam_step_on_cuda(at::TensorList params, at::TensorList grads, at::TensorLi
 TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def("square_sums(Tensor[] tensors) -> Tensor", {at::Tag::pt2_compliant_tag});
   m.def(
-      "clip_scale(Tensor sums, Tensor(a!) state, Tensor(b!) scalars, Tensor(c!) corrections, float clip, "
+      "clip_scale(Tensor sums, Tensor(a!) state, Tensor(b!) hyper, Tensor(c!) corrections, float clip, "
       "float beta1, float beta2) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] means, Tensor(d!)[] squares, "
-      "Tensor(e!)[] averages, Tensor lr, Tensor scalars, Tensor corrections, float weight_decay, float "
+      "Tensor(e!)[] averages, Tensor lr, Tensor hyper, Tensor corrections, float weight_decay, float "
       "beta1, "
       "float beta2, float eps) -> ()",
       {at::Tag::pt2_compliant_tag});

@@ -30,12 +30,11 @@ void dispatch_state(const char* what, at::ScalarType type, const Body& body) {
   body(bf16{});
 }
 
-void check_scalars(const at::Tensor& scalars) {
-  TORCH_CHECK_TYPE(scalars.scalar_type() == at::kFloat, "muon_step: scalars must be float32, got ",
-                   scalars.scalar_type());
-  TORCH_CHECK_VALUE(scalars.dim() == 1 && scalars.size(0) == kMuonScalars && scalars.is_contiguous(),
-                    "muon_step: scalars must be (", int{kMuonScalars}, ",) contiguous, got ",
-                    scalars.sizes());
+void check_hyper(const at::Tensor& hyper) {
+  TORCH_CHECK_TYPE(hyper.scalar_type() == at::kFloat, "muon_step: hyper must be float32, got ",
+                   hyper.scalar_type());
+  TORCH_CHECK_VALUE(hyper.dim() == 1 && hyper.size(0) == kMuonHyper && hyper.is_contiguous(),
+                    "muon_step: hyper must be (", int{kMuonHyper}, ",) contiguous, got ", hyper.sizes());
 }
 
 // `tensor` of list `what` at `index` must have the shape of `model`; check_list sees to the rest.
@@ -44,12 +43,12 @@ void check_like(const at::Tensor& tensor, const at::Tensor& model, const char* w
                     model.sizes(), ", got ", tensor.sizes());
 }
 
-void check_list(at::TensorList list, const char* what, at::ScalarType type, const at::Tensor& scalars) {
+void check_list(at::TensorList list, const char* what, at::ScalarType type, const at::Tensor& hyper) {
   for (size_t i = 0; i < list.size(); ++i) {
     TORCH_CHECK_TYPE(list[i].scalar_type() == type, "muon_step: ", what, " ", i, " must be ", type, ", got ",
                      list[i].scalar_type());
-    TORCH_CHECK_VALUE(list[i].device() == scalars.device(), "muon_step: ", what, " ", i, " must be on ",
-                      scalars.device(), " like the scalars, got ", list[i].device());
+    TORCH_CHECK_VALUE(list[i].device() == hyper.device(), "muon_step: ", what, " ", i, " must be on ",
+                      hyper.device(), " like the hyper, got ", list[i].device());
     TORCH_CHECK_VALUE(list[i].is_contiguous(), "muon_step: ", what, " ", i,
                       " must be contiguous, got strides ", list[i].strides(),
                       "; it is read and written in place");
@@ -64,14 +63,14 @@ at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloa
 
 // What muon_apply works on; `averages` may be empty.
 std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList updates, at::TensorList averages,
-                                      const at::Tensor& scalars, Doubles lr_scales) {
-  check_scalars(scalars);
+                                      const at::Tensor& hyper, Doubles lr_scales) {
+  check_hyper(hyper);
   check_counts(updates.size(), params.size(), "updates");
   check_counts(lr_scales.size(), params.size(), "lr_scales");
   if (!averages.empty()) check_counts(averages.size(), params.size(), "averages");
-  check_list(params, "param", at::kFloat, scalars);
-  check_list(updates, "update", first_type(updates), scalars);
-  check_list(averages, "average", at::kFloat, scalars);
+  check_list(params, "param", at::kFloat, hyper);
+  check_list(updates, "update", first_type(updates), hyper);
+  check_list(averages, "average", at::kFloat, hyper);
   std::vector<MuonTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
     check_like(updates[i], params[i], "update", i);
@@ -87,16 +86,16 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
 }
 
 std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
-                                           at::TensorList updates, const at::Tensor& scalars,
+                                           at::TensorList updates, const at::Tensor& hyper,
                                            Doubles coefficients, double eps, std::string_view algorithm) {
-  check_scalars(scalars);
+  check_hyper(hyper);
   TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
                     "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
   check_counts(momenta.size(), grads.size(), "momenta");
   check_counts(updates.size(), grads.size(), "updates");
-  check_list(grads, "grad", first_type(grads), scalars);
-  check_list(momenta, "momentum", first_type(momenta), scalars);
-  check_list(updates, "update", first_type(updates), scalars);
+  check_list(grads, "grad", first_type(grads), hyper);
+  check_list(momenta, "momentum", first_type(momenta), hyper);
+  check_list(updates, "update", first_type(updates), hyper);
   const auto count = static_cast<int64_t>(coefficients.size());
   TORCH_CHECK_VALUE(count % 3 == 0 && count >= 3 && count <= 3 * kNewtonSchulzMaxSteps,
                     "muon_step: coefficients must be 1 to ", kNewtonSchulzMaxSteps,
@@ -145,23 +144,23 @@ std::vector<MuonDirection> directions(at::TensorList grads, at::TensorList momen
 }
 
 void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList averages,
-               const at::Tensor& scalars, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, scalars, lr_scales);
+               const at::Tensor& hyper, Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
   dispatch_state("updates", first_type(updates), [&](auto tag) {
     muon_apply_cpu<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                  const_pointer<float>(scalars), at::get_num_threads());
+                                  const_pointer<float>(hyper), at::get_num_threads());
   });
 }
 
 void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-              at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
+              at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
+  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
   TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
               "use 'auto'");
-  if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
+  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
   const std::vector<int64_t> offsets = direction_offsets(updates);
-  const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
+  const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
   dispatch_state("grads", first_type(grads), [&](auto g) {
     dispatch_state("momenta", first_type(momenta), [&](auto m) {
       dispatch_state("updates", first_type(updates), [&](auto x) {
@@ -169,7 +168,7 @@ void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList moment
         const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
         const int threads = at::get_num_threads();
         muon_direction_cpu<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
-                                                        const_pointer<float>(scalars),
+                                                        const_pointer<float>(hyper),
                                                         {nesterov, lerp, row_normalize}, threads);
         for (size_t i = 0; i < shapes.size(); ++i) {
           newton_schulz_cpu(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
@@ -178,17 +177,17 @@ void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList moment
       });
     });
   });
-  if (!params.empty()) apply_cpu(params, updates, averages, scalars, lr_scales);
+  if (!params.empty()) apply_cpu(params, updates, averages, hyper, lr_scales);
 }
 
 #ifdef PGOLF_WITH_CUDA
 void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList averages,
-                const at::Tensor& scalars, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, scalars, lr_scales);
-  const c10::cuda::CUDAGuard guard(scalars.device());
+                const at::Tensor& hyper, Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
+  const c10::cuda::CUDAGuard guard(hyper.device());
   dispatch_state("updates", first_type(updates), [&](auto tag) {
     muon_apply_cuda<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                   const_pointer<float>(scalars), c10::cuda::getCurrentCUDAStream().stream());
+                                   const_pointer<float>(hyper), c10::cuda::getCurrentCUDAStream().stream());
   });
 }
 
@@ -229,7 +228,7 @@ bool aligned(at::TensorList list) {
 // The directions go straight to where the products of the Hopper kernel start.
 template <typename G, typename M>
 void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std::vector<NsBank>& hopper,
-                        const NewtonSchulzShape& shape, const at::Tensor& scalars, MuonOptions options,
+                        const NewtonSchulzShape& shape, const at::Tensor& hyper, MuonOptions options,
                         cudaStream_t stream) {
   std::vector<MuonPolarInput> inputs;
   for (size_t i = 0; i < static_cast<size_t>(grads.size()); ++i) {
@@ -239,13 +238,13 @@ void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std:
   }
   const int count = static_cast<int>(hopper.size());
   const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), scalars);
+      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
   for (int first = 0, here = 0; first < count; first += here) {
     NsPrepared prepared{};
     here = newton_schulz_sm90_prepare(hopper.data() + first, count - first, shape.steps,
                                       scratch.mutable_data_ptr(), &prepared);
     for (int i = 0; i < here; ++i) inputs[static_cast<size_t>(first + i)].x = prepared.x[i];
-    muon_direction_sm90<G, M>(inputs.data() + first, here, prepared, shape.eps, const_pointer<float>(scalars),
+    muon_direction_sm90<G, M>(inputs.data() + first, here, prepared, shape.eps, const_pointer<float>(hyper),
                               options, stream);
     newton_schulz_sm90_prepared(hopper.data() + first, here, shape.coefficients, shape.steps,
                                 scratch.mutable_data_ptr(), stream);
@@ -254,24 +253,24 @@ void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std:
 
 // The same of directions that are written out, where gradients or momenta are not aligned.
 void iterate_hopper(const std::vector<MuonDirection>& directions, std::vector<NsBank>& hopper,
-                    const NewtonSchulzShape& shape, const at::Tensor& scalars, cudaStream_t stream) {
+                    const NewtonSchulzShape& shape, const at::Tensor& hyper, cudaStream_t stream) {
   size_t next = 0;
   for (const MuonDirection& bank : directions) {
     if (bank.rows * bank.cols > 0) hopper[next++].in = bank.direction;
   }
   const int count = static_cast<int>(hopper.size());
   const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), scalars);
+      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
   newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, shape.eps,
                      scratch.mutable_data_ptr(), stream);
 }
 
 void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-               at::TensorList averages, const at::Tensor& scalars, Doubles lr_scales, Doubles coefficients,
+               at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
                double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, scalars, coefficients, eps, algorithm);
-  if (!params.empty()) check_targets(params, updates, averages, scalars, lr_scales);
-  const c10::cuda::CUDAGuard guard(scalars.device());
+  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
+  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
+  const c10::cuda::CUDAGuard guard(hyper.device());
   const MuonOptions options{nesterov, lerp, row_normalize};
   dispatch_state("grads", first_type(grads), [&](auto g) {
     dispatch_state("momenta", first_type(momenta), [&](auto m) {
@@ -282,16 +281,16 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
         const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
         std::vector<NsBank> hopper = hopper_banks<X>(updates, shapes, algorithm);
         if (!hopper.empty() && aligned(grads) && aligned(momenta)) {
-          direct_and_iterate<G, M>(grads, momenta, hopper, shapes[0], scalars, options, stream);
+          direct_and_iterate<G, M>(grads, momenta, hopper, shapes[0], hyper, options, stream);
           return;
         }
         const std::vector<int64_t> offsets = direction_offsets(updates);
-        const at::Tensor scratch = at::empty({offsets.back()}, scalars.options().dtype(first_type(updates)));
+        const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
         const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
         muon_direction_cuda<G, M, X>(banks.data(), static_cast<int>(banks.size()),
-                                     const_pointer<float>(scalars), options, stream);
+                                     const_pointer<float>(hyper), options, stream);
         if (!hopper.empty()) {
-          iterate_hopper(banks, hopper, shapes[0], scalars, stream);
+          iterate_hopper(banks, hopper, shapes[0], hyper, stream);
           return;
         }
         for (size_t i = 0; i < shapes.size(); ++i) {
@@ -302,7 +301,7 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
       });
     });
   });
-  if (!params.empty()) apply_cuda(params, updates, averages, scalars, lr_scales);
+  if (!params.empty()) apply_cuda(params, updates, averages, hyper, lr_scales);
 }
 #endif
 
@@ -312,11 +311,11 @@ void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momen
 TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
-      "Tensor(d!)[] averages, Tensor scalars, float[] lr_scales, float[] coefficients, float eps, "
+      "Tensor(d!)[] averages, Tensor hyper, float[] lr_scales, float[] coefficients, float eps, "
       "bool nesterov, bool lerp, bool row_normalize, str algorithm=\"auto\") -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor scalars, "
+      "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor hyper, "
       "float[] lr_scales) -> ()",
       {at::Tag::pt2_compliant_tag});
 }

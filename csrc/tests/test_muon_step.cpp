@@ -10,12 +10,12 @@ namespace pgolf::test {
 namespace {
 
 void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads) {
-  const float scalars[kMuonScalars] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
+  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
   const std::vector<float> grad = normal_values(rows * cols, 1), before = normal_values(rows * cols, 2);
   std::vector<float> momentum = before;
   std::vector<float> direction(grad.size());
   const MuonDirection bank{grad.data(), momentum.data(), direction.data(), rows, cols};
-  muon_direction_cpu<float, float, float>(&bank, 1, scalars, options, threads);
+  muon_direction_cpu<float, float, float>(&bank, 1, hyper, options, threads);
   const double share = options.lerp ? 0.1 : 1.0;
   for (int64_t row = 0; row < rows; ++row) {
     std::vector<double> u;
@@ -37,12 +37,12 @@ void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads
 }
 
 void test_apply(int64_t count, float weight, int threads) {
-  const float scalars[kMuonScalars] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
+  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
   const std::vector<float> start = normal_values(count, 3), update = normal_values(count, 4),
                            average = normal_values(count, 5);
   std::vector<float> param = start, moved = average;
   const MuonTarget target{param.data(), update.data(), moved.data(), count, 2.0f};
-  muon_apply_cpu<float>(&target, 1, scalars, threads);
+  muon_apply_cpu<float>(&target, 1, hyper, threads);
   for (size_t i = 0; i < param.size(); ++i) {
     const double want = start[i] * (1 - 0.1 * 0.2) - 0.1 * 2.0 * update[i];
     check_close(param[i], want, 1e-5, 1e-6, "param");
@@ -52,13 +52,13 @@ void test_apply(int64_t count, float weight, int threads) {
 
 void test_skip() {
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    const float scalars[kMuonScalars] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
+    const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
     const std::vector<float> grad = normal_values(6, 1), before = normal_values(6, 2);
     std::vector<float> momentum = before, direction = before, param = before, average = grad;
     const MuonDirection bank{grad.data(), momentum.data(), direction.data(), 2, 3};
-    muon_direction_cpu<float, float, float>(&bank, 1, scalars, {true, false, true}, 1);
+    muon_direction_cpu<float, float, float>(&bank, 1, hyper, {true, false, true}, 1);
     const MuonTarget target{param.data(), grad.data(), average.data(), 6, 1.0f};
-    muon_apply_cpu<float>(&target, 1, scalars, 1);
+    muon_apply_cpu<float>(&target, 1, hyper, 1);
     check(direction == std::vector<float>(6), "a skipped step left a direction");
     check(momentum == before && param == before && average == grad, "a skipped step changed something");
   }

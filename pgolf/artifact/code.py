@@ -26,7 +26,7 @@ from pgolf.artifact.codec import compress
 
 ROOTS = {
     "pgolf.artifact.read": ("read_artifact", "load_model"),
-    "pgolf.evaluate.corpus": ("Corpus", "score_model", "score_as"),
+    "pgolf.evaluate.validation": ("DataFolder", "score_model", "score_as"),
 }
 """Where reading and scoring (plain, sliding and with test-time training) begin: modules and names."""
 CODE_RULE = (

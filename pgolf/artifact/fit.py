@@ -15,7 +15,7 @@ from typing import TypeVar
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file
 from pgolf.config import ModelConfig
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 T = TypeVar("T")
 

@@ -31,15 +31,15 @@ from pgolf.model.gpt import parameter_shapes
 from pgolf.ops import encode_codes
 from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 GAUSSIAN_BITS = 2.047
 """Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
 SAMPLE_ROWS = 2048
-"""Rows of a sampled matrix: the coder has learned its columns by then, and `record` takes 0.3 s."""
+"""Rows of a sampled matrix: the coder has learned its columns by then, and `pr1855` takes 0.3 s."""
 TRAINED = {"tok_emb": 0.952, "qo_bank": 0.980, "kv_bank": 0.986, "mlp_down_bank": 0.9975}
 """Coded bytes of trained matrices after GPTQ over those of Gaussian ones of the same shape and step, 1 where
-absent: what coding finds in `record` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
+absent: what coding finds in `pr1855` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
 resemble each other, queries their keys and outputs of heads their values; MLP-up has no structure at all."""
 STORED = {
     "scales": 1.13,

@@ -34,10 +34,10 @@ from pgolf.model.gpt import GPT
 from pgolf.ops import decode_codes
 from pgolf.quant.grid import LEAST_EXPONENT, MOST_EXPONENT, QuantizedTensor, from_exponents, max_code
 from pgolf.quant.lqer import Correction
-from pgolf.quant.state import QuantizedState, dequantize_state
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 MAX_LOOPS = 64
-"""The layer order is built in memory from `loops`; the record uses 2."""
+"""The layer order is built in memory from `loops`; PR #1855 uses 2."""
 
 
 THREADS_PAY = 1 << 20

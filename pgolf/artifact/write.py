@@ -33,7 +33,7 @@ from pgolf.config import ModelConfig
 from pgolf.data.shards import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.grid import QuantizedTensor, step_exponents
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 
 def write_artifact(

@@ -13,7 +13,6 @@ import numpy as np
 import tyro
 
 from pgolf.data.build import ShardsJob, build_shards
-from pgolf.data.corpus import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -27,6 +26,7 @@ from pgolf.data.shards import (
     list_files,
     read_shard,
 )
+from pgolf.data.text import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> int:
     """Run the demo."""
     args = tyro.cli(Demo, prog="pgolf demo", args=argv)
     from pgolf.cli import data
-    from pgolf.data.corpus import sample_paths
+    from pgolf.data.text import sample_paths
     from pgolf.presets import tiny
     from pgolf.train.run import train_run
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pgolf.artifact.read import Artifact
     from pgolf.dist import Dist
     from pgolf.evaluate.bpb import Score
-    from pgolf.evaluate.corpus import Corpus
+    from pgolf.evaluate.validation import DataFolder
 
 Mode = Literal["plain", "sliding", "ttt"]
 
@@ -55,59 +55,59 @@ def main(argv: list[str]) -> int:
     artifact = read_artifact(args.artifact)
     dist = Dist.start(args.device)
     try:
-        corpus = _open(args, artifact)
-        scores = _score(args, artifact, corpus, dist)
+        data_folder = _open(args, artifact)
+        scores = _score(args, artifact, data_folder, dist)
     finally:
         dist.close()
     if dist.is_main:
         note = f"  (first {args.documents:,} documents only)" if args.documents else ""
-        note += f"  ({corpus.checked})" if corpus.manifest is None else ""
+        note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {mode}{note}")
         if args.json is not None:
-            _write(args.json, args, corpus, scores)
+            _write(args.json, args, data_folder, scores)
     return 0
 
 
-def _open(args: Evaluate, artifact: Artifact) -> Corpus:
+def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     """Return the data, checked against their manifest and the artifact."""
-    from pgolf.evaluate.corpus import Corpus
+    from pgolf.evaluate.validation import DataFolder
 
     header = artifact.header
-    corpus = Corpus.open(args.data, vocab_size=header.model.vocab_size)
-    if header.tokenizer_sha256 != corpus.sha256:
-        theirs, ours = header.tokenizer_sha256[:16], corpus.sha256[:16]
+    data_folder = DataFolder.open(args.data, vocab_size=header.model.vocab_size)
+    if header.tokenizer_sha256 != data_folder.sha256:
+        theirs, ours = header.tokenizer_sha256[:16], data_folder.sha256[:16]
         raise ValueError(
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
             f"({ours}...); use the run's tokenizer.model"
         )
-    return corpus
+    return data_folder
 
 
-def _score(args: Evaluate, artifact: Artifact, corpus: Corpus, dist: Dist) -> dict[str, Score]:
+def _score(args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Dist) -> dict[str, Score]:
     """Return the score of every mode that was asked for."""
     from pgolf.artifact.read import build_model
-    from pgolf.evaluate.corpus import score_as
+    from pgolf.evaluate.validation import score_as
 
-    text = corpus.validation(documents=args.documents)
+    text = data_folder.validation(documents=args.documents)
     model = build_model(artifact, dist.device)
     model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
     return {
         mode: score_as(
-            mode, model, corpus, text, dist, batch_tokens=args.tokens, stride=args.stride, ttt=args.ttt
+            mode, model, data_folder, text, dist, batch_tokens=args.tokens, stride=args.stride, ttt=args.ttt
         )
         for mode in dict.fromkeys(args.mode)
     }
 
 
-def _write(path: Path, args: Evaluate, corpus: Corpus, scores: dict[str, Score]) -> None:
+def _write(path: Path, args: Evaluate, data_folder: DataFolder, scores: dict[str, Score]) -> None:
     """Write the scores, and the data and settings that they depend on, as JSON."""
     from pgolf.data.shards import atomic_file
 
     data: dict[str, Any] = {
         "artifact": str(args.artifact),
-        "data": {**corpus.facts(), "checked": corpus.checked},
+        "data": {**data_folder.facts(), "checked": data_folder.checked},
         "documents": args.documents or "all",
         "stride": args.stride,
         "ttt": to_dict(args.ttt),

@@ -22,12 +22,14 @@ VERBS = {
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
-    "record": "write the submission folder of finished runs, one a seed",
+    "submit": "write the submission folder of finished runs, one per seed",
     "quantize": "quantize a saved checkpoint again, with other settings",
     "demo": "the whole way on the bundled sample text, on this machine",
     "polar": "solve, print, compare and plot coefficients of the polar iteration",
     "info": "versions, GPUs, which operator has which kernel, and what is missing",
 }
+OLD_VERBS = {"record": "submit"}
+"""Names that verbs had before; they work, with a notice, until version 0.3."""
 HELP = ("-h", "--help", "help")
 VERSION = ("-V", "--version", "version")
 BROKEN_PIPE = 141
@@ -85,6 +87,10 @@ def _verb(args: list[str]) -> int:
     if args[0] in VERSION:
         print(version_line())
         return 0
+    if args[0] in OLD_VERBS:
+        new = OLD_VERBS[args[0]]
+        _complain(f"pgolf {args[0]} is now called pgolf {new}; the old name works until version 0.3")
+        args = [new, *args[1:]]
     if args[0] not in VERBS:
         _complain(f"pgolf: unknown verb {args[0]!r}\n\n{usage()}")
         return 2

@@ -10,7 +10,7 @@ import tyro
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.env import launch
-from pgolf.presets import PRESETS
+from pgolf.presets import OLD_NAMES, PRESETS
 
 SHORT = {
     "--data": "--data.dir",
@@ -22,12 +22,21 @@ SHORT = {
 """Short names of the settings that every run sets."""
 
 
+def present_name(name: str) -> str:
+    """Return what a preset is called now; says so on stderr if `name` is an old name."""
+    if name not in OLD_NAMES or Path(name).exists():
+        return name
+    say(f"the preset {name} is now called {OLD_NAMES[name]}; the old name works until version 0.3")
+    return OLD_NAMES[name]
+
+
 def load_base(name: str) -> Config:
     """Return the preset called `name`, or the configuration saved in the file `name`.
 
     Raises:
         ValueError: neither a preset nor a readable configuration file.
     """
+    name = present_name(name)
     if name in PRESETS:
         return PRESETS[name]()
     path = Path(name)
@@ -63,7 +72,7 @@ def parse_config(verb: str, args: list[str]) -> Config:
         names = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in PRESETS.items())
         short = ", ".join(f"{k} = {v}" for k, v in SHORT.items())
         text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n\npresets:\n{names}\n\n"
-        text += f"short names: {short}\nall settings: pgolf {verb} record --help"
+        text += f"short names: {short}\nall settings: pgolf {verb} pr1855 --help"
         if args and args[0] in ("-h", "--help"):
             print(text)
             raise SystemExit(0)

@@ -24,7 +24,7 @@ class Polar:
     cushion: float = 0.02407327424182761
     """Smallest ratio of interval ends that one step of the solved table is made for; the paper's value."""
     safety: float = 1.0
-    """Factor of tolerance against rounding in the solved table, >= 1; the record uses 1.02."""
+    """Factor of tolerance against rounding in the solved table, >= 1; PR #1855 uses 1.02."""
     plot: Path | None = None
     """Write the scalar maps of all tables to this file (.png, .svg, .pdf)."""
 

@@ -32,7 +32,7 @@ class Quantize:
 
 def parse(argv: list[str]) -> Quantize:
     """Return what the words ask for; settings that they leave out are the checkpoint's own."""
-    from pgolf.train.state import load_config
+    from pgolf.train.weights import load_config
 
     default = Quantize(checkpoint=tyro.MISSING, data=tyro.MISSING)
     for word in argv:
@@ -50,22 +50,22 @@ def main(argv: list[str]) -> int:
     from pgolf.artifact.read import read_artifact
     from pgolf.artifact.size import check_limit
     from pgolf.dist import Dist
-    from pgolf.evaluate.corpus import Corpus, score_model
+    from pgolf.evaluate.validation import DataFolder, score_model
     from pgolf.model.gpt import GPT
     from pgolf.quant.calibrate import calibrate, quantize_model
     from pgolf.train.run import open_loader, write_quantized
-    from pgolf.train.state import check_tokenizer, copy_parameters, load_weights
+    from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
 
     check_limit(args.artifact.limit)
     state, saved, facts = load_weights(args.checkpoint)
     say(facts.get("note", ""))
     quant = args.quant
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
-    corpus = Corpus.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
-    check_tokenizer(args.checkpoint, facts, corpus.sha256)
+    data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
+    check_tokenizer(args.checkpoint, facts, data_folder.sha256)
     if not args.out.parent.is_dir():
         raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
-    corpus.validation(documents=1)  # raises now what scoring would raise in the end
+    data_folder.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)
     try:
         model = GPT(config.model).prepare(
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         )
         copy_parameters(model, state)
         state = {name: p.detach().clone() for name, p in model.named_parameters()}
-        with open_loader(config, corpus, dist) as loader:
+        with open_loader(config, data_folder, dist) as loader:
             found = calibrate(model, iter(loader.next, None), quant, dist)
         ledger = write_quantized(
             args.out,
@@ -86,13 +86,13 @@ def main(argv: list[str]) -> int:
                 curvature=found.curvature,
             ),
             config,
-            tokenizer_sha256=corpus.sha256,
+            tokenizer_sha256=data_folder.sha256,
         )
         copy_parameters(model, read_artifact(args.out).state)
-        score = score_model(model, corpus, config.data.micro_tokens, dist)
+        score = score_model(model, data_folder, config.data.micro_tokens, dist)
     finally:
         dist.close()
-    note = f"  ({corpus.checked})" if corpus.manifest is None else ""
+    note = f"  ({data_folder.checked})" if data_folder.manifest is None else ""
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
     if fill := fill_note(ledger):
         print(fill)

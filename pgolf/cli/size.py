@@ -49,7 +49,7 @@ def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
     """Return what weights would take, and how that is known."""
     from pgolf.artifact.predict import nearest_fitted, nearest_ledger
     from pgolf.artifact.size import check_limit
-    from pgolf.train.state import load_weights
+    from pgolf.train.weights import load_weights
 
     tensors, saved, facts = load_weights(path)
     say(facts.get("note", ""))

@@ -89,7 +89,7 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
         )
     saved = load_base(str(path))
     config = override("train", f"{word} {name}", rest, saved)
-    from pgolf.report.finished import flat
+    from pgolf.report.finished_runs import flat
 
     ours, theirs = flat(to_dict(config)), flat(to_dict(saved))
     changed = [k for k in ours if ours[k] != theirs[k] and not k.startswith(MAY_CHANGE)]

@@ -34,7 +34,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pgolf.data.corpus import TEXT_KEY, Document, RawBatch, check_text_file, read_batches
 from pgolf.data.shards import (
     MANIFEST_NAME,
     MARKER_NAME,
@@ -49,6 +48,7 @@ from pgolf.data.shards import (
     write_manifest,
     write_shard,
 )
+from pgolf.data.text import TEXT_KEY, Document, RawBatch, check_text_file, read_batches
 from pgolf.data.tokenizer import Counts, Tokenizer
 
 Report = Callable[[str], None]

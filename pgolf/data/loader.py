@@ -2,9 +2,9 @@
 
 `T` tokens of a micro-batch, `S` attention segments in it. A batch is one row of T tokens; `cu_seqlens` says
 where segments begin, so attention never looks from one document into another. `cu_seqlens` is padded with T
-to a multiple of 64 entries (as in the record run) so that a compiler sees few different shapes.
+to a multiple of 64 entries (as in PR #1855's run) so that a compiler sees few different shapes.
 
-The order of documents differs from the record's loader: it read in file order and skipped the tail of each
+The order of documents differs from PR #1855's loader: it read in file order and skipped the tail of each
 shard; here nothing is skipped, and the order is shuffled by seed unless `data.shuffle` is off.
 """
 

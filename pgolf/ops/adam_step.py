@@ -1,7 +1,7 @@
 """AdamW over many tensors in one pass, and the norm and clip before it.
 
 Owns the Python face of `torch.ops.pgolf.square_sums`, `clip_scale` and `adam_step`. What changes from step to
-step is read from memory on the device, like in `muon_step`, whose `scalars` these share: `clip_scale` writes
+step is read from memory on the device, like in `muon_step`, whose `hyper` these share: `clip_scale` writes
 the clip's factor there. Kernels: csrc/kernels/adam_step.h.
 """
 
@@ -71,7 +71,7 @@ def square_sums_ref(tensors: Sequence[Tensor]) -> Tensor:
 def clip_scale(
     sums: Tensor,
     state: Tensor,
-    scalars: Tensor,
+    hyper: Tensor,
     corrections: Tensor,
     *,
     clip: float,
@@ -86,19 +86,19 @@ def clip_scale(
 
     Args:
         sums: `(n,)` float32. state: `(3,)` float32: norm, steps taken and skipped; updated.
-        scalars: as in `muon_step`; its grad_scale is written. corrections: `(2,)` float32; written.
+        hyper: as in `muon_step`; its grad_scale is written. corrections: `(2,)` float32; written.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit, clip < 0, a beta outside [0, 1).
     """
-    refuse_recording("clip_scale", (sums, state, scalars, corrections))
-    torch.ops.pgolf.clip_scale(sums, state, scalars, corrections, clip, beta1, beta2)
+    refuse_recording("clip_scale", (sums, state, hyper, corrections))
+    torch.ops.pgolf.clip_scale(sums, state, hyper, corrections, clip, beta1, beta2)
 
 
 def clip_scale_ref(
     sums: Tensor,
     state: Tensor,
-    scalars: Tensor,
+    hyper: Tensor,
     corrections: Tensor,
     *,
     clip: float,
@@ -109,7 +109,7 @@ def clip_scale_ref(
     norm = sums.sum().sqrt()
     finite = bool(norm.isfinite())
     factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    scalars[GRAD_SCALE] = factor if finite else torch.nan
+    hyper[GRAD_SCALE] = factor if finite else torch.nan
     state[NORM] = norm
     state[STEPS if finite else SKIPPED] += 1
     steps = max(float(state[STEPS]), 1.0)
@@ -117,7 +117,7 @@ def clip_scale_ref(
 
 
 def adam_step(
-    tensors: Sequence[AdamTensor], lr: Tensor, scalars: Tensor, corrections: Tensor, rule: AdamRule
+    tensors: Sequence[AdamTensor], lr: Tensor, hyper: Tensor, corrections: Tensor, rule: AdamRule
 ) -> None:
     """Take one AdamW step, move the averages and zero the gradients, in place; one launch for 56 tensors.
 
@@ -129,7 +129,7 @@ def adam_step(
 
     Args:
         tensors: see `AdamTensor`; none is no work.
-        lr: one element, float32. scalars: `muon_step`'s, of which grad_scale and average_weight are read.
+        lr: one element, float32. hyper: `muon_step`'s, of which grad_scale and average_weight are read.
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:
@@ -145,7 +145,7 @@ def adam_step(
         [t.square for t in tensors],
         averages,
         lr,
-        scalars,
+        hyper,
         corrections,
         *rule,
     )
@@ -153,19 +153,19 @@ def adam_step(
 
 
 def adam_step_ref(
-    tensors: Sequence[AdamTensor], lr: Tensor, scalars: Tensor, corrections: Tensor, rule: AdamRule
+    tensors: Sequence[AdamTensor], lr: Tensor, hyper: Tensor, corrections: Tensor, rule: AdamRule
 ) -> None:
     """Do what `adam_step` does in plain torch."""
-    finite = bool(scalars[GRAD_SCALE].isfinite())
+    finite = bool(hyper[GRAD_SCALE].isfinite())
     for t in tensors:
         if finite:
-            g = t.grad * scalars[GRAD_SCALE]
+            g = t.grad * hyper[GRAD_SCALE]
             t.mean.lerp_(g, 1 - rule.beta1)
             t.square.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
             denominator = (corrections[1] * t.square).sqrt_().add_(rule.eps)
             t.param.mul_(1 - lr * rule.weight_decay).sub_(lr * corrections[0] * t.mean / denominator)
             if t.average is not None:
-                t.average.lerp_(t.param, scalars[AVERAGE_WEIGHT])
+                t.average.lerp_(t.param, hyper[AVERAGE_WEIGHT])
         t.grad.zero_()
 
 

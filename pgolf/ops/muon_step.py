@@ -22,8 +22,8 @@ from pgolf.ops._derivatives import refuse_recording
 from pgolf.ops.newton_schulz import newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
-"""Places in `scalars`, which is `(SCALARS,)` float32."""
-SCALARS = 5
+"""Places in `hyper`, which is `(HYPER,)` float32."""
+HYPER = 5
 
 ROW_EPS = 1e-7
 
@@ -63,7 +63,7 @@ class MuonRule(NamedTuple):
     "standard" the portable one; "auto" takes what has proven itself fastest."""
 
 
-def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
+def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
     """Take one Muon step on all banks, in place.
 
     g' = grad_scale * g;   buf <- mu buf + g';   u = g' + mu buf (nesterov) or buf
@@ -78,7 +78,7 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
 
     Args:
         banks: see `MuonBank`. Gradients of matrices that are padding must be zero.
-        scalars: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
+        hyper: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
             Where grad_scale is not finite the step is skipped: momentum, parameters and averages keep their
             values, the updates are zero. A caller gets that for non-finite gradients by deriving the clip
             factor from their norm.
@@ -106,7 +106,7 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
         momenta,
         updates,
         averages,
-        scalars,
+        hyper,
         [float(bank.lr_scale) for bank in banks],
         [float(value) for row in rule.coefficients for value in row],
         rule.eps,
@@ -119,13 +119,13 @@ def muon_step(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> Non
     increment_version([*params, *momenta, *updates, *averages])
 
 
-def muon_step_ref(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) -> None:
+def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
     """Do what `muon_step` does in plain torch, bank by bank, in float32 (float64 tensors: in float64)."""
-    if not scalars[GRAD_SCALE].isfinite():
+    if not hyper[GRAD_SCALE].isfinite():
         for bank in banks:
             bank.update.zero_()
         return
-    mu, scale = scalars[MOMENTUM], scalars[GRAD_SCALE]
+    mu, scale = hyper[MOMENTUM], hyper[GRAD_SCALE]
     for bank in banks:
         wide = torch.float64 if bank.grad.dtype == torch.float64 else torch.float32
         g = bank.grad.to(wide) * scale
@@ -141,13 +141,13 @@ def muon_step_ref(banks: Sequence[MuonBank], scalars: Tensor, rule: MuonRule) ->
     if params:
         averages = _all_or_none([bank.average for bank in banks], "average")
         lr_scales = [bank.lr_scale for bank in banks]
-        muon_apply_ref(params, [b.update for b in banks], scalars, lr_scales=lr_scales, averages=averages)
+        muon_apply_ref(params, [b.update for b in banks], hyper, lr_scales=lr_scales, averages=averages)
 
 
 def muon_apply(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],
-    scalars: Tensor,
+    hyper: Tensor,
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
@@ -161,7 +161,7 @@ def muon_apply(
     Args:
         params: float32, any shape, contiguous.
         updates: float32 or bfloat16, shaped like the parameters.
-        scalars: as in `muon_step`.
+        hyper: as in `muon_step`.
         lr_scales: one for each parameter.
         averages: float32, shaped like the parameters; none of them: no averages.
 
@@ -170,7 +170,7 @@ def muon_apply(
     """
     refuse_recording("muon_apply", [*params, *updates, *averages])
     torch.ops.pgolf.muon_apply(
-        list(params), list(updates), list(averages), scalars, [float(s) for s in lr_scales]
+        list(params), list(updates), list(averages), hyper, [float(s) for s in lr_scales]
     )
     increment_version([*params, *averages])
 
@@ -178,19 +178,19 @@ def muon_apply(
 def muon_apply_ref(
     params: Sequence[Tensor],
     updates: Sequence[Tensor],
-    scalars: Tensor,
+    hyper: Tensor,
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
     """Do what `muon_apply` does in plain torch."""
-    if not scalars[GRAD_SCALE].isfinite():
+    if not hyper[GRAD_SCALE].isfinite():
         return
-    lr = scalars[LR]
+    lr = hyper[LR]
     for i, param in enumerate(params):
-        param.mul_(1 - lr * scalars[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
+        param.mul_(1 - lr * hyper[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
         if averages:
-            averages[i].lerp_(param, scalars[AVERAGE_WEIGHT].to(param.dtype))
+            averages[i].lerp_(param, hyper[AVERAGE_WEIGHT].to(param.dtype))
 
 
 def _all_or_none(tensors: list[Tensor | None], what: str) -> list[Tensor]:

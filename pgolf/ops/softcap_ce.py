@@ -53,7 +53,7 @@ def softcap_ce(
         target: `(rows,)` int64 in [0, vocab), or `ignore_index`. On CUDA a target out of range is not an
             error (finding it would stall the stream): its row's loss and gradient become NaN. With
             PGOLF_CHECK_TARGETS=1 in the environment it is an error there too.
-        cap: soft limit on |z|, > 0, or None for plain cross-entropy. The record run uses 30.
+        cap: soft limit on |z|, > 0, or None for plain cross-entropy. PR #1855's run uses 30.
         reduction: "mean" over the rows that are not ignored (0 if all are, where `F.cross_entropy` gives
             NaN), "sum", or "none".
         ignore_index: target value of rows with loss 0 and gradient 0.

@@ -1,3 +1,3 @@
-from pgolf.optim.dropin import Muon
+from pgolf.optim.muon import Muon
 
 __all__ = ["Muon"]

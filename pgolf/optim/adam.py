@@ -47,12 +47,12 @@ class AdamW:
         }
 
     @torch.no_grad()
-    def step(self, lr: Tensor, scalars: Tensor, corrections: Tensor) -> None:
+    def step(self, lr: Tensor, hyper: Tensor, corrections: Tensor) -> None:
         """Apply and zero the gradients, move the averages; does not synchronize.
 
         Args: see `pgolf.ops.adam_step`; corrections of the bias from `clip_scale`.
         """
-        adam_step(list(self._tensors.values()), lr, scalars, corrections, self._rule)
+        adam_step(list(self._tensors.values()), lr, hyper, corrections, self._rule)
 
     def reset(self) -> None:
         """Zero both moments, in place."""

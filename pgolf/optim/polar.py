@@ -38,9 +38,9 @@ CANS: tuple[Coefficients, ...] = (
     (2.2737, -1.6447, 0.4162),
 )
 
-# modded-nanogpt, "num_iters=5, safety_factor=2e-2, cushion=2"; the table of every record that uses Polar
+# modded-nanogpt, "num_iters=5, safety_factor=2e-2, cushion=2"; the table of every record run that uses Polar
 # Express. Equals polar_express(1e-3, 5, cushion=0.02, safety=1.02) to 1e-12 (tested); kept as literals, so
-# that a record is repeated bit for bit.
+# that a record run is repeated bit for bit.
 POLAR_EXPRESS_GOLF: tuple[Coefficients, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -69,7 +69,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
     - `jordan`: one quintic repeated.
     - `you`, `cans`: published lists of five; other step counts are refused.
     - `polar_express`: the paper's recipe (lower 1e-3, its cushion, no safety factor), any number of steps.
-    - `polar_express_golf`: the record's table for five steps. For other counts the same recipe (cushion 0.02,
+    - `polar_express_golf`: PR #1855's table for five steps. For other counts the same recipe (cushion 0.02,
       safety 1.02, last step unscaled) is solved for that many steps on the interval that they can serve
       (`golf_lower`): the published list cut short leaves singular values in [0.42, 1.58].
     - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; above five
@@ -134,7 +134,7 @@ def polar_express(
     Args:
         lower: smallest singular value to serve after normalization, in (0, 1).
         cushion: smallest l / u that a polynomial is solved for.
-        safety: factor >= 1; the record uses 1.02.
+        safety: factor >= 1; PR #1855 uses 1.02.
     Raises:
         ValueError: an argument is out of range.
     Source: Polar Express (arXiv 2505.16932), algorithm 2 and its code; defaults give the paper's table.

@@ -22,12 +22,12 @@ from pgolf.config import OptimConfig
 from pgolf.dist import Dist
 from pgolf.ops import clip_scale, square_sums
 from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED
-from pgolf.ops.muon_step import SCALARS
+from pgolf.ops.muon_step import HYPER
 from pgolf.optim.adam import AdamW
+from pgolf.optim.bank_muon import BankMuon, Shard
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import split_parameters
-from pgolf.optim.muon import BankMuon, Shard
 from pgolf.optim.schedule import lr_multiplier, muon_momentum
 
 
@@ -84,8 +84,8 @@ class Optimizer:
                 (groups.scalars, adam.scalar_weight_decay),
             )
         )
-        # Muon's scalars, then the learning rates of embedding and scalars.
-        self._hyper = torch.zeros(SCALARS + 2, device=dist.device)
+        # The hyperparameters of a step, then the learning rates of embedding and scalars.
+        self._hyper = torch.zeros(HYPER + 2, device=dist.device)
         self._corrections = torch.zeros(2, device=dist.device)
         self._counts = torch.zeros(CLIP_STATE, device=dist.device)
         self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
@@ -140,17 +140,17 @@ class Optimizer:
         for pending in waiting:
             pending.wait()
         self._clip()
-        self._muon.step(self._hyper[:SCALARS], meanwhile=self._launch_rest)
+        self._muon.step(self._hyper[:HYPER], meanwhile=self._launch_rest)
 
     def _launch_rest(self) -> None:
         """Queue what neither reads nor writes the banks' weights."""
-        scalars, rates = self._hyper[:SCALARS], self._hyper[SCALARS:]
-        self._embed.step(rates[0], scalars, self._corrections)
-        self._scalars.step(rates[1], scalars, self._corrections)
+        hyper, rates = self._hyper[:HYPER], self._hyper[HYPER:]
+        self._embed.step(rates[0], hyper, self._corrections)
+        self._scalars.step(rates[1], hyper, self._corrections)
         self._bank_grad.zero_()
 
     def _clip(self) -> None:
-        """Measure the reduced gradient, write the clip's factor into the scalars, count the step."""
+        """Measure the reduced gradient, write the clip's factor into the hyperparameters, count the step."""
         shard, rest = self._muon.shard, self._rest_grad
         if shard.dtype == rest.dtype:
             sums = square_sums([shard, rest])
@@ -160,7 +160,7 @@ class Optimizer:
         clip_scale(
             sums,
             self._counts,
-            self._hyper[:SCALARS],
+            self._hyper[:HYPER],
             self._corrections,
             clip=self._config.grad_clip,
             beta1=self._config.adam.beta1,

@@ -1,9 +1,10 @@
 """From a trained model to its quantized state: input Hessians on calibration batches, then GPTQ per bank.
 
-Owns which tensor gets which grid; the grid is `grid.py`'s, the rounding `gptq.py`'s, the result `state.py`'s.
+Owns which tensor gets which grid; grids are `grid.py`'s, rounding `gptq.py`'s, the result `quantized.py`'s.
 Legend: `B` matrices of a bank, `R` rows, `C` columns, `T` tokens.
-Source: SPEC 6.1-6.4 (parameter-golf PR #1855). Differs: the Hessians are summed over all ranks (the record
-kept rank 0's share only), q, k and v share one, and attention sees document boundaries as in training.
+Source: SPEC 6.1-6.4 (parameter-golf PR #1855). Differs: the Hessians are summed over all ranks (the baseline
+script kept rank 0's share only), q, k and v share one, and attention sees document boundaries as in
+training.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
+from pgolf.quant.bank import Matrices, common_step, prepare
 from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
-from pgolf.quant.plan import Matrices, common_step, prepare
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import Curvature, collect_curvature
-from pgolf.quant.state import QuantizedState, dequantize_state
 
 __all__ = ["Calibration", "calibrate", "collect_hessians", "dequantize_state", "quantize_model"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from pgolf.ops import trellis_values
 
 MIN_SCALE = 2.0**-24
-"""Smallest positive float16 (subnormal): the record code's floor of 1e-10 rounds to 0, a division by zero."""
+"""Smallest positive float16 (subnormal): the baseline script's floor of 1e-10 would round to 0."""
 MAX_SCALE = 65504.0
 """Largest finite float16."""
 STEPS_PER_OCTAVE = 8
@@ -78,7 +78,7 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     Args:
         weight: `(..., C)` floating point, C >= 2.
         bits: width of the grid.
-        clip: standard deviations at the largest code, > 0. The record uses 11.5 to 14.
+        clip: standard deviations at the largest code, > 0. PR #1855 uses 11.5 to 14.
     Returns:
         `(...)` float16, positive and finite.
     Raises:

@@ -1,12 +1,14 @@
 """Score an artifact with the counted code alone: `python score.py model_seed42.pgolf --data SHARDS [--ttt]`.
 
-A record folder holds this file beside code.br, the code that is counted with the artifact, and config.json of
-its run. Of an installed pgolf only the compiled extension is used. Under torchrun the ranks share the work.
+A submission folder holds this file next to code.br, the code that is counted with the artifact, and
+config.json of its run. Of an installed pgolf only the compiled extension is used. Under torchrun the
+ranks share the work.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import re
@@ -14,6 +16,7 @@ import sys
 import tempfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 
@@ -46,8 +49,13 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> None:
     from pgolf.artifact.read import load_model
     from pgolf.config import TttConfig
     from pgolf.dist import Dist
-    from pgolf.evaluate.corpus import Corpus, score_as, score_model
 
+    try:
+        validation: Any = importlib.import_module("pgolf.evaluate.validation")
+        opened = validation.DataFolder
+    except ImportError:  # the code of a run from before the file and the class had these names
+        validation = importlib.import_module("pgolf.evaluate.corpus")
+        opened = validation.Corpus
     config = json.loads((HERE / "config.json").read_text())
     tokens = config["data"]["micro_tokens"]
     dist = Dist.start(config["train"]["device"])
@@ -57,14 +65,14 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> None:
         model.prepare(
             dist.device, attention=config["train"]["attention"], compile="blocks" if blocks else "off"
         )
-        corpus = Corpus.open(data, vocab_size=model.config.vocab_size)
+        data_folder = opened.open(data, vocab_size=model.config.vocab_size)
         if ttt:
-            adapters, text = TttConfig(**config["evaluate"]["adapters"]), corpus.validation()
-            found = score_as(
-                "ttt", model, corpus, text, dist, batch_tokens=tokens, stride=tokens, ttt=adapters
+            adapters, text = TttConfig(**config["evaluate"]["adapters"]), data_folder.validation()
+            found = validation.score_as(
+                "ttt", model, data_folder, text, dist, batch_tokens=tokens, stride=tokens, ttt=adapters
             )
         else:
-            found = score_model(model, corpus, tokens, dist)
+            found = validation.score_model(model, data_folder, tokens, dist)
     finally:
         dist.close()
     if dist.is_main:
@@ -73,7 +81,8 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> None:
             f"{found.bpb:.6f} bpb, {found.loss:.6f} nats a token, {found.tokens:,} tokens, {found.bytes:,} "
             f"bytes of text, {found.seconds:.1f} s\n"
             f"model {sizes[0]:,} + code {sizes[1]:,} = {sum(sizes):,} bytes\n"
-            f"{getattr(corpus, 'checked', 'the data folder was not checked')}\n"  # older code does not check
+            # Code of older runs does not check.
+            f"{getattr(data_folder, 'checked', 'the data folder was not checked')}\n"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a record says of its runs: `submission.json` and `README.md`, made from their summaries alone.
+"""What a submission says of its runs: `submission.json` and `README.md`, made from their summaries alone.
 
 Nothing is measured, guessed or rounded away here: what a summary does not hold is left out, and sums that do
 not add up show the rest as "not accounted for". The same runs give the same bytes.
@@ -15,7 +15,7 @@ from typing import Any
 from pgolf.artifact.code import CODE_RULE
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
-from pgolf.report.finished import FinishedRun
+from pgolf.report.finished_runs import FinishedRun
 
 BUDGET_S = 600.0
 """The challenge's seconds for training, and as many again for evaluation (SPEC 1.1)."""
@@ -58,7 +58,7 @@ class Entry:
     github_id: str = ""
     """The author's account."""
     name: str = ""
-    """Title of the record; when empty, the configuration's name."""
+    """Title of the submission; when empty, the configuration's name."""
     blurb: str = ""
     """One sentence; when empty, the sizes of model and machine."""
     date: str = ""
@@ -141,12 +141,12 @@ def evaluation_seconds(run: FinishedRun) -> float:
 
 
 def title(runs: Sequence[FinishedRun], entry: Entry) -> str:
-    """Return the record's name."""
+    """Return the submission's name."""
     return entry.name or runs[0].config.name
 
 
 def blurb(runs: Sequence[FinishedRun], entry: Entry) -> str:
-    """Return the record in one sentence."""
+    """Return the submission in one sentence."""
     run, model = runs[0], runs[0].config.model
     length = f"{run.config.train.seconds:g} s" if run.config.train.seconds else "a fixed number of steps"
     return entry.blurb or (

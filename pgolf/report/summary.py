@@ -44,7 +44,7 @@ class Summary:
     versions: dict[str, str] = field(default_factory=dict)
     """Of Python and the packages that are installed; cuda is what torch was built for."""
     data: dict[str, Any] = field(default_factory=dict)
-    """SHA-256 of the data folder's manifest and what it says of the validation text; see Corpus.facts."""
+    """SHA-256 of the data folder's manifest and what it says of the validation text; see DataFolder.facts."""
     sessions: list[dict[str, Any]] = field(default_factory=list)
     """The processes that the run took, in order: `pgolf.train.progress.Progress` says what each holds."""
     overrun: float = 0.0

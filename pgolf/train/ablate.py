@@ -28,10 +28,10 @@ from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkRe
 from pgolf.train.guard import Process, end, held
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.state import write_json
+from pgolf.train.weights import write_json
 
 OUTPUT = "output.txt"
-RECORD = "cell.json"
+CELL = "cell.json"
 START = "raw.safetensors"
 """Weights of a trunk that its cells start from: those that training had reached, not their average."""
 DONE = ("finished", "diverged")
@@ -233,7 +233,7 @@ class _Progress:
 
 def _begin(cell: Cell, gpu: int | None, start: Start) -> _Running:
     cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / RECORD).unlink(missing_ok=True)
+    (cell.folder / CELL).unlink(missing_ok=True)
     return _Running(cell, gpu, start(cell, gpu), time.monotonic())
 
 
@@ -250,7 +250,7 @@ def _finish(running: _Running, commit: str) -> CellResult:
         message = found.group() if found else f"exit code {running.process.poll()}: {lines[-1]}"
     record = {"arm": cell.arm, "seed": cell.seed, "status": status, "message": message, "key": cell.key}
     facts = {"commit": commit, "gpu": running.gpu, "seconds": time.monotonic() - running.began}
-    write_json(cell.folder / RECORD, {**record, **facts})
+    write_json(cell.folder / CELL, {**record, **facts})
     return read_cell(cell)
 
 
@@ -267,7 +267,7 @@ def read_cell(cell: Cell) -> CellResult:
         trunk = read_cell(cell.trunk)
         status: Status = "diverged" if trunk.status == "diverged" else "missing"
         return CellResult(cell.arm, cell.seed, status, message=f"trunk {trunk.status}: {trunk.message}")
-    record = _read_json(cell.folder / RECORD)
+    record = _read_json(cell.folder / CELL)
     record = record if record.get("key") == rooted.key else {}
     result = CellResult(cell.arm, cell.seed, "missing", commit=str(record.get("commit", "")))
     run = _run_of(rooted)

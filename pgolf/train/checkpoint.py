@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pgolf.data.shards import atomic_file, file_sha256
 from pgolf.dist import Dist
-from pgolf.optim.muon import Shard
+from pgolf.optim.bank_muon import Shard
 
 FOLDER = "checkpoints"
 INDEX = "index.json"

@@ -11,11 +11,11 @@ its heap, most of whose holes stay empty: on a CPU they count `HEAP` times.
 Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps with the loop on:
     tiny    2,048 tokens 577 566    8,192 1,304 1,273    16,384 2,278 2,215    32,768 4,185 3,842
     naive   1,024 1,203 1,235       4,096 2,756 2,785
-    record  1,024 2,578 2,710       2,048 3,770 4,129     4,096 6,344 6,967
+    pr1855  1,024 2,578 2,710       2,048 3,770 4,129     4,096 6,344 6,967
 with calibration and quantization after them:
     tiny    2,048 593 575    8,192 1,328 1,282    naive 1,024 1,347 1,348    4,096 2,666 2,785
-    record  1,024 4,646 4,471
-CUDA (H200 and H100, allocated), record with 98,304 tokens: one GPU 39,676 39,644, two 39,715 39,685; no other
+    pr1855  1,024 4,646 4,471
+CUDA (H200 and H100, allocated), pr1855 with 98,304 tokens: one GPU 39,676 39,644, two 39,715 39,685; no other
 shape was measured. tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
 Not counted: the text and its shards, and test-time training, which does not depend on the micro-batch.
 """

@@ -1,6 +1,6 @@
 """The plan of an ablation: a JSON file of arms, seeds and a fixed length, checked before anything runs.
 
-    {"name": "polar", "base": "record", "data": "shards", "out": "ablations/polar", "steps": 1000,
+    {"name": "polar", "base": "pr1855", "data": "shards", "out": "ablations/polar", "steps": 1000,
      "overrides": {"data.batch_tokens": 98304}, "baseline": "express",
      "arms": {"express": {}, "jordan": {"optim.muon.coefficients": "jordan"}}, "seeds": [1, 2, 3]}
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pgolf.data.shards import atomic_file
 from pgolf.report.plots import read_metrics
 from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
-from pgolf.train.state import write_json
+from pgolf.train.weights import write_json
 
 CLOCK = "clock.txt"
 PROGRESS = "progress.json"

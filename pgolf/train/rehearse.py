@@ -19,7 +19,7 @@ from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.quant.calibrate import calibrate, collect_hessians, quantize_model
 from pgolf.quant.sensitivity import collect_curvature
-from pgolf.train.state import clone_parameters
+from pgolf.train.weights import clone_parameters
 
 SPARE = 1.15
 """The reserve over the measured time; the clock must not be overrun because a machine was 10 % slower."""

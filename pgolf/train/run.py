@@ -33,25 +33,26 @@ from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist, RanksFailed
 from pgolf.env import commit_name, threads_note
 from pgolf.evaluate.bpb import Score
-from pgolf.evaluate.corpus import Corpus, score_as, score_model
+from pgolf.evaluate.validation import DataFolder, score_as, score_model
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.report.summary import Summary, format_table, versions
 from pgolf.train.budget import Clock
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
-from pgolf.train.loop import Position, Trainer, TrainResult, passes_per_step
 from pgolf.train.memory import check_memory
 from pgolf.train.progress import Past, keep_metrics, read_past, utc
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
 from pgolf.train.session import Around, Session
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.state import (
+from pgolf.train.timing import process_seconds
+from pgolf.train.trainer import Position, Trainer, TrainResult, passes_per_step
+from pgolf.train.weights import (
     clone_parameters,
     copy_parameters,
     load_facts,
@@ -59,7 +60,6 @@ from pgolf.train.state import (
     load_weights,
     save_weights,
 )
-from pgolf.train.timing import process_seconds
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -83,13 +83,13 @@ class Run:
         self._past, self._train_more = past, train and (past is None or past.stage == "training")
         if config.train.quantize:
             check_limit(config.artifact.limit)
-        self._corpus = Corpus.open(
+        self._data = DataFolder.open(
             config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
         )
         if past is not None:
-            _check_same_data(past, self._corpus)
-        self._corpus.validation(documents=1)  # raises now what scoring would raise after the run
-        find_shards(self._corpus.folder, "train")
+            _check_same_data(past, self._data)
+        self._data.validation(documents=1)  # raises now what scoring would raise after the run
+        find_shards(self._data.folder, "train")
         passes_per_step(config.data, dist.world_size)
         self._model = GPT(config.model, seed=config.train.seed).prepare(
             dist.device,
@@ -97,7 +97,7 @@ class Run:
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
         if config.train.init is not None:
-            load_initial(config.train.init, self._model, config, tokenizer_sha256=self._corpus.sha256)
+            load_initial(config.train.init, self._model, config, tokenizer_sha256=self._data.sha256)
         parameters = dict(self._model.named_parameters())
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
         self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
@@ -111,7 +111,7 @@ class Run:
             started=utc(),
             commit=commit_name(),
             versions=versions(),
-            data=self._corpus.facts(),
+            data=self._data.facts(),
         )
         if past is not None:
             self._summary.seconds.update(past.summary.get("seconds", {}))
@@ -155,7 +155,7 @@ class Run:
             *self._around.notes,
             self._model.attention_note,
             threads_note(torch.get_num_threads()),
-            self._corpus.checked,
+            self._data.checked,
             self._memory,
         ):
             if note:
@@ -177,7 +177,7 @@ class Run:
     def _train_and_write(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Train, or take up what an earlier process trained; then quantize and write. Return the weights."""
         config, s = self._config, self._summary
-        with open_loader(config, self._corpus, self._dist) as loader:
+        with open_loader(config, self._data, self._dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, self._dist)
             self._session.phase = "warm_up"
             if self._train_more or config.train.quantize:
@@ -318,7 +318,7 @@ class Run:
         every = self._config.evaluate.every
         if not every or steps % every:
             return
-        score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
+        score = score_model(self._model, self._data, self._config.data.micro_tokens, self._dist)
         self._log.metric(
             step=steps - 1, elapsed=self._session.clock.elapsed, val_bpb=score.bpb, val_s=score.seconds
         )
@@ -353,7 +353,7 @@ class Run:
         return raw, best
 
     def _save_files(self, raw: dict[str, Tensor], best: dict[str, Tensor], **more: Any) -> None:
-        facts = {"steps": self._result.steps, "tokenizer_sha256": self._corpus.sha256, **more}
+        facts = {"steps": self._result.steps, "tokenizer_sha256": self._data.sha256, **more}
         save_weights(self._folder / RAW, raw, self._config, **facts)
         save_weights(self._folder / AVERAGED, best, self._config, **facts)
 
@@ -410,7 +410,7 @@ class Run:
         if self._dist.is_main:
             try:
                 ledger = write_quantized(
-                    self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._corpus.sha256
+                    self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._data.sha256
                 )
                 with atomic_file(self._folder / "code.br") as file:
                     file.write(code_archive())
@@ -442,7 +442,7 @@ class Run:
             candidates["quantized"] = artifact.state
         for name, tensors in candidates.items():
             copy_parameters(self._model, tensors)
-            score = score_model(self._model, self._corpus, self._config.data.micro_tokens, self._dist)
+            score = score_model(self._model, self._data, self._config.data.micro_tokens, self._dist)
             self._add_score(name, score)
 
     def _score_otherwise(self) -> None:
@@ -450,14 +450,14 @@ class Run:
         config = self._config.evaluate
         wanted: dict[Literal["sliding", "ttt"], bool] = {"sliding": config.sliding, "ttt": config.ttt}
         modes = [mode for mode, asked in wanted.items() if asked]
-        text = self._corpus.validation() if modes else None
+        text = self._data.validation() if modes else None
         for mode in modes:
             assert text is not None
             self._session.phase = f"score_{mode}"
             score = score_as(
                 mode,
                 self._model,
-                self._corpus,
+                self._data,
                 text,
                 self._dist,
                 batch_tokens=self._config.data.micro_tokens,
@@ -500,12 +500,12 @@ class Run:
         self._summary.seconds[phase] = self._summary.seconds.get(phase, 0.0) + seconds
 
 
-def open_loader(config: Config, corpus: Corpus, dist: Dist) -> TrainLoader:
+def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoader:
     """Return this rank's training loader."""
     return TrainLoader(
         config.data,
         vocab_size=config.model.vocab_size,
-        bos_id=corpus.tokenizer.bos_id,
+        bos_id=data_folder.tokenizer.bos_id,
         max_context=config.model.max_context,
         seed=config.train.seed,
         rank=dist.rank,
@@ -571,9 +571,9 @@ def train_run(
                 dist.close()
 
 
-def _check_same_data(past: Past, corpus: Corpus) -> None:
-    """Raise ValueError if the run had other data than `corpus`: its figures would be of neither."""
-    before, now = past.summary.get("data"), corpus.facts()
+def _check_same_data(past: Past, data_folder: DataFolder) -> None:
+    """Raise ValueError if the run had other data than `data_folder`: its figures would be of neither."""
+    before, now = past.summary.get("data"), data_folder.facts()
     if before and before != now:
         told = ", ".join(
             f"{k} was {before.get(k)}, is {now.get(k)}"
@@ -581,7 +581,7 @@ def _check_same_data(past: Past, corpus: Corpus) -> None:
             if before.get(k) != now.get(k)
         )
         raise ValueError(
-            f"{corpus.folder} is not the data that the run in {past.folder} began with: {told}; "
+            f"{data_folder.folder} is not the data that the run in {past.folder} began with: {told}; "
             "pass --data with the folder of that text"
         )
 

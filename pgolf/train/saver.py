@@ -11,7 +11,7 @@ from pgolf.train.signals import Signals
 
 
 class Place(Protocol):
-    """Where the loop is (`pgolf.train.loop.Position`)."""
+    """Where the loop is (`pgolf.train.trainer.Position`)."""
 
     @property
     def steps(self) -> int:

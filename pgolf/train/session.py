@@ -18,10 +18,10 @@ from pgolf.log import RunLog
 from pgolf.report.summary import Summary, summary_dict
 from pgolf.train.budget import Clock
 from pgolf.train.guard import held
-from pgolf.train.loop import Diverged
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.state import write_json
+from pgolf.train.trainer import Diverged
+from pgolf.train.weights import write_json
 
 
 class Around(NamedTuple):

@@ -5,7 +5,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.quant.grid import QuantizedTensor, quantize, quantize_gate_rows, sdclip_scales
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 CONFIG = ModelConfig(
     vocab_size=61,

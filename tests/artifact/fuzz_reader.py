@@ -22,7 +22,7 @@ from pgolf.artifact.format import Reader, raw_limit
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import decode_artifact
 from pgolf.artifact.write import write_artifact
-from pgolf.quant.state import dequantize_state
+from pgolf.quant.quantized import dequantize_state
 
 SLOWEST = 5.0
 """Seconds that one file may take before it counts as a hang; a good one takes a millisecond."""

@@ -12,7 +12,7 @@ from pgolf.artifact.export import describe, export_artifact
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.write import write_artifact
 from pgolf.cli.main import main
-from pgolf.quant.state import dequantize_state
+from pgolf.quant.quantized import dequantize_state
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pgolf.artifact.fit import MOST_TRIES, Try, fit_artifact, next_try
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import read_state
 from pgolf.artifact.write import write_artifact
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 
 def fit(path, calls, limit, *, make=make_state):
@@ -69,7 +69,7 @@ def test_a_state_that_does_not_shrink_gives_up(tmp_path):
 @pytest.mark.parametrize("bend", [-0.2, 0.0, 0.2])
 @pytest.mark.parametrize("excess", [-2.0, -0.3, -0.01, 0.002, 0.5, 3.0])
 def test_next_try_finds_the_window_on_bent_curves(slope, bend, excess):
-    """Bytes as a bent line over log2(clip), the record's size; the predicted slope is off by up to 30 %."""
+    """Bytes as a bent line over log2(clip), PR #1855's size; the predicted slope is off by up to 30 %."""
     weights, limit = 35_900_000, 16_000_000
     octave = weights / 8
 

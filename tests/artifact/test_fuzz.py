@@ -7,7 +7,7 @@ from fuzz_reader import fuzz, good_artifact, outcome
 from mutate import Mutator
 
 from pgolf.quant.lqer import correct
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 
 @pytest.fixture(scope="module")

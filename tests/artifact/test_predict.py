@@ -10,7 +10,7 @@ from pgolf.artifact.predict import TRAINED, nearest_ledger, nearest_state, predi
 from pgolf.artifact.write import write_artifact
 from pgolf.config import ModelConfig, QuantConfig
 from pgolf.model.gpt import GPT
-from pgolf.presets import record
+from pgolf.presets import pr1855
 
 LIMIT = 16_000_000
 
@@ -41,7 +41,7 @@ OLDER = replace(SPREAD, mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
 @pytest.mark.parametrize(("quant", "published"), [(SPREAD, 15.809e6), (OLDER, 15.579e6)])
 def test_codes_of_the_record_follow_the_entropy_formula_and_the_measured_gains(quant, published, trellis):
     quant = replace(quant, trellis=trellis)
-    model = record().model
+    model = pr1855().model
     assert entropy_bytes(model, quant, noise=0) == pytest.approx(published, rel=1e-3)
     parts = dict(predict_ledger(model, quant, limit=LIMIT).parts)
     gaussian = {name: size / TRAINED.get(name, 1.0) for name, size in parts.items()}
@@ -81,16 +81,16 @@ def test_prediction_names_the_sections_of_a_real_file(tmp_path):
 
 def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
     # bench/results/20261123_nvidia-h100-80gb-hbm3_quantize.jsonl, rows+columns: the sections of codes.
-    quant = replace(record().quant, mean_bits=3.45, trellis=False, rate=0.0)
-    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=0.980003)
+    quant = replace(pr1855().quant, mean_bits=3.45, trellis=False, rate=0.0)
+    ledger = predict_ledger(pr1855().model, quant, limit=LIMIT, clip_scale=0.980003)
     assert codes_bytes(ledger) == pytest.approx(15_739_571, rel=0.005)
 
 
 @pytest.mark.parametrize(("clip_scale", "total"), [(0.953389, 15_988_501), (0.956769, 15_984_606)])
 def test_a_trellis_weighs_what_two_600_s_models_weighed(clip_scale: float, total: int):
     # summary.json of bench/results/20261124_record_600s_1gpu_196k and 20261128_record_600s_2gpu.
-    quant = replace(record().quant, rate=0.0)
-    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=clip_scale)
+    quant = replace(pr1855().quant, rate=0.0)
+    ledger = predict_ledger(pr1855().model, quant, limit=LIMIT, clip_scale=clip_scale)
     assert ledger.total == pytest.approx(total, rel=0.003)
 
 
@@ -100,6 +100,6 @@ def test_a_trellis_weighs_what_two_600_s_models_weighed(clip_scale: float, total
 )
 def test_rounding_with_an_eye_on_bits_weighs_what_a_600_s_model_weighed(clip_scale, rate, model_bytes):
     # bench/results/20261128_nvidia-h200_quantize.jsonl: trellis rate 1/12, trellis, trellis -4 %.
-    quant = replace(record().quant, rate=rate)
-    ledger = predict_ledger(record().model, quant, limit=LIMIT, clip_scale=clip_scale)
+    quant = replace(pr1855().quant, rate=rate)
+    ledger = predict_ledger(pr1855().model, quant, limit=LIMIT, clip_scale=clip_scale)
     assert ledger.model_bytes == pytest.approx(model_bytes, rel=0.002)

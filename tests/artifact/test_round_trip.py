@@ -17,7 +17,7 @@ from pgolf.artifact.write import write_artifact
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.ops import decode_codes_ref
-from pgolf.quant.state import QuantizedState, dequantize_state
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 LIMIT = 16_000_000
 

@@ -14,7 +14,7 @@ from pgolf.model.gpt import GPT
 from pgolf.quant.calibrate import quantize_model
 from pgolf.quant.grid import from_exponents, log_steps
 from pgolf.quant.lqer import correct
-from pgolf.quant.state import QuantizedState, dequantize_state
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 
 def write(path, state):

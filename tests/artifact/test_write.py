@@ -11,7 +11,7 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.artifact.write import write_artifact
 from pgolf.quant.grid import QuantizedTensor
-from pgolf.quant.state import QuantizedState
+from pgolf.quant.quantized import QuantizedState
 
 OTHERS = {"scales", "centers", "exponents", "gates", "small", "corrections", "correction_scales", "header"}
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pgolf.data.build import ShardsJob, build_shards
-from pgolf.data.corpus import iterate_documents, sample_paths
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.data.corpus import iterate_documents
+from pgolf.data.text import iterate_documents
 
 TEXTS = [f"document {n} " + "abc " * (n % 90) for n in range(200)]
 LINES = [(json.dumps({"text": text}) + "\n").encode() for text in TEXTS]

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from pgolf.data.build import ShardsJob, build_shards
-from pgolf.data.corpus import iterate_documents, sample_paths
 from pgolf.data.loader import load_validation
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import read_shard, write_shard
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = [f"document {n} is held out, {'word ' * n}" for n in range(12)]

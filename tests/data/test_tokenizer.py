@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgolf.data.corpus import iterate_documents, sample_paths
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import ESCAPE, Tokenizer, escape, find_tokenizer, train_tokenizer, unescape
 
 NASTY = [

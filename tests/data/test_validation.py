@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.data.corpus import iterate_documents, sample_paths
 from pgolf.data.loader import (
     ValBatch,
     buffer_size,
@@ -15,6 +14,7 @@ from pgolf.data.loader import (
     validation_totals,
 )
 from pgolf.data.shards import write_shard
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import Tokenizer
 
 BOS = 1

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pgolf.cli.main import main
-from pgolf.data.corpus import sample_paths
+from pgolf.data.text import sample_paths
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from pgolf.artifact.read import load_model
 from pgolf.cli.main import main
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
-from pgolf.evaluate.corpus import Corpus, score_as, score_model
+from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
 SCORE = """
 import json, sys
@@ -21,14 +21,15 @@ import pgolf
 from pgolf.artifact.read import load_model
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
-from pgolf.evaluate.corpus import Corpus, score_as, score_model
+from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
 torch.set_num_threads(1)
 model = load_model(Path(sys.argv[1]), "cpu")
-corpus = Corpus.open(Path(sys.argv[2]), vocab_size=model.config.vocab_size)
-text, dist = corpus.validation(documents=6), Dist.start("cpu")
+adapters = TttConfig(rank=2)
+data_folder = DataFolder.open(Path(sys.argv[2]), vocab_size=model.config.vocab_size)
+text, dist = data_folder.validation(documents=6), Dist.start("cpu")
 found = {
-    mode: score_as(mode, model, corpus, text, dist, batch_tokens=512, stride=16, ttt=TttConfig(rank=2)).nats
+    mode: score_as(mode, model, data_folder, text, dist, batch_tokens=512, stride=16, ttt=adapters).nats
     for mode in ("plain", "sliding", "ttt")
 }
 try:
@@ -36,7 +37,7 @@ try:
     rest = True
 except ImportError:
     rest = False
-whole = score_model(model, corpus, 512, dist).nats
+whole = score_model(model, data_folder, 512, dist).nats
 print(json.dumps([found, whole, pgolf.__file__, rest]))
 """
 
@@ -59,9 +60,9 @@ def test_counted_code_reads_and_scores_as_the_package_does(run, shards, tmp_path
     found, whole, where, rest = json.loads(done.stdout.splitlines()[-1])
     assert Path(where).is_relative_to(folder) and not rest
     model = load_model(run / "model.pgolf", "cpu")
-    corpus = Corpus.open(shards, vocab_size=model.config.vocab_size)
-    text, dist = corpus.validation(documents=6), Dist.start("cpu")
+    data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
+    text, dist = data_folder.validation(documents=6), Dist.start("cpu")
     settings = {"batch_tokens": 512, "stride": 16, "ttt": TttConfig(rank=2)}
     for mode, nats in found.items():
-        assert nats == score_as(mode, model, corpus, text, dist, **settings).nats, mode
-    assert whole == score_model(model, corpus, 512, dist).nats
+        assert nats == score_as(mode, model, data_folder, text, dist, **settings).nats, mode
+    assert whole == score_model(model, data_folder, 512, dist).nats

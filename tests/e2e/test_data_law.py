@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from pgolf.cli.main import main
-from pgolf.data.corpus import iterate_documents, sample_paths
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import file_sha256, read_shard, write_shard
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
-from pgolf.evaluate.corpus import Corpus
+from pgolf.evaluate.validation import DataFolder
 from tests.e2e.conftest import SMALL
 
 SIDE = "text_val_bytes_000000.bin"
@@ -49,17 +49,17 @@ def command(verb: str, run: Path, data: Path, out: Path) -> list[str]:
         "evaluate": ["evaluate", str(run / "model.pgolf"), "--data", str(data)],
         "quantize": ["quantize", str(run / "raw.safetensors"), "--data", str(data), "--out", str(out)],
         "inspect": ["data", "inspect", str(data)],
-        "record": ["record", str(run), "--data", str(data), "--out", str(out)],
+        "submit": ["submit", str(run), "--data", str(data), "--out", str(out)],
     }[verb]
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "quantize", "inspect", "record"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "quantize", "inspect", "submit"])
 @pytest.mark.parametrize("case", DAMAGE)
 def test_every_verb_refuses_what_is_not_as_the_manifest_says(
     shards: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str, case: str
 ) -> None:
     damage, message = DAMAGE[case]
-    if (verb, case) == ("record", "swapped tokenizer"):
+    if (verb, case) == ("submit", "swapped tokenizer"):
         message = "the runs' tokenizer"  # it knows which it must be, and looks at nothing else before
     data = Path(shutil.copytree(shards, tmp_path / "shards"))
     damage(data)
@@ -85,7 +85,7 @@ def test_the_hash_of_training_shards_is_checked_on_request(
     path = next(data.glob("*_train_*.bin"))
     ids = np.array(read_shard(path))
     write_shard(path, np.concatenate((ids[:1], ids[1:][::-1])))
-    corpus = Corpus.open(data, vocab_size=512)
+    corpus = DataFolder.open(data, vocab_size=512)
     assert corpus.manifest is not None and "is as its manifest.json says" in corpus.checked
     out = str(tmp_path / "out")
     assert main(["train", "tiny", "--data", str(data), "--out", out, *SMALL, "--data.verify"]) == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.data.corpus import iterate_documents, sample_paths
+from pgolf.data.text import iterate_documents, sample_paths
 from tests.e2e.conftest import SMALL
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "headline.sh"
@@ -48,7 +48,7 @@ def test_the_run_uses_the_gpus_that_torch_sees(tmp_path, gpus):
     command = f"{launch}-m pgolf train record --data {tmp_path}/shards --seconds 600 --out {tmp_path}/runs"
     assert train == command
     assert f"--case record_600s_{gpus}gpu --out bench/results" in lines
-    assert record.startswith(f"-m pgolf record {tmp_path}/runs/one/ --out {tmp_path}/record --overwrite")
+    assert record.startswith(f"-m pgolf submit {tmp_path}/runs/one/ --out {tmp_path}/record --overwrite")
     assert "--prepare-seconds" in record
 
 
@@ -61,7 +61,7 @@ def test_a_finished_folder_is_used_again(tmp_path):
 
 
 def test_settings_reach_the_runs_and_the_record(tmp_path):
-    found = calls(tmp_path, 1, SEEDS="42 43", TTT="1", EXTRA="--train.compile off", RECORD="--author me")
+    found = calls(tmp_path, 1, SEEDS="42 43", TTT="1", EXTRA="--train.compile off", SUBMIT="--author me")
     trained = [line for line in found if " train " in line]
     assert [line.split("--evaluate.ttt")[1] for line in trained] == [
         f" --seed {seed} --train.compile off" for seed in (42, 43)
@@ -86,12 +86,12 @@ def test_from_text_to_a_record_on_this_machine(tmp_path):
         TTT="1",
         EXTRA=" ".join([*small, *adapters, "--train.device=cpu", "--steps=2"]),
         RESULTS=str(tmp_path / "results"),
-        RECORD="--author Somebody --date 2026-01-02",
+        SUBMIT="--author Somebody --date 2026-01-02",
         PYTHON=sys.executable,
         CUDA_VISIBLE_DEVICES="",
         OMP_NUM_THREADS="1",
     )
-    data = json.loads((tmp_path / "record" / "submission.json").read_text())
+    data = json.loads((tmp_path / "submission" / "submission.json").read_text())
     assert data["seeds"] == [7, 8] and data["headline_score"] == "ttt" and data["author"] == "Somebody"
-    assert "Making tokenizer and shards, before, took" in (tmp_path / "record" / "README.md").read_text()
+    assert "Making tokenizer and shards, before, took" in (tmp_path / "submission" / "README.md").read_text()
     assert len(list((tmp_path / "results").iterdir())) == 2

@@ -10,11 +10,11 @@ import torch
 
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
-from pgolf.data.corpus import sample_paths
+from pgolf.data.text import sample_paths
 from pgolf.report.plots import read_metrics
 from pgolf.train.ablate import gather
 from pgolf.train.plan import read_plan
-from pgolf.train.state import load_weights, save_weights
+from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
 from tests.train.test_ablate import small_overrides

@@ -21,7 +21,7 @@ from pgolf.train import run as run_module
 from pgolf.train.guard import held
 from pgolf.train.progress import PROGRESS
 from pgolf.train.signals import Stopped
-from pgolf.train.state import load_weights
+from pgolf.train.weights import load_weights
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
 

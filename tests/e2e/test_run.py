@@ -16,10 +16,10 @@ import torch
 
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
-from pgolf.data.corpus import sample_paths
 from pgolf.data.shards import read_shard, write_shard
+from pgolf.data.text import sample_paths
 from pgolf.train import run as run_module
-from pgolf.train.state import load_weights, save_weights
+from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
 INSIDE = ("train", "save", "calibrate", "quantize")
@@ -254,7 +254,7 @@ def test_every_verb_explains_itself(capsys):
         assert "usage" in capsys.readouterr().out.lower(), verb
 
 
-@pytest.mark.parametrize("preset, parameters", [("record", "35,945,671"), ("naive", ""), ("tiny", "")])
+@pytest.mark.parametrize("preset, parameters", [("pr1855", "35,945,671"), ("naive", ""), ("tiny", "")])
 def test_config_shows_what_a_run_would_do(capsys, preset, parameters):
     assert main(["config", preset]) == 0
     assert parameters in capsys.readouterr().out

@@ -31,7 +31,7 @@ SPREAD = [
 def test_prediction_of_an_artifact_with_steps_by_spread_is_near(run, shards, tmp_path):
     """Six steps on a width of 32: matrices as random as any, without what long training makes alike.
 
-    Steps by loss give such a model bits as its few gradients say; those of `record` are in test_predict.
+    Steps by loss give such a model bits as its few gradients say; those of `pr1855` are in test_predict.
     """
     checkpoint, out = str(run / "ema.safetensors"), tmp_path / "spread.pgolf"
     where = ["--data", str(shards), "--out", str(out), "--artifact.no-fit"]
@@ -82,11 +82,11 @@ def test_the_estimate_of_a_checkpoint_follows_the_fit(run, capsys):
 
 def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
     """The README's example: more bits than fit at these settings, but the steps are scaled until they do."""
-    assert main(["size", "record", "--quant.mean-bits", "3.6"]) == 0
+    assert main(["size", "pr1855", "--quant.mean-bits", "3.6"]) == 0
     text = capsys.readouterr().out
     assert re.search(r"16,\d{3},\d{3} bytes at these settings; artifact.fit scales the steps by 1.0\d+", text)
     assert 15_984_000 <= total(text) <= 16_000_000
-    assert main(["size", "record", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
+    assert main(["size", "pr1855", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
     assert "bytes too many" in capsys.readouterr().out
 
 

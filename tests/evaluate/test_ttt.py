@@ -10,7 +10,7 @@ from pgolf.config import TttConfig
 from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, score_adapted, share_batches
 from pgolf.model.gpt import layer_order
 from pgolf.model.lora import adapter_shapes, bind, initial_adapters
-from pgolf.presets import record
+from pgolf.presets import pr1855
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
@@ -64,7 +64,7 @@ def test_batches_hold_every_document_once_and_ranks_every_batch_once():
 
 
 def test_record_has_the_published_number_of_adapter_parameters():
-    config = record().model
+    config = pr1855().model
     slots = sum(map(len, layer_order(config, loop=True)))
     shapes = adapter_shapes(config, slots, TttConfig().rank)
     assert slots == 17 and sum(np.prod(s) for s in shapes.values()) == 17 * 368_640 + 696_320

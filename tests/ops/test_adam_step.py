@@ -17,7 +17,7 @@ from pgolf.ops import (
     square_sums_ref,
 )
 from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED, STEPS
-from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, SCALARS
+from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, HYPER
 
 RULE = AdamRule(weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 # A scalar, nothing, one vector of eight and one more, one block and one more element, a matrix, and more
@@ -50,9 +50,9 @@ def clone(tensors: list[AdamTensor]) -> list[AdamTensor]:
 
 
 def numbers(device: torch.device, grad_scale: float = 0.5, weight: float = 0.25) -> tuple[Tensor, ...]:
-    scalars = torch.zeros(SCALARS, device=device)
-    scalars[GRAD_SCALE], scalars[AVERAGE_WEIGHT] = grad_scale, weight
-    return torch.tensor(0.03, device=device), scalars, torch.tensor([2.5, 30.0], device=device)
+    hyper = torch.zeros(HYPER, device=device)
+    hyper[GRAD_SCALE], hyper[AVERAGE_WEIGHT] = grad_scale, weight
+    return torch.tensor(0.03, device=device), hyper, torch.tensor([2.5, 30.0], device=device)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -94,7 +94,7 @@ def test_square_sums_equal_the_reference_and_repeat(dtype, device) -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 0.3, 1e6])
 def test_clip_scale_equals_the_reference_over_steps(clip, device) -> None:
-    got, want = ([torch.zeros(n, device=device) for n in (CLIP_STATE, SCALARS, 2)] for _ in range(2))
+    got, want = ([torch.zeros(n, device=device) for n in (CLIP_STATE, HYPER, 2)] for _ in range(2))
     for sums in ([4.0, 5.0], [0.0, 0.0], [math.inf, 1.0], [1.0, math.nan], [0.01, 0.0]):
         squares = torch.tensor(sums, device=device)
         clip_scale(squares, *got, clip=clip, beta1=0.9, beta2=0.99)
@@ -108,18 +108,18 @@ def test_clip_scale_equals_the_reference_over_steps(clip, device) -> None:
 def test_a_captured_step_follows_its_numbers(device) -> None:
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    tensors, (lr, scalars, corrections) = make_tensors(device), numbers(device)
+    tensors, (lr, hyper, corrections) = make_tensors(device), numbers(device)
     want, state = clone(tensors), torch.zeros(CLIP_STATE, device=device)
-    twin, state_twin = scalars.clone(), state.clone()
+    twin, state_twin = hyper.clone(), state.clone()
 
-    def step(tensors: list[AdamTensor], scalars: Tensor, state: Tensor) -> None:
+    def step(tensors: list[AdamTensor], hyper: Tensor, state: Tensor) -> None:
         sums = square_sums([t.grad for t in tensors])
-        clip_scale(sums, state, scalars, corrections, clip=0.3, beta1=0.9, beta2=0.99)
-        adam_step(tensors, lr, scalars, corrections, RULE)
+        clip_scale(sums, state, hyper, corrections, clip=0.3, beta1=0.9, beta2=0.99)
+        adam_step(tensors, lr, hyper, corrections, RULE)
 
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        step(tensors, scalars, state)
+        step(tensors, hyper, state)
     for rate in (0.1, 0.2):
         lr.fill_(rate)
         for got, other in zip(tensors, want, strict=True):
@@ -131,12 +131,12 @@ def test_a_captured_step_follows_its_numbers(device) -> None:
 
 
 def test_operators_pass_opcheck(device) -> None:
-    tensors, (lr, scalars, corrections) = make_tensors(device)[:8], numbers(device)
+    tensors, (lr, hyper, corrections) = make_tensors(device)[:8], numbers(device)
     lists = [list(column) for column in zip(*tensors, strict=True)]
     torch.library.opcheck(torch.ops.pgolf.square_sums, (lists[1],))
     state, sums = torch.zeros(CLIP_STATE, device=device), torch.ones(2, device=device)
-    torch.library.opcheck(torch.ops.pgolf.clip_scale, (sums, state, scalars, corrections, 0.3, 0.9, 0.99))
-    torch.library.opcheck(torch.ops.pgolf.adam_step, (*lists, lr, scalars, corrections, *RULE))
+    torch.library.opcheck(torch.ops.pgolf.clip_scale, (sums, state, hyper, corrections, 0.3, 0.9, 0.99))
+    torch.library.opcheck(torch.ops.pgolf.adam_step, (*lists, lr, hyper, corrections, *RULE))
 
 
 def test_a_backward_pass_notices_changed_parameters(device) -> None:

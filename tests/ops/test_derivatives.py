@@ -229,21 +229,21 @@ def test_a_loss_may_be_scaled_in_place_before_backward(name: str, device) -> Non
 def in_place(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
     """Name -> an operator that works in place, called with one tensor that may require grad."""
     one = torch.ones(1, 4, 4, device=device)
-    scalars, rest = torch.ones(5, device=device), torch.ones(3, device=device)
+    hyper, rest = torch.ones(5, device=device), torch.ones(3, device=device)
     return {
         "muon_step": lambda p: muon_step(
-            [MuonBank(one.clone(), one.clone(), one.clone(), p)], scalars, MuonRule(TABLE)
+            [MuonBank(one.clone(), one.clone(), one.clone(), p)], hyper, MuonRule(TABLE)
         ),
-        "muon_apply": lambda p: muon_apply([p], [one.clone()], scalars, lr_scales=[1.0]),
+        "muon_apply": lambda p: muon_apply([p], [one.clone()], hyper, lr_scales=[1.0]),
         "adam_step": lambda p: adam_step(
             [AdamTensor(p, one.clone(), one.clone(), one.clone())],
-            scalars[:1],
-            scalars,
+            hyper[:1],
+            hyper,
             rest[:2],
             AdamRule(0.1, 0.9, 0.99, 1e-8),
         ),
         "clip_scale": lambda p: clip_scale(
-            p.flatten(), rest.clone(), scalars.clone(), rest[:2].clone(), clip=1.0, beta1=0.9, beta2=0.99
+            p.flatten(), rest.clone(), hyper.clone(), rest[:2].clone(), clip=1.0, beta1=0.9, beta2=0.99
         ),
     }
 

@@ -73,10 +73,10 @@ def assert_banks_close(got: list[MuonBank], want: list[MuonBank], rounding: floa
 )
 def test_step_equals_the_reference(nesterov, lerp, row_normalize, device) -> None:
     rule = MuonRule([JORDAN] * 2, nesterov=nesterov, lerp=lerp, row_normalize=row_normalize)
-    banks, scalars = make_banks(device), make_scalars(device)
+    banks, hyper = make_banks(device), make_scalars(device)
     expected = clone(banks)
-    muon_step_ref(expected, scalars, rule)
-    muon_step(banks, scalars, rule)
+    muon_step_ref(expected, hyper, rule)
+    muon_step(banks, hyper, rule)
     # CUDA iterates in bfloat16: 3e-2 of values up to 1; the parameter takes 0.1 of it.
     assert_banks_close(banks, expected, 2e-6, 2e-5 if device.type == "cpu" else 6e-2)
 
@@ -119,10 +119,10 @@ def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normaliz
 def test_every_dtype_rounds_once(grad, momentum, update, device) -> None:
     rule = MuonRule([(1.0, 0.0, 0.0)], row_normalize=True)  # an iteration that only divides by the norm
     banks = make_banks(device, grad=grad, momentum=momentum, update=update)
-    scalars = make_scalars(device)
+    hyper = make_scalars(device)
     expected = clone(banks)
-    muon_step_ref(expected, scalars, rule)
-    muon_step(banks, scalars, rule)
+    muon_step_ref(expected, hyper, rule)
+    muon_step(banks, hyper, rule)
     half = torch.bfloat16 in (momentum, update)
     # A value that float32 rounding moves across a midpoint lands on the next bfloat16: 2^-7 of up to 4, of 1.
     # CUDA rounds the normalised direction and the product to bfloat16 too.
@@ -180,15 +180,15 @@ def test_zero_rows_and_matrices_stay_zero(device) -> None:
 
 
 def test_updates_alone_leave_the_parameters_to_apply(device) -> None:
-    rule, scalars = MuonRule([JORDAN] * 2), make_scalars(device)
+    rule, hyper = MuonRule([JORDAN] * 2), make_scalars(device)
     whole = make_banks(device)
     split = clone(whole)
-    muon_step(whole, scalars, rule)
-    muon_step([bank._replace(param=None, average=None) for bank in split], scalars, rule)
+    muon_step(whole, hyper, rule)
+    muon_step([bank._replace(param=None, average=None) for bank in split], hyper, rule)
     muon_apply(
         [bank.param for bank in split],
         [bank.update for bank in split],
-        scalars,
+        hyper,
         lr_scales=[LR_SCALE] * len(split),
         averages=[bank.average for bank in split],
     )
@@ -203,9 +203,9 @@ def test_apply_takes_many_tensors_of_any_shape(weight, device) -> None:
     shapes = [(), (7,), (3, 5), (0,), (4099,)] * 20
     params, updates, averages = ([torch.randn(s, generator=rng).to(device) for s in shapes] for _ in range(3))
     want = [[t.clone() for t in tensors] for tensors in (params, averages)]
-    scalars, scales = make_scalars(device, average_weight=weight), [0.5] * len(shapes)
-    muon_apply_ref(want[0], updates, scalars, lr_scales=scales, averages=want[1])
-    muon_apply(params, updates, scalars, lr_scales=scales, averages=averages)
+    hyper, scales = make_scalars(device, average_weight=weight), [0.5] * len(shapes)
+    muon_apply_ref(want[0], updates, hyper, lr_scales=scales, averages=want[1])
+    muon_apply(params, updates, hyper, lr_scales=scales, averages=averages)
     torch.testing.assert_close(params, want[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(averages, want[1], rtol=1e-6, atol=1e-6)
     if weight == 1.0:
@@ -217,11 +217,11 @@ def test_misaligned_views_are_served(device) -> None:
     def shifted(t: Tensor) -> Tensor:
         return torch.cat((t.new_zeros(3), t.flatten()))[3:].view(t.shape)
 
-    rule, scalars = MuonRule([JORDAN], row_normalize=True), make_scalars(device)
+    rule, hyper = MuonRule([JORDAN], row_normalize=True), make_scalars(device)
     banks = make_banks(device, momentum=torch.bfloat16, shapes=[(2, 16, 24), (1, 5, 9)])
     moved = [MuonBank(*(shifted(t) if isinstance(t, Tensor) else t for t in bank)) for bank in banks]
-    muon_step(banks, scalars, rule)
-    muon_step(moved, scalars, rule)
+    muon_step(banks, hyper, rule)
+    muon_step(moved, hyper, rule)
     for a, b in zip(banks, moved, strict=True):
         assert torch.equal(a.momentum, b.momentum)
         # The iteration may take another kernel for an update that is not aligned.
@@ -230,11 +230,11 @@ def test_misaligned_views_are_served(device) -> None:
 
 
 def test_step_is_the_same_on_every_call(device) -> None:
-    rule, scalars = MuonRule([JORDAN] * 3, row_normalize=True), make_scalars(device)
+    rule, hyper = MuonRule([JORDAN] * 3, row_normalize=True), make_scalars(device)
     first, second = (make_banks(device, momentum=torch.bfloat16, update=torch.bfloat16) for _ in range(2))
     for banks in (first, second):
         for _ in range(3):
-            muon_step(banks, scalars, rule)
+            muon_step(banks, hyper, rule)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a.momentum, b.momentum) and torch.equal(a.param, b.param)
 
@@ -253,35 +253,35 @@ def op_arguments(device: torch.device) -> tuple[object, ...]:
 
 def test_opcheck_accepts_both_operators(device) -> None:
     torch.library.opcheck(torch.ops.pgolf.muon_step, op_arguments(device))
-    params, _, _, updates, averages, scalars, scales, *_ = op_arguments(device)
-    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, scalars, scales))
+    params, _, _, updates, averages, hyper, scales, *_ = op_arguments(device)
+    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, hyper, scales))
 
 
 def test_a_backward_pass_notices_changed_parameters(device) -> None:
-    scalars, rule = make_scalars(device), MuonRule([JORDAN])
+    hyper, rule = make_scalars(device), MuonRule([JORDAN])
     for apply_only in (False, True):
         bank = make_banks(device, shapes=[(1, 4, 8)])[0]
         loss = (bank.param.requires_grad_() ** 2).sum()
         bank = bank._replace(param=bank.param.detach())
         if apply_only:
-            muon_apply([bank.param], [bank.update], scalars, lr_scales=[1.0])
+            muon_apply([bank.param], [bank.update], hyper, lr_scales=[1.0])
         else:
-            muon_step([bank], scalars, rule)
+            muon_step([bank], hyper, rule)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
 
 def test_compile_in_one_graph_matches_eager(device) -> None:
-    rule, scalars = MuonRule([JORDAN] * 2, row_normalize=True), make_scalars(device)
+    rule, hyper = MuonRule([JORDAN] * 2, row_normalize=True), make_scalars(device)
     eager = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
     compiled = clone(eager)
 
-    def step(banks: list[MuonBank], scalars: Tensor) -> Tensor:
-        muon_step(banks, scalars * 1.0, rule)
+    def step(banks: list[MuonBank], hyper: Tensor) -> Tensor:
+        muon_step(banks, hyper * 1.0, rule)
         return banks[0].param * 2
 
-    want = step(eager, scalars)
-    got = torch.compile(step, fullgraph=True)(compiled, scalars)
+    want = step(eager, hyper)
+    got = torch.compile(step, fullgraph=True)(compiled, hyper)
     torch.testing.assert_close(got, want)
     assert_banks_close(compiled, eager, 0.0, 0.0)
 
@@ -290,15 +290,15 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
 def test_captured_step_follows_the_scalars(anything) -> None:
     device = torch.device("cuda")
     rule = MuonRule([JORDAN] * 2, row_normalize=True)
-    banks, scalars = make_banks(device), make_scalars(device)
+    banks, hyper = make_banks(device), make_scalars(device)
     expected = clone(banks)
     graph = torch.cuda.CUDAGraph()
-    muon_step(clone(banks), scalars, rule)
+    muon_step(clone(banks), hyper, rule)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        muon_step(banks, scalars, rule)
+        muon_step(banks, hyper, rule)
     for lr, momentum in ((0.1, 0.8), (0.01, 0.95)):
-        scalars.copy_(make_scalars(device, lr=lr, momentum=momentum))
+        hyper.copy_(make_scalars(device, lr=lr, momentum=momentum))
         graph.replay()
         muon_step(expected, make_scalars(device, lr=lr, momentum=momentum), rule)
     assert_banks_close(banks, expected, 0.0, 0.0)
@@ -307,11 +307,11 @@ def test_captured_step_follows_the_scalars(anything) -> None:
 @pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
 def test_step_does_not_wait_for_the_gpu(anything) -> None:
     device = torch.device("cuda")
-    banks, scalars, rule = make_banks(device), make_scalars(device), MuonRule([JORDAN])
-    muon_step(banks, scalars, rule)
+    banks, hyper, rule = make_banks(device), make_scalars(device), MuonRule([JORDAN])
+    muon_step(banks, hyper, rule)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        muon_step(banks, scalars, rule)
+        muon_step(banks, hyper, rule)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -373,32 +373,32 @@ def test_bad_banks_are_named_and_nothing_is_changed(banks, rule, error, message)
 @pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
 def test_tensors_on_two_devices_are_refused(anything) -> None:
     banks = make_banks(torch.device("cpu"), shapes=[(2, 5, 7)])
-    with pytest.raises(ValueError, match="must be on cuda:0 like the scalars, got cpu"):
+    with pytest.raises(ValueError, match="must be on cuda:0 like the hyper, got cpu"):
         muon_step(banks, make_scalars(torch.device("cuda:0")), MuonRule([JORDAN]))
 
 
 @pytest.mark.parametrize(
-    ("scalars", "error", "message"),
+    ("hyper", "error", "message"),
     [
-        (torch.zeros(4), ValueError, r"scalars must be \(5,\) contiguous, got \[4\]"),
-        (torch.zeros(5).double(), TypeError, "scalars must be float32, got Double"),
+        (torch.zeros(4), ValueError, r"hyper must be \(5,\) contiguous, got \[4\]"),
+        (torch.zeros(5).double(), TypeError, "hyper must be float32, got Double"),
     ],
 )
-def test_bad_scalars_are_named(scalars, error, message) -> None:
+def test_bad_scalars_are_named(hyper, error, message) -> None:
     with pytest.raises(error, match=message):
-        muon_step([], scalars, MuonRule([JORDAN]))
+        muon_step([], hyper, MuonRule([JORDAN]))
     with pytest.raises(error, match=message):
-        muon_apply([], [], scalars, lr_scales=[])
+        muon_apply([], [], hyper, lr_scales=[])
 
 
 def test_apply_names_lists_that_do_not_fit() -> None:
-    scalars, p = make_scalars(torch.device("cpu")), torch.zeros(3)
+    hyper, p = make_scalars(torch.device("cpu")), torch.zeros(3)
     with pytest.raises(ValueError, match="expected 2 updates, one a tensor, got 1"):
-        muon_apply([p, p], [p], scalars, lr_scales=[1.0])
+        muon_apply([p, p], [p], hyper, lr_scales=[1.0])
     with pytest.raises(ValueError, match="expected 1 lr_scales, one a tensor, got 0"):
-        muon_apply([p], [p], scalars, lr_scales=[])
+        muon_apply([p], [p], hyper, lr_scales=[])
     with pytest.raises(ValueError, match="expected 1 averages, one a tensor, got 2"):
-        muon_apply([p], [p], scalars, lr_scales=[1.0], averages=[p, p])
+        muon_apply([p], [p], hyper, lr_scales=[1.0], averages=[p, p])
 
 
 def test_places_of_the_scalars_are_those_of_the_kernels() -> None:
@@ -409,8 +409,8 @@ def test_places_of_the_scalars_are_those_of_the_kernels() -> None:
         banks = make_banks(cpu, shapes=[(1, 3, 4)])
         old = clone(banks)[0]
         only = dict.fromkeys(("lr", "momentum", "weight_decay", "grad_scale", "average_weight"), 0.0)
-        scalars = make_scalars(cpu, **(only | {name: 0.5} | ({"lr": 0.5} if name == "weight_decay" else {})))
-        muon_step(banks, scalars, rule)
+        hyper = make_scalars(cpu, **(only | {name: 0.5} | ({"lr": 0.5} if name == "weight_decay" else {})))
+        muon_step(banks, hyper, rule)
         bank = banks[0]
         keep = {"momentum": 0.5 * old.momentum, "grad_scale": 0.5 * old.grad}
         torch.testing.assert_close(bank.momentum, keep.get(name, torch.zeros_like(old.momentum)))

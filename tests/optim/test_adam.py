@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pgolf.config import AdamConfig
-from pgolf.ops.muon_step import GRAD_SCALE, SCALARS
+from pgolf.ops.muon_step import GRAD_SCALE, HYPER
 from pgolf.optim.adam import AdamW
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -27,10 +27,10 @@ def gradients(step, device):
 
 def take_step(adam, t, lr, config, device="cpu"):
     """Step `t`, counted from 1."""
-    scalars = torch.zeros(SCALARS, device=device)
-    scalars[GRAD_SCALE] = 1.0
+    hyper = torch.zeros(HYPER, device=device)
+    hyper[GRAD_SCALE] = 1.0
     corrections = torch.tensor([1 / (1 - b**t) for b in (config.beta1, config.beta2)], device=device)
-    adam.step(torch.tensor(lr, device=device), scalars, corrections)
+    adam.step(torch.tensor(lr, device=device), hyper, corrections)
 
 
 @pytest.mark.parametrize("device", DEVICES)

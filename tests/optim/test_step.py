@@ -9,9 +9,9 @@ from torch import nn
 from pgolf.config import AdamConfig, MuonConfig, OptimConfig
 from pgolf.dist import Dist
 from pgolf.ops.adam_step import STEPS
+from pgolf.optim.bank_muon import BankMuon
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
-from pgolf.optim.muon import BankMuon
 from pgolf.optim.step import Optimizer
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

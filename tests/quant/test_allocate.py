@@ -8,9 +8,9 @@ import torch
 
 from pgolf.config import QuantConfig
 from pgolf.quant.allocate import balanced_grid, gaussian_bits, histogram_of, mean_bits, widening_for
+from pgolf.quant.bank import common_step, prepare
 from pgolf.quant.gptq import factorize, gptq_on_grid, hessian_error, round_to_grid, row_errors
 from pgolf.quant.grid import from_exponents, log_steps, quantize, sdclip_scales, step_exponents
-from pgolf.quant.plan import common_step, prepare
 from pgolf.quant.sensitivity import Curvature
 
 SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5, rate=0.0)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from pgolf.quant.grid import MIN_SCALE, dequantize, max_code, quantize, quantize_gate_rows, sdclip_scales
-from pgolf.quant.state import QuantizedState, dequantize_state
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 
 def weights(*shape, std=0.02, seed=0):

@@ -19,7 +19,7 @@ def low_rank(r, c, rank, seed=0):
 
 @pytest.mark.parametrize(("kind", "left"), [("asym", 0.5), ("sym", 0.05)])
 def test_most_of_a_low_rank_error_is_recovered(kind, left):
-    # The record's two-bit form clips the largest of A at two thirds: it recovers less.
+    # PR #1855's two-bit form clips the largest of A at two thirds: it recovers less.
     error = low_rank(60, 100, 3)
     fixed = error - correct(error, torch.ones(100), rank=3, kind=kind).dequantize()
     assert fixed.square().sum() < left * error.square().sum()

@@ -1,4 +1,4 @@
-"""What a record says, of summaries that are given: nothing here runs a model."""
+"""What a submission says, of summaries that are given: nothing here runs a model."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pgolf.config import Config, from_dict
-from pgolf.report.finished import FinishedRun
+from pgolf.report.finished_runs import FinishedRun
 from pgolf.report.submission import Entry, readme, results_table, rules, seconds_table, submission
 
 RESULT = Path(__file__).parents[2] / "bench" / "results" / "20261124_record_600s_1gpu_196k"

@@ -17,7 +17,7 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
-from pgolf.data.corpus import sample_paths
+from pgolf.data.text import sample_paths
 from pgolf.env import share_of_cores
 from pgolf.train import ablate
 from pgolf.train.ablate import gather, read_cell, run_plan, start_process

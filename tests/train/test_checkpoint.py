@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pgolf.optim.muon import Shard
+from pgolf.optim.bank_muon import Shard
 from pgolf.train import checkpoint as module
 from pgolf.train.checkpoint import (
     FAILED,

@@ -28,14 +28,14 @@ CPU_PEAKS = [
     ("tiny", 32768, False, 4185),
     ("naive", 1024, False, 1203),
     ("naive", 4096, False, 2756),
-    ("record", 1024, False, 2578),
-    ("record", 2048, False, 3770),
-    ("record", 4096, False, 6344),
+    ("pr1855", 1024, False, 2578),
+    ("pr1855", 2048, False, 3770),
+    ("pr1855", 4096, False, 6344),
     ("tiny", 2048, True, 593),
     ("tiny", 8192, True, 1328),
     ("naive", 1024, True, 1347),
     ("naive", 4096, True, 2666),
-    ("record", 1024, True, 4646),
+    ("pr1855", 1024, True, 4646),
 ]
 
 
@@ -199,7 +199,7 @@ def test_more_tokens_need_more_memory(preset, device):
 
 
 def test_parts_sum_to_the_total_and_ranks_share_the_optimizer():
-    config = config_of("record", 4096)
+    config = config_of("pr1855", 4096)
     one = estimate_memory(config, **CPU)
     assert one.weights == 4 * 35_945_671 == one.gradients == one.averages
     assert one.total == sum(vars(one).values()) and min(vars(one).values()) >= 0
@@ -209,7 +209,7 @@ def test_parts_sum_to_the_total_and_ranks_share_the_optimizer():
 
 def test_record_on_a_laptop_is_refused_with_the_flag_that_works(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 24 * GIB)
-    config = PRESETS["record"]()
+    config = PRESETS["pr1855"]()
     with pytest.raises(ValueError, match=r"about \d+\.\d GiB of memory with data\.micro_tokens=98304") as e:
         check_memory(config, OneRank(), attention="sdpa")
     text = str(e.value)
@@ -230,12 +230,12 @@ def test_record_on_a_laptop_is_refused_with_the_flag_that_works(monkeypatch):
 def test_where_nothing_fits_no_flag_is_named(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: GIB)
     with pytest.raises(ValueError, match="not even the smallest micro-batch") as e:
-        check_memory(PRESETS["record"](), OneRank(), attention="sdpa")
+        check_memory(PRESETS["pr1855"](), OneRank(), attention="sdpa")
     assert "--data.micro-tokens" not in str(e.value)
 
 
 def test_suggestion_divides_the_batch_over_the_ranks():
-    config = PRESETS["record"]()
+    config = PRESETS["pr1855"]()
     for world in (1, 2, 3, 8):
         micro = fitting_micro_tokens(config, 12 * GIB, device_type="cpu", world_size=world, attention="sdpa")
         assert micro >= 16 and config.data.batch_tokens % (micro * world) == 0
@@ -247,7 +247,7 @@ def test_a_rank_with_less_memory_stops_all(monkeypatch):
     rank = OneRank()
     rank.share = lambda values: [200.0 * GIB]
     with pytest.raises(RuntimeError, match=r"1\.0 GiB are available"):
-        check_memory(PRESETS["record"](), rank, attention="sdpa")
+        check_memory(PRESETS["pr1855"](), rank, attention="sdpa")
 
 
 def fake_root(tmp_path: Path, files: dict[str, str]) -> Path:

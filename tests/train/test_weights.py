@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pgolf.presets import tiny
-from pgolf.train.state import copy_parameters, load_config, load_weights, save_weights
+from pgolf.train.weights import copy_parameters, load_config, load_weights, save_weights
 
 
 def weights() -> dict[str, torch.Tensor]:

@@ -20,20 +20,20 @@ from pathlib import Path
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, file_sha256
-from pgolf.report.finished import FinishedRun, read_runs
+from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
     r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf)"
 )
-"""Names of the files that a record holds: only these are replaced."""
+"""Names of the files that a submission holds: only these are replaced."""
 
 LIBRARIES = ("torch", "numpy", "brotli", "sentencepiece")
 """Packages that the counted code imports; flash-attn-4 joins them where attention uses it."""
 
 
-def write_record(
+def write_submission(
     folders: Sequence[Path],
     out: Path,
     entry: Entry,
@@ -46,10 +46,10 @@ def write_record(
     Args:
         folders: run folders. out: the folder to make; it appears complete or not at all.
         data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them.
-        overwrite: replace an older record folder.
+        overwrite: replace an older submission folder.
     Raises:
-        FileExistsError: `out` holds something, and `overwrite` is off or it is not a record folder or holds
-            more than a record's files.
+        FileExistsError: `out` holds something, and `overwrite` is off or it is not a submission folder or
+            holds more than a submission's files.
         FileNotFoundError, ValueError: see `read_runs`; the shards are not as their manifest says.
             ValueError: `data` has another tokenizer or another validation text.
         OSError: a file cannot be written; nothing is left of the folder, an older one stays.
@@ -147,9 +147,9 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "submission.json").is_file():
-        raise FileExistsError(f"{out} is not a record folder, but there; choose another --out")
+        raise FileExistsError(f"{out} is not a submission folder, but there; choose another --out")
     if not overwrite:
-        raise FileExistsError(f"{out} already holds a record; pass --overwrite to replace it")
+        raise FileExistsError(f"{out} already holds a submission; pass --overwrite to replace it")
     inside = [str(f) for f in folders if out.resolve() in (f.resolve(), *f.resolve().parents)]
     if inside:
         raise FileExistsError(
@@ -158,8 +158,8 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
     others = sorted(p.name for p in out.iterdir() if not (OURS.fullmatch(p.name) and p.is_file()))
     if others:
         raise FileExistsError(
-            f"{out} holds {', '.join(others)}, no part of a record, which would be lost; move it or choose "
-            "another --out"
+            f"{out} holds {', '.join(others)}, no part of a submission, which would be lost; move it "
+            "or choose another --out"
         )
 
 

@@ -29,8 +29,8 @@ from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
 from pgolf.train.saver import Saver
-from pgolf.train.state import clone_parameters, copy_parameters
 from pgolf.train.timing import DeviceTimer
+from pgolf.train.weights import clone_parameters, copy_parameters
 
 MAX_SKIPPED_IN_A_ROW = 2
 """Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""

@@ -1,4 +1,4 @@
-"""`pgolf record`: the folder of real, small runs; what it refuses; and that it scores with nothing else."""
+"""`pgolf submit`: the folder of real, small runs; what it refuses; and that it scores with nothing else."""
 
 import ast
 import json
@@ -16,9 +16,9 @@ import pytest
 from pgolf import _C
 from pgolf.artifact.code import reader_code
 from pgolf.cli.main import main
-from pgolf.data.corpus import sample_paths
-from pgolf.report import record
-from pgolf.report.record import LIBRARIES
+from pgolf.data.text import sample_paths
+from pgolf.report import submit
+from pgolf.report.submit import LIBRARIES
 from tests.e2e.conftest import SMALL
 
 TTT = [f"--evaluate.adapters.{word}" for word in ("rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192")]
@@ -45,7 +45,7 @@ def seeds(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def write(runs: list[Path], out: Path, *more: str) -> int:
-    return main(["record", *map(str, runs), "--out", str(out), *more])
+    return main(["submit", *map(str, runs), "--out", str(out), *more])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -195,7 +195,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other machine": (
         summary_with(lambda s: s.update(world_size=8, device="GPU")),
-        r"differ in more than the seed: device \(GPU and CPU\), world_size \(8 and 1\); record them apart",
+        r"differ in more than the seed: device \(GPU and CPU\), world_size \(8 and 1\); submit them apart",
     ),
     "other text": (
         summary_with(lambda s: [rescaled(score, bytes=7) for score in s["scores"].values()]),
@@ -266,9 +266,9 @@ def test_a_folder_that_is_there_is_kept_unless_it_is_a_record_to_overwrite(
     assert write(seeds, out) == 0, "an empty one is taken"
     capsys.readouterr()
     assert write(seeds[:1], out) == 2
-    assert "already holds a record; pass --overwrite" in capsys.readouterr().err
+    assert "already holds a submission; pass --overwrite" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setattr(record, "readme", lambda *_: 1 / 0)
+        patch.setattr(submit, "readme", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             write(seeds[:1], out, "--overwrite")
     assert (out / "model_seed43.pgolf").is_file() and list(tmp_path.iterdir()) == [out], "the old one, whole"
@@ -279,10 +279,12 @@ def test_a_folder_that_is_there_is_kept_unless_it_is_a_record_to_overwrite(
     assert "holds runs" in capsys.readouterr().err
     (out / "model_seed42.txt").touch()
     assert write(seeds[:1], out, "--overwrite") == 2
-    assert "holds model_seed42.txt, run, no part of a record, which would be lost" in capsys.readouterr().err
+    assert (
+        "holds model_seed42.txt, run, no part of a submission, which would be lost" in capsys.readouterr().err
+    )
     (out / "submission.json").unlink()
     assert write(seeds[:1], out, "--overwrite") == 2
-    assert "is not a record folder" in capsys.readouterr().err
+    assert "is not a submission folder" in capsys.readouterr().err
 
 
 def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_path, capsys, monkeypatch):
@@ -292,7 +294,7 @@ def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_
     (tmp_path / "data" / "tokenizer.model").write_bytes(b"another")
     assert write(seeds, tmp_path / "out", "--data", str(tmp_path / "data")) == 2
     assert "the runs' tokenizer" in capsys.readouterr().err
-    monkeypatch.setattr(record, "_shards", lambda *_: None)
+    monkeypatch.setattr(submit, "_shards", lambda *_: None)
     assert write(seeds, tmp_path / "out") == 0
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert "it was not at hand" in (tmp_path / "out" / "README.md").read_text()
@@ -342,7 +344,7 @@ def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
         assert ("not known" in capsys.readouterr().out) == (WHOLE not in text)
         return certified
 
-    monkeypatch.setattr(record, "_shards", lambda *_: None)
+    monkeypatch.setattr(submit, "_shards", lambda *_: None)
     assert "that the runs checked" in kept(lambda s: None)
     assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
     assert "shards of another tool" in kept(lambda s: s.update(data={"manifest": None}))
@@ -350,7 +352,7 @@ def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
         lambda s: s["data"]["validation"].update(bytes=91101)
     )
     # The folder that the run names holds another text by now.
-    monkeypatch.setattr(record, "_shards", lambda *_: other)
+    monkeypatch.setattr(submit, "_shards", lambda *_: other)
     assert "that the runs checked" in kept(lambda s: None)
     assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
 
@@ -363,6 +365,6 @@ def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same
     (tmp_path / "run" / "code.br").unlink()
     assert write([tmp_path / "run"], tmp_path / "out") == 0
     assert (tmp_path / "out" / "code.br").read_bytes() == code
-    monkeypatch.setattr("pgolf.report.finished.code_archive", lambda: b"changed")
+    monkeypatch.setattr("pgolf.report.finished_runs.code_archive", lambda: b"changed")
     assert write([tmp_path / "run"], tmp_path / "other") == 2
     assert "the code of this tree (the run kept none) has 7" in capsys.readouterr().err

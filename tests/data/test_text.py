@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.data.corpus import iterate_documents, read_batches, sample_paths
+from pgolf.data.text import iterate_documents, read_batches, sample_paths
 
 
 def texts(path: Path) -> list[str]:

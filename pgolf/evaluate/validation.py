@@ -20,7 +20,7 @@ from pgolf.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class Corpus:
+class DataFolder:
     """A data folder that has been checked against its manifest and the model."""
 
     folder: Path
@@ -31,7 +31,7 @@ class Corpus:
     """What the folder was checked against; None for another tool's folder, of which nobody knows."""
 
     @classmethod
-    def open(cls, folder: Path | None, *, vocab_size: int, verify: bool = False) -> Corpus:
+    def open(cls, folder: Path | None, *, vocab_size: int, verify: bool = False) -> DataFolder:
         """Check a data folder against its manifest and the model's vocabulary.
 
         Args:
@@ -87,21 +87,21 @@ class Corpus:
         return first_documents(text, self.tokenizer.bos_id, documents) if documents else text
 
 
-def score_model(model: GPT, corpus: Corpus, batch_tokens: int, dist: Dist) -> Score:
-    """Return bits per byte of `model` over the whole validation text of `corpus`, counts asserted.
+def score_model(model: GPT, data_folder: DataFolder, batch_tokens: int, dist: Dist) -> Score:
+    """Return bits per byte of `model` over the whole validation text of `data_folder`, counts asserted.
 
     Args:
         model: prepared on dist.device.
-        corpus: opened with the model's vocabulary.
+        data_folder: opened with the model's vocabulary.
         batch_tokens: tokens of a forward pass (at least one segment); speed and memory, not the score.
         dist: ranks that share the work.
     """
     config = model.config
-    tokens, size = validation_totals(corpus.folder, tokenizer=corpus.tokenizer)
+    tokens, size = validation_totals(data_folder.folder, tokenizer=data_folder.tokenizer)
     batches = validation_batches(
-        corpus.folder,
-        tokenizer=corpus.tokenizer,
-        bos_id=corpus.tokenizer.bos_id,
+        data_folder.folder,
+        tokenizer=data_folder.tokenizer,
+        bos_id=data_folder.tokenizer.bos_id,
         max_context=config.max_context,
         batch_tokens=max(batch_tokens, config.max_context),
         vocab_size=config.vocab_size,
@@ -115,7 +115,7 @@ def score_model(model: GPT, corpus: Corpus, batch_tokens: int, dist: Dist) -> Sc
 def score_as(
     mode: Literal["plain", "sliding", "ttt"],
     model: GPT,
-    corpus: Corpus,
+    data_folder: DataFolder,
     text: ValidationText,
     dist: Dist,
     *,
@@ -129,7 +129,8 @@ def score_as(
     moves it by `stride`, ttt adapts to each document.
 
     Args:
-        mode: which. model: prepared on dist.device. text: of `corpus.validation`. dist: ranks that share.
+        mode: which. model: prepared on dist.device. text: of `data_folder.validation`.
+        dist: ranks that share the work.
         batch_tokens: tokens of a forward pass of plain and sliding.
         stride: tokens that a window of sliding scores. ttt: settings of ttt.
     """
@@ -138,7 +139,7 @@ def score_as(
             f"the {text.tokens.size - 1} tokens to score hold no bytes (only empty documents), so there are "
             "no bits per byte; score more --documents"
         )
-    bos_id, context = corpus.tokenizer.bos_id, model.config.max_context
+    bos_id, context = data_folder.tokenizer.bos_id, model.config.max_context
     if mode == "ttt":
         return score_adapted(model, text, dist, bos_id=bos_id, config=ttt)
     return score_sliding(

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pgolf.optim
-from pgolf.optim import dropin
+from pgolf.optim import muon
 
 WORLD, STEPS, BATCH = 4, 3, 16
 # 11 matrices of five shapes, so that neither 2 nor 4 ranks divide them, then what AdamW takes.
@@ -71,17 +71,17 @@ def train_ddp(rank, world, **sharing):
 
 def iterated(run):
     """Return how many matrices the call iterates, counted where the kernel is called."""
-    original, seen = dropin.newton_schulz, []
+    original, seen = muon.newton_schulz, []
 
     def count(x, table, *, eps):
         seen.append(x.shape[0])
         return original(x, table, eps=eps)
 
-    dropin.newton_schulz = count
+    muon.newton_schulz = count
     try:
         run()
     finally:
-        dropin.newton_schulz = original
+        muon.newton_schulz = original
     return torch.tensor(sum(seen))
 
 

@@ -1,4 +1,4 @@
-"""`pgolf record RUN [RUN ...] --out FOLDER`: the submission folder of finished runs."""
+"""`pgolf submit RUN [RUN ...] --out FOLDER`: the submission folder of finished runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgolf.report.submission import Entry
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record(Entry):
+class Submit(Entry):
     """Write README, submission.json, logs, artifacts and counted code of finished runs, one a seed.
 
     All figures come from the runs' own summaries. The folder appears complete or not at all.
@@ -25,15 +25,15 @@ class Record(Entry):
     data: Path | None = None
     """Folder of the runs' shards, for the tokenizer; when absent, where the runs found them."""
     overwrite: bool = False
-    """Replace an older record in that folder."""
+    """Replace an older submission in that folder."""
 
 
 def main(argv: list[str]) -> int:
-    """Write the record and say what it holds."""
-    args = tyro.cli(Record, prog="pgolf record", args=argv)
-    from pgolf.report.record import write_record
+    """Write the submission and say what it holds."""
+    args = tyro.cli(Submit, prog="pgolf submit", args=argv)
+    from pgolf.report.submit import write_submission
 
-    runs = write_record(args.runs, args.out, args, data=args.data, overwrite=args.overwrite)
+    runs = write_submission(args.runs, args.out, args, data=args.data, overwrite=args.overwrite)
     data = json.loads((args.out / "submission.json").read_text())
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, sd {data['val_bpb_std']:.5f}"
     print(f"{args.out}: {data['val_bpb']:.5f} bpb ({data['headline_score']}, {seeds})")

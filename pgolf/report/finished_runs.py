@@ -1,4 +1,4 @@
-"""Finished runs, as a record needs them: read from their folders, checked, and fit to stand in one table.
+"""Finished runs, as a submission needs them: read from their folders, checked, and fit to stand in one table.
 
 Owns what makes runs "the same configuration with another seed". Reads files only; nothing is computed again.
 """
@@ -25,7 +25,7 @@ FREE = (
     "data.dir",
     "data.verify",
 )
-"""Settings that may differ between the runs of one record."""
+"""Settings that may differ between the runs of one submission."""
 
 NEEDED = (
     "config_hash",
@@ -39,7 +39,7 @@ NEEDED = (
     "seconds",
     "train",
 )
-"""Entries of summary.json without which there is no record; versions and commit, younger, may be missing."""
+"""Entries of summary.json that a submission needs; versions and commit, which are younger, may be missing."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise ValueError(
-                f"seed {one.seed} twice, in {one.folder} and {other.folder}; a record has one run a seed"
+                f"seed {one.seed} twice, in {one.folder} and {other.folder}; a submission has one run a seed"
             )
     for other in runs[1:]:
         _check_same(runs[0], other)
@@ -112,7 +112,7 @@ def _read_run(folder: Path) -> FinishedRun:
     config = from_dict(Config, saved, where=str(folder / "config.json"))
     if not config.train.quantize:
         raise ValueError(
-            f"{folder}: the run made no artifact, train.quantize is off; record a run that quantizes inside "
+            f"{folder}: the run made no artifact, train.quantize is off; submit a run that quantizes inside "
             "its clock"
         )
     _check_there(folder, "model.pgolf")
@@ -156,7 +156,7 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
     if config.train.init is not None:
         raise ValueError(
             f"{folder}: the run started from {config.train.init}, whose training its clock does not hold; "
-            "record a run that starts from random weights"
+            "submit a run that starts from random weights"
         )
     scores, ledger = summary["scores"], summary["bytes"]
     asked = {"quantized": True, "sliding": config.evaluate.sliding, "ttt": config.evaluate.ttt}
@@ -224,12 +224,12 @@ def _check_same(one: FinishedRun, other: FinishedRun) -> None:
     if different:
         told = ", ".join(f"{k} ({first.get(k, 'unset')} and {second.get(k, 'unset')})" for k in different)
         raise ValueError(
-            f"{one.folder} and {other.folder} differ in more than the seed: {told}; record them apart"
+            f"{one.folder} and {other.folder} differ in more than the seed: {told}; submit them apart"
         )
 
 
 def _identity(run: FinishedRun) -> dict[str, Any]:
-    """Return everything that must be equal among the runs of a record, by name."""
+    """Return everything that must be equal among the runs of a submission, by name."""
     settings = {key: value for key, value in flat(to_dict(run.config)).items() if key not in FREE}
     score = run.summary["scores"]["quantized"]
     return settings | {

@@ -1,0 +1,149 @@
+"""Muon against a dull reference: one matrix at a time, float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from pgolf.config import MuonConfig
+from pgolf.dist import Dist
+from pgolf.ops import newton_schulz_ref
+from pgolf.optim.bank_muon import BankMuon, lr_scale, row_normalize_
+from pgolf.optim.flat import ALIGN, flat_views
+from pgolf.optim.polar import coefficients
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+
+# Wide, square, tall, a single matrix, more matrices than any world size here; no size is a multiple of
+# another.
+SHAPES = {"wide": (3, 5, 12), "square": (2, 7, 7), "tall": (5, 13, 4), "one": (1, 3, 3)}
+LR, WEIGHT_DECAY = 0.05, 0.095
+
+
+def random(seed, device="cpu"):
+    rng = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=rng).to(device) for name, shape in SHAPES.items()}
+
+
+def reference_step(params, grads, buffers, config, momentum):
+    """One step on dicts of lists of float64 matrices; returns nothing, changes params and buffers."""
+    table = coefficients(config.coefficients, config.ns_steps)
+    for name, matrices in params.items():
+        for i, p in enumerate(matrices):
+            g = grads[name][i].double()
+            buffers[name][i] = momentum * buffers[name][i] + g
+            u = g + momentum * buffers[name][i] if config.nesterov else buffers[name][i]
+            if config.row_normalize:
+                u = torch.stack([row / max(row.norm().item(), 1e-7) for row in u])
+            rows, cols = u.shape
+            update = max(1, rows / cols) ** 0.5 * newton_schulz_ref(u, table)
+            matrices[i] = p * (1 - LR * config.weight_decay) - LR * update
+
+
+def hyper(momentum, weight_decay, device="cpu"):
+    """What a step reads on the device: no clip, no average."""
+    return torch.tensor([LR, momentum, weight_decay, 1.0, 0.0], device=device)
+
+
+def build(config, device):
+    dist = Dist.start(device)
+    params = random(0, device)
+    flat, grads = flat_views(
+        {n: tuple(p.shape) for n, p in params.items()}, dtype=torch.float32, device=dist.device
+    )
+    return params, grads, BankMuon(params, flat, grads, config, dist)
+
+
+OPTIONS = [
+    MuonConfig(nesterov=nesterov, row_normalize=normalize, weight_decay=decay)
+    for nesterov, normalize, decay in itertools.product((True, False), (True, False), (0.0, WEIGHT_DECAY))
+]
+OPTIONS += [MuonConfig(coefficients="jordan", ns_steps=3), MuonConfig(ns_steps=4)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("config", OPTIONS, ids=str)
+def test_steps_equal_the_reference(config, device):
+    params, grads, muon = build(config, device)
+    expected = {n: list(p.double().cpu().unbind()) for n, p in params.items()}
+    buffers = {n: [torch.zeros_like(m) for m in matrices] for n, matrices in expected.items()}
+    start = {n: p.cpu().double() for n, p in params.items()}
+    for step, momentum in enumerate((0.9, 0.95, 0.95)):
+        for name, value in random(1 + step, device).items():
+            grads[name].copy_(value)
+        assert muon.reduce() == [], "one process must not communicate"
+        muon.step(hyper(momentum, config.weight_decay, device))
+        reference_step(expected, {n: g.cpu() for n, g in grads.items()}, buffers, config, momentum)
+    # CUDA takes gradients and iterates in bfloat16; the polar map amplifies what is small by up to 990.
+    # Measured on an H100: 0.06 for the 3x3 matrix, less for the others.
+    tolerance = 2e-4 if device == "cpu" else 0.15
+    for name, p in params.items():
+        moved, wanted = p.cpu().double() - start[name], torch.stack(expected[name]) - start[name]
+        error = (moved - wanted).norm() / wanted.norm()
+        assert error < tolerance, f"{name}: relative error {error:.2e} of the update"
+
+
+def test_update_is_orthogonal_with_the_size_of_its_shape():
+    params, grads, muon = build(MuonConfig(weight_decay=0.0), "cpu")
+    before = {n: p.clone() for n, p in params.items()}
+    for name, value in random(7).items():
+        grads[name].copy_(value)
+    muon.step(hyper(0.9, 0.0))
+    for name, p in params.items():
+        values = torch.linalg.svdvals(before[name] - p) / LR / lr_scale(*p.shape[1:])
+        assert values.min() > 0.85
+        assert values.max() < 1.15
+
+
+def test_zero_gradient_only_decays():
+    params, _, muon = build(MuonConfig(), "cpu")
+    before = {n: p.clone() for n, p in params.items()}
+    muon.step(hyper(0.9, WEIGHT_DECAY))
+    for name, p in params.items():
+        torch.testing.assert_close(p, before[name] * (1 - LR * 0.095))
+
+
+def test_the_algorithm_that_is_asked_for_is_taken():
+    _, _, muon = build(MuonConfig(algorithm="gram"), "cpu")
+    with pytest.raises(RuntimeError, match="'gram' needs a Hopper GPU"):
+        muon.step(hyper(0.9, WEIGHT_DECAY))
+
+
+def test_row_normalize_survives_extreme_rows():
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-9, 0.0], [1e18, 0.0]])
+    got = row_normalize_(x.clone())
+    torch.testing.assert_close(got, torch.tensor([[0.6, 0.8], [0.0, 0.0], [1e-2, 0.0], [1.0, 0.0]]))
+    # One rounding: the quotient of float32 norms, not a norm rounded first.
+    half = x.bfloat16()
+    expected = row_normalize_(half.float()).bfloat16()
+    assert torch.equal(row_normalize_(half), expected)
+
+
+def test_lr_scale_follows_the_shape():
+    assert (lr_scale(2048, 512), lr_scale(512, 2048), lr_scale(256, 512)) == (2, 1, 1)
+
+
+def test_flat_views_are_aligned_zeroed_and_share_the_buffer():
+    flat, views = flat_views(
+        {"a": (3, 5), "b": (), "c": (ALIGN,)}, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert flat.numel() == 3 * ALIGN
+    assert [v.storage_offset() for v in views.values()] == [0, ALIGN, 2 * ALIGN]
+    for view in views.values():
+        view.fill_(1)
+    assert flat.sum() == 15 + 1 + ALIGN
+
+
+def test_state_is_the_momentum_and_reset_zeroes_it():
+    params, grads, muon = build(MuonConfig(), "cpu")
+    for name, value in random(5).items():
+        grads[name].copy_(value)
+    muon.step(hyper(0.9, WEIGHT_DECAY))
+    state = muon.state()
+    assert {k: v.shape for k, v in state.items()} == {f"momentum.{n}": p.shape for n, p in params.items()}
+    torch.testing.assert_close(state["momentum.tall"], grads["tall"])
+    muon.reset()
+    assert not any(v.any() for v in muon.state().values())
+    muon.load(state)
+    assert all(torch.equal(v, state[k]) for k, v in muon.state().items())
