@@ -50,7 +50,8 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
     One launch for 64 tensors on CUDA; summed in a fixed order, so bitwise deterministic.
 
     Raises:
-        TypeError: another dtype, or several. ValueError: no tensor, strides, or several devices.
+        TypeError: another dtype, or several.
+        ValueError: no tensor, strides, or several devices.
         RuntimeError: a tensor that is being differentiated.
     """
     if not tensors:
@@ -85,8 +86,10 @@ def clip_scale(
     Where the norm is not finite, grad_scale is NaN, and the step counts as skipped instead of taken.
 
     Args:
-        sums: `(n,)` float32. state: `(3,)` float32: norm, steps taken and skipped; updated.
-        hyper: as in `muon_step`; its grad_scale is written. corrections: `(2,)` float32; written.
+        sums: `(n,)` float32.
+        state: `(3,)` float32: norm, steps taken and skipped; updated.
+        hyper: as in `muon_step`; its grad_scale is written.
+        corrections: `(2,)` float32; written.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit, clip < 0, a beta outside [0, 1).
@@ -129,7 +132,8 @@ def adam_step(
 
     Args:
         tensors: see `AdamTensor`; none is no work.
-        lr: one element, float32. hyper: `muon_step`'s, of which grad_scale and average_weight are read.
+        lr: one element, float32.
+        hyper: `muon_step`'s, of which grad_scale and average_weight are read.
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:

@@ -115,7 +115,8 @@ class Muon(Optimizer):
             process_group: (not in a group) the ranks that share; None is all of them.
 
         Raises:
-            ValueError: a number, name or shape that does not fit. TypeError: a parameter that is no plain
+            ValueError: a number, name or shape that does not fit.
+            TypeError: a parameter that is no plain
                 real tensor, a setting that is no number.
         """
         if params is None or isinstance(params, str | int | float):
@@ -170,7 +171,8 @@ class Muon(Optimizer):
 
         Raises:
             ValueError: see `pgolf.optim.foreign.check_saved`, and the constructor for the settings; then
-                nothing is loaded. TypeError: settings that are no numbers.
+                nothing is loaded.
+            TypeError: settings that are no numbers.
         """
         check_saved(state_dict, self.param_groups)
         saved = [
