@@ -180,7 +180,7 @@ def _fake_square_sums(tensors: list[Tensor]) -> Tensor:
 def _fake_clip_scale(
     _sums: Tensor,
     _state: Tensor,
-    _scalars: Tensor,
+    _hyper: Tensor,
     _corrections: Tensor,
     _clip: float,
     _beta1: float,
@@ -196,7 +196,7 @@ def _fake_adam_step(
     _squares: list[Tensor],
     _averages: list[Tensor],
     _lr: Tensor,
-    _scalars: Tensor,
+    _hyper: Tensor,
     _corrections: Tensor,
     _weight_decay: float,
     _beta1: float,
