@@ -208,7 +208,7 @@ def _fake_step(
     _momenta: list[Tensor],
     _updates: list[Tensor],
     _averages: list[Tensor],
-    _scalars: Tensor,
+    _hyper: Tensor,
     _lr_scales: list[float],
     _coefficients: list[float],
     _eps: float,
@@ -224,7 +224,7 @@ def _fake_apply(
     _params: list[Tensor],
     _updates: list[Tensor],
     _averages: list[Tensor],
-    _scalars: Tensor,
+    _hyper: Tensor,
     _lr_scales: list[float],
 ) -> None:
     return None
