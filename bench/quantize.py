@@ -33,7 +33,7 @@ from pgolf.quant.calibrate import collect_hessians, quantize_model
 from pgolf.quant.gptq import factorize, row_errors
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import blend, collect_curvature
-from pgolf.train.run import open_loader
+from pgolf.train.trainer import open_loader
 from pgolf.train.weights import copy_parameters, load_weights
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
+from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
 from pgolf.config_io import from_dict as from_dict
 from pgolf.config_io import read_json as read_json
+from pgolf.config_io import run_hash as run_hash
 from pgolf.config_io import to_dict as to_dict
 
 

@@ -130,6 +130,38 @@ def _float(value: int, where: str) -> float:
         raise ValueError(f"{where}: a number of {len(str(value))} digits is out of range") from e
 
 
+MAY_CHANGE = (
+    "data.dir",
+    "data.micro_tokens",
+    "data.prefetch",
+    "data.verify",
+    "train.device",
+    "train.compile",
+    "train.attention",
+    "train.checkpoint_every",
+    "train.rank_timeout",
+    "train.out",
+    "evaluate.",
+)
+"""Settings of a run that may be others when it is resumed; one that ends in a dot means all below it."""
+
+
+def run_hash(config: Any) -> str:
+    """Return the hash of the settings that stay the same for all processes of a run, see `MAY_CHANGE`."""
+
+    def kept(value: Any, name: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {key: f"{name}{key}" for key in value}
+        return {
+            key: kept(value[key], f"{full}.")
+            for key, full in inner.items()
+            if not full.startswith(MAY_CHANGE) and f"{full}." not in MAY_CHANGE
+        }
+
+    return config_hash(kept(to_dict(config), ""))
+
+
 def config_hash(config: Any) -> str:
     """Return the first 16 hex digits of the SHA-256 of the resolved configuration."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]

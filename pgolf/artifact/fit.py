@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from pgolf.artifact.size import Ledger, check
-from pgolf.artifact.write import Facts, build_file, save_file
-from pgolf.config import ModelConfig
+from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
+from pgolf.config import Config, ModelConfig, run_hash
 from pgolf.quant.quantized import QuantizedState
 
 T = TypeVar("T")
@@ -132,3 +132,21 @@ def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
         place = (over + under) / 2
     place = min(max(place, math.log2(NARROWEST)), math.log2(WIDEST))
     return None if any(abs(place - t.octaves) < 1e-9 for t in tries) else place
+
+
+def write_quantized(
+    path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
+) -> Ledger:
+    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
+
+    Raises:
+        ArtifactError: above the limit; nothing is written.
+    """
+    limit, facts = config.artifact.limit, run_hash(config)
+    if config.artifact.fit:
+        return fit_artifact(
+            path, quantize, config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
+        )
+    return write_artifact(
+        path, quantize(1.0), config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
+    )

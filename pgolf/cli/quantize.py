@@ -46,14 +46,14 @@ def parse(argv: list[str]) -> Quantize:
 def main(argv: list[str]) -> int:
     """Quantize and score."""
     args = parse(argv)
-    from pgolf.artifact.fit import fill_note
+    from pgolf.artifact.fit import fill_note, write_quantized
     from pgolf.artifact.read import read_artifact
     from pgolf.artifact.size import check_limit
     from pgolf.dist import Dist
     from pgolf.evaluate.validation import DataFolder, score_model
     from pgolf.model.gpt import GPT
     from pgolf.quant.calibrate import calibrate, quantize_model
-    from pgolf.train.run import open_loader, write_quantized
+    from pgolf.train.trainer import open_loader
     from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
 
     check_limit(args.artifact.limit)

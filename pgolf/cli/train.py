@@ -7,23 +7,10 @@ import sys
 from pathlib import Path
 
 from pgolf.cli.overrides import base_note, load_base, override, parse_config
-from pgolf.config import Config, to_dict
+from pgolf.config import MAY_CHANGE, Config, to_dict
 
 OVERRUN = 3
 """Exit status of a run that is complete but used more than its seconds."""
-MAY_CHANGE = (
-    "data.dir",
-    "data.micro_tokens",
-    "data.prefetch",
-    "train.device",
-    "train.compile",
-    "train.attention",
-    "train.checkpoint_every",
-    "train.rank_timeout",
-    "train.out",
-    "evaluate.",
-)
-"""Settings of a run that may be others when it is resumed; one that ends in a dot means all below it."""
 USAGE = """
 go on with a run that was stopped or killed:
   pgolf train --resume RUN [--section.key VALUE ...]   trains on from its newest checkpoint

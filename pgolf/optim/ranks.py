@@ -2,9 +2,10 @@
 
 Two looks a step. The host's comes first, over CPU tensors: which parameters have gradients, of what shape,
 under which settings; ranks that differ there would wait for each other for ever. It costs one exchange of 24
-bytes a rank, not a wait for the device. The device's compares norm (float64) and largest element of every
-gradient, and of parameters and state in the first step and after they were loaded: two multi-tensor
-reductions and one gather of 16 bytes a tensor, queued before the iterations. On CUDA its answer is awaited at
+bytes a rank, not a wait for the device. The device's compares four numbers of every gradient, and of
+parameters and state in the first step and after they were loaded: norm, largest element, and two sums with
+fixed random weights, which a permutation, a sign or a small element changes too. That is six multi-tensor
+passes and one gather of 32 bytes a tensor, queued before the iterations. On CUDA its answer is awaited at
 the end of the step, while the device has the iterations to do: the host cannot run ahead by more than those.
 """
 
@@ -22,6 +23,7 @@ ADVICE = (
     "with sharded=True every rank must hold the same gradients, parameters, state and settings: wrap the "
     "model in DistributedDataParallel, or average the gradients over the ranks before the step"
 )
+_AT_ONCE = 1 << 26  # elements
 TOLERANCE = 1e-12  # of norms in float64, whose order of summation may depend on how memory is aligned
 
 
@@ -112,7 +114,11 @@ class Comparison:
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """Return norm and largest element of each tensor, `(2, n)` float64 on the first's device; NaN as -1."""
+    """Return four numbers of each tensor, `(4, n)` float64 on the first's device; NaN as -1.
+
+    Norm, largest element, sum w |x| and sum w max(x, 0), with w fixed, random and in [1, 2): the sums depend
+    on the place and the sign of every element.
+    """
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     devices = list(dict.fromkeys(t.device for t in real))
     places = [[i for i, t in enumerate(real) if t.device == device] for device in devices]
@@ -125,8 +131,29 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
 
 def _measure(tensors: list[Tensor]) -> Tensor:
     """Return what `fingerprint` does for tensors of one device."""
-    norms = torch.stack(list(torch._foreach_norm(tensors, 2, dtype=torch.float64)))
-    return torch.stack([norms, torch.stack(list(torch._foreach_max(tensors))).double()]).nan_to_num_(nan=-1.0)
+    norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
+    rows = [norms, torch._foreach_max(tensors), *_weighted_sums(tensors)]
+    return torch.stack([torch.stack(list(row)).double() for row in rows]).nan_to_num_(nan=-1.0)
+
+
+def _weighted_sums(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return sum w |x| and sum w max(x, 0) of each tensor; a few tensors at once, to bound the memory."""
+    random = torch.Generator().manual_seed(0)
+    weights = 1 + torch.rand(max(t.numel() for t in tensors), generator=random)
+    weights = weights.to(tensors[0].device, non_blocking=True)
+    absolute, positive = list[Tensor](), list[Tensor]()
+    first = 0
+    while first < len(tensors):
+        last, size = first, 0
+        while last < len(tensors) and (size == 0 or size + tensors[last].numel() <= _AT_ONCE):
+            size += tensors[last].numel()
+            last += 1
+        group = [t.detach() for t in tensors[first:last]]
+        products = torch._foreach_mul(group, [weights[: t.numel()].view(t.shape).to(t.dtype) for t in group])
+        absolute += torch._foreach_norm(products, 1, dtype=torch.float64)
+        positive += torch._foreach_norm(torch._foreach_clamp_min(products, 0.0), 1, dtype=torch.float64)
+        first = last
+    return absolute, positive
 
 
 def _gather(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
-from pgolf.config import Config, config_hash, from_dict, to_dict
+from pgolf.config import Config, config_hash, from_dict, run_hash, to_dict
 
 FREE = (
     "train.seed",
@@ -118,7 +118,8 @@ def _read_run(folder: Path) -> FinishedRun:
     _check_there(folder, "model.pgolf")
     try:
         _check_finished(folder, config, summary)
-        return _checked(FinishedRun(folder, config, summary, b"", ""), hash_of_config=config_hash(saved))
+        hashes = (run_hash(saved), config_hash(saved))  # runs until 0.1 wrote that of all settings
+        return _checked(FinishedRun(folder, config, summary, b"", ""), hashes)
     except KeyError as e:
         raise ValueError(f"{folder}: summary.json has no {e}, which a finished run writes") from e
 
@@ -129,12 +130,12 @@ def _check_there(folder: Path, *names: str) -> None:
             raise FileNotFoundError(f"{folder} holds no {name}, which a run writes; copy the whole folder")
 
 
-def _checked(run: FinishedRun, *, hash_of_config: str) -> FinishedRun:
+def _checked(run: FinishedRun, hashes: tuple[str, ...]) -> FinishedRun:
     """Return the run with what its other files say, which must be what its summary says."""
     folder, summary = run.folder, run.summary
-    if hash_of_config != summary["config_hash"]:
+    if summary["config_hash"] not in hashes:
         raise ValueError(
-            f"{folder}: config.json has hash {hash_of_config}, summary.json says {summary['config_hash']}; "
+            f"{folder}: config.json has hash {hashes[0]}, summary.json says {summary['config_hash']}; "
             "they are of different runs, or one was edited"
         )
     facts = describe(folder / "model.pgolf")

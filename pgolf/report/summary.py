@@ -92,6 +92,11 @@ def format_table(s: Summary) -> str:
     return "\n".join(lines)
 
 
+def device_name(device: torch.device) -> str:
+    """Return what a summary calls the device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that a run depends on."""
     found = {"python": platform.python_version()}

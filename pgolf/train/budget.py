@@ -75,6 +75,10 @@ class Clock:
         """Seconds since `start`, this rank's own reading."""
         return self._now() - self._begun
 
+    def leave_out(self, seconds: float) -> None:
+        """Do not count these seconds, which were spent since the last tick, as part of a step's time."""
+        self._previous += seconds
+
     def tick(self, step: int, *, last_loss: float, signal: int = 0, writer: int = 0) -> Tick:
         """Return the decision for `step`; every rank calls it and gets rank 0's values.
 

@@ -100,8 +100,9 @@ class Checkpointer:
     calls `settle`, and the main rank completes the checkpoint with its index.
     """
 
-    def __init__(self, run: Path, dist: Dist, parts: Parts) -> None:
-        self._folder, self._dist = run / FOLDER, dist
+    def __init__(self, run: Path, dist: Dist, parts: Parts, *, identity: str = "") -> None:
+        """Write below `run`; `identity` marks the checkpoints as this run's."""
+        self._folder, self._dist, self._identity = run / FOLDER, dist, identity
         name = shard_name(dist.rank, dist.world_size)
         mine = _deal(parts.whole, dist.world_size)[dist.rank]
         self._live = {name: parts.whole[name] for name in mine}
@@ -156,7 +157,7 @@ class Checkpointer:
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record()
         self._target = self._folder / f"step-{step:08d}"
-        self._facts = {"step": step, **facts}
+        self._facts = {**facts, "step": step, "run": self._identity}
         self._writing = self._pool.submit(self._write, self._target, copied)
 
     def _write(self, target: Path, copied: Any) -> Written:
@@ -183,7 +184,7 @@ class Checkpointer:
         failed = [rank for rank, row in enumerate(rows) if row[0] == 0]
         if failed:
             why = f"{error}" if error is not None else f"see rank {failed[0]}"
-            if self._dist.is_main:
+            if self._dist.is_main and not (self._target / INDEX).is_file():
                 shutil.rmtree(self._target, ignore_errors=True)
             return f"no checkpoint at step {self._facts['step']}, rank {failed[0]} could not write: {why}"
         if self._dist.is_main:
@@ -340,22 +341,33 @@ def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
             raise ValueError(f"{path} does not have the length and SHA-256 of the index; it is damaged")
 
 
-def newest_checkpoint(run: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest valid checkpoint of a run (None: there is none), and why newer ones are not valid."""
+def newest_checkpoint(run: Path, *, identity: str = "") -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest valid checkpoint of a run (None: there is none), and why newer ones are not valid.
+
+    One that another run wrote, whose identity differs, is not valid.
+    """
     complaints: list[str] = []
     for _, folder in _folders(run / FOLDER):
         try:
-            return read_checkpoint(folder), complaints
+            found = read_checkpoint(folder)
+            if found.facts.get("run") != identity:
+                raise ValueError(f"{folder} is a checkpoint of another run")
+            return found, complaints
         except (OSError, ValueError) as e:
             complaints.append(str(e))
     return None, complaints
 
 
 def remove_after(run: Path, step: int) -> None:
-    """Remove checkpoint folders of later steps than `step`, which are not valid, but would count as newer."""
+    """Put checkpoint folders of later steps than `step`, which are not valid, out of the way: `*.bad`.
+
+    They may be readable again one day (a disk that failed, a copy under way), but would count as newer.
+    """
     for number, folder in _folders(run / FOLDER):
         if number > step:
-            shutil.rmtree(folder, ignore_errors=True)
+            bad = folder.with_suffix(".bad")
+            shutil.rmtree(bad, ignore_errors=True)
+            folder.rename(bad)
 
 
 def _folders(folder: Path) -> list[tuple[int, Path]]:

@@ -15,6 +15,7 @@ import contextlib
 import json
 import math
 import os
+import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,29 @@ class Past:
     """Its processes so far, the first first; see `Progress`."""
     complaints: tuple[str, ...]
     """Checkpoints that are newer but not valid, and why."""
+    identity: str = ""
+    """Of the run: random, made when it began."""
+    stage_clock: float = 0.0
+    """Seconds on the clock when the stage was reached."""
 
     @property
     def lost(self) -> float:
-        """Seconds of work after the checkpoint, which are on the clock and will be done again."""
-        saved = float(self.checkpoint.facts["elapsed"]) if self.checkpoint is not None else 0.0
-        return max(0.0, self.clock - saved) if self.stage == "training" else 0.0
+        """Seconds of work after what is on disk, which are on the clock and will be done again."""
+        saved = self.stage_clock
+        if self.stage == "training":
+            saved = float(self.checkpoint.facts["elapsed"]) if self.checkpoint is not None else 0.0
+        return max(0.0, self.clock - saved) if self.stage != "written" else 0.0
+
+    def check_data(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Raise ValueError if `folder`, of these facts, is not the data that the run began with."""
+        before = self.summary.get("data")
+        if before and before != facts:
+            keys = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
+            told = ", ".join(f"{k} was {before.get(k)}, is {facts.get(k)}" for k in keys)
+            raise ValueError(
+                f"{folder} is not the data that the run in {self.folder} began with: {told}; "
+                "pass --data with the folder of that text"
+            )
 
 
 def read_past(folder: Path) -> Past:
@@ -112,27 +130,38 @@ def read_past(folder: Path) -> Past:
         stage, summary, sessions = data["stage"], dict(data["summary"]), [dict(s) for s in data["sessions"]]
         if stage not in STAGES:
             raise ValueError(f"unknown stage {stage!r}")
-        clock = float(data["clock"])
+        clock, stage_clock, identity = data["clock"], data["stage_clock"], str(data["run"])
+        for seconds in (clock, stage_clock):
+            if not (isinstance(seconds, float | int) and math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"the clock must be seconds >= 0, got {seconds!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); start the run again") from e
-    checkpoint, complaints = newest_checkpoint(folder) if stage == "training" else (None, [])
+    checkpoint, complaints = (
+        newest_checkpoint(folder, identity=identity) if stage == "training" else (None, [])
+    )
     if checkpoint is not None:
         clock = max(clock, float(checkpoint.facts["elapsed"]))
-    clock = max(clock, read_clock(folder))
-    return Past(folder, stage, checkpoint, clock, summary, sessions, tuple(complaints))
+    if stage != "written":  # then the clock has stopped
+        clock = max(clock, read_clock(folder))
+    return Past(folder, stage, checkpoint, clock, summary, sessions, tuple(complaints), identity, stage_clock)
 
 
 class Progress:
     """Writes progress.json: the stage, the summary so far, and one entry a process.
 
-    A session holds `started` (UTC), `ended` (UTC, missing where the process was killed), `end` ("finished", a
-    signal's name, "failed: why"), `world_size`, `from_step`, `to_step`, `clock_from` and `clock_to` (seconds
-    on the run's clock), and `lost_seconds`: work of the process before it, which it did again.
+    A session holds `device`, `world_size` and `commit`, `started` (UTC), `ended` (UTC, missing where the
+    process was killed), `end` ("finished", a signal's name, "failed: why"), `from_step`, `to_step`,
+    `clock_from` and `clock_to` (seconds on the run's clock), and `lost_seconds`: work of the process before it,
+    which it did again.
     """
 
-    def __init__(self, folder: Path, *, world_size: int, past: Past | None) -> None:
+    def __init__(
+        self, folder: Path, *, world_size: int, past: Past | None, device: str = "", commit: str = ""
+    ) -> None:
         """Open a session; what a killed process could not say of itself is completed from its traces."""
         self._folder = folder
+        self.identity = past.identity if past is not None else secrets.token_hex(8)
+        self._stage_clock = past.stage_clock if past is not None else 0.0
         self.sessions = list(past.sessions) if past is not None else []
         if past is not None and self.sessions and "end" not in self.sessions[-1]:
             rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
@@ -143,7 +172,7 @@ class Progress:
                 "to_step": max(steps, default=self.sessions[-1]["from_step"]),
             }
         self.session: dict[str, Any] = {"started": utc(), "world_size": world_size, "from_step": 0}
-        self.session |= {"clock_from": 0.0, "lost_seconds": 0.0}
+        self.session |= {"clock_from": 0.0, "lost_seconds": 0.0, "device": device, "commit": commit}
         if past is not None:
             step = past.checkpoint.step if past.checkpoint is not None else 0
             if past.stage != "training":
@@ -151,9 +180,17 @@ class Progress:
             self.session |= {"from_step": step, "clock_from": past.clock, "lost_seconds": past.lost}
         self.sessions.append(self.session)
 
-    def write(self, stage: Stage, summary: dict[str, Any], clock: float) -> None:
-        """Keep the stage that was reached."""
-        data = {"stage": stage, "clock": clock, "summary": summary, "sessions": self.sessions}
+    def write(self, stage: Stage, summary: dict[str, Any], clock: float, *, reached: bool = False) -> None:
+        """Keep the stage, which was `reached` just now or before."""
+        if reached:
+            self._stage_clock = clock
+        data: dict[str, Any] = {
+            "stage": stage,
+            "clock": clock,
+            "stage_clock": self._stage_clock,
+            "run": self.identity,
+        }
+        data |= {"summary": summary, "sessions": self.sessions}
         write_json(self._folder / PROGRESS, data)
 
     def end(self, how: str, *, step: int, clock: float) -> None:

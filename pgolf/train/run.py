@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +24,10 @@ import torch
 from torch import Tensor
 
 from pgolf.artifact.code import code_archive
-from pgolf.artifact.fit import fit_artifact
+from pgolf.artifact.fit import write_quantized
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check_limit
-from pgolf.artifact.write import write_artifact
-from pgolf.config import Config, TrainConfig, config_hash
+from pgolf.config import Config, TrainConfig, run_hash
 from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import atomic_file, find_shards
 from pgolf.dist import Dist, RanksFailed
@@ -40,18 +40,18 @@ from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.quantized import QuantizedState
 from pgolf.report.plots import plot_loss
-from pgolf.report.summary import Summary, format_table, versions
-from pgolf.train.budget import Clock
+from pgolf.report.summary import Summary, device_name, format_table, versions
+from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
 from pgolf.train.memory import check_memory
 from pgolf.train.progress import Past, keep_metrics, read_past, utc
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
-from pgolf.train.session import Around, Session
+from pgolf.train.session import Around, Session, take_folder
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.timing import process_seconds
-from pgolf.train.trainer import Position, Trainer, TrainResult, passes_per_step
+from pgolf.train.trainer import Position, Trainer, TrainResult, open_loader, passes_per_step
 from pgolf.train.weights import (
     clone_parameters,
     copy_parameters,
@@ -87,7 +87,7 @@ class Run:
             config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify
         )
         if past is not None:
-            _check_same_data(past, self._data)
+            past.check_data(self._data.folder, self._data.facts())
         self._data.validation(documents=1)  # raises now what scoring would raise after the run
         find_shards(self._data.folder, "train")
         passes_per_step(config.data, dist.world_size)
@@ -96,15 +96,15 @@ class Run:
             attention=config.train.attention,
             compile=config.train.compile if dist.device.type == "cuda" else "off",
         )
-        if config.train.init is not None:
+        if config.train.init is not None and self._train_more and not (past and past.checkpoint):
             load_initial(config.train.init, self._model, config, tokenizer_sha256=self._data.sha256)
         parameters = dict(self._model.named_parameters())
         self._ema = Ema(parameters) if config.optim.ema_horizon else None
         self._optimizer = Optimizer(self._model, config.optim, dist, ema=self._ema)
         self._summary = Summary(
             name=config.name,
-            config_hash=config_hash(config),
-            device=_device_name(dist.device),
+            config_hash=run_hash(config),
+            device=device_name(dist.device),
             world_size=dist.world_size,
             attention=self._model.attention_name,
             parameters=sum(p.numel() for p in parameters.values()),
@@ -119,11 +119,18 @@ class Run:
             if past.summary.get("bytes"):
                 self._summary.ledger = Ledger.from_dict(past.summary["bytes"])
             self._summary.started = past.summary.get("started", self._summary.started)
+            if not self._train_more:  # the summary is of those who trained; the sessions tell the rest
+                for key in ("device", "world_size", "attention", "commit", "versions", "peak_mib"):
+                    setattr(self._summary, key, past.summary.get(key, getattr(self._summary, key)))
+            if past.stage == "written":
+                self._summary.config_hash = past.summary["config_hash"]  # the artifact's
+                self._see_overrun()
         elif before is not None:
             self._summary.seconds["start"] = before
         self._memory = check_memory(config, dist, attention=self._model.attention_name)
         self._add_seconds("set_up", time.perf_counter() - began)
         self._result = TrainResult()
+        self._validation_s = 0.0
 
     def execute(self) -> Summary:
         """Run every phase and return the summary (scores on every rank, files from the main rank).
@@ -183,11 +190,10 @@ class Run:
             if self._train_more or config.train.quantize:
                 self._add_seconds("warm_up", trainer.warm_up(self._log))
             if self._train_more:
-                self._train(trainer, loader)
-                raw, best = self._timed("save", self._save)
+                raw, best = self._train(trainer, loader)
             else:
                 raw, best = self._take_up(trainer, loader)
-            self._session.reach("trained", self._session.clock.elapsed)
+                self._session.reach("trained", self._session.clock.elapsed)
             self._session.leave_if_asked()
             calibration = self._calibrate(loader) if config.train.quantize else None
         self._dist.assert_replicas_equal(raw)
@@ -198,14 +204,16 @@ class Run:
             self._stop_clock()
         return raw, best
 
-    def _train(self, trainer: Trainer, loader: TrainLoader) -> None:
-        """Run the loop from the beginning or from a checkpoint; leave if a signal asks for it."""
+    def _train(self, trainer: Trainer, loader: TrainLoader) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Run the loop from the beginning or from a checkpoint, and save; leave if a signal asks for it."""
         past, result = self._past, self._result
         clock = Clock(self._with_reserve(loader), self._dist)
         position = self._restore(trainer, past) if past is not None else None
         used = past.clock if past is not None else 0.0
         self._session.phase = "train"
-        self._writer = Checkpointer(self._folder, self._dist, trainer.parts())
+        self._writer = Checkpointer(
+            self._folder, self._dist, trainer.parts(), identity=self._session.identity
+        )
         saver = Saver(
             self._writer,
             self._around.signals,
@@ -216,13 +224,17 @@ class Run:
         with self._around.signals.deferred():
             self._session.start_clock(clock, at=used)
             stopped_by = trainer.run(clock, self._log, result, saver, start=position, validate=self._validate)
-        self._record_training()
-        if stopped_by:
-            self._keep_weights()
-            raise Stopped(stopped_by)
+            self._record_training()
+            if stopped_by:
+                self._keep_weights()
+                raise Stopped(stopped_by)
+            weights: tuple[dict[str, Tensor], dict[str, Tensor]] = self._timed("save", self._save)
+            # Until here a signal only leaves a note: what was trained must be on disk before it is answered.
+            self._session.reach("trained", clock.elapsed)
+        return weights
 
     def _restore(self, trainer: Trainer, past: Past) -> Position | None:
-        """Put the newest checkpoint's state in place; None where there is none."""
+        """Put the newest checkpoint's state in place, and cut the metrics there; None where there is none."""
         error, position = None, None
         try:
             if past.checkpoint is not None:
@@ -261,19 +273,34 @@ class Run:
         self, trainer: Trainer, past: Past
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Take the newest of a stopped run: its last checkpoint, or the weights that rank 0 kept."""
-        kept = load_facts(self._folder / RAW).get("steps", 0) if (self._folder / RAW).is_file() else 0
+        kept = self._kept_steps()
         step = past.checkpoint.step if past.checkpoint is not None else 0
         if not max(kept, step):
             raise RanksFailed(f"{self._folder} holds no trained weights yet; go on with --resume")
-        position = self._restore(trainer, past)
-        self._result.seconds = past.clock
-        if kept <= step and position is not None:
+        if kept <= step:
+            position = self._restore(trainer, past)
+            assert position is not None
+            if position.row:  # no step follows that would write it
+                norm, skipped = float(self._optimizer.grad_norm), position.skipped
+                self._log.metric(**position.row, grad_norm=norm, skipped=skipped)
+            self._result.seconds = past.clock
             self._record_training()
             return self._save()
-        self._result.steps = kept
-        self._result.tokens = kept * self._config.data.batch_tokens
+        rows = keep_metrics(self._folder / "metrics.jsonl", kept) if self._dist.is_main else []
+        self._result.take_up(
+            Position(steps=kept, tokens=kept * self._config.data.batch_tokens, elapsed=past.clock), rows
+        )
         self._record_training()
         return self._load_trained()
+
+    def _kept_steps(self) -> int:
+        """Return the steps of the raw and averaged weights in the folder; 0 if these are no pair."""
+        try:
+            raw, averaged = (load_facts(self._folder / name) for name in (RAW, AVERAGED))
+        except (OSError, ValueError):
+            return 0
+        pair = raw.get("pair")
+        return int(raw.get("steps", 0)) if pair is not None and pair == averaged.get("pair") else 0
 
     def _load_trained(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the raw and the averaged weights from the folder; leave the averaged ones in the model.
@@ -313,16 +340,22 @@ class Run:
             finally:
                 path.unlink(missing_ok=True)
 
-    def _validate(self, steps: int) -> None:
-        """Score the present weights over the whole validation text, if it is time to; on the clock."""
-        every = self._config.evaluate.every
-        if not every or steps % every:
-            return
+    def _validate(self, tick: Tick) -> float:
+        """Score the present weights over the whole text, if it is time to and there is; return the seconds.
+
+        The time is on the clock, so the last one is left out where it would not fit any more.
+        """
+        every, steps = self._config.evaluate.every, tick.step
+        if not every or steps % every or tick.left < 1.2 * self._validation_s:
+            return 0.0
+        began = time.perf_counter()
         score = score_model(self._model, self._data, self._config.data.micro_tokens, self._dist)
         self._log.metric(
             step=steps - 1, elapsed=self._session.clock.elapsed, val_bpb=score.bpb, val_s=score.seconds
         )
         self._log.line(f"validation after {steps} steps: {score.bpb:.4f} bpb, {score.seconds:.1f} s")
+        self._validation_s = self._dist.share([time.perf_counter() - began])[0]
+        return self._validation_s
 
     def _record_training(self) -> None:
         s, result = self._summary, self._result
@@ -353,7 +386,14 @@ class Run:
         return raw, best
 
     def _save_files(self, raw: dict[str, Tensor], best: dict[str, Tensor], **more: Any) -> None:
-        facts = {"steps": self._result.steps, "tokenizer_sha256": self._data.sha256, **more}
+        # The pair's number says that two files, each atomic, are of the same moment.
+        pair = secrets.token_hex(8)
+        facts = {
+            "steps": self._result.steps,
+            "tokenizer_sha256": self._data.sha256,
+            "pair": pair,
+            **more,
+        }
         save_weights(self._folder / RAW, raw, self._config, **facts)
         save_weights(self._folder / AVERAGED, best, self._config, **facts)
 
@@ -424,8 +464,11 @@ class Run:
 
     def _stop_clock(self) -> None:
         """Read the clock for the last time, and see whether it was overrun."""
+        self._summary.seconds["clock"] = self._session.stop_clock()
+        self._see_overrun()
+
+    def _see_overrun(self) -> None:
         s, budget = self._summary, self._config.train.seconds
-        s.seconds["clock"] = self._session.stop_clock()
         s.overrun = max(0.0, s.seconds["clock"] - budget) if budget else 0.0
 
     def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
@@ -500,38 +543,6 @@ class Run:
         self._summary.seconds[phase] = self._summary.seconds.get(phase, 0.0) + seconds
 
 
-def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoader:
-    """Return this rank's training loader."""
-    return TrainLoader(
-        config.data,
-        vocab_size=config.model.vocab_size,
-        bos_id=data_folder.tokenizer.bos_id,
-        max_context=config.model.max_context,
-        seed=config.train.seed,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        device=dist.device,
-    )
-
-
-def write_quantized(
-    path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
-) -> Ledger:
-    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
-
-    Raises:
-        ArtifactError: above the limit; nothing is written.
-    """
-    limit, facts = config.artifact.limit, config_hash(config)
-    if config.artifact.fit:
-        return fit_artifact(
-            path, quantize, config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
-        )
-    return write_artifact(
-        path, quantize(1.0), config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
-    )
-
-
 def train_run(
     config: Config, *, resume: Path | None = None, train: bool = True, notes: Sequence[str] = ()
 ) -> Summary:
@@ -546,18 +557,21 @@ def train_run(
         RanksFailed: a rank failed during set-up, or what ended the run is known to every rank.
         Stopped: SIGTERM, SIGHUP or SIGINT; what was trained is saved.
     """
-    with Signals() as signals:
+    with contextlib.ExitStack() as files, Signals() as signals:
         dist = Dist.start(config.train.device, rank_timeout_s=config.train.rank_timeout)
         ended = False
         try:
             stamp = int(dist.share([time.time()])[0])
             folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
             run, error = None, None
+            if resume is not None:
+                # Before anything is read: what another process writes there now would be taken for its last.
+                take_folder(resume, dist, files)
             try:
+                around = Around(dist, signals, tuple(notes), files)
                 past = read_past(resume) if resume is not None else None
-                around = Around(dist, signals, tuple(notes))
                 run = Run(config, around, resume or folder, past=past, train=train)
-            except (OSError, ValueError, TypeError, RuntimeError) as e:
+            except Exception as e:
                 error = f"{type(e).__name__}: {e}"
             dist.check(error)
             assert run is not None
@@ -569,22 +583,3 @@ def train_run(
             # Leaving the group waits for the others; after a failure some of them may never come.
             if ended or dist.world_size == 1:
                 dist.close()
-
-
-def _check_same_data(past: Past, data_folder: DataFolder) -> None:
-    """Raise ValueError if the run had other data than `data_folder`: its figures would be of neither."""
-    before, now = past.summary.get("data"), data_folder.facts()
-    if before and before != now:
-        told = ", ".join(
-            f"{k} was {before.get(k)}, is {now.get(k)}"
-            for k in {**before, **now}
-            if before.get(k) != now.get(k)
-        )
-        raise ValueError(
-            f"{data_folder.folder} is not the data that the run in {past.folder} began with: {told}; "
-            "pass --data with the folder of that text"
-        )
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -52,9 +52,7 @@ class Saver:
                 self._writer.wait()
                 if self._writer.state in (WRITTEN, FAILED):
                     self._settle()
-        elif (
-            self._every_s and highest == IDLE and tick.elapsed - self._last >= self._every_s and not tick.stop
-        ):
+        elif self._due(tick) and highest == IDLE:
             self._last = tick.elapsed
             self._writer.start(place.steps, place.to_facts())
         if tick.signal:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from pgolf.config import Config, to_dict
 from pgolf.dist import Dist, RanksFailed
 from pgolf.log import RunLog
-from pgolf.report.summary import Summary, summary_dict
+from pgolf.report.summary import Summary, device_name, summary_dict
 from pgolf.train.budget import Clock
 from pgolf.train.guard import held
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
@@ -29,8 +29,10 @@ class Around(NamedTuple):
 
     dist: Dist
     signals: Signals
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
     """Lines for the beginning of the log."""
+    files: contextlib.ExitStack
+    """Closed when the run ends; holds the folder of a run that goes on."""
 
 
 class Session:
@@ -58,39 +60,35 @@ class Session:
 
         `steps` says how many were done, `keep_weights` saves what there is, without a collective.
         """
-        dist, self._signals, _ = around
+        dist, self._signals, _, self._files = around
         self._config, self._dist, self._summary = config, dist, summary
         self._past, self._steps, self._keep_weights = past, steps, keep_weights
-        self.folder = folder if past is not None else make_folder(folder, dist)
+        self.folder = folder
+        if past is None:
+            self.folder = make_folder(folder, dist)
+            take_folder(self.folder, dist, self._files)
         self.phase = "set_up"
         self.stage: Stage = past.stage if past is not None else "training"
         self.clock, self.clock_runs = Clock(config.train, dist), False
-        self._files = contextlib.ExitStack()
-        self._take_folder()
         self.log = RunLog(self.folder, is_main=dist.is_main)
         self._progress: Progress | None = None
         self._beats: ClockFile | None = None
         if dist.is_main:
             write_json(self.folder / "config.json", to_dict(config))
-            self._progress = Progress(self.folder, world_size=dist.world_size, past=past)
-            self.reach(self.stage, past.clock if past is not None else 0.0)
+            self._progress = Progress(
+                self.folder,
+                world_size=dist.world_size,
+                past=past,
+                device=device_name(dist.device),
+                commit=summary.commit,
+            )
+            self._progress.write(self.stage, summary_dict(summary), past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
         dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
         self._files.callback(dist.watch.leave)
         if past is not None:
             self._tell_past(past)
-
-    def _take_folder(self) -> None:
-        error = None
-        if self._dist.is_main:
-            try:
-                self._files.enter_context(held(self.folder))
-            except (OSError, RuntimeError) as e:
-                error = str(e)
-        elif not self.folder.is_dir():
-            error = f"there is no {self.folder} here; all hosts must share the folder of runs (--train.out)"
-        self._dist.check(error)
 
     def _tell_past(self, past: Past) -> None:
         """Say what an earlier process left, and at what this one goes on."""
@@ -126,7 +124,12 @@ class Session:
         """Put on disk how far the run is, with `clock` seconds used."""
         self.stage = stage
         if self._progress is not None:
-            self._progress.write(stage, summary_dict(self._summary), clock)
+            self._progress.write(stage, summary_dict(self._summary), clock, reached=True)
+
+    @property
+    def identity(self) -> str:
+        """What marks this run's checkpoints; known to the main rank, which writes it."""
+        return self._progress.identity if self._progress is not None else ""
 
     def leave_if_asked(self) -> None:
         """Answer a signal that came while the last phase could not."""
@@ -141,6 +144,7 @@ class Session:
 
     def finish(self) -> None:
         """Write the last summary; the run is done and needs no progress any more."""
+        self._signals.close()
         if self._progress is not None:
             self._progress.end("finished", step=self._steps(), clock=self._summary.seconds["clock"])
             self.write_summary()
@@ -183,7 +187,7 @@ class Session:
                     self._keep_weights()
         with contextlib.suppress(Exception):
             self._close(how, text, lost_main=(known or "").startswith("rank 0 "))
-        self._dist.watch.leave("" if known is not None else f"{error}")
+        self._dist.watch.leave("" if known is not None else f"{type(error).__name__}: {error}")
         return known
 
     def _close(self, how: str, text: str, *, lost_main: bool) -> None:
@@ -194,7 +198,7 @@ class Session:
             clock = self.clock.elapsed if self.clock_runs else self._summary.seconds.get("clock", 0.0)
             clock = max(clock, self._past.clock if self._past is not None else 0.0)
             self._progress.end(how, step=self._steps(), clock=clock)
-            self.reach(self.stage, clock)
+            self._progress.write(self.stage, summary_dict(self._summary), clock)
 
     def _end_without_main_thread(self, reason: str) -> None:
         """End the process from the watching thread: a rank is lost and the main thread waits for it."""
@@ -206,6 +210,23 @@ class Session:
             self._close(f"failed: {reason}", text, lost_main=reason.startswith("rank 0 "))
         finally:
             os._exit(2)
+
+
+def take_folder(folder: Path, dist: Dist, files: contextlib.ExitStack) -> None:
+    """Hold `folder` for this run until `files` are closed; every rank calls it.
+
+    Raises:
+        RanksFailed: another process holds it, or it is not there on every host.
+    """
+    error = None
+    if dist.is_main:
+        try:
+            files.enter_context(held(folder))
+        except (OSError, RuntimeError) as e:
+            error = str(e)
+    elif not folder.is_dir():
+        error = f"there is no {folder} here; all hosts must share the folder of runs (--train.out)"
+    dist.check(error)
 
 
 def make_folder(wanted: Path, dist: Dist) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist, RanksFailed
+from pgolf.evaluate.validation import DataFolder
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -116,6 +117,10 @@ class Position:
         """
         try:
             loss, loop_step, frac = facts["last_loss"], facts["loop_step"], facts["frac"]
+            if not (math.isfinite(facts["elapsed"]) and facts["elapsed"] >= 0 and facts["steps"] >= 0):
+                raise ValueError(f"elapsed is {facts['elapsed']}, steps is {facts['steps']}")
+            if frac is not None and not 0 <= frac <= 1:
+                raise ValueError(f"frac is {frac}")
             return cls(
                 steps=int(facts["steps"]),
                 tokens=int(facts["tokens"]),
@@ -287,14 +292,14 @@ class Trainer:
         saver: Saver,
         *,
         start: Position | None = None,
-        validate: Callable[[int], object] | None = None,
+        validate: Callable[[Tick], float] | None = None,
     ) -> int:
         """Train until the clock stops the run; `result` is kept up to date all along.
 
         Args:
             saver: writes checkpoints and knows of signals.
             start: where to go on, with the tensors that belong to it restored; None: at the beginning.
-            validate: called before a step with the number of steps done; its time is on the clock.
+            validate: called before a step, returns the seconds that it took: on the clock, in no step's time.
         Returns:
             0, or the number of the signal that asked some rank to stop: then the last step is saved.
         Raises:
@@ -323,8 +328,10 @@ class Trainer:
                 saver.attend(tick, self._position(result, tick, frac, log_rows.row))
                 if tick.signal or tick.stop:
                     break
-                if validate is not None and result.steps > start.steps:
-                    validate(result.steps)
+                if validate is not None and result.steps:
+                    pause = validate(tick)
+                    clock.leave_out(pause)
+                    tick = replace(tick, elapsed=tick.elapsed + pause)
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 host.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
@@ -410,3 +417,17 @@ class Trainer:
     def _synchronize(self) -> None:
         if self._dist.device.type == "cuda":
             torch.cuda.synchronize(self._dist.device)
+
+
+def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoader:
+    """Return this rank's training loader."""
+    return TrainLoader(
+        config.data,
+        vocab_size=config.model.vocab_size,
+        bos_id=data_folder.tokenizer.bos_id,
+        max_context=config.model.max_context,
+        seed=config.train.seed,
+        rank=dist.rank,
+        world_size=dist.world_size,
+        device=dist.device,
+    )
