@@ -151,8 +151,8 @@ class Progress:
 
     A session holds `device`, `world_size` and `commit`, `started` (UTC), `ended` (UTC, missing where the
     process was killed), `end` ("finished", a signal's name, "failed: why"), `from_step`, `to_step`,
-    `clock_from` and `clock_to` (seconds on the run's clock), and `lost_seconds`: work of the process before it,
-    which it did again.
+    `clock_from` and `clock_to` (seconds on the run's clock), and `lost_seconds`: work of the process before
+    it, which it did again.
     """
 
     def __init__(

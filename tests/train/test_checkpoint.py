@@ -136,6 +136,13 @@ def test_the_two_newest_stay(tmp_path):
     remove_after(tmp_path, 10)
     found, _ = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 10
+    assert (tmp_path / "checkpoints" / "step-00000015.bad").is_dir(), "kept, out of the way"
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path):
+    write(tmp_path, state(), 1)
+    found, complaints = newest_checkpoint(tmp_path, identity="another")
+    assert found is None and "is a checkpoint of another run" in complaints[0]
 
 
 def flip(path: Path, at: int) -> None:

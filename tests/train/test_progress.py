@@ -53,9 +53,11 @@ def test_a_process_that_ended_orderly_keeps_what_it_said(tmp_path):
     folder = run_folder(tmp_path)
     progress = Progress(folder, world_size=1, past=None)
     progress.end("SIGTERM", step=12, clock=30.0)
-    progress.write("trained", {"train": {"steps": 12}}, 30.0)
+    progress.write("trained", {"train": {"steps": 12}}, 30.0, reached=True)
     past = read_past(folder)
     assert past.stage == "trained" and past.lost == 0.0
+    progress.write("trained", {"train": {"steps": 12}}, 34.5)  # calibrated, then killed: to be done again
+    assert read_past(folder).lost == 4.5
     assert Progress(folder, world_size=1, past=past).sessions[0]["end"] == "SIGTERM"
     assert Progress(folder, world_size=1, past=past).session["from_step"] == 12
 
@@ -66,6 +68,15 @@ BAD = {
     "never begun": (None, ValueError, "start again with"),
     "torn": ('{"stage": "trai', ValueError, "is damaged"),
     "foreign": ('{"stage": "x", "summary": {}, "sessions": [], "clock": 0}', ValueError, "unknown stage"),
+    **{
+        f"clock {clock}": (
+            '{"stage": "training", "summary": {}, "sessions": [], "run": "a", "stage_clock": 0.0, '
+            f'"clock": {clock}}}',
+            ValueError,
+            "the clock must be seconds >= 0",
+        )
+        for clock in ("NaN", "Infinity", "-1.0", '"12"')
+    },
     "deep": ("[" * 100_000, ValueError, "is damaged"),
     "a list": ("[]", ValueError, "is damaged"),
 }
