@@ -18,11 +18,12 @@ from tests.model.test_gpt import BOS, SWITCHES, packed, randomized, small
 
 def whole(model: GPT, ids: list[int]) -> torch.Tensor:
     """Logits `(T, V)` of one forward pass over `ids`, a segment of its own, by the formula."""
-    cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+    device = model.tok_emb.device
+    cu = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
     with torch.no_grad():
-        hidden, table = model.hidden(torch.tensor(ids), cu, max_seqlen=len(ids), loop=True)
+        hidden, table = model.hidden(torch.tensor(ids, device=device), cu, max_seqlen=len(ids), loop=True)
     cap = model.config.softcap
-    return cap * torch.tanh(F.linear(hidden, table) / cap)
+    return cap * torch.tanh(F.linear(hidden, table).float() / cap)
 
 
 def fed(model: GPT, ids: list[int], first: int = 1) -> torch.Tensor:
@@ -45,6 +46,17 @@ def test_every_part_of_the_record_is_exact_too():
     config = replace(record().model, vocab_size=96, width=64, heads=4, kv_heads=2, rope_dims=8)
     model, ids = randomized(config), packed([40], 96)[0].tolist()
     torch.testing.assert_close(fed(model, ids, first=20), whole(model, ids)[19:], atol=1e-5, rtol=0)
+
+
+def test_it_is_the_same_in_the_dtype_of_each_device(device):
+    """On CUDA in bfloat16, whose kernels for one token and for many round differently."""
+    config = replace(small(), width=256, rope_dims=16, max_context=40)
+    model, ids = randomized(config).prepare(device), packed([40], 96)[0].tolist()
+    got, expected = (f(model, ids).float() for f in (fed, whole))
+    assert got.device.type == device.type
+    assert (got - expected).norm() < (1e-5 if device.type == "cpu" else 0.05) * expected.norm()
+    text = [list(draw(model, ids[:5], Sampling(seed=2), tokens=50, stop_id=-1)) for _ in range(2)]
+    assert text[0] == text[1] and len(text[0]) == 50
 
 
 def test_several_tokens_at_once_are_as_one_by_one():
