@@ -91,7 +91,7 @@ class Dist:
         launch = env.launch()
         if not 0 <= launch.rank < launch.world_size:
             raise RuntimeError(f"launch: rank must be in [0, {launch.world_size}), got {launch.rank}")
-        dist = cls(launch, _pick_device(device, launch.local_rank))
+        dist = cls(launch, pick_device(device, launch.local_rank))
         if dist.device.type == "cuda":
             torch.cuda.set_device(dist.device)
         if dist.world_size > 1:
@@ -265,7 +265,12 @@ class Dist:
             raise RanksFailed(f"replicas differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
 
 
-def _pick_device(choice: str, local_rank: int) -> torch.device:
+def pick_device(choice: str, local_rank: int = 0) -> torch.device:
+    """Return the device that "auto" (CUDA when it is there), "cuda" or "cpu" means for a rank of a machine.
+
+    Raises:
+        ValueError: another word. RuntimeError: no such GPU.
+    """
     if choice not in ("auto", "cuda", "cpu"):
         raise ValueError(f"device must be one of ('auto', 'cuda', 'cpu'), got {choice!r}")
     available = torch.cuda.is_available()

@@ -1,17 +1,26 @@
-"""`pgolf demo`: the whole way on this machine, from text to a scored artifact and a loss plot."""
+"""`pgolf demo`: the whole way on this machine, from text to a scored artifact that writes a few lines."""
 
 from __future__ import annotations
 
+import itertools
+import textwrap
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tyro
 
+LINES, LINE_CHARACTERS = 10, 100
+"""How much the model writes in the end."""
+MOST_DOCUMENTS = 100
+"""A model that was trained for a few steps may end a document with its first token."""
+
 
 @dataclass(frozen=True)
 class Demo:
-    """Train `tiny` on the bundled text (about 1 MB of Wikipedia, CC BY-SA 3.0) and score the artifact."""
+    """Train `tiny` on the bundled text (about 1 MB of Wikipedia, CC BY-SA 3.0), score the artifact and let it
+    write."""
 
     out: Path = Path("demo")
     """Folder for the tokenizer, the shards and the run."""
@@ -36,10 +45,30 @@ def main(argv: list[str]) -> int:
     data.main(["tokenizer", "--inputs", train, "--vocab-size", vocab, "--out", str(tokenizer)])
     paths = ["--train", train, "--val", val, "--tokenizer", str(tokenizer), "--out", str(shards)]
     data.main(["shards", *paths, "--overwrite"])
-    clock = replace(config.train, out=args.out / "runs")
+    runs = args.out / "runs"
+    earlier = set(runs.glob("*"))
+    clock = replace(config.train, out=runs)
     if args.smoke:
         clock = replace(clock, seconds=0.0, steps=4)
     summary = train_run(replace(config, data=replace(config.data, dir=shards), train=clock))
     seconds = time.perf_counter() - began
-    print(f"demo: {summary.scores['quantized'].bpb:.4f} bpb, {seconds:.0f} s from raw text")
+    (folder,) = set(runs.glob("*")) - earlier
+    plot = folder / "loss.png"
+    print(f"\nwhat the model writes (pgolf generate {folder}):")
+    for line in itertools.islice(written_lines(folder), LINES):
+        print(f"  {line}", flush=True)
+    print(f"\ndemo: {summary.scores['quantized'].bpb:.4f} bpb, {seconds:.0f} s from raw text")
+    if plot.is_file():
+        print(f"demo: loss plot {plot}")
     return 0
+
+
+def written_lines(folder: Path) -> Iterator[str]:
+    """Yield lines of text that the model in a run folder writes, document after document."""
+    from pgolf.model.generate import generate
+    from pgolf.train.load import load
+
+    model, tokenizer = load(folder)
+    for seed in range(MOST_DOCUMENTS):
+        text = "".join(generate(model, tokenizer, tokens=model.config.max_context, seed=seed))
+        yield from textwrap.wrap(text, LINE_CHARACTERS)

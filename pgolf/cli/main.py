@@ -21,6 +21,7 @@ VERBS = {
     "artifact": "look into an artifact, export its weights to safetensors",
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
+    "generate": "let a trained model continue a prompt",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
     "submit": "write the submission folder of finished runs, one per seed",
     "quantize": "quantize a saved checkpoint again, with other settings",

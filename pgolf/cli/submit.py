@@ -23,7 +23,7 @@ class Submit(Entry):
     out: Path
     """The folder to make."""
     data: Path | None = None
-    """Folder of the runs' shards, for the tokenizer; when absent, where the runs found them."""
+    """Folder of the runs' shards, for the tokenizer; without it, where the runs found them, or their copy."""
     overwrite: bool = False
     """Replace an older submission in that folder."""
 

@@ -153,7 +153,7 @@ class Tokenizer:
         encoded = self._sp.encode(ready, out_type=int, num_threads=threads or os.cpu_count() or 1)
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
-    def decode(self, ids: NDArray[Any]) -> str:
+    def decode(self, ids: NDArray[Any] | Sequence[int]) -> str:
         """Return the text of ids; BOS and other control ids give nothing, broken UTF-8 gives U+FFFD.
 
         Raises:

@@ -37,7 +37,7 @@ from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, Tally
 from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
-from pgolf.model.gpt import GPT, layer_order
+from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import Adapters, bind, initial_adapters
 
 CHUNK_MULTIPLE = 16
@@ -197,7 +197,7 @@ class Reader:
         *,
         documents: int,
     ) -> None:
-        self._model = _uncompiled(model)
+        self._model = uncompiled(model)
         device = model.tok_emb.device
         self._tokens = torch.from_numpy(text.tokens.astype(np.int64)).to(device)
         self._sizes = torch.from_numpy(np.asarray(text.bytes, dtype=np.int64)).to(device)
@@ -260,18 +260,6 @@ def _losses(hidden: Tensor, table: Tensor, adapters: Adapters, targets: Tensor, 
     logits = (F.linear(hidden, table) + adapters.head(hidden)).float()
     capped = cap * torch.tanh(logits / cap)
     return F.cross_entropy(capped, targets, ignore_index=IGNORED_TARGET, reduction="none")
-
-
-def _uncompiled(model: GPT) -> GPT:
-    """Return a model on the same weights that compiles nothing and has no gradients of its own.
-
-    Windows change their length from chunk to chunk, for each of which the compiler would make new graphs.
-    """
-    with torch.device("meta"):
-        twin = GPT(model.config)
-    twin.load_state_dict(model.state_dict(), assign=True)
-    twin.requires_grad_(False).eval()
-    return twin.prepare(model.tok_emb.device, attention=model.attention_name)
 
 
 def score_adapted(model: GPT, text: ValidationText, dist: Dist, *, bos_id: int, config: TttConfig) -> Score:

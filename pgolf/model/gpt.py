@@ -220,7 +220,7 @@ class GPT(nn.Module):
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._stem, self._skip, self._join = jit(stem), jit(skip_mix), jit(join_lanes)
         elif compile == "model":
-            self._stem, self._compiled_layers = jit(stem), jit(self._layers)
+            self._stem, self._compiled_layers = jit(stem), jit(self.layers)
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -291,24 +291,24 @@ class GPT(nn.Module):
             raise ValueError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self._weights()
+        weights = self.layer_weights()
         table = self.tok_emb.to(self.compute_dtype)
-        x = self._embed(inputs, table, cu_seqlens)
+        x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
             # The number of segments changes from batch to batch; only the opaque attention kernel reads it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        ctx = Context(x, self._rope_for(inputs), cu_seqlens)
-        layers = self._layers if observe is not None else (self._compiled_layers or self._layers)
+        ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens)
+        layers = self.layers if observe is not None else (self._compiled_layers or self.layers)
         if adapters is not None:
-            return self._layers(weights, ctx, loop, observe, adapters), table
+            return self.layers(weights, ctx, loop, observe, adapters), table
         return layers(weights, ctx, loop, observe), table
 
-    def _layers(
+    def layers(
         self,
         weights: list[LayerWeights],
         ctx: Context,
         loop: bool,
-        observe: Observe | None,
+        observe: Observe | None = None,
         adapters: Adapters | None = None,
     ) -> Tensor:
         """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
@@ -331,7 +331,8 @@ class GPT(nn.Module):
                 lanes = self._run_parallel((self._join_skip(lanes[0], s, j), lanes[1]), i, w, ctx, observe)
         return self._join(*lanes)
 
-    def _embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
+    def embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Return the embeddings `(T, D)` with which the layers begin, from `table` `(V, D)`."""
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
         first.index_fill_(0, cu_seqlens.long(), True)
         if not self.config.smear_gate:
@@ -339,7 +340,7 @@ class GPT(nn.Module):
         dtype = self.compute_dtype
         return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
 
-    def _weights(self) -> list[LayerWeights]:
+    def layer_weights(self) -> list[LayerWeights]:
         """Cut the banks into layers, cast to the compute dtype; q, k and v become one matrix."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
@@ -371,14 +372,15 @@ class GPT(nn.Module):
             for i in range(layers)
         ]
 
-    def _rope_for(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        tokens, config = inputs.shape[0], self.config
-        if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != inputs.device:
+    def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""
+        config, device = self.config, self.tok_emb.device
+        if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != device:
             # A power of two, so that batches that grow token by token make few tables.
             size = 1 << (tokens - 1).bit_length()
             # Kept for later calls, which may save it for backward: no tensor of inference mode can be.
             with torch.inference_mode(False):
-                self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=inputs.device)
+                self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=device)
         return self._rope[0][:tokens], self._rope[1][:tokens]
 
     def _kernel(self) -> AttentionKernel:
@@ -413,6 +415,24 @@ class GPT(nn.Module):
         weight = self.skip_weights[j].to(self.compute_dtype)
         gate = self.skip_gates[j].to(self.compute_dtype) if self.config.skip == "gated" else None
         return self._skip(x, s, weight, gate)
+
+
+def uncompiled(model: GPT, kernel: AttentionKernel | None = None) -> GPT:
+    """Return a model on the same weights that compiles nothing and has no gradients of its own.
+
+    For work whose shapes change from call to call, for each of which the compiler would make new graphs.
+
+    Args:
+        model: shares its weights. kernel: attends instead of the model's attention kernel.
+    """
+    model._kernel()  # prepares a model that was not
+    with torch.device("meta"):
+        twin = GPT(model.config)
+    twin.load_state_dict(model.state_dict(), assign=True)
+    twin.requires_grad_(False).eval()
+    twin.prepare(model.tok_emb.device, attention=model.attention_name)
+    twin._attention = kernel or twin._attention
+    return twin
 
 
 def _adapt(w: LayerWeights, adapters: Adapters | None, slot: int) -> LayerWeights:

@@ -45,7 +45,8 @@ def write_submission(
 
     Args:
         folders: run folders. out: the folder to make; it appears complete or not at all.
-        data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them.
+        data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them,
+            and for the tokenizer in the runs' folders too.
         overwrite: replace an older submission folder.
     Raises:
         FileExistsError: `out` holds something, and `overwrite` is off or it is not a submission folder or
@@ -89,8 +90,9 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
     files["requirements.txt"] = (
         "the libraries that code.br imports; pgolf's compiled extension comes beside them"
     )
-    if shards is not None:
-        shutil.copyfile(shards / TOKENIZER_NAME, folder / TOKENIZER_NAME)
+    tokenizer = _tokenizer(runs, shards)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
         files[TOKENIZER_NAME] = "the tokenizer, not counted"
     return files
 
@@ -130,6 +132,15 @@ def _shards(runs: Sequence[FinishedRun], data: Path | None) -> Path | None:
     if data is not None:
         raise FileNotFoundError(f"no {TOKENIZER_NAME} in {data}; give the folder the runs were trained on")
     return None
+
+
+def _tokenizer(runs: Sequence[FinishedRun], shards: Path | None) -> Path | None:
+    """Return the runs' tokenizer: that of their shards, else the copy in a run's folder, if it is the one."""
+    if shards is not None:
+        return shards / TOKENIZER_NAME
+    copies = (run.folder / TOKENIZER_NAME for run in runs)
+    wanted = runs[0].tokenizer_sha256
+    return next((file for file in copies if file.is_file() and file_sha256(file) == wanted), None)
 
 
 def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) -> Manifest | None:

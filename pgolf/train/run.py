@@ -1,11 +1,12 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-code.br (the code that is counted with it), loss.png and summary.json; with train.quantize off, no model.pgolf
-and no code.br. Everything up to the artifact is written before scoring starts, and the summary before the
-further ways to score, so a late failure loses nothing. While a run is under way its folder also holds what
-another process needs to go on (`pgolf.train.progress`): whatever ends a process, a signal, a crash or a lost
-rank, `train_run(..., resume=folder)` continues, and its reason is a line of log.txt.
+code.br (the code that is counted with it), tokenizer.model (a copy), loss.png and summary.json; with
+train.quantize off, no model.pgolf and no code.br. Everything up to the artifact is written before scoring
+starts, and the summary before the further ways to score, so a late failure loses nothing. While a run is
+under way its folder also holds what another process needs to go on (`pgolf.train.progress`): whatever ends a
+process, a signal, a crash or a lost rank, `train_run(..., resume=folder)` continues, and its reason is a line
+of log.txt.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check_limit
 from pgolf.config import Config, TrainConfig, run_hash
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import atomic_file, find_shards
+from pgolf.data.shards import TOKENIZER_NAME, atomic_file, find_shards
 from pgolf.dist import Dist, RanksFailed
 from pgolf.env import commit_name, threads_note
 from pgolf.evaluate.bpb import Score
@@ -53,6 +54,9 @@ from pgolf.train.signals import Signals, Stopped
 from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import Position, Trainer, TrainResult, open_loader, passes_per_step
 from pgolf.train.weights import (
+    ARTIFACT,
+    AVERAGED,
+    RAW,
     clone_parameters,
     copy_parameters,
     load_facts,
@@ -60,9 +64,6 @@ from pgolf.train.weights import (
     load_weights,
     save_weights,
 )
-
-ARTIFACT = "model.pgolf"
-RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
 
 
 class Run:
@@ -167,6 +168,9 @@ class Run:
         ):
             if note:
                 log.line(note)
+        if dist.is_main:  # so that the folder is all that reading and writing text with the model needs
+            with atomic_file(self._folder / TOKENIZER_NAME) as file:
+                file.write(self._corpus.tokenizer.path.read_bytes())
         if config.train.init is not None and self._past is None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")

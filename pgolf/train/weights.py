@@ -17,6 +17,10 @@ from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.data.shards import atomic_file
 
+ARTIFACT = "model.pgolf"
+RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
+"""What a run folder calls its artifact and its checkpoints."""
+
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts: Any) -> None:
     """Write `tensors` with the resolved configuration and `facts` as metadata; the old file survives.

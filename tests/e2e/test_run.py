@@ -44,7 +44,7 @@ def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_run_writes_everything_and_learns(run):
+def test_run_writes_everything_and_learns(run, shards):
     names = {p.name for p in run.iterdir()}
     expected = {
         "config.json",
@@ -56,6 +56,7 @@ def test_run_writes_everything_and_learns(run):
     }
     assert expected | {"summary.json"} <= names
     assert not [n for n in names if n.endswith(".tmp")]
+    assert (run / "tokenizer.model").read_bytes() == (shards / "tokenizer.model").read_bytes()
     log = (run / "log.txt").read_text()
     assert 0 < log.index("memory: about ") < log.index("warm-up: ")
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

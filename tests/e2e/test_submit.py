@@ -295,7 +295,13 @@ def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_
     assert write(seeds, tmp_path / "out", "--data", str(tmp_path / "data")) == 2
     assert "the runs' tokenizer" in capsys.readouterr().err
     monkeypatch.setattr(submit, "_shards", lambda *_: None)
-    assert write(seeds, tmp_path / "out") == 0
+    assert write(seeds, tmp_path / "own") == 0
+    assert contents(tmp_path / "own")["tokenizer.model"] == (shards / "tokenizer.model").read_bytes()
+    for run, own in zip(seeds, (tmp_path / "a", tmp_path / "b"), strict=True):
+        shutil.copytree(run, own)
+    (tmp_path / "a" / "tokenizer.model").unlink()
+    (tmp_path / "b" / "tokenizer.model").write_bytes(b"another")
+    assert write([tmp_path / "a", tmp_path / "b"], tmp_path / "out") == 0
     assert not (tmp_path / "out" / "tokenizer.model").exists()
     assert "it was not at hand" in (tmp_path / "out" / "README.md").read_text()
 

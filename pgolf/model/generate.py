@@ -1,0 +1,276 @@
+"""Text that a model writes: a token is drawn from the model's distribution, appended, and so on.
+
+The layers are those of training and scoring (`GPT.layers`); only their attention kernel is another one, which
+keeps the keys and values of earlier tokens, so that a new token costs one row of every matrix product. The
+logits are those of one forward pass over the same window of tokens.
+
+A model knows at most `max_context` tokens at a time. While a document is shorter, the window is all of it.
+When the window is full, it begins anew with its last max_context // 2 tokens, whose keys and values are
+computed again: what a token of a long document sees is between half and all of max_context, and depends on
+its position alone, not on where the prompt ended.
+Legend: `T` tokens, `V` vocab, `H` query heads, `G` kv heads, `K` head dim, `S` executed layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.config import ModelConfig
+from pgolf.data.tokenizer import ESCAPE, Tokenizer
+from pgolf.model.gpt import GPT, Context, layer_order, uncompiled
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 0.8
+    """Divides the logits: below 1 likely tokens become likelier, 0 takes the likeliest."""
+    top_p: float = 0.95
+    """Draw only from the fewest tokens whose probabilities sum to this; 1 = from all."""
+    top_k: int = 0
+    """Draw only from the k likeliest tokens; 0 = from all."""
+    seed: int = 0
+    """Of the random numbers; the same seed gives the same text on the same machine."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0 (0 = all tokens), got {self.top_k}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+
+
+def generate(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str = "",
+    *,
+    tokens: int = 256,
+    temperature: float = Sampling.temperature,
+    top_p: float = Sampling.top_p,
+    top_k: int = Sampling.top_k,
+    seed: int = Sampling.seed,
+) -> Iterator[str]:
+    """Yield the text with which the model continues `prompt`, piece by piece, as it is drawn.
+
+    It ends with the document (the model drew the BOS of a next one) or after `tokens` tokens. The pieces are
+    whole characters: bytes of one that is not complete yet are kept back.
+
+    Args:
+        model, tokenizer: as `pgolf.load` returns them.
+        prompt: beginning of the document; empty lets the model begin it.
+        tokens: most tokens to draw, >= 1.
+        temperature, top_p, top_k, seed: see `Sampling`.
+    Raises:
+        ValueError: a setting out of range, a prompt that is not Unicode text, or a tokenizer of another size
+            than the model's vocabulary. RuntimeError: while drawing, logits that are NaN or infinite.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens must be >= 1, got {tokens}")
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model has {model.config.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"the prompt is not Unicode text: {e.reason} at character {e.start}") from e
+    ids = [tokenizer.bos_id, *(int(i) for i in tokenizer.encode_ids([prompt])[0])]
+    drawn = draw(model, ids, sampling, tokens=tokens, stop_id=tokenizer.bos_id)
+    return text_pieces(tokenizer, ids, drawn)
+
+
+def draw(model: GPT, ids: Sequence[int], sampling: Sampling, *, tokens: int, stop_id: int) -> Iterator[int]:
+    """Yield at most `tokens` ids that continue `ids` (at least one), until `stop_id` is drawn."""
+    decoder, rng = Decoder(model), torch.Generator().manual_seed(sampling.seed)
+    new: Sequence[int] = ids
+    for _ in range(tokens):
+        token = sample(decoder.feed(new), sampling, rng)
+        if token == stop_id:
+            return
+        yield token
+        new = [token]
+
+
+def sample(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
+    """Draw an id from softmax(logits / temperature), cut to the top k, then to the top p of those.
+
+    In float64 and on the CPU whatever the device of `logits` `(V,)`, with one number from `rng` (of the CPU).
+
+    Raises:
+        RuntimeError: a logit is NaN or infinite.
+    """
+    scores = logits.double().cpu()
+    if not bool(scores.isfinite().all()):
+        raise RuntimeError("the model's logits are NaN or infinite; its weights are broken")
+    if sampling.temperature == 0:
+        return int(scores.argmax())
+    # The largest becomes 0, so that no temperature makes it infinite.
+    scores, order = (scores - scores.max()).sort(descending=True, stable=True)
+    likely = torch.softmax(scores[: sampling.top_k or None] / sampling.temperature, dim=0)
+    before = likely.cumsum(0) - likely  # of all likelier tokens
+    sums = likely[before < sampling.top_p].cumsum(0)
+    u = torch.rand((), dtype=torch.float64, generator=rng)
+    index = int(torch.searchsorted(sums, u * sums[-1], right=True))
+    return int(order[min(index, sums.numel() - 1)])
+
+
+class Decoder:
+    """A model that is fed one document token by token and says what may come next.
+
+    Args:
+        model: its weights are shared; they must not change in the meantime.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self._cache = KeyValueCache(model.config)
+        self._model = uncompiled(model, self._cache)
+        self._weights = self._model.layer_weights()
+        self._table = self._model.tok_emb.to(self._model.compute_dtype)
+        self._ids: list[int] = []
+        self._start = 0
+
+    @torch.inference_mode()
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Append `ids` (at least one) to the document; return the logits `(V,)` float32 of the next token."""
+        if not ids:
+            raise ValueError("feed wants at least one id; a document begins with the tokenizer's BOS")
+        self._ids += ids
+        start = window_start(len(self._ids), self._model.config.max_context)
+        if start != self._start or len(self._ids) == len(ids):
+            self._start = start
+            self._cache.clear()
+            ids = self._ids[start:]
+        hidden = self._advance(ids)
+        cap = self._model.config.softcap
+        return cap * torch.tanh(F.linear(hidden[-1], self._table).float() / cap)
+
+    def _advance(self, ids: Sequence[int]) -> Tensor:
+        """Run the layers on the window's new tokens `(T,)`; return their final states `(T, D)`."""
+        model, cache, new = self._model, self._cache, len(ids)
+        cache.make_room(new, model)
+        before = self._ids[-new - 1 : -new] if cache.length else []  # whose embedding smears into the next
+        device = self._table.device
+        inputs = torch.tensor([*before, *ids], device=device)
+        segment = torch.tensor([0, inputs.numel()], dtype=torch.int32, device=device)
+        x = model.embed(inputs, self._table, segment)[len(before) :]
+        cos, sin = model.rope(cache.length + new)
+        ctx = Context(x, (cos[cache.length :], sin[cache.length :]), segment)
+        hidden = model.layers(self._weights, ctx, True)
+        cache.length += new
+        return hidden
+
+
+class KeyValueCache:
+    """An attention kernel for one document that keeps the keys and values of the tokens it has seen.
+
+    Every forward calls it once for each executed layer, in one order: the call's number says whose keys these
+    are. A repeated layer has keys of its own in each execution.
+
+    Attributes:
+        length: tokens whose keys and values are kept.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._slots = sum(map(len, layer_order(config, loop=True)))
+        self._kept: Tensor | None = None  # (S, 2, G, capacity, K)
+        self._slot = 0
+        self.length = 0
+
+    def clear(self) -> None:
+        """Forget every token."""
+        self.length = 0
+
+    def make_room(self, tokens: int, model: GPT) -> None:
+        """Begin a forward of so many new tokens, with the dtype and on the device of `model`."""
+        self._slot = 0
+        config, needed = self._config, self.length + tokens
+        if self._kept is not None and self._kept.shape[3] >= needed:
+            return
+        # Doubled, so that a long document is copied a few times only.
+        size = min(config.max_context, max(1 << (needed - 1).bit_length(), 256))
+        shape = (self._slots, 2, config.kv_heads, size, config.head_dim)
+        kept = torch.empty(shape, dtype=model.compute_dtype, device=model.tok_emb.device)
+        if self._kept is not None:
+            kept[:, :, :, : self.length] = self._kept[:, :, :, : self.length]
+        self._kept = kept
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+        """Attend from new tokens to the kept ones and to themselves, causally; keep their keys and values.
+
+        Args:
+            q: `(T, H, K)`. k, v: `(T, G, K)`. cu_seqlens, max_seqlen: unused, there is one segment.
+        Returns:
+            `(T, H, K)`.
+        """
+        del cu_seqlens, max_seqlen
+        assert self._kept is not None
+        kept, end = self._kept[self._slot], self.length + q.shape[0]
+        self._slot += 1
+        kept[0, :, self.length : end] = k.transpose(0, 1)
+        kept[1, :, self.length : end] = v.transpose(0, 1)
+        keys, values = kept[:, None, :, :end]
+        several, first = q.shape[0] > 1, self.length == 0  # a single token sees everything
+        mask = None
+        if several and not first:
+            mask = torch.ones(q.shape[0], end, dtype=torch.bool, device=q.device).tril(self.length)
+        y = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=several and first,
+            enable_gqa=True,
+        )
+        return y[0].transpose(0, 1)
+
+
+def window_start(tokens: int, context: int) -> int:
+    """Return where the window of a document's last token begins, if that is number `tokens` of them (>= 1).
+
+    It moves on by context - context // 2 tokens whenever the window would exceed `context`.
+    """
+    step = context - context // 2
+    return max(0, -(-(tokens - context) // step) * step)
+
+
+_OPEN_END = re.compile(f"{ESCAPE}?\ufffd{{0,3}}\\Z")
+"""What a later token may still change: bytes of a character that is not complete, a begun escape."""
+
+
+def text_pieces(tokenizer: Tokenizer, ids: Sequence[int], drawn: Iterable[int]) -> Iterator[str]:
+    """Yield the text of `drawn` ids, which continue `ids`, in whole characters as soon as they are certain.
+
+    All is decoded together, because a piece's text may depend on the piece before it.
+    """
+    known = list(ids)
+    done = len(tokenizer.decode(known))
+    text = ""
+    for token in drawn:
+        known.append(token)
+        text = tokenizer.decode(known)
+        found = _OPEN_END.search(text)
+        certain = found.start() if found is not None else len(text)
+        if certain > done:
+            yield text[done:certain]
+            done = certain
+        if done == len(text) and len(known) > 256:  # enough before the next piece
+            known = known[-64:]
+            text = tokenizer.decode(known)
+            done = len(text)
+    if len(text) > done:
+        yield text[done:]
