@@ -89,7 +89,7 @@ CHANGES: tuple[Change, ...] = (
             "evaluate.every": 0,
         },
     ),
-    Change("0000000", {"train.track": "none"}),
+    Change("98b7c24", {"train.track": "none"}),
 )
 """From the first run on, in order. Defaults that came and went between two runs are not told apart."""
 VERSION = len(CHANGES)
