@@ -41,6 +41,7 @@ from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.state import QuantizedState
 from pgolf.report.plots import plot_loss
 from pgolf.report.summary import Summary, format_table, versions
+from pgolf.track import check_tracker
 from pgolf.train.budget import Clock
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
@@ -81,6 +82,8 @@ class Run:
         dist = around.dist
         self._config, self._around, self._dist, self._folder = config, around, dist, folder
         self._past, self._train_more = past, train and (past is None or past.stage == "training")
+        if dist.is_main:
+            check_tracker(config.train.track)
         if config.train.quantize:
             check_limit(config.artifact.limit)
         self._corpus = Corpus.open(
