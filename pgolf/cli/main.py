@@ -22,6 +22,7 @@ VERBS = {
     "data": "make a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on a validation set",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
+    "report": "the report page of a run, finished or not, or of several runs laid over each other",
     "record": "write the submission folder of finished runs, one a seed",
     "quantize": "quantize a saved checkpoint again, with other settings",
     "demo": "the whole way on the bundled sample text, on this machine",
