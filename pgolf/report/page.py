@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,9 +44,14 @@ class Table:
     rows: list[tuple[str, ...]]
 
 
+def words(text: str) -> str:
+    """Return text for the page: letters that XML cannot hold become a question mark."""
+    return html.escape("".join(c if c.isprintable() else " " if c.isspace() else "?" for c in text))
+
+
 def page(title: str, body: Sequence[str]) -> str:
     """Return the whole page: its heading is the title, then follow the parts of `body`, which are XHTML."""
-    named = html.escape(title)
+    named = words(title)
     phone = '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
     head = f'<head><meta charset="utf-8"/>{phone}<title>{named}</title><style>{STYLE}</style></head>'
     start = '<!DOCTYPE html>\n<html xmlns="http://www.w3.org/1999/xhtml" lang="en">'
@@ -54,16 +60,16 @@ def page(title: str, body: Sequence[str]) -> str:
 
 def table(content: Table) -> str:
     """Return a table with its title as a heading; on a narrow screen it scrolls by itself."""
-    heading = f"<h2>{html.escape(content.title)}</h2>" if content.title else ""
-    head = "".join(f"<th>{html.escape(c)}</th>" for c in content.head)
-    rows = ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in content.rows]
+    heading = f"<h2>{words(content.title)}</h2>" if content.title else ""
+    head = "".join(f"<th>{words(c)}</th>" for c in content.head)
+    rows = ["<tr>" + "".join(f"<td>{words(c)}</td>" for c in row) + "</tr>" for row in content.rows]
     top = [f"<tr>{head}</tr>"] if head else []
     return "\n".join([heading, '<div class="wide"><table>', *top, *rows, "</table></div>"])
 
 
 def folded(title: str, body: Sequence[str]) -> str:
     """Return parts that are shown when the reader asks for them."""
-    return "\n".join([f"<details><summary>{html.escape(title)}</summary>", *body, "</details>"])
+    return "\n".join([f"<details><summary>{words(title)}</summary>", *body, "</details>"])
 
 
 def figure(width: float, height: float) -> tuple[Any, Any]:
@@ -84,11 +90,12 @@ def image(drawn: Any, text: str) -> str:
     import matplotlib
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's browser draws the letters
         drawn.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     dark = f"@media(prefers-color-scheme:dark){{svg{{color:{INK_DARK}}}}}"
     rules = f"svg{{color:{INK};fill:currentColor}}{dark}"
     svg = buffer.getvalue().decode().replace("#000000", "currentColor")
     svg = svg.replace("<defs>", f"<style>{rules}</style><defs>", 1)
     data = base64.b64encode(svg.encode()).decode()
-    return f'<p><img alt="{html.escape(text)}" src="data:image/svg+xml;base64,{data}"/></p>'
+    return f'<p><img alt="{words(text)}" src="data:image/svg+xml;base64,{data}"/></p>'

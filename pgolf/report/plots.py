@@ -72,6 +72,11 @@ def run_title(name: str, bpb: Mapping[str, float]) -> str:
     return name if best is None else f"{name}: {bpb[best]:.4f} bpb ({best})"
 
 
+def unmarked(text: str) -> str:
+    """Return text as matplotlib shows it letter by letter: a dollar sign would begin a formula."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+
+
 def plot_loss(metrics: Path, out: Path, *, title: str = "") -> str:
     """Draw the training loss by second, with the step marked that switches depth recurrence on, into `out`.
 
@@ -110,7 +115,7 @@ def plot_loss(metrics: Path, out: Path, *, title: str = "") -> str:
     notes = [f"training loss, {steps} steps"]
     notes += [f"the first {first} are left out"] if first else []
     notes += [f"{above} above the top"] if above else []
-    axes.set_title(f"{title or metrics.resolve().parent.name}\n{', '.join(notes)}", fontsize=11)
+    axes.set_title(f"{unmarked(title or metrics.resolve().parent.name)}\n{', '.join(notes)}", fontsize=11)
     axes.grid(alpha=0.3)
     if curve:
         right = axes.twinx()

@@ -7,7 +7,6 @@ and named among the notes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,10 @@ FILES = ("metrics.jsonl", "summary.json", "progress.json", "config.json")
 """Any of them makes a folder a run's."""
 NOT_PHASES = ("reserve", "clock", "total")
 """Entries of `seconds` that are no phase: kept for quantization, and sums of phases."""
+
+
+LARGEST = 1e300
+"""Numbers from here on are damage: JSON's integers may be too large for any axis."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def curve(rows: Sequence[dict[str, Any]], x: str, y: str) -> tuple[list[float], 
 def number(value: Any) -> float | None:
     """Return a finite number as it is, None for anything else."""
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if plain and math.isfinite(value) else None
+    return value if plain and -LARGEST < value < LARGEST else None
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:

@@ -6,7 +6,6 @@ or was killed too. `pgolf.report.page` owns the frame and the style.
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -14,8 +13,8 @@ from typing import Any
 
 from pgolf.data.shards import atomic_file
 from pgolf.peers import describe
-from pgolf.report.page import COLORS, figure, folded, image, page, table
-from pgolf.report.plots import first_shown, loss_ceiling, run_title, smoothed, why_no_plots
+from pgolf.report.page import COLORS, figure, folded, image, page, table, words
+from pgolf.report.plots import first_shown, loss_ceiling, run_title, smoothed, unmarked, why_no_plots
 from pgolf.report.watched import (
     Watched,
     by_run,
@@ -33,6 +32,8 @@ MAX_POINTS = 400
 """Points of a curve in the page: one of 5,000 steps is thinned to this."""
 WIDTH, HEIGHT = 4.8, 3.0
 """Of a figure, inches: at the width of a phone its letters can still be read."""
+LINE = 0.17
+"""Height of a run's name below a figure, inches."""
 LEAST_SHARE = 0.001
 """Of the bytes, that a section has in the figure; all are in the table."""
 
@@ -67,7 +68,7 @@ def run_page(runs: Sequence[Watched]) -> str:
     one = runs[0]
     title = run_title(one.name, one.bpb()) if len(runs) == 1 else f"{len(runs)} runs"
     notes = [f"{run.name}: {note}" for run in runs for note in run.notes]
-    body = [f'<p class="warn">{html.escape(note)}</p>' for note in notes]
+    body = [f'<p class="warn">{words(note)}</p>' for note in notes]
     body += [table(facts(runs)), *_figures(runs)]
     if any(run.section("scores") for run in runs):
         body.append(table(scores(runs)))
@@ -95,7 +96,7 @@ def _total(run: Watched) -> dict[str, float]:
 def _figures(runs: Sequence[Watched]) -> list[str]:
     """Return the figures for which there is something to draw."""
     if why := why_no_plots():
-        return [f"<p>No plots: {html.escape(why)}, and write the report again.</p>"]
+        return [f"<p>No plots: {words(why)}, and write the report again.</p>"]
     drawn = [_loss(runs, "elapsed", "seconds of training")]
     if len(runs) > 1:
         drawn.append(_loss(runs, "step", "step"))
@@ -111,8 +112,9 @@ def _figures(runs: Sequence[Watched]) -> list[str]:
     return ['<div class="figures">', *(image for image in drawn if image), "</div>"]
 
 
-def _axes(title: str, x: str, y: str, height: float = HEIGHT) -> tuple[Any, Any]:
-    drawn, axes = figure(WIDTH, height)
+def _axes(title: str, x: str, y: str, runs: Sequence[Watched], height: float = HEIGHT) -> tuple[Any, Any]:
+    """Return a figure with room below its axes for the names of several runs."""
+    drawn, axes = figure(WIDTH, height + (LINE * len(runs) if len(runs) > 1 else 0.0))
     axes.set(title=title, xlabel=x, ylabel=y)
     return drawn, axes
 
@@ -122,8 +124,10 @@ def _colored(runs: Sequence[Watched]) -> list[tuple[Watched, str]]:
 
 
 def _legend(axes: Any, runs: Sequence[Watched]) -> None:
+    """Name the colours of several runs below the axes, where they hide nothing."""
     if len(runs) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        below = -0.6 / (axes.figure.get_figheight() - LINE * len(runs) - 0.8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, below), markerscale=2)
 
 
 def _thin(values: Sequence[float]) -> list[float]:
@@ -132,7 +136,7 @@ def _thin(values: Sequence[float]) -> list[float]:
 
 def _loss(runs: Sequence[Watched], x: str, label: str) -> str:
     """Draw the moving average of the loss, of a single run the steps too, from where it flattens on."""
-    drawn, axes = _axes("training loss", label, "nats per token, lower is better")
+    drawn, axes = _axes("training loss", label, "nats per token, lower is better", runs)
     lows, tops, ends = [], [], []
     for run, color in _colored(runs):
         at, losses = run.curve(x, "loss")
@@ -142,7 +146,7 @@ def _loss(runs: Sequence[Watched], x: str, label: str) -> str:
             continue
         if len(runs) == 1:
             axes.plot(_thin(at), _thin(shown), color=color, alpha=0.35, linewidth=0.7)
-        axes.plot(_thin(at), _thin(smooth), color=color, linewidth=1.4, label=run.name)
+        axes.plot(_thin(at), _thin(smooth), color=color, linewidth=1.4, label=unmarked(run.name))
         switch = next((row.get(x) for row in run.rows if row.get("loop") is True), None)
         if isinstance(switch, (int, float)) and switch > at[0]:
             axes.axvline(switch, color=color, linewidth=0.9, linestyle="--")
@@ -170,10 +174,16 @@ def _lines(
     curves = [(run, color, found) for run, color, found in curves if found[0]]
     if not curves:
         return ""
-    drawn, axes = _axes(title, "seconds of training", label)
+    drawn, axes = _axes(title, "seconds of training", label, runs)
     for run, color, (at, values) in curves:
         axes.plot(
-            _thin(at), _thin(values), color=color, linewidth=1.2, marker=marker, markersize=3, label=run.name
+            _thin(at),
+            _thin(values),
+            color=color,
+            linewidth=1.2,
+            marker=marker,
+            markersize=3,
+            label=unmarked(run.name),
         )
     if log and any(value > 0 for _, _, (_, values) in curves for value in values):
         axes.set_yscale("log")
@@ -183,7 +193,7 @@ def _lines(
 
 def _speed(runs: Sequence[Watched]) -> str:
     """Draw the milliseconds of every step; of a single run in two colours, by depth recurrence."""
-    drawn, axes = _axes("speed", "step", "ms per step, lower is better")
+    drawn, axes = _axes("speed", "step", "ms per step, lower is better", runs)
     top, named = 0.0, set()
     for run, color in _colored(runs):
         for mode in (False, True):
@@ -192,7 +202,7 @@ def _speed(runs: Sequence[Watched]) -> str:
                 continue
             middle = median(ms)
             top = max(top, 1.5 * middle)
-            name, shade = "_" if run.name in named else run.name, color
+            name, shade = "_" if run.name in named else unmarked(run.name), color
             if len(runs) == 1:
                 name, shade = f"depth recurrence {'on' if mode else 'off'}: {middle:.1f} ms", COLORS[mode]
             named.add(run.name)
@@ -200,7 +210,9 @@ def _speed(runs: Sequence[Watched]) -> str:
     if not top:
         return ""
     axes.set_ylim(0, top)
-    axes.legend(frameon=False, fontsize=8, markerscale=2)
+    if len(runs) == 1:
+        axes.legend(frameon=False, fontsize=8, markerscale=2)
+    _legend(axes, runs)
     return image(drawn, "milliseconds per step")
 
 
@@ -216,13 +228,13 @@ def _bars(
     names = list(dict.fromkeys(name for values in found for name in values))
     if not names:
         return ""
-    drawn, axes = _axes(title, label, "", 1.2 + (0.16 + 0.12 * len(runs)) * len(names))
+    drawn, axes = _axes(title, label, "", runs, 1.2 + (0.16 + 0.12 * len(runs)) * len(names))
     thick = 0.8 / len(runs)
     for i, ((run, color), values) in enumerate(zip(_colored(runs), found, strict=True)):
         shift = thick * (i - (len(runs) - 1) / 2)
         kept = [(row + shift, values[n]) for row, n in enumerate(names) if values.get(n, 0) > 0]
         bars = axes.barh(
-            [y for y, _ in kept], [v for _, v in kept], height=thick, color=color, label=run.name
+            [y for y, _ in kept], [v for _, v in kept], height=thick, color=color, label=unmarked(run.name)
         )
         axes.bar_label(bars, [form.format(v) for _, v in kept], padding=2, fontsize=8 if thick > 0.3 else 6)
     axes.set(xscale="log", xlabel=f"{label}, log scale")
