@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 import secrets
 import threading
 from collections.abc import Callable
@@ -37,44 +38,54 @@ class Record(Protocol):
 
 
 class Tracker:
-    """Hands a run's metrics to a record, and gives the record up at its first failure."""
+    """Hands a run's metrics to a record from a thread of its own, and gives it up at its first failure.
+
+    The training loop only puts a line into a queue: a record that is slow, or hangs, takes none of its time.
+    """
 
     def __init__(self, open_record: Callable[[], Record], warn: Callable[[str], object]) -> None:
         """Open the record; `warn` takes the one sentence that says why it could not be kept."""
         self._warn = warn
-        self._record: Record | None = None
+        self._works = True
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="pgolf-track", daemon=True)
         self._guarded(lambda: setattr(self, "_record", open_record()))
+        self._record: Record
+        self._thread.start()
 
     def metric(self, fields: dict[str, Any]) -> None:
         """Record the finite numbers of one line of metrics.jsonl, which names its `step`."""
-        record, step = self._record, fields.get("step")
-        if record is None or not isinstance(step, int):
-            return
-        values = numbers({k: v for k, v in fields.items() if k != "step"})
-        self._guarded(lambda: record.write(step, {f"{_group(name)}/{name}": v for name, v in values.items()}))
+        step = fields.get("step")
+        if self._works and isinstance(step, int):
+            values = numbers({k: v for k, v in fields.items() if k != "step"})
+            named = {f"{_group(name)}/{name}": value for name, value in values.items()}
+            self._queue.put(lambda: self._record.write(step, named))
 
     def close(self, summary: dict[str, Any]) -> None:
         """Record the scores and bytes of `summary` (summary.json's content) and end the record."""
-        record, self._record = self._record, None
-        if record is None:
-            return
         scores = {f"score/{name}": score.get("bpb") for name, score in (summary.get("scores") or {}).items()}
         sizes = summary.get("bytes") or {}
         facts = numbers({**scores, **{f"bytes/{key}": sizes.get(key) for key in ("model", "code", "total")}})
-        work = threading.Thread(target=lambda: self._guarded(lambda: record.close(facts)), daemon=True)
-        work.start()
-        work.join(CLOSE_S)
-        if work.is_alive():
+        self._queue.put(lambda: self._record.close(facts))
+        self._queue.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._works = False
             self._warn(
                 f"warning: train.track has not finished its record after {CLOSE_S:.0f} s; the run's files "
                 "are complete, so the process may be ended"
             )
 
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if self._works:
+                self._guarded(work)
+
     def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
         except Exception as e:  # of a package that we do not know
-            self._record = None
+            self._works = False
             self._warn(
                 f"warning: train.track no longer records the run ({describe(e)}); the run goes on and keeps "
                 "its metrics.jsonl"

@@ -2,13 +2,19 @@
 
 import json
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pgolf import track
+from pgolf.cli.train import MAY_CHANGE
+from pgolf.config import Config, from_dict
 from pgolf.log import RunLog
+from pgolf.report.finished import FREE
 from pgolf.track import Tracker, check_tracker, start_tracker
+from pgolf.train.plan import run_key
 
 SUMMARY = {"scores": {"raw": {"bpb": 1.25}, "quantized": {"bpb": 1.5}}, "bytes": {"total": 1000, "parts": {}}}
 
@@ -114,6 +120,15 @@ def test_a_package_that_cannot_be_used_is_refused_with_the_remedy(kind, tmp_path
     assert start_tracker("none", tmp_path, {}, first_step=0, warn=pytest.fail) is None
 
 
+def test_how_a_run_is_recorded_is_no_part_of_what_it_computes():
+    run = Config()
+    recorded = replace(run, train=replace(run.train, track="wandb"))
+    assert run_key(recorded) == run_key(run)
+    assert "train.track" in MAY_CHANGE and "train.track" in FREE
+    with pytest.raises(ValueError, match="train.track"):
+        from_dict(Config, {"train": {"track": "mlflow"}})
+
+
 class Faulty:
     """A record that fails in one of its calls."""
 
@@ -146,12 +161,17 @@ def test_a_tracker_that_fails_is_told_once_and_given_up(where):
     assert "(OSError: no space left on the tracker's disk); the run goes on" in said[0]
 
 
-def test_a_tracker_that_hangs_at_the_end_is_left_behind(monkeypatch):
+def test_a_tracker_that_hangs_takes_no_time_of_the_loop_and_is_left_behind(monkeypatch):
     class Hangs(Faulty):
-        def close(self, facts):
+        def write(self, step, values):
             track.threading.Event().wait(5)
 
     monkeypatch.setattr(track, "CLOSE_S", 0.05)
     said: list[str] = []
-    Tracker(lambda: Hangs(""), said.append).close({})
-    assert "has not finished its record after 0 s" in said[0]
+    began = time.perf_counter()
+    tracker = Tracker(lambda: Hangs(""), said.append)
+    for step in range(100):
+        tracker.metric({"step": step, "loss": 1.0})
+    tracker.close({})
+    assert time.perf_counter() - began < 2
+    assert len(said) == 1 and "has not finished its record after 0 s" in said[0]
