@@ -125,7 +125,7 @@ def test_how_a_run_is_recorded_is_no_part_of_what_it_computes():
     recorded = replace(run, train=replace(run.train, track="wandb"))
     assert run_key(recorded) == run_key(run)
     assert "train.track" in MAY_CHANGE and "train.track" in FREE
-    with pytest.raises(ValueError, match="train.track"):
+    with pytest.raises(ValueError, match=r"train\.track"):
         from_dict(Config, {"train": {"track": "mlflow"}})
 
 
