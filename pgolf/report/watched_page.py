@@ -32,8 +32,8 @@ MAX_POINTS = 400
 """Points of a curve in the page: one of 5,000 steps is thinned to this."""
 WIDTH, HEIGHT = 4.8, 3.0
 """Of a figure, inches: at the width of a phone its letters can still be read."""
-LINE = 0.17
-"""Height of a run's name below a figure, inches."""
+GAP, LINE = 0.35, 0.17
+"""Room above the names of several runs below a figure, and height of a name, inches."""
 LEAST_SHARE = 0.001
 """Of the bytes, that a section has in the figure; all are in the table."""
 
@@ -114,7 +114,7 @@ def _figures(runs: Sequence[Watched]) -> list[str]:
 
 def _axes(title: str, x: str, y: str, runs: Sequence[Watched], height: float = HEIGHT) -> tuple[Any, Any]:
     """Return a figure with room below its axes for the names of several runs."""
-    drawn, axes = figure(WIDTH, height + (LINE * len(runs) if len(runs) > 1 else 0.0))
+    drawn, axes = figure(WIDTH, height + (GAP + LINE * len(runs) if len(runs) > 1 else 0.0))
     axes.set(title=title, xlabel=x, ylabel=y)
     return drawn, axes
 
@@ -126,7 +126,7 @@ def _colored(runs: Sequence[Watched]) -> list[tuple[Watched, str]]:
 def _legend(axes: Any, runs: Sequence[Watched]) -> None:
     """Name the colours of several runs below the axes, where they hide nothing."""
     if len(runs) > 1:
-        below = -0.6 / (axes.figure.get_figheight() - LINE * len(runs) - 0.8)
+        below = -0.6 / (axes.figure.get_figheight() - GAP - LINE * len(runs) - 0.8)
         axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.0, below), markerscale=2)
 
 

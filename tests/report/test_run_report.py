@@ -135,7 +135,9 @@ def test_values_that_are_no_numbers_are_not_drawn(tmp_path):
     assert names == ["validation during training by seconds of training"]
 
 
-@pytest.mark.parametrize("name", ["a $b_c$ $\\frac", "<b>&amp;\"'", "läuf 日本", "line\nbreak\x01", "\udcff"])
+@pytest.mark.parametrize(
+    "name", ["a $b_c$ $\\frac", "<b>&amp;\"'", "l\u00e4uf \u65e5\u672c", "line\nbreak\x01", "\udcff"]
+)
 def test_any_name_of_a_folder_is_shown(tmp_path, name, monkeypatch):
     monkeypatch.setattr("pgolf.report.watched_page._lines", lambda *_, **__: "")  # three figures are enough
     text, _, _ = parsed(run_page(read_watched([write(tmp_path / name), write(tmp_path / f"{name}2")])))
