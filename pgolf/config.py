@@ -317,6 +317,10 @@ class TrainConfig:
     rank_timeout: float = 30.0
     """Seconds without a sign of life after which a rank counts as lost and ends the run, naming it; a rank
     that was killed is noticed at once."""
+    track: Literal["none", "tensorboard", "wandb"] = "none"
+    """Where the run's metrics are recorded next to metrics.jsonl: nowhere, in TensorBoard event files in the
+    run folder, or by Weights & Biases. Both are optional packages: pip install 'pgolf[tensorboard]' or
+    'pgolf[wandb]'. Set it to watch a run from a browser; it changes no result."""
 
     def __post_init__(self) -> None:
         _check_finite("train", self)

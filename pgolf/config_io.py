@@ -141,6 +141,7 @@ MAY_CHANGE = (
     "train.checkpoint_every",
     "train.rank_timeout",
     "train.out",
+    "train.track",
     "evaluate.",
 )
 """Settings of a run that may be others when it is resumed; one that ends in a dot means all below it."""

@@ -90,6 +90,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change("8ab5e69", {}, {"name": "record"}),
+    Change("98b7c24", {"train.track": "none"}),
 )
 """From the first run on, in order. Defaults that came and went between two runs are not told apart."""
 VERSION = len(CHANGES)

@@ -26,6 +26,8 @@ class RunLog:
         self.metrics_path = folder / "metrics.jsonl"
         self.text_path = folder / "log.txt"
         self._is_main = is_main
+        self.follow: Callable[[dict[str, Any]], object] | None = None
+        """Called with every metric that was written, on the main rank."""
         self._warned = False
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +51,8 @@ class RunLog:
                     f"got {type(value).__name__}; convert it first"
                 ) from e
         self._append(self.metrics_path, json.dumps(_finite(fields), allow_nan=False) + "\n")
+        if self.follow is not None:
+            self.follow(fields)
 
     def line(self, text: str) -> None:
         """Print one line on the console and append it to `log.txt`.

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pgolf"
 FLOORS = [
     ["config_io", "config_versions"],
     ["config", "env", "peers"],
-    ["presets", "_C", "watch"],
+    ["presets", "_C", "track", "watch"],
     ["ops"],
     ["dist", "log", "data"],
     ["model", "optim"],

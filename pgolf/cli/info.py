@@ -16,6 +16,11 @@ OPTIONAL = {
         "attention uses torch's FlashAttention-2; pip install 'pgolf[fa4]' on Hopper",
     ),
     "pyarrow": ("pyarrow.parquet", "no parquet input; pip install 'pgolf[parquet]'"),
+    "tensorboard": (
+        "torch.utils.tensorboard",
+        "no train.track=tensorboard: pip install 'pgolf[tensorboard]'",
+    ),
+    "wandb": ("wandb", "no train.track=wandb; pip install 'pgolf[wandb]'"),
 }
 """Package -> (what is imported of it, what is missing without it)."""
 

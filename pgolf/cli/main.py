@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "score an artifact on a validation set",
     "generate": "let a trained model continue a prompt",
     "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
+    "report": "the report page of a run, finished or not, or of several runs laid over each other",
     "submit": "write the submission folder of finished runs, one per seed",
     "quantize": "quantize a saved checkpoint again, with other settings",
     "demo": "the whole way on the bundled sample text, on this machine",

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
+from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
 from pgolf.report.stats import (
     ALPHA,
@@ -166,15 +167,6 @@ def arm_mean(ablation: Ablation, arm: str, value: str) -> Mean:
     """Return mean and standard error of one value over the finished cells of `arm` that have it."""
     cells = ablation.of(arm).values()
     return mean_and_error([c.values[value] for c in cells if value in c.values])
-
-
-@dataclass(frozen=True)
-class Table:
-    """A titled table of text, for Markdown and HTML alike."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
 
 
 def tables(ablation: Ablation) -> list[Table]:

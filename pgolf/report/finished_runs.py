@@ -22,6 +22,7 @@ FREE = (
     "train.out",
     "train.checkpoint_every",
     "train.rank_timeout",
+    "train.track",
     "data.dir",
     "data.verify",
 )

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pgolf.peers import find_peer
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl; a torn last line (killed run) is dropped."""
+    """Return the lines of a metrics.jsonl up to the first that is no JSON object (torn: a killed run)."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -48,9 +51,37 @@ def smoothed(losses: Sequence[float], ceiling: float) -> list[float]:
     return smooth
 
 
-def plot_loss(metrics: Path, out: Path) -> str:
-    """Draw the training loss by second, with the loop switch marked, into `out`.
+def first_shown(losses: Sequence[float]) -> int:
+    """Return the step at which a plot of the loss begins: the fast fall before it would flatten the rest.
 
+    It is the first whose moving average is at most 1.5 ranges above the lowest one, the range being that of
+    the moving average after the first tenth of the run; 0 for a run too short to have a rest.
+    """
+    if len(losses) < 30:
+        return 0
+    smooth = smoothed(losses, loss_ceiling(losses))
+    rest = smooth[len(losses) // 10 :]
+    top = min(rest) + 1.5 * (max(rest) - min(rest))
+    wild = [i for i, loss in enumerate(smooth[: len(losses) // 10]) if loss > top]
+    return wild[-1] + 1 if wild else 0
+
+
+def run_title(name: str, bpb: Mapping[str, float]) -> str:
+    """Return the run's name with the score that counts: test-time training, else quantized, averaged, raw."""
+    best = next((key for key in ("ttt", "quantized", "ema", "raw") if key in bpb), None)
+    return name if best is None else f"{name}: {bpb[best]:.4f} bpb ({best})"
+
+
+def unmarked(text: str) -> str:
+    """Return text as matplotlib shows it letter by letter: a dollar sign would begin a formula."""
+    return "".join(c if c.isprintable() else "?" for c in text).replace("$", r"\$")
+
+
+def plot_loss(metrics: Path, out: Path, *, title: str = "") -> str:
+    """Draw the training loss by second, with the step marked that switches depth recurrence on, into `out`.
+
+    Args:
+        title: first line above the plot; when empty, the name of the run's folder.
     Returns:
         Why there is no plot (then nothing is written), "" if there is.
     """
@@ -64,12 +95,14 @@ def plot_loss(metrics: Path, out: Path) -> str:
     every = read_metrics(metrics)
     rows = [r for r in every if r.get("loss") is not None]
     curve = [(r["elapsed"], r["val_bpb"]) for r in every if r.get("val_bpb") is not None]
+    steps, first = len(rows), first_shown([r["loss"] for r in rows])
+    smooth = smoothed([r["loss"] for r in rows], loss_ceiling([r["loss"] for r in rows]))[first:]
+    rows = rows[first:]
     seconds, losses = [r["elapsed"] for r in rows], [r["loss"] for r in rows]
     ceiling = loss_ceiling(losses)
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=120)
     axes.plot(seconds, losses, color="#b8cbe0", linewidth=0.8, label="step")
-    average = "moving average (10 steps)"
-    axes.plot(seconds, smoothed(losses, ceiling), color="#1f5a99", linewidth=1.6, label=average)
+    axes.plot(seconds, smooth, color="#1f5a99", linewidth=1.6, label="moving average (10 steps)")
     above = sum(loss > ceiling for loss in losses)
     if above:
         margin = 0.05 * (ceiling - min(losses))
@@ -79,7 +112,10 @@ def plot_loss(metrics: Path, out: Path) -> str:
         axes.axvline(switch, color="#c0504d", linewidth=1.0, linestyle="--", label="depth recurrence on")
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("loss, nats per token")
-    axes.set_title(f"training loss, {len(rows)} steps" + (f", {above} above the top" if above else ""))
+    notes = [f"training loss, {steps} steps"]
+    notes += [f"the first {first} are left out"] if first else []
+    notes += [f"{above} above the top"] if above else []
+    axes.set_title(f"{unmarked(title or metrics.resolve().parent.name)}\n{', '.join(notes)}", fontsize=11)
     axes.grid(alpha=0.3)
     if curve:
         right = axes.twinx()

@@ -169,7 +169,9 @@ def run_key(config: Config) -> str:
     run), so that results and checkpoints may be moved.
     """
     init = config.train.init and Path(*config.train.init.parts[-2:])
-    train = replace(config.train, out=Path(), init=init, checkpoint_every=0.0, rank_timeout=30.0)
+    train = replace(
+        config.train, out=Path(), init=init, checkpoint_every=0.0, rank_timeout=30.0, track="none"
+    )
     data = replace(config.data, verify=False)
     return config_hash(replace(config, name="run", train=train, data=data))
 

@@ -1,8 +1,8 @@
 """One run from shards to a scored artifact: train -> average -> quantize -> write -> read back -> score.
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-code.br (the code that is counted with it), tokenizer.model (a copy), loss.png and summary.json; with
-train.quantize off, no model.pgolf and no code.br. Everything up to the artifact is written before scoring
+code.br (the code that is counted with it), tokenizer.model (a copy), loss.png, summary.json and report.html;
+with train.quantize off, no model.pgolf and no code.br. Everything up to the artifact is written before scoring
 starts, and the summary before the further ways to score, so a late failure loses nothing. While a run is
 under way its folder also holds what another process needs to go on (`pgolf.train.progress`): whatever ends a
 process, a signal, a crash or a lost rank, `train_run(..., resume=folder)` continues, and its reason is a line
@@ -40,8 +40,10 @@ from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.quantized import QuantizedState
-from pgolf.report.plots import plot_loss
+from pgolf.report.plots import plot_loss, run_title
 from pgolf.report.summary import Summary, device_name, format_table, versions
+from pgolf.report.watched_page import report_note
+from pgolf.track import check_tracker
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
@@ -82,6 +84,8 @@ class Run:
         dist = around.dist
         self._config, self._around, self._dist, self._folder = config, around, dist, folder
         self._past, self._train_more = past, train and (past is None or past.stage == "training")
+        if dist.is_main:
+            check_tracker(config.train.track)
         if config.train.quantize:
             check_limit(config.artifact.limit)
         self._data = DataFolder.open(
@@ -170,7 +174,7 @@ class Run:
                 log.line(note)
         if dist.is_main:  # so that the folder is all that reading and writing text with the model needs
             with atomic_file(self._folder / TOKENIZER_NAME) as file:
-                file.write(self._corpus.tokenizer.path.read_bytes())
+                file.write(self._data.tokenizer.path.read_bytes())
         if config.train.init is not None and self._past is None:
             dist.assert_replicas_equal(dict(self._model.named_parameters()))
             log.line(f"starts from the weights of {config.train.init}")
@@ -526,13 +530,15 @@ class Run:
         if total is not None and self._past is None:
             s.seconds["total"] = total
         self._session.finish()
+        self._log.line(report_note(self._folder))
         self._log.line(format_table(s))
         if self._train_more:
             self._writer.close()
         shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
 
     def _plot(self) -> None:
-        why = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png")
+        title = run_title(self._folder.name, {k: score.bpb for k, score in self._summary.scores.items()})
+        why = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png", title=title)
         self._log.line(f"no loss plot: {why}" if why else f"loss plot: {self._folder / 'loss.png'}")
 
     def _timed(self, phase: str, work: Any) -> Any:

@@ -16,6 +16,7 @@ from pgolf.config import Config, to_dict
 from pgolf.dist import Dist, RanksFailed
 from pgolf.log import RunLog
 from pgolf.report.summary import Summary, device_name, summary_dict
+from pgolf.track import start_tracker
 from pgolf.train.budget import Clock
 from pgolf.train.guard import held
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
@@ -85,10 +86,25 @@ class Session:
             self._progress.write(self.stage, summary_dict(summary), past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
+            self._track(past)
         dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
         self._files.callback(dist.watch.leave)
         if past is not None:
             self._tell_past(past)
+
+    def _track(self, past: Past | None) -> None:
+        """Hand what is written to metrics.jsonl to TensorBoard or Weights & Biases too, if asked for."""
+        steps = past.checkpoint.step if past is not None and past.checkpoint is not None else 0
+        tracker = start_tracker(
+            self._config.train.track,
+            self.folder,
+            to_dict(self._config),
+            first_step=max(0, steps - 1),  # the line of the last step waits in the checkpoint
+            warn=self.log.line,
+        )
+        if tracker is not None:
+            self.log.follow = tracker.metric
+            self._files.callback(lambda: tracker.close(summary_dict(self._summary)))
 
     def _tell_past(self, past: Past) -> None:
         """Say what an earlier process left, and at what this one goes on."""

@@ -5,7 +5,15 @@ import sys
 
 import pytest
 
-from pgolf.report.plots import loss_ceiling, plot_loss, smoothed, why_no_plots
+from pgolf.report.plots import (
+    first_shown,
+    loss_ceiling,
+    plot_loss,
+    read_metrics,
+    run_title,
+    smoothed,
+    why_no_plots,
+)
 
 
 def metrics(folder, losses):
@@ -48,3 +56,36 @@ def test_without_matplotlib_the_reason_and_the_remedy_are_said(tmp_path, monkeyp
     assert why_no_plots().startswith(
         "matplotlib is not usable: TypeError: built for another numpy; pip install"
     )
+
+
+def test_a_plot_begins_where_there_is_something_to_see():
+    record = [9.0, 12.6, 11.5, *(2.2 + 6 * 0.99**i for i in range(3000))]
+    first = first_shown(record)
+    shown = record[first:]
+    assert 100 < first < 300  # of 3,003: the fast fall
+    assert max(shown) < 2.8  # 2.5 to 2.2 is what the rest falls
+    assert first_shown([9.0, 12.6, *(2.2 + 6 * 0.7**i for i in range(10))]) == 0  # too short to have a rest
+    diverged = [3.0 - 0.001 * i for i in range(200)] + [3.0 + 0.1 * i for i in range(200)]
+    assert first_shown(diverged) == 0
+    assert first_shown([]) == first_shown([4.0] * 100) == 0
+
+
+def test_the_title_names_the_run_its_score_and_what_is_left_out(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    said: list[str] = []
+    monkeypatch.setattr(pyplot.Axes, "set_title", lambda _, text, **__: said.append(text))
+    path = metrics(tmp_path, [9.0, 12.6, *(2.2 + 6 * 0.97**i for i in range(500))])
+    title = run_title("20261128-record", {"raw": 1.03, "ema": 1.002, "quantized": 1.00644})
+    assert title == "20261128-record: 1.0064 bpb (quantized)"
+    assert run_title("x", {"quantized": 1.0, "ttt": 0.99}) == "x: 0.9900 bpb (ttt)"
+    plot_loss(path, tmp_path / "loss.png", title=title)
+    plot_loss(path, tmp_path / "loss.png")
+    assert said[0].startswith(f"{title}\ntraining loss, 502 steps, the first ")
+    assert said[1].startswith(f"{run_title(tmp_path.name, {})}\n")
+
+
+@pytest.mark.parametrize("end", ['{"loss": 1.0, "ela', "[" * 100_000, "3", "\udcff"])
+def test_what_a_killed_run_wrote_last_is_left_out(tmp_path, end):
+    path = metrics(tmp_path, [3.0, 2.0])
+    path.write_bytes(path.read_bytes() + end.encode(errors="surrogateescape"))
+    assert [row["loss"] for row in read_metrics(path)] == [3.0, 2.0]

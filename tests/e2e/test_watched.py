@@ -1,0 +1,100 @@
+"""Runs that are watched: their report, their records in TensorBoard and Weights & Biases, and what breaks."""
+
+import json
+import signal
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from pgolf.cli.main import main
+from pgolf.train import session
+from tests.e2e.conftest import SMALL
+from tests.e2e.test_run import torchrun
+from tests.test_track import scalars, wandb_records
+
+
+def test_a_run_ends_with_its_report_and_a_plot_that_names_it(run):
+    text = (run / "report.html").read_text()
+    score = json.loads((run / "summary.json").read_text())["scores"]["quantized"]["bpb"]
+    assert f"<h1>{run.name}: {score:.4f} bpb (quantized)</h1>" in text
+    seen = " ".join(ET.fromstring(text).itertext())
+    assert "finished" in seen and "not finished" not in seen and "Processes" in seen
+    assert f"report: {run / 'report.html'}" in (run / "log.txt").read_text()
+
+
+def one_folder(out: Path) -> Path:
+    (folder,) = out.iterdir()
+    return folder
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    track = ["--train.track=tensorboard", "--train.checkpoint-every=0"]
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, *track]
+    metric = session.RunLog.metric
+
+    def stop_at_step_2(log, **fields):
+        metric(log, **fields)
+        if fields.get("step") == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(session.RunLog, "metric", stop_at_step_2)
+    assert main(words) == 128 + signal.SIGTERM
+    monkeypatch.undo()
+    folder = one_folder(tmp_path)
+    assert 2 <= scalars(folder)["training/loss"][-1][0] < 5
+    assert main(["train", "--resume", str(folder)]) == 0
+    found = scalars(folder)
+    assert [step for step, _ in found["training/loss"]] == list(range(6))
+    assert [v for _, v in found["training/loss"]] == pytest.approx([r["loss"] for r in rows(folder)])
+    score = json.loads((folder / "summary.json").read_text())["scores"]["quantized"]["bpb"]
+    assert found["score/quantized"][-1][1] == pytest.approx(score)
+    assert "stopped by SIGTERM" not in (folder / "report.html").read_text()
+    assert "SIGTERM" in (folder / "report.html").read_text()  # the first of the two processes
+
+
+@pytest.mark.slow
+def test_of_two_ranks_only_the_main_one_records_in_wandb(shards, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--train.track=wandb"]
+    result = torchrun(2, words)
+    assert result.returncode == 0, result.stderr
+    (record,) = one_folder(tmp_path).glob("wandb/offline-run-*/*.wandb")
+    kinds = [r.WhichOneof("record_type") for r in wandb_records(record)]
+    assert kinds.count("history") == 6 and "exit" in kinds
+
+
+def test_a_broken_package_is_refused_before_there_is_a_folder(shards, tmp_path, monkeypatch, capsys):
+    for name in [m for m in sys.modules if m.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "wandb.py").write_text("raise TypeError('built for another protobuf')")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--data", str(shards), "--out", str(tmp_path / "runs"), *SMALL, "--train.track=wandb"]
+    assert main(["train", "tiny", *words]) == 2
+    assert "train.track=wandb: wandb is not usable: TypeError: built for another" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_record_that_fails_does_not_end_the_run(shards, tmp_path, monkeypatch):
+    # A package that can be imported and does nothing right.
+    for name in [m for m in sys.modules if m.split(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "wandb.py").write_text(
+        "class setup:\n    class settings:\n        project = None\n\nSettings = dict\n\n"
+        "def init(**settings):\n    raise OSError('the network is unreachable')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--data", str(shards), "--out", str(tmp_path / "runs"), *SMALL, "--train.track=wandb"]
+    assert main(["train", "tiny", *words]) == 0
+    folder = one_folder(tmp_path / "runs")
+    log = (folder / "log.txt").read_text()
+    assert log.count("train.track no longer records the run (OSError: the network is unreachable)") == 1
+    assert len(rows(folder)) == 6
