@@ -2,7 +2,7 @@
 
 Owns `docs/figures/kernels.png` (kernels next to their peers) and `docs/figures/bpb_bytes.png` (bits per byte
 against bytes). Each figure reads the newest result file of its bench for `DEVICE`. The same files and the
-same matplotlib give the same bytes; the SHA-256 of what was read is stored in each picture as `Source`, so that a
+same matplotlib give the same bytes. Each picture stores the SHA-256 of what was read as `Source`, so that a
 test finds a picture that is older than the results. Needs matplotlib.
 """
 
@@ -97,8 +97,8 @@ NAMES = (
     ("torch.optim.Muon", "torch.optim.Muon"),
     ("gram-newton-schulz 0.1.6, quack 0.5.0, compiled", "gram-newton-schulz, compiled"),
     ("gram-newton-schulz", "gram-newton-schulz"),
-    ("speedrun form", "modded-nanogpt's Triton kernels"),
-    ("record form", "baseline script's Triton kernels"),
+    ("speedrun form", "Triton, as in modded-nanogpt"),
+    ("record form", "Triton, as in the baseline script"),
     ("liger", "Liger"),
     ("quack", "quack (has no cap)"),
     ("cut_cross_entropy", "Cut Cross-Entropy"),

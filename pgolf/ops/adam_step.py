@@ -50,7 +50,8 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
     One launch for 64 tensors on CUDA; summed in a fixed order, so bitwise deterministic.
 
     Raises:
-        TypeError: another dtype, or several. ValueError: no tensor, strides, or several devices.
+        TypeError: another dtype, or several.
+        ValueError: no tensor, strides, or several devices.
         RuntimeError: a tensor that is being differentiated.
     """
     if not tensors:
@@ -80,13 +81,17 @@ def clip_scale(
 ) -> None:
     """Turn squared norms into the factor of this step's gradients, and count the step; on the device.
 
-    norm = sqrt(sum(sums));   grad_scale = min(1, clip / (norm + 1e-6)), 1 where clip is 0
-    corrections = 1 / (1 - beta^t) for both betas, with t the steps including this one
+        norm = sqrt(sum(sums))
+        grad_scale = min(1, clip / (norm + 1e-6)), 1 where clip is 0
+        corrections = 1 / (1 - beta^t) for both betas, with t the steps including this one
+
     Where the norm is not finite, grad_scale is NaN, and the step counts as skipped instead of taken.
 
     Args:
-        sums: `(n,)` float32. state: `(3,)` float32: norm, steps taken and skipped; updated.
-        scalars: as in `muon_step`; its grad_scale is written. corrections: `(2,)` float32; written.
+        sums: `(n,)` float32.
+        state: `(3,)` float32: norm, steps taken and skipped; updated.
+        scalars: as in `muon_step`; its grad_scale is written.
+        corrections: `(2,)` float32; written.
 
     Raises:
         ValueError, TypeError: shapes, devices or dtypes that do not fit, clip < 0, a beta outside [0, 1).
@@ -121,15 +126,19 @@ def adam_step(
 ) -> None:
     """Take one AdamW step, move the averages and zero the gradients, in place; one launch for 56 tensors.
 
-    g = grad_scale grad;   mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
-    param <- param (1 - lr wd) - lr c1 mean / (sqrt(c2 square) + eps);   grad <- 0
-    average <- average + average_weight (param - average)
+        g = grad_scale grad
+        mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
+        param <- param (1 - lr wd) - lr c1 mean / (sqrt(c2 square) + eps)
+        average <- average + average_weight (param - average)
+        grad <- 0
+
     Equals `torch.optim.AdamW` (decoupled decay, no AMSGrad). Where grad_scale is not finite only the
     gradients are zeroed. Reads and writes each tensor once: 40 bytes an element with averages.
 
     Args:
         tensors: see `AdamTensor`; none is no work.
-        lr: one element, float32. scalars: `muon_step`'s, of which grad_scale and average_weight are read.
+        lr: one element, float32.
+        scalars: `muon_step`'s, of which grad_scale and average_weight are read.
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:

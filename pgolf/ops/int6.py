@@ -86,10 +86,14 @@ def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
         weight: `(..., n)` float32, finite (NaN becomes Q).
         scales: `(...)` float16, steps > 0, one a row.
         bits: 4 to 8.
+
     Returns:
         `(..., bytes of a row)` uint8, the same bytes on CPU and CUDA.
+
     Raises:
-        ValueError: bits out of range, scales of another shape or device. TypeError: other dtypes.
+        ValueError: bits out of range, scales of another shape or device.
+        TypeError: other dtypes.
+
     Source: csrc/kernels/int6.h.
     """
     refuse_transforms("quantize_pack", weight, scales)
@@ -106,11 +110,16 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
 
     Args:
         weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the step NaN.
-        clip: > 0. bits: 4 to 8.
+        clip: > 0.
+        bits: 4 to 8.
+
     Returns:
         packed `(..., bytes of a row)` uint8 and scales `(...)` float16, the same on CPU and CUDA.
+
     Raises:
-        ValueError: bits, clip or n out of range. TypeError: not float32.
+        ValueError: bits, clip or n out of range.
+        TypeError: not float32.
+
     Source: csrc/kernels/int6.h; SDClip of SPEC 6.3.
     """
     refuse_transforms("quantize_pack_sdclip", weight)
@@ -124,12 +133,18 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tens
     w = bfloat16(q * s), the product in float32, rounded to nearest even.
 
     Args:
-        packed: `(..., bytes of a row)` uint8. scales: `(...)` float16.
-        n: codes in a row, >= 0. bits: 4 to 8.
+        packed: `(..., bytes of a row)` uint8.
+        scales: `(...)` float16.
+        n: codes in a row, >= 0.
+        bits: 4 to 8.
+
     Returns:
         `(..., n)` bfloat16.
+
     Raises:
-        ValueError: shapes, n or bits. TypeError: other dtypes.
+        ValueError: shapes, n or bits.
+        TypeError: other dtypes.
+
     Source: csrc/kernels/int6.h.
     """
     refuse_transforms("unpack_dequantize", scales)

@@ -39,10 +39,14 @@ def encode_codes(codes: Codes, *, pool: Codes | None = None, fast: bool = False)
         codes: `(rows, cols)` int8, any strides.
         pool: `(n, cols)` int8, rows that the reader will have and that these may resemble.
         fast: spend no time on earlier rows: about 1 % larger on trained weights.
+
     Returns:
         At most rows * cols + 1 bytes; `decode_codes` wants the shape and the pool again.
+
     Raises:
-        TypeError: not int8. ValueError: not two-dimensional, more than 2^31 codes, a pool of another width.
+        TypeError: not int8.
+        ValueError: not two-dimensional, more than 2^31 codes, a pool of another width.
+
     Source: csrc/kernels/range_coder.h.
     """
     _check_codes(codes, pool)
@@ -57,11 +61,14 @@ def decode_codes(data: bytes | memoryview, shape: tuple[int, int], *, pool: Code
         data: the whole stream and nothing else.
         shape: (rows, cols) of the encoded matrix.
         pool: what the encoder was given.
+
     Returns:
         `shape` int8, writable.
+
     Raises:
         ValueError: a stream that `encode_codes` cannot have written for this shape. A damaged stream may be
             one of other codes, because nothing in it is redundant: keep a checksum.
+
     Source: csrc/kernels/range_coder.h.
     """
     codes: Codes = np.frombuffer(_C.decode_codes(data, *shape, _buffer(pool)), np.int8).reshape(shape)

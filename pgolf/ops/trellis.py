@@ -28,11 +28,14 @@ def trellis_round(x: Tensor) -> Tensor:
 
     Args:
         x: `(..., n)` float32, finite and |x| < 2^20 (quarters get lost in larger ones), chains along n.
+
     Returns:
         v, of the same shape. CPU and CUDA may choose different paths where two are equally good. Not
         differentiable: a derivative through it raises RuntimeError.
+
     Raises:
-        ValueError: no dimension. TypeError: not float32.
+        ValueError: no dimension.
+        TypeError: not float32.
     """
     refuse_transforms("trellis_round", x)
     values: Tensor = torch.ops.pgolf.trellis_round(x)
@@ -44,10 +47,13 @@ def trellis_values(codes: Tensor) -> Tensor:
 
     Args:
         codes: `(..., n, columns)` int8; each column is a chain along n, new every 256 codes.
+
     Returns:
         float32 of the same shape, exact.
+
     Raises:
-        ValueError: fewer than two dimensions. TypeError: not int8.
+        ValueError: fewer than two dimensions.
+        TypeError: not int8.
     """
     values: Tensor = torch.ops.pgolf.trellis_values(codes)
     return values
