@@ -55,7 +55,8 @@ class Muon(Optimizer):
         buf <- mu buf + (1 - mu) g
         u = mu buf + (1 - mu) g (nesterov) or buf
         O = newton_schulz(u)
-        p <- p (1 - lr wd) - lr r O,   r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
+        r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
+        p <- p (1 - lr wd) - lr r O
 
     Equals `torch.optim.Muon` with the same arguments up to the rounding of the iteration (bfloat16 there;
     here bfloat16 on CUDA, float32 on CPU) and up to eps, added to the norm here, a lower bound of it there.
