@@ -38,10 +38,12 @@ import matplotlib.pyplot  # noqa: F401 - loaded here once, not in every child
 import torch
 from safetensors.torch import load_file
 
+import pgolf.dist
+import pgolf.watch
 from bench.common import versions
 from pgolf.artifact.export import describe
 from pgolf.artifact.read import read_artifact
-from pgolf.cli.main import main as pgolf
+from pgolf.cli.main import main as command_line
 from pgolf.data.corpus import sample_paths
 from pgolf.env import commit_name
 from pgolf.train.checkpoint import INDEX, read_checkpoint
@@ -113,7 +115,7 @@ def _fork(words: list[str], output: Path, rank: int, world: int, port: int) -> i
         handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        code = pgolf(words)
+        code = command_line(words)
         sys.stdout.flush()
     except SystemExit as e:
         code = int(e.code or 0)
@@ -308,6 +310,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    # Ranks wait 120 s for one that was killed before it had met them; here 8, so that a trial stays short.
+    pgolf.watch.MEET_S = pgolf.dist.MEET_S = 8.0
     began, kills, failed, number = time.monotonic(), 0, 0, args.first
     signals: Counter[str] = Counter()
     slowest = 0.0

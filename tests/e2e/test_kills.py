@@ -1,0 +1,29 @@
+"""The short form of `python -m bench.kills`: a few random kills of builds and runs, other ones each time."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+def test_random_kills_lose_nothing(tmp_path):
+    out, first = tmp_path / "kills.jsonl", time.time_ns() % 1_000_000
+    words = [sys.executable, "-m", "bench.kills", "--kills", "8", "--seconds", "60"]
+    done = subprocess.run(
+        [*words, "--first", str(first), "--out", str(out)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, f"--first {first}: {done.stdout}\n{done.stderr[-3000:]}"
+    totals = json.loads(out.read_text().splitlines()[-1])
+    assert totals["trials"] >= 1 and totals["failed"] == 0
+    assert totals["slowest_end_s"] <= totals["bound_s"]
