@@ -109,6 +109,9 @@ def _fork(words: list[str], output: Path, rank: int, world: int, port: int) -> i
     code = 99
     try:
         os.setpgid(0, 0)
+        # A background job ignores SIGINT, one under nohup SIGHUP, and so would its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         if world > 1:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({k: str(v) for k, v in place.items()}, MASTER_ADDR="localhost")
