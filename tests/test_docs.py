@@ -26,6 +26,19 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 # Names that the texts use already and the code does not know yet: delete each with the change that brings it.
 RENAMED = {"pr1855": "record", "submit": "record"}
+NOT_YET = {
+    f"pgolf/{name}.py"
+    for name in (
+        "cli/submit",
+        "data/text",
+        "evaluate/validation",
+        "optim/bank_muon",
+        "quant/bank",
+        "report/submit",
+        "train/trainer",
+    )
+}
+"""Files that the texts name and that a renaming brings."""
 
 CONSOLE = {"console", "bash", "sh", "shell"}
 HARMLESS = {"cd", "git", "nvidia-smi", "unzip", "tar", "export"}
@@ -240,7 +253,7 @@ def named_files(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    missing = sorted(f for f in named_files(page) if not list(ROOT.glob(f)))
+    missing = sorted(f for f in named_files(page) if not list(ROOT.glob(f)) and f not in NOT_YET)
     assert missing == []
 
 
