@@ -93,7 +93,7 @@ NAMES = (
     ("torch.compile, 4 chunks", "torch.compile, 4 chunks"),
     ("torch.compile", "torch.compile"),
     ("torch.baddbmm", "torch.baddbmm"),
-    ("torch.eager", "torch, launched"),
+    ("torch.eager", "torch, eager"),
     ("torch.optim.Muon", "torch.optim.Muon"),
     ("gram-newton-schulz 0.1.6, quack 0.5.0, compiled", "gram-newton-schulz, compiled"),
     ("gram-newton-schulz", "gram-newton-schulz"),
@@ -184,7 +184,7 @@ def draw_kernels(results: Path) -> Any:
     columns = 2
     tall = [max(len(r) for r in rows[i : i + columns]) + 1.2 for i in range(0, len(rows), columns)]
     figure, grid = plt.subplots(
-        len(tall), columns, figsize=(11, 0.3 * sum(tall) + 1.1), height_ratios=tall, layout="constrained"
+        len(tall), columns, figsize=(11, 0.25 * sum(tall) + 1.0), height_ratios=tall, layout="constrained"
     )
     for i, (axes, panel) in enumerate(zip(grid.flat, PANELS, strict=True)):
         draw_bars(axes, panel, rows[i], places=tall[i // columns] - 1.2)
@@ -203,7 +203,7 @@ def draw_bytes(results: Path) -> Any:
     def place(case: str) -> tuple[float, float]:
         return (value[case]["bytes"] + CODE) / 1e6, value[case]["bpb"]
 
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     curve = [place(case) for case in ("trellis -4 %", "trellis", "trellis +4 %")]
     axes.plot(*zip(*curve, strict=True), color=FAINT, linewidth=1.2, marker="o", markersize=4, zorder=1)
     axes.annotate(
