@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/kernels/* csrc/ops/*)
 TEST_BUILD := build/tests
 
-.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench clean size todo
+.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench docs figures clean size todo
 
 setup: $(VENV)/built.stamp
 
@@ -56,6 +56,14 @@ fuzz: setup
 
 bench:
 	set -e; for file in bench/ops/bench_*.py; do $(PYTHON) -m bench.ops.$$(basename $$file .py); done
+
+# The site, into build/site. Strict: a broken link or an unknown name ends it (never with --quiet, which counts no warnings).
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pictures of README and docs/, from the committed result files.
+figures: setup
+	$(BIN)/python -m bench.figures
 
 clean:
 	rm -rf build dist pgolf/_C*.so pgolf/_build_info.json *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -14,6 +14,7 @@ All integers are little-endian.
 | size - 32 | 32 | SHA-256 of every byte before it |
 
 Header JSON, one object with exactly these keys:
+
 - `model`: the resolved `ModelConfig`; `tokenizer_sha256`: 64 hex digits; `config_hash`: 16 hex digits;
   `limit`: the byte limit that the file was written under.
 - `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns", "trellis"}`; kind `matrix`
@@ -29,6 +30,7 @@ Header JSON, one object with exactly these keys:
   "raw"}`; `offset` from the end of the header, `length` stored bytes, `raw` bytes after decoding.
 
 Sections follow from the tensors and corrections and nothing else (`plan_sections`), in this order:
+
 1. kind `codes`: for each matrix parameter, in order, one section for each matrix `(R, C)` of the bank, named
    `parameter.index`: the stream of `pgolf.ops.encode_codes`, whose bytes csrc/kernels/range_coder.h specifies
    (and `decode_codes_ref` reads with nothing compiled). Three kinds of matrices are coded with the rows of
@@ -41,6 +43,7 @@ Sections follow from the tensors and corrections and nothing else (`plan_section
 3. kind `gates`, named `gates`: the int8 codes of all gates, row-major.
 4. kind `small`, named `small`: the values of all small parameters, float16.
 5. kind `corrections`: `corrections`, int8, A then B of each; `correction_scales`, float16, of A then of B.
+
 All but the codes are brotli streams and always there, empty or not. float16 and int16 are stored as two
 planes: all low bytes, then all high bytes.
 

@@ -81,8 +81,10 @@ def clip_scale(
 ) -> None:
     """Turn squared norms into the factor of this step's gradients, and count the step; on the device.
 
-    norm = sqrt(sum(sums));   grad_scale = min(1, clip / (norm + 1e-6)), 1 where clip is 0
-    corrections = 1 / (1 - beta^t) for both betas, with t the steps including this one
+        norm = sqrt(sum(sums))
+        grad_scale = min(1, clip / (norm + 1e-6)), 1 where clip is 0
+        corrections = 1 / (1 - beta^t) for both betas, with t the steps including this one
+
     Where the norm is not finite, grad_scale is NaN, and the step counts as skipped instead of taken.
 
     Args:
@@ -124,9 +126,12 @@ def adam_step(
 ) -> None:
     """Take one AdamW step, move the averages and zero the gradients, in place; one launch for 56 tensors.
 
-    g = grad_scale grad;   mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
-    param <- param (1 - lr wd) - lr c1 mean / (sqrt(c2 square) + eps);   grad <- 0
-    average <- average + average_weight (param - average)
+        g = grad_scale grad
+        mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
+        param <- param (1 - lr wd) - lr c1 mean / (sqrt(c2 square) + eps)
+        average <- average + average_weight (param - average)
+        grad <- 0
+
     Equals `torch.optim.AdamW` (decoupled decay, no AMSGrad). Where grad_scale is not finite only the
     gradients are zeroed. Reads and writes each tensor once: 40 bytes an element with averages.
 

@@ -38,7 +38,9 @@ def linear_softcap_ce(
 ) -> Tensor:
     """Cross-entropy of the tanh-capped logits `hidden @ weight.T`, in nats.
 
-    loss_i = lse_i - z_i,target_i + z_loss * lse_i^2   with   z = cap * tanh(hidden @ weight.T / cap)
+        z = cap * tanh(hidden @ weight.T / cap)
+        loss_i = lse_i - z_i,target_i + z_loss * lse_i^2,   lse = logsumexp(z)
+
     Equals `F.cross_entropy(cap * torch.tanh(F.linear(hidden, weight) / cap), target)`.
 
     Differentiable in `hidden` and `weight`, once, by torch.autograd; a second derivative, a tangent of

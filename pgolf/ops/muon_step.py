@@ -66,10 +66,14 @@ class MuonRule(NamedTuple):
 def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
     """Take one Muon step on all banks, in place.
 
-    g' = grad_scale * g;   buf <- mu buf + g';   u = g' + mu buf (nesterov) or buf
-    (lerp: buf <- mu buf + (1 - mu) g';   u = (1 - mu) g' + mu buf)
-    u <- u / max(||u_row||, 1e-7) (row_normalize);   update <- newton_schulz(u)
-    param <- param (1 - lr wd) - lr lr_scale update;   average <- average + average_weight (param - average)
+        g' = grad_scale * g
+        buf <- mu buf + g';   u = g' + mu buf (nesterov) or buf
+        (lerp: buf <- mu buf + (1 - mu) g';   u = (1 - mu) g' + mu buf)
+        u <- u / max(||u_row||, 1e-7) (row_normalize)
+        update <- newton_schulz(u)
+        param <- param (1 - lr wd) - lr lr_scale update
+        average <- average + average_weight (param - average)
+
     Equals `muon_step_ref` on the same tensors. Between two roundings everything is float32: the momentum is
     rounded to its dtype, and u to that of the updates. CUDA launches one kernel for all banks before the
     iteration and one after it, allocates from torch's pool only, and never synchronizes; deterministic.
@@ -154,7 +158,9 @@ def muon_apply(
 ) -> None:
     """Decay and update parameters, then move their averages, in place; one launch on CUDA.
 
-    param <- param (1 - lr wd) - lr lr_scale update;   average <- average + average_weight (param - average)
+        param <- param (1 - lr wd) - lr lr_scale update
+        average <- average + average_weight (param - average)
+
     The second half of `muon_step`, for updates that were gathered from other ranks. Skipped where
     grad_scale is not finite. Equals `muon_apply_ref` on the same tensors.
 

@@ -28,7 +28,9 @@ def newton_schulz(
 ) -> Tensor:
     """Move the singular values of each matrix towards 1 by a composition of odd quintic polynomials.
 
-    X = x / (||x||_F + eps);   for each (a, b, c):   A = X X^T,   B = b A + c A^2,   X = a X + B X
+        X = x / (||x||_F + eps)
+        for each (a, b, c):   A = X X^T,   B = b A + c A^2,   X <- a X + B X
+
     A singular value s of X becomes a s + b s^3 + c s^5 in each step; the singular vectors stay. Matrices with
     m > n are iterated as their transposes, so all products run on the short side.
     Equals, for m <= n, `X = x / (x.norm() + eps)` followed by
@@ -42,7 +44,9 @@ def newton_schulz(
     input: the input is scaled by a power of two, the rest of 1 / (norm + eps) goes into the first polynomial.
     Nearly square matrices take the steps above; those with a side at least twice the other take two steps at
     once on the short side (the first alone where their number is odd), then start from X again:
+
         R = X X^T,   Z = p(R),   R' = Z R Z,   X = p'(R') Z X       with p(R) = a I + b R + c R^2
+
     Longer chains lose small singular values in float16, by up to 0.2 (emulated: power-law and rank-deficient
     spectra of 512 x 2048); pairs stay within 0.01 of the exact map, with tables that tolerate s a little
     above 1 (`safety`).

@@ -37,7 +37,9 @@ def softcap_ce(
 ) -> Tensor:
     """Cross-entropy of tanh-capped logits, in nats.
 
-    loss_i = lse_i - z_i,target_i + z_loss * lse_i^2   with   z = cap * tanh(logits / cap), lse = logsumexp(z)
+        z = cap * tanh(logits / cap)
+        loss_i = lse_i - z_i,target_i + z_loss * lse_i^2,   lse = logsumexp(z)
+
     Equals `F.cross_entropy(cap * torch.tanh(logits / cap), target)` computed in float32.
 
     Differentiable in `logits`, once, by torch.autograd; a second derivative, a tangent of forward mode and

@@ -52,8 +52,12 @@ SETTINGS = {
 class Muon(Optimizer):
     """Muon on matrices, AdamW on the rest; takes all that `torch.optim.Muon` takes.
 
-    buf <- mu buf + (1 - mu) g;   u = mu buf + (1 - mu) g (nesterov) or buf;   O = newton_schulz(u)
-    p <- p (1 - lr wd) - lr r O,   r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
+        buf <- mu buf + (1 - mu) g
+        u = mu buf + (1 - mu) g (nesterov) or buf
+        O = newton_schulz(u)
+        r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
+        p <- p (1 - lr wd) - lr r O
+
     Equals `torch.optim.Muon` with the same arguments up to the rounding of the iteration (bfloat16 there;
     here bfloat16 on CUDA, float32 on CPU) and up to eps, added to the norm here, a lower bound of it there.
     Its state_dict loads here, and one of 2-D parameters with a coefficient triple loads there.
@@ -61,11 +65,13 @@ class Muon(Optimizer):
     Shapes: 2-D is a matrix; 3-D `(b, m, n)` is a stack of b matrices (so a Conv1d weight is not for a Muon
     group); 4-D and 5-D, convolutions, count as `(out, the rest)`. A group may set every argument that is not
     marked, and:
-        use_muon: False makes it an AdamW group for embeddings, heads, gains and biases, with `lr`,
-            `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`, whose `capturable`
-            and `fused` it takes. Its state is AdamW's, so the states of such groups are interchangeable.
-        split_sizes: rows of the matrices that are fused in each parameter of the group, as `(d, k, k)` for
-            QKV; each is iterated by itself.
+
+    - `use_muon`: False makes it an AdamW group for embeddings, heads, gains and biases, with `lr`,
+      `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`, whose `capturable`
+      and `fused` it takes. Its state is AdamW's, so the states of such groups are interchangeable.
+    - `split_sizes`: rows of the matrices that are fused in each parameter of the group, as `(d, k, k)` for
+      QKV; each is iterated by itself.
+
     `lr`, `weight_decay`, `momentum` are read from the groups at each step, so schedulers work. A zero
     direction has a zero update; an empty parameter is passed over. A gradient that is not finite spoils its
     own matrix and momentum, as in torch.optim: skip the step where `clip_grad_norm_` returns such a norm.
@@ -116,8 +122,7 @@ class Muon(Optimizer):
 
         Raises:
             ValueError: a number, name or shape that does not fit.
-            TypeError: a parameter that is no plain
-                real tensor, a setting that is no number.
+            TypeError: a parameter that is no plain real tensor, a setting that is no number.
         """
         if params is None or isinstance(params, str | int | float):
             raise TypeError(
