@@ -26,8 +26,9 @@ $(VENV)/built.stamp: $(VENV)/tools.stamp $(NATIVE)
 demo: setup
 	$(BIN)/python -m pgolf demo
 
+# One worker per core; the tests of a file stay together, as many share what a file's first test made.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 import tyro
-from pgolf.data.corpus import iterate_documents, sample_paths
 
 from pgolf import ops
 from pgolf.artifact.write import write_artifact
 from pgolf.cli import main as cli
 from pgolf.config import to_dict
 from pgolf.data.shards import file_sha256
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
-from pgolf.presets import PRESETS, tiny
+from pgolf.presets import tiny
 from tests.artifact.artifact_helpers import FACTS, TOY, make_state
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,23 +30,6 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
     DOCS.rglob("*.md")
 )
 
-# Names that the texts use already and the code does not know yet: delete each with the change that brings it.
-RENAMED = {"pr1855": "record", "submit": "record"}
-NOT_YET = {
-    f"pgolf/{name}.py"
-    for name in (
-        "cli/submit",
-        "data/text",
-        "evaluate/validation",
-        "optim/bank_muon",
-        "quant/bank",
-        "report/submit",
-        "train/trainer",
-    )
-}
-"""Files that the texts name and that a renaming brings."""
-NEW_VERBS = {"generate", "report"}
-"""Verbs that the texts name and that other changes bring."""
 
 CONSOLE = {"console", "bash", "sh", "shell"}
 HARMLESS = {"cd", "git", "nvidia-smi", "unzip", "tar", "export"}
@@ -150,11 +133,6 @@ def run_verb(words: list[str], monkeypatch) -> None:
     assert code == 0, f"pgolf {shlex.join(words)}: exit code {code}"
 
 
-def known(word: str) -> str:
-    """Return a preset or verb, or its old name where the code has only that."""
-    return word if word in cli.VERBS or word in PRESETS else RENAMED.get(word, word)
-
-
 def check_command(command: str, monkeypatch) -> None:
     """Check one command line; raises AssertionError or an error of the parser where it could not be typed."""
     words = shlex.split(command, comments=True)
@@ -166,8 +144,8 @@ def check_command(command: str, monkeypatch) -> None:
         assert rest[place - 1] == "-m"
         program, rest = "pgolf", rest[place + 1 :]
     if program == "pgolf":
-        if rest != ["info"] and not (rest[0] in NEW_VERBS and rest[0] not in cli.VERBS):
-            run_verb([known(word) for word in rest[:2]] + rest[2:], monkeypatch)
+        if rest != ["info"]:
+            run_verb(rest, monkeypatch)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(rest) <= set(targets), f"{command}: the Makefile has {targets}"
@@ -282,7 +260,7 @@ def named_files(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    missing = sorted(f for f in named_files(page) if not list(ROOT.glob(f)) and f not in NOT_YET)
+    missing = sorted(f for f in named_files(page) if not list(ROOT.glob(f)))
     assert missing == []
 
 
@@ -290,7 +268,7 @@ def test_files_that_are_named_exist(page):
 def test_verbs_and_targets_in_the_text_exist(page):
     text = page.read_text()
     verbs = set(re.findall(r"`pgolf (\w[\w-]*)", text))
-    assert sorted(v for v in verbs - NEW_VERBS if known(v) not in cli.VERBS) == []
+    assert sorted(v for v in verbs if v not in cli.VERBS) == []
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"`make ([\w-]+)`", text))
     assert sorted(t for t in targets if not re.search(rf"^{t}:", makefile, flags=re.M)) == []
