@@ -3,10 +3,10 @@
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
 code.br (the code that is counted with it), tokenizer.model (a copy), loss.png, summary.json and report.html;
 with train.quantize off, no model.pgolf and no code.br. Everything up to the artifact is written before
-scoring starts, and the summary before the further ways to score, so a late failure loses nothing. While a
-run is under way its folder also holds what another process needs to go on (`pgolf.train.progress`): whatever ends a
-process, a signal, a crash or a lost rank, `train_run(..., resume=folder)` continues, and its reason is a line
-of log.txt.
+scoring starts, and the summary before the further ways to score, so a late failure loses nothing. While a run
+is under way its folder also holds what another process needs to go on (`pgolf.train.progress`): whatever ends
+a process, a signal, a crash or a lost rank, `train_run(..., resume=folder)` continues, and its reason is a
+line of log.txt.
 """
 
 from __future__ import annotations

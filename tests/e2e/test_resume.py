@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -298,3 +299,87 @@ def test_the_weights_that_are_scored_can_be_chosen_and_training_can_be_validated
     curve = [(row["step"], row["val_bpb"]) for row in rows if "val_bpb" in row]
     assert [step for step, _ in curve] == [1, 3] and curve[1][1] < curve[0][1]
     assert [row["step"] for row in rows if "loss" in row] == list(range(6))
+
+
+def saves(count: int, number: int, monkeypatch) -> None:
+    """Let the `count`-th write of weights be cut short by a signal, as a killed process would be."""
+    original, calls = run_module.save_weights, []
+
+    def save(*arguments: object, **facts: object) -> None:
+        calls.append(arguments)
+        if len(calls) == count:
+            raise Stopped(number)
+        original(*arguments, **facts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "save_weights", save)
+
+
+def test_weights_of_two_moments_are_no_pair(whole, tmp_path, monkeypatch):
+    """A process that ends between the two files leaves raw weights of now beside an average of before."""
+    settings = ["--out", str(tmp_path), "--train.checkpoint-every=0.01"]
+    with monkeypatch.context() as patch:
+        saves(2, signal.SIGTERM, patch)
+        assert main(["train", str(whole / "config.json"), *settings]) == 143
+    (folder,) = tmp_path.iterdir()
+    shutil.copy(whole / "ema.safetensors", folder)  # whole, but of another moment
+    assert main(["train", "--finish", str(folder)]) == 0
+    s = summary(folder)
+    assert 0 < s["train"]["steps"] <= STEPS
+    raw, averaged = (load_weights(folder / f"{name}.safetensors")[2] for name in ("raw", "ema"))
+    assert raw["pair"] == averaged["pair"] and raw["steps"] == averaged["steps"] == s["train"]["steps"]
+
+
+def test_an_overrun_is_remembered_by_the_process_that_scores(shards, tmp_path, monkeypatch):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "score_model", lambda *_: (_ for _ in ()).throw(Stopped(signal.SIGTERM)))
+        assert main([*words, "--steps=1000000", "--seconds=1", "--train.quantize-reserve=0"]) == 143
+    (folder,) = tmp_path.iterdir()
+    assert main(["train", "--resume", str(folder), "--data.micro-tokens=1024"]) == 3
+    s = summary(folder)
+    assert s["overrun"] > 0 and "THE CLOCK WAS OVERRUN" in (folder / "log.txt").read_text()
+    assert s["config_hash"] == describe(folder / "model.pgolf")["config_hash"], "still the artifact's run"
+
+
+def test_checkpoints_of_another_run_are_not_taken(stopped, shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "other"), *SETTINGS]
+    process = start([*words, "--train.seed=7"])
+    hit(process, signal.SIGTERM, 8)
+    process.communicate(timeout=60)
+    (other,) = (tmp_path / "other").iterdir()
+    shutil.rmtree(stopped / "checkpoints")
+    shutil.copytree(other / "checkpoints", stopped / "checkpoints")
+    (stopped / "raw.safetensors").unlink()
+    assert main(["train", "--resume", str(stopped)]) == 0
+    text = (stopped / "log.txt").read_text()
+    assert "is a checkpoint of another run" in text and "there is no checkpoint yet" in text
+    assert summary(stopped)["train"]["steps"] == STEPS
+
+
+def test_initial_weights_are_not_needed_again(whole, shards, tmp_path):
+    base = shutil.copy(whole / "raw.safetensors", tmp_path / "base.safetensors")
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "runs"), *SETTINGS]
+    process = start([*words, f"--train.init={base}"])
+    hit(process, signal.SIGTERM, 4)
+    process.communicate(timeout=60)
+    Path(base).unlink()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
+def test_a_validation_is_no_part_of_a_steps_time_and_survives_a_stop(shards, tmp_path, monkeypatch):
+    original = run_module.score_model
+
+    def slowly(*arguments: object) -> object:
+        time.sleep(0.4)
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run_module, "score_model", slowly)
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--evaluate.every=2"]
+    assert main(words) == 0
+    (folder,) = tmp_path.iterdir()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    pauses = [row["val_s"] for row in rows if "val_bpb" in row]
+    steps = sum(row["ms"] for row in rows if "loss" in row) / 1000
+    assert len(pauses) == 2
+    assert steps < summary(folder)["seconds"]["train"] - 0.7, "the pauses are on the clock, in no step"
