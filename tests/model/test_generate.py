@@ -12,7 +12,7 @@ from pgolf.data.text import sample_paths
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.model.generate import Decoder, Sampling, draw, generate, sample, text_pieces, window_start
 from pgolf.model.gpt import GPT
-from pgolf.presets import record
+from pgolf.presets import pr1855
 from tests.model.test_gpt import BOS, SWITCHES, packed, randomized, small
 
 
@@ -43,7 +43,7 @@ def test_step_by_step_equals_one_forward(change):
 
 
 def test_every_part_of_the_record_is_exact_too():
-    config = replace(record().model, vocab_size=96, width=64, heads=4, kv_heads=2, rope_dims=8)
+    config = replace(pr1855().model, vocab_size=96, width=64, heads=4, kv_heads=2, rope_dims=8)
     model, ids = randomized(config), packed([40], 96)[0].tolist()
     torch.testing.assert_close(fed(model, ids, first=20), whole(model, ids)[19:], atol=1e-5, rtol=0)
 

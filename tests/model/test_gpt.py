@@ -8,7 +8,7 @@ import torch
 
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
-from pgolf.presets import naive, record, tiny
+from pgolf.presets import naive, pr1855, tiny
 
 BOS = 1
 
@@ -39,11 +39,11 @@ def packed(lengths: list[int], vocab: int, seed: int = 0) -> tuple[torch.Tensor,
 
 
 def test_record_parameter_count_is_the_published_one():
-    assert sum(math.prod(s) for s in parameter_shapes(record().model).values()) == 35_945_671
+    assert sum(math.prod(s) for s in parameter_shapes(pr1855().model).values()) == 35_945_671
 
 
 def test_record_initial_loss_is_uniform_over_the_vocabulary():
-    model = GPT(record().model, seed=0)
+    model = GPT(pr1855().model, seed=0)
     ids, cu = packed([40, 88], 8192)
     with torch.no_grad():
         for loop in (False, True):
@@ -63,7 +63,7 @@ def test_model_trains_after_a_first_call_in_inference_mode():
 
 
 def test_layer_order_matches_the_record_schedule():
-    config = record().model
+    config = pr1855().model
     assert layer_order(config, loop=False) == ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9, 10])
     assert layer_order(config, loop=True) == ([0, 1, 2, 3, 4, 5, 3, 4], [5, 3, 4, 5, 6, 7, 8, 9, 10])
     assert skip_count(config) == 8

@@ -6,6 +6,7 @@ from torch import nn
 
 import pgolf.optim
 from pgolf.optim.polar import JORDAN
+from pgolf.optim.ranks import TOLERANCE, fingerprint
 
 
 def parameters(shapes, dtype=torch.float32):
@@ -74,3 +75,20 @@ def test_sparse_gradients_are_refused():
     embedding(torch.tensor([1, 2])).sum().backward()
     with pytest.raises(RuntimeError, match=r"sparse gradients are not supported; use nn\.Embedding\(sparse="):
         optimizer.step()
+
+
+def test_fingerprints_see_permutations_signs_and_small_elements():
+    """Norm and largest element alone let ranks diverge that had learned from other rows of an embedding."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 30, generator=rng)
+    small = torch.full((50,), 1e-7)
+    small[7] = 1.0
+    flipped, scrambled = small.clone(), x.clone()
+    flipped[20] *= -1
+    scrambled[:2] = x[[1, 0]]
+    pairs = [(x, x.flip(0)), (x, scrambled), (small, flipped), (x.bfloat16(), x.flip(1).bfloat16())]
+    for one, other in pairs:
+        first, second = fingerprint([one, x])[:, 0], fingerprint([other, x])[:, 0]
+        assert torch.equal(fingerprint([one])[:, 0], first) and not torch.equal(first, second)
+        assert ((first - second).abs() > TOLERANCE * first.abs()).any()
+    assert (fingerprint([torch.tensor([1.0, float("nan")])]) == -1).any()
