@@ -188,3 +188,10 @@ def test_parquet_columns_of_bytes_other_names_and_other_types(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a\.parquet: "):
         texts(path)
+
+
+def test_a_key_twice_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "one", "meta": {"a": 1, "a": 2}}\n')
+    with pytest.raises(ValueError, match=r"twice\.jsonl, line 2: given twice: 'a'"):
+        list(iterate_documents(path))
