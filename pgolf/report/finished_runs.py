@@ -250,12 +250,13 @@ def _check_ledger(folder: Path, ledger: dict[str, Any], limit: int) -> None:
     ):
         if said != value:
             raise ValueError(
-                f"{where}: {what} is {said:,}, but its parts sum to {value:,}; one of them was edited: use the "
+                f"{where}: {what} is {said:,}, but its parts sum to {value:,}; one was edited: use the "
                 "summary that the run wrote"
             )
     if ledger["limit"] != limit:
         raise ValueError(
-            f"{where}: limit is {ledger['limit']:,}, config.json says artifact.limit={limit:,}; one was edited"
+            f"{where}: limit is {ledger['limit']:,}, config.json says artifact.limit={limit:,}; one of them "
+            "was edited"
         )
 
 
@@ -264,9 +265,7 @@ def _check_clock(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     where, seconds, train = f"{folder}: summary.json", summary["seconds"], summary["train"]
     for name, value in seconds.items():
         if not _is_number(value):
-            raise ValueError(
-                f"{where}: seconds of {name} are {value!r}, expected a number >= 0; it was edited"
-            )
+            raise ValueError(f"{where}: seconds of {name} are {value!r}, expected a number >= 0")
     for name, score in summary["scores"].items():
         if not _is_number(score["seconds"]):
             raise ValueError(f"{where}: score {name} took {score['seconds']!r} s, expected a number >= 0")
@@ -326,7 +325,7 @@ def _check_data(folder: Path, data: dict[str, Any]) -> None:
     if data.get("manifest") is None:
         return
     _check_kind(folder, "data, manifest", data["manifest"], str)
-    counts = data.get("validation")
+    counts: Any = data.get("validation")
     _check_kind(folder, "data, validation", counts, dict)
     if set(counts) != {"tokens", "documents", "bytes"} or any(type(v) is not int for v in counts.values()):
         raise ValueError(

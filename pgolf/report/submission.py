@@ -417,8 +417,8 @@ def text_differs(runs: Sequence[FinishedRun], text: ShardInfo) -> str:
 def _certified(runs: Sequence[FinishedRun], manifest: Manifest | None) -> tuple[bool, str]:
     """Return whether the runs are known to have scored a whole validation text, and what says so or not.
 
-    What each run kept of the manifest that it checked says so; `manifest` is that very one, where it is at hand
-    (`pgolf.report.submit` compares the hashes).
+    What each run kept of the manifest that it checked says so; `manifest` is that very one, where it is at
+    hand (`pgolf.report.submit` compares the hashes).
     """
     unknown = "not known to be the whole text"
     for run in runs:

@@ -274,7 +274,9 @@ def read_cell(cell: Cell) -> CellResult:
     if run is not None:
         summary = _read_json(run / "summary.json")
         values, device = _values(summary), str(summary.get("device", ""))
-        result = replace(result, metrics=run / "metrics.jsonl", device=device)
+        data = summary.get("data")
+        digest = data.get("manifest") if isinstance(data, dict) else None
+        result = replace(result, metrics=run / "metrics.jsonl", device=device, manifest=digest)
         wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         if wrong:
             return replace(result, status="diverged", message=", ".join(wrong))

@@ -101,7 +101,7 @@ def test_files_that_are_no_settings_are_one_sentence(tmp_path, capsys):
             (b"5", "expected an object, got int"),
             (b'{"name": "x", "name": "y"}', "given twice: 'name'; give every key once"),
             (b'{"train": {"seed": 1, "steps": 2, "seed": 3}}', "given twice: 'seed'"),
-            (b'{"name": ' + b"7" * 5_000 + b"}", "config.json: a number in it cannot be read"),
+            (b'{"name": ' + b"7" * 5_000 + b"}", "a number in it cannot be read"),
         ):
             file.write_bytes(data)
             assert main([verb, str(file)]) == 2

@@ -182,6 +182,17 @@ def test_lossy_tokenizer_is_reported_in_manifest_and_summary(tmp_path: Path, los
     assert any("lossy: 1 documents do not decode exactly" in line for line in lines)
 
 
+def test_a_manifest_may_not_claim_that_lossy_ids_decode_exactly(tmp_path: Path, lossy: Tokenizer) -> None:
+    made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["plain", "plain again"]),))
+    assert build(made).lossless and verify_folder(made.out), "these documents do come back"
+    made = replace(made, val=(write_jsonl(tmp_path / "v.jsonl", ["plain", "two  spaces"]),), overwrite=True)
+    assert not build(made).lossless and verify_folder(made.out)
+    text = (made.out / "manifest.json").read_text()
+    (made.out / "manifest.json").write_text(text.replace('"lossless": false', '"lossless": true'))
+    with pytest.raises(ValueError, match=r"text_val_000000\.bin: document 2 does not decode exactly"):
+        verify_folder(made.out)
+
+
 def test_text_of_which_no_token_is_left_stops_the_build(tmp_path: Path, lossy: Tokenizer) -> None:
     made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["fine", "\n \n"]),))
     with pytest.raises(ValueError, match=r"v\.jsonl, line 2: the tokens account for 0 of 3 bytes"):
