@@ -5,6 +5,7 @@ Folders of other tools have no manifest; what rests on them says so (`NO_MANIFES
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ def verify_folder(folder: Path, *, training: bool = False) -> Manifest | None:
             damaged manifest, or a file that differs or is not listed.
     """
     require_finished(folder)
-    if not (folder / MANIFEST_NAME).exists():
+    if not os.path.lexists(folder / MANIFEST_NAME):
         return None
     manifest = read_manifest(folder)
     verify_manifest(folder, manifest, training=training)

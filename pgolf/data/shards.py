@@ -206,8 +206,11 @@ def require_finished(folder: Path) -> None:
         found = " (it is a file)" if folder.exists() else ""
         raise FileNotFoundError(f"no data folder at {folder}{found}; make one with: {MAKE_SHARDS}")
     marker = folder / MARKER_NAME
-    if marker.exists():
-        command = marker.read_text(errors="replace").strip() or MAKE_SHARDS
+    if os.path.lexists(marker):  # a link to nothing, too
+        command = ""
+        with contextlib.suppress(OSError):
+            command = marker.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        command = command or MAKE_SHARDS
         raise ValueError(
             f"{folder} holds an unfinished build of shards, no data set; where it is not running any more, "
             f"finish it with: {command}"
@@ -283,6 +286,8 @@ def read_manifest(folder: Path) -> Manifest:
     require_finished(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        if os.path.lexists(path):
+            raise FileNotFoundError(f"{path} is no file (a link to one that is gone?); {_AGAIN}")
         raise FileNotFoundError(
             f"no {MANIFEST_NAME} in {folder}; folders made by this command have one: {MAKE_SHARDS}"
         )

@@ -207,6 +207,10 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
             raise ValueError(
                 f"no column {text_key!r}; columns: {', '.join(schema.names)}; choose one with --text-key"
             )
+        if schema.names.count(text_key) > 1:
+            raise ValueError(
+                f"{schema.names.count(text_key)} columns are called {text_key!r}; rename all but one"
+            )
         kind = schema.field(text_key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not str(kind).startswith(

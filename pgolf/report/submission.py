@@ -65,6 +65,17 @@ class Entry:
     prepare_seconds: float | None = None
     """Seconds of making tokenizer and shards, before the runs."""
 
+    def __post_init__(self) -> None:
+        for key in ("author", "github_id", "name", "blurb", "date"):
+            try:
+                getattr(self, key).encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(
+                    f"{key} is not Unicode text: {getattr(self, key)!r}; set LC_ALL=C.UTF-8 and give it again"
+                ) from e
+        if self.prepare_seconds is not None and not 0 <= self.prepare_seconds < float("inf"):
+            raise ValueError(f"prepare_seconds must be a number >= 0, got {self.prepare_seconds}")
+
 
 def submission(runs: Sequence[FinishedRun], entry: Entry, manifest: Manifest | None = None) -> dict[str, Any]:
     """Return `submission.json`: the keys of PR #1855, those that the summaries can fill.
