@@ -36,8 +36,10 @@ MOST = {
     "quant.block": 65_536,
     "quant.lqer_rank": 65_536,
     "quant.lqer_top": 65_536,
-    "evaluate.adapters.rank": 65_536,
-    "evaluate.adapters.seed": 2**63 - 1,
+    "quant.calibration_batches": 2**20,
+    "quant.gradient_batches": 2**20,
+    "ttt.rank": 65_536,
+    "ttt.seed": 2**63 - 1,
 }
 """Largest whole numbers, far beyond any use: what is above would hang or crash instead of being refused."""
 MOST_ELSE = 2**40
@@ -489,7 +491,7 @@ class TttConfig:
     """Seeds the adapters' start, the same for every document."""
 
     def __post_init__(self) -> None:
-        _check_finite("evaluate.adapters", self)
+        _check_finite("ttt", self)
         for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
             value = getattr(self, name)
             _require(value >= 1, f"ttt.{name} must be >= 1, got {value}")

@@ -38,6 +38,8 @@ BAD = [
     ("data", "batch_tokens", 2**64, "data.batch_tokens must be at most"),
     ("quant", "block", 2**63, "quant.block must be at most 65,536"),
     ("quant", "lqer_rank", 2**40, "quant.lqer_rank must be at most 65,536"),
+    ("quant", "calibration_batches", 2**30, "quant.calibration_batches must be at most 1,048,576"),
+    ("quant", "gradient_batches", 2**30, "quant.gradient_batches must be at most 1,048,576"),
     ("artifact", "limit", 2**70, "artifact.limit must be at most"),
     ("evaluate", "stride", 2**63, "evaluate.stride must be at most"),
     ("artifact", "limit", 0, "artifact.limit must be > 0 bytes, got 0"),
@@ -137,3 +139,10 @@ def test_a_stride_that_no_window_has_is_refused_before_the_run():
     with pytest.raises(ValueError, match=r"evaluate.stride must be at most model.max_context=256, got 300"):
         replace(PRESETS["tiny"](), evaluate=far)
     assert replace(PRESETS["tiny"](), evaluate=replace(far, sliding=False)).evaluate.stride == 300
+
+
+def test_adapters_have_bounds_too():
+    with pytest.raises(ValueError, match=r"ttt\.rank must be at most 65,536, got 1000000"):
+        from_dict(Config, {"evaluate": {"adapters": {"rank": 10**6}}})
+    with pytest.raises(ValueError, match=r"ttt\.seed must be at most"):
+        from_dict(Config, {"evaluate": {"adapters": {"seed": 2**64}}})

@@ -54,6 +54,8 @@ from pgolf.data.tokenizer import Counts, Tokenizer
 
 Report = Callable[[str], None]
 
+MOST_JOBS = 4096
+"""Largest number of processes; more are no help on any machine."""
 NEW_NAME = ".new"
 """Folder within, in which shards wait that will replace others."""
 
@@ -82,8 +84,8 @@ class ShardsJob:
     drop_overlap: bool = False
     """Leave training documents out that are also in the validation text, instead of stopping."""
     overwrite: bool = False
-    """Replace the shards that are already in the folder once the new ones are complete; those of an unfinished
-    build go at once, always."""
+    """Replace the shards that are already in the folder once the new ones are complete; those of an
+    unfinished build go at once, always."""
     jobs: int = 0
     """Encoding processes; 0 = one per core (fewer for little text), 1 = none besides this one."""
 
@@ -91,10 +93,10 @@ class ShardsJob:
         for split in ("train", "val"):
             if not getattr(self, split):
                 raise ValueError(f"{split}: expected at least one text file, got none")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens must be >= 1, got {self.shard_tokens}")
-        if self.jobs < 0:
-            raise ValueError(f"jobs must be >= 0, got {self.jobs}")
+        if not 1 <= self.shard_tokens < 2**31:
+            raise ValueError(f"shard_tokens must be >= 1 and below 2^31, got {self.shard_tokens}")
+        if not 0 <= self.jobs <= MOST_JOBS:
+            raise ValueError(f"jobs must be >= 0 and at most {MOST_JOBS:,}, got {self.jobs}")
         check_name(self.name, "the shards' names")
 
 

@@ -139,8 +139,12 @@ def test_missing_inputs_and_bad_settings_are_refused(tmp_path: Path, tokenizer: 
         build(job(tmp_path, tokenizer, model=tmp_path / "none.model"))
     with pytest.raises(ValueError, match="val: expected at least one text file"):
         job(tmp_path, tokenizer, val=())
-    with pytest.raises(ValueError, match="shard_tokens must be >= 1, got 0"):
-        job(tmp_path, tokenizer, shard_tokens=0)
+    for wrong in (0, 2**31):
+        with pytest.raises(ValueError, match=rf"shard_tokens must be >= 1 and below 2\^31, got {wrong}"):
+            job(tmp_path, tokenizer, shard_tokens=wrong)
+    for wrong in (-1, 10**9):
+        with pytest.raises(ValueError, match=rf"jobs must be >= 0 and at most 4,096, got {wrong}"):
+            job(tmp_path, tokenizer, jobs=wrong)
     for name in ("a/b", "", ".", "..", "two\nlines", "-x", "n" * 129):
         with pytest.raises(ValueError, match="name is part of the shards' names: 1 to 128 bytes, printable"):
             job(tmp_path, tokenizer, name=name)

@@ -88,6 +88,8 @@ def test_the_hash_of_training_shards_is_checked_on_request(
     opened = DataFolder.open(data, vocab_size=512)
     assert opened.manifest is not None and "is as its manifest.json says" in opened.checked
     assert "not checked: SHA-256, documents and bytes (data.verify checks the first two)" in opened.checked
+    whole = DataFolder.open(shards, vocab_size=512, verify=True)
+    assert whole.checked.endswith("not checked: the bytes of the training text")
     out = str(tmp_path / "out")
     assert main(["train", "tiny", "--data", str(data), "--out", out, *SMALL, "--data.verify"]) == 2
     assert f"{path.name}: SHA-256 is" in capsys.readouterr().err
