@@ -26,12 +26,42 @@ def _require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+MOST = {
+    "model.layers": 1024,
+    "model.width": 65_536,
+    "model.mlp_mult": 256,
+    "model.max_context": 2**24,
+    "model.loops": 64,
+    "data.prefetch": 1024,
+    "train.warmup_steps": 1000,
+    "train.seed": 2**63 - 1,
+    "quant.block": 65_536,
+    "quant.lqer_rank": 65_536,
+    "quant.lqer_top": 65_536,
+    "quant.calibration_batches": 2**20,
+    "quant.gradient_batches": 2**20,
+    "ttt.rank": 65_536,
+    "ttt.seed": 2**63 - 1,
+}
+"""Largest whole numbers, far beyond any use: what is above would hang or crash instead of being refused."""
+MOST_ELSE = 2**40
+"""That of all others, tokens and steps among them."""
+
+
 def _check_finite(section: str, config: Any) -> None:
-    """Refuse NaN and infinity in every number with a fraction, whatever else is asked of it."""
+    """Refuse NaN, infinity and whole numbers beyond `MOST`, whatever else is asked of the settings."""
     for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
+        value, name = getattr(config, f.name), f"{section}.{f.name}"
         if isinstance(value, float):
-            _require(math.isfinite(value), f"{section}.{f.name} must be a finite number, got {value}")
+            _require(math.isfinite(value), f"{name} must be a finite number, got {value}")
+        elif isinstance(value, int):
+            most = MOST.get(name, MOST_ELSE)
+            _require(value <= most, f"{name} must be at most {most:,}, got {shown(value)}")
+
+
+def shown(value: int) -> str:
+    """Return a whole number in digits, or how many it has where Python does not write them."""
+    return str(value) if value.bit_length() < 1000 else f"a number of {value.bit_length()} bits"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +204,7 @@ class DataConfig:
     checked, of training shards the size."""
 
     def __post_init__(self) -> None:
+        _check_finite("data", self)
         _require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")
         _require(
             self.batch_tokens > 0 and self.batch_tokens % self.micro_tokens == 0,
@@ -339,7 +370,6 @@ class TrainConfig:
             5 <= self.rank_timeout <= 600,
             f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
         )
-        _require(self.seed < 2**63, f"train.seed must be below 2^63, got {self.seed}")
         reserve = self.quantize_reserve or 0.0
         _require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         _require(
@@ -433,6 +463,7 @@ class ArtifactConfig:
     too small for that gets its finest grid."""
 
     def __post_init__(self) -> None:
+        _check_finite("artifact", self)
         _require(self.limit > 0, f"artifact.limit must be > 0 bytes, got {self.limit}")
 
 
@@ -505,6 +536,7 @@ class EvaluateConfig:
     """Settings of `ttt`."""
 
     def __post_init__(self) -> None:
+        _check_finite("evaluate", self)
         _require(self.every >= 0, f"evaluate.every must be >= 0 steps, got {self.every}")
         _require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
 
@@ -534,7 +566,7 @@ class Config:
     """Further ways to score."""
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name, "a folder's name")
         longest = self.model.max_context
         _require(
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
@@ -552,11 +584,15 @@ class Config:
         return config_versions.completed(data, where)
 
 
-def _check_name(name: str) -> None:
-    """Refuse what cannot be one part of a path, or would be hidden or unreadable there."""
+def check_name(name: str, of: str) -> None:
+    """Refuse a part of a file name (`of` says which) that is none, or would be hidden or unreadable there.
+
+    Raises:
+        ValueError: it is.
+    """
     plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith((".", "-", " "))
     _require(
         bool(name) and plain and len(name.encode("utf-8", "replace")) <= 128,
-        "name is part of a folder's name: 1 to 128 bytes, printable, no / or \\, and no '.', '-' or space at "
+        f"name is part of {of}: 1 to 128 bytes, printable, no / or \\, and no '.', '-' or space at "
         f"its beginning, got {name!r}",
     )

@@ -13,7 +13,6 @@ import hashlib
 import json
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,20 +22,41 @@ DEEPEST = 64
 """Levels of a JSON file of settings; ours have four."""
 
 
-def read_json(path: Path, *, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+class DuplicateKeyError(ValueError):
+    """A JSON object gives one key twice: which of them holds is left open by the format."""
+
+
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs: json's object_pairs_hook.
+
+    Raises:
+        DuplicateKeyError: a key is given twice.
+    """
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted(key for key in result if keys.count(key) > 1)
+        raise DuplicateKeyError(f"given twice: {', '.join(map(repr, twice))}; give every key once")
+    return result
+
+
+def read_json(path: Path) -> Any:
     """Return what the JSON file at `path` holds; a byte order mark at its beginning is skipped.
 
-    Args:
-        path: the file. pairs: as json's object_pairs_hook.
     Raises:
-        OSError: it cannot be read. ValueError: not UTF-8, not JSON, or nested too deeply.
+        OSError: it cannot be read. ValueError: not UTF-8, not JSON, a key given twice, a whole number with
+            more digits than Python reads, or nested too deeply.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=pairs)
+        data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_pairs)
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not JSON: {e}") from e
+    except DuplicateKeyError as e:
+        raise ValueError(f"{path}: {e}") from e
+    except ValueError as e:  # Python's limit on the digits of an integer
+        raise ValueError(f"{path}: a number in it cannot be read: {e}") from e
     except RecursionError as e:
         raise ValueError(_too_deep(path)) from e
     level, depth = [node for node in (data,) if isinstance(node, dict | list)], 0

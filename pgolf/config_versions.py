@@ -141,7 +141,8 @@ def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
     if not missing:
         return ""
     version = writer_version(data, where)
-    whose = "today's defaults" if version is None else f"the values of version {version}, which wrote it"
+    whose = f"the defaults of version {VERSION if version is None else version} (pr1855's)"
+    whose += ", today's" if version is None else ", which wrote it"
     what = f"{len(missing)} of the settings of version {VERSION}; they have {whose}"
     more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
     return f"{where} lacks {what}: {', '.join(missing[:NAMED])}{more}"

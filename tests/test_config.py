@@ -26,7 +26,22 @@ BAD = [
     ("model", "qk_gain", -5.0, "model.qk_gain must be > 0, got -5.0"),
     ("model", "embed_init_std", 0.0, "model.embed_init_std must be > 0, got 0.0"),
     ("model", "sparse_gate_scale", -1.0, "model.sparse_gate_scale must be >= 0, got -1.0"),
-    ("train", "seed", 2**63, r"train.seed must be below 2\^63"),
+    ("train", "seed", 2**63, "train.seed must be at most 9,223,372,036,854,775,807"),
+    ("train", "warmup_steps", 10**9, "train.warmup_steps must be at most 1,000, got 1000000000"),
+    ("train", "steps", 10**5000, "train.steps must be at most .*, got a number of 16610 bits"),
+    ("model", "layers", 10**12, "model.layers must be at most 1,024"),
+    ("model", "loops", 10**9, "model.loops must be at most 64"),
+    ("model", "width", 2**60, "model.width must be at most 65,536"),
+    ("model", "mlp_mult", 10**9, "model.mlp_mult must be at most 256"),
+    ("model", "max_context", 2**63, "model.max_context must be at most 16,777,216"),
+    ("data", "prefetch", 10**9, "data.prefetch must be at most 1,024"),
+    ("data", "batch_tokens", 2**64, "data.batch_tokens must be at most"),
+    ("quant", "block", 2**63, "quant.block must be at most 65,536"),
+    ("quant", "lqer_rank", 2**40, "quant.lqer_rank must be at most 65,536"),
+    ("quant", "calibration_batches", 2**30, "quant.calibration_batches must be at most 1,048,576"),
+    ("quant", "gradient_batches", 2**30, "quant.gradient_batches must be at most 1,048,576"),
+    ("artifact", "limit", 2**70, "artifact.limit must be at most"),
+    ("evaluate", "stride", 2**63, "evaluate.stride must be at most"),
     ("artifact", "limit", 0, "artifact.limit must be > 0 bytes, got 0"),
     ("artifact", "limit", -1, "artifact.limit must be > 0 bytes, got -1"),
 ]
@@ -124,3 +139,10 @@ def test_a_stride_that_no_window_has_is_refused_before_the_run():
     with pytest.raises(ValueError, match=r"evaluate.stride must be at most model.max_context=256, got 300"):
         replace(PRESETS["tiny"](), evaluate=far)
     assert replace(PRESETS["tiny"](), evaluate=replace(far, sliding=False)).evaluate.stride == 300
+
+
+def test_adapters_have_bounds_too():
+    with pytest.raises(ValueError, match=r"ttt\.rank must be at most 65,536, got 1000000"):
+        from_dict(Config, {"evaluate": {"adapters": {"rank": 10**6}}})
+    with pytest.raises(ValueError, match=r"ttt\.seed must be at most"):
+        from_dict(Config, {"evaluate": {"adapters": {"seed": 2**64}}})

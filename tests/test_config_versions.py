@@ -159,6 +159,10 @@ def test_what_old_files_lack_is_what_their_code_did(name):
     assert {key: loaded[key] for key in MEANT[name]} == MEANT[name]
     note = missing_note(saved, to_dict(from_dict(Config, saved)), "config.json")
     assert note.startswith("config.json lacks ") and "optim.muon.algorithm=auto" in note
+    version = writer_version(saved, "config.json")
+    assert f"they have the defaults of version {version} (pr1855's), which wrote it: " in note
+    by_hand = missing_note({"name": "x"}, to_dict(Config()), "config.json")
+    assert f"they have the defaults of version {VERSION} (pr1855's), today's: " in by_hand
 
 
 def test_a_key_taken_out_has_the_default_of_the_version_that_wrote_the_file():

@@ -117,7 +117,10 @@ def open_artifact(path: Path) -> Iterator[Reader]:
         size = os.fstat(file.fileno()).st_size  # of this file, not of one that replaces it meanwhile
         if size > MAX_RAW_BYTES:
             raise ArtifactError(f"{path} has {size} bytes, an artifact has at most {MAX_RAW_BYTES}")
-        yield Reader(file, size)
+        try:
+            yield Reader(file, size)
+        except ArtifactError as e:
+            raise ArtifactError(f"{path}: {e}") from e
 
 
 Raw = bytes | NDArray[np.int8]

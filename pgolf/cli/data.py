@@ -124,7 +124,7 @@ def run_inspect(job: InspectJob) -> None:
     if manifest is not None:
         print(
             f"manifest: all {len(manifest.files)} files and the tokenizer have their SHA-256 and counts, and "
-            "there are no others"
+            "there are no others; not checked: the bytes of the training text"
         )
     else:
         print(f"manifest: {NO_MANIFEST}")

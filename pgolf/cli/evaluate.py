@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
+from pgolf.cli.overrides import check_output
 from pgolf.config import TttConfig, to_dict
 
 if TYPE_CHECKING:
     from pgolf.artifact.read import Artifact
+    from pgolf.data.loader import ValidationText
     from pgolf.dist import Dist
     from pgolf.evaluate.bpb import Score
     from pgolf.evaluate.validation import DataFolder
@@ -52,21 +54,30 @@ def main(argv: list[str]) -> int:
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
 
+    if args.json is not None:
+        check_output(args.json, "--json")
+    _check_kind(args.artifact)
     artifact = read_artifact(args.artifact)
+    longest = artifact.header.model.max_context
+    if set(args.mode) != {"ttt"} and args.tokens < longest:
+        raise ValueError(
+            f"--tokens must be at least the model's max_context, {longest:,}, got {args.tokens:,}"
+        )
     dist = Dist.start(args.device)
     try:
         data_folder = _open(args, artifact)
-        scores = _score(args, artifact, data_folder, dist)
+        text, documents = _text(args.documents, data_folder)
+        scores = _score(args, artifact, data_folder, text, dist)
     finally:
         dist.close()
     if dist.is_main:
-        note = f"  (first {args.documents:,} documents only)" if args.documents else ""
+        note = f"  (first {documents:,} documents only)" if documents else ""
         note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {mode}{note}")
         if args.json is not None:
-            _write(args.json, args, data_folder, scores)
+            _write(args.json, args, data_folder, documents, scores)
     return 0
 
 
@@ -85,12 +96,39 @@ def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     return data_folder
 
 
-def _score(args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Dist) -> dict[str, Score]:
+def _check_kind(path: Path) -> None:
+    """Say what to do with what is no artifact but near to one."""
+    if path.is_dir():
+        inside = path / "model.pgolf"
+        hint = f"pass {inside}" if inside.is_file() else "pass the file model.pgolf that a run wrote"
+        raise ValueError(f"{path} is a folder, expected an artifact; {hint}")
+    if path.suffix == ".safetensors":
+        raise ValueError(
+            f"{path} is a checkpoint, expected an artifact; pass the model.pgolf beside it, or make one: "
+            f"pgolf quantize {path} --data DIR --out FILE"
+        )
+
+
+def _text(documents: int, data_folder: DataFolder) -> tuple[ValidationText, int]:
+    """Return what is scored, and of how many documents it is; 0 where it is all of the text."""
+    from pgolf.evaluate.documents import document_bounds
+
+    whole = data_folder.validation()
+    if not documents:
+        return whole, 0
+    text = data_folder.validation(documents=documents)
+    if text.tokens.size == whole.tokens.size:
+        return text, 0
+    return text, len(document_bounds(text, data_folder.tokenizer.bos_id)[0])
+
+
+def _score(
+    args: Evaluate, artifact: Artifact, data_folder: DataFolder, text: ValidationText, dist: Dist
+) -> dict[str, Score]:
     """Return the score of every mode that was asked for."""
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
 
-    text = data_folder.validation(documents=args.documents)
     model = build_model(artifact, dist.device)
     model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
     return {
@@ -101,14 +139,16 @@ def _score(args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Di
     }
 
 
-def _write(path: Path, args: Evaluate, data_folder: DataFolder, scores: dict[str, Score]) -> None:
-    """Write the scores, and the data and settings that they depend on, as JSON."""
+def _write(
+    path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
+) -> None:
+    """Write the scores of so many documents (0: all), and the data and settings behind them, as JSON."""
     from pgolf.data.shards import atomic_file
 
     data: dict[str, Any] = {
         "artifact": str(args.artifact),
         "data": {**data_folder.facts(), "checked": data_folder.checked},
-        "documents": args.documents or "all",
+        "documents": documents or "all",
         "stride": args.stride,
         "ttt": to_dict(args.ttt),
         "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},

@@ -77,6 +77,11 @@ def _run(args: list[str]) -> int:
     except (OSError, ValueError, TypeError, RuntimeError) as e:
         _complain(f"pgolf {args[0] if args else ''}: {e}")
         return 2
+    except (MemoryError, OverflowError) as e:
+        what = "there is not enough memory for it" if isinstance(e, MemoryError) else "a number is too large"
+        detail = f" ({str(e).splitlines()[0]})" if str(e) else ""
+        _complain(f"pgolf {args[0]}: {what}{detail}; ask for less")
+        return 2
     except KeyboardInterrupt as e:
         _complain(str(e) or "interrupted")
         return 128 + int(getattr(e, "signum", signal.SIGINT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -60,6 +61,20 @@ def say(note: str) -> None:
     """Print a note on stderr, once for all ranks; nothing if it is empty."""
     if note and launch().rank == 0:
         print(f"note: {note}", file=sys.stderr)
+
+
+def check_output(path: Path, option: str) -> None:
+    """Raise now what writing `path` in the end would raise.
+
+    Raises:
+        FileNotFoundError, IsADirectoryError, PermissionError: no file can be made there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder, expected a file to write")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} for {option} {path}; make it first")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"no file can be made in {path.parent} for {option} {path}; choose another")
 
 
 def parse_config(verb: str, args: list[str]) -> Config:

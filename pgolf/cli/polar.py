@@ -9,6 +9,8 @@ from pathlib import Path
 import tyro
 
 SOLVED = "solved"
+MOST_STEPS = 100
+"""Iterations of a table; all converge in fewer than ten."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Polar:
     table: str = SOLVED
     """The table to print in full: "solved" for [lower, 1], or a name such as polar_express_golf."""
     steps: int = 5
-    """Iterations, as in optim.muon.ns-steps."""
+    """Iterations, as in optim.muon.ns-steps; at most 100."""
     lower: float = 3e-3
     """Smallest singular value to serve after normalization, in (0, 1); the quality is over [lower, 1]."""
     cushion: float = 0.02407327424182761
@@ -53,6 +55,8 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Polar, prog="pgolf polar", args=argv)
     from pgolf.optim.polar import NAMES, coefficients, named_tables, polar_express
 
+    if args.steps > MOST_STEPS:
+        raise ValueError(f"--steps must be at most {MOST_STEPS}, got {args.steps}")
     if args.table not in (SOLVED, *NAMES):
         raise ValueError(f"--table must be {SOLVED} or one of {NAMES}, got {args.table!r}")
     solved = polar_express(args.lower, args.steps, cushion=args.cushion, safety=args.safety)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from pgolf.cli.overrides import say
+from pgolf.cli.overrides import check_output, say
 from pgolf.config import ArtifactConfig, QuantConfig
 
 
@@ -63,8 +63,7 @@ def main(argv: list[str]) -> int:
     config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
     data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
     check_tokenizer(args.checkpoint, facts, data_folder.sha256)
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"no folder {args.out.parent} for --out {args.out}; make it first")
+    check_output(args.out, "--out")
     data_folder.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)
     try:

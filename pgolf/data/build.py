@@ -28,12 +28,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pgolf.config import check_name
 from pgolf.data.shards import (
     MANIFEST_NAME,
     MARKER_NAME,
@@ -52,6 +53,11 @@ from pgolf.data.text import TEXT_KEY, Document, RawBatch, check_text_file, read_
 from pgolf.data.tokenizer import Counts, Tokenizer
 
 Report = Callable[[str], None]
+
+MOST_JOBS = 4096
+"""Largest number of processes; more are no help on any machine."""
+NEW_NAME = ".new"
+"""Folder within, in which shards wait that will replace others."""
 
 # Starting a process takes about a second; encoding this much compressed text takes longer.
 _BYTES_PER_PROCESS = 500_000
@@ -78,7 +84,8 @@ class ShardsJob:
     drop_overlap: bool = False
     """Leave training documents out that are also in the validation text, instead of stopping."""
     overwrite: bool = False
-    """Remove the shards that are already in the folder; those of an unfinished build always go."""
+    """Replace the shards that are already in the folder once the new ones are complete; those of an
+    unfinished build go at once, always."""
     jobs: int = 0
     """Encoding processes; 0 = one per core (fewer for little text), 1 = none besides this one."""
 
@@ -86,12 +93,11 @@ class ShardsJob:
         for split in ("train", "val"):
             if not getattr(self, split):
                 raise ValueError(f"{split}: expected at least one text file, got none")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens must be >= 1, got {self.shard_tokens}")
-        if self.jobs < 0:
-            raise ValueError(f"jobs must be >= 0, got {self.jobs}")
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name must be a file name prefix, got {self.name!r}")
+        if not 1 <= self.shard_tokens < 2**31:
+            raise ValueError(f"shard_tokens must be >= 1 and below 2^31, got {self.shard_tokens}")
+        if not 0 <= self.jobs <= MOST_JOBS:
+            raise ValueError(f"jobs must be >= 0 and at most {MOST_JOBS:,}, got {self.jobs}")
+        check_name(self.name, "the shards' names")
 
 
 class _Encoded(NamedTuple):
@@ -128,6 +134,7 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
     Raises:
         FileNotFoundError: an input or the tokenizer is not there. FileExistsError: the folder holds shards.
         ValueError: a bad document (named by file and line), one in both splits, text that is lost, or none.
+            Where finished shards were to be replaced, they are untouched.
         OSError: a file cannot be written. RuntimeError: another build runs in the folder, or a worker process
             was killed. After an error past the first checks the folder stays marked as unfinished.
     """
@@ -139,15 +146,50 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
     if not tokenizer.lossless:
         report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
     _check_out(job)
-    with _unfinished(job) as finish:
+    with _unfinished(job) as (finish, created):
+        staged = created and job.overwrite and (job.out / MANIFEST_NAME).is_file()
         try:
-            _remove_old(job.out)
-            manifest = _build(job, tokenizer, report)
-            write_manifest(job.out, manifest)
+            manifest = _replace_old(job, tokenizer, report) if staged else _begin_anew(job, tokenizer, report)
+        except _OldIsWhole as e:
+            finish()
+            report(f"{job.out} holds what it held before")
+            assert e.__cause__ is not None
+            raise e.__cause__ from None
         except Exception:
             report(f"{job.out} is unfinished and marked so; the same command begins anew and finishes it")
             raise
         finish()
+    return manifest
+
+
+class _OldIsWhole(Exception):
+    """The build failed before it touched what was in the folder."""
+
+
+def _begin_anew(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
+    """Build where nothing is, or nothing of worth."""
+    shutil.rmtree(job.out / NEW_NAME, ignore_errors=True)
+    _remove_old(job.out)
+    manifest = _build(job, tokenizer, report)
+    write_manifest(job.out, manifest)
+    return manifest
+
+
+def _replace_old(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
+    """Build in a folder within, and put that in the place of a finished set only when it is complete."""
+    new = job.out / NEW_NAME
+    try:
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
+        manifest = _build(replace(job, out=new), tokenizer, report)
+    except BaseException as e:
+        shutil.rmtree(new, ignore_errors=True)
+        raise _OldIsWhole from e
+    _remove_old(job.out)
+    for path in (new / TOKENIZER_NAME, *(new / name for name in manifest.files)):
+        path.replace(job.out / path.name)
+    new.rmdir()
+    write_manifest(job.out, manifest)
     return manifest
 
 
@@ -178,8 +220,19 @@ def _check_out(job: ShardsJob) -> None:
     if job.out.exists() and not job.out.is_dir():
         raise NotADirectoryError(f"{job.out} is a file, expected a folder; choose another --out")
     job.out.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(job.out / MARKER_NAME):
+        _refuse_shards(job)
+
+
+def _refuse_shards(job: ShardsJob) -> None:
+    """Refuse a folder with shards or a manifest which nobody said may go."""
     old = _shards_in(job.out)
-    if old and not job.overwrite and not (job.out / MARKER_NAME).exists():
+    manifest = job.out / MANIFEST_NAME
+    if not old and os.path.lexists(manifest) and not job.overwrite:
+        raise FileExistsError(
+            f"{job.out} already holds {manifest.name}; choose another one, or pass --overwrite to replace it"
+        )
+    if old and not job.overwrite:
         raise FileExistsError(
             f"{job.out} already holds {len(old)} shards ({old[0].name}, ...); "
             "choose another folder, or pass --overwrite to remove them"
@@ -199,8 +252,10 @@ def _remove_old(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _unfinished(job: ShardsJob) -> Iterator[Callable[[], None]]:
+def _unfinished(job: ShardsJob) -> Iterator[tuple[Callable[[], None], bool]]:
     """Mark the folder as unfinished; only the function that is yielded removes the mark.
+
+    Yielded with it: whether the folder was not marked before.
 
     The mark is locked as long as this process lives, so that a second build does not take a running one for
     one that was killed.
@@ -209,7 +264,11 @@ def _unfinished(job: ShardsJob) -> Iterator[Callable[[], None]]:
         RuntimeError: another build has the lock. OSError: the mark cannot be written.
     """
     path = job.out / MARKER_NAME
-    with path.open("a+") as marker:
+    try:
+        marker, created = _open_marker(path)
+    except OSError as e:
+        raise OSError(e.errno, f"cannot write {path}: {e.strerror}; nothing was changed") from e
+    with contextlib.closing(os.fdopen(marker, "rb+", buffering=0)):
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
@@ -218,16 +277,38 @@ def _unfinished(job: ShardsJob) -> Iterator[Callable[[], None]]:
             ) from e
         except OSError:
             pass  # a file system without locks
-        if os.fstat(marker.fileno()).st_nlink == 0:
+        if os.fstat(marker).st_nlink == 0:
             raise RuntimeError(f"another build in {job.out} has just finished; choose another --out")
         try:
-            marker.truncate(0)
-            marker.write(command_of(job) + "\n")
-            marker.flush()
-            os.fsync(marker.fileno())
+            if created:
+                _refuse_shards(job)  # of a build that has finished since the first look
+            _write_marker(marker, f"{command_of(job)}\n".encode("utf-8", "surrogateescape"))
         except OSError as e:
-            raise OSError(e.errno, f"cannot write {path}: {e.strerror}") from e
-        yield path.unlink
+            if created:
+                path.unlink(missing_ok=True)
+            if isinstance(e, FileExistsError):
+                raise
+            raise OSError(e.errno, f"cannot write {path}: {e.strerror}; nothing was removed") from e
+        yield path.unlink, created
+
+
+def _open_marker(path: Path) -> tuple[int, bool]:
+    """Open the mark, never through a link; return its descriptor and whether it was made now."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, flags), False
+
+
+def _write_marker(marker: int, text: bytes) -> None:
+    """Make `text` the whole of the mark, on disk."""
+    os.lseek(marker, 0, os.SEEK_SET)
+    rest = text
+    while rest:
+        rest = rest[os.write(marker, rest) :]
+    os.ftruncate(marker, len(text))
+    os.fsync(marker)
 
 
 def command_of(job: ShardsJob) -> str:

@@ -29,6 +29,8 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pgolf.config_io import unique_pairs
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
@@ -204,8 +206,11 @@ def require_finished(folder: Path) -> None:
         found = " (it is a file)" if folder.exists() else ""
         raise FileNotFoundError(f"no data folder at {folder}{found}; make one with: {MAKE_SHARDS}")
     marker = folder / MARKER_NAME
-    if marker.exists():
-        command = marker.read_text(errors="replace").strip() or MAKE_SHARDS
+    if os.path.lexists(marker):  # a link to nothing, too
+        command = ""
+        with contextlib.suppress(OSError):
+            command = marker.read_text(encoding="utf-8", errors="surrogateescape").strip()
+        command = command or MAKE_SHARDS
         raise ValueError(
             f"{folder} holds an unfinished build of shards, no data set; where it is not running any more, "
             f"finish it with: {command}"
@@ -281,11 +286,13 @@ def read_manifest(folder: Path) -> Manifest:
     require_finished(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
+        if os.path.lexists(path):
+            raise FileNotFoundError(f"{path} is no file (a link to one that is gone?); {_AGAIN}")
         raise FileNotFoundError(
             f"no {MANIFEST_NAME} in {folder}; folders made by this command have one: {MAKE_SHARDS}"
         )
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(path.read_bytes(), object_pairs_hook=unique_pairs)
         files = {name: ShardInfo(**info) for name, info in data.pop("files").items()}
         totals = data.pop("splits")
         manifest = Manifest(files=files, **data)
@@ -298,13 +305,27 @@ def read_manifest(folder: Path) -> Manifest:
 def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
     """Raise ValueError where the manifest cannot be right, whatever lies in the folder."""
     numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
+    digests = {"tokenizer_sha256": manifest.tokenizer_sha256}
+    if type(manifest.lossless) is not bool:
+        raise ValueError(f"lossless is {manifest.lossless!r}, expected true or false")
+    if not isinstance(manifest.name, str):
+        raise ValueError(f"name is {manifest.name!r}, expected the prefix of the shard names")
     for name, info in manifest.files.items():
-        if not re.fullmatch(rf"[^/]+_{info.split}_[^/_]+\.bin", name) or info.split not in _SPLITS:
+        if info.split not in _SPLITS or not re.fullmatch(rf"[^/]+_{info.split}_[^/_]+\.bin", name):
             raise ValueError(f"{name!r} is no file of split {info.split!r}")
+        if not name.startswith(f"{manifest.name}_{info.split}_"):
+            raise ValueError(f"{name!r} is no file of a set that is named {manifest.name!r}")
+        digests[f"sha256 of {name}"] = info.sha256
         numbers |= {f"{key} of {name}": getattr(info, key) for key in ("tokens", "documents", "bytes")}
     for what, number in numbers.items():
         if type(number) is not int or number < 0:
             raise ValueError(f"{what} is {number!r}, expected a number")
+    for what, digest in digests.items():
+        if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
+            raise ValueError(f"{what} is {digest!r}, expected 64 hex digits")
+    for name, info in manifest.files.items():
+        if not 0 < info.documents <= info.tokens:
+            raise ValueError(f"{name} has {info.documents:,} documents in {info.tokens:,} tokens")
     for split in ("train", "val"):
         total = manifest.total(split)
         sums = {"tokens": total.tokens, "documents": total.documents, "bytes": total.bytes}

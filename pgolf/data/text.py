@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pgolf.config_io import DuplicateKeyError, unique_pairs
 from pgolf.data.compressed import SUFFIXES, open_text
 from pgolf.peers import find_peer
 
@@ -206,6 +207,10 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
             raise ValueError(
                 f"no column {text_key!r}; columns: {', '.join(schema.names)}; choose one with --text-key"
             )
+        if schema.names.count(text_key) > 1:
+            raise ValueError(
+                f"{schema.names.count(text_key)} columns are called {text_key!r}; rename all but one"
+            )
         kind = schema.field(text_key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
         if not str(kind).startswith(
@@ -229,11 +234,13 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
 def _parse_json(raw: bytes, key: str, where: str) -> str:
     # The value of a number is nothing to us, and as int those of more than 4,300 digits would be an error.
     try:
-        value: Any = json.loads(_decode(raw, where), parse_int=float)
+        value: Any = json.loads(_decode(raw, where), parse_int=float, object_pairs_hook=unique_pairs)
     except RecursionError as e:
         raise ValueError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} a line') from e
     except json.JSONDecodeError as e:
         raise ValueError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object a line') from e
+    except DuplicateKeyError as e:
+        raise ValueError(f"{where}: {e}") from e
     text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
         others = [k for k, v in value.items() if isinstance(v, str)] if isinstance(value, dict) else []

@@ -29,6 +29,8 @@ class DataFolder:
     """Of the tokenizer, hex."""
     manifest: Manifest | None = None
     """What the folder was checked against; None for another tool's folder, of which nobody knows."""
+    verified: bool = False
+    """Whether the training shards were read for that too."""
 
     @classmethod
     def open(cls, folder: Path | None, *, vocab_size: int, verify: bool = False) -> DataFolder:
@@ -57,7 +59,7 @@ class DataFolder:
                 f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
                 f"{vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
             )
-        return cls(folder, tokenizer, file_sha256(tokenizer.path), manifest)
+        return cls(folder, tokenizer, file_sha256(tokenizer.path), manifest, verify)
 
     @property
     def checked(self) -> str:
@@ -65,9 +67,15 @@ class DataFolder:
         if self.manifest is None:
             return NO_MANIFEST
         total = self.manifest.total("val")
+        rest = (
+            "the bytes"
+            if self.verified
+            else "SHA-256, documents and bytes (data.verify checks the first two)"
+        )
         return (
             f"{self.folder} is as its {MANIFEST_NAME} says: validation text of {total.documents:,} "
-            f"documents, {total.tokens:,} tokens, {total.bytes:,} bytes"
+            f"documents, {total.tokens:,} tokens, {total.bytes:,} bytes; not checked: {rest} of the training "
+            "text"
         )
 
     def facts(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Literal
 
+from pgolf.data.manifest import NO_MANIFEST
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
 from pgolf.report.stats import (
@@ -56,6 +57,8 @@ class CellResult:
     """Commit of the code that ran it."""
     device: str = ""
     """Where it ran."""
+    manifest: str | None = ""
+    """SHA-256 of the manifest of its data, None for data without one; "" where it has no summary."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,10 @@ def facts(ablation: Ablation) -> list[str]:
         lines.append("WARNING: cells ran code of more than one commit, or code that is in no commit.")
     if len(devices) > 1:
         lines.append("WARNING: cells ran on different devices.")
+    if bare := sum(c.manifest is None for c in ran):
+        lines.append(f"WARNING: {bare} of {len(ran)} runs rested on data without a manifest: {NO_MANIFEST}.")
+    if len({c.manifest for c in ran if c.manifest}) > 1:
+        lines.append("WARNING: cells rested on data of different manifests.")
     return lines + [f"WARNING: {text}" for text in ablation.warnings]
 
 

@@ -6,7 +6,6 @@ Owns what makes runs "the same configuration with another seed". Reads files onl
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from typing import Any
 
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
-from pgolf.config import Config, config_hash, from_dict, run_hash, to_dict
+from pgolf.config import Config, config_hash, from_dict, read_json, run_hash, to_dict
 
 FREE = (
     "train.seed",
@@ -41,6 +40,35 @@ NEEDED = (
     "train",
 )
 """Entries of summary.json that a submission needs; versions and commit, which are younger, may be missing."""
+
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "config_hash": str,
+    "parameters": int,
+    "device": str,
+    "world_size": int,
+    "attention": str,
+    "peak_mib": (int, float),
+    "scores": dict,
+    "bytes": dict,
+    "seconds": dict,
+    "train": dict,
+    "data": dict,
+    "sessions": list,
+    "versions": dict,
+    "commit": str,
+    "started": str,
+}
+"""What every entry of summary.json must be, if it is there."""
+NAMES_OF_KINDS = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
+CLOCK_SLACK_S = 1.0
+"""Seconds that training may seem to take beyond the clock: a resumed run reads two clocks."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +145,7 @@ def _read_run(folder: Path) -> FinishedRun:
             "its clock"
         )
     _check_there(folder, "model.pgolf")
+    _check_types(folder, summary)
     try:
         _check_finished(folder, config, summary)
         hashes = (run_hash(saved), config_hash(saved))  # runs until 0.1 wrote that of all settings
@@ -169,6 +198,8 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
             "which config.json asks for"
         )
     _check_scores(folder, scores)
+    _check_ledger(folder, ledger, config.artifact.limit)
+    _check_clock(folder, config, summary)
     total, limit = ledger["total"], config.artifact.limit
     if total > limit:
         raise ValueError(
@@ -204,6 +235,115 @@ def _check_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
                     f"{where} is over {score[key]:,} {key}, quantized over {scores['quantized'][key]:,}; all "
                     "scores of a run are of one text"
                 )
+
+
+def _check_ledger(folder: Path, ledger: dict[str, Any], limit: int) -> None:
+    """Raise if the ledger of the artifact does not add up, or is of another limit."""
+    where, parts = f"{folder}: summary.json, bytes", ledger["parts"]
+    sizes = {**parts, **{key: ledger[key] for key in ("model", "code", "total", "limit")}}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 0:
+            raise ValueError(f"{where}: {name} is {size!r}, expected a whole number of bytes; it was edited")
+    if not _is_number(ledger["clip_scale"]):
+        raise ValueError(f"{where}: clip_scale is {ledger['clip_scale']!r}, expected a number; it was edited")
+    for what, said, value in (
+        ("model", ledger["model"], sum(parts.values())),
+        ("total", ledger["total"], ledger["model"] + ledger["code"]),
+    ):
+        if said != value:
+            raise ValueError(
+                f"{where}: {what} is {said:,}, but its parts sum to {value:,}; one was edited: use the "
+                "summary that the run wrote"
+            )
+    if ledger["limit"] != limit:
+        raise ValueError(
+            f"{where}: limit is {ledger['limit']:,}, config.json says artifact.limit={limit:,}; one of them "
+            "was edited"
+        )
+
+
+def _check_clock(folder: Path, config: Config, summary: dict[str, Any]) -> None:
+    """Raise if seconds, steps and tokens are no numbers or contradict each other."""
+    where, seconds, train = f"{folder}: summary.json", summary["seconds"], summary["train"]
+    for name, value in seconds.items():
+        if not _is_number(value):
+            raise ValueError(f"{where}: seconds of {name} are {value!r}, expected a number >= 0")
+    for name, score in summary["scores"].items():
+        if not _is_number(score["seconds"]):
+            raise ValueError(f"{where}: score {name} took {score['seconds']!r} s, expected a number >= 0")
+    for key in ("steps", "tokens"):
+        if type(train[key]) is not int or train[key] < 0:
+            raise ValueError(f"{where}: {key} is {train[key]!r}, expected a whole number; it was edited")
+    steps, tokens, batch = train["steps"], train["tokens"], config.data.batch_tokens
+    if steps * batch != tokens:
+        raise ValueError(
+            f"{where}: {tokens:,} training tokens, but {steps:,} steps of data.batch_tokens={batch:,} are "
+            f"{steps * batch:,}; one of them was edited"
+        )
+    clock, budget = seconds["clock"], config.train.seconds
+    if seconds["train"] > clock + CLOCK_SLACK_S:
+        raise ValueError(
+            f"{where}: training took {seconds['train']:.2f} s of a clock of {clock:.2f} s; one was edited"
+        )
+    over = max(0.0, clock - budget) if budget else 0.0
+    said = summary.get("overrun", over)
+    if not _is_number(said) or not math.isclose(said, over, rel_tol=1e-9, abs_tol=1e-6):
+        raise ValueError(
+            f"{where}: overrun is {said!r}, but a clock of {clock:.2f} s is {over:.2f} s above "
+            f"train.seconds={budget:g}; one of them was edited"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    """Tell whether it is a finite number of 0 or more."""
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
+def _check_types(folder: Path, summary: dict[str, Any]) -> None:
+    """Raise where an entry of the summary is of another kind than what a run writes."""
+    for key, kind in KINDS.items():
+        if key not in summary or (key == "bytes" and summary[key] is None):
+            continue
+        _check_kind(folder, key, summary[key], kind)
+    for name, score in summary.get("scores", {}).items():
+        _check_kind(folder, f"scores, {name}", score, dict)
+    if isinstance(summary.get("bytes"), dict):
+        _check_kind(folder, "bytes, parts", summary["bytes"].get("parts"), dict)
+    sessions = summary.get("sessions", [])
+    for session in sessions:
+        _check_kind(folder, "each of sessions", session, dict)
+        wrong = not _is_number(session.get("lost_seconds"))
+        if session is not sessions[-1]:  # the last may still have been under way
+            wrong |= not isinstance(session.get("end"), str) or type(session.get("to_step")) is not int
+        if wrong:
+            raise ValueError(f"{folder}: summary.json: a session is {session!r:.200}, which no run writes")
+    for name, version in summary.get("versions", {}).items():
+        _check_kind(folder, f"versions, {name}", version, str)
+    _check_data(folder, summary.get("data", {}))
+
+
+def _check_data(folder: Path, data: dict[str, Any]) -> None:
+    """Raise if what a summary keeps of the manifest is not what `DataFolder.facts` gives."""
+    if data.get("manifest") is None:
+        return
+    _check_kind(folder, "data, manifest", data["manifest"], str)
+    counts: Any = data.get("validation")
+    _check_kind(folder, "data, validation", counts, dict)
+    if set(counts) != {"tokens", "documents", "bytes"} or any(type(v) is not int for v in counts.values()):
+        raise ValueError(
+            f"{folder}: summary.json: data, validation is {counts!r}, expected whole numbers of tokens, "
+            "documents and bytes; it was edited"
+        )
+
+
+def _check_kind(folder: Path, key: str, value: Any, kind: type | tuple[type, ...]) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = " or ".join(NAMES_OF_KINDS[k] for k in kinds)
+        raise ValueError(
+            f"{folder}: summary.json: {key} is {value!r:.60}, expected {names}, as a run writes it; use the "
+            "summary that the run wrote"
+        )
 
 
 def _counted_code(folder: Path, counted: int, commit: str | None) -> bytes:
@@ -245,9 +385,9 @@ def _identity(run: FinishedRun) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
+        data = read_json(path)
     except ValueError as e:
-        raise ValueError(f"{path} is not JSON: {e}; copy the run folder again") from e
+        raise ValueError(f"{e}; copy the run folder again") from e
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected an object, got {type(data).__name__}")
     return data

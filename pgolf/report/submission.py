@@ -13,7 +13,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from pgolf.artifact.code import CODE_RULE
-from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.report.finished_runs import FinishedRun
 
@@ -66,13 +65,24 @@ class Entry:
     prepare_seconds: float | None = None
     """Seconds of making tokenizer and shards, before the runs."""
 
+    def __post_init__(self) -> None:
+        for key in ("author", "github_id", "name", "blurb", "date"):
+            try:
+                getattr(self, key).encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(
+                    f"{key} is not Unicode text: {getattr(self, key)!r}; set LC_ALL=C.UTF-8 and give it again"
+                ) from e
+        if self.prepare_seconds is not None and not 0 <= self.prepare_seconds < float("inf"):
+            raise ValueError(f"prepare_seconds must be a number >= 0, got {self.prepare_seconds}")
+
 
 def submission(runs: Sequence[FinishedRun], entry: Entry, manifest: Manifest | None = None) -> dict[str, Any]:
     """Return `submission.json`: the keys of PR #1855, those that the summaries can fill.
 
     val_loss (nats a token) and val_bpb are of the headline score (`FinishedRun.headline`), means over the
     seeds; their standard deviations need two. val_text says whether it is known that they are of the whole
-    validation text; `manifest` is the one of the shards, where they are at hand.
+    validation text; `manifest` is the one that the runs rested on, where it is at hand.
     """
     s, headline = runs[0].summary, runs[0].headline
     results = {str(run.seed): _result(run) for run in runs}
@@ -418,22 +428,28 @@ def text_differs(runs: Sequence[FinishedRun], text: ShardInfo) -> str:
 def _certified(runs: Sequence[FinishedRun], manifest: Manifest | None) -> tuple[bool, str]:
     """Return whether the runs are known to have scored a whole validation text, and what says so or not.
 
-    The manifest does, of shards that are at hand, or what each run kept of the one that it checked.
+    What each run kept of the manifest that it checked says so; `manifest` is that very one, where it is at
+    hand (`pgolf.report.submit` compares the hashes).
     """
-    agrees = "both counts agree with the manifest of the shards"
-    if manifest is not None:
-        differs = text_differs(runs, manifest.total("val"))
-        return (False, f"not known to be the whole text: {differs}") if differs else (True, agrees)
+    unknown = "not known to be the whole text"
     for run in runs:
-        kept = run.summary.get("data")
-        if not kept:
-            return False, "not known to be the whole text: no manifest of it is at hand"
-        if not kept["manifest"]:
-            return False, f"not known to be the whole text: {NO_MANIFEST}"
-        differs = text_differs([run], ShardInfo("val", sha256="", **kept["validation"]))
+        kept = manifest_of(run)
+        if kept is None:
+            return False, f"{unknown}: the run rested on no manifest"
+        if kept != manifest_of(runs[0]):
+            return False, f"{unknown}: the runs rested on different manifests"
+        whole = ShardInfo("val", sha256="", **run.summary["data"]["validation"])
+        differs = text_differs([run], whole if manifest is None else manifest.total("val"))
         if differs:
-            return False, f"not known to be the whole text: {differs}"
-    return True, f"{agrees} that the runs checked"
+            return False, f"{unknown}: {differs}"
+    agrees = "both counts agree with the manifest of the shards"
+    return True, agrees if manifest is not None else f"{agrees} that the runs checked"
+
+
+def manifest_of(run: FinishedRun) -> str | None:
+    """Return the SHA-256 of the manifest that the run's data were checked against; None if there was none."""
+    found: str | None = (run.summary.get("data") or {}).get("manifest")
+    return found
 
 
 def _training_rule(runs: Sequence[FinishedRun]) -> str:

@@ -3,7 +3,7 @@
     README.md  submission.json  config.json  train_seed<seed>.log  loss_seed<seed>.png  model_seed<seed>.pgolf
     code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
 
-Owns the files; what the first two say is in `submission.py`, what a run must be in `finished.py`.
+Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
 Source: SPEC 1.4.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
-from pgolf.data.shards import TOKENIZER_NAME, Manifest, file_sha256
+from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
-from pgolf.report.submission import Entry, readme, submission, text_differs
+from pgolf.report.submission import Entry, manifest_of, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -52,7 +52,7 @@ def write_submission(
         FileExistsError: `out` holds something, and `overwrite` is off or it is not a submission folder or
             holds more than a submission's files.
         FileNotFoundError, ValueError: see `read_runs`; the shards are not as their manifest says.
-            ValueError: `data` has another tokenizer or another validation text.
+            ValueError: `data` has another tokenizer, another manifest or another validation text.
         OSError: a file cannot be written; nothing is left of the folder, an older one stays.
     """
     _check_out(out, folders, overwrite=overwrite)
@@ -144,14 +144,19 @@ def _tokenizer(runs: Sequence[FinishedRun], shards: Path | None) -> Path | None:
 
 
 def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) -> Manifest | None:
-    """Return the manifest of the shards, checked, where it is there and of the text that was scored."""
+    """Return the manifest of the shards, checked, where it is there and the one that the runs rested on."""
     manifest = verify_folder(shards) if shards is not None else None
-    if manifest is None:
+    if shards is None or manifest is None:
         return None
+    digest = file_sha256(shards / MANIFEST_NAME)
     differs = text_differs(runs, manifest.total("val"))
+    for run in runs:
+        rested_on = manifest_of(run)
+        if not differs and rested_on not in (None, digest):
+            differs = f"its {MANIFEST_NAME} has SHA-256 {digest[:16]}..., {run.folder} rested on {rested_on}"
     if differs and asked:
         raise ValueError(f"{shards}: {differs}; give the folder the runs were scored on")
-    return None if differs else manifest
+    return None if differs or None in map(manifest_of, runs) else manifest
 
 
 def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:

@@ -273,8 +273,16 @@ def read_cell(cell: Cell) -> CellResult:
     run = _run_of(rooted)
     if run is not None:
         summary = _read_json(run / "summary.json")
-        values, device = _values(summary), str(summary.get("device", ""))
-        result = replace(result, metrics=run / "metrics.jsonl", device=device)
+        try:
+            values, device = _values(summary), str(summary.get("device", ""))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(
+                f"{run / 'summary.json'} is not what a run writes ({type(e).__name__}: {e}); remove {run} to "
+                "run it again"
+            ) from e
+        data = summary.get("data")
+        digest = data.get("manifest") if isinstance(data, dict) else None
+        result = replace(result, metrics=run / "metrics.jsonl", device=device, manifest=digest)
         wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         if wrong:
             return replace(result, status="diverged", message=", ".join(wrong))

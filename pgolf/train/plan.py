@@ -192,9 +192,9 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     if not path.is_file():
         raise FileNotFoundError(f"no plan file {path}; bench/ablations/example.json is one to start from")
     try:
-        data = read_json(path, pairs=_no_duplicates)
+        data = read_json(path)
     except ValueError as e:
-        why = str(e).replace(f"{path} ", "it ", 1)
+        why = str(e).replace(f"{path} ", "it ", 1).replace(f"{path}: ", "", 1)
         raise ValueError(f"{path} is not a plan: {why}") from e
     if not isinstance(data, dict):
         raise TypeError(f"{path}: expected an object, got {type(data).__name__}")
@@ -274,14 +274,6 @@ def _get(data: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         data = data[part]
     return data
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise ValueError(f"given twice: {', '.join(map(repr, twice))}; give every arm and key its own name")
-    return dict(pairs)
 
 
 def _check_file(file: _File, path: Path) -> None:

@@ -99,6 +99,9 @@ def test_files_that_are_no_settings_are_one_sentence(tmp_path, capsys):
             (b"", "is not JSON"),
             (b"{'a': 1}", "is not JSON"),
             (b"5", "expected an object, got int"),
+            (b'{"name": "x", "name": "y"}', "given twice: 'name'; give every key once"),
+            (b'{"train": {"seed": 1, "steps": 2, "seed": 3}}', "given twice: 'seed'"),
+            (b'{"name": ' + b"7" * 5_000 + b"}", "a number in it cannot be read"),
         ):
             file.write_bytes(data)
             assert main([verb, str(file)]) == 2
@@ -118,3 +121,21 @@ def test_a_missing_data_folder_is_named(tmp_path, capsys):
 def test_an_unknown_table_of_coefficients_is_refused_before_anything_runs(capsys):
     assert main(["config", "tiny", "--optim.muon.coefficients", "jordn"]) == 2
     assert "'jordn'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "pgolf config: there is not enough memory for it; ask for less"),
+        (MemoryError("Unable to allocate 7 TiB"), "for it (Unable to allocate 7 TiB); ask for less"),
+        (OverflowError("int too big to convert"), "a number is too large (int too big to convert); ask for"),
+    ],
+)
+def test_what_is_too_large_for_the_machine_is_one_sentence(monkeypatch, capsys, error, message):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("pgolf.cli.config.main", fail)
+    assert main(["config", "tiny"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1

@@ -54,8 +54,9 @@ def test_named_table_is_printed_digit_for_digit(capsys):
         (["--table", "cans", "--steps", "4"], "'cans' are a list for 5 steps, got steps=4"),
         (["--lower", "1"], "lower must be in (0, 1), got 1.0"),
         (["--steps", "0"], "expected steps >= 1"),
+        (["--steps", "1000000000"], "--steps must be at most 100, got 1000000000"),
     ],
-    ids=["name", "length", "lower", "steps"],
+    ids=["name", "length", "lower", "steps", "endless"],
 )
 def test_bad_arguments_are_one_line(capsys, arguments, message):
     assert main(["polar", *arguments]) == 2

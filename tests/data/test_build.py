@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -137,10 +139,15 @@ def test_missing_inputs_and_bad_settings_are_refused(tmp_path: Path, tokenizer: 
         build(job(tmp_path, tokenizer, model=tmp_path / "none.model"))
     with pytest.raises(ValueError, match="val: expected at least one text file"):
         job(tmp_path, tokenizer, val=())
-    with pytest.raises(ValueError, match="shard_tokens must be >= 1, got 0"):
-        job(tmp_path, tokenizer, shard_tokens=0)
-    with pytest.raises(ValueError, match="name must be a file name prefix, got 'a/b'"):
-        job(tmp_path, tokenizer, name="a/b")
+    for wrong in (0, 2**31):
+        with pytest.raises(ValueError, match=rf"shard_tokens must be >= 1 and below 2\^31, got {wrong}"):
+            job(tmp_path, tokenizer, shard_tokens=wrong)
+    for wrong in (-1, 10**9):
+        with pytest.raises(ValueError, match=rf"jobs must be >= 0 and at most 4,096, got {wrong}"):
+            job(tmp_path, tokenizer, jobs=wrong)
+    for name in ("a/b", "", ".", "..", "two\nlines", "-x", "n" * 129):
+        with pytest.raises(ValueError, match="name is part of the shards' names: 1 to 128 bytes, printable"):
+            job(tmp_path, tokenizer, name=name)
     empty = tmp_path / "empty.jsonl"
     empty.touch()
     with pytest.raises(ValueError, match=r"no train documents in .*empty\.jsonl"):
@@ -180,6 +187,17 @@ def test_lossy_tokenizer_is_reported_in_manifest_and_summary(tmp_path: Path, los
     manifest = build_shards(made, report=lines.append)
     assert not manifest.lossless
     assert any("lossy: 1 documents do not decode exactly" in line for line in lines)
+
+
+def test_a_manifest_may_not_claim_that_lossy_ids_decode_exactly(tmp_path: Path, lossy: Tokenizer) -> None:
+    made = job(tmp_path, lossy, val=(write_jsonl(tmp_path / "v.jsonl", ["plain", "plain again"]),))
+    assert build(made).lossless and verify_folder(made.out), "these documents do come back"
+    made = replace(made, val=(write_jsonl(tmp_path / "v.jsonl", ["plain", "two  spaces"]),), overwrite=True)
+    assert not build(made).lossless and verify_folder(made.out)
+    text = (made.out / "manifest.json").read_text()
+    (made.out / "manifest.json").write_text(text.replace('"lossless": false', '"lossless": true'))
+    with pytest.raises(ValueError, match=r"text_val_000000\.bin: document 2 does not decode exactly"):
+        verify_folder(made.out)
 
 
 def test_text_of_which_no_token_is_left_stops_the_build(tmp_path: Path, lossy: Tokenizer) -> None:
@@ -335,3 +353,81 @@ def test_another_key_of_the_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
         build(made)
         assert documents(made.out, "train", tokenizer) == TRAIN
         assert documents(made.out, "val", tokenizer) == VAL
+
+
+def broken(number: int) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+def test_a_mark_that_cannot_be_written_leaves_the_old_shards_a_data_set(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(tmp_path, tokenizer)
+    manifest = build(made)
+    again = replace(made, overwrite=True)
+    for call in ("write", "fsync", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"pgolf.data.build.os.{call}", broken(28))
+            with pytest.raises(OSError, match=r"cannot write .*UNFINISHED: No space left on device; noth"):
+                build(again)
+        assert verify_folder(made.out, training=True) == manifest
+
+
+def test_the_mark_holds_any_path(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As Python gives paths that the locale cannot spell."""
+    folder = tmp_path / b"\xc3\xa4 \xff".decode("ascii", "surrogateescape")
+    folder.mkdir()
+    made = job(folder, tokenizer, train_texts=[*TRAIN, VAL[0]])
+    with pytest.raises(ValueError, match="is in both splits"):
+        build(made)
+    assert b"\xc3\xa4 \xff" in (made.out / "UNFINISHED").read_bytes()
+    with pytest.raises(ValueError, match="holds an unfinished build") as e:
+        verify_folder(made.out)
+    command = str(e.value).split("finish it with: ")[1]
+    assert os.fsencode(shlex.split(command)[-1]) in os.fsencode(command_of(made))
+
+
+def test_a_build_that_finished_meanwhile_is_not_removed(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = job(tmp_path, tokenizer)
+    manifest = build(made)
+    with monkeypatch.context() as patch:
+        patch.setattr("pgolf.data.build._check_out", lambda job: None)  # it looked before the other was done
+        with pytest.raises(FileExistsError, match=r"already holds \d+ shards"):
+            build(made)
+    assert verify_folder(made.out, training=True) == manifest
+
+
+def test_links_to_nothing_are_no_other_tools_folder(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    made = job(tmp_path, tokenizer)
+    build(made)
+    (made.out / "manifest.json").unlink()
+    (made.out / "manifest.json").symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is no file \(a link to one that is gone"):
+        verify_folder(made.out)
+    (made.out / "UNFINISHED").symlink_to(tmp_path / "gone")
+    refused(made.out, "pgolf data shards --train TEXT")
+    with pytest.raises(OSError, match=r"cannot write .*UNFINISHED: .*; nothing was changed"):
+        build(replace(made, overwrite=True))
+    assert not (tmp_path / "gone").exists()
+
+
+def test_text_that_is_no_good_does_not_cost_the_old_shards(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    lines: list[str] = []
+    made = job(tmp_path, tokenizer)
+    manifest = build(made)
+    before = {p.name for p in made.out.iterdir()}
+    again = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=[*TRAIN[:50], VAL[0]])
+    with pytest.raises(ValueError, match="is in both splits"):
+        build_shards(again, report=lines.append)
+    assert lines[-1] == f"{made.out} holds what it held before"
+    assert verify_folder(made.out, training=True) == manifest
+    assert {p.name for p in made.out.iterdir()} == before
+    good = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=TRAIN[:50])
+    assert build(good) == verify_folder(made.out, training=True)
+    assert documents(made.out, "train", tokenizer) == TRAIN[:50]
+    assert {p.name.split("_")[0] for p in made.out.iterdir()} == {"new", "manifest.json", "tokenizer.model"}

@@ -157,6 +157,47 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         manifest(lambda data: data["files"].pop("text_val_bytes_000000.bin")),
         r"damaged manifest \(the sidecar of text_val_000000\.bin is not listed with the same counts",
     ),
+    "a key twice": (
+        lambda folder: (folder / "manifest.json").write_text(
+            (folder / "manifest.json").read_text().replace('"bos_id": 1', '"bos_id": 1, "bos_id": 1')
+        ),
+        r"damaged manifest \(given twice: 'bos_id'",
+    ),
+    "lossless in words": (
+        manifest(lambda data: data.update(lossless="yes")),
+        r"damaged manifest \(lossless is 'yes', expected true or false",
+    ),
+    "a name that is none": (
+        manifest(lambda data: data.update(name=None)),
+        r"name is None, expected the prefix",
+    ),
+    "another name": (
+        manifest(lambda data: data.update(name="other")),
+        r"'text_train_000000\.bin' is no file of a set that is named 'other'",
+    ),
+    "a hash that is none": (
+        manifest(lambda data: data["files"]["text_train_000000.bin"].update(sha256=[1])),
+        r"sha256 of text_train_000000\.bin is \[1\], expected 64 hex digits",
+    ),
+    "a split with letters of patterns": (
+        manifest(lambda data: data["files"]["text_train_000000.bin"].update(split="train(")),
+        r"'text_train_000000\.bin' is no file of split 'train\('",
+    ),
+    "a split that is a list": (
+        manifest(lambda data: data["files"]["text_train_000000.bin"].update(split=["train"])),
+        r"'text_train_000000\.bin' is no file of split \['train'\]",
+    ),
+    "more documents than tokens": (
+        manifest(
+            lambda data: [
+                data["files"]["text_train_000000.bin"].update(documents=10**6),
+                data["splits"]["train"].update(
+                    documents=sum(i["documents"] for i in data["files"].values() if i["split"] == "train")
+                ),
+            ]
+        ),
+        r"text_train_000000\.bin has 1,000,000 documents in \d+ tokens",
+    ),
     "deep JSON": (
         lambda folder: (folder / "manifest.json").write_text("[" * 100_000),
         "damaged manifest",

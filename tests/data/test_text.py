@@ -188,3 +188,21 @@ def test_parquet_columns_of_bytes_other_names_and_other_types(tmp_path: Path) ->
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match=r"a\.parquet: "):
         texts(path)
+
+
+def test_a_key_twice_is_refused_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "twice.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "one", "meta": {"a": 1, "a": 2}}\n')
+    with pytest.raises(ValueError, match=r"twice\.jsonl, line 2: given twice: 'a'"):
+        list(iterate_documents(path))
+
+
+def test_two_parquet_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    parquet.write_table(table, path)
+    with pytest.raises(ValueError, match=r"a\.parquet: 2 columns are called 'text'; rename all but one"):
+        list(iterate_documents(path))

@@ -85,8 +85,11 @@ def test_the_hash_of_training_shards_is_checked_on_request(
     path = next(data.glob("*_train_*.bin"))
     ids = np.array(read_shard(path))
     write_shard(path, np.concatenate((ids[:1], ids[1:][::-1])))
-    corpus = DataFolder.open(data, vocab_size=512)
-    assert corpus.manifest is not None and "is as its manifest.json says" in corpus.checked
+    opened = DataFolder.open(data, vocab_size=512)
+    assert opened.manifest is not None and "is as its manifest.json says" in opened.checked
+    assert "not checked: SHA-256, documents and bytes (data.verify checks the first two)" in opened.checked
+    whole = DataFolder.open(shards, vocab_size=512, verify=True)
+    assert whole.checked.endswith("not checked: the bytes of the training text")
     out = str(tmp_path / "out")
     assert main(["train", "tiny", "--data", str(data), "--out", out, *SMALL, "--data.verify"]) == 2
     assert f"{path.name}: SHA-256 is" in capsys.readouterr().err
@@ -129,3 +132,33 @@ def test_documents_without_bytes_are_refused_before_they_are_scored(
     assert main([*score, "--documents", "1"]) == 2
     assert "the 1 tokens to score hold no bytes" in capsys.readouterr().err
     assert main([*score, "--documents", "2", "--tokens", "2048"]) == 0
+
+
+def test_evaluate_says_how_many_documents_it_scored(
+    shards: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    score = [*command("evaluate", run, shards, tmp_path), "--tokens", "2048", "--json", str(tmp_path / "j")]
+    for asked, note in (("3", "first 3 documents only"), ("1000000", ""), ("27", "")):
+        assert main([*score, "--documents", asked]) == 0
+        out = capsys.readouterr().out
+        assert note in out and ("documents only" in out) == bool(note)
+        told = json.loads((tmp_path / "j").read_text())
+        assert told["documents"] == (3 if note else "all")
+        assert (told["scores"]["plain"]["tokens"] == 48_545) == (not note)
+
+
+def test_evaluate_refuses_what_it_cannot_do_before_it_reads_the_data(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "none"
+    for artifact, more, message in (
+        ("model.pgolf", ["--json", str(tmp_path / "a" / "j")], f"no folder {tmp_path / 'a'} for --json"),
+        ("model.pgolf", ["--json", str(tmp_path)], f"--json {tmp_path} is a folder, expected a file"),
+        ("model.pgolf", ["--tokens", "63"], "--tokens must be at least the model's max_context, 64, got 63"),
+        ("raw.safetensors", [], f"{run / 'raw.safetensors'} is a checkpoint, expected an artifact"),
+        ("", [], f"{run} is a folder, expected an artifact; pass {run / 'model.pgolf'}"),
+        ("log.txt", [], str(run / "log.txt")),
+    ):
+        assert main(["evaluate", str(run / artifact), "--data", str(nowhere), *more]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1

@@ -158,11 +158,75 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "has no score ttt, which config.json asks for",
     ),
     "too big": (
-        summary_with(lambda s: s["bytes"].update(total=16_000_007)),
+        summary_with(lambda s: s["bytes"].update(total=16_000_007, code=16_000_007 - s["bytes"]["model"])),
         "artifact is 16_000_007 bytes with its code, limit 16_000_000, 7 too many",
     ),
+    "a total of its own": (
+        summary_with(lambda s: s["bytes"].update(total=s["bytes"]["total"] - 5)),
+        "bytes: total is .*, but its parts sum to",
+    ),
+    "a section less": (
+        summary_with(lambda s: s["bytes"]["parts"].popitem()),
+        "bytes: model is .*, but its parts sum to",
+    ),
+    "a section below zero": (
+        summary_with(lambda s: s["bytes"]["parts"].update(header=-4)),
+        "bytes: header is -4, expected a whole number of bytes",
+    ),
+    "another limit": (
+        summary_with(lambda s: s["bytes"].update(limit=17_000_000)),
+        "limit is 17,000,000, config.json says artifact.limit=16,000,000",
+    ),
+    "a clock that is no number": (
+        summary_with(lambda s: s["seconds"].update(clock=math.nan)),
+        "seconds of clock are nan, expected a number >= 0",
+    ),
+    "seconds below zero": (
+        summary_with(lambda s: s["seconds"].update(save=-1.0)),
+        "seconds of save are -1.0, expected a number >= 0",
+    ),
+    "an endless score": (
+        summary_with(lambda s: s["scores"]["ttt"].update(seconds=math.inf)),
+        "score ttt took inf s",
+    ),
+    "tokens of other steps": (
+        summary_with(lambda s: s["train"].update(steps=3)),
+        "4,096 training tokens, but 3 steps of data.batch_tokens=2,048 are 6,144",
+    ),
+    "training beyond the clock": (
+        summary_with(lambda s: s["seconds"].update(train=s["seconds"]["clock"] + 5)),
+        "training took .* s of a clock of",
+    ),
+    "an overrun that the clock denies": (
+        summary_with(lambda s: s.update(overrun=7.5)),
+        r"overrun is 7\.5, but a clock of .* s is 0.00 s above train.seconds=60",
+    ),
+    "sessions that are none": (
+        summary_with(lambda s: s.update(sessions="two")),
+        "summary.json: sessions is 'two', expected a list",
+    ),
+    "a session without an end": (
+        summary_with(lambda s: s["sessions"].insert(0, {"lost_seconds": 1.0})),
+        "a session is {'lost_seconds': 1.0}, which no run writes",
+    ),
+    "seconds in a list": (
+        summary_with(lambda s: s.update(seconds=[1, 2])),
+        r"summary.json: seconds is \[1, 2\], expected an object",
+    ),
+    "a commit in numbers": (
+        summary_with(lambda s: s.update(commit=7)),
+        "summary.json: commit is 7, expected a string",
+    ),
+    "counts of the text in words": (
+        summary_with(lambda s: s["data"].update(validation={"tokens": "many"})),
+        "data, validation is {'tokens': 'many'}, expected whole numbers",
+    ),
+    "a key twice": (
+        lambda run: (run / "config.json").write_text('{"name": "a", "name": "b"}'),
+        r"config.json: given twice: 'name'; give every key once",
+    ),
     "too slow": (
-        summary_with(lambda s: s["seconds"].update(clock=60.5)),
+        summary_with(lambda s: [s["seconds"].update(clock=60.5), s.update(overrun=0.5)]),
         "the clock stopped at 60.50 s, train.seconds=60, 0.50 s too late",
     ),
     "a checkpoint": (
@@ -185,7 +249,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "they are of different runs, or one was edited",
     ),
     "other bytes": (
-        summary_with(lambda s: s["bytes"].update(model=5)),
+        summary_with(lambda s: s["bytes"].update(model=5, total=5 + s["bytes"]["code"], parts={"all": 5})),
         "summary.json says 5; it is not this run's",
     ),
     "torn artifact": (lambda run: os.truncate(run / "model.pgolf", 4000), "artifact"),
@@ -352,15 +416,40 @@ def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
 
     monkeypatch.setattr(submit, "_shards", lambda *_: None)
     assert "that the runs checked" in kept(lambda s: None)
-    assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
-    assert "shards of another tool" in kept(lambda s: s.update(data={"manifest": None}))
+    assert "the run rested on no manifest" in kept(lambda s: s.pop("data"))
+    assert "the run rested on no manifest" in kept(lambda s: s.update(data={"manifest": None}))
+    assert "rested on different manifests" in kept(lambda s: s["data"].update(manifest="0" * 64))
     assert "91,100 bytes, the manifest's text has 91,101" in kept(
         lambda s: s["data"]["validation"].update(bytes=91101)
     )
     # The folder that the run names holds another text by now.
     monkeypatch.setattr(submit, "_shards", lambda *_: other)
     assert "that the runs checked" in kept(lambda s: None)
-    assert "no manifest of it is at hand" in kept(lambda s: s.pop("data"))
+    assert "the run rested on no manifest" in kept(lambda s: s.pop("data"))
+
+
+def test_a_manifest_at_hand_certifies_only_runs_that_rested_on_it(seeds, shards, tmp_path, capsys):
+    """Its counts are those of the scores all along."""
+    runs = [Path(shutil.copytree(run, tmp_path / run.name)) for run in seeds]
+    for data in ({"manifest": None}, None):
+        for run in runs:
+            edited(run, "summary.json", lambda s, data=data: s.update(data=data) if data else s.pop("data"))
+        for number, more in enumerate(([], ["--data", str(shards)])):
+            out = tmp_path / f"out{number}"
+            assert write(runs, out, "--overwrite", *more) == 0
+            told = json.loads((out / "submission.json").read_text())["val_text"]
+            assert told == "not known to be the whole text: the run rested on no manifest"
+            text = (out / "README.md").read_text()
+            assert WHOLE not in text and "decoding their ids" not in text
+    counts = json.loads((seeds[0] / "summary.json").read_text())["data"]["validation"]
+    for run in runs:
+        edited(run, "summary.json", lambda s: s.update(data={"manifest": "ab" * 32, "validation": counts}))
+    capsys.readouterr()
+    assert write(runs, tmp_path / "out", "--data", str(shards)) == 2
+    assert re.search(r"its manifest.json has SHA-256 .*rested on abab", capsys.readouterr().err)
+    assert write(runs, tmp_path / "out") == 0, "the folder is another by now, but the runs kept their counts"
+    told = json.loads((tmp_path / "out" / "submission.json").read_text())["val_text"]
+    assert told.endswith("that the runs checked")
 
 
 def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same_code(

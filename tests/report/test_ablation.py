@@ -3,6 +3,7 @@
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 from pgolf.report.ablation import Ablation, CellResult, TrunkResult, compare_arms, markdown
@@ -115,3 +116,15 @@ def test_page_is_well_formed_and_needs_nothing_else(tmp_path):
     assert not re.search(r"<(script|link|iframe)|@import|url\(|href=", page)
     assert "t&lt;&amp;&gt;" in page
     assert sorted(p.name for p in path.parent.iterdir()) == ["report.html", "report.md"]
+
+
+def test_results_on_data_without_a_manifest_are_said_to_be_so(tmp_path):
+    whole = make_ablation(tmp_path)
+    assert "manifest" not in markdown(whole)
+    cells = [replace(c, manifest=None if c.arm == "good" else "ab" * 32) for c in whole.cells]
+    page = markdown(make_ablation(tmp_path, cells=tuple(cells)))
+    assert "WARNING: 6 of 24 runs rested on data without a manifest: no manifest.json" in page
+    assert "different manifests" not in page
+    cells[0] = replace(cells[0], manifest="cd" * 32)
+    page = html_page(make_ablation(tmp_path, cells=tuple(cells)))
+    assert '<li class="warn">WARNING: cells rested on data of different manifests.' in page

@@ -120,3 +120,13 @@ def test_the_commands_start_as_many_ranks_as_ran():
     start = "torchrun --standalone --nproc_per_node=8 "
     assert f"{start}-m pgolf train config.json --data SHARDS --seed 42" in commands[8]
     assert f"{start}score.py model_seed42.pgolf --data SHARDS" in commands[8]
+
+
+def test_what_somebody_says_must_be_text_and_a_number():
+    name = b"J\xc3\xbcrgen".decode("ascii", "surrogateescape")  # as Python reads it where LANG=C
+    for key in ("author", "github_id", "name", "blurb", "date"):
+        with pytest.raises(ValueError, match=f"{key} is not Unicode text: .*; set LC_ALL=C.UTF-8"):
+            Entry(**{key: name})
+    for seconds in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match="prepare_seconds must be a number >= 0"):
+            Entry(prepare_seconds=seconds)

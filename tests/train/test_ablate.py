@@ -242,6 +242,26 @@ def test_torn_summary_is_run_again(tmp_path):
     assert again.started == [("base", 1, None)]
 
 
+def test_a_summary_of_other_kinds_is_named(tmp_path):
+    plan = make_plan(tmp_path)
+    run_all(plan, FakeCells())
+    (path,) = plan.cells()[0].folder.glob("*/summary.json")
+    whole = json.loads(path.read_text())
+    for wrong in ({"train": [1]}, {"seconds": {}}, {"scores": 7}, {"bytes": "many"}):
+        path.write_text(json.dumps(whole | wrong))
+        with pytest.raises(ValueError, match=r"summary\.json is not what a run writes \(.*; remove "):
+            gather(plan, Path("p"))
+
+
+def test_cells_keep_which_data_they_rested_on(tmp_path):
+    plan = make_plan(tmp_path)
+    run_all(plan, FakeCells())
+    (path,) = plan.cells()[0].folder.glob("*/summary.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"manifest": "ab" * 32}}))
+    first, *others = gather(plan, Path("p")).cells
+    assert first.manifest == "ab" * 32 and {cell.manifest for cell in others} == {None}
+
+
 @pytest.mark.parametrize("fate", [DIVERGED, "nan"])
 def test_diverged_cell_is_recorded_not_averaged_and_not_run_again(tmp_path, fate):
     plan = make_plan(tmp_path, seeds=[1, 2, 3, 4])
