@@ -45,10 +45,10 @@ def test_the_run_uses_the_gpus_that_torch_sees(tmp_path, gpus):
     # A manifest is written last: shards without one were not finished, and must not stop the next attempt.
     assert "--train a.jsonl b.jsonl --val val.jsonl" in shards and shards.endswith("--overwrite")
     launch = f"-m torch.distributed.run --standalone --nproc_per_node={gpus} " if gpus > 1 else ""
-    command = f"{launch}-m pgolf train record --data {tmp_path}/shards --seconds 600 --out {tmp_path}/runs"
+    command = f"{launch}-m pgolf train pr1855 --data {tmp_path}/shards --seconds 600 --out {tmp_path}/runs"
     assert train == command
     assert f"--case record_600s_{gpus}gpu --out bench/results" in lines
-    assert record.startswith(f"-m pgolf submit {tmp_path}/runs/one/ --out {tmp_path}/record --overwrite")
+    assert record.startswith(f"-m pgolf submit {tmp_path}/runs/one/ --out {tmp_path}/submission --overwrite")
     assert "--prepare-seconds" in record
 
 

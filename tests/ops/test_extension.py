@@ -28,7 +28,8 @@ def test_kernel_table_lists_every_registered_operator() -> None:
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("pgolf::")
     }
-    assert set(table) == registered
+    # Attention of another package is registered in Python, by the file that wraps it.
+    assert set(table) == {name for name in registered if not name.startswith("fa4_")}
     for row in table.values():
         assert row["cpu"]
         assert row["cuda"] == _C.build_info()["cuda_linked"]
