@@ -39,7 +39,8 @@ if [ "${TTT:-0}" = 1 ]; then
 fi
 runs=()
 for seed in ${SEEDS:-default}; do
-  one=() name="${preset}_${seconds}s_${gpus}gpu"
+  # The names of result lines stay: what preset pr1855 gives was called record.
+  one=() name="${preset/pr1855/record}_${seconds}s_${gpus}gpu"
   if [ "$seed" != default ]; then
     one=(--seed "$seed") name="${name}_seed$seed"
   fi
