@@ -51,7 +51,7 @@ def load_base(name: str) -> Config:
 
 def base_note(name: str) -> str:
     """Return the line on settings that the configuration called `name` lacks and got; "" if it has all."""
-    if name in PRESETS:
+    if name in PRESETS or name in OLD_NAMES:
         return ""
     data = read_json(Path(name))
     return missing_note(data, to_dict(from_dict(Config, data, where=name)), name)

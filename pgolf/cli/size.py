@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf.cli.overrides import override, parse_config, say
-from pgolf.presets import PRESETS
+from pgolf.presets import OLD_NAMES, PRESETS
 
 if TYPE_CHECKING:
     from pgolf.artifact.size import Ledger
@@ -92,7 +92,7 @@ def _scaled(ledger: Ledger) -> str:
 
 def _artifact(argv: list[str]) -> Path | None:
     """Return the artifact asked for: a .pgolf file, or that of a run folder; None if settings follow it."""
-    if len(argv) != 1 or argv[0] in PRESETS:
+    if len(argv) != 1 or argv[0] in {*PRESETS, *OLD_NAMES}:
         return None
     path = Path(argv[0])
     if path.is_dir():
@@ -106,6 +106,6 @@ def _checkpoint(name: str) -> Path | None:
     A preset goes before a folder of its name, as it does for the other verbs.
     """
     path = Path(name)
-    if path.is_dir() and name not in PRESETS:
+    if path.is_dir() and name not in {*PRESETS, *OLD_NAMES}:
         return path / "ema.safetensors"
     return path if path.suffix == ".safetensors" else None

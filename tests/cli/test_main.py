@@ -139,3 +139,13 @@ def test_what_is_too_large_for_the_machine_is_one_sentence(monkeypatch, capsys, 
     assert main(["config", "tiny"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_old_names_work_and_say_what_the_new_ones_are(capsys, tmp_path):
+    assert main(["config", "record"]) == 0
+    shown = capsys.readouterr()
+    assert "the preset record is now called pr1855" in shown.err and "35,945,671" in shown.out
+    assert main(["train", "record", "--data", str(tmp_path / "none")]) == 2
+    assert "no data folder at" in capsys.readouterr().err
+    assert main(["record", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
+    assert "pgolf record is now called pgolf submit" in capsys.readouterr().err
