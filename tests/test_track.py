@@ -88,6 +88,7 @@ def test_wandb_offline_keeps_one_run_over_processes(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.delenv("WANDB_PROJECT", raising=False)
     assert train(tmp_path, "wandb", range(4)) == []
+    time.sleep(1.1)  # wandb names a process's folder by the second and the run's id
     assert train(tmp_path, "wandb", range(2, 6), at=2) == []
     records = [r for p in sorted(tmp_path.glob("wandb/offline-run-*/*.wandb")) for r in wandb_records(p)]
     runs = [r.run for r in records if r.WhichOneof("record_type") == "run"]

@@ -66,6 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(args)
     except BrokenPipeError:
         code = BROKEN_PIPE
+    except SystemExit as e:  # help, or words that do not parse: what was printed may still be in the buffer
+        if isinstance(e.code, str):
+            raise
+        raise SystemExit(_flush(e.code or 0, logs_itself=False)) from None
     return _flush(code, logs_itself=args[:1] == ["train"])
 
 

@@ -74,7 +74,7 @@ def test_bad_files_are_one_clear_line(path, tmp_path, capsys):
     for words in (["inspect", str(path)], ["export", str(path), str(tmp_path / "w.safetensors")]):
         assert main(["artifact", *words]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("pgolf artifact: artifact checksum does not match") and error.count("\n") == 1
+        assert f"{path}: artifact checksum does not match" in error and error.count("\n") == 1
     assert main(["artifact", "export", str(path), str(tmp_path / "w.bin")]) == 2
     assert "ends in .safetensors, got" in capsys.readouterr().err
     with pytest.raises(ArtifactError):
