@@ -141,21 +141,19 @@ class Dist:
 
     def gather(self, values: list[float]) -> list[list[float]]:
         """Return every rank's `values` (float64) on every rank, by rank; never waits for the GPU."""
-        if self._host is None:
-            return [list(values)]
-        box = torch.tensor(values, dtype=torch.float64)
-        boxes = [torch.empty_like(box) for _ in range(self.world_size)]
-        td.all_gather(boxes, box, group=self._host)
-        return [[float(v) for v in b.tolist()] for b in boxes]
+        return self._rows(torch.tensor(values, dtype=torch.float64))
 
     def gather_ints(self, values: list[int]) -> list[list[int]]:
         """Return every rank's `values` (64-bit integers) on every rank, by rank."""
+        return self._rows(torch.tensor(values, dtype=torch.int64))
+
+    def _rows(self, box: Tensor) -> list[list[Any]]:
+        """Return every rank's box as a list of its numbers, by rank."""
         if self._host is None:
-            return [list(values)]
-        box = torch.tensor(values, dtype=torch.int64)
+            return [box.tolist()]
         boxes = [torch.empty_like(box) for _ in range(self.world_size)]
         td.all_gather(boxes, box, group=self._host)
-        return [[int(v) for v in b.tolist()] for b in boxes]
+        return [b.tolist() for b in boxes]
 
     def check(self, error: str | None) -> None:
         """Let every rank fail together: raise everywhere if any rank passes a message.

@@ -47,16 +47,11 @@ class Saver:
         lowest, highest = tick.writers
         if lowest >= WRITTEN:
             self._settle()
-        elif tick.signal:
-            if highest != IDLE:
-                self._writer.wait()
-                if self._writer.state in (WRITTEN, FAILED):
-                    self._settle()
-        elif self._due(tick) and highest == IDLE:
+        elif highest == IDLE and self._due(tick) and not tick.signal:
             self._last = tick.elapsed
             self._writer.start(place.steps, place.to_facts())
         if tick.signal:
-            self._writer.wait()
+            self.finish()
             self._writer.start(place.steps, place.to_facts())
             self.finish()
         self._tell(self._writer.problem)
@@ -70,10 +65,6 @@ class Saver:
         if self._writer.state in (WRITTEN, FAILED):
             self._settle()
             self._writer.wait()
-
-    def close(self) -> None:
-        """End the writer's thread."""
-        self._writer.close()
 
     def _settle(self) -> None:
         self._tell(self._writer.settle())
