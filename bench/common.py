@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 
 import pgolf
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.env import source_commit
 from pgolf.peers import describe
 

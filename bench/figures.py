@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from bench.common import RESULTS, ROOT
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 
 DEVICE = "nvidia-h200"
 OUT = ROOT / "docs" / "figures"

@@ -19,11 +19,12 @@ from pgolf.config_io import from_dict as from_dict
 from pgolf.config_io import read_json as read_json
 from pgolf.config_io import run_hash as run_hash
 from pgolf.config_io import to_dict as to_dict
+from pgolf.errors import UserError
 
 
 def _require(ok: bool, message: str) -> None:
     if not ok:
-        raise ValueError(message)
+        raise UserError(message)
 
 
 MOST = {

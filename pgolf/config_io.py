@@ -15,6 +15,7 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from pgolf.errors import UserError, UserTypeError
 
 T = TypeVar("T")
 
@@ -22,7 +23,7 @@ DEEPEST = 64
 """Levels of a JSON file of settings; ours have four."""
 
 
-class DuplicateKeyError(ValueError):
+class DuplicateKeyError(UserError):
     """A JSON object gives one key twice: which of them holds is left open by the format."""
 
 
@@ -50,20 +51,20 @@ def read_json(path: Path) -> Any:
     try:
         data = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_pairs)
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start}); save it as UTF-8") from e
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path} is not JSON: {e}") from e
+        raise UserError(f"{path} is not JSON: {e}") from e
     except DuplicateKeyError as e:
-        raise ValueError(f"{path}: {e}") from e
+        raise UserError(f"{path}: {e}") from e
     except ValueError as e:  # Python's limit on the digits of an integer
-        raise ValueError(f"{path}: a number in it cannot be read: {e}") from e
+        raise UserError(f"{path}: a number in it cannot be read: {e}") from e
     except RecursionError as e:
-        raise ValueError(_too_deep(path)) from e
+        raise UserError(_too_deep(path)) from e
     level, depth = [node for node in (data,) if isinstance(node, dict | list)], 0
     while level:
         depth += 1
         if depth > DEEPEST:
-            raise ValueError(_too_deep(path))
+            raise UserError(_too_deep(path))
         inner = [node.values() if isinstance(node, dict) else node for node in level]
         level = [node for nodes in inner for node in nodes if isinstance(node, dict | list)]
     return data
@@ -99,7 +100,7 @@ def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T
         TypeError: a value of the wrong type.
     """
     if not isinstance(data, dict):
-        raise TypeError(f"{where}: expected an object, got {type(data).__name__}")
+        raise UserTypeError(f"{where}: expected an object, got {type(data).__name__}")
     completed = getattr(cls, "completed", None)
     if completed is not None:
         data = completed(data, where)
@@ -109,7 +110,7 @@ def from_dict(cls: type[T], data: dict[str, Any], *, where: str = "config") -> T
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
         values[key] = _parse(known[key], value, f"{where}.{key}")
     return cls(**values)
 
@@ -130,16 +131,16 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         return _parse(next(a for a in typing.get_args(kind) if a is not type(None)), value, where)
     if origin is Literal:
         if value not in typing.get_args(kind):
-            raise ValueError(f"{where} must be one of {typing.get_args(kind)}, got {value!r}")
+            raise UserError(f"{where} must be one of {typing.get_args(kind)}, got {value!r}")
         return value
     if kind is Path:
         if not isinstance(value, str | Path):
-            raise TypeError(f"{where}: expected a path, got {type(value).__name__} {value!r}")
+            raise UserTypeError(f"{where}: expected a path, got {type(value).__name__} {value!r}")
         return Path(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return _float(value, where)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
+        raise UserTypeError(f"{where}: expected {kind.__name__}, got {type(value).__name__} {value!r}")
     return value
 
 
@@ -147,7 +148,7 @@ def _float(value: int, where: str) -> float:
     try:
         return float(value)
     except OverflowError as e:
-        raise ValueError(f"{where}: a number of {len(str(value))} digits is out of range") from e
+        raise UserError(f"{where}: a number of {len(str(value))} digits is out of range") from e
 
 
 MAY_CHANGE = (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, NamedTuple
+from pgolf.errors import UserError
 
 
 class Change(NamedTuple):
@@ -157,9 +158,9 @@ def writer_version(data: dict[str, Any], where: str) -> int | None:
     if "version" in data:
         version = data["version"]
         if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-            raise ValueError(f"{where}: version must be a whole number from 0 to {VERSION}, got {version!r}")
+            raise UserError(f"{where}: version must be a whole number from 0 to {VERSION}, got {version!r}")
         if version > VERSION:
-            raise ValueError(
+            raise UserError(
                 f"{where} was written by a newer pgolf (settings of version {version}; this one knows "
                 f"{VERSION}); update pgolf"
             )

@@ -11,6 +11,7 @@ machines. No object is pickled: strings travel as UTF-8 bytes.
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -23,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pgolf import env
 from pgolf.watch import MEET_S, Watch
+from pgolf.errors import RanksFailed, RunError, UserError, brief
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -30,10 +32,6 @@ DeviceChoice = Literal["auto", "cuda", "cpu"]
 # Removal: when the oldest supported torch has *_single.
 _reduce_scatter: Callable[..., Any] = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
-
-
-class RanksFailed(RuntimeError):
-    """A failure that every rank knows: all of them raise it with the same text, so that one can tell it."""
 
 
 class Pending:
@@ -90,7 +88,7 @@ class Dist:
         """
         launch = env.launch()
         if not 0 <= launch.rank < launch.world_size:
-            raise RuntimeError(f"launch: rank must be in [0, {launch.world_size}), got {launch.rank}")
+            raise RunError(f"launch: rank must be in [0, {launch.world_size}), got {launch.rank}")
         dist = cls(launch, pick_device(device, launch.local_rank))
         if dist.device.type == "cuda":
             torch.cuda.set_device(dist.device)
@@ -102,8 +100,12 @@ class Dist:
         cuda = self.device.type == "cuda"
         try:
             # The watch first: it sees ranks that are lost while the groups are made, too.
+            # Its clock starts before the store is reached, so that all waits together last `MEET_S`.
+            meet_by = time.monotonic() + MEET_S
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
-            self.watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s)
+            self.watch = Watch(
+                self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by
+            )
             td.init_process_group(
                 "nccl" if cuda else "gloo",
                 timeout=timeout,
@@ -114,7 +116,7 @@ class Dist:
             )
             self._host = td.new_group(backend="gloo", timeout=timeout)
         except (ValueError, RuntimeError) as e:
-            raise RuntimeError(
+            raise RunError(
                 f"rank {self.rank} of {self.world_size} could not join the others on {self.device}: {e}; "
                 "start all ranks with one torchrun command"
             ) from e
@@ -155,20 +157,25 @@ class Dist:
         td.all_gather(boxes, box, group=self._host)
         return [b.tolist() for b in boxes]
 
-    def check(self, error: str | None) -> None:
-        """Let every rank fail together: raise everywhere if any rank passes a message.
+    def check(self, error: Exception | str | None) -> None:
+        """Let every rank fail together: raise everywhere if any rank passes an error or a message.
 
         Every rank calls it after work that can fail on one rank only, so that no rank is left in a
         collective.
 
         Raises:
-            RanksFailed: names each failed rank and its message; the same text on every rank.
+            RanksFailed: names each failed rank and its message; the same text on every rank, and from the
+            error on the rank that passed it. The error itself where there is one process only.
         """
+        cause = error if isinstance(error, Exception) else None
         if self._host is None:
+            if cause is not None:
+                raise cause
             if error is not None:
-                raise RanksFailed(f"rank 0 failed: {error}")
+                raise RanksFailed(str(error))
             return
-        text = b"" if error is None else (error or "no message").encode()
+        message = brief(cause) if cause is not None else error
+        text = b"" if message is None else (str(message) or "no message").encode()
         sizes = [row[0] for row in self.gather_ints([len(text)])]
         if max(sizes) == 0:
             return
@@ -177,7 +184,7 @@ class Dist:
         boxes = [torch.empty_like(box) for _ in sizes]
         td.all_gather(boxes, box, group=self._host)
         texts = [bytes(b[:n].tolist()).decode() for b, n in zip(boxes, sizes, strict=True)]
-        raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t))
+        raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t)) from cause
 
     # Tensor plane: device tensors, stream order, no host synchronization on CUDA.
 
@@ -232,7 +239,7 @@ class Dist:
 
     def _check_parts(self, part: Tensor, whole: Tensor, name: str) -> None:
         if part.numel() * self.world_size != whole.numel():
-            raise ValueError(
+            raise UserError(
                 f"{name}: the whole must hold world_size={self.world_size} parts of {part.numel()} elements, "
                 f"got {whole.numel()}; pad it to a multiple of the world size"
             )
@@ -251,7 +258,7 @@ class Dist:
             return
         names = sorted(tensors)
         if len({row[0] for row in self.gather_ints([len(names)])}) > 1:
-            raise RuntimeError(f"replicas hold different numbers of tensors; rank {self.rank}: {len(names)}")
+            raise RunError(f"replicas hold different numbers of tensors; rank {self.rank}: {len(names)}")
         rows = self.gather_ints([_checksum(name, tensors[name]) for name in names])
         wrong = []
         for i, name in enumerate(names):
@@ -270,16 +277,16 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
         ValueError: another word. RuntimeError: no such GPU.
     """
     if choice not in ("auto", "cuda", "cpu"):
-        raise ValueError(f"device must be one of ('auto', 'cuda', 'cpu'), got {choice!r}")
+        raise UserError(f"device must be one of ('auto', 'cuda', 'cpu'), got {choice!r}")
     available = torch.cuda.is_available()
     if choice == "cpu" or (choice == "auto" and not available):
         return torch.device("cpu")
     if not available:
         why = "this torch is a CPU build" if torch.version.cuda is None else "no usable GPU or driver"
-        raise RuntimeError(f"device 'cuda' was asked for, but {why}; use device cpu or auto")
+        raise RunError(f"device 'cuda' was asked for, but {why}; use device cpu or auto")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        raise RuntimeError(
+        raise RunError(
             f"local rank {local_rank} has no GPU: {count} visible; "
             f"start at most {count} ranks on this machine"
         )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from pgolf.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,18 @@ def launch() -> Launch:
         return Launch(rank=0, world_size=1, local_rank=0, distributed=False)
     if len(present) != len(names):
         missing = sorted(set(names) - set(present))
-        raise RuntimeError(
+        raise RunError(
             f"launch: {present} set but not {missing}; start with torchrun, or unset {present}"
         )
     for n in names:
         if not (os.environ[n].isascii() and os.environ[n].isdigit()):
-            raise RuntimeError(
+            raise RunError(
                 f"launch: {n} must be a whole number >= 0, got {os.environ[n]!r}; start with torchrun, or "
                 f"unset {', '.join(names)}"
             )
     rank, world, local = (int(os.environ[n]) for n in names)
     if not rank < world:
-        raise RuntimeError(f"launch: RANK must be below WORLD_SIZE={world}, got {rank}; start with torchrun")
+        raise RunError(f"launch: RANK must be below WORLD_SIZE={world}, got {rank}; start with torchrun")
     return Launch(rank=rank, world_size=world, local_rank=local, distributed=True)
 
 
@@ -75,7 +76,7 @@ def check_targets() -> bool:
     """
     value = os.environ.get("PGOLF_CHECK_TARGETS", "0")
     if value not in ("0", "1"):
-        raise ValueError(f"PGOLF_CHECK_TARGETS must be 0 or 1, got {value!r}")
+        raise UserError(f"PGOLF_CHECK_TARGETS must be 0 or 1, got {value!r}")
     return value == "1"
 
 

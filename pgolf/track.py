@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pgolf.peers import describe, find_peer
+from pgolf.errors import UserError
 
 Kind = Literal["none", "tensorboard", "wandb"]
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
@@ -102,7 +103,7 @@ def check_tracker(kind: Kind) -> None:
         return
     peer = find_peer(kind, MODULES[kind])
     if not peer.usable:
-        raise ValueError(
+        raise UserError(
             f"train.track={kind}: {kind} is {peer.problem}; pip install 'pgolf[{kind}]', or set "
             "train.track=none"
         )

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 from torch.distributed import DistError
 
 from pgolf import env
+from pgolf.errors import RunError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 PERIOD_S = 0.25
 BEAT_S = 1.0
 MEET_S = 120.0
-"""Seconds in which every rank must have started and connected."""
+"""Seconds in which every rank must have started and connected, from the start of the first one that waits."""
 GRACE_S = 3.0
 """Seconds that the main thread has to end by itself once a rank is lost."""
 SUSPENDED_S = 5.0
@@ -56,11 +57,20 @@ class Watch:
     Args:
         rank, world_size: of this process. store: where rank 0 says how it is reached; None for one process.
         timeout_s: silence of a rank that counts as its loss, seconds.
+        meet_by: `time.monotonic()` at which the ranks must have met; `MEET_S` from now if it is left out.
     Raises:
         RuntimeError: a rank did not come within `MEET_S`; names it.
     """
 
-    def __init__(self, rank: int, world_size: int, store: Store | None, *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        rank: int,
+        world_size: int,
+        store: Store | None,
+        *,
+        timeout_s: float,
+        meet_by: float | None = None,
+    ) -> None:
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         self._beat: Callable[[], object] = lambda: None
         self._on_lost: Callable[[str], object] = _exit
@@ -71,7 +81,7 @@ class Watch:
         self._selector = selectors.DefaultSelector()
         self._thread = threading.Thread(target=self._run, name="pgolf-watch", daemon=True)
         if store is not None and world_size > 1:
-            self._meet(store)
+            self._meet(store, time.monotonic() + MEET_S if meet_by is None else meet_by)
             self._thread.start()
             atexit.register(self.leave)  # a program that just ends is not a lost rank
 
@@ -100,33 +110,32 @@ class Watch:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._thread.join(timeout=5.0)
 
-    def _meet(self, store: Store) -> None:
-        """Connect every rank to rank 0, whose place the others find in `store`."""
+    def _meet(self, store: Store, end: float) -> None:
+        """Connect every rank to rank 0, whose place the others find in `store`, until the clock says `end`."""
         try:
             if self._rank == 0:
                 with socket.create_server(("", 0), backlog=self._world_size) as listener:
                     token = secrets.randbits(64)
                     store.set(_KEY, f"{listener.getsockname()[1]} {token}")
-                    self._accept(listener, token)
+                    self._accept(listener, token, end)
             else:
-                store.wait([_KEY], timedelta(seconds=MEET_S))
+                store.wait([_KEY], timedelta(seconds=_left(end)))
                 port, token = (int(word) for word in store.get(_KEY).split())
-                peer = socket.create_connection((env.main_address(), port), timeout=MEET_S)
+                peer = socket.create_connection((env.main_address(), port), timeout=_left(end))
                 peer.sendall(f"hello {self._rank} {token}\n".encode())
                 self._add(0, peer)
         except (OSError, ValueError, DistError) as e:
             missing = sorted(set(range(1, self._world_size)) - {peer.rank for peer in self._peers})
             who = f"ranks {missing} did not come" if self._rank == 0 else "rank 0 did not answer"
-            raise RuntimeError(
+            raise RunError(
                 f"rank {self._rank} of {self._world_size}: {who} within {MEET_S:g} s ({e}); "
                 "start all ranks with one torchrun command"
             ) from e
 
-    def _accept(self, listener: socket.socket, token: int) -> None:
+    def _accept(self, listener: socket.socket, token: int, end: float) -> None:
         """Take a connection of every other rank; strangers, who do not know the token, are sent away."""
-        end = time.monotonic() + MEET_S
         while len(self._peers) < self._world_size - 1:
-            listener.settimeout(max(0.01, end - time.monotonic()))
+            listener.settimeout(_left(end))
             peer, _ = listener.accept()
             peer.settimeout(2.0)  # a stranger that says nothing must not hold up the rest
             with contextlib.suppress(OSError, ValueError, UnicodeError):
@@ -223,6 +232,11 @@ class Watch:
             with contextlib.suppress(OSError):
                 peer.socket.close()
         self._selector.close()
+
+
+def _left(end: float) -> float:
+    """Return the seconds until the clock says `end`, or 10 ms: a timeout of 0 would mean not to wait at all."""
+    return max(0.01, end - time.monotonic())
 
 
 def _exit(reason: str) -> None:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "pgolf"
 
 # Each may import the ones on earlier lines; neighbours on a line must not import each other.
 FLOORS = [
+    ["errors", "files"],
     ["config_io", "config_versions"],
     ["config", "env", "peers"],
     ["presets", "_C", "track", "watch"],

@@ -17,7 +17,7 @@ from pgolf import ops
 from pgolf.artifact.write import write_artifact
 from pgolf.cli import main as cli
 from pgolf.config import to_dict
-from pgolf.data.shards import file_sha256
+from pgolf.files import file_sha256
 from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
 from pgolf.presets import tiny

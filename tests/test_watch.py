@@ -108,3 +108,12 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch):
         Watch(0, 3, td.HashStore(), timeout_s=5.0)
     with pytest.raises(RuntimeError, match=r"rank 2 of 3: rank 0 did not answer within 0\.3 s"):
         Watch(2, 3, td.HashStore(), timeout_s=5.0)
+
+
+def test_time_spent_before_counts_towards_the_meeting():
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not come"):
+        Watch(0, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)
+    with pytest.raises(RuntimeError, match="rank 0 did not answer"):
+        Watch(1, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)
+    assert time.monotonic() - began < 5.0

@@ -16,7 +16,7 @@ from pgolf.artifact.header import Header
 from pgolf.artifact.read import open_artifact, read_artifact
 from pgolf.artifact.size import make_ledger
 from pgolf.config import to_dict
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 
 
 def describe(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dataclasses import fields as dataclass_fields
 from typing import Any, Literal, cast
 
 from pgolf.config import ModelConfig, from_dict, to_dict
+from pgolf.errors import UserError
 
 MAX_RAW_BYTES = 1 << 30
 MAX_SECTIONS = 4096
@@ -22,7 +23,7 @@ StepForm = Literal["none", "float16", "log"]
 _BITS = {"matrix": range(4, 9), "gate": range(8, 9), "small": range(16, 17)}
 
 
-class ArtifactError(ValueError):
+class ArtifactError(UserError):
     """A file that is not a readable artifact, or one that must not be written."""
 
 

@@ -32,6 +32,7 @@ from pgolf.ops import encode_codes
 from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
 from pgolf.quant.quantized import QuantizedState
+from pgolf.errors import UserError
 
 GAUSSIAN_BITS = 2.047
 """Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
@@ -172,7 +173,7 @@ def nearest_state(
     """
     missing = sorted(matrix_shapes(model).keys() - tensors.keys())
     if missing:
-        raise ValueError(
+        raise UserError(
             f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model"
         )
     state = QuantizedState({}, {}, {})

@@ -10,6 +10,7 @@ from typing import Any
 
 from pgolf.artifact.code import CODE_RULE, code_bytes
 from pgolf.artifact.header import ArtifactError, Header
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def check_limit(limit: int) -> None:
         ValueError: the code alone takes it all.
     """
     if limit <= code_bytes():
-        raise ValueError(
+        raise UserError(
             f"artifact.limit must be above {code_bytes():,} bytes, which the code alone takes, got {limit:,}"
         )
 

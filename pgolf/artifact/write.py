@@ -30,7 +30,7 @@ from pgolf.artifact.header import (
 )
 from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.grid import QuantizedTensor, step_exponents
 from pgolf.quant.quantized import QuantizedState

@@ -11,6 +11,7 @@ import tyro
 
 from pgolf.cli.overrides import base_note, load_base
 from pgolf.cli.overrides import say as say_note
+from pgolf.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,8 @@ def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
     from pgolf.env import launch
 
     if launch().distributed:
-        raise RuntimeError("ablate starts one process a GPU by itself; run it without torchrun")
+        raise RunError("ablate starts one process a GPU by itself; run it without torchrun")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is not None and not 0 <= asked <= there:
-        raise ValueError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
+        raise UserError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")
     return 0 if on_cpu else there if asked is None else asked

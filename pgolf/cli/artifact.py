@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,14 @@ def main(argv: list[str]) -> int:
         from pgolf.artifact.code import code_bytes, code_text, unpack_code
 
         if job.out.exists():
-            raise ValueError(f"{job.out} exists; give a folder that does not")
+            raise UserError(f"{job.out} exists; give a folder that does not")
         print(f"{job.out}: {len(unpack_code(code_text(), job.out))} modules, {code_bytes():,} bytes counted")
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 
     if isinstance(job, Export):
         if job.out.suffix != ".safetensors":
-            raise ValueError(f"expected a file name that ends in .safetensors, got {job.out}")
+            raise UserError(f"expected a file name that ends in .safetensors, got {job.out}")
         print(f"{job.out}: {export_artifact(job.file, job.out):,} bytes, float32")
     else:
         facts = describe(job.file)

@@ -15,19 +15,11 @@ import tyro
 from pgolf.data.build import ShardsJob, build_shards
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
-from pgolf.data.shards import (
-    MAKE_SHARDS,
-    MANIFEST_NAME,
-    TOKENIZER_NAME,
-    Split,
-    Tokens,
-    file_sha256,
-    find_shards,
-    list_files,
-    read_shard,
-)
+from pgolf.data.shards import (MAKE_SHARDS, MANIFEST_NAME, TOKENIZER_NAME, Split, Tokens, find_shards, list_files, read_shard)
+from pgolf.files import file_sha256
 from pgolf.data.text import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +54,7 @@ def run_tokenizer(job: TokenizerJob) -> None:
     """Train, write, and print size, SHA-256 and compression on the training text's beginning."""
     began = time.perf_counter()
     if not job.inputs:
-        raise ValueError("inputs: expected at least one text file, got none")
+        raise UserError("inputs: expected at least one text file, got none")
     for path in job.inputs:
         check_text_file(path)
     job.out.parent.mkdir(parents=True, exist_ok=True)

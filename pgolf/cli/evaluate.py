@@ -12,6 +12,7 @@ import tyro
 
 from pgolf.cli.overrides import check_output
 from pgolf.config import TttConfig, to_dict
+from pgolf.errors import UserError
 
 if TYPE_CHECKING:
     from pgolf.artifact.read import Artifact
@@ -60,7 +61,7 @@ def main(argv: list[str]) -> int:
     artifact = read_artifact(args.artifact)
     longest = artifact.header.model.max_context
     if set(args.mode) != {"ttt"} and args.tokens < longest:
-        raise ValueError(
+        raise UserError(
             f"--tokens must be at least the model's max_context, {longest:,}, got {args.tokens:,}"
         )
     dist = Dist.start(args.device)
@@ -89,7 +90,7 @@ def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     data_folder = DataFolder.open(args.data, vocab_size=header.model.vocab_size)
     if header.tokenizer_sha256 != data_folder.sha256:
         theirs, ours = header.tokenizer_sha256[:16], data_folder.sha256[:16]
-        raise ValueError(
+        raise UserError(
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
             f"({ours}...); use the run's tokenizer.model"
         )
@@ -101,9 +102,9 @@ def _check_kind(path: Path) -> None:
     if path.is_dir():
         inside = path / "model.pgolf"
         hint = f"pass {inside}" if inside.is_file() else "pass the file model.pgolf that a run wrote"
-        raise ValueError(f"{path} is a folder, expected an artifact; {hint}")
+        raise UserError(f"{path} is a folder, expected an artifact; {hint}")
     if path.suffix == ".safetensors":
-        raise ValueError(
+        raise UserError(
             f"{path} is a checkpoint, expected an artifact; pass the model.pgolf beside it, or make one: "
             f"pgolf quantize {path} --data DIR --out FILE"
         )
@@ -143,7 +144,7 @@ def _write(
     path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
 ) -> None:
     """Write the scores of so many documents (0: all), and the data and settings behind them, as JSON."""
-    from pgolf.data.shards import atomic_file
+    from pgolf.files import atomic_file
 
     data: dict[str, Any] = {
         "artifact": str(args.artifact),

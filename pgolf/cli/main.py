@@ -1,4 +1,7 @@
-"""`pgolf VERB ...`: dispatch to one file per verb; user errors become one line and exit code 2."""
+"""`pgolf VERB ...`: dispatch to one file per verb.
+
+An error that the user can mend becomes one line and exit status 2; any other keeps its traceback.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import io
 import os
 import signal
 import sys
+import traceback
 from typing import TextIO
 
 import pgolf
 from pgolf.env import commit_name, follow_parent, settle_threads
+from pgolf.errors import is_checked
 
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
@@ -34,6 +39,8 @@ OLD_VERBS = {"record": "submit"}
 """Names that verbs had before; they work, with a notice, until version 0.3."""
 HELP = ("-h", "--help", "help")
 VERSION = ("-V", "--version", "version")
+DEBUG = "--debug"
+REPORT = "please report it with the lines above, the command and what `pgolf info` prints"
 BROKEN_PIPE = 141
 """Exit code of a program whose reader went away, as the shell reports SIGPIPE."""
 
@@ -41,7 +48,10 @@ BROKEN_PIPE = 141
 def usage() -> str:
     """Return the top-level help."""
     rows = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
-    return f"usage: pgolf VERB [options]\n\n{rows}\n\n`pgolf VERB --help` explains a verb; `pgolf --version`."
+    return (
+        f"usage: pgolf VERB [options]\n\n{rows}\n\n`pgolf VERB --help` explains a verb; `pgolf --version`.\n"
+        "`pgolf VERB ... --debug` shows where in the program an error arose, also one that takes one line."
+    )
 
 
 def version_line() -> str:
@@ -73,18 +83,33 @@ def main(argv: list[str] | None = None) -> int:
     return _flush(code, logs_itself=args[:1] == ["train"])
 
 
+def explain(verb: str, error: Exception, *, debug: bool = False) -> str:
+    """Return what a failed verb tells its user: a line, or a traceback where a line would hide a fault."""
+    if isinstance(error, MemoryError | OverflowError):
+        what = "a number is too large" if isinstance(error, OverflowError) else "there is not enough memory for it"
+        detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        text = f"pgolf {verb}: {what}{detail}; ask for less"
+    elif is_checked(error):
+        text = f"pgolf {verb}: {error}"
+    else:
+        what = f"pgolf {verb}: {type(error).__name__}: {error}"
+        return f"{_trace(error)}\n{what}\nThis is a fault of pgolf, not of the command: {REPORT}"
+    return f"{_trace(error)}\n{text}" if debug else text
+
+
+def _trace(error: Exception) -> str:
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
 def _run(args: list[str]) -> int:
+    debug = DEBUG in args
+    args = [a for a in args if a != DEBUG]
     try:
         return _verb(args)
     except BrokenPipeError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError) as e:
-        _complain(f"pgolf {args[0] if args else ''}: {e}")
-        return 2
-    except (MemoryError, OverflowError) as e:
-        what = "there is not enough memory for it" if isinstance(e, MemoryError) else "a number is too large"
-        detail = f" ({str(e).splitlines()[0]})" if str(e) else ""
-        _complain(f"pgolf {args[0]}: {what}{detail}; ask for less")
+    except Exception as e:
+        _complain(explain(args[0] if args else "", e, debug=debug))
         return 2
     except KeyboardInterrupt as e:
         _complain(str(e) or "interrupted")

@@ -12,6 +12,7 @@ from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.env import launch
 from pgolf.presets import OLD_NAMES, PRESETS
+from pgolf.errors import UserError
 
 SHORT = {
     "--data": "--data.dir",
@@ -42,7 +43,7 @@ def load_base(name: str) -> Config:
         return PRESETS[name]()
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a saved config.json; "
             "see `pgolf config --help`"
         )
@@ -91,7 +92,7 @@ def parse_config(verb: str, args: list[str]) -> Config:
         if args and args[0] in ("-h", "--help"):
             print(text)
             raise SystemExit(0)
-        raise ValueError(f"name a preset first\n\n{text}")
+        raise UserError(f"name a preset first\n\n{text}")
     base = load_base(args[0])
     if verb != "train":  # whose log says it
         say(base_note(args[0]))

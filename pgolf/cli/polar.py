@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from pgolf.errors import RunError, UserError
 
 SOLVED = "solved"
 MOST_STEPS = 100
@@ -56,9 +57,9 @@ def main(argv: list[str]) -> int:
     from pgolf.optim.polar import NAMES, coefficients, named_tables, polar_express
 
     if args.steps > MOST_STEPS:
-        raise ValueError(f"--steps must be at most {MOST_STEPS}, got {args.steps}")
+        raise UserError(f"--steps must be at most {MOST_STEPS}, got {args.steps}")
     if args.table not in (SOLVED, *NAMES):
-        raise ValueError(f"--table must be {SOLVED} or one of {NAMES}, got {args.table!r}")
+        raise UserError(f"--table must be {SOLVED} or one of {NAMES}, got {args.table!r}")
     solved = polar_express(args.lower, args.steps, cushion=args.cushion, safety=args.safety)
     chosen = solved if args.table == SOLVED else coefficients(args.table, args.steps)
     detail = f" for [{args.lower:g}, 1], cushion {args.cushion:.4g}, safety {args.safety:g}"
@@ -71,6 +72,6 @@ def main(argv: list[str]) -> int:
         from pgolf.report.polar_plot import plot_scalar_maps
 
         if not plot_scalar_maps(tables, args.plot, lower=args.lower):
-            raise RuntimeError("--plot needs matplotlib; pip install 'pgolf[plot]'")
+            raise RunError("--plot needs matplotlib; pip install 'pgolf[plot]'")
         print(f"\n{args.plot}")
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> int:
     out = args.out
     if out is None:
         if len(args.runs) != 1:
-            raise ValueError(f"say where to write the report of {len(args.runs)} runs: --out report.html")
+            raise UserError(f"say where to write the report of {len(args.runs)} runs: --out report.html")
         out = args.runs[0] / NAME
     write_run_report(args.runs, out)
     print(f"report: {out}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pgolf.cli.overrides import base_note, load_base, override, parse_config
 from pgolf.config import MAY_CHANGE, Config, to_dict
+from pgolf.errors import RanksFailed, UserError, is_checked, told
 
 OVERRUN = 3
 """Exit status of a run that is complete but used more than its seconds."""
@@ -29,7 +30,6 @@ def main(argv: list[str]) -> int:
             print(USAGE.strip() + "\n")
         config = parse_config("train", argv)
     note = base_note(str(resume / "config.json") if resume is not None else argv[0])
-    from pgolf.dist import RanksFailed
     from pgolf.env import launch
     from pgolf.train.run import train_run
     from pgolf.train.signals import Stopped
@@ -42,12 +42,12 @@ def main(argv: list[str]) -> int:
         if place.world_size == 1:
             raise
         code = 128 + e.signum
-    except (OSError, ValueError, TypeError, RuntimeError) as e:
+    except Exception as e:
         if place.world_size == 1:
             raise
-        # What every rank knows is told once.
-        if place.rank == 0 or not isinstance(e, RanksFailed):
-            print(f"pgolf train: {e}", file=sys.stderr)
+        # What every rank knows is told once, and where in the program it arose by the rank that knows.
+        if place.rank == 0 or not isinstance(e, RanksFailed) or not is_checked(e):
+            print(f"pgolf train: {told(e)}", file=sys.stderr)
         code = 2
     if code not in (0, OVERRUN) and place.world_size > 1:
         # Not through the interpreter's end: libraries would wait there for ranks that are gone.
@@ -67,7 +67,7 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
     rest = argv[1:] if equals else argv[2:]
     name = name if equals else (argv[1] if len(argv) > 1 else "")
     if not name or name.startswith("-"):
-        raise ValueError(f"{word} needs the folder of a run: pgolf train {word} runs/...")
+        raise UserError(f"{word} needs the folder of a run: pgolf train {word} runs/...")
     folder = Path(name)
     path = folder / "config.json"
     if not path.is_file():
@@ -82,7 +82,7 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
     changed = [k for k in ours if ours[k] != theirs[k] and not k.startswith(MAY_CHANGE)]
     if changed:
         told = ", ".join(f"{k} is {theirs[k]} in the run" for k in changed)
-        raise ValueError(
+        raise UserError(
             f"{word}: these settings must stay as they are: {told}; start a new run to change them"
         )
     return config, folder, word == "--resume"

@@ -35,22 +35,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf.config import check_name
-from pgolf.data.shards import (
-    MANIFEST_NAME,
-    MARKER_NAME,
-    TOKENIZER_NAME,
-    Manifest,
-    ShardInfo,
-    Split,
-    Tokens,
-    atomic_file,
-    file_sha256,
-    sidecar_path,
-    write_manifest,
-    write_shard,
-)
+from pgolf.data.shards import (MANIFEST_NAME, MARKER_NAME, TOKENIZER_NAME, Manifest, ShardInfo, Split, Tokens, sidecar_path, write_manifest, write_shard)
+from pgolf.files import atomic_file, file_sha256
 from pgolf.data.text import TEXT_KEY, Document, RawBatch, check_text_file, read_batches
 from pgolf.data.tokenizer import Counts, Tokenizer
+from pgolf.errors import RunError, UserError
 
 Report = Callable[[str], None]
 
@@ -92,11 +81,11 @@ class ShardsJob:
     def __post_init__(self) -> None:
         for split in ("train", "val"):
             if not getattr(self, split):
-                raise ValueError(f"{split}: expected at least one text file, got none")
+                raise UserError(f"{split}: expected at least one text file, got none")
         if not 1 <= self.shard_tokens < 2**31:
-            raise ValueError(f"shard_tokens must be >= 1 and below 2^31, got {self.shard_tokens}")
+            raise UserError(f"shard_tokens must be >= 1 and below 2^31, got {self.shard_tokens}")
         if not 0 <= self.jobs <= MOST_JOBS:
-            raise ValueError(f"jobs must be >= 0 and at most {MOST_JOBS:,}, got {self.jobs}")
+            raise UserError(f"jobs must be >= 0 and at most {MOST_JOBS:,}, got {self.jobs}")
         check_name(self.name, "the shards' names")
 
 
@@ -209,7 +198,7 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
         files={**train_files, **val_files},
     )
     if manifest.total("val_bytes").bytes != val.size:
-        raise RuntimeError(
+        raise RunError(
             f"the byte sidecars sum to {manifest.total('val_bytes').bytes}, the text to {val.size}"
         )
     return manifest
@@ -272,13 +261,13 @@ def _unfinished(job: ShardsJob) -> Iterator[tuple[Callable[[], None], bool]]:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
-            raise RuntimeError(
+            raise RunError(
                 f"another build is running in {job.out}; wait for it, or choose another --out"
             ) from e
         except OSError:
             pass  # a file system without locks
         if os.fstat(marker).st_nlink == 0:
-            raise RuntimeError(f"another build in {job.out} has just finished; choose another --out")
+            raise RunError(f"another build in {job.out} has just finished; choose another --out")
         try:
             if created:
                 _refuse_shards(job)  # of a build that has finished since the first look
@@ -343,7 +332,7 @@ def _build_split(
                     seen.setdefault(document.digest, place)
                 elif document.digest in seen:
                     if not job.drop_overlap:
-                        raise ValueError(
+                        raise UserError(
                             f"the document {document.title!r} is in both splits: {place} and "
                             f"{seen[document.digest]}; remove it, or pass --drop-overlap to train without it"
                         )
@@ -357,9 +346,9 @@ def _build_split(
             progress.update(batch, tally)
     where = ", ".join(map(str, paths))
     if not tally.documents:
-        raise ValueError(f"no {split} documents in {where}{' but those of val' * (tally.dropped > 0)}")
+        raise UserError(f"no {split} documents in {where}{' but those of val' * (tally.dropped > 0)}")
     if not tally.size:
-        raise ValueError(
+        raise UserError(
             f"the {split} text has no bytes: all of the {tally.documents:,} documents in {where} are empty; "
             f"give text with --{split}"
         )
@@ -402,7 +391,7 @@ def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Enc
             5,
         ):  # its own clean-up hangs there: github.com/python/cpython/issues/94777
             pool._call_queue._reader.close()  # type: ignore[attr-defined, unused-ignore]
-        raise RuntimeError(
+        raise RunError(
             f"a worker process died while it encoded the {split} text (killed by the system, as memory was "
             f"short?); free memory or pass fewer --jobs than {jobs}, and run the command again"
         ) from e
@@ -450,12 +439,12 @@ def _finish(tokenizer: Tokenizer, document: Document, ids: Tokens, counts: Count
     side = None
     if counts is not None:
         if int(counts.max(initial=0)) > 65535:
-            raise ValueError(
+            raise UserError(
                 f"{document.source}, line {document.line}: one token stands for {int(counts.max())} bytes, a "
                 "byte sidecar holds 65535 at most: use a lossless tokenizer (pgolf data tokenizer)"
             )
         if int(counts.sum()) != len(raw):
-            raise ValueError(
+            raise UserError(
                 f"{document.source}, line {document.line}: the tokens account for {int(counts.sum())} of "
                 f"{len(raw)} bytes, so bits per byte would be wrong: use a lossless tokenizer "
                 "(pgolf data tokenizer)"

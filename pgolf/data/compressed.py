@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from pgolf.errors import RunError, UserError
 
 _CHUNK, _PIECE = 1 << 16, 1 << 20
 
@@ -46,7 +47,7 @@ def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes
     """Yield the decompressed file in pieces that fit in memory, however well it was compressed."""
     data = raw.read(_CHUNK)
     if not data:
-        raise ValueError(f"{path}: the file is empty, not {codec.name} data; copy it again")
+        raise UserError(f"{path}: the file is empty, not {codec.name} data; copy it again")
     number = 0
     while data:
         number += 1
@@ -60,7 +61,7 @@ def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes
                 yield from decoder.feed(data)
         except codec.errors as e:
             behind = f", or foreign data, behind stream {number - 1}" if number > 1 else ""
-            raise ValueError(
+            raise UserError(
                 f"{path}: damaged or truncated {codec.name} data{behind} ({e}); copy it again"
             ) from e
         data = _skip_padding(path, raw, codec, decoder.unused or raw.read(_CHUNK))
@@ -76,7 +77,7 @@ def _skip_padding(path: Path, raw: io.BufferedReader, codec: _Codec, data: bytes
         if rest:
             break
     if zeros % max(1, codec.padding):
-        raise ValueError(
+        raise UserError(
             f"{path}: {zeros} zero bytes behind a stream, {codec.name} files have a multiple of "
             f"{codec.padding} there: it was cut or joined wrongly; copy it again"
         )
@@ -175,7 +176,7 @@ def _zstd() -> _Codec:
     try:
         import zstandard
     except Exception as e:
-        raise RuntimeError(
+        raise RunError(
             f"reading .zst needs the package zstandard ({e}); pip install zstandard, or unpack the files: "
             "zstd -d FILE.zst"
         ) from e

@@ -35,6 +35,7 @@ from pgolf.data.shards import (
 )
 from pgolf.data.stream import DocumentStream, cut_segments, document_starts
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf.errors import UserError
 
 IGNORED_TARGET = -100
 _CU_MULTIPLE = 64
@@ -86,13 +87,13 @@ class TrainLoader:
         device: torch.device,
     ) -> None:
         if config.dir is None:
-            raise ValueError(f"data.dir is not set; name a folder of shards, or make one with: {MAKE_SHARDS}")
+            raise UserError(f"data.dir is not set; name a folder of shards, or make one with: {MAKE_SHARDS}")
         if not 0 <= rank < world_size:
-            raise ValueError(f"rank must be in [0, world_size={world_size}), got {rank}")
+            raise UserError(f"rank must be in [0, world_size={world_size}), got {rank}")
         if seed < 0:
-            raise ValueError(f"seed must be >= 0, got {seed}")
+            raise UserError(f"seed must be >= 0, got {seed}")
         if max_context < 1:
-            raise ValueError(f"max_context must be >= 1, got {max_context}")
+            raise UserError(f"max_context must be >= 1, got {max_context}")
         self._config = config
         self._paths = find_shards(config.dir, "train")
         self._total = sum(shard_tokens(path) for path in self._paths)
@@ -123,7 +124,7 @@ class TrainLoader:
     def restart(self, *, at: int = 0) -> None:
         """Go back to this rank's first micro-batch, or to its micro-batch `at` (counting from 0)."""
         if at < 0:
-            raise ValueError(f"at must be >= 0, got {at}")
+            raise UserError(f"at must be >= 0, got {at}")
         self.close()
         self._closed, self._error = False, None
         self._start(at)
@@ -283,7 +284,7 @@ def load_validation(
     """
     text = _read_validation(folder, tokenizer, vocab_size)
     if not text.bytes.any():
-        raise ValueError(
+        raise UserError(
             f"{folder}: the validation text has no bytes (only empty documents), so there are no bits per "
             f"byte; make the shards with a --val that holds text: {MAKE_SHARDS}"
         )
@@ -294,12 +295,12 @@ def _read_validation(folder: Path, tokenizer: Tokenizer | None, vocab_size: int 
     paths = find_shards(folder, "val")
     tokens = np.concatenate([read_shard(path, vocab_size=vocab_size) for path in paths])
     if tokens.size < 2:
-        raise ValueError(f"{folder}: validation needs at least 2 tokens, got {tokens.size}")
+        raise UserError(f"{folder}: validation needs at least 2 tokens, got {tokens.size}")
     sides = [sidecar_path(path) for path in paths]
     missing = [side for side in sides if not side.is_file()]
     alone = [side for side in list_files(folder, "val_bytes") if side not in sides]
     if alone:
-        raise ValueError(
+        raise UserError(
             f"{alone[0]} has no shard beside it: a validation shard is missing, or the sidecar is another's; "
             "copy the folder again, or move the sidecar away"
         )
@@ -308,10 +309,10 @@ def _read_validation(folder: Path, tokenizer: Tokenizer | None, vocab_size: int 
         counts[0] = 0
         return ValidationText(tokens, counts)
     if len(missing) < len(sides):
-        raise ValueError(f"{missing[0]} is missing while other shards have their sidecar; copy it again")
+        raise UserError(f"{missing[0]} is missing while other shards have their sidecar; copy it again")
     tokenizer = tokenizer or find_tokenizer(folder)
     if int(tokens.max()) >= tokenizer.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{folder}: token {int(tokens.max())} is not below {tokenizer.vocab_size}, the vocabulary size "
             f"of {tokenizer.path}; the shards were made with another tokenizer"
         )
@@ -322,7 +323,7 @@ def _read_validation(folder: Path, tokenizer: Tokenizer | None, vocab_size: int 
 def _read_sidecar(shard: Path, side: Path) -> NDArray[np.int64]:
     counts = read_shard(side).astype(np.int64)
     if counts.size != shard_tokens(shard):
-        raise ValueError(
+        raise UserError(
             f"{side}: {counts.size} entries for the {shard_tokens(shard)} tokens of {shard.name}; "
             f"they belong to different data: {MAKE_SHARDS}"
         )
@@ -355,9 +356,9 @@ def validation_segments(
         ValueError: no BOS in the stream, or fewer than 2 tokens.
     """
     if tokens.size < 2:
-        raise ValueError(f"validation needs at least 2 tokens, got {tokens.size}")
+        raise UserError(f"validation needs at least 2 tokens, got {tokens.size}")
     if not bool((tokens == bos_id).any()):
-        raise ValueError(
+        raise UserError(
             f"no BOS (id {bos_id}) in {tokens.size} validation tokens, so there are no documents; make the "
             f"shards with BOS before each document: {MAKE_SHARDS}"
         )
@@ -393,7 +394,7 @@ def validation_batches(
         ValueError: batch_tokens < max_context, or bad data. FileNotFoundError: no data.
     """
     if not 1 <= max_context <= batch_tokens:
-        raise ValueError(
+        raise UserError(
             f"max_context must be in [1, batch_tokens={batch_tokens}] for segments to fit, got {max_context}"
         )
     text = load_validation(folder, tokenizer=tokenizer, vocab_size=vocab_size)

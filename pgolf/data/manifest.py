@@ -21,6 +21,7 @@ from pgolf.data.shards import (
     verify_manifest,
 )
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf.errors import UserError
 
 NO_MANIFEST = (
     "no manifest.json in the data folder: shards of another tool, nothing says whether they are whole and "
@@ -77,7 +78,7 @@ def _check_decoding(path: Path, tokenizer: Tokenizer) -> None:
         if len(text.encode()) != size or not np.array_equal(
             tokenizer.encode_ids([text], threads=1)[0], ids[1:]
         ):
-            raise ValueError(
+            raise UserError(
                 f"{path}: document {number} does not decode exactly ({tokenizer.lossy_because}), but "
                 f"{MANIFEST_NAME} says lossless; make it again: {MAKE_SHARDS}"
             )
@@ -85,7 +86,7 @@ def _check_decoding(path: Path, tokenizer: Tokenizer) -> None:
 
 def _check_count(path: Path, what: str, got: int, expected: int) -> None:
     if got != expected:
-        raise ValueError(
+        raise UserError(
             f"{path}: {what} {got:,}, {MANIFEST_NAME} says {expected:,}; copy the folder again, or make it "
             f"again: {MAKE_SHARDS}"
         )

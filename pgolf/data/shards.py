@@ -14,14 +14,11 @@ Source: the parameter-golf challenge's data files; the header is the one of llm.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -30,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf.config_io import unique_pairs
+from pgolf.errors import UserError
 
 MAGIC = 20240520
 VERSION = 1
@@ -46,54 +44,6 @@ Split = Literal["train", "val"]
 Tokens = NDArray[np.uint16]
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` only if the block succeeds (same folder, fsync, rename).
-
-    A process that is killed in between leaves the old file, and a temporary that the next write removes.
-
-    Raises:
-        OSError: the file cannot be written (a full disk, say); the temporary file is removed, an older file
-            of that name and its finished neighbours stay as they were.
-    """
-    temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temp.open("wb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # says to `_sweep` of another machine that somebody is writing
-            _sweep(path)
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-            temp.replace(path)
-    except OSError as e:
-        reason = f"cannot write {path}: {e.strerror}; files finished before it are kept"
-        raise OSError(e.errno, reason) from e
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def _sweep(path: Path) -> None:
-    """Remove temporaries of writers of `path` that were killed: no such process here, and nobody's lock."""
-    pattern = re.compile(re.escape(f".{path.name}.") + r"(\d+)\.tmp")
-    for other in path.parent.iterdir():
-        match = pattern.fullmatch(other.name)
-        if match is None or _alive(int(match[1])):
-            continue
-        with contextlib.suppress(OSError), other.open("rb") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            other.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)  # sends nothing
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True  # somebody else's, or no possible number
-    return True
-
-
 def write_shard(path: Path, tokens: NDArray[Any]) -> str:
     """Write one shard atomically and return the SHA-256 of the file, in hex.
 
@@ -107,11 +57,11 @@ def write_shard(path: Path, tokens: NDArray[Any]) -> str:
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"{path}: shard tokens must be integers, got {tokens.dtype}")
     if tokens.ndim != 1 or tokens.size == 0:
-        raise ValueError(f"{path}: shard tokens must be one-dimensional and not empty, got {tokens.shape}")
+        raise UserError(f"{path}: shard tokens must be one-dimensional and not empty, got {tokens.shape}")
     if tokens.size >= 2**31:
-        raise ValueError(f"{path}: a shard holds fewer than 2**31 tokens, got {tokens.size}; write several")
+        raise UserError(f"{path}: a shard holds fewer than 2**31 tokens, got {tokens.size}; write several")
     if tokens.dtype != np.uint16 and (int(tokens.min()) < 0 or int(tokens.max()) > 65535):
-        raise ValueError(
+        raise UserError(
             f"{path}: shard tokens must lie in [0, 65536), got {int(tokens.min())}..{int(tokens.max())}"
         )
     header = np.zeros(256, dtype="<i4")
@@ -135,19 +85,19 @@ def shard_tokens(path: Path) -> int:
         raise FileNotFoundError(f"no shard at {path}; make shards with: {MAKE_SHARDS}")
     size = path.stat().st_size
     if size < HEADER_BYTES:
-        raise ValueError(f"{path}: a shard starts with a header of {HEADER_BYTES} bytes, the file has {size}")
+        raise UserError(f"{path}: a shard starts with a header of {HEADER_BYTES} bytes, the file has {size}")
     with path.open("rb") as handle:
         magic, version, tokens = (int(v) for v in np.frombuffer(handle.read(12), dtype="<i4"))
     if magic != MAGIC:
-        raise ValueError(f"{path}: not a token shard: magic {magic}, expected {MAGIC}")
+        raise UserError(f"{path}: not a token shard: magic {magic}, expected {MAGIC}")
     if version != VERSION:
-        raise ValueError(f"{path}: shard version {version}, this reader knows version {VERSION}")
+        raise UserError(f"{path}: shard version {version}, this reader knows version {VERSION}")
     if tokens <= 0:
-        raise ValueError(f"{path}: the header announces {tokens} tokens, expected at least 1")
+        raise UserError(f"{path}: the header announces {tokens} tokens, expected at least 1")
     expected = HEADER_BYTES + 2 * tokens
     if size != expected:
         what = "truncated" if size < expected else "too long"
-        raise ValueError(
+        raise UserError(
             f"{path}: {what}: {tokens} tokens need {expected} bytes, the file has {size}; "
             "copy it again or make it again"
         )
@@ -170,7 +120,7 @@ def read_shard(path: Path, *, vocab_size: int | None = None) -> Tokens:
     tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size is not None and int(tokens.max()) >= vocab_size:
         where = int(np.argmax(tokens >= vocab_size))
-        raise ValueError(
+        raise UserError(
             f"{path}: token {int(tokens[where])} at position {where} is not below the vocabulary size "
             f"{vocab_size}; the shards were made with another tokenizer"
         )
@@ -211,7 +161,7 @@ def require_finished(folder: Path) -> None:
         with contextlib.suppress(OSError):
             command = marker.read_text(encoding="utf-8", errors="surrogateescape").strip()
         command = command or MAKE_SHARDS
-        raise ValueError(
+        raise UserError(
             f"{folder} holds an unfinished build of shards, no data set; where it is not running any more, "
             f"finish it with: {command}"
         )
@@ -298,7 +248,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(files=files, **data)
         _check_sense(manifest, totals)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: damaged manifest ({e}); {_AGAIN}") from e
+        raise UserError(f"{path}: damaged manifest ({e}); {_AGAIN}") from e
     return manifest
 
 
@@ -307,36 +257,36 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
     numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
     digests = {"tokenizer_sha256": manifest.tokenizer_sha256}
     if type(manifest.lossless) is not bool:
-        raise ValueError(f"lossless is {manifest.lossless!r}, expected true or false")
+        raise UserError(f"lossless is {manifest.lossless!r}, expected true or false")
     if not isinstance(manifest.name, str):
-        raise ValueError(f"name is {manifest.name!r}, expected the prefix of the shard names")
+        raise UserError(f"name is {manifest.name!r}, expected the prefix of the shard names")
     for name, info in manifest.files.items():
         if info.split not in _SPLITS or not re.fullmatch(rf"[^/]+_{info.split}_[^/_]+\.bin", name):
-            raise ValueError(f"{name!r} is no file of split {info.split!r}")
+            raise UserError(f"{name!r} is no file of split {info.split!r}")
         if not name.startswith(f"{manifest.name}_{info.split}_"):
-            raise ValueError(f"{name!r} is no file of a set that is named {manifest.name!r}")
+            raise UserError(f"{name!r} is no file of a set that is named {manifest.name!r}")
         digests[f"sha256 of {name}"] = info.sha256
         numbers |= {f"{key} of {name}": getattr(info, key) for key in ("tokens", "documents", "bytes")}
     for what, number in numbers.items():
         if type(number) is not int or number < 0:
-            raise ValueError(f"{what} is {number!r}, expected a number")
+            raise UserError(f"{what} is {number!r}, expected a number")
     for what, digest in digests.items():
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ValueError(f"{what} is {digest!r}, expected 64 hex digits")
+            raise UserError(f"{what} is {digest!r}, expected 64 hex digits")
     for name, info in manifest.files.items():
         if not 0 < info.documents <= info.tokens:
-            raise ValueError(f"{name} has {info.documents:,} documents in {info.tokens:,} tokens")
+            raise UserError(f"{name} has {info.documents:,} documents in {info.tokens:,} tokens")
     for split in ("train", "val"):
         total = manifest.total(split)
         sums = {"tokens": total.tokens, "documents": total.documents, "bytes": total.bytes}
         if totals[split] != sums:
-            raise ValueError(f"its files of {split} sum to {sums}, it says {totals[split]}")
+            raise UserError(f"its files of {split} sum to {sums}, it says {totals[split]}")
     for name, info in manifest.files.items():
         side = manifest.files.get(sidecar_path(Path(name)).name)
         if info.split != "val":
             continue
         if side is None or dataclasses.replace(side, split="val", sha256=info.sha256) != info:
-            raise ValueError(f"the sidecar of {name} is not listed with the same counts")
+            raise UserError(f"the sidecar of {name} is not listed with the same counts")
 
 
 def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) -> None:
@@ -354,7 +304,7 @@ def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) 
     on_disk = {p.name for split in _SPLITS for p in list_files(folder, split)}
     strays = sorted(on_disk - manifest.files.keys())
     if strays:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds {', '.join(strays[:8])}{', ...' if strays[8:] else ''}, which {MANIFEST_NAME} "
             f"does not list; move out of the folder what is not of its data, or make it again: {MAKE_SHARDS}"
         )
@@ -362,7 +312,7 @@ def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) 
     for name, info in manifest.files.items():
         found = shard_tokens(folder / name)
         if found != info.tokens:
-            raise ValueError(
+            raise UserError(
                 f"{folder / name}: {found:,} tokens, {MANIFEST_NAME} says {info.tokens:,}; {_AGAIN}"
             )
         if info.split != "train" or training:
@@ -372,16 +322,7 @@ def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) 
 def _check_hash(path: Path, expected: str) -> None:
     got = file_sha256(path)
     if got != expected:
-        raise ValueError(
+        raise UserError(
             f"{path}: SHA-256 is {got[:16]}..., {MANIFEST_NAME} says {expected[:16]}...: the file was "
             f"changed, damaged or swapped; {_AGAIN}"
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

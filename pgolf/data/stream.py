@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf.data.shards import MAKE_SHARDS, Tokens, read_shard
+from pgolf.errors import UserError
 
 
 class _Block(NamedTuple):
@@ -106,7 +107,7 @@ class DocumentStream:
         tokens = read_shard(path, vocab_size=self._vocab_size)
         begins = np.flatnonzero(tokens == self._bos_id)
         if begins.size == 0:
-            raise ValueError(
+            raise UserError(
                 f"{path}: no BOS (id {self._bos_id}) in {tokens.size} tokens, so it has no documents; make "
                 f"the shards with BOS before each document: {MAKE_SHARDS}"
             )

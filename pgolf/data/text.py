@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from pgolf.config_io import DuplicateKeyError, unique_pairs
 from pgolf.data.compressed import SUFFIXES, open_text
 from pgolf.peers import find_peer
+from pgolf.errors import RunError, UserError
 
 SEPARATOR = b"<|endoftext|>"
 TEXT_KEY = "text"
@@ -134,7 +135,7 @@ def _kind(path: Path) -> str:
     packed = len(suffixes) > 1 and suffixes[-1] in SUFFIXES
     kind = suffixes[-2] if packed else path.suffix
     if kind not in (*_JSON, ".txt", ".parquet") or (packed and kind == ".parquet"):
-        raise ValueError(f"{path}: unknown text format, expected one of {FORMATS}")
+        raise UserError(f"{path}: unknown text format, expected one of {FORMATS}")
     return kind
 
 
@@ -155,7 +156,7 @@ def _utf8_lines(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
     head, first = file.peek(64)[:64], file.readline()
     found = next((name for mark, name in _MARKS if first.startswith(mark)), None) or _zeros(head)
     if found:
-        raise ValueError(
+        raise UserError(
             f"{path}: the file is {found}, expected UTF-8; convert it: "
             f"iconv -f {found} -t UTF-8 {path.name} > utf8-{path.name} (of a compressed file, what it holds)"
         )
@@ -196,7 +197,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
     """Yield (row, text) of one column of a parquet file: strings, or bytes that are UTF-8."""
     peer, arrow = find_peer("pyarrow", "pyarrow.parquet"), find_peer("pyarrow", "pyarrow")
     if not peer.usable:
-        raise RuntimeError(
+        raise RunError(
             f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install pyarrow"
         )
     pyarrow, parquet = arrow.found, peer.found
@@ -204,11 +205,11 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
         table = parquet.ParquetFile(path)
         schema = table.schema_arrow
         if text_key not in schema.names:
-            raise ValueError(
+            raise UserError(
                 f"no column {text_key!r}; columns: {', '.join(schema.names)}; choose one with --text-key"
             )
         if schema.names.count(text_key) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{schema.names.count(text_key)} columns are called {text_key!r}; rename all but one"
             )
         kind = schema.field(text_key).type
@@ -216,7 +217,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
         if not str(kind).startswith(
             ("string", "large_string", "binary", "large_binary", "fixed_size_binary")
         ):
-            raise ValueError(f"column {text_key!r} holds {kind}, expected string or binary")
+            raise UserError(f"column {text_key!r} holds {kind}, expected string or binary")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
             # As bytes: pyarrow does not check that strings are UTF-8, `_decode` does.
@@ -225,10 +226,10 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
             for value in column.cast(pyarrow.large_binary()).to_pylist():
                 row += 1
                 if value is None:
-                    raise ValueError(f"line {row}: the text is null")
+                    raise UserError(f"line {row}: the text is null")
                 yield row, value
     except (pyarrow.ArrowException, OSError, ValueError) as e:
-        raise ValueError(f"{path}: {e}") from e
+        raise UserError(f"{path}: {e}") from e
 
 
 def _parse_json(raw: bytes, key: str, where: str) -> str:
@@ -236,20 +237,20 @@ def _parse_json(raw: bytes, key: str, where: str) -> str:
     try:
         value: Any = json.loads(_decode(raw, where), parse_int=float, object_pairs_hook=unique_pairs)
     except RecursionError as e:
-        raise ValueError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} a line') from e
+        raise UserError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} a line') from e
     except json.JSONDecodeError as e:
-        raise ValueError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object a line') from e
+        raise UserError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object a line') from e
     except DuplicateKeyError as e:
-        raise ValueError(f"{where}: {e}") from e
+        raise UserError(f"{where}: {e}") from e
     text = value.get(key) if isinstance(value, dict) else None
     if not isinstance(text, str):
         others = [k for k, v in value.items() if isinstance(v, str)] if isinstance(value, dict) else []
         hint = f"; it has strings at {', '.join(others[:8])}: choose one with --text-key" if others else ""
-        raise ValueError(f'{where}: expected an object with a string "{key}", got {raw[:60]!r}{hint}')
+        raise UserError(f'{where}: expected an object with a string "{key}", got {raw[:60]!r}{hint}')
     try:
         text.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(
+        raise UserError(
             f"{where}: the text has a lone surrogate at character {e.start}; it is not Unicode"
         ) from e
     return text
@@ -259,4 +260,4 @@ def _decode(raw: bytes, where: str) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as e:
-        raise ValueError(f"{where}: not UTF-8 at byte {e.start} of the document ({e.reason})") from e
+        raise UserError(f"{where}: not UTF-8 at byte {e.start} of the document ({e.reason})") from e

@@ -24,7 +24,9 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, atomic_file, require_finished
+from pgolf.data.shards import (MAKE_SHARDS, TOKENIZER_NAME, Tokens, require_finished)
+from pgolf.files import atomic_file
+from pgolf.errors import UserError
 
 Counts = NDArray[np.int64]
 
@@ -111,13 +113,13 @@ class Tokenizer:
             self._sp.LoadFromSerializedProto(proto)
             self.vocab_size: int = self._sp.vocab_size()
         except (RuntimeError, OSError) as e:
-            raise ValueError(f"{path}: not a SentencePiece model") from e
+            raise UserError(f"{path}: not a SentencePiece model") from e
         self.path = path
         self.bos_id: int = self._sp.bos_id()
         if self.bos_id < 0:
-            raise ValueError(f"{path}: the tokenizer has no BOS id, which must stand before every document")
+            raise UserError(f"{path}: the tokenizer has no BOS id, which must stand before every document")
         if self.vocab_size > 65536:
-            raise ValueError(
+            raise UserError(
                 f"{path}: the tokenizer has {self.vocab_size} ids, shards hold uint16, at most 65536; use a "
                 "smaller one"
             )
@@ -161,7 +163,7 @@ class Tokenizer:
         """
         values = [int(i) for i in ids]
         if values and not 0 <= min(values) <= max(values) < self.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"ids must lie in [0, {self.vocab_size}) of {self.path}, got {min(values)}..{max(values)}"
             )
         text: str = self._sp.decode(values)
@@ -178,7 +180,7 @@ class Tokenizer:
         """
         sp = self._sp
         if sp.piece_to_id(SPACE) == sp.unk_id():
-            raise ValueError(f"{self.path}: U+2581 is not a piece; the byte table would miscount spaces")
+            raise UserError(f"{self.path}: U+2581 is not a piece; the byte table would miscount spaces")
         base = np.zeros(self.vocab_size, dtype=np.int16)
         leading = np.zeros(self.vocab_size, dtype=np.bool_)
         boundary = np.ones(self.vocab_size, dtype=np.bool_)
@@ -278,7 +280,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
         ValueError: vocab_size out of range, or the text is too small for it.
     """
     if not 300 <= vocab_size <= 65536:
-        raise ValueError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
+        raise UserError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -306,12 +308,12 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
         )
     except (RuntimeError, OSError) as e:
         why = "there is no text" if "sentences_.empty()" in str(e) else str(e)
-        raise ValueError(
+        raise UserError(
             f"cannot train {vocab_size} pieces: {why}; give more text or lower vocab_size"
         ) from e
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
-        raise ValueError(
+        raise UserError(
             f"the text gives only {pieces} of {vocab_size} pieces; give more text or lower vocab_size"
         )
     with atomic_file(path) as handle:

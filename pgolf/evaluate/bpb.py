@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pgolf.data.loader import IGNORED_TARGET, ValBatch
 from pgolf.dist import Dist
+from pgolf.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def evaluate_bpb(
         RuntimeError: a loss is NaN or infinite; names the first such batch of every rank that has one.
     """
     if expected_tokens < 1 or expected_bytes < 1:
-        raise ValueError(
+        raise UserError(
             f"evaluate_bpb: expected a split that is not empty, got {expected_tokens} tokens and "
             f"{expected_bytes} bytes"
         )
@@ -146,14 +147,14 @@ def _check_finite(bad: Tensor) -> None:
     ranks = [(rank, round(number) - 1) for rank, number in enumerate(bad.tolist()) if number]
     if ranks:
         where = ", ".join(f"batch {index} of rank {rank}" for rank, index in ranks)
-        raise RuntimeError(
+        raise RunError(
             f"evaluate_bpb: the loss is NaN or infinite, first in {where}; the weights are broken"
         )
 
 
 def _check_count(what: str, got: int, expected: int) -> None:
     if got != expected:
-        raise ValueError(
+        raise UserError(
             f"evaluate_bpb: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); every "
             "rank must get its own share of the whole split, each token once"
         )

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pgolf.data.loader import ValidationText, validation_segments
+from pgolf.errors import UserError
 
 
 def document_bounds(text: ValidationText, bos_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -27,7 +28,7 @@ def first_documents(text: ValidationText, bos_id: int, count: int) -> Validation
         ValueError: count < 1, no BOS, or fewer than two tokens.
     """
     if count < 1:
-        raise ValueError(f"documents must be at least 1, got {count}")
+        raise UserError(f"documents must be at least 1, got {count}")
     starts, lengths = document_bounds(text, bos_id)
     end = int((starts + lengths)[min(count, starts.size) - 1]) + 1
     return ValidationText(text.tokens[:end], text.bytes[:end])

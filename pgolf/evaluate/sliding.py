@@ -23,6 +23,7 @@ from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
+from pgolf.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def sliding_windows(
         ValueError: a stride out of range.
     """
     if not 1 <= stride <= context:
-        raise ValueError(f"stride must be in [1, max_context={context}], got {stride}")
+        raise UserError(f"stride must be in [1, max_context={context}], got {stride}")
     more = -(-np.maximum(lengths - context, 0) // stride)  # windows after the first
     document = np.repeat(np.arange(starts.size), more + 1)
     first = np.concatenate(([0], np.cumsum(more + 1)[:-1]))
@@ -65,7 +66,7 @@ def window_buffers(
         ValueError: batch_tokens < context.
     """
     if batch_tokens < context:
-        raise ValueError(f"batch_tokens must be at least max_context={context}, got {batch_tokens}")
+        raise UserError(f"batch_tokens must be at least max_context={context}, got {batch_tokens}")
     offsets = np.concatenate(([0], np.cumsum(windows[:, 2] - windows[:, 0])))
     buffers, first = [], 0
     while first < len(windows):

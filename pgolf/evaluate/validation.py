@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
-from pgolf.data.shards import MANIFEST_NAME, Manifest, file_sha256
+from pgolf.data.shards import (MANIFEST_NAME, Manifest)
+from pgolf.files import file_sha256
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score, evaluate_bpb
@@ -17,6 +18,7 @@ from pgolf.evaluate.documents import first_documents
 from pgolf.evaluate.sliding import score_sliding
 from pgolf.evaluate.ttt import score_adapted
 from pgolf.model.gpt import GPT
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class DataFolder:
         manifest = verify_folder(folder, training=verify)
         tokenizer = find_tokenizer(folder)
         if tokenizer.vocab_size != vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
                 f"{vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
             )
@@ -143,7 +145,7 @@ def score_as(
         stride: tokens that a window of sliding scores. ttt: settings of ttt.
     """
     if not text.bytes[1:].any():
-        raise ValueError(
+        raise UserError(
             f"the {text.tokens.size - 1} tokens to score hold no bytes (only empty documents), so there are "
             "no bits per byte; score more --documents"
         )

@@ -24,6 +24,7 @@ from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
 from pgolf.peers import Peer, describe, try_peer
+from pgolf.errors import RunError
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
@@ -161,7 +162,7 @@ def select_attention(
         if not problem:
             return Attention("fa4", find_fa4().found, note)
         if name == "fa4":
-            raise RuntimeError(
+            raise RunError(
                 "train.attention=fa4 needs a Hopper GPU and the flash-attn-4 package "
                 f"(here: {problem}); pip install 'pgolf[fa4]', or use train.attention=varlen"
             )
@@ -172,7 +173,7 @@ def select_attention(
     if name == "auto":
         name = "varlen" if capability >= (8, 0) else "sdpa"
     if name == "varlen" and capability < (8, 0):
-        raise RuntimeError(
+        raise RunError(
             "train.attention=varlen needs a CUDA device of sm_80 or newer; use train.attention=sdpa"
         )
     return Attention(name, varlen_attention if name == "varlen" else sdpa_attention, note)

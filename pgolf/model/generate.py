@@ -25,6 +25,7 @@ from torch import Tensor
 from pgolf.config import ModelConfig
 from pgolf.data.tokenizer import ESCAPE, Tokenizer
 from pgolf.model.gpt import GPT, Context, layer_order, uncompiled
+from pgolf.errors import RunError, UserError
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be a finite number >= 0, got {self.temperature}")
+            raise UserError(f"temperature must be a finite number >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be >= 0 (0 = all tokens), got {self.top_k}")
+            raise UserError(f"top_k must be >= 0 (0 = all tokens), got {self.top_k}")
         if not 0 <= self.seed < 1 << 63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
+            raise UserError(f"seed must be in [0, 2^63), got {self.seed}")
 
 
 def generate(
@@ -77,9 +78,9 @@ def generate(
             than the model's vocabulary. RuntimeError: while drawing, logits that are NaN or infinite.
     """
     if tokens < 1:
-        raise ValueError(f"tokens must be >= 1, got {tokens}")
+        raise UserError(f"tokens must be >= 1, got {tokens}")
     if tokenizer.vocab_size != model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model has {model.config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
@@ -87,7 +88,7 @@ def generate(
     try:
         prompt.encode()
     except UnicodeEncodeError as e:
-        raise ValueError(f"the prompt is not Unicode text: {e.reason} at character {e.start}") from e
+        raise UserError(f"the prompt is not Unicode text: {e.reason} at character {e.start}") from e
     ids = [tokenizer.bos_id, *(int(i) for i in tokenizer.encode_ids([prompt])[0])]
     drawn = draw(model, ids, sampling, tokens=tokens, stop_id=tokenizer.bos_id)
     return text_pieces(tokenizer, ids, drawn)
@@ -115,7 +116,7 @@ def sample(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
     """
     scores = logits.double().cpu()
     if not bool(scores.isfinite().all()):
-        raise RuntimeError("the model's logits are NaN or infinite; its weights are broken")
+        raise RunError("the model's logits are NaN or infinite; its weights are broken")
     if sampling.temperature == 0:
         return int(scores.argmax())
     # The largest becomes 0, so that no temperature makes it infinite.
@@ -147,7 +148,7 @@ class Decoder:
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Append `ids` (at least one) to the document; return the logits `(V,)` float32 of the next token."""
         if not ids:
-            raise ValueError("feed wants at least one id; a document begins with the tokenizer's BOS")
+            raise UserError("feed wants at least one id; a document begins with the tokenizer's BOS")
         self._ids += ids
         start = window_start(len(self._ids), self._model.config.max_context)
         if start != self._start or len(self._ids) == len(ids):

@@ -29,6 +29,7 @@ from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
+from pgolf.errors import UserError
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -288,7 +289,7 @@ class GPT(nn.Module):
         """
         config = self.config
         if max_seqlen > config.max_context:
-            raise ValueError(
+            raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
         weights = self.layer_weights()

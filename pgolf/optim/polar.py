@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+from pgolf.errors import UserError
 
 Coefficients = tuple[float, float, float]
 
@@ -82,13 +83,13 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
         ValueError: unknown name, steps < 1, or a list of fixed length asked for another number of steps.
     """
     if steps < 1:
-        raise ValueError(f"polar coefficients: steps must be >= 1, got {steps}")
+        raise UserError(f"polar coefficients: steps must be >= 1, got {steps}")
     if name == "jordan":
         return (JORDAN,) * steps
     if name in _FIXED:
         table = _FIXED[name]
         if steps != len(table):
-            raise ValueError(
+            raise UserError(
                 f"polar coefficients {name!r} are a list for {len(table)} steps, got steps={steps}; "
                 "use 'polar_express_golf', which is solved for any number"
             )
@@ -103,7 +104,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
         return POLAR_EXPRESS_GOLF[:steps]
     if name == "polar_express_refit":
         return tuple(polar_express(max(golf_lower(steps), 3e-3), steps, cushion=0.02, safety=1.02))
-    raise ValueError(f"polar coefficients must be one of {NAMES}, got {name!r}")
+    raise UserError(f"polar coefficients must be one of {NAMES}, got {name!r}")
 
 
 def named_tables(steps: int) -> dict[str, tuple[Coefficients, ...]]:
@@ -140,9 +141,9 @@ def polar_express(
     Source: Polar Express (arXiv 2505.16932), algorithm 2 and its code; defaults give the paper's table.
     """
     if not 0 < lower < 1:
-        raise ValueError(f"polar_express: lower must be in (0, 1), got {lower}")
+        raise UserError(f"polar_express: lower must be in (0, 1), got {lower}")
     if steps < 1 or not 0 <= cushion < 1 or not safety >= 1:
-        raise ValueError(
+        raise UserError(
             "polar_express: expected steps >= 1, cushion in [0, 1), safety >= 1, "
             f"got steps={steps}, cushion={cushion}, safety={safety}"
         )
@@ -184,7 +185,7 @@ def check_converges(table: tuple[Coefficients, ...]) -> None:
         values = [_value(poly, s) for s in values]
         worst = max(values, key=abs) if all(map(math.isfinite, values)) else math.nan
         if not abs(worst) <= DIVERGES_ABOVE:
-            raise ValueError(
+            raise UserError(
                 f"polar coefficients diverge: step {step}, {poly}, takes a singular value of [0, 1] to "
                 f"{worst:.4g}, more than {DIVERGES_ABOVE:g}; use a table of pgolf.optim.polar"
             )
@@ -217,7 +218,7 @@ def quality(table: Sequence[Coefficients], lower: float = 3e-3, *, points: int =
         ValueError: lower is not in (0, 1).
     """
     if not 0 < lower < 1:
-        raise ValueError(f"polar quality: lower must be in (0, 1), got {lower}")
+        raise UserError(f"polar quality: lower must be in (0, 1), got {lower}")
     grid = [lower ** (1 - i / (points - 1)) for i in range(points)]
     out = [scalar_map(table, s) for s in grid]
     rms = math.sqrt(sum((v - 1) ** 2 for v in out) / points)

@@ -27,6 +27,7 @@ from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import Curvature, collect_curvature
+from pgolf.errors import UserError
 
 __all__ = ["Calibration", "calibrate", "collect_hessians", "dequantize_state", "quantize_model"]
 
@@ -97,7 +98,7 @@ def collect_hessians(model: nn.Module, batches: Iterable[Batch], dist: Dist) -> 
             tokens += batch.inputs.numel()
     model.train(training)
     if not tokens or not sums:
-        raise ValueError(
+        raise UserError(
             f"collect_hessians: expected batches and observed inputs, got {tokens} tokens and {len(sums)} "
             "inputs; raise quant.calibration_batches to at least the number of ranks"
         )
@@ -134,7 +135,7 @@ def quantize_model(
     """
     missing = sorted(set(inputs) - set(model_state))
     if missing:
-        raise ValueError(f"quantize_model: parameters {missing} have inputs but are not in the model's state")
+        raise UserError(f"quantize_model: parameters {missing} have inputs but are not in the model's state")
     result = QuantizedState({}, {}, {})
     matrices: dict[str, Matrices] = {}
     for name, weight in model_state.items():
@@ -195,25 +196,25 @@ def _add_gram(sums: dict[InputKey, Tensor], key: InputKey, x: Tensor) -> None:
 def _stack_hessians(weight: Tensor, keys: list[InputKey], hessians: dict[InputKey, Tensor]) -> Tensor:
     """Return `(B, C, C)`, the Hessian of each matrix of the bank."""
     if len(keys) != (weight.shape[0] if weight.dim() == 3 else 1) or weight.dim() not in (2, 3):
-        raise ValueError(
+        raise UserError(
             f"expected a bank of {len(keys)} matrices, as its inputs say, got {tuple(weight.shape)}"
         )
     missing = [key for key in keys if key not in hessians]
     if missing:
-        raise ValueError(f"no Hessian for the inputs {missing}; calibration observed {sorted(hessians)}")
+        raise UserError(f"no Hessian for the inputs {missing}; calibration observed {sorted(hessians)}")
     return torch.stack([hessians[key] for key in keys])
 
 
 def _to_half(weight: Tensor) -> Tensor:
     """Return a small parameter as float16 on the CPU."""
     if weight.numel() > SMALL_MAX:
-        raise ValueError(
+        raise UserError(
             f"{weight.numel():,} elements are too many for float16 (limit {SMALL_MAX:,}); give the parameter "
             "an entry in the model's quant_inputs() so that GPTQ takes it"
         )
     largest = weight.detach().abs().max().item() if weight.numel() else 0.0
     if not largest <= FLOAT16_MAX:
-        raise ValueError(f"largest magnitude {largest:g} does not fit float16 ({FLOAT16_MAX:g})")
+        raise UserError(f"largest magnitude {largest:g} does not fit float16 ({FLOAT16_MAX:g})")
     return weight.detach().half().cpu()
 
 
@@ -223,4 +224,4 @@ def _blame(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as e:
-        raise ValueError(f"quantize_model: {name}: {e}") from e
+        raise UserError(f"quantize_model: {name}: {e}") from e

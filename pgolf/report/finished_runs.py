@@ -15,6 +15,7 @@ from typing import Any
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.config import Config, config_hash, from_dict, read_json, run_hash, to_dict
+from pgolf.errors import UserError
 
 FREE = (
     "train.seed",
@@ -106,11 +107,11 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
             from a checkpoint or made no artifact; a seed twice, or configurations that differ.
     """
     if not folders:
-        raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
+        raise UserError("expected at least one run folder, got none; `pgolf train` makes them")
     runs = sorted((_read_run(folder) for folder in folders), key=lambda run: run.seed)
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
-            raise ValueError(
+            raise UserError(
                 f"seed {one.seed} twice, in {one.folder} and {other.folder}; a submission has one run a seed"
             )
     for other in runs[1:]:
@@ -135,12 +136,12 @@ def _read_run(folder: Path) -> FinishedRun:
     if not folder.is_dir():
         raise FileNotFoundError(f"no run folder at {folder}; `pgolf train` makes one below --train.out")
     if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} holds no summary.json: the run is not finished, or this is no run folder")
+        raise UserError(f"{folder} holds no summary.json: the run is not finished, or this is no run folder")
     _check_there(folder, "config.json", "log.txt")
     saved, summary = _json(folder / "config.json"), _json(folder / "summary.json")
     config = from_dict(Config, saved, where=str(folder / "config.json"))
     if not config.train.quantize:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the run made no artifact, train.quantize is off; submit a run that quantizes inside "
             "its clock"
         )
@@ -151,7 +152,7 @@ def _read_run(folder: Path) -> FinishedRun:
         hashes = (run_hash(saved), config_hash(saved))  # runs until 0.1 wrote that of all settings
         return _checked(FinishedRun(folder, config, summary, b"", ""), hashes)
     except KeyError as e:
-        raise ValueError(f"{folder}: summary.json has no {e}, which a finished run writes") from e
+        raise UserError(f"{folder}: summary.json has no {e}, which a finished run writes") from e
 
 
 def _check_there(folder: Path, *names: str) -> None:
@@ -164,7 +165,7 @@ def _checked(run: FinishedRun, hashes: tuple[str, ...]) -> FinishedRun:
     """Return the run with what its other files say, which must be what its summary says."""
     folder, summary = run.folder, run.summary
     if summary["config_hash"] not in hashes:
-        raise ValueError(
+        raise UserError(
             f"{folder}: config.json has hash {hashes[0]}, summary.json says {summary['config_hash']}; "
             "they are of different runs, or one was edited"
         )
@@ -174,7 +175,7 @@ def _checked(run: FinishedRun, hashes: tuple[str, ...]) -> FinishedRun:
         ("config_hash", facts["config_hash"], summary["config_hash"]),
     ):
         if found != said:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: model.pgolf has {what} {found}, summary.json says {said}; it is not this run's"
             )
     code = _counted_code(folder, summary["bytes"]["code"], summary.get("commit"))
@@ -185,7 +186,7 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
     for key in NEEDED:
         summary[key]
     if config.train.init is not None:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the run started from {config.train.init}, whose training its clock does not hold; "
             "submit a run that starts from random weights"
         )
@@ -193,7 +194,7 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
     asked = {"quantized": True, "sliding": config.evaluate.sliding, "ttt": config.evaluate.ttt}
     missing = [name for name, wanted in asked.items() if wanted and name not in scores]
     if missing or ledger is None:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the run is not finished: summary.json has no score {', '.join(missing) or 'ledger'}, "
             "which config.json asks for"
         )
@@ -202,13 +203,13 @@ def _check_finished(folder: Path, config: Config, summary: dict[str, Any]) -> No
     _check_clock(folder, config, summary)
     total, limit = ledger["total"], config.artifact.limit
     if total > limit:
-        raise ValueError(
+        raise UserError(
             f"{folder}: artifact is {total:_} bytes with its code, limit {limit:_}, {total - limit:_} too "
             "many; train with artifact.fit"
         )
     clock, budget = summary["seconds"]["clock"], config.train.seconds
     if budget and clock > budget:
-        raise ValueError(
+        raise UserError(
             f"{folder}: the clock stopped at {clock:.2f} s, train.seconds={budget:g}, {clock - budget:.2f} s "
             "too late; run again with a larger train.quantize_reserve"
         )
@@ -221,17 +222,17 @@ def _check_scores(folder: Path, scores: dict[str, dict[str, Any]]) -> None:
         for key in (*sums, "bpb", "loss"):
             number = score[key]
             if type(number) not in (int, float) or not 0 < number < math.inf:
-                raise ValueError(f"{where}: {key} is {number!r}, expected a number above 0; it was edited")
+                raise UserError(f"{where}: {key} is {number!r}, expected a number above 0; it was edited")
         nats, tokens, size = (score[key] for key in sums)
         for key, value in (("bpb", nats / math.log(2) / size), ("loss", nats / tokens)):
             if not math.isclose(score[key], value, rel_tol=1e-9):
-                raise ValueError(
+                raise UserError(
                     f"{where}: {key} is {score[key]}, but its {nats} nats over {tokens:,} tokens and "
                     f"{size:,} bytes give {value}; one of them was edited: use the summary that the run wrote"
                 )
         for key in ("tokens", "bytes"):
             if score[key] != scores["quantized"][key]:
-                raise ValueError(
+                raise UserError(
                     f"{where} is over {score[key]:,} {key}, quantized over {scores['quantized'][key]:,}; all "
                     "scores of a run are of one text"
                 )
@@ -243,20 +244,20 @@ def _check_ledger(folder: Path, ledger: dict[str, Any], limit: int) -> None:
     sizes = {**parts, **{key: ledger[key] for key in ("model", "code", "total", "limit")}}
     for name, size in sizes.items():
         if type(size) is not int or size < 0:
-            raise ValueError(f"{where}: {name} is {size!r}, expected a whole number of bytes; it was edited")
+            raise UserError(f"{where}: {name} is {size!r}, expected a whole number of bytes; it was edited")
     if not _is_number(ledger["clip_scale"]):
-        raise ValueError(f"{where}: clip_scale is {ledger['clip_scale']!r}, expected a number; it was edited")
+        raise UserError(f"{where}: clip_scale is {ledger['clip_scale']!r}, expected a number; it was edited")
     for what, said, value in (
         ("model", ledger["model"], sum(parts.values())),
         ("total", ledger["total"], ledger["model"] + ledger["code"]),
     ):
         if said != value:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {what} is {said:,}, but its parts sum to {value:,}; one was edited: use the "
                 "summary that the run wrote"
             )
     if ledger["limit"] != limit:
-        raise ValueError(
+        raise UserError(
             f"{where}: limit is {ledger['limit']:,}, config.json says artifact.limit={limit:,}; one of them "
             "was edited"
         )
@@ -267,28 +268,28 @@ def _check_clock(folder: Path, config: Config, summary: dict[str, Any]) -> None:
     where, seconds, train = f"{folder}: summary.json", summary["seconds"], summary["train"]
     for name, value in seconds.items():
         if not _is_number(value):
-            raise ValueError(f"{where}: seconds of {name} are {value!r}, expected a number >= 0")
+            raise UserError(f"{where}: seconds of {name} are {value!r}, expected a number >= 0")
     for name, score in summary["scores"].items():
         if not _is_number(score["seconds"]):
-            raise ValueError(f"{where}: score {name} took {score['seconds']!r} s, expected a number >= 0")
+            raise UserError(f"{where}: score {name} took {score['seconds']!r} s, expected a number >= 0")
     for key in ("steps", "tokens"):
         if type(train[key]) is not int or train[key] < 0:
-            raise ValueError(f"{where}: {key} is {train[key]!r}, expected a whole number; it was edited")
+            raise UserError(f"{where}: {key} is {train[key]!r}, expected a whole number; it was edited")
     steps, tokens, batch = train["steps"], train["tokens"], config.data.batch_tokens
     if steps * batch != tokens:
-        raise ValueError(
+        raise UserError(
             f"{where}: {tokens:,} training tokens, but {steps:,} steps of data.batch_tokens={batch:,} are "
             f"{steps * batch:,}; one of them was edited"
         )
     clock, budget = seconds["clock"], config.train.seconds
     if seconds["train"] > clock + CLOCK_SLACK_S:
-        raise ValueError(
+        raise UserError(
             f"{where}: training took {seconds['train']:.2f} s of a clock of {clock:.2f} s; one was edited"
         )
     over = max(0.0, clock - budget) if budget else 0.0
     said = summary.get("overrun", over)
     if not _is_number(said) or not math.isclose(said, over, rel_tol=1e-9, abs_tol=1e-6):
-        raise ValueError(
+        raise UserError(
             f"{where}: overrun is {said!r}, but a clock of {clock:.2f} s is {over:.2f} s above "
             f"train.seconds={budget:g}; one of them was edited"
         )
@@ -316,7 +317,7 @@ def _check_types(folder: Path, summary: dict[str, Any]) -> None:
         if session is not sessions[-1]:  # the last may still have been under way
             wrong |= not isinstance(session.get("end"), str) or type(session.get("to_step")) is not int
         if wrong:
-            raise ValueError(f"{folder}: summary.json: a session is {session!r:.200}, which no run writes")
+            raise UserError(f"{folder}: summary.json: a session is {session!r:.200}, which no run writes")
     for name, version in summary.get("versions", {}).items():
         _check_kind(folder, f"versions, {name}", version, str)
     _check_data(folder, summary.get("data", {}))
@@ -330,7 +331,7 @@ def _check_data(folder: Path, data: dict[str, Any]) -> None:
     counts: Any = data.get("validation")
     _check_kind(folder, "data, validation", counts, dict)
     if set(counts) != {"tokens", "documents", "bytes"} or any(type(v) is not int for v in counts.values()):
-        raise ValueError(
+        raise UserError(
             f"{folder}: summary.json: data, validation is {counts!r}, expected whole numbers of tokens, "
             "documents and bytes; it was edited"
         )
@@ -340,7 +341,7 @@ def _check_kind(folder: Path, key: str, value: Any, kind: type | tuple[type, ...
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         names = " or ".join(NAMES_OF_KINDS[k] for k in kinds)
-        raise ValueError(
+        raise UserError(
             f"{folder}: summary.json: {key} is {value!r:.60}, expected {names}, as a run writes it; use the "
             "summary that the run wrote"
         )
@@ -352,7 +353,7 @@ def _counted_code(folder: Path, counted: int, commit: str | None) -> bytes:
     code = path.read_bytes() if path.is_file() else code_archive()
     if len(code) != counted:
         where = path if path.is_file() else "the code of this tree (the run kept none)"
-        raise ValueError(
+        raise UserError(
             f"{folder}: the run counted {counted:_} bytes of code, {where} has {len(code):_}; use the tree "
             f"that ran it{f', commit {commit}' if commit else ''}"
         )
@@ -365,7 +366,7 @@ def _check_same(one: FinishedRun, other: FinishedRun) -> None:
     different = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if different:
         told = ", ".join(f"{k} ({first.get(k, 'unset')} and {second.get(k, 'unset')})" for k in different)
-        raise ValueError(
+        raise UserError(
             f"{one.folder} and {other.folder} differ in more than the seed: {told}; submit them apart"
         )
 
@@ -387,7 +388,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         data = read_json(path)
     except ValueError as e:
-        raise ValueError(f"{e}; copy the run folder again") from e
+        raise UserError(f"{e}; copy the run folder again") from e
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected an object, got {type(data).__name__}")
+        raise UserError(f"{path}: expected an object, got {type(data).__name__}")
     return data

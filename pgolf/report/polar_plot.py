@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.optim.polar import Coefficients, quality, scalar_map
 from pgolf.peers import find_peer
 

@@ -15,6 +15,7 @@ from typing import Any
 from pgolf.artifact.code import CODE_RULE
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.report.finished_runs import FinishedRun
+from pgolf.errors import UserError
 
 BUDGET_S = 600.0
 """The challenge's seconds for training, and as many again for evaluation (SPEC 1.1)."""
@@ -70,11 +71,11 @@ class Entry:
             try:
                 getattr(self, key).encode()
             except UnicodeEncodeError as e:
-                raise ValueError(
+                raise UserError(
                     f"{key} is not Unicode text: {getattr(self, key)!r}; set LC_ALL=C.UTF-8 and give it again"
                 ) from e
         if self.prepare_seconds is not None and not 0 <= self.prepare_seconds < float("inf"):
-            raise ValueError(f"prepare_seconds must be a number >= 0, got {self.prepare_seconds}")
+            raise UserError(f"prepare_seconds must be a number >= 0, got {self.prepare_seconds}")
 
 
 def submission(runs: Sequence[FinishedRun], entry: Entry, manifest: Manifest | None = None) -> dict[str, Any]:

@@ -19,9 +19,11 @@ from pathlib import Path
 
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
-from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest, file_sha256
+from pgolf.data.shards import (MANIFEST_NAME, TOKENIZER_NAME, Manifest)
+from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.submission import Entry, manifest_of, readme, submission, text_differs
+from pgolf.errors import UserError
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -125,7 +127,7 @@ def _shards(runs: Sequence[FinishedRun], data: Path | None) -> Path | None:
             if digest == runs[0].tokenizer_sha256:
                 return folder
             if data is not None:
-                raise ValueError(
+                raise UserError(
                     f"{folder / TOKENIZER_NAME} has SHA-256 {digest[:16]}..., the runs' tokenizer "
                     f"{runs[0].tokenizer_sha256[:16]}...; give the folder they were trained on"
                 )
@@ -155,7 +157,7 @@ def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) 
         if not differs and rested_on not in (None, digest):
             differs = f"its {MANIFEST_NAME} has SHA-256 {digest[:16]}..., {run.folder} rested on {rested_on}"
     if differs and asked:
-        raise ValueError(f"{shards}: {differs}; give the folder the runs were scored on")
+        raise UserError(f"{shards}: {differs}; give the folder the runs were scored on")
     return None if differs or None in map(manifest_of, runs) else manifest
 
 

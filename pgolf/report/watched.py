@@ -15,6 +15,7 @@ from typing import Any
 from pgolf.report.finished_runs import flat
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
+from pgolf.errors import UserError
 
 FILES = ("metrics.jsonl", "summary.json", "progress.json", "config.json")
 """Any of them makes a folder a run's."""
@@ -83,7 +84,7 @@ def read_watched(folders: Sequence[Path]) -> list[Watched]:
         ValueError: no folder given. FileNotFoundError: a folder holds no file of a run.
     """
     if not folders:
-        raise ValueError("expected at least one run folder, got none; `pgolf train` makes them")
+        raise UserError("expected at least one run folder, got none; `pgolf train` makes them")
     names = [folder.resolve().name for folder in folders]
     return [
         _read(folder, name if names.count(name) == 1 else str(folder))

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.peers import describe
 from pgolf.report.page import COLORS, figure, folded, image, page, table, words
 from pgolf.report.plots import first_shown, loss_ceiling, run_title, smoothed, unmarked, why_no_plots

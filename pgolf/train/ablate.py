@@ -29,6 +29,7 @@ from pgolf.train.guard import Process, end, held
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.weights import write_json
+from pgolf.errors import RunError, UserError
 
 OUTPUT = "output.txt"
 CELL = "cell.json"
@@ -106,9 +107,9 @@ def run_plan(
             a `Stopped` for SIGINT, SIGTERM and SIGHUP.
     """
     if per_gpu < 1:
-        raise ValueError(f"per_gpu must be >= 1, got {per_gpu}")
+        raise UserError(f"per_gpu must be >= 1, got {per_gpu}")
     if per_gpu > 1 and not plan.fixed_steps:
-        raise ValueError(
+        raise UserError(
             f"per_gpu {per_gpu} in a plan of {plan.length}: runs that share a GPU slow each other; "
             "give the plan steps instead of seconds, or per_gpu 1"
         )
@@ -220,7 +221,7 @@ class _Progress:
         )
         self._crashes = self._crashes + 1 if result.status == "crashed" else 0
         if self._crashes == MAX_CRASHES:
-            raise RuntimeError(
+            raise RunError(
                 f"{MAX_CRASHES} cells in a row crashed, the last with: {result.message}; mend it and start "
                 "again (finished cells are kept)"
             )
@@ -276,7 +277,7 @@ def read_cell(cell: Cell) -> CellResult:
         try:
             values, device = _values(summary), str(summary.get("device", ""))
         except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(
+            raise UserError(
                 f"{run / 'summary.json'} is not what a run writes ({type(e).__name__}: {e}); remove {run} to "
                 "run it again"
             ) from e

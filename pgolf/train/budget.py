@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pgolf.config import TrainConfig
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ def training_seconds(config: TrainConfig) -> float:
         ValueError: the reserve is not known yet (`Run` measures it), or leaves no time.
     """
     if config.quantize_reserve is None:
-        raise ValueError("train.quantize_reserve is not set; measure it before the clock starts")
+        raise UserError("train.quantize_reserve is not set; measure it before the clock starts")
     left = config.seconds - config.quantize_reserve
     if config.seconds and left <= 0:
-        raise ValueError(
+        raise UserError(
             f"calibration and quantization need {config.quantize_reserve:.1f} s, no time is left to train "
             f"in train.seconds={config.seconds:g}; raise it or lower quant.calibration_batches"
         )

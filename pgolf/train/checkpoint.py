@@ -30,9 +30,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pgolf.data.shards import atomic_file, file_sha256
+from pgolf.files import atomic_file, file_sha256
 from pgolf.dist import Dist
 from pgolf.optim.bank_muon import Shard
+from pgolf.errors import UserError
 
 FOLDER = "checkpoints"
 INDEX = "index.json"
@@ -284,16 +285,16 @@ class Checkpoint:
                         else:
                             tensors[key] = file.get_tensor(key)
             except (SafetensorError, OSError, KeyError, TypeError) as e:
-                raise ValueError(f"{path} is not a readable shard of a checkpoint: {e}") from e
+                raise UserError(f"{path} is not a readable shard of a checkpoint: {e}") from e
         for key, found in pieces.items():
             found.sort(key=lambda piece: piece[0])
             at = 0
             for first, stop, tensor in found:
                 if first != at or tensor.dim() == 0 or tensor.shape[0] != stop - first:
-                    raise ValueError(f"{self.folder}: rows {at} to {first} of {key} are missing or doubled")
+                    raise UserError(f"{self.folder}: rows {at} to {first} of {key} are missing or doubled")
                 at = stop
             if at != max(stop for _, stop in self.rows[key].values()):
-                raise ValueError(f"{self.folder}: {key} ends at row {at}; a shard lacks its part")
+                raise UserError(f"{self.folder}: {key} ends at row {at}; a shard lacks its part")
             tensors[key] = torch.cat([tensor for _, _, tensor in found])
         return tensors
 
@@ -309,14 +310,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {INDEX}: it was not completed")
     if path.stat().st_size > _INDEX_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, an index has at most {_INDEX_BYTES:,}")
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes, an index has at most {_INDEX_BYTES:,}")
     try:
         data = json.loads(path.read_bytes())
         digest = data.pop("sha256")
         if data["format"] != FORMAT:
-            raise ValueError(f"{path} has format {data['format']!r}, this reader knows {FORMAT!r}")
+            raise UserError(f"{path} has format {data['format']!r}, this reader knows {FORMAT!r}")
         if digest != _digest(data):
-            raise ValueError(f"{path} does not have the SHA-256 that it states; it is damaged")
+            raise UserError(f"{path} does not have the SHA-256 that it states; it is damaged")
         files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in data["files"].items()}
         rows = {
             str(k): {str(n): [int(a), int(b)] for n, (a, b) in v.items()} for k, v in data["rows"].items()
@@ -324,7 +325,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         facts = dict(data["facts"])
         int(facts["step"])
     except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeError) as e:
-        raise ValueError(f"{path} is not an index of a checkpoint: {type(e).__name__} {e}") from e
+        raise UserError(f"{path} is not an index of a checkpoint: {type(e).__name__} {e}") from e
     _check_files(folder, files)
     return Checkpoint(folder, facts, tuple(sorted(files)), rows)
 
@@ -332,13 +333,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
     worlds = {match[2] for name in files if (match := _SHARD.fullmatch(name))}
     if len(worlds) != 1 or set(files) != {shard_name(r, int(w)) for w in worlds for r in range(int(w))}:
-        raise ValueError(f"{folder}: the index must list shard-00-of-NN to the last, got {sorted(files)[:4]}")
+        raise UserError(f"{folder}: the index must list shard-00-of-NN to the last, got {sorted(files)[:4]}")
     for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
-            raise ValueError(f"{path} is missing; copy it again")
+            raise UserError(f"{path} is missing; copy it again")
         if path.stat().st_size != size or file_sha256(path) != digest:
-            raise ValueError(f"{path} does not have the length and SHA-256 of the index; it is damaged")
+            raise UserError(f"{path} does not have the length and SHA-256 of the index; it is damaged")
 
 
 def newest_checkpoint(run: Path, *, identity: str = "") -> tuple[Checkpoint | None, list[str]]:
@@ -351,7 +352,7 @@ def newest_checkpoint(run: Path, *, identity: str = "") -> tuple[Checkpoint | No
         try:
             found = read_checkpoint(folder)
             if found.facts.get("run") != identity:
-                raise ValueError(f"{folder} is a checkpoint of another run")
+                raise UserError(f"{folder} is a checkpoint of another run")
             return found, complaints
         except (OSError, ValueError) as e:
             complaints.append(str(e))

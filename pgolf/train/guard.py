@@ -16,13 +16,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
+from pgolf.errors import RunError
 
 LOCK = "lock"
 GRACE_SECONDS = 20.0
 """Between asking a child to end and killing it."""
 
 
-class HeldError(RuntimeError):
+class HeldError(RunError):
     """Another process works in the folder."""
 
 

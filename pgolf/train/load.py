@@ -11,11 +11,13 @@ import torch
 
 from pgolf.artifact.read import build_model, read_artifact
 from pgolf.config_io import read_json
-from pgolf.data.shards import TOKENIZER_NAME, file_sha256
+from pgolf.data.shards import (TOKENIZER_NAME)
+from pgolf.files import file_sha256
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import pick_device
 from pgolf.model.gpt import GPT
 from pgolf.train.weights import ARTIFACT, AVERAGED, RAW, copy_parameters, load_weights
+from pgolf.errors import UserError
 
 
 class Loaded(NamedTuple):
@@ -54,7 +56,7 @@ def load(
         data = _data_folder(file.with_name("config.json"))
     found = _find(file, sha256, data) if tokenizer is None else _given(file, sha256, Path(tokenizer))
     if found.vocab_size != model.config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{found.path} has {found.vocab_size} pieces, {file} has a vocabulary of "
             f"{model.config.vocab_size}; give the tokenizer that the model was trained with"
         )
@@ -85,7 +87,7 @@ def _load_checkpoint(file: Path, device: torch.device) -> tuple[GPT, str | None,
     try:
         copy_parameters(model, tensors)
     except ValueError as e:
-        raise ValueError(f"{file}: {e}; give a checkpoint that this code wrote") from e
+        raise UserError(f"{file}: {e}; give a checkpoint that this code wrote") from e
     return model.prepare(device).eval(), facts.get("tokenizer_sha256"), config.data.dir
 
 
@@ -122,7 +124,7 @@ def _given(file: Path, sha256: str | None, where: Path) -> Tokenizer:
     tokenizer = find_tokenizer(where) if where.is_dir() else Tokenizer(where)
     digest = file_sha256(tokenizer.path)
     if sha256 not in (None, digest):
-        raise ValueError(
+        raise UserError(
             f"{tokenizer.path} has SHA-256 {digest[:16]}..., {file} was trained with {str(sha256)[:16]}...; "
             f"give that run's {TOKENIZER_NAME}"
         )

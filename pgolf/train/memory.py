@@ -34,6 +34,7 @@ import torch
 from pgolf.config import Config, ModelConfig
 from pgolf.env import ranks_on_this_host
 from pgolf.model.gpt import layer_order, parameter_shapes
+from pgolf.errors import UserError
 
 MARGIN = 1.1
 """The estimate, times this, must be there: it is right to about 10 %."""
@@ -273,7 +274,7 @@ def check_memory(config: Config, dist: Place, *, attention: str) -> str:
     whole = int(dist.share([float(own)])[0])
     error = _refusal(config, found, whole, kind, world, attention)
     if error is not None:
-        raise ValueError(error)
+        raise UserError(error)
     dist.check(_refusal(config, found, own, kind, world, attention))
     return (
         f"memory: about {gib(found.total)} at the peak of {gib(whole)} {_for_whom(world)} ({found.parts()})"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from pgolf.config import Config, config_hash, from_dict, read_json, to_dict
 from pgolf.optim.polar import coefficients
+from pgolf.errors import UserError, UserTypeError
 
 Metric = Literal["raw", "ema", "quantized"]
 
@@ -195,15 +196,15 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         data = read_json(path)
     except ValueError as e:
         why = str(e).replace(f"{path} ", "it ", 1).replace(f"{path}: ", "", 1)
-        raise ValueError(f"{path} is not a plan: {why}") from e
+        raise UserError(f"{path} is not a plan: {why}") from e
     if not isinstance(data, dict):
-        raise TypeError(f"{path}: expected an object, got {type(data).__name__}")
+        raise UserTypeError(f"{path}: expected an object, got {type(data).__name__}")
     file = from_dict(_File, data, where=str(path))
     _check_file(file, path)
     common = _overrides(file.overrides or {}, f"{path}: overrides")
     changes = _arms(file.arms, path)
     if file.baseline not in changes:
-        raise ValueError(f"{path}: baseline must be one of the arms {list(changes)}, got {file.baseline!r}")
+        raise UserError(f"{path}: baseline must be one of the arms {list(changes)}, got {file.baseline!r}")
     base = _set_up(load_base(file.base), file)
     shared, warnings = override(base, common, where=f"{path}: overrides")
     arms = {}
@@ -218,7 +219,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         _check_beside_trunk(common, changes, path)
         _check_one_model(trunk, arms, path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
-        raise ValueError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
+        raise UserError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
     return Plan(
         name=file.name,
         comment=file.comment,
@@ -249,17 +250,17 @@ def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Co
     data = json.loads(json.dumps(before))
     for key, value in changes.items():
         if key in OWNED:
-            raise ValueError(f"{where}: {key} is given by {OWNED[key]}; take it out of the overrides")
+            raise UserError(f"{where}: {key} is given by {OWNED[key]}; take it out of the overrides")
         if isinstance(value, (dict, list)):
-            raise TypeError(f"{where}: {key} must be one value; write one dotted key for each setting")
+            raise UserTypeError(f"{where}: {key} must be one value; write one dotted key for each setting")
         *sections, last = key.split(".")
         node = data
         for section in sections:
             node = node.setdefault(section, {})
             if not isinstance(node, dict):
-                raise ValueError(f"{where}: {key}: {section!r} is a setting, not a section")
+                raise UserError(f"{where}: {key}: {section!r} is a setting, not a section")
         if isinstance(node.get(last), dict):
-            raise ValueError(f"{where}: {key} is a section; name one of {', '.join(node[last])} in it")
+            raise UserError(f"{where}: {key} is a section; name one of {', '.join(node[last])} in it")
         node[last] = value
     try:
         changed = from_dict(Config, data)
@@ -279,36 +280,36 @@ def _get(data: dict[str, Any], key: str) -> Any:
 def _check_file(file: _File, path: Path) -> None:
     for key in ("name", "base", "baseline"):
         if not getattr(file, key):
-            raise ValueError(f"{path}: {key} is missing")
+            raise UserError(f"{path}: {key} is missing")
     _check_name(file.name, f"{path}: name")
     if (file.steps > 0) == (file.seconds > 0) or file.steps < 0 or file.seconds < 0:
-        raise ValueError(
+        raise UserError(
             f"{path}: give either steps or seconds, above 0: what every run has alike; "
             f"got steps={file.steps}, seconds={file.seconds:g}"
         )
     if not 0 < file.effect < 1:
-        raise ValueError(f"{path}: effect is in bits per byte, in (0, 1), got {file.effect}")
+        raise UserError(f"{path}: effect is in bits per byte, in (0, 1), got {file.effect}")
 
 
 def _check_name(name: str, where: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise ValueError(f"{where} names a folder: letters, digits, '.', '_', '-' only, got {name!r}")
+        raise UserError(f"{where} names a folder: letters, digits, '.', '_', '-' only, got {name!r}")
 
 
 def _overrides(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError(f"{where}: expected an object of dotted settings, got {type(value).__name__}")
+        raise UserTypeError(f"{where}: expected an object of dotted settings, got {type(value).__name__}")
     return value
 
 
 def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict) or len(value) < 2:
-        raise ValueError(f"{path}: arms must be an object of at least two arms, the baseline one of them")
+        raise UserError(f"{path}: arms must be an object of at least two arms, the baseline one of them")
     lower = [arm.lower() for arm in value]
     for arm in value:
         _check_name(arm, f"{path}: arm {arm!r}")
         if lower.count(arm.lower()) > 1:
-            raise ValueError(f"{path}: arm {arm!r} is named twice, but for capitals; folders may not differ")
+            raise UserError(f"{path}: arm {arm!r} is named twice, but for capitals; folders may not differ")
     return {arm: _overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
 
 
@@ -318,10 +319,10 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
         return None, []
     where = f"{path}: trunk"
     if not isinstance(value, dict):
-        raise TypeError(f"{where}: expected an object of steps and overrides, got {type(value).__name__}")
+        raise UserTypeError(f"{where}: expected an object of steps and overrides, got {type(value).__name__}")
     file = from_dict(_TrunkFile, value, where=where)
     if file.steps < 1:
-        raise ValueError(f"{where}: steps must be >= 1, got {file.steps}")
+        raise UserError(f"{where}: steps must be >= 1, got {file.steps}")
     changes = _overrides(file.overrides or {}, f"{where}: overrides")
     train = replace(baseline.train, steps=file.steps, seconds=0.0)
     config, idle = override(replace(baseline, train=train), changes, where=f"{where}: overrides")
@@ -331,11 +332,11 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
 def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
     """Refuse what a trunk leaves no place for."""
     if TRUNK in (arm.lower() for arm in arms):
-        raise ValueError(
+        raise UserError(
             f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm"
         )
     if any("train.init" in changes for changes in (common, *arms.values())):
-        raise ValueError(
+        raise UserError(
             f"{path}: train.init of the arms is the plan's trunk; take it out of the overrides, or the trunk "
             "out of the plan"
         )
@@ -344,7 +345,7 @@ def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]],
 def _check_one_model(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
     other = [arm for arm, config in arms.items() if config.model != trunk.config.model]
     if other:
-        raise ValueError(
+        raise UserError(
             f"{path}: arms {other} have another model than the trunk, whose weights they start from; "
             "change model settings in the plan's overrides, which hold for the trunk too"
         )
@@ -352,13 +353,13 @@ def _check_one_model(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
 
 def _seeds(value: object, path: Path) -> tuple[int, ...]:
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{path}: seeds must be a list of at least one whole number, got {value!r}")
+        raise UserError(f"{path}: seeds must be a list of at least one whole number, got {value!r}")
     bad = [s for s in value if not isinstance(s, int) or isinstance(s, bool) or not 0 <= s < 2**31]
     if bad:
-        raise ValueError(f"{path}: seeds must be whole numbers in [0, 2^31), got {bad}")
+        raise UserError(f"{path}: seeds must be whole numbers in [0, 2^31), got {bad}")
     twice = sorted({s for s in value if value.count(s) > 1})
     if twice:
-        raise ValueError(f"{path}: seeds {twice} are given twice; a repeated seed is not another sample")
+        raise UserError(f"{path}: seeds {twice} are given twice; a repeated seed is not another sample")
     return tuple(value)
 
 

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.report.plots import read_metrics
 from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
 from pgolf.train.weights import write_json
+from pgolf.errors import UserError
 
 CLOCK = "clock.txt"
 PROGRESS = "progress.json"
@@ -100,7 +101,7 @@ class Past:
         if before and before != facts:
             keys = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
             told = ", ".join(f"{k} was {before.get(k)}, is {facts.get(k)}" for k in keys)
-            raise ValueError(
+            raise UserError(
                 f"{folder} is not the data that the run in {self.folder} began with: {told}; "
                 "pass --data with the folder of that text"
             )
@@ -120,8 +121,8 @@ def read_past(folder: Path) -> Past:
     path = folder / PROGRESS
     if not path.is_file():
         if (folder / SUMMARY).is_file():
-            raise ValueError(f"{folder} is finished: it has its {SUMMARY}; start a new run to train more")
-        raise ValueError(
+            raise UserError(f"{folder} is finished: it has its {SUMMARY}; start a new run to train more")
+        raise UserError(
             f"{folder} holds no {PROGRESS}: an older version wrote it, or it stopped before it began; "
             f"start again with `pgolf train {folder / 'config.json'}`"
         )
@@ -129,13 +130,13 @@ def read_past(folder: Path) -> Past:
         data = json.loads(path.read_bytes())
         stage, summary, sessions = data["stage"], dict(data["summary"]), [dict(s) for s in data["sessions"]]
         if stage not in STAGES:
-            raise ValueError(f"unknown stage {stage!r}")
+            raise UserError(f"unknown stage {stage!r}")
         clock, stage_clock, identity = data["clock"], data["stage_clock"], str(data["run"])
         for seconds in (clock, stage_clock):
             if not (isinstance(seconds, float | int) and math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"the clock must be seconds >= 0, got {seconds!r}")
+                raise UserError(f"the clock must be seconds >= 0, got {seconds!r}")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); start the run again") from e
+        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); start the run again") from e
     checkpoint, complaints = (
         newest_checkpoint(folder, identity=identity) if stage == "training" else (None, [])
     )

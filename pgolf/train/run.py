@@ -30,8 +30,10 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check_limit
 from pgolf.config import Config, TrainConfig, run_hash
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import TOKENIZER_NAME, atomic_file, find_shards
-from pgolf.dist import Dist, RanksFailed
+from pgolf.data.shards import (TOKENIZER_NAME, find_shards)
+from pgolf.files import atomic_file
+from pgolf.dist import Dist
+from pgolf.errors import RanksFailed
 from pgolf.env import commit_name, threads_note
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
@@ -243,13 +245,14 @@ class Run:
 
     def _restore(self, trainer: Trainer, past: Past) -> Position | None:
         """Put the newest checkpoint's state in place, and cut the metrics there; None where there is none."""
-        error, position = None, None
+        error: Exception | None = None
+        position = None
         try:
             if past.checkpoint is not None:
                 position = Position.from_facts(past.checkpoint.facts)
                 trainer.restore(past.checkpoint.load(), position)
         except (OSError, ValueError) as e:
-            error = str(e)
+            error = e
         self._dist.check(error)
         self._dist.assert_replicas_equal(dict(self._model.named_parameters()))
         steps = 0 if position is None else position.steps
@@ -454,7 +457,7 @@ class Run:
             return state
 
         ledger: Ledger | None = None
-        error: str | None = None
+        error: Exception | None = None
         if self._dist.is_main:
             try:
                 ledger = write_quantized(
@@ -462,8 +465,8 @@ class Run:
                 )
                 with atomic_file(self._folder / "code.br") as file:
                     file.write(code_archive())
-            except (ValueError, OSError, RuntimeError) as e:
-                error = str(e)
+            except Exception as e:
+                error = e
         self._dist.check(error)
         if not self._dist.is_main:
             self._stop_clock()
@@ -573,7 +576,8 @@ def train_run(
         try:
             stamp = int(dist.share([time.time()])[0])
             folder = config.train.out / f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(stamp))}-{config.name}"
-            run, error = None, None
+            run: Run | None = None
+            error: Exception | None = None
             if resume is not None:
                 # Before anything is read: what another process writes there now would be taken for its last.
                 take_folder(resume, dist, files)
@@ -582,7 +586,7 @@ def train_run(
                 past = read_past(resume) if resume is not None else None
                 run = Run(config, around, resume or folder, past=past, train=train)
             except Exception as e:
-                error = f"{type(e).__name__}: {e}"
+                error = e
             dist.check(error)
             assert run is not None
             summary = run.execute()

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgolf.config import Config, to_dict
-from pgolf.dist import Dist, RanksFailed
+from pgolf.dist import Dist
+from pgolf.errors import RanksFailed, brief, is_checked, told
 from pgolf.log import RunLog
 from pgolf.report.summary import Summary, device_name, summary_dict
 from pgolf.track import start_tracker
@@ -179,7 +180,7 @@ class Session:
             reason = None if error is None else self._ended(error)
             if reason is None or isinstance(error, RanksFailed):
                 return
-        raise RanksFailed(reason) from error
+        raise RanksFailed(reason) from None  # the collective that broke says nothing more
 
     def _ended(self, error: BaseException) -> str | None:
         """Say in log.txt why the run ends, keep what can be kept, tell the other ranks.
@@ -196,14 +197,17 @@ class Session:
             how = str(error).removeprefix("stopped by ")
             text = f"{error} during {self.phase}; go on with: pgolf train --resume {self.folder}"
         else:
-            how = f"failed: {known or error}"
-            text = f"failed during {self.phase}: {known or f'{type(error).__name__}: {error}'}"
+            reason = known or brief(error)
+            how = f"failed: {reason}"
+            text = f"failed during {self.phase}: {reason}"
+            if known is None and not is_checked(error):
+                text += f"\n{told(error)}"
             if self.phase == "train" and not isinstance(error, Diverged):
                 with contextlib.suppress(Exception):
                     self._keep_weights()
         with contextlib.suppress(Exception):
             self._close(how, text, lost_main=(known or "").startswith("rank 0 "))
-        self._dist.watch.leave("" if known is not None else f"{type(error).__name__}: {error}")
+        self._dist.watch.leave("" if known is not None else brief(error))
         return known
 
     def _close(self, how: str, text: str, *, lost_main: bool) -> None:
@@ -234,12 +238,12 @@ def take_folder(folder: Path, dist: Dist, files: contextlib.ExitStack) -> None:
     Raises:
         RanksFailed: another process holds it, or it is not there on every host.
     """
-    error = None
+    error: Exception | str | None = None
     if dist.is_main:
         try:
             files.enter_context(held(folder))
         except (OSError, RuntimeError) as e:
-            error = str(e)
+            error = e
     elif not folder.is_dir():
         error = f"there is no {folder} here; all hosts must share the folder of runs (--train.out)"
     dist.check(error)

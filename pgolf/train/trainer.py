@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
-from pgolf.dist import Dist, RanksFailed
+from pgolf.dist import Dist
+from pgolf.errors import RanksFailed
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
@@ -32,6 +33,7 @@ from pgolf.train.checkpoint import Parts
 from pgolf.train.saver import Saver
 from pgolf.train.timing import DeviceTimer
 from pgolf.train.weights import clone_parameters, copy_parameters
+from pgolf.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 2
 """Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""
@@ -118,9 +120,9 @@ class Position:
         try:
             loss, loop_step, frac = facts["last_loss"], facts["loop_step"], facts["frac"]
             if not (math.isfinite(facts["elapsed"]) and facts["elapsed"] >= 0 and facts["steps"] >= 0):
-                raise ValueError(f"elapsed is {facts['elapsed']}, steps is {facts['steps']}")
+                raise UserError(f"elapsed is {facts['elapsed']}, steps is {facts['steps']}")
             if frac is not None and not 0 <= frac <= 1:
-                raise ValueError(f"frac is {frac}")
+                raise UserError(f"frac is {frac}")
             return cls(
                 steps=int(facts["steps"]),
                 tokens=int(facts["tokens"]),
@@ -132,7 +134,7 @@ class Position:
                 row=dict(facts["row"]),
             )
         except (KeyError, TypeError, ValueError) as e:
-            raise ValueError(f"the checkpoint does not say where training was: {type(e).__name__} {e}") from e
+            raise UserError(f"the checkpoint does not say where training was: {type(e).__name__} {e}") from e
 
 
 class _Seen(NamedTuple):
@@ -213,7 +215,7 @@ def passes_per_step(data: DataConfig, world_size: int) -> int:
     """
     per_pass = data.micro_tokens * world_size
     if data.batch_tokens % per_pass:
-        raise ValueError(
+        raise UserError(
             f"data.batch_tokens={data.batch_tokens} must be a multiple of data.micro_tokens="
             f"{data.micro_tokens} x world size {world_size} = {per_pass}; "
             f"lower data.micro_tokens or change the number of processes"
@@ -275,7 +277,7 @@ class Trainer:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             if kind not in groups:
-                raise ValueError(f"the checkpoint holds {name}, which no part of a run has")
+                raise UserError(f"the checkpoint holds {name}, which no part of a run has")
             groups[kind][rest] = tensor
         copy_parameters(self._model, groups["weights"])
         self._optimizer.load_state_dict(groups["optim"])

@@ -15,7 +15,8 @@ from torch import Tensor
 from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
+from pgolf.errors import UserError
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -75,7 +76,7 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
     ours, theirs = to_dict(config.model), to_dict(saved.model)
     different = [f"model.{k} is {theirs[k]} there and {ours[k]} here" for k in ours if ours[k] != theirs[k]]
     if different:
-        raise ValueError(
+        raise UserError(
             f"train.init={path} is of another model: {', '.join(different)}; give this run the same settings "
             "or start from another checkpoint"
         )
@@ -83,7 +84,7 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
     try:
         copy_parameters(model, tensors)
     except ValueError as e:
-        raise ValueError(f"train.init={path}: {e}; start from a checkpoint that this code wrote") from e
+        raise UserError(f"train.init={path}: {e}; start from a checkpoint that this code wrote") from e
 
 
 def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) -> None:
@@ -93,7 +94,7 @@ def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) ->
         ValueError: it was not.
     """
     if facts.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
-        raise ValueError(
+        raise UserError(
             f"{path} was trained with another tokenizer than the data folder holds; "
             "use the run's tokenizer.model"
         )
@@ -107,16 +108,16 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as e:
-        raise ValueError(f"{path} is not a readable safetensors file: {e}") from e
+        raise UserError(f"{path} is not a readable safetensors file: {e}") from e
 
 
 def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]]:
     if "config" not in metadata:
-        raise ValueError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
+        raise UserError(f"{path} holds no pgolf configuration; expected a file written by `pgolf train`")
     try:
         facts = {k: json.loads(v) for k, v in metadata.items()}
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
+        raise UserError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
     saved = facts.pop("config")
     config = from_dict(Config, saved, where=f"{path}: config")
     note = missing_note(saved, to_dict(config), f"{path}: config")
@@ -138,14 +139,14 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     own = dict(model.named_parameters())
     if own.keys() != tensors.keys():
         different = sorted(own.keys() ^ tensors.keys())
-        raise ValueError(f"the weights do not fit the model: {', '.join(different)} on one side only")
+        raise UserError(f"the weights do not fit the model: {', '.join(different)} on one side only")
     shapes = [
         f"{name} must be {tuple(p.shape)}, got {tuple(tensors[name].shape)}"
         for name, p in own.items()
         if p.shape != tensors[name].shape
     ]
     if shapes:
-        raise ValueError(f"the weights do not fit the model: {', '.join(shapes)}")
+        raise UserError(f"the weights do not fit the model: {', '.join(shapes)}")
     for name, p in own.items():
         p.copy_(tensors[name])
 

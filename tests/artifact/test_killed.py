@@ -16,7 +16,7 @@ from pgolf.artifact.write import save_file, write_artifact
 WRITER = """
 import sys
 from pathlib import Path
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 path, versions = Path(sys.argv[1]), [Path(name).read_bytes() for name in sys.argv[2:]]
 print("ready", flush=True)
 for i in range(10**6):

@@ -17,7 +17,7 @@ import torch
 
 from pgolf.artifact.export import describe
 from pgolf.cli.main import main
-from pgolf.data.shards import atomic_file
+from pgolf.files import atomic_file
 from pgolf.train import run as run_module
 from pgolf.train.guard import held
 from pgolf.train.progress import PROGRESS
