@@ -111,7 +111,7 @@ class Watch:
             self._thread.join(timeout=5.0)
 
     def _meet(self, store: Store, end: float) -> None:
-        """Connect every rank to rank 0, whose place the others find in `store`, until the clock says `end`."""
+        """Connect every rank to rank 0, whose place the others find in `store`, before the time `end`."""
         try:
             if self._rank == 0:
                 with socket.create_server(("", 0), backlog=self._world_size) as listener:
@@ -235,7 +235,7 @@ class Watch:
 
 
 def _left(end: float) -> float:
-    """Return the seconds until the clock says `end`, or 10 ms: a timeout of 0 would mean not to wait at all."""
+    """Return the seconds until `end`, at least 10 ms: a timeout of 0 would mean not to wait at all."""
     return max(0.01, end - time.monotonic())
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.errors import UserError
 from pgolf.model.attention import (
     AttentionKernel,
     AttentionName,
@@ -29,7 +30,6 @@ from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
-from pgolf.errors import UserError
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -265,12 +265,6 @@ class GPT(nn.Module):
             observe("head", 0, hidden)
         # The float32 table: its gradient is then summed in float32 and never rounded to the compute dtype.
         return linear_softcap_ce(hidden, self.tok_emb, targets, self.config.softcap, reduction="none")
-
-    def logits(self, inputs: Tensor, cu_seqlens: Tensor, *, max_seqlen: int, loop: bool) -> Tensor:
-        """Return the soft-capped logits `(T, V)` float32."""
-        hidden, table = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop)
-        cap = self.config.softcap
-        return cap * torch.tanh(F.linear(hidden, table).float() / cap)
 
     def hidden(
         self,

@@ -6,8 +6,7 @@ correction: the average starts at the initial weights, and by the end nothing is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,14 +22,13 @@ class Ema:
         """Start the averages as copies of `tensors`, which are watched in place from now on."""
         self._live = {name: t.detach() for name, t in tensors.items()}
         self._average = {name: t.to(torch.float32, copy=True) for name, t in self._live.items()}
-        self._swapped = False
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
         """Move the averages towards the tensors; a few launches for all of them, no synchronization.
 
         Raises:
-            ValueError: decay is outside [0, 1]. RuntimeError: the averages are swapped in.
+            ValueError: decay is outside [0, 1].
         """
         self.check_update(decay)
         if self._average:
@@ -41,12 +39,10 @@ class Ema:
         """Raise what `update` raises; for an optimizer that moves the averages itself."""
         if not 0 <= decay <= 1:
             raise ValueError(f"ema: decay must be in [0, 1], got {decay}")
-        if self._swapped:
-            raise RuntimeError("ema: update inside swap() would average the average; leave swap() first")
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The live averages by name, float32; inside `swap` too."""
+        """The averages themselves (not copies) by name, float32."""
         return dict(self._average)
 
     @torch.no_grad()
@@ -65,25 +61,6 @@ class Ema:
         _check_like(self._average, tensors, "ema: copy_to")
         for name, average in self._average.items():
             tensors[name].copy_(average)
-
-    @contextmanager
-    def swap(self) -> Iterator[None]:
-        """Hold the averages in the watched tensors inside the `with`; put their own values back after.
-
-        Raises:
-            RuntimeError: already swapped.
-        """
-        if self._swapped:
-            raise RuntimeError("ema: already inside swap()")
-        own = {name: t.clone() for name, t in self._live.items()}
-        self._swapped = True
-        try:
-            self.copy_to(self._live)
-            yield
-        finally:
-            for name, value in own.items():
-                self._live[name].copy_(value)
-            self._swapped = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of the averages by name, float32."""

@@ -102,7 +102,7 @@ class Optimizer:
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
-                gradients would be lost; or the averages are swapped in.
+                gradients would be lost.
             ValueError: an `ema_decay` outside [0, 1], or one without `ema`.
         """
         self._check_attached()
