@@ -112,6 +112,7 @@ def start(words: list[str], output: Path, world: int, *, plain: bool = False) ->
 def _fork(words: list[str], output: Path, rank: int, world: int, port: int, plain: bool) -> int:
     child = os.fork()
     if child:
+        ENDED.pop(child, None)  # the system gives the number of an ended process to a new one, some day
         return child
     code = 99
     try:

@@ -24,7 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from pgolf import env
 from pgolf.errors import RanksFailed, RunError, UserError, brief
-from pgolf.watch import MEET_S, Watch
+from pgolf.watch import MEET_S, Watch, before
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -100,10 +100,9 @@ class Dist:
         cuda = self.device.type == "cuda"
         try:
             # The watch first: it sees ranks that are lost while the groups are made, too.
-            # Its clock starts before the store is reached, so that all waits together last `MEET_S`.
             meet_by = time.monotonic() + MEET_S
-            store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
-            self.watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by)
+            late = f"rank 0 did not answer within {MEET_S:g} s (stopped, or its host cannot be reached)"
+            store, self.watch = before(meet_by + 1.0, lambda: self._meet(meet_by, rank_timeout_s), late)
             td.init_process_group(
                 "nccl" if cuda else "gloo",
                 timeout=timeout,
@@ -118,6 +117,12 @@ class Dist:
                 f"rank {self.rank} of {self.world_size} could not join the others on {self.device}: {e}; "
                 "start all ranks with one torchrun command"
             ) from e
+
+    def _meet(self, meet_by: float, rank_timeout_s: float) -> tuple[Any, Watch]:
+        """Reach the launcher's store and every rank, before the clock says `meet_by`."""
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
+        watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by)
+        return store, watch
 
     def close(self) -> None:
         """Leave the process group; a second call does nothing."""

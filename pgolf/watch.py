@@ -18,9 +18,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed import DistError
 
@@ -29,6 +31,8 @@ from pgolf.errors import RunError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
+
+Result = TypeVar("Result")
 
 PERIOD_S = 0.25
 BEAT_S = 1.0
@@ -232,6 +236,32 @@ class Watch:
             with contextlib.suppress(OSError):
                 peer.socket.close()
         self._selector.close()
+
+
+def before(end: float, work: Callable[[], Result], late: str) -> Result:
+    """Do `work` in a thread and return its result; it must be there when the clock says `end`.
+
+    For calls into torch that can wait for ever: a client of its store has no time limit for the answer of a
+    server whose process is stopped. The thread that hangs ends with the process.
+
+    Raises:
+        RunError: it is not there in time, with the text `late`. Or what `work` raised.
+    """
+    outcome: Future[Result] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as e:
+            outcome.set_exception(e)
+
+    threading.Thread(target=run, name="pgolf-meet", daemon=True).start()
+    try:
+        return outcome.result(_left(end))
+    except (TimeoutError, FutureTimeout):
+        if outcome.done():
+            raise
+        raise RunError(late) from None
 
 
 def _left(end: float) -> float:

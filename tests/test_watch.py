@@ -117,3 +117,19 @@ def test_time_spent_before_counts_towards_the_meeting():
     with pytest.raises(RuntimeError, match="rank 0 did not answer"):
         Watch(1, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)
     assert time.monotonic() - began < 5.0
+
+
+def test_what_never_comes_back_is_given_up_and_what_it_raises_is_passed_on():
+    never = threading.Event()
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"^rank 0 is late$"):
+        module.before(began + 0.2, never.wait, "rank 0 is late")
+    assert time.monotonic() - began < 5.0
+    never.set()
+    assert module.before(began + 60.0, lambda: 7, "") == 7
+    with pytest.raises(TimeoutError, match=r"^of its own$"):
+        module.before(began + 60.0, lambda: fail(TimeoutError("of its own")), "rank 0 is late")
+
+
+def fail(error: Exception) -> None:
+    raise error

@@ -15,6 +15,7 @@ unpickles its metadata).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -186,7 +187,7 @@ class Checkpointer:
         if failed:
             why = f"{error}" if error is not None else f"see rank {failed[0]}"
             if self._dist.is_main and not (self._target / INDEX).is_file():
-                shutil.rmtree(self._target, ignore_errors=True)
+                _discard(self._target)
             return f"no checkpoint at step {self._facts['step']}, rank {failed[0]} could not write: {why}"
         if self._dist.is_main:
             files = {
@@ -205,7 +206,7 @@ class Checkpointer:
         with atomic_file(target / INDEX) as file:
             file.write(json.dumps({**index, "sha256": _digest(index)}, indent=1).encode() + b"\n")
         for _, old in _folders(self._folder)[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
 
     def wait(self) -> None:
         """Wait until this rank's thread has nothing left to do; errors are for `settle` to tell."""
@@ -367,8 +368,15 @@ def remove_after(run: Path, step: int) -> None:
     for number, folder in _folders(run / FOLDER):
         if number > step:
             bad = folder.with_suffix(".bad")
-            shutil.rmtree(bad, ignore_errors=True)
+            _discard(bad)
             folder.rename(bad)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint. Its index first: a process that is killed in between leaves no checkpoint then."""
+    with contextlib.suppress(OSError):
+        (folder / INDEX).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _folders(folder: Path) -> list[tuple[int, Path]]:

@@ -1,8 +1,10 @@
 """Two and four ranks (gloo; NCCL with two GPUs) against one process; one launch each, many looks."""
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -132,7 +134,7 @@ def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert dist.share([1.5, 2.0]) == [1.5, 2.0]
     dist.check(None)
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         dist.check("broken")
     out = torch.zeros(3)
     dist.all_gather(out, torch.ones(3)).wait()
@@ -170,3 +172,16 @@ def test_cuda_without_a_gpu_is_refused_and_auto_takes_the_cpu():
     with pytest.raises(RuntimeError, match=r"device 'cuda' was asked for, but .*; use device cpu or auto"):
         Dist.start("cuda")
     assert Dist.start("auto").device.type == "cpu"
+
+
+def test_a_store_that_takes_connections_and_never_answers_is_given_up(monkeypatch):
+    """A stopped rank 0 looks like this to the others: torch's client of the store has no time limit then."""
+    monkeypatch.setattr("pgolf.dist.MEET_S", 0.5)
+    with socket.create_server(("localhost", 0)) as silent:
+        place = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": silent.getsockname()[1]}
+        for name, value in {**place, "MASTER_ADDR": "localhost"}.items():
+            monkeypatch.setenv(name, str(value))
+        began = time.monotonic()
+        with pytest.raises(RuntimeError, match=r"rank 1 of 2 could not join .*did not answer within 0\.5 s"):
+            Dist.start("cpu")
+        assert time.monotonic() - began < 20.0

@@ -139,6 +139,14 @@ def test_the_two_newest_stay(tmp_path):
     assert (tmp_path / "checkpoints" / "step-00000015.bad").is_dir(), "kept, out of the way"
 
 
+def test_a_process_that_is_killed_while_it_removes_an_old_one_leaves_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "rmtree", lambda *_, **__: None)  # killed before the first file went
+    for step in (5, 10, 15):
+        write(tmp_path, state(step), 1, step)
+    assert (tmp_path / "checkpoints" / "step-00000005").is_dir()
+    assert not (tmp_path / "checkpoints" / "step-00000005" / module.INDEX).exists()
+
+
 def test_a_checkpoint_of_another_run_is_not_taken(tmp_path):
     write(tmp_path, state(), 1)
     found, complaints = newest_checkpoint(tmp_path, identity="another")
