@@ -24,8 +24,8 @@ from typing import TypeVar
 import torch
 
 import pgolf
-from pgolf.files import atomic_file
 from pgolf.env import source_commit
+from pgolf.files import atomic_file
 from pgolf.peers import describe
 
 ROOT = Path(__file__).resolve().parents[1]

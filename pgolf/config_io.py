@@ -15,6 +15,7 @@ import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
 from pgolf.errors import UserError, UserTypeError
 
 T = TypeVar("T")

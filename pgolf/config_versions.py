@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from typing import Any, NamedTuple
+
 from pgolf.errors import UserError
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from pgolf import env
-from pgolf.watch import MEET_S, Watch
 from pgolf.errors import RanksFailed, RunError, UserError, brief
+from pgolf.watch import MEET_S, Watch
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
@@ -103,9 +103,7 @@ class Dist:
             # Its clock starts before the store is reached, so that all waits together last `MEET_S`.
             meet_by = time.monotonic() + MEET_S
             store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
-            self.watch = Watch(
-                self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by
-            )
+            self.watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by)
             td.init_process_group(
                 "nccl" if cuda else "gloo",
                 timeout=timeout,

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 from pgolf.errors import RunError, UserError
 
 
@@ -35,9 +36,7 @@ def launch() -> Launch:
         return Launch(rank=0, world_size=1, local_rank=0, distributed=False)
     if len(present) != len(names):
         missing = sorted(set(names) - set(present))
-        raise RunError(
-            f"launch: {present} set but not {missing}; start with torchrun, or unset {present}"
-        )
+        raise RunError(f"launch: {present} set but not {missing}; start with torchrun, or unset {present}")
     for n in names:
         if not (os.environ[n].isascii() and os.environ[n].isdigit()):
             raise RunError(

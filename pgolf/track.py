@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pgolf.peers import describe, find_peer
 from pgolf.errors import UserError
+from pgolf.peers import describe, find_peer
 
 Kind = Literal["none", "tensorboard", "wandb"]
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}

@@ -17,9 +17,9 @@ from pgolf import ops
 from pgolf.artifact.write import write_artifact
 from pgolf.cli import main as cli
 from pgolf.config import to_dict
-from pgolf.files import file_sha256
 from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
+from pgolf.files import file_sha256
 from pgolf.presets import tiny
 from tests.artifact.artifact_helpers import FACTS, TOY, make_state
 

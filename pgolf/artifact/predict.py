@@ -27,12 +27,12 @@ from pgolf.artifact.header import (
 from pgolf.artifact.size import Ledger, make_ledger
 from pgolf.artifact.write import Facts, build_file
 from pgolf.config import ModelConfig, QuantConfig
+from pgolf.errors import UserError
 from pgolf.model.gpt import parameter_shapes
 from pgolf.ops import encode_codes
 from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
 from pgolf.quant.quantized import QuantizedState
-from pgolf.errors import UserError
 
 GAUSSIAN_BITS = 2.047
 """Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
@@ -173,9 +173,7 @@ def nearest_state(
     """
     missing = sorted(matrix_shapes(model).keys() - tensors.keys())
     if missing:
-        raise UserError(
-            f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model"
-        )
+        raise UserError(f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model")
     state = QuantizedState({}, {}, {})
     for name, weight in tensors.items():
         if name in matrix_shapes(model):

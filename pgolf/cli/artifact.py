@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
 from pgolf.errors import UserError
 
 

@@ -15,11 +15,20 @@ import tyro
 from pgolf.data.build import ShardsJob, build_shards
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
-from pgolf.data.shards import (MAKE_SHARDS, MANIFEST_NAME, TOKENIZER_NAME, Split, Tokens, find_shards, list_files, read_shard)
-from pgolf.files import file_sha256
+from pgolf.data.shards import (
+    MAKE_SHARDS,
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Split,
+    Tokens,
+    find_shards,
+    list_files,
+    read_shard,
+)
 from pgolf.data.text import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from pgolf.errors import UserError
+from pgolf.files import file_sha256
 
 
 @dataclass(frozen=True, kw_only=True)

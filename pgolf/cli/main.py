@@ -86,7 +86,11 @@ def main(argv: list[str] | None = None) -> int:
 def explain(verb: str, error: Exception, *, debug: bool = False) -> str:
     """Return what a failed verb tells its user: a line, or a traceback where a line would hide a fault."""
     if isinstance(error, MemoryError | OverflowError):
-        what = "a number is too large" if isinstance(error, OverflowError) else "there is not enough memory for it"
+        what = (
+            "a number is too large"
+            if isinstance(error, OverflowError)
+            else "there is not enough memory for it"
+        )
         detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
         text = f"pgolf {verb}: {what}{detail}; ask for less"
     elif is_checked(error):

@@ -11,8 +11,8 @@ import tyro
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.env import launch
-from pgolf.presets import OLD_NAMES, PRESETS
 from pgolf.errors import UserError
+from pgolf.presets import OLD_NAMES, PRESETS
 
 SHORT = {
     "--data": "--data.dir",

@@ -35,11 +35,22 @@ from typing import NamedTuple
 import numpy as np
 
 from pgolf.config import check_name
-from pgolf.data.shards import (MANIFEST_NAME, MARKER_NAME, TOKENIZER_NAME, Manifest, ShardInfo, Split, Tokens, sidecar_path, write_manifest, write_shard)
-from pgolf.files import atomic_file, file_sha256
+from pgolf.data.shards import (
+    MANIFEST_NAME,
+    MARKER_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    ShardInfo,
+    Split,
+    Tokens,
+    sidecar_path,
+    write_manifest,
+    write_shard,
+)
 from pgolf.data.text import TEXT_KEY, Document, RawBatch, check_text_file, read_batches
 from pgolf.data.tokenizer import Counts, Tokenizer
 from pgolf.errors import RunError, UserError
+from pgolf.files import atomic_file, file_sha256
 
 Report = Callable[[str], None]
 

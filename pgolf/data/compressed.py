@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
 from pgolf.errors import RunError, UserError
 
 _CHUNK, _PIECE = 1 << 16, 1 << 20

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 from pgolf.config_io import DuplicateKeyError, unique_pairs
 from pgolf.data.compressed import SUFFIXES, open_text
-from pgolf.peers import find_peer
 from pgolf.errors import RunError, UserError
+from pgolf.peers import find_peer
 
 SEPARATOR = b"<|endoftext|>"
 TEXT_KEY = "text"
@@ -197,9 +197,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
     """Yield (row, text) of one column of a parquet file: strings, or bytes that are UTF-8."""
     peer, arrow = find_peer("pyarrow", "pyarrow.parquet"), find_peer("pyarrow", "pyarrow")
     if not peer.usable:
-        raise RunError(
-            f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install pyarrow"
-        )
+        raise RunError(f"{path}: reading parquet needs pyarrow, which is {peer.problem}; pip install pyarrow")
     pyarrow, parquet = arrow.found, peer.found
     try:
         table = parquet.ParquetFile(path)

@@ -24,9 +24,9 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
-from pgolf.data.shards import (MAKE_SHARDS, TOKENIZER_NAME, Tokens, require_finished)
-from pgolf.files import atomic_file
+from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, require_finished
 from pgolf.errors import UserError
+from pgolf.files import atomic_file
 
 Counts = NDArray[np.int64]
 
@@ -308,9 +308,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
         )
     except (RuntimeError, OSError) as e:
         why = "there is no text" if "sentences_.empty()" in str(e) else str(e)
-        raise UserError(
-            f"cannot train {vocab_size} pieces: {why}; give more text or lower vocab_size"
-        ) from e
+        raise UserError(f"cannot train {vocab_size} pieces: {why}; give more text or lower vocab_size") from e
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if pieces != vocab_size:
         raise UserError(

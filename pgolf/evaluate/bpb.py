@@ -147,9 +147,7 @@ def _check_finite(bad: Tensor) -> None:
     ranks = [(rank, round(number) - 1) for rank, number in enumerate(bad.tolist()) if number]
     if ranks:
         where = ", ".join(f"batch {index} of rank {rank}" for rank, index in ranks)
-        raise RunError(
-            f"evaluate_bpb: the loss is NaN or infinite, first in {where}; the weights are broken"
-        )
+        raise RunError(f"evaluate_bpb: the loss is NaN or infinite, first in {where}; the weights are broken")
 
 
 def _check_count(what: str, got: int, expected: int) -> None:

@@ -20,10 +20,10 @@ from torch import nn
 from pgolf.data.loader import IGNORED_TARGET, ValBatch, ValidationText, buffer_size, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.evaluate.documents import document_bounds
 from pgolf.log import Progress
-from pgolf.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -9,16 +9,16 @@ from typing import Any, Literal
 from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
-from pgolf.data.shards import (MANIFEST_NAME, Manifest)
-from pgolf.files import file_sha256
+from pgolf.data.shards import MANIFEST_NAME, Manifest
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.evaluate.documents import first_documents
 from pgolf.evaluate.sliding import score_sliding
 from pgolf.evaluate.ttt import score_adapted
+from pgolf.files import file_sha256
 from pgolf.model.gpt import GPT
-from pgolf.errors import UserError
 
 
 @dataclass(frozen=True)

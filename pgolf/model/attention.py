@@ -20,11 +20,11 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig
 from pgolf.env import launch
+from pgolf.errors import RunError
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
 from pgolf.peers import Peer, describe, try_peer
-from pgolf.errors import RunError
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]

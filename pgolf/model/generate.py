@@ -24,8 +24,8 @@ from torch import Tensor
 
 from pgolf.config import ModelConfig
 from pgolf.data.tokenizer import ESCAPE, Tokenizer
-from pgolf.model.gpt import GPT, Context, layer_order, uncompiled
 from pgolf.errors import RunError, UserError
+from pgolf.model.gpt import GPT, Context, layer_order, uncompiled
 
 
 @dataclass(frozen=True)

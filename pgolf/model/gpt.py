@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.errors import UserError
 from pgolf.model.attention import (
     AttentionKernel,
     AttentionName,
@@ -29,7 +30,6 @@ from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
-from pgolf.errors import UserError
 
 Observe = Callable[[str, int, Tensor], None]
 

@@ -13,6 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
+
 from pgolf.errors import UserError
 
 Coefficients = tuple[float, float, float]

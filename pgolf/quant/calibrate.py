@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
 from pgolf.quant.bank import Matrices, common_step, prepare
 from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import Curvature, collect_curvature
-from pgolf.errors import UserError
 
 __all__ = ["Calibration", "calibrate", "collect_hessians", "dequantize_state", "quantize_model"]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from pgolf.artifact.code import CODE_RULE
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
-from pgolf.report.finished_runs import FinishedRun
 from pgolf.errors import UserError
+from pgolf.report.finished_runs import FinishedRun
 
 BUDGET_S = 600.0
 """The challenge's seconds for training, and as many again for evaluation (SPEC 1.1)."""

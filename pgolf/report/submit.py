@@ -19,11 +19,11 @@ from pathlib import Path
 
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
-from pgolf.data.shards import (MANIFEST_NAME, TOKENIZER_NAME, Manifest)
+from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
+from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.submission import Entry, manifest_of, readme, submission, text_differs
-from pgolf.errors import UserError
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf.errors import UserError
 from pgolf.report.finished_runs import flat
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
-from pgolf.errors import UserError
 
 FILES = ("metrics.jsonl", "summary.json", "progress.json", "config.json")
 """Any of them makes a folder a run's."""

@@ -24,12 +24,12 @@ from typing import Any
 
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.env import with_parent
+from pgolf.errors import RunError, UserError
 from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkResult
 from pgolf.train.guard import Process, end, held
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.weights import write_json
-from pgolf.errors import RunError, UserError
 
 OUTPUT = "output.txt"
 CELL = "cell.json"

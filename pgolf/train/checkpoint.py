@@ -30,10 +30,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pgolf.files import atomic_file, file_sha256
 from pgolf.dist import Dist
-from pgolf.optim.bank_muon import Shard
 from pgolf.errors import UserError
+from pgolf.files import atomic_file, file_sha256
+from pgolf.optim.bank_muon import Shard
 
 FOLDER = "checkpoints"
 INDEX = "index.json"

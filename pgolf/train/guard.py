@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
+
 from pgolf.errors import RunError
 
 LOCK = "lock"

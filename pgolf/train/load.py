@@ -11,13 +11,13 @@ import torch
 
 from pgolf.artifact.read import build_model, read_artifact
 from pgolf.config_io import read_json
-from pgolf.data.shards import (TOKENIZER_NAME)
-from pgolf.files import file_sha256
+from pgolf.data.shards import TOKENIZER_NAME
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import pick_device
+from pgolf.errors import UserError
+from pgolf.files import file_sha256
 from pgolf.model.gpt import GPT
 from pgolf.train.weights import ARTIFACT, AVERAGED, RAW, copy_parameters, load_weights
-from pgolf.errors import UserError
 
 
 class Loaded(NamedTuple):

@@ -33,8 +33,8 @@ import torch
 
 from pgolf.config import Config, ModelConfig
 from pgolf.env import ranks_on_this_host
-from pgolf.model.gpt import layer_order, parameter_shapes
 from pgolf.errors import UserError
+from pgolf.model.gpt import layer_order, parameter_shapes
 
 MARGIN = 1.1
 """The estimate, times this, must be there: it is right to about 10 %."""

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf.config import Config, config_hash, from_dict, read_json, to_dict
-from pgolf.optim.polar import coefficients
 from pgolf.errors import UserError, UserTypeError
+from pgolf.optim.polar import coefficients
 
 Metric = Literal["raw", "ema", "quantized"]
 
@@ -332,9 +332,7 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
 def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
     """Refuse what a trunk leaves no place for."""
     if TRUNK in (arm.lower() for arm in arms):
-        raise UserError(
-            f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm"
-        )
+        raise UserError(f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm")
     if any("train.init" in changes for changes in (common, *arms.values())):
         raise UserError(
             f"{path}: train.init of the arms is the plan's trunk; take it out of the overrides, or the trunk "

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pgolf.errors import UserError
 from pgolf.files import atomic_file
 from pgolf.report.plots import read_metrics
 from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
 from pgolf.train.weights import write_json
-from pgolf.errors import UserError
 
 CLOCK = "clock.txt"
 PROGRESS = "progress.json"

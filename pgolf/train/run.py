@@ -30,13 +30,13 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check_limit
 from pgolf.config import Config, TrainConfig, run_hash
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import (TOKENIZER_NAME, find_shards)
-from pgolf.files import atomic_file
+from pgolf.data.shards import TOKENIZER_NAME, find_shards
 from pgolf.dist import Dist
-from pgolf.errors import RanksFailed
 from pgolf.env import commit_name, threads_note
+from pgolf.errors import RanksFailed
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
+from pgolf.files import atomic_file
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer

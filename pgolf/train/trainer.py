@@ -21,7 +21,7 @@ from torch import Tensor
 from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
-from pgolf.errors import RanksFailed
+from pgolf.errors import RanksFailed, UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
@@ -33,7 +33,6 @@ from pgolf.train.checkpoint import Parts
 from pgolf.train.saver import Saver
 from pgolf.train.timing import DeviceTimer
 from pgolf.train.weights import clone_parameters, copy_parameters
-from pgolf.errors import UserError
 
 MAX_SKIPPED_IN_A_ROW = 2
 """Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""

@@ -15,8 +15,8 @@ from torch import Tensor
 from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
-from pgolf.files import atomic_file
 from pgolf.errors import UserError
+from pgolf.files import atomic_file
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"

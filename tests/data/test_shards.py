@@ -6,7 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pgolf.data.shards import (Manifest, ShardInfo, find_shards, read_manifest, read_shard, sidecar_path, verify_manifest, write_manifest, write_shard)
+from pgolf.data.shards import (
+    Manifest,
+    ShardInfo,
+    find_shards,
+    read_manifest,
+    read_shard,
+    sidecar_path,
+    verify_manifest,
+    write_manifest,
+    write_shard,
+)
 from pgolf.files import file_sha256
 
 

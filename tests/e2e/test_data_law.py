@@ -10,11 +10,11 @@ import pytest
 
 from pgolf.cli.main import main
 from pgolf.data.manifest import NO_MANIFEST
-from pgolf.data.shards import (read_shard, write_shard)
-from pgolf.files import file_sha256
+from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
 from pgolf.evaluate.validation import DataFolder
+from pgolf.files import file_sha256
 from tests.e2e.conftest import SMALL
 
 SIDE = "text_val_bytes_000000.bin"
