@@ -81,11 +81,13 @@ class Recorder:
     """Collects the measurements of one bench run and writes them as one file."""
 
     bench: str
-    """Name of the bench, as in the house's table."""
+    """Name of the bench, as the lines have it."""
     device: torch.device
     out: Path | None = None
     """Folder of the result file; None writes nothing."""
     lines: list[dict[str, object]] = field(default_factory=list)
+    file: str = ""
+    """Name of the bench in the name of the result file; when empty, `bench`."""
     _commit: tuple[str, bool] = field(default_factory=source_commit)
 
     def add(self, case: str, impl: str, metric: str, sample: Sample, unit: str) -> None:
@@ -119,7 +121,7 @@ class Recorder:
 
     def _part(self, folder: Path) -> Path:
         """Where the lines stand until all are there: a run that is stopped leaves what it had measured."""
-        return folder / f"{self.bench}.jsonl.part"
+        return folder / f"{self.file or self.bench}.jsonl.part"
 
     def write(self) -> Path | None:
         """Write `<yyyymmdd>_<device>_<bench>.jsonl` into `out` atomically, in place of one of the same name.
@@ -135,7 +137,7 @@ class Recorder:
             return None
         day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
         device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
-        path = self.out / f"{day}_{device}_{self.bench}.jsonl"
+        path = self.out / f"{day}_{device}_{self.file or self.bench}.jsonl"
         with atomic_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines)
         self._part(self.out).unlink(missing_ok=True)

@@ -35,6 +35,7 @@ import torch
 from bench.common import RESULTS, Recorder, Sample
 from pgolf.peers import find_peer
 from pgolf.presets import pr1855
+from pgolf.report.summary import SUMMARY, Summary
 
 IQR = 1.349  # of a normal distribution, in standard deviations
 BANKS = ((22, 512 * 512), (22, 256 * 512), (11, 2048 * 512), (11, 512 * 2048))  # matrices, elements of each
@@ -117,7 +118,7 @@ def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
     The error is that of the mean of the slopes between neighbouring blocks.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    score = json.loads((folder / "summary.json").read_text())["scores"]["raw"]
+    score = Summary.load(folder / SUMMARY).scores["raw"]
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     tail = losses[int((1 - last) * len(losses)) :]
     size = len(tail) // blocks
@@ -126,7 +127,7 @@ def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
     means = [mean(tail[i * size : (i + 1) * size]) for i in range(blocks)]
     falls = [(b - a) / size for a, b in itertools.pairwise(means)]
     total = (means[-1] - means[0]) / (size * (blocks - 1))
-    bits = score["bpb"] / score["loss"]  # bits per byte of a nat per token, on this text
+    bits = score.bpb / score.loss  # bits per byte of a nat per token, on this text
     error = stdev(falls) / math.sqrt(len(falls))
     return Slope(
         Value(total, error).scaled(bits * len(losses)), f"upper bound: inside {folder.name}, last {last:.0%}"
@@ -141,10 +142,10 @@ def slope_between(folders: Sequence[Path]) -> Slope:
     by_steps: dict[int, list[float]] = {}
     batches = set()
     for folder in folders:
-        summary = json.loads((folder / "summary.json").read_text())
-        train, scores = summary["train"], summary["scores"]
-        by_steps.setdefault(train["steps"], []).append(scores.get("ema", scores["raw"])["bpb"])
-        batches.add(round(train["tokens"] / train["steps"]))
+        summary = Summary.load(folder / SUMMARY)
+        train, scores = summary.trained, summary.scores
+        by_steps.setdefault(train.steps, []).append((scores["ema"] if "ema" in scores else scores["raw"]).bpb)
+        batches.add(round(train.tokens / train.steps))
     if len(by_steps) < 2 or len(batches) > 1:
         raise ValueError(
             "--runs needs at least two lengths at one batch size, got "
@@ -212,7 +213,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--attention", default="pgolf fa4 blocks", help="impl in the bench `step` file")
     p.add_argument("--batch-tokens", type=int, default=pr1855().data.batch_tokens)
     p.add_argument("--micro-tokens", type=int, default=pr1855().data.micro_tokens)
-    p.add_argument("--seconds", type=float, default=600.0)
+    p.add_argument("--seconds", type=float, default=pr1855().train.seconds)
     p.add_argument("--reserve", type=float, default=7.0, help="seconds of the limit kept for quantization")
     p.add_argument(
         "--bandwidth",

@@ -23,7 +23,7 @@ from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
-from pgolf.report.submission import Entry, manifest_of, readme, submission, text_differs
+from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -79,7 +79,7 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
         names = f"model_seed{run.seed}.pgolf", f"train_seed{run.seed}.log", f"loss_seed{run.seed}.png"
         shutil.copyfile(run.folder / "model.pgolf", folder / names[0])
         shutil.copyfile(run.folder / "log.txt", folder / names[1])
-        size, digest = run.summary["bytes"]["model"], file_sha256(folder / names[0])
+        size, digest = run.ledger.model_bytes, file_sha256(folder / names[0])
         files |= {names[0]: f"the artifact, {size:,} bytes, SHA-256 {digest}", names[1]: "log of the run"}
         if (run.folder / "loss.png").is_file():
             shutil.copyfile(run.folder / "loss.png", folder / names[2])
@@ -104,15 +104,15 @@ def _add_score(runs: Sequence[FinishedRun], folder: Path) -> str:
     source = Path(__file__).with_name("score.py")
     shutil.copyfile(source, folder / "score.py")
     size = len(compress(source.read_bytes(), quality=11))
-    total, limit = max(run.summary["bytes"]["total"] for run in runs), runs[0].config.artifact.limit
+    total, limit = max(run.ledger.total for run in runs), runs[0].config.artifact.limit
     with_it = f"{total + size:,} bytes, {'within' if total + size <= limit else 'above'} the limit"
     return f"unpacks code.br and calls it; not counted ({size:,} bytes in brotli: with it {with_it})"
 
 
 def requirements(run: FinishedRun) -> str:
     """Return requirements.txt: what the counted code imports, in the run's versions where it says them."""
-    found = run.summary.get("versions", {})
-    names = [*LIBRARIES, *(["flash-attn-4"] if run.summary["attention"] == "fa4" else [])]
+    found = run.summary.versions
+    names = [*LIBRARIES, *(["flash-attn-4"] if run.summary.attention == "fa4" else [])]
     # A local version ("2.11.0+cu130") is on no index.
     lines = [f"{name}=={found[name].split('+')[0]}" if name in found else name for name in names]
     return "\n".join(lines) + "\n"
@@ -153,12 +153,12 @@ def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) 
     digest = file_sha256(shards / MANIFEST_NAME)
     differs = text_differs(runs, manifest.total("val"))
     for run in runs:
-        rested_on = manifest_of(run)
+        rested_on = run.summary.manifest
         if not differs and rested_on not in (None, digest):
             differs = f"its {MANIFEST_NAME} has SHA-256 {digest[:16]}..., {run.folder} rested on {rested_on}"
     if differs and asked:
         raise UserError(f"{shards}: {differs}; give the folder the runs were scored on")
-    return None if differs or None in map(manifest_of, runs) else manifest
+    return None if differs or None in [run.summary.manifest for run in runs] else manifest
 
 
 def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:

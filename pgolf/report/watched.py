@@ -16,13 +16,10 @@ from pgolf.errors import UserError
 from pgolf.report.finished_runs import flat
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
+from pgolf.report.summary import NOT_PHASES, SUMMARY
 
-FILES = ("metrics.jsonl", "summary.json", "progress.json", "config.json")
+FILES = ("metrics.jsonl", SUMMARY, "progress.json", "config.json")
 """Any of them makes a folder a run's."""
-NOT_PHASES = ("reserve", "clock", "total")
-"""Entries of `seconds` that are no phase: kept for quantization, and sums of phases."""
-
-
 LARGEST = 1e300
 """Numbers from here on are damage: JSON's integers may be too large for any axis."""
 

@@ -25,11 +25,12 @@ from typing import Any
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.env import with_parent
 from pgolf.errors import RunError, UserError
+from pgolf.files import write_json
 from pgolf.report.ablation import WEIGHTS, Ablation, CellResult, Status, TrunkResult
+from pgolf.report.summary import SUMMARY, Summary
 from pgolf.train.guard import Process, end, held
 from pgolf.train.plan import Cell, Plan, run_key
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.weights import write_json
 
 OUTPUT = "output.txt"
 CELL = "cell.json"
@@ -273,17 +274,13 @@ def read_cell(cell: Cell) -> CellResult:
     result = CellResult(cell.arm, cell.seed, "missing", commit=str(record.get("commit", "")))
     run = _run_of(rooted)
     if run is not None:
-        summary = _read_json(run / "summary.json")
         try:
-            values, device = _values(summary), str(summary.get("device", ""))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(
-                f"{run / 'summary.json'} is not what a run writes ({type(e).__name__}: {e}); remove {run} to "
-                "run it again"
-            ) from e
-        data = summary.get("data")
-        digest = data.get("manifest") if isinstance(data, dict) else None
-        result = replace(result, metrics=run / "metrics.jsonl", device=device, manifest=digest)
+            summary = Summary.load(run / SUMMARY)
+            values = _values(summary)
+        except UserError as e:
+            raise UserError(f"{e}; or remove {run} to run it again") from e
+        metrics = run / "metrics.jsonl"
+        result = replace(result, metrics=metrics, device=summary.device, manifest=summary.manifest)
         wrong = [f"{k} is {v}" for k, v in values.items() if not math.isfinite(v)]
         if wrong:
             return replace(result, status="diverged", message=", ".join(wrong))
@@ -300,20 +297,31 @@ def finished_run(cell: Cell) -> Path | None:
 
 def _run_of(cell: Cell) -> Path | None:
     """Return the newest run in the cell's folder that has a summary and the cell's configuration."""
-    for run in sorted((p.parent for p in cell.folder.glob("*/summary.json")), reverse=True):
-        if _read_json(run / "summary.json") and _key(run / "config.json") == cell.key:
+    for run in sorted((p.parent for p in cell.folder.glob(f"*/{SUMMARY}")), reverse=True):
+        if _read_json(run / SUMMARY) and _key(run / "config.json") == cell.key:
             return run
     return None
 
 
-def _values(summary: dict[str, Any]) -> dict[str, float]:
-    """Pick the figures of a run's summary; averaging that is off leaves the raw weights as the average."""
-    scores, train = {"ema": summary["scores"]["raw"], **summary["scores"]}, summary["train"]
-    values = {name: float(scores[name]["bpb"]) for name in WEIGHTS if name in scores}
-    values["steps"] = float(train["steps"])
-    values["ms"] = 1000 * float(summary["seconds"]["train"]) / max(1, train["steps"])
-    optional = {name: train.get(name) for name in ("ms_loop_off", "ms_loop_on", "last_loss")}
-    optional["bytes"] = (summary.get("bytes") or {}).get("total")
+def _values(summary: Summary) -> dict[str, float]:
+    """Pick the figures of a run's summary.
+
+    Raises:
+        UserError: the summary lacks the training or the score of the raw weights.
+    """
+    train, scores = summary.trained, summary.scores
+    if "raw" not in scores or "train" not in summary.phases:
+        raise UserError(f"the summary of {summary.name} has no seconds of training or no raw score")
+    # Where averaging is off, the raw weights are what would be the average.
+    bpb = {name: score.bpb for name, score in {"ema": scores["raw"], **scores}.items()}
+    values = {name: bpb[name] for name in WEIGHTS if name in bpb}
+    values |= {"steps": float(train.steps), "ms": summary.step_ms}
+    optional = {
+        "ms_loop_off": train.ms_loop_off,
+        "ms_loop_on": train.ms_loop_on,
+        "last_loss": train.last_loss,
+        "bytes": None if summary.ledger is None else summary.ledger.total,
+    }
     return values | {name: float(value) for name, value in optional.items() if value is not None}
 
 

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf.errors import UserError
-from pgolf.files import atomic_file
+from pgolf.files import atomic_file, write_json
 from pgolf.report.plots import read_metrics
+from pgolf.report.summary import SUMMARY, SessionEntry, Summary
 from pgolf.train.checkpoint import Checkpoint, newest_checkpoint
-from pgolf.train.weights import write_json
 
 CLOCK = "clock.txt"
 PROGRESS = "progress.json"
-SUMMARY = "summary.json"
 
 Stage = Literal["training", "trained", "written"]
 """What is on disk: nothing but checkpoints; the trained weights; the artifact and its code too."""
@@ -76,16 +75,23 @@ class Past:
     checkpoint: Checkpoint | None
     clock: float
     """Seconds that its processes had used, on the run's clock."""
-    summary: dict[str, Any]
-    """What was known of it: seconds, train, bytes."""
-    sessions: list[dict[str, Any]]
-    """Its processes so far, the first first; see `Progress`."""
+    summary: Summary
+    """What was known of it."""
+    sessions: list[SessionEntry]
+    """Its processes so far, the first first."""
     complaints: tuple[str, ...]
     """Checkpoints that are newer but not valid, and why."""
     identity: str = ""
     """Of the run: random, made when it began."""
     stage_clock: float = 0.0
     """Seconds on the clock when the stage was reached."""
+
+    @property
+    def steps(self) -> int:
+        """Training steps that are on disk."""
+        if self.stage != "training":
+            return self.summary.train.steps if self.summary.train is not None else 0
+        return self.checkpoint.step if self.checkpoint is not None else 0
 
     @property
     def lost(self) -> float:
@@ -97,7 +103,7 @@ class Past:
 
     def check_data(self, folder: Path, facts: dict[str, Any]) -> None:
         """Raise ValueError if `folder`, of these facts, is not the data that the run began with."""
-        before = self.summary.get("data")
+        before = self.summary.data
         if before and before != facts:
             keys = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
             told = ", ".join(f"{k} was {before.get(k)}, is {facts.get(k)}" for k in keys)
@@ -128,13 +134,16 @@ def read_past(folder: Path) -> Past:
         )
     try:
         data = json.loads(path.read_bytes())
-        stage, summary, sessions = data["stage"], dict(data["summary"]), [dict(s) for s in data["sessions"]]
+        stage, summary = data["stage"], Summary.from_dict(data["summary"], "summary")
+        sessions = [SessionEntry.from_dict(s, "each of sessions") for s in data["sessions"]]
         if stage not in STAGES:
             raise UserError(f"unknown stage {stage!r}")
         clock, stage_clock, identity = data["clock"], data["stage_clock"], str(data["run"])
         for seconds in (clock, stage_clock):
             if not (isinstance(seconds, float | int) and math.isfinite(seconds) and seconds >= 0):
                 raise UserError(f"the clock must be seconds >= 0, got {seconds!r}")
+    except UserError as e:
+        raise UserError(f"{path} is damaged: {e}; start the run again") from e
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); start the run again") from e
     checkpoint, complaints = (
@@ -148,13 +157,7 @@ def read_past(folder: Path) -> Past:
 
 
 class Progress:
-    """Writes progress.json: the stage, the summary so far, and one entry a process.
-
-    A session holds `device`, `world_size` and `commit`, `started` (UTC), `ended` (UTC, missing where the
-    process was killed), `end` ("finished", a signal's name, "failed: why"), `from_step`, `to_step`,
-    `clock_from` and `clock_to` (seconds on the run's clock), and `lost_seconds`: work of the process before
-    it, which it did again.
-    """
+    """Writes progress.json: the stage, the summary so far, and one entry per process of the run."""
 
     def __init__(
         self, folder: Path, *, world_size: int, past: Past | None, device: str = "", commit: str = ""
@@ -164,24 +167,24 @@ class Progress:
         self.identity = past.identity if past is not None else secrets.token_hex(8)
         self._stage_clock = past.stage_clock if past is not None else 0.0
         self.sessions = list(past.sessions) if past is not None else []
-        if past is not None and self.sessions and "end" not in self.sessions[-1]:
+        if past is not None and self.sessions and self.sessions[-1].end is None:
+            last = self.sessions[-1]
             rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
             steps = [int(row["step"]) + 1 for row in rows if "step" in row]
-            self.sessions[-1] |= {
-                "end": "killed",
-                "clock_to": past.clock,
-                "to_step": max(steps, default=self.sessions[-1]["from_step"]),
-            }
-        self.session: dict[str, Any] = {"started": utc(), "world_size": world_size, "from_step": 0}
-        self.session |= {"clock_from": 0.0, "lost_seconds": 0.0, "device": device, "commit": commit}
-        if past is not None:
-            step = past.checkpoint.step if past.checkpoint is not None else 0
-            if past.stage != "training":
-                step = int(past.summary.get("train", {}).get("steps", 0))
-            self.session |= {"from_step": step, "clock_from": past.clock, "lost_seconds": past.lost}
+            last.end, last.clock_to = "killed", past.clock
+            last.to_step = max(steps, default=last.from_step)
+        self.session = SessionEntry(
+            started=utc(),
+            world_size=world_size,
+            from_step=past.steps if past is not None else 0,
+            clock_from=past.clock if past is not None else 0.0,
+            lost_seconds=past.lost if past is not None else 0.0,
+            device=device,
+            commit=commit,
+        )
         self.sessions.append(self.session)
 
-    def write(self, stage: Stage, summary: dict[str, Any], clock: float, *, reached: bool = False) -> None:
+    def write(self, stage: Stage, summary: Summary, clock: float, *, reached: bool = False) -> None:
         """Keep the stage, which was `reached` just now or before."""
         if reached:
             self._stage_clock = clock
@@ -191,12 +194,13 @@ class Progress:
             "stage_clock": self._stage_clock,
             "run": self.identity,
         }
-        data |= {"summary": summary, "sessions": self.sessions}
+        data |= {"summary": summary.to_dict(), "sessions": [entry.to_dict() for entry in self.sessions]}
         write_json(self._folder / PROGRESS, data)
 
     def end(self, how: str, *, step: int, clock: float) -> None:
         """Close the session."""
-        self.session |= {"ended": utc(), "end": how, "to_step": step, "clock_to": clock}
+        self.session.ended, self.session.end = utc(), how
+        self.session.to_step, self.session.clock_to = step, clock
 
     def remove(self) -> None:
         """The run is done: it needs no progress any more."""

@@ -43,7 +43,7 @@ from pgolf.optim.step import Optimizer
 from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
 from pgolf.quant.quantized import QuantizedState
 from pgolf.report.plots import plot_loss, run_title
-from pgolf.report.summary import Summary, device_name, format_table, versions
+from pgolf.report.summary import Summary, Training, device_name, format_table, versions
 from pgolf.report.watched_page import report_note
 from pgolf.track import check_tracker
 from pgolf.train.budget import Clock, Tick
@@ -119,23 +119,21 @@ class Run:
             commit=commit_name(),
             versions=versions(),
             data=self._data.facts(),
+            overrun=0.0,
         )
         if past is not None:
-            self._summary.seconds.update(past.summary.get("seconds", {}))
-            self._summary.train = dict(past.summary.get("train", {}))
-            if past.summary.get("bytes"):
-                self._summary.ledger = Ledger.from_dict(past.summary["bytes"])
-            self._summary.started = past.summary.get("started", self._summary.started)
+            kept = ["phases", "reserve", "clock", "train", "ledger", "started"]
             if not self._train_more:  # the summary is of those who trained; the sessions tell the rest
-                for key in ("device", "world_size", "attention", "commit", "versions", "peak_mib"):
-                    setattr(self._summary, key, past.summary.get(key, getattr(self._summary, key)))
+                kept += ["device", "world_size", "attention", "commit", "versions", "peak_mib"]
             if past.stage == "written":
-                self._summary.config_hash = past.summary["config_hash"]  # the artifact's
+                kept.append("config_hash")  # the artifact's
+            self._summary = replace(self._summary, **{key: getattr(past.summary, key) for key in kept})
+            if past.stage == "written":
                 self._see_overrun()
         elif before is not None:
-            self._summary.seconds["start"] = before
+            self._summary.add("start", before)
         self._memory = check_memory(config, dist, attention=self._model.attention_name)
-        self._add_seconds("set_up", time.perf_counter() - began)
+        self._summary.add("set_up", time.perf_counter() - began)
         self._result = TrainResult()
         self._validation_s = 0.0
 
@@ -152,7 +150,7 @@ class Run:
             self._folder,
             self._summary,
             past=self._past,
-            steps=lambda: self._result.steps or int(self._summary.train.get("steps", 0)),
+            steps=lambda: self._result.steps or (self._summary.train.steps if self._summary.train else 0),
             keep_weights=self._keep_weights,
         )
         self._folder, self._log = self._session.folder, self._session.log
@@ -196,9 +194,9 @@ class Run:
         config, s = self._config, self._summary
         with open_loader(config, self._data, self._dist) as loader:
             trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, self._dist)
-            self._session.phase = "warm_up"
             if self._train_more or config.train.quantize:
-                self._add_seconds("warm_up", trainer.warm_up(self._log))
+                with s.phase("warm_up"):
+                    trainer.warm_up(self._log)
             if self._train_more:
                 raw, best = self._train(trainer, loader)
             else:
@@ -209,7 +207,7 @@ class Run:
         self._dist.assert_replicas_equal(raw)
         if calibration is not None:
             s.ledger = self._write(best, calibration)
-            self._session.reach("written", s.seconds["clock"])
+            self._session.reach("written", s.clock or 0.0)
         else:
             self._stop_clock()
         return raw, best
@@ -220,7 +218,7 @@ class Run:
         clock = Clock(self._with_reserve(loader), self._dist)
         position = self._restore(trainer, past) if past is not None else None
         used = past.clock if past is not None else 0.0
-        self._session.phase = "train"
+        self._summary.under_way = "train"
         self._writer = Checkpointer(
             self._folder, self._dist, trainer.parts(), identity=self._session.identity
         )
@@ -238,7 +236,8 @@ class Run:
             if stopped_by:
                 self._keep_weights()
                 raise Stopped(stopped_by)
-            weights: tuple[dict[str, Tensor], dict[str, Tensor]] = self._timed("save", self._save)
+            with self._summary.phase("save"):
+                weights = self._save()
             # Until here a signal only leaves a note: what was trained must be on disk before it is answered.
             self._session.reach("trained", clock.elapsed)
         return weights
@@ -275,7 +274,7 @@ class Run:
         else:
             raw, best = self._take_up_unfinished(trainer, past)
         loader.restart(
-            at=self._summary.train["steps"] * passes_per_step(self._config.data, self._dist.world_size)
+            at=self._summary.trained.steps * passes_per_step(self._config.data, self._dist.world_size)
         )
         self._session.start_clock(Clock(self._config.train, self._dist), at=past.clock)
         return raw, best
@@ -330,15 +329,13 @@ class Run:
         if train.quantize_reserve is None and not train.quantize:
             train = replace(train, quantize_reserve=0.0)
         if train.quantize_reserve is None and train.seconds:
-            reserve = self._timed(
-                "rehearse",
-                lambda: rehearse(
+            with self._summary.phase("rehearse"):
+                reserve = rehearse(
                     self._model, loader, self._config.quant, self._dist, save=self._rehearse_saving
-                ),
-            )
+                )
             train = replace(train, quantize_reserve=reserve)
             self._log.line(f"rehearsal: {reserve:.2f} s of the clock are kept for quantization")
-        self._summary.seconds["reserve"] = train.quantize_reserve or 0.0
+        self._summary.reserve = train.quantize_reserve or 0.0
         return train
 
     def _rehearse_saving(self) -> None:
@@ -370,20 +367,21 @@ class Run:
 
     def _record_training(self) -> None:
         s, result = self._summary, self._result
-        s.seconds["train"] = result.seconds
+        # Not added up: the clock, which earlier processes' training is on, gave these seconds.
+        s.put("train", result.seconds)
         times = {**result.step_ms, "optimizer": result.optimizer_ms}
         median = {k: float(torch.tensor(v).median()) if v else None for k, v in times.items()}
-        s.train = {
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "loop_step": result.loop_step,
-            "last_loss": result.last_loss if math.isfinite(result.last_loss) else None,
-            "skipped_steps": result.skipped,
-            "ms_loop_off": median["loop_off"],
-            "ms_loop_on": median["loop_on"],
-            "ms_optimizer": median["optimizer"],
-            "tokens_per_s": result.tokens / max(result.seconds, 1e-9),
-        }
+        s.train = Training(
+            steps=result.steps,
+            tokens=result.tokens,
+            loop_step=result.loop_step,
+            last_loss=result.last_loss if math.isfinite(result.last_loss) else None,
+            skipped_steps=result.skipped,
+            ms_loop_off=median["loop_off"],
+            ms_loop_on=median["loop_on"],
+            ms_optimizer=median["optimizer"],
+            tokens_per_s=result.tokens / max(result.seconds, 1e-9),
+        )
         if self._dist.device.type == "cuda":
             s.peak_mib = torch.cuda.max_memory_allocated(self._dist.device) / 2**20
 
@@ -426,15 +424,14 @@ class Run:
     def _calibrate(self, loader: TrainLoader) -> Calibration:
         """Measure what quantization needs to know, with the weights that are in the model."""
         batches = iter(loader.next, None)
-        return self._timed(  # type: ignore[no-any-return]
-            "calibrate", lambda: calibrate(self._model, batches, self._config.quant, self._dist)
-        )
+        with self._summary.phase("calibrate"):
+            return calibrate(self._model, batches, self._config.quant, self._dist)
 
     def _write(self, best: dict[str, Tensor], calibration: Calibration) -> Ledger | None:
         """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
         inputs = self._model.quant_inputs()
-        self._session.phase = "quantize"
+        s.under_way = "quantize"
         began = time.perf_counter()
         quantize_seconds: float | None = None
         budget = f" of {config.train.seconds:g} s" if config.train.seconds else ""
@@ -451,9 +448,9 @@ class Run:
             )
             if quantize_seconds is None:
                 quantize_seconds = time.perf_counter() - began
-                self._add_seconds("quantize", quantize_seconds)
+                s.add("quantize", quantize_seconds)
                 self._stop_clock()
-                self._log.line(f"quantized at {s.seconds['clock']:.1f} s{budget}")
+                self._log.line(f"quantized at {s.clock:.1f} s{budget}")
             return state
 
         ledger: Ledger | None = None
@@ -470,21 +467,21 @@ class Run:
         self._dist.check(error)
         if not self._dist.is_main:
             self._stop_clock()
-        self._add_seconds("write", time.perf_counter() - began - (quantize_seconds or 0.0))
+        s.add("write", time.perf_counter() - began - (quantize_seconds or 0.0))
         return ledger
 
     def _stop_clock(self) -> None:
         """Read the clock for the last time, and see whether it was overrun."""
-        self._summary.seconds["clock"] = self._session.stop_clock()
+        self._summary.clock = self._session.stop_clock()
         self._see_overrun()
 
     def _see_overrun(self) -> None:
         s, budget = self._summary, self._config.train.seconds
-        s.overrun = max(0.0, s.seconds["clock"] - budget) if budget else 0.0
+        s.overrun = max(0.0, (s.clock or 0.0) - budget) if budget else 0.0
 
     def _score(self, raw: dict[str, Tensor], best: dict[str, Tensor]) -> None:
         """Score raw, averaged and quantized weights, as far as asked for, over the whole validation text."""
-        self._session.phase = "score"
+        self._summary.under_way = "score"
         wanted = self._config.evaluate
         candidates: dict[str, dict[str, Tensor]] = {}
         if wanted.raw:
@@ -492,7 +489,8 @@ class Run:
         if self._ema is not None and wanted.ema:
             candidates["ema"] = best
         if self._config.train.quantize:  # last: the further ways to score find it in the model
-            artifact = self._timed("read", lambda: read_artifact(self._folder / ARTIFACT))
+            with self._summary.phase("read"):
+                artifact = read_artifact(self._folder / ARTIFACT)
             candidates["quantized"] = artifact.state
         for name, tensors in candidates.items():
             copy_parameters(self._model, tensors)
@@ -507,7 +505,7 @@ class Run:
         text = self._data.validation() if modes else None
         for mode in modes:
             assert text is not None
-            self._session.phase = f"score_{mode}"
+            self._summary.under_way = f"score_{mode}"
             score = score_as(
                 mode,
                 self._model,
@@ -522,16 +520,17 @@ class Run:
 
     def _add_score(self, name: str, score: Score) -> None:
         self._summary.scores[name] = score
-        self._summary.seconds[f"score_{name}"] = score.seconds
+        self._summary.put(f"score_{name}", score.seconds)
         self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
 
     def _finish(self) -> None:
         """Draw the plot, write the last summary, and remove what only an unfinished run needs."""
         s = self._summary
-        self._timed("plot", self._plot)
+        with s.phase("plot"):
+            self._plot()
         total = process_seconds()
         if total is not None and self._past is None:
-            s.seconds["total"] = total
+            s.total = total
         self._session.finish()
         self._log.line(report_note(self._folder))
         self._log.line(format_table(s))
@@ -543,17 +542,6 @@ class Run:
         title = run_title(self._folder.name, {k: score.bpb for k, score in self._summary.scores.items()})
         why = plot_loss(self._folder / "metrics.jsonl", self._folder / "loss.png", title=title)
         self._log.line(f"no loss plot: {why}" if why else f"loss plot: {self._folder / 'loss.png'}")
-
-    def _timed(self, phase: str, work: Any) -> Any:
-        self._session.phase = phase
-        began = time.perf_counter()
-        result = work()
-        self._add_seconds(phase, time.perf_counter() - began)
-        return result
-
-    def _add_seconds(self, phase: str, seconds: float) -> None:
-        """Count time of a phase, to which an earlier process of this run may have contributed."""
-        self._summary.seconds[phase] = self._summary.seconds.get(phase, 0.0) + seconds
 
 
 def train_run(

@@ -15,15 +15,15 @@ from typing import NamedTuple
 from pgolf.config import Config, to_dict
 from pgolf.dist import Dist
 from pgolf.errors import RanksFailed, brief, is_checked, told
+from pgolf.files import write_json
 from pgolf.log import RunLog
-from pgolf.report.summary import Summary, device_name, summary_dict
+from pgolf.report.summary import SUMMARY, Summary, device_name
 from pgolf.track import start_tracker
 from pgolf.train.budget import Clock
 from pgolf.train.guard import held
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.trainer import Diverged
-from pgolf.train.weights import write_json
 
 
 class Around(NamedTuple):
@@ -41,8 +41,8 @@ class Session:
     """Opens the folder and the log, watches the ranks and keeps the progress; a collective to make.
 
     Attributes:
-        folder, log: of the run. phase: what is under way, for the line that says what was interrupted.
-        stage: what is on disk. clock: the run's. clock_runs: whether its time is kept on disk.
+        folder, log: of the run. stage: what is on disk. clock: the run's. clock_runs: whether its time is
+            kept on disk.
     Raises:
         RanksFailed: the folder cannot be made, is in use, or is not there on every host.
     """
@@ -69,7 +69,6 @@ class Session:
         if past is None:
             self.folder = make_folder(folder, dist)
             take_folder(self.folder, dist, self._files)
-        self.phase = "set_up"
         self.stage: Stage = past.stage if past is not None else "training"
         self.clock, self.clock_runs = Clock(config.train, dist), False
         self.log = RunLog(self.folder, is_main=dist.is_main)
@@ -84,7 +83,7 @@ class Session:
                 device=device_name(dist.device),
                 commit=summary.commit,
             )
-            self._progress.write(self.stage, summary_dict(summary), past.clock if past is not None else 0.0)
+            self._progress.write(self.stage, summary, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
             self._track(past)
@@ -105,7 +104,7 @@ class Session:
         )
         if tracker is not None:
             self.log.follow = tracker.metric
-            self._files.callback(lambda: tracker.close(summary_dict(self._summary)))
+            self._files.callback(lambda: tracker.close(self._summary.to_dict()))
 
     def _tell_past(self, past: Past) -> None:
         """Say what an earlier process left, and at what this one goes on."""
@@ -141,7 +140,7 @@ class Session:
         """Put on disk how far the run is, with `clock` seconds used."""
         self.stage = stage
         if self._progress is not None:
-            self._progress.write(stage, summary_dict(self._summary), clock, reached=True)
+            self._progress.write(stage, self._summary, clock, reached=True)
 
     @property
     def identity(self) -> str:
@@ -157,13 +156,13 @@ class Session:
         """Write summary.json, on the main rank."""
         if self._progress is not None:
             self._summary.sessions = self._progress.sessions
-            write_json(self.folder / "summary.json", summary_dict(self._summary))
+            self._summary.save(self.folder / SUMMARY)
 
     def finish(self) -> None:
         """Write the last summary; the run is done and needs no progress any more."""
         self._signals.close()
         if self._progress is not None:
-            self._progress.end("finished", step=self._steps(), clock=self._summary.seconds["clock"])
+            self._progress.end("finished", step=self._steps(), clock=self._summary.clock or 0.0)
             self.write_summary()
             self._progress.remove()
 
@@ -195,14 +194,14 @@ class Session:
             known = self._dist.watch.reason(wait_s=0.5 if isinstance(error, Stopped) else 1.5)
         if isinstance(error, Stopped) and known is None:
             how = str(error).removeprefix("stopped by ")
-            text = f"{error} during {self.phase}; go on with: pgolf train --resume {self.folder}"
+            text = f"{error} during {self._summary.under_way}; go on with: pgolf train --resume {self.folder}"
         else:
             reason = known or brief(error)
             how = f"failed: {reason}"
-            text = f"failed during {self.phase}: {reason}"
+            text = f"failed during {self._summary.under_way}: {reason}"
             if known is None and not is_checked(error):
                 text += f"\n{told(error)}"
-            if self.phase == "train" and not isinstance(error, Diverged):
+            if self._summary.under_way == "train" and not isinstance(error, Diverged):
                 with contextlib.suppress(Exception):
                     self._keep_weights()
         with contextlib.suppress(Exception):
@@ -215,18 +214,18 @@ class Session:
             self.log = RunLog(self.folder, is_main=True)
         self.log.line(text)
         if self._progress is not None:
-            clock = self.clock.elapsed if self.clock_runs else self._summary.seconds.get("clock", 0.0)
+            clock = self.clock.elapsed if self.clock_runs else self._summary.clock or 0.0
             clock = max(clock, self._past.clock if self._past is not None else 0.0)
             self._progress.end(how, step=self._steps(), clock=clock)
-            self._progress.write(self.stage, summary_dict(self._summary), clock)
+            self._progress.write(self.stage, self._summary, clock)
 
     def _end_without_main_thread(self, reason: str) -> None:
         """End the process from the watching thread: a rank is lost and the main thread waits for it."""
         try:
-            if self.phase == "train":
+            if self._summary.under_way == "train":
                 with contextlib.suppress(Exception):
                     self._keep_weights()
-            text = f"failed during {self.phase}: {reason}"
+            text = f"failed during {self._summary.under_way}: {reason}"
             self._close(f"failed: {reason}", text, lost_main=reason.startswith("rank 0 "))
         finally:
             os._exit(2)

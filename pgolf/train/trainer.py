@@ -238,8 +238,8 @@ class Trainer:
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
 
-    def warm_up(self, log: RunLog) -> float:
-        """Compile and run steps of both loop modes, then restore all state; return the seconds."""
+    def warm_up(self, log: RunLog) -> None:
+        """Compile and run steps of both loop modes, then restore all state."""
         began = time.perf_counter()
         weights = clone_parameters(self._model)
         modes = (False, True) if self._config.model.loops else (False,)
@@ -255,7 +255,6 @@ class Trainer:
             self._ema.load_state_dict(weights)
         self._loader.restart()
         self._synchronize()
-        return time.perf_counter() - began
 
     def parts(self) -> Parts:
         """Return the live tensors that the next step depends on, for a checkpoint."""

@@ -16,7 +16,6 @@ from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.errors import UserError
-from pgolf.files import atomic_file
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -149,9 +148,3 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
         raise UserError(f"the weights do not fit the model: {', '.join(shapes)}")
     for name, p in own.items():
         p.copy_(tensors[name])
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON, atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(data, indent=2).encode() + b"\n")

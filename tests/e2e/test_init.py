@@ -42,7 +42,7 @@ def test_weights_and_average_start_from_the_checkpoint(run, shards, tmp_path, na
     still = train(tmp_path, shards, f"--train.init={start}", "--train.no-quantize", "--steps=2", *STILL)
     assert same(start, still / "raw.safetensors") and same(start, still / "ema.safetensors")
     assert f"starts from the weights of {start}" in (still / "log.txt").read_text()
-    assert summary(still)["scores"]["raw"]["bpb"] == pytest.approx(summary(run)["scores"][name]["bpb"])
+    assert summary(still).scores["raw"].bpb == pytest.approx(summary(run).scores[name].bpb)
 
 
 def test_training_goes_on_from_the_checkpoint_and_warm_up_leaves_no_trace(run, shards, tmp_path):

@@ -206,8 +206,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "summary.json: sessions is 'two', expected a list",
     ),
     "a session without an end": (
+        summary_with(lambda s: s["sessions"].insert(0, {**s["sessions"][0], "end": None})),
+        "a session is {'started': .*, which no run writes",
+    ),
+    "a session without a beginning": (
         summary_with(lambda s: s["sessions"].insert(0, {"lost_seconds": 1.0})),
-        "a session is {'lost_seconds': 1.0}, which no run writes",
+        "each of sessions has no 'started', which a run writes",
     ),
     "seconds in a list": (
         summary_with(lambda s: s.update(seconds=[1, 2])),
@@ -280,7 +284,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "edited nats": (summary_with(lambda s: s["scores"]["ttt"].update(nats=1e5)), "score ttt: bpb is"),
     "no number": (
         summary_with(lambda s: s["scores"]["raw"].update(bpb="4.1")),
-        "score raw: bpb is '4.1', expected a number above 0",
+        "score raw: bpb is '4.1', expected a number, as a run writes it",
     ),
     "NaN": (
         summary_with(lambda s: s["scores"]["raw"].update(bpb=math.nan, nats=math.nan)),

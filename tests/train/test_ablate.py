@@ -14,15 +14,18 @@ from socket import gethostname
 
 import pytest
 
+from pgolf.artifact.size import Ledger
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
 from pgolf.data.text import sample_paths
 from pgolf.env import share_of_cores
+from pgolf.evaluate.bpb import Score
+from pgolf.report.summary import Summary, Training
 from pgolf.train import ablate
 from pgolf.train.ablate import gather, read_cell, run_plan, start_process
 from pgolf.train.guard import HeldError, end, held
-from pgolf.train.plan import Plan, read_plan
+from pgolf.train.plan import Cell, Plan, read_plan
 from pgolf.train.signals import Stopped
 from tests.e2e.conftest import SMALL
 
@@ -145,6 +148,17 @@ def test_plans_of_the_bench_are_valid(name, cells):
 # The runner, with cells that only write files
 
 
+def write_summary(run: Path, cell: Cell, **bpb: float) -> None:
+    """Write the summary of a run with these scores."""
+    summary = Summary(cell.arm, "0" * 16, "CPU", 1, "sdpa", 1000, ledger=Ledger((("all", 700),), 77, 16_000))
+    summary.put("train", 0.06)
+    rates = {"ms_loop_off": 10.0, "ms_loop_on": None, "tokens_per_s": 1000.0}
+    summary.train = Training(steps=5, tokens=60, loop_step=None, last_loss=3.5, **rates)
+    for name, value in bpb.items():
+        summary.scores[name] = Score(nats=1.0, tokens=1, bytes=1, bpb=value, loss=1.0, seconds=0.1)
+    summary.save(run / "summary.json")
+
+
 class FakeCells:
     """Starts cells that end at once: `plans` says how; the others finish with a score by arm and seed."""
 
@@ -161,10 +175,7 @@ class FakeCells:
             raise KeyboardInterrupt
         if fate in ("finish", "nan"):
             bpb = 1.2 + 0.01 * cell.seed + {"base": 0.0}.get(cell.arm, -0.002 - 0.0001 * cell.seed)
-            scores = {"raw": {"bpb": bpb + 0.01}, "quantized": {"bpb": math.nan if fate == "nan" else bpb}}
-            train = {"steps": 5, "ms_loop_off": 10.0, "ms_loop_on": None, "last_loss": 3.5}
-            summary = {"scores": scores, "train": train, "seconds": {"train": 0.06}, "bytes": {"total": 777}}
-            (run / "summary.json").write_text(json.dumps({**summary, "device": "CPU"}))
+            write_summary(run, cell, raw=bpb + 0.01, quantized=math.nan if fate == "nan" else bpb)
             return FakeProcess(0)
         (cell.folder / "output.txt").write_text(f"step 1\n{fate}\n")
         return FakeProcess(2)
@@ -247,17 +258,26 @@ def test_a_summary_of_other_kinds_is_named(tmp_path):
     run_all(plan, FakeCells())
     (path,) = plan.cells()[0].folder.glob("*/summary.json")
     whole = json.loads(path.read_text())
-    for wrong in ({"train": [1]}, {"seconds": {}}, {"scores": 7}, {"bytes": "many"}):
+    for wrong, said in (
+        ({"train": [1]}, r"summary\.json: train is \[1\], expected an object"),
+        ({"train": {}}, "the summary holds no training"),
+        ({"seconds": {}}, "has no seconds of training"),
+        ({"scores": 7}, r"summary\.json: scores is 7, expected an object"),
+        ({"bytes": "many"}, r"summary\.json: bytes is 'many', expected an object"),
+    ):
         path.write_text(json.dumps(whole | wrong))
-        with pytest.raises(ValueError, match=r"summary\.json is not what a run writes \(.*; remove "):
+        with pytest.raises(ValueError, match=f"{said}.*; or remove .* to run it again"):
             gather(plan, Path("p"))
+
+
+DATA = {"manifest": "ab" * 32, "validation": {"tokens": 9, "documents": 2, "bytes": 30}}
 
 
 def test_cells_keep_which_data_they_rested_on(tmp_path):
     plan = make_plan(tmp_path)
     run_all(plan, FakeCells())
     (path,) = plan.cells()[0].folder.glob("*/summary.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"manifest": "ab" * 32}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": DATA}))
     first, *others = gather(plan, Path("p")).cells
     assert first.manifest == "ab" * 32 and {cell.manifest for cell in others} == {None}
 
