@@ -38,12 +38,13 @@ class Ablate:
 def main(argv: list[str]) -> int:
     """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.ablate.page import write_report
+    from pgolf.ablate.plan import read_plan
+    from pgolf.ablate.results import Ablation, gather
+    from pgolf.ablate.run import run_plan, start_process
+    from pgolf.ablate.tables import markdown
     from pgolf.env import commit_name, share_of_cores
-    from pgolf.report.ablation import Ablation, markdown
-    from pgolf.report.html import write_report
-    from pgolf.train.ablate import gather, run_plan, start_process
     from pgolf.train.guard import HeldError
-    from pgolf.train.plan import read_plan
 
     say = functools.partial(print, flush=True)
     plan = read_plan(args.plan, load_base, out=args.out)

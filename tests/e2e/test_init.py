@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.ablate.plan import read_plan
+from pgolf.ablate.results import gather
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.data.text import sample_paths
 from pgolf.report.plots import read_metrics
-from pgolf.train.ablate import gather
-from pgolf.train.plan import read_plan
 from pgolf.train.weights import load_weights, save_weights
+from tests.ablate.ablate_helpers import small_overrides
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
-from tests.train.test_ablate import small_overrides
 
 STILL = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
 """Rates with which training moves nothing."""

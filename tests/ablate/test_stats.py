@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pgolf.report.stats import (
+from pgolf.ablate.stats import (
     Paired,
     compare_paired,
     holm,

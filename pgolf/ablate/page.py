@@ -9,8 +9,10 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from pgolf.ablate.compare import arm_mean, compare_arms
+from pgolf.ablate.results import Ablation, CellResult
+from pgolf.ablate.tables import facts, markdown, tables
 from pgolf.files import atomic_file
-from pgolf.report.ablation import Ablation, CellResult, arm_mean, compare_arms, facts, markdown, tables
 from pgolf.report.page import COLORS, figure, image, page, table
 from pgolf.report.plots import loss_ceiling, read_metrics, smoothed, why_no_plots
 

@@ -2,10 +2,8 @@
 
 Pure functions on numpy arrays; no files, no plots. A pair is one seed run with both configurations, so the
 seed's share of the noise cancels in the difference (arm minus baseline; negative is better for bits per
-byte). The verdict rests on the paired t test, corrected over the arms by Holm's method; the sign-flip
-permutation test stands beside it because it assumes no normal distribution. `n` pairs; `df` = n - 1.
-
-The t distribution is computed here (scipy is not needed); tests compare it with published tables.
+byte). The verdict rests on the paired t test, corrected over the arms by Holm's method. The report shows the
+sign-flip permutation test next to it, because that assumes no normal distribution. `n` pairs; `df` = n - 1.
 """
 
 from __future__ import annotations
@@ -69,6 +67,12 @@ def mean_and_error(values: ArrayLike) -> Mean:
     x = _finite(values, "values")
     mean = float(x.mean()) if x.size else math.nan
     return Mean(int(x.size), mean, _deviation(x) / math.sqrt(x.size) if x.size > 1 else math.nan)
+
+
+# Student's t distribution is computed here, in four short functions, rather than by scipy: its tail and its
+# quantile are all that an ablation needs of scipy, which would be one of the largest dependencies, and the
+# standard library's `statistics` has the normal distribution only. Tests compare them with published tables,
+# with the closed forms of one and two degrees of freedom, and with the binomial sum.
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
