@@ -194,6 +194,11 @@ class Summary:
         """Set the seconds of a phase, whatever was counted before."""
         self.phases[name] = _phase(name, seconds)
 
+    def stop_clock(self, seconds: float, budget: float) -> None:
+        """Note when the clock stopped, and by how much that is after the budget; 0: there was no budget."""
+        self.clock = seconds
+        self.overrun = max(0.0, seconds - budget) if budget else 0.0
+
     def spent(self, where: Where) -> float:
         """Return the seconds of all phases there."""
         return sum(p.seconds for p in self.phases.values() if p.where == where)

@@ -23,7 +23,7 @@ from pgolf.train.budget import Clock
 from pgolf.train.guard import held
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.trainer import Diverged
+from pgolf.train.steplog import Diverged
 
 
 class Around(NamedTuple):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,26 +43,59 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file of ours.
+        UserError: not a safetensors file of ours.
     """
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-        tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    return tensors, *_parse(path, metadata)
+    with _opened(path) as (file, config, facts):
+        return {name: file.get_tensor(name) for name in file.keys()}, config, facts  # noqa: SIM118
 
 
 def load_config(path: Path) -> Config:
     """Return the configuration alone; reads no tensor and raises as `load_weights` does."""
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-    return _parse(path, metadata)[0]
+    with _opened(path) as (_, config, _facts):
+        return config
 
 
 def load_facts(path: Path) -> dict[str, Any]:
     """Return the facts alone; reads no tensor and raises as `load_weights` does."""
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-    return _parse(path, metadata)[1]
+    with _opened(path) as (_, _config, facts):
+        return facts
+
+
+class Weights(NamedTuple):
+    """What training leaves, by name; the raw weights twice where averaging is off."""
+
+    raw: dict[str, Tensor]
+    best: dict[str, Tensor]
+    """The averaged weights, which are quantized."""
+
+
+def save_pair(folder: Path, weights: Weights, config: Config, **facts: Any) -> None:
+    """Write raw and averaged weights into a run's folder; raises as `save_weights` does."""
+    # Each file is whole or not there, but a process may end between the two: the number says that both are
+    # of the same moment.
+    pair = secrets.token_hex(8)
+    save_weights(folder / RAW, weights.raw, config, **facts, pair=pair)
+    save_weights(folder / AVERAGED, weights.best, config, **facts, pair=pair)
+
+
+def load_pair(folder: Path, names: Iterable[str], device: torch.device) -> Weights:
+    """Return the raw and averaged weights of a run's folder on `device`; raises as `load_weights` does.
+
+    In the order of `names`, which is the model's and so the artifact's; a safetensors file has its own.
+    """
+    names = list(names)
+    files = (load_weights(folder / name)[0] for name in (RAW, AVERAGED))
+    return Weights(*({name: file[name].to(device) for name in names} for file in files))
+
+
+def pair_steps(folder: Path) -> int:
+    """Return after how many steps the weights in a run's folder were written; 0 if they are no pair."""
+    try:
+        raw, averaged = (load_facts(folder / name) for name in (RAW, AVERAGED))
+    except (OSError, ValueError):
+        return 0
+    pair = raw.get("pair")
+    return int(raw.get("steps", 0)) if pair is not None and pair == averaged.get("pair") else 0
 
 
 def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> None:
@@ -100,12 +134,13 @@ def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) ->
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, Config, dict[str, Any]]]:
+    """Yield an open file of weights with the configuration and the facts in its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; a run writes raw.safetensors and ema.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            yield file, *_parse(path, dict(file.metadata() or {}))
     except SafetensorError as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}") from e
 

@@ -19,6 +19,7 @@ from pgolf.artifact.export import describe
 from pgolf.cli.main import main
 from pgolf.files import atomic_file
 from pgolf.train import run as run_module
+from pgolf.train import weights as weights_module
 from pgolf.train.guard import held
 from pgolf.train.progress import PROGRESS
 from pgolf.train.signals import Stopped
@@ -303,7 +304,7 @@ def test_the_weights_that_are_scored_can_be_chosen_and_training_can_be_validated
 
 def saves(count: int, number: int, monkeypatch) -> None:
     """Let the `count`-th write of weights be cut short by a signal, as a killed process would be."""
-    original, calls = run_module.save_weights, []
+    original, calls = weights_module.save_weights, []
 
     def save(*arguments: object, **facts: object) -> None:
         calls.append(arguments)
@@ -311,7 +312,7 @@ def saves(count: int, number: int, monkeypatch) -> None:
             raise Stopped(number)
         original(*arguments, **facts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_module, "save_weights", save)
+    monkeypatch.setattr(weights_module, "save_weights", save)
 
 
 def test_weights_of_two_moments_are_no_pair(whole, tmp_path, monkeypatch):

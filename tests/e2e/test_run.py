@@ -20,6 +20,7 @@ from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.text import sample_paths
 from pgolf.report.summary import PHASES, Summary
 from pgolf.train import run as run_module
+from pgolf.train import weights as weights_module
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
@@ -302,6 +303,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
         time.sleep(0.5)
         save_weights(*arguments, **facts)
 
+    monkeypatch.setattr(weights_module, "save_weights", slowly)
     monkeypatch.setattr(run_module, "save_weights", slowly)
     words = [
         "train",
