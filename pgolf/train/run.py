@@ -34,7 +34,7 @@ from pgolf.data.loader import TrainLoader
 from pgolf.data.shards import TOKENIZER_NAME
 from pgolf.dist import Dist
 from pgolf.env import threads_note
-from pgolf.errors import RanksFailed
+from pgolf.errors import MemoryAdvice, RanksFailed, UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import score_as, score_model
 from pgolf.files import atomic_file
@@ -47,11 +47,11 @@ from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
 from pgolf.train.checkpoint import Checkpointer, remove_after
 from pgolf.train.position import Position, TrainResult
-from pgolf.train.progress import Past, keep_metrics, read_past
+from pgolf.train.progress import Past, keep_metrics
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
 from pgolf.train.session import Around, Session, take_folder
-from pgolf.train.setup import SetUp, set_up
+from pgolf.train.setup import LESS_MEMORY, SetUp, set_up
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import Trainer, open_loader, passes_per_step
@@ -75,10 +75,8 @@ class Run:
     train, with trained weights it calibrates, with an artifact it scores.
     """
 
-    def __init__(
-        self, config: Config, around: Around, folder: Path, made: SetUp, *, past: Past | None = None
-    ) -> None:
-        self._config, self._around, self._dist, self._past = config, around, around.dist, past
+    def __init__(self, config: Config, around: Around, folder: Path, made: SetUp) -> None:
+        self._config, self._around, self._dist, self._past = config, around, around.dist, made.past
         self._data, self._model, self._ema, self._optimizer = made.data, made.model, made.ema, made.optimizer
         self._summary, self._trains = made.summary, made.trains
         self._notes = (*around.notes, made.model.attention_note, threads_note(torch.get_num_threads()))
@@ -90,7 +88,7 @@ class Run:
             around,
             folder,
             made.summary,
-            past=past,
+            past=made.past,
             steps=self._steps,
             keep_weights=self._keep_weights,
         )
@@ -103,7 +101,8 @@ class Run:
             Stopped: a signal asked the run to end; it is saved. RanksFailed: what ended the run is known to
             every rank. Anything else that ended it is raised on the rank where it happened.
         """
-        with self._session:
+        # Inside the session, which then tells every rank what takes less memory.
+        with self._session, MemoryAdvice(LESS_MEMORY):
             self._introduce()
             if self._session.stage == "written":
                 raw, best = self._load_trained()
@@ -175,11 +174,13 @@ class Run:
             every_s=self._config.train.checkpoint_every,
             began=used,
         )
+        # Everything that is slow and not training (compiling, rehearsing, allocating) is behind us.
         with self._around.signals.deferred():
             self._session.start_clock(clock, at=used)
             stopped_by = trainer.run(clock, self._log, result, saver, start=position, validate=self._validate)
             self._record_training()
             if stopped_by:
+                # The last checkpoint holds them too; this is for people who want the weights now.
                 self._keep_weights()
                 raise Stopped(stopped_by)
             with self._summary.phase("save"):
@@ -263,8 +264,13 @@ class Run:
             if past.checkpoint is not None:
                 position = Position.from_facts(past.checkpoint.facts)
                 trainer.restore(past.checkpoint.load(), position)
-        except (OSError, ValueError) as e:
+        except (OSError, UserError) as e:
             error = e
+        except ValueError as e:  # whole, but not what this code would have written
+            error = UserError(
+                f"the checkpoint in {self._folder} does not fit this run: {e}; resume it with the pgolf that "
+                f"wrote it (commit {past.summary.commit or 'unknown'})"
+            )
         self._dist.check(error)
         # Each rank has read the shards by itself: a stale copy on one host would spoil the run unseen.
         self._dist.assert_replicas_equal(dict(self._model.named_parameters()))
@@ -454,6 +460,7 @@ class Run:
         self._session.finish()
         self._log.line(report_note(self._folder))
         self._log.line(format_table(s))
+        # Its thread may still be at work in the folder that is removed next.
         if self._trains:
             self._writer.close()
         shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
@@ -490,8 +497,8 @@ def train_run(
             if resume is not None:
                 # Before anything is read: what another process writes there now would be taken for its last.
                 take_folder(resume, dist, files)
-            made, past = _set_up_together(config, dist, resume, train=train)
-            summary = Run(config, around, folder, made, past=past).execute()
+            made = set_up(config, dist, resume=resume, train=train)
+            summary = Run(config, around, folder, made).execute()
             ended = True
             return summary
         finally:
@@ -499,19 +506,3 @@ def train_run(
             # Leaving the group waits for the others; after a failure some of them may never come.
             if ended or dist.world_size == 1:
                 dist.close()
-
-
-def _set_up_together(
-    config: Config, dist: Dist, resume: Path | None, *, train: bool
-) -> tuple[SetUp, Past | None]:
-    """Set up on every rank; where one of them fails, all of them do."""
-    error: Exception | None = None
-    made, past = None, None
-    try:
-        past = read_past(resume) if resume is not None else None
-        made = set_up(config, dist, past=past, train=train)
-    except Exception as e:
-        error = e
-    dist.check(error)
-    assert made is not None
-    return made, past

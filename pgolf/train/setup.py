@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from pgolf.artifact.size import check_limit
-from pgolf.config import Config, run_hash
+from pgolf.config import Config, MuonConfig, run_hash
 from pgolf.data.shards import find_shards
 from pgolf.dist import Dist
 from pgolf.env import commit_name
+from pgolf.errors import MemoryAdvice, RanksFailed, RunError, UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -17,13 +21,16 @@ from pgolf.optim.step import Optimizer
 from pgolf.report.summary import Summary, device_name, versions
 from pgolf.track import check_tracker
 from pgolf.train.memory import check_memory
-from pgolf.train.progress import Past, utc
+from pgolf.train.progress import Past, read_past, utc
 from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import passes_per_step
 from pgolf.train.weights import load_initial
 
+LESS_MEMORY = "pass a smaller --data.micro-tokens"
+"""What takes less memory in a run."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class SetUp:
     """What a run is made of, in every process."""
 
@@ -33,10 +40,12 @@ class SetUp:
     """None where averaging is off."""
     optimizer: Optimizer
     summary: Summary
-    memory: str
-    """The line of the log on what memory the run needs."""
+    past: Past | None
+    """What an earlier process of the run left; None where the run begins."""
     trains: bool
     """Whether this process trains, or only quantizes and scores what an earlier one trained."""
+    memory: str = ""
+    """The line of the log on what memory the run needs."""
 
 
 def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
@@ -46,7 +55,7 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
         FileNotFoundError: no data folder, or no shards in it.
         UserError: the data are not as their manifest says, not those that `past` began with, or not fit to
             be trained on or scored; the limit leaves no room for a model; the batch does not divide into
-            passes. RunError: the tracker that is asked for cannot be used.
+            passes. RunError: the tracker or the algorithm that is asked for cannot be used here.
     """
     if dist.is_main:
         check_tracker(config.train.track)
@@ -60,20 +69,59 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
     data.validation(documents=1)
     find_shards(data.folder, "train")
     passes_per_step(config.data, dist.world_size)
+    _check_algorithm(config.optim.muon, dist.device)
     return data
 
 
-def set_up(config: Config, dist: Dist, *, past: Past | None, train: bool) -> SetUp:
-    """Check everything and make model, average, optimizer and summary.
+def _check_algorithm(muon: MuonConfig, device: torch.device) -> None:
+    """Refuse an algorithm that the device has no kernel for.
+
+    Raises:
+        RunError: it has none.
+    """
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    if muon.algorithm == "gram" and not hopper:
+        raise RunError(
+            "optim.muon.algorithm=gram needs a Hopper GPU (compute capability 9.0); use "
+            "optim.muon.algorithm=auto, which takes what the device has"
+        )
+
+
+def set_up(config: Config, dist: Dist, *, resume: Path | None, train: bool) -> SetUp:
+    """Check everything and make model, average, optimizer and summary, on every rank or on none.
 
     Args:
-        past: what an earlier process of the run left; None: the run begins.
+        resume: folder of the run to go on with, which this process holds; None: the run begins.
         train: False: train no further, even if training is not over.
     Raises:
-        OSError, UserError, RunError: see `check_ready`, `load_initial` and `check_memory`.
+        RanksFailed: some rank failed; from its error on that rank. With one process the error itself: see
+            `check_ready`, `read_past`, `load_initial` and `check_memory`.
     """
     before, began = process_seconds(), time.perf_counter()
-    trains = train and (past is None or past.stage == "training")
+    error: Exception | None = None
+    made: SetUp | None = None
+    try:
+        with MemoryAdvice(LESS_MEMORY):
+            past = read_past(resume) if resume is not None else None
+            made = _make(config, dist, past, trains=train and (past is None or past.stage == "training"))
+    except Exception as e:
+        error = e
+    # Up to here each rank was by itself, and one may have failed alone: a file may be missing on its host.
+    # The next collective must not be entered before all ranks know that, or they would wait for that rank.
+    dist.check(error)
+    assert made is not None
+    try:
+        made.memory = check_memory(config, dist, attention=made.model.attention_name)
+    except UserError as e:  # by rank 0's figures, so all ranks have it; one of them is to print it
+        raise RanksFailed(str(e)) from e
+    if made.past is None and before is not None:
+        made.summary.add("start", before)
+    made.summary.add("set_up", time.perf_counter() - began)
+    return made
+
+
+def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> SetUp:
+    """Make everything that a rank makes by itself."""
     data = check_ready(config, dist, past)
     model = GPT(config.model, seed=config.train.seed).prepare(
         dist.device,
@@ -89,11 +137,7 @@ def set_up(config: Config, dist: Dist, *, past: Past | None, train: bool) -> Set
     summary = _summary(config, dist, model, data)
     if past is not None:
         summary = _taken_up(summary, past, config, trains=trains)
-    elif before is not None:
-        summary.add("start", before)
-    memory = check_memory(config, dist, attention=model.attention_name)
-    summary.add("set_up", time.perf_counter() - began)
-    return SetUp(data, model, ema, optimizer, summary, memory, trains)
+    return SetUp(data, model, ema, optimizer, summary, past, trains)
 
 
 def _summary(config: Config, dist: Dist, model: GPT, data: DataFolder) -> Summary:
