@@ -1,6 +1,6 @@
-"""Turn the summary of a finished run into result lines: `python -m bench.run FOLDER --case record_600s_1gpu`.
+"""Result lines of a finished run, from its summary: `python -m bench.run FOLDER --case record_600s_1gpu`.
 
-Nothing is measured here: every figure is read from the run's own summary.json.
+Nothing is measured here. `record` in the names of cases is the former name of the preset `pr1855`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics of paired comparisons: is an arm better than the baseline, by how much, or can nobody tell?
+"""Statistics of paired comparisons: whether an arm is better than the baseline, by how much, or neither.
 
 Pure functions on numpy arrays; no files, no plots. A pair is one seed run with both configurations, so the
 seed's share of the noise cancels in the difference (arm minus baseline; negative is better for bits per
@@ -185,14 +185,14 @@ def compare_paired(arm: ArrayLike, baseline: ArrayLike, *, alpha: float = ALPHA)
     all zero t = 0 and p = 1.
 
     Args:
-        arm: `(n,)` results, one a seed. baseline: `(n,)` results of the same seeds in the same order.
+        arm: `(n,)` results, one per seed. baseline: `(n,)` results of the same seeds in the same order.
         alpha: two-sided error rate of the interval, in (0, 1).
     Raises:
         ValueError: lengths differ, a value is not finite, or alpha is out of range.
     """
     a, b = _finite(arm, "arm"), _finite(baseline, "baseline")
     if a.shape != b.shape:
-        raise ValueError(f"compare_paired needs one value a seed in both arms, got {a.size} and {b.size}")
+        raise ValueError(f"compare_paired needs one value per seed in both arms, got {a.size} and {b.size}")
     if not 0 < alpha < 1:
         raise ValueError(f"compare_paired: alpha must be in (0, 1), got {alpha}")
     d = a - b

@@ -43,7 +43,7 @@ def facts(ablation: Ablation) -> list[str]:
     devices = sorted({c.device for c in ran if c.device})
     lines = [ablation.comment] if ablation.comment else []
     lines += [
-        f"Plan {ablation.plan_file}: base {ablation.base}, {ablation.length} a run, "
+        f"Plan {ablation.plan_file}: base {ablation.base}, {ablation.length} per run, "
         f"{len(ablation.arms)} arms x seeds {', '.join(map(str, ablation.seeds))}, "
         f"baseline {ablation.baseline}.",
         *_start(ablation),
@@ -126,7 +126,16 @@ def _comparison_row(c: Comparison) -> tuple[str, ...]:
 
 
 def _means(ablation: Ablation) -> Table:
-    head = ("arm", "n", *(f"bpb {w}" for w in WEIGHTS), "bytes", "steps", "ms a step", "loop off", "loop on")
+    head = (
+        "arm",
+        "n",
+        *(f"bpb {w}" for w in WEIGHTS),
+        "bytes",
+        "steps",
+        "ms per step",
+        "loop off",
+        "loop on",
+    )
     rows = []
     for arm in ablation.arms:
         cells = [_mean(arm_mean(ablation, arm, w), 5) for w in WEIGHTS]

@@ -80,9 +80,9 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
 
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
-        ValueError: no folder given; a run is not finished, its files do not belong together, its scores
+        UserError: no folder given; a run is not finished, its files do not belong together, its scores
             contradict themselves, its artifact is above the limit or its clock above its budget, it started
-            from a checkpoint or made no artifact; a seed twice, or configurations that differ.
+            from a checkpoint or made no artifact; two runs of one seed, or configurations that differ.
     """
     if not folders:
         raise UserError("expected at least one run folder, got none; `pgolf train` makes them")
@@ -90,7 +90,7 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise UserError(
-                f"seed {one.seed} twice, in {one.folder} and {other.folder}; a submission has one run a seed"
+                f"seed {one.seed} twice, in {one.folder} and {other.folder}; give one run per seed"
             )
     for other in runs[1:]:
         _check_same(runs[0], other)
@@ -287,7 +287,7 @@ def _check_same(one: FinishedRun, other: FinishedRun) -> None:
     if different:
         told = ", ".join(f"{k} ({first.get(k, 'unset')} and {second.get(k, 'unset')})" for k in different)
         raise UserError(
-            f"{one.folder} and {other.folder} differ in more than the seed: {told}; submit them apart"
+            f"{one.folder} and {other.folder} differ in more than the seed: {told}; submit them separately"
         )
 
 

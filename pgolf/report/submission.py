@@ -1,7 +1,7 @@
 """What a submission says of its runs: `submission.json` and `README.md`, made from their summaries alone.
 
-Nothing is measured, guessed or rounded away here: what a summary does not hold is left out, and sums that do
-not add up show the rest as "not accounted for". The same runs give the same bytes.
+Nothing is measured or guessed here. What a summary does not hold is left out, and where phases do not add up
+to the whole, the rest is shown as "not accounted for". The same runs give the same bytes.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ the defaults of the settings."""
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the runs cannot say of themselves."""
+    """What the author of a submission adds to what the runs say."""
 
     author: str = ""
-    """Who submits; left out when empty, as the others."""
+    """Name of the author; left out when empty, as the following ones are."""
     github_id: str = ""
-    """The author's account."""
+    """The author's account on GitHub."""
     name: str = ""
     """Title of the submission; when empty, the configuration's name."""
     blurb: str = ""
@@ -39,7 +39,7 @@ class Entry:
     date: str = ""
     """yyyy-mm-dd; when empty, the day of the last run."""
     prepare_seconds: float | None = None
-    """Seconds of making tokenizer and shards, before the runs."""
+    """Seconds that making tokenizer and shards took, before the runs."""
 
     def __post_init__(self) -> None:
         for key in ("author", "github_id", "name", "blurb", "date"):
@@ -56,9 +56,9 @@ class Entry:
 def submission(runs: Sequence[FinishedRun], entry: Entry, manifest: Manifest | None = None) -> dict[str, Any]:
     """Return `submission.json`: the keys of PR #1855, those that the summaries can fill.
 
-    val_loss (nats a token) and val_bpb are of the headline score (`FinishedRun.headline`), means over the
-    seeds; their standard deviations need two. val_text says whether it is known that they are of the whole
-    validation text; `manifest` is the one that the runs rested on, where it is at hand.
+    val_loss (nats per token) and val_bpb are of the headline score (`Summary.headline`), means over the
+    seeds; a standard deviation needs two seeds. val_text says whether it is known that they are of the whole
+    validation text. `manifest` is the one that the runs rested on, where its file was found.
     """
     headline = runs[0].summary.headline
     results = {str(run.seed): _result(run) for run in runs}
@@ -108,7 +108,7 @@ def _result(run: FinishedRun) -> dict[str, Any]:
 
 
 def _versions(runs: Sequence[FinishedRun]) -> dict[str, Any]:
-    """Return what all runs have alike; the README names the rest."""
+    """Return the versions that all runs share; the README names the others."""
 
     def of(run: FinishedRun) -> dict[str, Any]:
         found = run.summary.versions
@@ -174,7 +174,7 @@ def readme(
 
     Args:
         files: what lies in the folder, name -> description, in order.
-        manifest: of the shards, where they are at hand.
+        manifest: of the shards, where they were found.
     """
     parts = [
         f"# {title(runs, entry)}",
@@ -224,12 +224,12 @@ def results_table(runs: Sequence[FinishedRun]) -> str:
 
     lines: list[tuple[str, str, Callable[[FinishedRun], float | None]]] = [
         *((f"bits per byte, {words}", ".5f", bpb(name)) for name, words in SCORES.items()),
-        ("nats a token, headline", ".5f", lambda run: run.summary.scores[run.summary.headline].loss),
+        ("nats per token, headline", ".5f", lambda run: run.summary.scores[run.summary.headline].loss),
         ("bytes, file and code", ",.0f", lambda run: run.ledger.total),
         ("steps", ",.0f", lambda run: run.train.steps),
         ("training tokens", ",.0f", lambda run: run.train.tokens),
-        ("ms a step, loop off", ".2f", lambda run: run.train.ms_loop_off),
-        ("ms a step, loop on", ".2f", lambda run: run.train.ms_loop_on),
+        ("ms per step, loop off", ".2f", lambda run: run.train.ms_loop_off),
+        ("ms per step, loop on", ".2f", lambda run: run.train.ms_loop_on),
         ("of them ms optimizer and exposed communication", ".3f", lambda run: run.train.ms_optimizer),
         ("training tokens/s", ",.0f", lambda run: run.train.tokens_per_s),
         ("peak memory of rank 0, MiB", ",.0f", lambda run: run.summary.peak_mib or None),
@@ -350,7 +350,7 @@ def bytes_table(runs: Sequence[FinishedRun]) -> str:
         ["**total**", *_cells([ledger.total for ledger in ledgers], ",")],
         ["limit", *_cells([ledger.limit for ledger in ledgers], ",")],
         ["left", *_cells([ledger.limit - ledger.total for ledger in ledgers], ",")],
-        ["factor on the steps", *_cells([ledger.clip_scale for ledger in ledgers], ".4f")],
+        ["factor on the scales", *_cells([ledger.clip_scale for ledger in ledgers], ".4f")],
     ]
     return _table(["section, bytes", *_seeds(runs)], rows)
 
@@ -385,8 +385,8 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
     else:
         facts.append("No test-time training: the model that scores is the file and does not change.")
     if "sliding" in run.summary.scores:
-        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} a window.")
-    where = "" if TOKENIZER_NAME in files else "; it was not at hand and is not in this folder"
+        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    where = "" if TOKENIZER_NAME in files else "; it was not found and is not in this folder"
     facts.append(f"Tokenizer: SHA-256 {run.tokenizer_sha256}, not counted{where}.")
     return facts
 
@@ -410,8 +410,8 @@ def text_differs(runs: Sequence[FinishedRun], text: ShardInfo) -> str:
 def _certified(runs: Sequence[FinishedRun], manifest: Manifest | None) -> tuple[bool, str]:
     """Return whether the runs are known to have scored a whole validation text, and what says so or not.
 
-    What each run kept of the manifest that it checked says so; `manifest` is that very one, where it is at
-    hand (`pgolf.report.submit` compares the hashes).
+    What each run kept of the manifest that it checked says so. `manifest` is that one, where its file was
+    found (`pgolf.report.submit` compares the hashes).
     """
     unknown = "not known to be the whole text"
     for run in runs:

@@ -4,7 +4,6 @@
     code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
 
 Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
-Source: SPEC 1.4.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ def write_submission(
     data: Path | None = None,
     overwrite: bool = False,
 ) -> list[FinishedRun]:
-    """Write the submission folder of runs of one configuration, one a seed, and return the runs.
+    """Write the submission folder of runs of one configuration, one per seed, and return the runs.
 
     Args:
-        folders: run folders. out: the folder to make; it appears complete or not at all.
+        folders: run folders. out: the folder to make; it appears when it is complete, or not at all.
         data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them,
             and for the tokenizer in the runs' folders too.
         overwrite: replace an older submission folder.
@@ -90,7 +89,7 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
     files["score.py"] = _add_score(runs, folder)
     _write(folder / "requirements.txt", requirements(runs[0]))
     files["requirements.txt"] = (
-        "the libraries that code.br imports; pgolf's compiled extension comes beside them"
+        "the libraries that code.br imports; pgolf's compiled extension is needed in addition"
     )
     tokenizer = _tokenizer(runs, shards)
     if tokenizer is not None:
@@ -165,7 +164,7 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "submission.json").is_file():
-        raise FileExistsError(f"{out} is not a submission folder, but there; choose another --out")
+        raise FileExistsError(f"{out} is there and is not a submission folder; choose another --out")
     if not overwrite:
         raise FileExistsError(f"{out} already holds a submission; pass --overwrite to replace it")
     inside = [str(f) for f in folders if out.resolve() in (f.resolve(), *f.resolve().parents)]
@@ -183,7 +182,7 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out` that takes its place if the block succeeds, and is removed if not."""
+    """Yield a new folder next to `out` that takes its place if the block succeeds, and is removed if not."""
     out = out.resolve()
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -420,7 +420,7 @@ def format_table(s: Summary) -> str:
     ms = f"{t.ms_loop_off:.1f} ms" if t.ms_loop_off is not None else "-"
     ms += f" loop off, {t.ms_loop_on:.1f} ms loop on" if t.ms_loop_on is not None else ""
     ms += f", of them {t.ms_optimizer:.2f} ms optimizer" if t.ms_optimizer is not None else ""
-    lines += ["", f"{t.steps} steps, {t.tokens:,} tokens, {t.tokens_per_s / 1e3:.1f} ktok/s; a step {ms}"]
+    lines += ["", f"{t.steps} steps, {t.tokens:,} tokens, {t.tokens_per_s / 1e3:.1f} ktok/s; per step {ms}"]
     if s.ledger is not None:
         lines.append(f"artifact {s.ledger.total:,} bytes of {s.ledger.limit:,} (code {s.ledger.code:,})")
         lines += filter(None, [fill_note(s.ledger)])

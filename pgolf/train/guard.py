@@ -32,6 +32,7 @@ def held(folder: Path) -> Iterator[None]:
         HeldError: another process holds it; names it. OSError: the folder cannot be made or locked.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # Opened for appending, which makes the file if it is missing and keeps what the holder wrote.
     with (folder / LOCK).open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,6 +41,7 @@ def held(folder: Path) -> Iterator[None]:
             raise HeldError(
                 f"{folder} is held by {_holder(file.read())}; wait for it, stop it, or choose another folder"
             ) from e
+        # What stands in the file is for people only; the lock is what counts. So a stale text does no harm.
         file.truncate(0)
         began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": began}, file)

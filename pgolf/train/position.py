@@ -36,6 +36,7 @@ class Position:
 
     def to_facts(self) -> dict[str, Any]:
         """Return the fields as strict JSON data (a NaN becomes null)."""
+        # Before the first step there is no loss, and JSON has no NaN.
         loss = self.last_loss if math.isfinite(self.last_loss) else None
         return {**vars(self), "last_loss": loss}
 

@@ -1,12 +1,12 @@
-"""What a run keeps in its folder besides its results, so that another process can go on where one ended.
+"""What a run keeps in its folder in addition to its results, so that another process can go on.
 
     lock             held while a process works in the folder (`pgolf.train.guard.held`)
-    clock.txt        seconds on the run's clock, written four times a second while it runs
+    clock.txt        seconds on the run's clock, written four times per second while it runs
     progress.json    how far the run is, its summary so far, its sessions (processes); gone when it is done
     checkpoints/     see `pgolf.train.checkpoint`
 
-The clock counts what was computed: time in which no process ran is not on it, work that is lost with a killed
-process and done again is, twice.
+The clock counts what was computed. Time in which no process ran is not on it. Work that was lost with a
+killed process and done again is on it twice.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CLOCK = "clock.txt"
 PROGRESS = "progress.json"
 
 Stage = Literal["training", "trained", "written"]
-"""What is on disk: nothing but checkpoints; the trained weights; the artifact and its code too."""
+"""What is on disk: checkpoints only; the trained weights; the artifact and its code in addition."""
 STAGES: tuple[Stage, ...] = ("training", "trained", "written")
 
 
 class ClockFile:
-    """The seconds of the run's clock on disk, so that a killed process does not take them with it."""
+    """The seconds of the run's clock on disk, so that they are known after the process was killed."""
 
     def __init__(self, folder: Path) -> None:
         """Open the file; where that fails (a full disk), beats are not kept."""
@@ -46,6 +46,8 @@ class ClockFile:
 
     def beat(self, seconds: float) -> None:
         """Write the time over the last one, in one system call."""
+        # Of fixed length and in one call, so the file holds a whole number whenever the process ends. Not
+        # atomic_file, whose fsync four times per second would slow whatever else uses the disk.
         if self._file >= 0:
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, f"{seconds:20.3f}\n".encode(), 0)
@@ -82,7 +84,7 @@ class Past:
     complaints: tuple[str, ...]
     """Checkpoints that are newer but not valid, and why."""
     identity: str = ""
-    """Of the run: random, made when it began."""
+    """Random, made when the run began; its checkpoints carry it."""
     stage_clock: float = 0.0
     """Seconds on the clock when the stage was reached."""
 
@@ -96,13 +98,18 @@ class Past:
     @property
     def lost(self) -> float:
         """Seconds of work after what is on disk, which are on the clock and will be done again."""
+        # With the artifact written nothing is done again that is on the clock.
         saved = self.stage_clock
         if self.stage == "training":
             saved = float(self.checkpoint.facts["elapsed"]) if self.checkpoint is not None else 0.0
         return max(0.0, self.clock - saved) if self.stage != "written" else 0.0
 
     def check_data(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Raise ValueError if `folder`, of these facts, is not the data that the run began with."""
+        """Check that `folder`, of these facts, is the data that the run began with.
+
+        Raises:
+            UserError: it is not; names what differs.
+        """
         before = self.summary.data
         if before and before != facts:
             keys = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
@@ -117,7 +124,7 @@ def read_past(folder: Path) -> Past:
     """Return how far the run in `folder` is.
 
     Raises:
-        FileNotFoundError: it is no run's folder. ValueError: the run is finished, its progress file is
+        FileNotFoundError: it is no run's folder. UserError: the run is finished, its progress file is
             damaged, or it was made by a version that kept no progress.
     """
     if not (folder / "config.json").is_file():
@@ -149,6 +156,8 @@ def read_past(folder: Path) -> Past:
     checkpoint, complaints = (
         newest_checkpoint(folder, identity=identity) if stage == "training" else (None, [])
     )
+    # Three places know the time: the last write of the progress, the newest checkpoint, and the file that is
+    # written four times per second. None can be ahead of the clock, so the latest is nearest to it.
     if checkpoint is not None:
         clock = max(clock, float(checkpoint.facts["elapsed"]))
     if stage != "written":  # then the clock has stopped
@@ -166,8 +175,10 @@ class Progress:
         self._folder = folder
         self.identity = past.identity if past is not None else secrets.token_hex(8)
         self._stage_clock = past.stage_clock if past is not None else 0.0
+        # All processes of the run, not only this one: the list goes into the summary as it stands.
         self.sessions = list(past.sessions) if past is not None else []
         if past is not None and self.sessions and self.sessions[-1].end is None:
+            # It did not write its end, so it was killed. What it left says its last step and second.
             last = self.sessions[-1]
             rows = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
             steps = [int(row["step"]) + 1 for row in rows if "step" in row]
@@ -186,6 +197,7 @@ class Progress:
 
     def write(self, stage: Stage, summary: Summary, clock: float, *, reached: bool = False) -> None:
         """Keep the stage, which was `reached` just now or before."""
+        # The clock of the stage says from which second on work will be lost if the process is killed now.
         if reached:
             self._stage_clock = clock
         data: dict[str, Any] = {
@@ -203,7 +215,7 @@ class Progress:
         self.session.to_step, self.session.clock_to = step, clock
 
     def remove(self) -> None:
-        """The run is done: it needs no progress any more."""
+        """Remove the files of a run that is done."""
         for name in (PROGRESS, CLOCK):
             (self._folder / name).unlink(missing_ok=True)
 
@@ -215,6 +227,7 @@ def utc() -> str:
 
 def keep_metrics(path: Path, steps: int) -> list[dict[str, Any]]:
     """Cut metrics.jsonl down to the rows of the first `steps` steps, atomically, and return them."""
+    # The steps after that are done again and write their lines again; a line twice would be drawn twice.
     rows = [row for row in read_metrics(path) if int(row.get("step", 0)) < steps] if path.is_file() else []
     with atomic_file(path) as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -66,6 +66,7 @@ class DeviceNumbers:
 
     def send(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
         """Queue the copy; `wait` returns it once the device has come this far."""
+        # One copy of three numbers: each `.item()` would be a stop of its own.
         self._values.copy_(torch.stack((loss, grad_norm, skipped)), non_blocking=True)
         if self._event is not None:
             self._event.record()
@@ -107,6 +108,8 @@ class StepLog:
         (tick, loop), loss, seconds = self._last, after.last_loss, after.elapsed - self._last[0].elapsed
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
+        # From the end of one step's passes to the end of the next one's, as the host saw them: with the
+        # optimizer behind the passes, and without a validation in between.
         self._result.count_ms(tick.step, 1000 * seconds, loop=loop)
         self._result.losses.append(loss)
         self._result.last_loss = loss
@@ -141,8 +144,10 @@ class StepLog:
         """
         if not self.row:
             return
+        # Taken before it is written: what raises below calls this once more, and must not write it twice.
         row, self.row = self.row, {}
         self._log.metric(**row, grad_norm=grad_norm, skipped=skipped)
+        # The device counts skipped steps; one more than before means that this step was one.
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > self._result.skipped else 0
         self._result.skipped = skipped
         if not self._skipped_in_a_row:

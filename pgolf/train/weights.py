@@ -1,4 +1,7 @@
-"""What a run puts on disk: weights as safetensors, facts as JSON; written atomically, nothing executed."""
+"""The weights of a run on disk: safetensors, with the configuration and facts of the run as JSON metadata.
+
+They are written atomically, and reading them executes nothing.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,17 @@ from pgolf.errors import UserError
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
-"""What a run folder calls its artifact and its checkpoints."""
+"""Names of the artifact and of the raw and averaged weights in a run's folder."""
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts: Any) -> None:
-    """Write `tensors` with the resolved configuration and `facts` as metadata; the old file survives.
+    """Write `tensors` with the resolved configuration and `facts` as metadata.
 
     Raises:
-        OSError: the file could not be written (disk full, no permission); names the file.
+        OSError: the file could not be written (disk full, no permission); names the file. An older file of
+            that name stays as it was.
     """
+    # A safetensors file has strings only in its metadata, so every value is JSON.
     metadata = {"config": json.dumps(to_dict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
     try:
         write_tensors(path, tensors, metadata)
@@ -106,6 +111,7 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
         ValueError: not a checkpoint of ours, or of another model or tokenizer.
     """
     tensors, saved, facts = load_weights(path)
+    # The settings before the tensors: a setting that differs (a soft cap, say) need not change any shape.
     ours, theirs = to_dict(config.model), to_dict(saved.model)
     different = [f"model.{k} is {theirs[k]} there and {ours[k]} here" for k in ours if ours[k] != theirs[k]]
     if different:
@@ -126,6 +132,7 @@ def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) ->
     Raises:
         ValueError: it was not.
     """
+    # Files from before the hash was kept cannot be checked, and pass.
     if facts.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
         raise UserError(
             f"{path} was trained with another tokenizer than the data folder holds; "
@@ -152,6 +159,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]
         facts = {k: json.loads(v) for k, v in metadata.items()}
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
+    # Settings that the file lacks get the values that its writer used, and the note names them.
     saved = facts.pop("config")
     config = from_dict(Config, saved, where=f"{path}: config")
     note = missing_note(saved, to_dict(config), f"{path}: config")
@@ -181,5 +189,6 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     ]
     if shapes:
         raise UserError(f"the weights do not fit the model: {', '.join(shapes)}")
+    # In place, because the optimizer, the average and compiled code hold on to these very tensors.
     for name, p in own.items():
         p.copy_(tensors[name])

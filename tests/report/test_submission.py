@@ -62,7 +62,7 @@ def test_one_seed_gives_its_own_figures_and_no_deviation():
     text = readme([run], Entry(), {}, None)
     assert "one seed" in text and "standard deviation |" not in text
     assert "The process as a whole was not timed." in text
-    assert "the challenge's machine is 8 x H100" in text and "not at hand" in text
+    assert "the challenge's machine is 8 x H100" in text and "not found" in text
 
 
 def test_seeds_give_mean_and_deviation_by_hand():
