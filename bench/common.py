@@ -1,9 +1,10 @@
-"""How a measurement is taken and written down; every file in bench/results comes from here.
+"""How a measurement is taken and written down; every result line in bench/results comes from here.
 
 Owns timing (as launched, and as a CUDA graph) and the result lines. One measurement is one JSON line with the
 keys bench, case, impl, metric, value, unit, spread, n, device, commit, dirty, versions, time; `impl` is
-`pgolf` for ours and the peer's name and version otherwise. Values are medians; spread is the interquartile
-range in the same unit. All contenders of a case are timed in turns, so that a drifting clock meets all.
+`pgolf` for ours, and the name and version of the peer otherwise. Values are medians; spread is the
+interquartile range in the same unit. All contenders of a case are timed in turns, so that a drift of the
+device's clock affects all of them.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def versions() -> dict[str, str]:
 
 
 SLOW_START = 3.0
-"""Seconds of first calls from which on they are worth a line."""
+"""First calls that take longer than this many seconds are reported."""
 
 
 @dataclass
@@ -81,11 +82,13 @@ class Recorder:
     """Collects the measurements of one bench run and writes them as one file."""
 
     bench: str
-    """Name of the bench, as in the house's table."""
+    """Name of the bench, as the lines have it."""
     device: torch.device
     out: Path | None = None
     """Folder of the result file; None writes nothing."""
     lines: list[dict[str, object]] = field(default_factory=list)
+    file: str = ""
+    """Name of the bench in the name of the result file; when empty, `bench`."""
     _commit: tuple[str, bool] = field(default_factory=source_commit)
 
     def add(self, case: str, impl: str, metric: str, sample: Sample, unit: str) -> None:
@@ -118,8 +121,8 @@ class Recorder:
                 file.write(json.dumps(self.lines[-1]) + "\n")
 
     def _part(self, folder: Path) -> Path:
-        """Where the lines stand until all are there: a run that is stopped leaves what it had measured."""
-        return folder / f"{self.bench}.jsonl.part"
+        """Return the file that holds the lines until all are there, in case the bench is stopped before."""
+        return folder / f"{self.file or self.bench}.jsonl.part"
 
     def write(self) -> Path | None:
         """Write `<yyyymmdd>_<device>_<bench>.jsonl` into `out` atomically, in place of one of the same name.
@@ -135,7 +138,7 @@ class Recorder:
             return None
         day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
         device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
-        path = self.out / f"{day}_{device}_{self.bench}.jsonl"
+        path = self.out / f"{day}_{device}_{self.file or self.bench}.jsonl"
         with atomic_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines)
         self._part(self.out).unlink(missing_ok=True)
@@ -170,8 +173,8 @@ def time_launched(
 ) -> dict[str, Sample]:
     """Time each contender as it is launched, in turns; milliseconds per call.
 
-    CUDA events around `calls` calls on an idle stream, so the time that the host needs to launch shows where
-    it exceeds the device's. The caches are warm. First calls that compile for long are reported.
+    CUDA events stand around `calls` calls on an idle stream, so the time that the host needs to launch is
+    seen where it exceeds the device's. The caches are warm. First calls that compile for long are reported.
     """
     for name, function in contenders.items():
         began = time.perf_counter()
@@ -243,7 +246,7 @@ Call = TypeVar("Call")
 
 
 def only(found: Mapping[str, Call], parts: list[str]) -> dict[str, Call]:
-    """Return the contenders whose name holds one of `parts`, all of them without; pgolf's always."""
+    """Return pgolf's contenders and those whose name holds one of `parts`; all of them if it is empty."""
     return {n: f for n, f in found.items() if not parts or any(part in n for part in ("pgolf", *parts))}
 
 

@@ -1,54 +1,41 @@
-"""Turn the summary of a finished run into result lines: `python -m bench.run FOLDER --case record_600s_1gpu`.
+"""Result lines of a finished run, from its summary: `python -m bench.run FOLDER --case record_600s_1gpu`.
 
-Nothing is measured here: every figure is read from the run's own summary.json.
+Nothing is measured here. `record` in the names of cases is the former name of the preset `pr1855`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from bench.common import RESULTS, Recorder, Sample
+from pgolf.report.summary import SUMMARY, Summary
 
 
-def figures(summary: dict[str, Any]) -> dict[str, tuple[float, str]]:
+def figures(summary: Summary) -> dict[str, tuple[float, str]]:
     """Return metric -> (value, unit) of a run's summary; what the run did not measure is left out."""
-    train, seconds, scores = summary["train"], summary["seconds"], summary["scores"]
-    ledger = summary["bytes"] or {}  # none after a run that made no artifact
+    train, ledger = summary.trained, summary.ledger
+    scoring = [phase.seconds for name, phase in summary.phases.items() if name.startswith("score_")]
     found: dict[str, tuple[float | None, str]] = {
-        "steps": (train["steps"], "steps"),
-        "tokens": (train["tokens"], "tokens"),
-        "ms_loop_off": (train["ms_loop_off"], "ms"),
-        "ms_loop_on": (train["ms_loop_on"], "ms"),
-        "tokens_per_s": (train["tokens_per_s"], "1/s"),
-        "ms_optimizer": (train.get("ms_optimizer"), "ms"),
-        "peak_mib": (summary["peak_mib"], "MiB"),
-        "bytes": (ledger.get("total"), "bytes"),
-        "bytes_code": (ledger.get("code"), "bytes"),
-        "clip_scale": (ledger.get("clip_scale"), "1"),
-        "seconds_eval": (sum(v for k, v in seconds.items() if k.startswith("score_")), "s"),
+        "steps": (train.steps, "steps"),
+        "tokens": (train.tokens, "tokens"),
+        "ms_loop_off": (train.ms_loop_off, "ms"),
+        "ms_loop_on": (train.ms_loop_on, "ms"),
+        "tokens_per_s": (train.tokens_per_s, "1/s"),
+        "ms_optimizer": (train.ms_optimizer, "ms"),
+        "peak_mib": (summary.peak_mib, "MiB"),
+        # A run that made no artifact has no ledger.
+        "bytes": (ledger and ledger.total, "bytes"),
+        "bytes_code": (ledger and ledger.code, "bytes"),
+        "clip_scale": (ledger and ledger.clip_scale, "1"),
+        "seconds_eval": (sum(scoring), "s"),
     }
-    found |= {f"bpb_{name}": (score["bpb"], "bits/byte") for name, score in scores.items()}
-    phases = (
-        "start",
-        "set_up",
-        "warm_up",
-        "rehearse",
-        "train",
-        "save",
-        "calibrate",
-        "quantize",
-        "clock",
-        "write",
-        "read",
-        "plot",
-        "total",
-    )
-    found |= {f"seconds_{phase}": (seconds.get(phase), "s") for phase in phases}
+    found |= {f"bpb_{name}": (score.bpb, "bits/byte") for name, score in summary.scores.items()}
+    # The reserve was planned and not spent, and the seconds of each score are in seconds_eval.
+    seconds = {k: v for k, v in summary.seconds().items() if k != "reserve" and not k.startswith("score_")}
+    found |= {f"seconds_{name}": (value, "s") for name, value in seconds.items()}
     return {name: (value, unit) for name, (value, unit) in found.items() if value is not None}
 
 
@@ -61,13 +48,11 @@ def main() -> None:
     parser.add_argument("--case", required=True, help="record_600s_1gpu, record_120s_1gpu, ...")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
-    summary = json.loads((args.folder / "summary.json").read_text())
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    recorder = Recorder(f"run-{args.case}", torch.device(found), args.out)
+    summary = Summary.load(args.folder / SUMMARY)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recorder = Recorder("run", device, args.out, file=f"run-{args.case}")
     for metric, (value, unit) in figures(summary).items():
-        recorder.add(args.case, f"pgolf {summary['attention']}", metric, Sample(value, 0.0, 1), unit)
-    for line in recorder.lines:
-        line["bench"] = "run"
+        recorder.add(args.case, f"pgolf {summary.attention}", metric, Sample(value, 0.0, 1), unit)
     recorder.write()
 
 

@@ -1,21 +1,22 @@
 """How many steps a variant of the optimizer buys inside the time limit, and what they are worth.
 
-A step takes micro-steps x forward+backward + optimizer; the limit, less the reserve for quantization, holds
+A step takes micro-steps x forward+backward + optimizer. In the limit minus the reserve for quantization, T,
     steps = T (f / off + (1 - f) / on)
-where f is the fraction of the run before depth recurrence is switched on and off, on are ms of a step before
-and after. Each part is measured elsewhere and read from the committed result files, or given here:
+fit, where f is the fraction of the run before depth recurrence is switched on, and `off` and `on` are the
+milliseconds per step before and after that. Each part is measured by another bench and read from the
+committed result files, or given here:
 
 - forward+backward: `ms_fwd_bwd` of the newest bench `step` file;
 - Muon: `pgolf` of the newest bench `optimizer` file, for the share of one rank of `world` (as a graph with
-  one rank, as launched with several: their collectives are not captured);
-- the rest of the tail (clip, AdamW, average, zero): bench `tail` of one GPU less Muon of one GPU;
-- communication: bench `tail` of that many GPUs less the two above where it was measured (torchrun); else a
-  model, the bytes that cross the wires at the bandwidth of the largest such measurement (or --bandwidth).
+  one rank; as launched with several ranks, whose collectives are not captured);
+- the rest of the tail (clip, AdamW, average, zero): bench `tail` of one GPU minus Muon of one GPU;
+- communication: bench `tail` of that many GPUs minus the two above, where it was measured (torchrun). Else a
+  model: the bytes that cross the wires, at the bandwidth of the largest such measurement (or --bandwidth).
 
-More steps by a fraction are worth that fraction of d bpb / d ln(steps). It comes from runs of different
+A fraction more steps is worth that fraction of d bpb / d ln(steps). That slope comes from runs of different
 lengths of one configuration (--runs), or is given (--bpb-per-100-steps), else it is the slope of the loss
-inside one run near its end, times its steps. The latter is an upper bound: most of that fall is the learning
-rate's, and does not move with the number of steps. Errors are standard errors, in quadrature.
+inside one run near its end, times its steps. The last one is an upper bound, because most of that fall comes
+from the learning rate and does not depend on the number of steps. Errors are standard errors, in quadrature.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ import torch
 from bench.common import RESULTS, Recorder, Sample
 from pgolf.peers import find_peer
 from pgolf.presets import pr1855
+from pgolf.report.summary import SUMMARY, Summary
 
-IQR = 1.349  # of a normal distribution, in standard deviations
+IQR = 1.349  # interquartile range of a normal distribution, in standard deviations
 BANKS = ((22, 512 * 512), (22, 256 * 512), (11, 2048 * 512), (11, 512 * 2048))  # matrices, elements of each
 REST_BYTES = 4 * (8192 * 512 + 31_947)  # float32 gradients of embedding and scalars
 
@@ -102,10 +104,10 @@ def pick(lines: Sequence[dict[str, Any]], case: str, metric: str, impl: str) -> 
 
 
 def wire_ms(world: int, bandwidth: float) -> Value:
-    """Return a model of one step's communication: ring collectives at `bandwidth` GB/s, a third uncertain."""
+    """Return a model of one step's communication: ring collectives at `bandwidth` GB/s, error 1/3."""
     if world == 1:
         return Value(0.0)
-    # bfloat16; every rank sends and takes as many matrices of a bank as the one with the most.
+    # In bfloat16. Every rank sends and receives as many matrices of a bank as the rank with the most has.
     padded = 2 * sum(math.ceil(count / world) * world * size for count, size in BANKS)
     moved = (world - 1) / world * (2 * padded + 2 * REST_BYTES)
     return Value(moved / bandwidth * 1e-6, moved / bandwidth * 1e-6 / 3)
@@ -117,7 +119,7 @@ def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
     The error is that of the mean of the slopes between neighbouring blocks.
     """
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    score = json.loads((folder / "summary.json").read_text())["scores"]["raw"]
+    score = Summary.load(folder / SUMMARY).scores["raw"]
     losses = [row["loss"] for row in rows if row["loss"] is not None]
     tail = losses[int((1 - last) * len(losses)) :]
     size = len(tail) // blocks
@@ -126,7 +128,7 @@ def slope_inside(folder: Path, last: float = 0.3, blocks: int = 10) -> Slope:
     means = [mean(tail[i * size : (i + 1) * size]) for i in range(blocks)]
     falls = [(b - a) / size for a, b in itertools.pairwise(means)]
     total = (means[-1] - means[0]) / (size * (blocks - 1))
-    bits = score["bpb"] / score["loss"]  # bits per byte of a nat per token, on this text
+    bits = score.bpb / score.loss  # bits per byte of a nat per token, on this text
     error = stdev(falls) / math.sqrt(len(falls))
     return Slope(
         Value(total, error).scaled(bits * len(losses)), f"upper bound: inside {folder.name}, last {last:.0%}"
@@ -141,14 +143,14 @@ def slope_between(folders: Sequence[Path]) -> Slope:
     by_steps: dict[int, list[float]] = {}
     batches = set()
     for folder in folders:
-        summary = json.loads((folder / "summary.json").read_text())
-        train, scores = summary["train"], summary["scores"]
-        by_steps.setdefault(train["steps"], []).append(scores.get("ema", scores["raw"])["bpb"])
-        batches.add(round(train["tokens"] / train["steps"]))
+        summary = Summary.load(folder / SUMMARY)
+        train, scores = summary.trained, summary.scores
+        by_steps.setdefault(train.steps, []).append((scores["ema"] if "ema" in scores else scores["raw"]).bpb)
+        batches.add(round(train.tokens / train.steps))
     if len(by_steps) < 2 or len(batches) > 1:
         raise ValueError(
             "--runs needs at least two lengths at one batch size, got "
-            f"{len(by_steps)} lengths and {sorted(batches)} tokens a step"
+            f"{len(by_steps)} lengths and {sorted(batches)} tokens per step"
         )
     short, long = sorted(by_steps)[-2:]
     ends = []
@@ -172,7 +174,7 @@ class Setting:
     """ms of one micro-step, loop off and on."""
 
     def steps(self, tail: Value) -> Value:
-        """Return the steps that fit, for `tail` ms of optimizer and communication a step."""
+        """Return the steps that fit, for `tail` ms of optimizer and communication per step."""
         total = Value(0.0)
         for share, pass_ms in zip((self.loop_at, 1 - self.loop_at), self.forward_backward, strict=True):
             step = pass_ms.scaled(self.micro_steps) + tail
@@ -181,7 +183,7 @@ class Setting:
         return total
 
     def gained(self, muon: Value, baseline: Value, other: Value) -> Value:
-        """Return the steps that `muon` buys over `baseline`, both beside `other`, whose error cancels."""
+        """Return the steps that `muon` buys over `baseline`; `other` adds to both, and its error cancels."""
         tail = baseline.value + other.value
         per_ms = self.steps(Value(tail - 0.5)).value - self.steps(Value(tail + 0.5)).value
         return (baseline - muon).scaled(per_ms)
@@ -212,7 +214,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--attention", default="pgolf fa4 blocks", help="impl in the bench `step` file")
     p.add_argument("--batch-tokens", type=int, default=pr1855().data.batch_tokens)
     p.add_argument("--micro-tokens", type=int, default=pr1855().data.micro_tokens)
-    p.add_argument("--seconds", type=float, default=600.0)
+    p.add_argument("--seconds", type=float, default=pr1855().train.seconds)
     p.add_argument("--reserve", type=float, default=7.0, help="seconds of the limit kept for quantization")
     p.add_argument(
         "--bandwidth",
@@ -261,7 +263,7 @@ def muon_times(args: argparse.Namespace) -> dict[int, dict[str, Value]]:
 
 
 def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> dict[int, tuple[Value, str]]:
-    """Return ms of all but Muon and the passes for each world size, and where it comes from."""
+    """Return ms of everything except Muon and the passes, for each world size, and where it comes from."""
     given = dict(item.split("=") for item in args.communication_ms or ())
     lines = [] if args.rest_ms is not None else newest(args.results, "tail")
     whole = pick(lines, "record_1gpu", "ms_graph", "pgolf")
@@ -271,7 +273,7 @@ def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> 
         rest = whole - muon[1][args.baseline]
     else:
         raise ValueError(
-            "no tail of one GPU beside Muon of one GPU: run `python -m bench.optimizer` or pass --rest-ms"
+            "no tail of one GPU for the Muon of one GPU: run `python -m bench.optimizer` or pass --rest-ms"
         )
     communication = {
         world: tail - times[args.baseline] - rest
@@ -293,7 +295,7 @@ def other_times(args: argparse.Namespace, muon: dict[int, dict[str, Value]]) -> 
 
 
 def effective_bandwidth(communication: Mapping[int, Value]) -> float:
-    """Return GB/s of the largest measured world; 300, what large messages reach over NVLink, without any."""
+    """Return GB/s of the largest measured world; without any 300, which large messages reach over NVLink."""
     if not communication:
         return 300.0
     world = max(communication)
@@ -306,7 +308,7 @@ def effective_bandwidth(communication: Mapping[int, Value]) -> float:
 
 
 def find_slope(args: argparse.Namespace) -> Slope:
-    """Return what a step is worth, from the best source that there is."""
+    """Return what steps are worth, from the best source that there is."""
     if args.bpb_per_100_steps:
         value, error, at = args.bpb_per_100_steps
         return Slope(Value(value, error).scaled(at / 100), f"given, at {at:g} steps")
@@ -359,7 +361,7 @@ def answer(setting: Setting, muon: dict[str, Value], other: Value, slope: Slope,
 
 
 def write(rows: list[Row], folder: Path) -> None:
-    """Write the rows as a result file, and the plot beside it."""
+    """Write the rows as a result file, and the plot next to it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recorder = Recorder("steps_bought", device, folder)
     for row in rows:
@@ -400,7 +402,7 @@ def main() -> None:
         other, source = others[world]
         off = pass_ms[0].value * setting.micro_steps + muon[world][args.baseline].value + other.value
         print(
-            f"\nworld {world}: {off:.1f} ms a step, loop off; all but passes and Muon {other} ms ({source})"
+            f"\nworld {world}: {off:.1f} ms per step, loop off; without passes and Muon {other} ms ({source})"
         )
         print(f"{'variant':<32}{'Muon ms':>22}{'steps':>22}{'gained':>22}{'worth, bpb':>22}")
         found = answer(setting, muon[world], other, slope, args.baseline)

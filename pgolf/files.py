@@ -1,15 +1,16 @@
-"""Files that are whole or not there, and their hashes."""
+"""Files that are either complete or not there, and their hashes."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -67,3 +68,13 @@ def file_sha256(path: Path) -> str:
         while chunk := handle.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with atomic_file(path) as file:
+        file.write(json.dumps(data, indent=2).encode() + b"\n")

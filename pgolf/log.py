@@ -1,7 +1,7 @@
-"""A run's log: `metrics.jsonl` for machines, `log.txt` and the console for people.
+"""A run's log: `metrics.jsonl` for programs, `log.txt` and the console for people.
 
-Only the main rank writes; the others are silent. A full disk costs one warning, never the run: training is
-worth more than its log. This is the one place in library code that prints.
+Only the main rank writes; the others are silent. On a full disk there is one warning and the run goes on,
+because training is worth more than its log. No other module of the library prints.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 
 
 class RunLog:
-    """Writes one run's metrics and lines below `folder` (made if missing, by the main rank only)."""
+    """Writes one run's metrics and lines into `folder`, which the main rank makes if it is missing."""
 
     def __init__(self, folder: Path, *, is_main: bool) -> None:
         self.folder = folder
@@ -33,12 +33,13 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
 
     def metric(self, **fields: Any) -> None:
-        """Append one JSON object as a line to `metrics.jsonl` and hand it to the system at once.
+        """Append one JSON object as a line to `metrics.jsonl` and hand it to the operating system at once.
 
-        Values are plain JSON values; NaN and infinities become null, which is what strict JSON can hold.
+        Values are plain JSON values; NaN and infinities become null, because strict JSON has none.
 
         Raises:
-            TypeError: a value is not plain JSON (a tensor, say: reading it here would hide a device sync).
+            TypeError: a value is not plain JSON, for example a tensor. Reading a tensor here would make the
+                host wait for the device where nobody sees it.
         """
         if not self._is_main:
             return
@@ -57,7 +58,8 @@ class RunLog:
     def line(self, text: str) -> None:
         """Print one line on the console and append it to `log.txt`.
 
-        Letters that the console's encoding lacks are escaped there; a console that is gone costs a warning.
+        Letters that the console's encoding lacks are escaped there. If the console is gone, there is one
+        warning on stderr.
         """
         if not self._is_main:
             return
@@ -68,8 +70,8 @@ class RunLog:
         self._append(self.text_path, text + "\n")
 
     def _append(self, path: Path, text: str) -> None:
-        """Append all of `text` or nothing: a torn line would spoil the line after it."""
-        data = text.encode(errors="backslashreplace")  # a file's name need not be text
+        """Append all of `text` or nothing, because half a line would spoil the line after it."""
+        data = text.encode(errors="backslashreplace")  # the name of a file need not be valid text
         try:
             with path.open("ab", buffering=0) as file:
                 end = file.seek(0, os.SEEK_END)
@@ -96,7 +98,7 @@ def _write(stream: TextIO | None, text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    """Write to stderr if somebody listens."""
+    """Write to stderr; nothing happens if it is closed."""
     with contextlib.suppress(OSError, ValueError):
         _write(sys.stderr, text)
 
@@ -110,10 +112,10 @@ def _finite(value: Any) -> Any:
 
 
 class Progress:
-    """Lines on stderr while something long runs: how much is done, how many seconds are left.
+    """Lines on stderr while something long runs: how much of it is done, and how many seconds are left.
 
     Args:
-        label: begins every line. total: amount of work, any unit, > 0.
+        label: begins every line. total: amount of work in any unit, > 0.
         is_main: whether this rank prints. every_s: seconds between two lines.
     """
 
@@ -123,7 +125,7 @@ class Progress:
         self._done = 0.0
 
     def advance(self, amount: float, note: Callable[[], str] = lambda: "") -> None:
-        """Count work that is done; now and then print a line that ends with what `note` returns then."""
+        """Count work that is done; every `every_s` seconds print a line, which ends with `note()`."""
         self._done += amount
         now = time.perf_counter()
         if not self._is_main or now - self._last < self._every_s or self._done <= 0:

@@ -14,11 +14,37 @@ ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
 
+# Each marks a test or a parameter that needs such a machine; elsewhere it is skipped. `-m gpu` selects all.
+requires_gpu = pytest.mark.gpu
+requires_hopper = pytest.mark.gpu(hopper=True)
+requires_two_gpus = pytest.mark.gpu(count=2)
+
+DEVICES = ["cpu", pytest.param("cuda", marks=requires_gpu)]
+"""For tests that show on a machine without a GPU that they would run on one, too."""
+
+
+def missing(*, count: int = 1, hopper: bool = False) -> str:
+    """Return what this machine lacks of these GPUs, "" if nothing."""
+    if not torch.cuda.is_available():
+        return "needs a Hopper GPU" if hopper else "needs a CUDA device"
+    if torch.cuda.device_count() < count:
+        return f"needs {count} CUDA devices"
+    return "needs a Hopper GPU" if hopper and torch.cuda.get_device_capability()[0] != 9 else ""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine has no GPU for, before any fixture is made."""
+    for mark in item.iter_markers("gpu"):
+        if what := missing(**mark.kwargs):
+            pytest.skip(what)
+
+
 def devices() -> list[object]:
     """Return the devices that operator tests run on: the CPU, and CUDA where there is one."""
     found: list[object] = ["cpu"]
     if torch.cuda.is_available():
-        found.append(pytest.param("cuda", marks=pytest.mark.gpu))
+        found.append(pytest.param("cuda", marks=requires_gpu))
     return found
 
 

@@ -27,6 +27,7 @@ FLOORS = [
     ["evaluate"],
     ["report"],
     ["train"],
+    ["ablate"],
     ["cli"],
     ["__main__"],
 ]

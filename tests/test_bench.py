@@ -8,8 +8,10 @@ import torch
 from bench.common import Recorder, Sample
 from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
+from pgolf.evaluate.bpb import Score
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.presets import pr1855
+from pgolf.report.summary import Summary, Training
 
 
 def test_banks_of_the_communication_model_are_the_record_models():
@@ -55,8 +57,18 @@ def test_the_model_of_communication_goes_through_the_largest_measurement():
 
 
 def test_a_run_without_an_artifact_has_figures_but_no_bytes():
-    train = dict.fromkeys(("steps", "tokens", "ms_loop_off", "ms_loop_on", "tokens_per_s"), 1.0)
-    summary = {"train": train, "seconds": {"train": 2.0}, "scores": {"raw": {"bpb": 1.5}}, "peak_mib": 0.0}
-    found = figures({**summary, "bytes": None})
+    summary = Summary("tiny", "0" * 16, "CPU", 1, "sdpa", 1000)
+    summary.scores["raw"] = Score(nats=100.0, tokens=50, bytes=96, bpb=1.5, loss=2.0, seconds=1.0)
+    summary.put("train", 2.0)
+    summary.train = Training(
+        steps=1,
+        tokens=512,
+        loop_step=None,
+        last_loss=2.0,
+        ms_loop_off=1.0,
+        ms_loop_on=None,
+        tokens_per_s=256.0,
+    )
+    found = figures(summary)
     assert found["bpb_raw"] == (1.5, "bits/byte") and found["seconds_train"] == (2.0, "s")
     assert not {"bytes", "bytes_code", "clip_scale"} & found.keys()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from pgolf import track
+from pgolf.ablate.plan import run_key
 from pgolf.cli.train import MAY_CHANGE
 from pgolf.config import Config, from_dict
 from pgolf.log import RunLog
 from pgolf.report.finished_runs import FREE
 from pgolf.track import Tracker, check_tracker, start_tracker
-from pgolf.train.plan import run_key
 
 SUMMARY = {"scores": {"raw": {"bpb": 1.25}, "quantized": {"bpb": 1.5}}, "bytes": {"total": 1000, "parts": {}}}
 

@@ -1,4 +1,4 @@
-"""`pgolf ablate PLAN.json`: run arms x seeds and say honestly which arm is better, if any."""
+"""`pgolf ablate PLAN.json`: run every arm with every seed, and say which arm is better, if any is."""
 
 from __future__ import annotations
 
@@ -18,32 +18,33 @@ from pgolf.errors import RunError, UserError
 class Ablate:
     """Run every arm of a plan with every seed, then write report.md and report.html.
 
-    Finished cells are kept and skipped: stop with Ctrl-C or a signal and start again at will. One process at
-    a time works on a plan's folder.
+    One run of one arm with one seed is a cell. Finished cells are kept and skipped, so you may stop with
+    Ctrl-C or a signal at any time and start again. Only one process at a time can work on a plan's folder.
     """
 
     plan: tyro.conf.Positional[Path]
     """JSON file; bench/ablations/example.json is one to start from."""
     out: Path | None = None
-    """Folder of the results; the plan's own when absent."""
+    """Folder of the results; without it, the one that the plan names."""
     report_only: bool = False
-    """Run nothing; write the report of what is there."""
+    """Run nothing; write the report of the results that are there."""
     gpus: int | None = None
-    """GPUs to use; all visible ones when absent. 0 runs where the base says."""
+    """GPUs to use; without it, all visible ones. 0: run on the device that the base configuration names."""
     per_gpu: int = 1
-    """Runs that share a GPU; above 1 only for plans of fixed steps (small models leave most of it idle).
-    They take turns unless NVIDIA's MPS runs: nvidia-cuda-mps-control -d."""
+    """Runs that share one GPU. More than 1 is for small models, which leave most of a GPU idle, and needs a
+    plan of fixed steps. The runs take turns unless NVIDIA's MPS is on (nvidia-cuda-mps-control -d)."""
 
 
 def main(argv: list[str]) -> int:
-    """Run the plan; 0 when every cell finished or diverged, 1 when some are open."""
+    """Run the plan; return 0 when every cell has finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.ablate.page import write_report
+    from pgolf.ablate.plan import read_plan
+    from pgolf.ablate.results import Ablation, gather
+    from pgolf.ablate.run import run_plan, start_process
+    from pgolf.ablate.tables import markdown
     from pgolf.env import commit_name, share_of_cores
-    from pgolf.report.ablation import Ablation, markdown
-    from pgolf.report.html import write_report
-    from pgolf.train.ablate import gather, run_plan, start_process
     from pgolf.train.guard import HeldError
-    from pgolf.train.plan import read_plan
 
     say = functools.partial(print, flush=True)
     plan = read_plan(args.plan, load_base, out=args.out)
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> int:
         try:
             run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
         except HeldError:
-            raise  # the report is the other's
+            raise  # the process that holds the plan writes its report
         except BaseException:
             report()
             raise
@@ -73,17 +74,17 @@ def main(argv: list[str]) -> int:
 
 
 def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:
-    """Return the GPUs to spread over; 0 means one process at a time.
+    """Return the number of GPUs to use; 0 means one process at a time, on the configuration's device.
 
     Raises:
-        RuntimeError: started by torchrun. ValueError: more GPUs asked for than there are.
+        RunError: started by torchrun. UserError: more GPUs are asked for than there are.
     """
     import torch
 
     from pgolf.env import launch
 
     if launch().distributed:
-        raise RunError("ablate starts one process a GPU by itself; run it without torchrun")
+        raise RunError("ablate starts one process per GPU by itself; run it without torchrun")
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if asked is not None and not 0 <= asked <= there:
         raise UserError(f"--gpus must be in [0, {there}] (the visible GPUs), got {asked}")

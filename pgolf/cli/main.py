@@ -12,12 +12,11 @@ import io
 import os
 import signal
 import sys
-import traceback
 from typing import TextIO
 
 import pgolf
 from pgolf.env import commit_name, follow_parent, settle_threads
-from pgolf.errors import is_checked
+from pgolf.errors import Checked, brief, is_checked, lacks_memory, whole_traceback
 
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
@@ -85,24 +84,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def explain(verb: str, error: Exception, *, debug: bool = False) -> str:
     """Return what a failed verb tells its user: a line, or a traceback where a line would hide a fault."""
-    if isinstance(error, MemoryError | OverflowError):
-        what = (
-            "a number is too large"
-            if isinstance(error, OverflowError)
-            else "there is not enough memory for it"
-        )
-        detail = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        text = f"pgolf {verb}: {what}{detail}; ask for less"
+    if isinstance(error, OverflowError):
+        # The C library's error has a number before its words.
+        text = f"pgolf {verb}: a number is too large ({error.args[-1] if error.args else ''}); ask for less"
     elif is_checked(error):
-        text = f"pgolf {verb}: {error}"
+        # A checked error says by itself what to do.
+        advice = "; ask for less" if lacks_memory(error) and not isinstance(error, Checked) else ""
+        text = f"pgolf {verb}: {brief(error)}{advice}"
     else:
         what = f"pgolf {verb}: {type(error).__name__}: {error}"
-        return f"{_trace(error)}\n{what}\nThis is a fault of pgolf, not of the command: {REPORT}"
-    return f"{_trace(error)}\n{text}" if debug else text
-
-
-def _trace(error: Exception) -> str:
-    return "".join(traceback.format_exception(error)).rstrip()
+        fault = f"This is a fault of pgolf, not of the command: {REPORT}"
+        return f"{whole_traceback(error)}\n{what}\n{fault}"
+    return f"{whole_traceback(error)}\n{text}" if debug else text
 
 
 def _run(args: list[str]) -> int:

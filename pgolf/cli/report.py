@@ -1,4 +1,4 @@
-"""`pgolf report RUN [RUN ...] [--out FILE]`: the page of a run, or of several laid over each other."""
+"""`pgolf report RUN [RUN ...] [--out FILE]`: the page of a run, or of several drawn over each other."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Report:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders; several are drawn over each other."""
     out: Path | None = None
-    """The file to write; for a single run report.html in its folder when absent."""
+    """The file to write; without it, report.html in the folder of a single run."""
 
 
 def main(argv: list[str]) -> int:

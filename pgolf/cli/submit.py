@@ -13,9 +13,9 @@ from pgolf.report.submission import Entry
 
 @dataclass(frozen=True, kw_only=True)
 class Submit(Entry):
-    """Write README, submission.json, logs, artifacts and counted code of finished runs, one a seed.
+    """Write README, submission.json, logs, artifacts and counted code of finished runs, one run per seed.
 
-    All figures come from the runs' own summaries. The folder appears complete or not at all.
+    All figures come from the summaries of the runs. The folder appears when it is complete, or not at all.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -23,7 +23,8 @@ class Submit(Entry):
     out: Path
     """The folder to make."""
     data: Path | None = None
-    """Folder of the runs' shards, for the tokenizer; without it, where the runs found them, or their copy."""
+    """Folder of the runs' shards, for the tokenizer and the manifest. Without it, the folder that the runs
+    name is taken; if it is gone, the tokenizer comes from a run's folder."""
     overwrite: bool = False
     """Replace an older submission in that folder."""
 
@@ -42,5 +43,5 @@ def main(argv: list[str]) -> int:
     print(f"{data['bytes_total']:,} bytes of {runs[0].config.artifact.limit:,}")
     for key in ("author", "github_id", "date"):
         if key not in data:
-            print(f"not said: {key}; pass --{key.replace('_', '-')}")
+            print(f"missing: {key}; pass --{key.replace('_', '-')}")
     return 0

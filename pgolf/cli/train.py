@@ -8,16 +8,17 @@ from pathlib import Path
 
 from pgolf.cli.overrides import base_note, load_base, override, parse_config
 from pgolf.config import MAY_CHANGE, Config, to_dict
-from pgolf.errors import RanksFailed, UserError, is_checked, told
+from pgolf.errors import RanksFailed, UserError, is_checked
 
 OVERRUN = 3
-"""Exit status of a run that is complete but used more than its seconds."""
+"""Exit status of a run that is complete but used more seconds than its clock allows."""
 USAGE = """
 go on with a run that was stopped or killed:
-  pgolf train --resume RUN [--section.key VALUE ...]   trains on from its newest checkpoint
-  pgolf train --finish RUN [--section.key VALUE ...]   trains no further: quantizes and scores what there is
-Both work on another number of GPUs (under torchrun) too. Exit status: 0, 2 after an error, 3 where the clock
-was overrun, 128 + the number of the signal (SIGTERM, SIGHUP, SIGINT) that stopped the run, which is saved."""
+  pgolf train --resume RUN [--section.key VALUE ...]   train on from its newest checkpoint
+  pgolf train --finish RUN [--section.key VALUE ...]   train no further; quantize and score what there is
+Both also work on another number of GPUs (under torchrun). The exit status is 0; 2 after an error; 3 if the
+clock was overrun; 128 + the number of the signal (SIGTERM, SIGHUP, SIGINT) that stopped the run, after it was
+saved."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,6 +31,7 @@ def main(argv: list[str]) -> int:
             print(USAGE.strip() + "\n")
         config = parse_config("train", argv)
     note = base_note(str(resume / "config.json") if resume is not None else argv[0])
+    from pgolf.cli.main import DEBUG, explain
     from pgolf.env import launch
     from pgolf.train.run import train_run
     from pgolf.train.signals import Stopped
@@ -47,7 +49,7 @@ def main(argv: list[str]) -> int:
             raise
         # What every rank knows is told once, and where in the program it arose by the rank that knows.
         if place.rank == 0 or not isinstance(e, RanksFailed) or not is_checked(e):
-            print(f"pgolf train: {told(e)}", file=sys.stderr)
+            print(explain("train", e, debug=DEBUG in sys.argv), file=sys.stderr)
         code = 2
     if code not in (0, OVERRUN) and place.world_size > 1:
         # Not through the interpreter's end: libraries would wait there for ranks that are gone.
@@ -61,7 +63,7 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
     """Return the settings of a stopped run, its folder, and whether to train on.
 
     Raises:
-        FileNotFoundError: no such run. ValueError: no folder named, or a setting that must stay was changed.
+        FileNotFoundError: no such run. UserError: no folder named, or a setting that must stay was changed.
     """
     word, equals, name = argv[0].partition("=")
     rest = argv[1:] if equals else argv[2:]

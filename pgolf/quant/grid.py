@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from pgolf.errors import UserError, UserTypeError
 from pgolf.ops import trellis_values
 
 MIN_SCALE = 2.0**-24
@@ -87,7 +88,7 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     Source: SPEC 6.3 step 5; the floor differs because 1e-10 is 0 in float16.
     """
     if not weight.is_floating_point():
-        raise TypeError(f"sdclip_scales: weight must be floating point, got {weight.dtype}")
+        raise UserTypeError(f"sdclip_scales: weight must be floating point, got {weight.dtype}")
     if weight.dim() < 1 or weight.shape[-1] < 2:
         raise ValueError(
             "sdclip_scales: expected (..., C) with C >= 2 (a standard deviation needs two columns), "
@@ -96,7 +97,7 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     if not clip > 0:
         raise ValueError(f"sdclip_scales: clip must be > 0 standard deviations, got {clip}")
     if not bool(torch.isfinite(weight).all()):
-        raise ValueError("sdclip_scales: weight holds NaN or infinity; training diverged before quantization")
+        raise UserError("sdclip_scales: weight holds NaN or infinity; training diverged before quantization")
     step = weight.float().std(dim=-1) * (clip / max_code(bits))
     return step.clamp(MIN_SCALE, MAX_SCALE).half()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 COLORS = ("#3b82c4", "#d1603d", "#4f9a4c", "#9a68b8", "#c98a1b", "#2a9d9a", "#8a8a8a", "#c0618f")
-"""Of curves: they can be told apart on white and on black."""
+"""Colours of curves, which can be told apart on white and on black."""
 INK, INK_DARK = "#222222", "#dcdfe4"
 STYLE = f"""
 :root {{ color-scheme: light dark; --ink: {INK}; --paper: #ffffff; --head: #f2f4f7; --line: #cccccc }}
@@ -37,7 +37,7 @@ th {{ background: var(--head) }} img {{ max-width: 100% }} .warn {{ font-weight:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table of text, for Markdown and HTML alike."""
+    """A titled table of text, for Markdown and for HTML."""
 
     title: str
     head: tuple[str, ...]
@@ -68,7 +68,7 @@ def table(content: Table) -> str:
 
 
 def folded(title: str, body: Sequence[str]) -> str:
-    """Return parts that are shown when the reader asks for them."""
+    """Return parts that the page shows when its reader unfolds them."""
     return "\n".join([f"<details><summary>{words(title)}</summary>", *body, "</details>"])
 
 
@@ -86,7 +86,7 @@ def figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def image(drawn: Any, text: str) -> str:
-    """Return a figure as an img element with `text` for those who do not see it."""
+    """Return a figure as an img element, with `text` for readers who do not see it."""
     import matplotlib
 
     buffer = io.BytesIO()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pgolf.errors import UserError
 from pgolf.files import atomic_file
 from pgolf.optim.polar import Coefficients, quality, scalar_map
 from pgolf.peers import find_peer
@@ -15,7 +16,7 @@ COLUMNS = 3
 
 
 def plot_scalar_maps(tables: Mapping[str, Sequence[Coefficients]], out: Path, *, lower: float) -> bool:
-    """Draw what each table makes of a singular value, a panel each, on a log axis, into `out`.
+    """Draw what each table makes of a singular value into `out`: one panel per table, with a log axis.
 
     Args:
         tables: at least one, by the name for its panel.
@@ -26,7 +27,7 @@ def plot_scalar_maps(tables: Mapping[str, Sequence[Coefficients]], out: Path, *,
         False when matplotlib cannot be used (nothing is written).
 
     Raises:
-        ValueError: matplotlib does not know the suffix.
+        UserError: matplotlib does not know the suffix.
     """
     if not find_peer("matplotlib", "matplotlib.pyplot").usable:
         return False
@@ -60,8 +61,11 @@ def plot_scalar_maps(tables: Mapping[str, Sequence[Coefficients]], out: Path, *,
         figure.supxlabel(f"singular value after normalization (dashed: {lower:g})", fontsize=9)
         figure.supylabel("after the last step", fontsize=9)
         figure.tight_layout()
+        form, known = out.suffix.removeprefix(".") or "png", figure.canvas.get_supported_filetypes()
+        if form not in known:
+            raise UserError(f"matplotlib writes no .{form} files; use one of {', '.join(sorted(known))}")
         with atomic_file(out) as file:
-            figure.savefig(file, format=out.suffix.removeprefix(".") or "png")
+            figure.savefig(file, format=form)
     finally:
         plt.close(figure)
     return True

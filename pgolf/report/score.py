@@ -78,7 +78,7 @@ def score(artifact: Path, data: Path, *, ttt: bool) -> None:
     if dist.is_main:
         sizes = artifact.stat().st_size, (HERE / "code.br").stat().st_size
         sys.stdout.write(
-            f"{found.bpb:.6f} bpb, {found.loss:.6f} nats a token, {found.tokens:,} tokens, {found.bytes:,} "
+            f"{found.bpb:.6f} bpb, {found.loss:.6f} nats per token, {found.tokens:,} tokens, {found.bytes:,} "
             f"bytes of text, {found.seconds:.1f} s\n"
             f"model {sizes[0]:,} + code {sizes[1]:,} = {sum(sizes):,} bytes\n"
             # Code of older runs does not check.

@@ -4,7 +4,6 @@
     code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
 
 Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
-Source: SPEC 1.4.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
-from pgolf.report.submission import Entry, manifest_of, readme, submission, text_differs
+from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -43,10 +42,10 @@ def write_submission(
     data: Path | None = None,
     overwrite: bool = False,
 ) -> list[FinishedRun]:
-    """Write the submission folder of runs of one configuration, one a seed, and return the runs.
+    """Write the submission folder of runs of one configuration, one per seed, and return the runs.
 
     Args:
-        folders: run folders. out: the folder to make; it appears complete or not at all.
+        folders: run folders. out: the folder to make; it appears when it is complete, or not at all.
         data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them,
             and for the tokenizer in the runs' folders too.
         overwrite: replace an older submission folder.
@@ -79,7 +78,7 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
         names = f"model_seed{run.seed}.pgolf", f"train_seed{run.seed}.log", f"loss_seed{run.seed}.png"
         shutil.copyfile(run.folder / "model.pgolf", folder / names[0])
         shutil.copyfile(run.folder / "log.txt", folder / names[1])
-        size, digest = run.summary["bytes"]["model"], file_sha256(folder / names[0])
+        size, digest = run.ledger.model_bytes, file_sha256(folder / names[0])
         files |= {names[0]: f"the artifact, {size:,} bytes, SHA-256 {digest}", names[1]: "log of the run"}
         if (run.folder / "loss.png").is_file():
             shutil.copyfile(run.folder / "loss.png", folder / names[2])
@@ -90,7 +89,7 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
     files["score.py"] = _add_score(runs, folder)
     _write(folder / "requirements.txt", requirements(runs[0]))
     files["requirements.txt"] = (
-        "the libraries that code.br imports; pgolf's compiled extension comes beside them"
+        "the libraries that code.br imports; pgolf's compiled extension is needed in addition"
     )
     tokenizer = _tokenizer(runs, shards)
     if tokenizer is not None:
@@ -104,15 +103,15 @@ def _add_score(runs: Sequence[FinishedRun], folder: Path) -> str:
     source = Path(__file__).with_name("score.py")
     shutil.copyfile(source, folder / "score.py")
     size = len(compress(source.read_bytes(), quality=11))
-    total, limit = max(run.summary["bytes"]["total"] for run in runs), runs[0].config.artifact.limit
+    total, limit = max(run.ledger.total for run in runs), runs[0].config.artifact.limit
     with_it = f"{total + size:,} bytes, {'within' if total + size <= limit else 'above'} the limit"
     return f"unpacks code.br and calls it; not counted ({size:,} bytes in brotli: with it {with_it})"
 
 
 def requirements(run: FinishedRun) -> str:
     """Return requirements.txt: what the counted code imports, in the run's versions where it says them."""
-    found = run.summary.get("versions", {})
-    names = [*LIBRARIES, *(["flash-attn-4"] if run.summary["attention"] == "fa4" else [])]
+    found = run.summary.versions
+    names = [*LIBRARIES, *(["flash-attn-4"] if run.summary.attention == "fa4" else [])]
     # A local version ("2.11.0+cu130") is on no index.
     lines = [f"{name}=={found[name].split('+')[0]}" if name in found else name for name in names]
     return "\n".join(lines) + "\n"
@@ -153,19 +152,19 @@ def _manifest(shards: Path | None, runs: Sequence[FinishedRun], *, asked: bool) 
     digest = file_sha256(shards / MANIFEST_NAME)
     differs = text_differs(runs, manifest.total("val"))
     for run in runs:
-        rested_on = manifest_of(run)
+        rested_on = run.summary.manifest
         if not differs and rested_on not in (None, digest):
             differs = f"its {MANIFEST_NAME} has SHA-256 {digest[:16]}..., {run.folder} rested on {rested_on}"
     if differs and asked:
         raise UserError(f"{shards}: {differs}; give the folder the runs were scored on")
-    return None if differs or None in map(manifest_of, runs) else manifest
+    return None if differs or None in [run.summary.manifest for run in runs] else manifest
 
 
 def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "submission.json").is_file():
-        raise FileExistsError(f"{out} is not a submission folder, but there; choose another --out")
+        raise FileExistsError(f"{out} is there and is not a submission folder; choose another --out")
     if not overwrite:
         raise FileExistsError(f"{out} already holds a submission; pass --overwrite to replace it")
     inside = [str(f) for f in folders if out.resolve() in (f.resolve(), *f.resolve().parents)]
@@ -183,7 +182,7 @@ def _check_out(out: Path, folders: Sequence[Path], *, overwrite: bool) -> None:
 
 @contextmanager
 def _whole_folder(out: Path) -> Iterator[Path]:
-    """Yield a new folder beside `out` that takes its place if the block succeeds, and is removed if not."""
+    """Yield a new folder next to `out` that takes its place if the block succeeds, and is removed if not."""
     out = out.resolve()
     new, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
     out.parent.mkdir(parents=True, exist_ok=True)

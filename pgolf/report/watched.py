@@ -1,7 +1,8 @@
-"""What a run's folder says at any time: finished, under way, stopped, or nothing left but its metrics.jsonl.
+"""What a run's folder says at any time: finished, under way, stopped, or with only its metrics.jsonl left.
 
-Reads files only and never fails on one that is damaged or of another version: what cannot be read is missing
-and named among the notes.
+Reads files only, and never fails on one that is damaged or of another version: what cannot be read is missing
+and is named among the notes. So it reads summary.json entry by entry, and not through `Summary`, which wants
+all of it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,10 @@ from pgolf.errors import UserError
 from pgolf.report.finished_runs import flat
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
+from pgolf.report.summary import NOT_PHASES, SUMMARY
 
-FILES = ("metrics.jsonl", "summary.json", "progress.json", "config.json")
+FILES = ("metrics.jsonl", SUMMARY, "progress.json", "config.json")
 """Any of them makes a folder a run's."""
-NOT_PHASES = ("reserve", "clock", "total")
-"""Entries of `seconds` that are no phase: kept for quantization, and sums of phases."""
-
-
 LARGEST = 1e300
 """Numbers from here on are damage: JSON's integers may be too large for any axis."""
 
@@ -150,7 +148,7 @@ def _object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def facts(runs: Sequence[Watched]) -> Table:
-    """Return the main figures, a column a run; rows that no run has are left out."""
+    """Return the main figures, one column per run; rows that no run has are left out."""
     rows = [(what, [_text(value(run)) for run in runs]) for what, value in FACTS.items()]
     head = ("", *(run.name for run in runs)) if len(runs) > 1 else ()
     return Table("", head, [(w, *v) for w, v in rows if any(v)])
@@ -171,7 +169,7 @@ def scores(runs: Sequence[Watched]) -> Table:
 
 
 def by_run(what: str, found: Sequence[dict[str, float]], runs: Sequence[Watched], form: str) -> Table:
-    """Return values by name, a column a run, in the order in which they come."""
+    """Return values by name, one column per run, in the order in which they come."""
     names = dict.fromkeys(name for values in found for name in values)
     rows = [(n, *(format(v[n], form) if n in v else "" for v in found)) for n in names]
     return Table("", (what, *(run.name for run in runs)), rows)
@@ -193,7 +191,7 @@ def sessions(runs: Sequence[Watched]) -> Table:
 
 
 def settings(runs: Sequence[Watched], *, different: bool) -> Table:
-    """Return the settings by dotted name, a column a run: all of them, or those that are not the same."""
+    """Return the settings by dotted name, one column per run: all, or only those that differ."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [(n, *(str(run.settings.get(n, "")) for run in runs)) for n in names]
     kept = [row for row in rows if not different or len(set(row[1:])) > 1]

@@ -1,7 +1,7 @@
-"""report.html of one run, or of several laid over each other: figures and tables on one page.
+"""report.html of one run, or of several drawn over each other: figures and tables on one page.
 
-A finished run gets it in its folder; `pgolf report RUN [RUN ...]` writes it of any run, one that is under way
-or was killed too. `pgolf.report.page` owns the frame and the style.
+A finished run has it in its folder. `pgolf report RUN [RUN ...]` writes it of any run, also of one that is
+under way or was killed. `pgolf.report.page` owns the frame and the style.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _large_parts(runs: Sequence[Watched]) -> list[dict[str, float]]:
 def _bars(
     runs: Sequence[Watched], found: Sequence[dict[str, float]], title: str, label: str, form: str
 ) -> str:
-    """Draw values by name as horizontal bars, one a run, on a log axis: they span decades."""
+    """Draw values by name as horizontal bars, one per run, on a log axis, because they span decades."""
     names = list(dict.fromkeys(name for values in found for name in values))
     if not names:
         return ""

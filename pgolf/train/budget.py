@@ -1,8 +1,8 @@
-"""The clock of a run: one budget, read by rank 0 and shared, so that all ranks see the same fraction.
+"""The clock of a run: rank 0 reads it and shares what it reads, so that all ranks see the same fraction.
 
-Training may use `seconds - quantize_reserve`; learning rate, momentum, loop switch and stop are functions
-of the fraction of that which is gone. With `seconds = 0` the fraction counts steps instead (deterministic
-comparisons).
+The budget of training is `seconds - quantize_reserve`. Learning rate, momentum, the switch of depth
+recurrence and the end of training are functions of the fraction of the budget that is gone. With
+`seconds = 0` the fraction counts steps instead, so that a run can be repeated exactly.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pgolf.errors import UserError
 
 @dataclass(frozen=True)
 class Tick:
-    """What every rank agrees on before a step."""
+    """What all ranks know before a step, the same on each of them."""
 
     step: int
     elapsed: float
@@ -27,14 +27,14 @@ class Tick:
     frac: float
     """Fraction of the run that is gone, in [0, 1]."""
     stop: bool
-    """Do not start this step."""
+    """Whether training ends before this step."""
     last_loss: float
     """Rank 0's loss of the previous step, nats per token; NaN before the first."""
 
     left: float = math.nan
-    """Seconds of training time left; NaN without a clock."""
+    """Seconds of training time that are left; NaN without a clock."""
     signal: int = 0
-    """A signal that asked some rank to stop; 0: none did."""
+    """Number of a signal that asked some rank to stop; 0: none did."""
     writers: tuple[int, int] = (0, 0)
     """Lowest and highest state of the ranks' checkpoint writers."""
 
@@ -43,9 +43,10 @@ def training_seconds(config: TrainConfig) -> float:
     """Return the seconds that training itself may use.
 
     Raises:
-        ValueError: the reserve is not known yet (`Run` measures it), or leaves no time.
+        UserError: the reserve is not known yet (`Run` measures it), or leaves no time.
     """
     if config.quantize_reserve is None:
+        # The run measures it before it makes a clock; this is for programs that make one by themselves.
         raise UserError("train.quantize_reserve is not set; measure it before the clock starts")
     left = config.seconds - config.quantize_reserve
     if config.seconds and left <= 0:
@@ -68,6 +69,7 @@ class Clock:
 
     def start(self, at: float = 0.0) -> None:
         """Set the clock to `at` seconds: 0, or what an interrupted run had used."""
+        # The first tick measures from here, but no step has ended yet: `tick` knows that by the step number.
         self._previous = self._now()
         self._begun = self._previous - at
 
@@ -83,9 +85,9 @@ class Clock:
     def tick(self, step: int, *, last_loss: float, signal: int = 0, writer: int = 0) -> Tick:
         """Return the decision for `step`; every rank calls it and gets rank 0's values.
 
-        `signal` and `writer` are this rank's own; all ranks learn the highest signal, and the lowest and
-        highest state of the writers. The run stops when the next step, taken to last as long as the previous
-        one, would end after the budget.
+        Args:
+            signal: the signal that this rank got, 0: none. All ranks learn the highest.
+            writer: state of this rank's checkpoint writer. All ranks learn the lowest and the highest.
         """
         config, now = self._config, self._now()
         elapsed, duration = now - self._begun, now - self._previous
@@ -95,8 +97,14 @@ class Clock:
             frac, stop = step / config.steps, step >= config.steps
         if config.seconds:
             budget = training_seconds(config)
+            # Where both are limited, the limit that comes first counts: the learning rate must have fallen
+            # by then.
             frac = max(frac, elapsed / budget)
+            # The next step is taken to last as long as the one before. One that would end after the budget
+            # is not begun, so that the seconds of the reserve are whole.
             stop = stop or elapsed + (duration if step else 0.0) > budget
+        # One collective for everything. The clocks of two hosts differ; only rank 0's decides, or one rank
+        # would stop a step before another one, which would wait for it in that step's collectives.
         rows = self._dist.gather([elapsed, min(frac, 1.0), float(stop), last_loss, signal, writer])
         shared = rows[0]
         left = training_seconds(config) - shared[0] if config.seconds else math.nan

@@ -1,16 +1,16 @@
-"""Checkpoints of a run under way: a folder of safetensors shards with a JSON index, one shard a rank.
+"""Checkpoints of a run under way: a folder of safetensors shards with a JSON index, one shard per rank.
 
     RUN/checkpoints/step-00001200/shard-00-of-02.safetensors
                                   shard-01-of-02.safetensors
                                   index.json
 
-Each rank writes its own part in a thread while training goes on: the tensors are copied to host memory in
-stream order (on CUDA without a sync), then hashed and written. The index comes last, when every rank has
-said that its shard is on disk, and holds length and SHA-256 of each shard and of itself. So a folder without
-a valid index is not a checkpoint, whatever moment a process was killed at. Tensors that all ranks hold are
-dealt out among the shards; the momentum, of which each rank holds its rows, is put together from all of them,
-so any number of ranks can read what any other number wrote. Nothing is pickled (torch.distributed.checkpoint
-unpickles its metadata).
+Each rank writes its own part in a thread while training goes on. The tensors are copied to host memory in
+the order of the device's queue, on CUDA without waiting for the device, and are then hashed and written. The
+index comes last, when every rank has said that its shard is on disk. It holds the length and the SHA-256 of
+each shard, and its own SHA-256. So a folder without a valid index is not a checkpoint, at whatever moment a
+process was killed. Tensors that all ranks hold are dealt out among the shards. The momentum, of which each
+rank holds some rows, is put together from all shards, so any number of ranks can read what any other wrote.
+Nothing is pickled (torch.distributed.checkpoint unpickles its metadata).
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ FOLDER = "checkpoints"
 INDEX = "index.json"
 FORMAT = "pgolf checkpoint 1"
 KEEP = 2
-"""Checkpoints that stay; older ones are removed when a new one is complete."""
+"""Checkpoints that stay; older ones are removed when a new one is complete. The last but one is there in case
+the last one turns out to be damaged."""
 IDLE, WRITING, WRITTEN, FAILED = range(4)
 """States of a rank's writer."""
 
 _STEP = re.compile(r"step-(\d{8,12})")
 _SHARD = re.compile(r"shard-(\d{2,6})-of-(\d{2,6})\.safetensors")
-_INDEX_BYTES = 64 << 20
-_CHUNK = 8 << 20
+_INDEX_BYTES = 64 << 20  # a file that claims to be an index and is larger is not read at all
+_CHUNK = 8 << 20  # of a shard: hashed and written at once, without the interpreter's lock
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -62,10 +63,10 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Parts:
-    """What a checkpoint is made of, as one rank holds it; all tensors are live and read in place."""
+    """What a checkpoint is made of, as one rank holds it: the live tensors, which are read in place."""
 
     whole: Mapping[str, Tensor]
-    """Tensors that every rank holds alike."""
+    """Tensors of which every rank holds the same copy."""
     sharded: Mapping[str, Shard]
     """Tensors of which this rank holds some rows."""
 
@@ -86,6 +87,8 @@ def shard_name(rank: int, world_size: int) -> str:
 
 def _deal(whole: Mapping[str, Tensor], world_size: int) -> list[list[str]]:
     """Deal the replicated tensors out: the largest first, each to the rank with the fewest bytes so far."""
+    # All ranks write at the same time, so the checkpoint is ready when the rank with the most bytes is. Every
+    # rank deals by itself and must get the same hands: equal sizes are ordered by name.
     hands: list[list[str]] = [[] for _ in range(world_size)]
     loads = [0] * world_size
     for name in sorted(whole, key=lambda n: (-whole[n].nbytes, n)):
@@ -120,10 +123,11 @@ class Checkpointer:
         self._publishing: Future[None] | None = None
         self._target, self._facts = Path(), dict[str, Any]()
         self.problem: str | None = None
-        """Why the last index could not be written, until somebody asks."""
+        """Why the last index could not be written; None: it was, or the saver has told it already."""
 
     def prepare(self) -> None:
-        """Allocate the host's copies, pinned where the tensors are on a GPU: it takes a while, once."""
+        """Allocate the host's copies, which takes a while; a second call does nothing."""
+        # Pinned where the tensors are on a GPU: a copy to other memory makes the host wait for the device.
         for name, tensor in self._live.items():
             if name not in self._host:
                 self._host[name] = torch.empty(
@@ -152,6 +156,7 @@ class Checkpointer:
         """
         assert self.state == IDLE
         self.prepare()
+        # Queued before the next step, so the copies see the state after `step` steps, while the host goes on.
         for name, tensor in self._live.items():
             self._host[name].copy_(tensor, non_blocking=True)
         copied = None
@@ -176,6 +181,7 @@ class Checkpointer:
         """
         assert self._writing is not None
         error = self._writing.exception()
+        # The length and the four 64-bit words of the SHA-256; a length of 0 says that this rank failed.
         numbers = [0] * 5
         if error is None:
             written = self._writing.result()
@@ -186,6 +192,7 @@ class Checkpointer:
         failed = [rank for rank, row in enumerate(rows) if row[0] == 0]
         if failed:
             why = f"{error}" if error is not None else f"see rank {failed[0]}"
+            # With an index it is the whole checkpoint that an earlier process wrote after the same step.
             if self._dist.is_main and not (self._target / INDEX).is_file():
                 _discard(self._target)
             return f"no checkpoint at step {self._facts['step']}, rank {failed[0]} could not write: {why}"
@@ -205,6 +212,7 @@ class Checkpointer:
         """Write the index, which makes the folder a checkpoint, and remove the oldest ones."""
         with atomic_file(target / INDEX) as file:
             file.write(json.dumps({**index, "sha256": _digest(index)}, indent=1).encode() + b"\n")
+        # Only now: until the index is on disk, the newest checkpoint is one of the old ones.
         for _, old in _folders(self._folder)[KEEP:]:
             _discard(old)
 
@@ -222,8 +230,8 @@ class Checkpointer:
 def write_shard_file(path: Path, tensors: Mapping[str, Tensor]) -> Written:
     """Write host tensors as a safetensors file, atomically, hashing on the way.
 
-    By hand, because safetensors' own `save` copies everything into one bytes object while it holds the
-    interpreter's lock: a stall of training of about a quarter of a second for 400 MB.
+    It does not call safetensors' own `save`, which copies everything into one bytes object while it holds the
+    interpreter's lock: training would stand still meanwhile.
 
     Raises:
         OSError: the file cannot be written.
@@ -238,6 +246,7 @@ def write_shard_file(path: Path, tensors: Mapping[str, Tensor]) -> Written:
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
+    # Spaces at the end of the header let the data begin at a multiple of 8 bytes, as safetensors writes it.
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with atomic_file(path) as file:
@@ -245,6 +254,7 @@ def write_shard_file(path: Path, tensors: Mapping[str, Tensor]) -> Written:
             digest.update(block)
             file.write(block)
         for tensor in tensors.values():
+            # A view of the bytes, whatever the type: numpy has no bfloat16.
             data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
             for at in range(0, len(data), _CHUNK):
                 digest.update(data[at : at + _CHUNK])
@@ -258,7 +268,7 @@ class Checkpoint:
 
     folder: Path
     facts: dict[str, Any]
-    """What the main rank knew: step, seconds on the clock, and more (see `Trainer.position`)."""
+    """What the main rank knew: step, seconds on the clock, and more, see `Position`."""
     files: tuple[str, ...]
     rows: dict[str, dict[str, list[int]]]
     """For every sharded tensor, the first row and the one after the last, by file."""
@@ -287,6 +297,7 @@ class Checkpoint:
                             tensors[key] = file.get_tensor(key)
             except (SafetensorError, OSError, KeyError, TypeError) as e:
                 raise UserError(f"{path} is not a readable shard of a checkpoint: {e}") from e
+        # Each tensor from its rows, which may come from another number of files than there are ranks now.
         for key, found in pieces.items():
             found.sort(key=lambda piece: piece[0])
             at = 0
@@ -313,6 +324,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if path.stat().st_size > _INDEX_BYTES:
         raise UserError(f"{path} has {path.stat().st_size:,} bytes, an index has at most {_INDEX_BYTES:,}")
     try:
+        # Everything is checked here, before a byte of a tensor is read: lengths, hashes and the index itself.
         data = json.loads(path.read_bytes())
         digest = data.pop("sha256")
         if data["format"] != FORMAT:
@@ -332,6 +344,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
+    # All shards of one number of ranks: a mix of two checkpoints has files that are whole each for itself.
     worlds = {match[2] for name in files if (match := _SHARD.fullmatch(name))}
     if len(worlds) != 1 or set(files) != {shard_name(r, int(w)) for w in worlds for r in range(int(w))}:
         raise UserError(f"{folder}: the index must list shard-00-of-NN to the last, got {sorted(files)[:4]}")
@@ -346,7 +359,7 @@ def _check_files(folder: Path, files: dict[str, tuple[int, str]]) -> None:
 def newest_checkpoint(run: Path, *, identity: str = "") -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint of a run (None: there is none), and why newer ones are not valid.
 
-    One that another run wrote, whose identity differs, is not valid.
+    One that another run wrote, whose identity differs, is not valid: somebody copied it into the folder.
     """
     complaints: list[str] = []
     for _, folder in _folders(run / FOLDER):

@@ -46,6 +46,7 @@ def load(
         ValueError: not a file of ours, a malformed one (`ArtifactError`), or a tokenizer whose SHA-256 is not
             the one that the model's file names. RuntimeError: no such device.
     """
+    # The device first: loading a model takes a while, and a missing GPU is known at once.
     place = pick_device(device)
     file = _model_file(Path(path))
     if file.suffix == ".safetensors":
@@ -55,6 +56,7 @@ def load(
         model, sha256 = build_model(artifact, place), artifact.header.tokenizer_sha256
         data = _data_folder(file.with_name("config.json"))
     found = _find(file, sha256, data) if tokenizer is None else _given(file, sha256, Path(tokenizer))
+    # A file from before hashes of tokenizers were kept says nothing; the number of pieces must fit anyway.
     if found.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{found.path} has {found.vocab_size} pieces, {file} has a vocabulary of "
@@ -70,6 +72,7 @@ def _model_file(path: Path) -> Path:
                 f"no model at {path}; give a run folder, its {ARTIFACT} or one of its checkpoints"
             )
         return path
+    # The artifact is the run's result; without it, the averaged weights are what would have become one.
     for name in (ARTIFACT, AVERAGED, RAW):
         if (path / name).is_file():
             return path / name
@@ -99,6 +102,7 @@ def _data_folder(config: Path) -> Path | None:
 
 
 def _candidates(folders: list[Path]) -> Iterator[Tokenizer]:
+    # A folder without a tokenizer, or with a damaged one, is passed over: another one may have it.
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
             yield find_tokenizer(folder)
@@ -106,6 +110,7 @@ def _candidates(folders: list[Path]) -> Iterator[Tokenizer]:
 
 def _find(file: Path, sha256: str | None, data: Path | None) -> Tokenizer:
     """Return the tokenizer of the model in `file`, from its folder or the run's data folder."""
+    # Next to the model first: a run's folder may have been moved away from its data.
     folders = [folder for folder in (file.parent, data) if folder is not None]
     others = ""
     for tokenizer in _candidates(folders):

@@ -1,12 +1,12 @@
-"""What a run will need of memory, from its configuration alone, and whether this machine has it.
+"""How much memory a run will need, from its configuration alone, and whether this machine has it.
 
 Nearly all of it is what the backward pass needs of the forward pass. Counted with saved-tensor hooks, one
-execution of a block (the loop's repeats count) keeps of each token, with `D` width, `G` width of the keys and
-`M` hidden width:
+execution of a block (each repeat of the loop is one) keeps for each token, with `D` width, `G` width of the
+keys and `M` hidden width:
     eagerly    11 D + 3 G + 3 M, and D for the mix, D for a head gate, D + G for exclusive self-attention;
-    compiled    8 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion; 2 G for the exclusion;
-besides the stem, the skips and, for the loss, one row of the vocabulary. glibc keeps tensors under 32 MiB in
-its heap, most of whose holes stay empty: on a CPU they count `HEAP` times.
+    compiled    8 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion; 2 G for the exclusion.
+The stem, the skips and, for the loss, one row of the vocabulary come on top. glibc keeps tensors under 32 MiB
+in its heap, most of whose holes stay empty, so on a CPU those tensors count `HEAP` times.
 
 Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps with the loop on:
     tiny    2,048 tokens 577 566    8,192 1,304 1,273    16,384 2,278 2,215    32,768 4,185 3,842
@@ -37,26 +37,27 @@ from pgolf.errors import UserError
 from pgolf.model.gpt import layer_order, parameter_shapes
 
 MARGIN = 1.1
-"""The estimate, times this, must be there: it is right to about 10 %."""
+"""This many times the estimate must be there: the estimate is right to about 10 %."""
 PROCESS = 310 << 20
-"""Python, torch and libraries in a CPU process. What a GPU holds besides tensors is not free anyway."""
+"""Bytes of Python, torch and libraries in a CPU process. On a GPU they are not in the memory that is free."""
 HEAP, HEAP_WIDE, HEAP_LARGEST = 1.42, 1.3, 32 << 20
-"""Heap over live bytes while a step runs, of tensors as wide as the model and as its MLP (whose holes take
-what is narrower); and the bytes from which on a tensor is mapped by itself."""
+"""Bytes of the heap over live bytes while a step runs, for tensors as wide as the model and for tensors as
+wide as its MLP (narrower ones fit into the holes of those); and the bytes from which on a tensor has pages of
+its own."""
 EAGER_BF16 = 1.25
-"""Eager bfloat16 over float32 in elements: parts of rotation and exclusion are float32 there."""
+"""Elements of eager bfloat16 over those of float32: parts of rotation and exclusion are float32 there."""
 HEAP_LEFT = 0.85
-"""What is left of that after the steps, when rounding begins."""
+"""Fraction of that heap that is still held after the steps, when rounding begins."""
 FACTOR_COPIES = 9
 """Stacks of Hessians alive at once while the largest is blended and factored (6 without blending)."""
 SMALLEST = 16
-"""Least data.micro_tokens."""
+"""Smallest data.micro_tokens that is proposed."""
 
 BANKS = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 
 
 class Place(Protocol):
-    """What of `pgolf.dist.Dist` is needed."""
+    """The part of `pgolf.dist.Dist` that is needed."""
 
     device: torch.device
     world_size: int
@@ -70,7 +71,7 @@ class Place(Protocol):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one rank; the parts are what `total`, the peak over all phases, is made of."""
+    """Bytes of one rank. The parts are those at the peak over all phases, and add up to `total`."""
 
     process: int
     """Python and its libraries, on a CPU."""
@@ -78,9 +79,10 @@ class MemoryEstimate:
     gradients: int
     averages: int
     optimizer: int
-    """Momentum, moments, updates and what travels between ranks."""
+    """Momentum, moments, updates and the buffers of the collectives."""
     copies: int
-    """Of weights: kept through the warm-up or quantization, cast for the blocks, and gradients of banks."""
+    """Copies of weights: those kept through the warm-up or quantization, those cast for the blocks, and the
+    gradients of banks."""
     activations: int
     """Kept for the backward pass, with the loop on; on a CPU with the heap's holes."""
     loss: int
@@ -121,6 +123,8 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     loss = tokens * (row + 2 * model.width * size) + shapes["tok_emb"][0] * model.width * 4
     qkv = model.layers * (model.width + 2 * model.kv_width) * model.width
     transient = weights // 2 + qkv * size if cuda else banks + qkv * size
+    # The peak is that of the phase that needs most; weights, gradients, averages and optimizer are there in
+    # all of them and are added below.
     kept = weights * (2 if averages else 1)  # raw and averaged weights, from the end of training on
     steps = weights + transient + activations + loss
     left = int(HEAP_LEFT * in_heap)
@@ -129,7 +133,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         hessians, grams, largest = _hessians(model)
         blending = config.quant.row_steps == "loss"
         known = hessians + (grams if blending else 0)
-        # With the curvature the backward pass runs beside all that; the Hessians need a forward pass only.
+        # With the curvature the backward pass runs while all that is held; Hessians need a forward pass only.
         calibrating = kept + known + transient + activations + loss if blending else 0
         copies = FACTOR_COPIES if blending else FACTOR_COPIES - 3
         rounding = kept + known + max(left, 2 * (grams - largest)) + copies * largest
@@ -171,6 +175,7 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     if cuda:
         elements = sum(count for count, _, _ in wanted) * (1 if compiled else EAGER_BF16)
         return int(2 * tokens * elements), 0
+    # On a CPU a tensor under HEAP_LARGEST bytes is in the heap and counts with its holes.
     total = heap = 0.0
     for count, each, factor in wanted:
         small = factor * 4 * count * min(tokens, HEAP_LARGEST / (4 * each))
@@ -190,12 +195,13 @@ def _optimizer(shapes: dict[str, tuple[int, ...]], world_size: int, size: int) -
     """Return the bytes of Muon's and AdamW's state on one rank."""
     share = size * sum(-(-shapes[n][0] // world_size) * prod(shapes[n][1:]) for n in BANKS)
     rest = sum(prod(shape) for name, shape in shapes.items() if name not in BANKS)
-    # Momentum and update; several ranks have their averaged gradients and the wire of all of them besides.
+    # Momentum and update; with several ranks also the averaged gradients of this rank's matrices, and the
+    # buffer through which the updates of all ranks are gathered.
     return share * (2 if world_size == 1 else 3 + world_size) + 2 * 4 * rest
 
 
 def available_memory(device: torch.device, *, root: Path = Path("/")) -> int:
-    """Return the bytes that this process may have in all: what it holds already and its share of the rest.
+    """Return the bytes that this process may use in all: what it holds already and its share of the rest.
 
     CUDA: what is free on the device. Otherwise MemAvailable, or what the cgroup leaves, whichever is less,
     divided by the ranks on this host (without /proc: the machine's memory, divided).
@@ -250,6 +256,7 @@ def fitting_micro_tokens(
     config: Config, room: int, *, device_type: str, world_size: int, attention: str
 ) -> int | None:
     """Return the largest data.micro_tokens that fits into `room` bytes and divides the batch; None: none."""
+    # The divisors of a rank's tokens, in pairs about the square root; the largest that fits is the fastest.
     share = config.data.batch_tokens // world_size
     low = [d for d in range(1, isqrt(share) + 1) if share % d == 0]
     for micro in sorted({*low, *(share // d for d in low)} - set(range(SMALLEST)), reverse=True):
@@ -261,16 +268,20 @@ def fitting_micro_tokens(
 
 
 def check_memory(config: Config, dist: Place, *, attention: str) -> str:
-    """Compare the estimate with what there is; return the sentence for the log. Every rank calls it.
+    """Compare the estimate with the memory that there is; return the sentence for the log.
+
+    Every rank calls it.
 
     Raises:
-        ValueError: it does not fit (by rank 0's figures, so on every rank); names the parts, what there is,
+        UserError: it does not fit (by rank 0's figures, so on every rank); names the parts, what there is,
             and the flag with the largest micro-batch that would fit.
-        RuntimeError: it fits on rank 0 and not on another rank.
+        RanksFailed: it fits on rank 0 and not on another rank.
     """
     kind, world = dist.device.type, dist.world_size
     found = estimate_memory(config, device_type=kind, world_size=world, attention=attention)
     own = available_memory(dist.device)
+    # By rank 0's memory first, so that the usual refusal, on equal machines, is one sentence and not one per
+    # rank; then each rank by its own.
     whole = int(dist.share([float(own)])[0])
     error = _refusal(config, found, whole, kind, world, attention)
     if error is not None:

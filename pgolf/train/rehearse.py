@@ -1,8 +1,9 @@
 """How long calibration and quantization will take, found by doing a little of them before the clock starts.
 
-The clock keeps that much of its budget. One batch of each kind is timed, then one quantization of the initial
-weights (the work does not depend on their values), each the second time, when memory and libraries are warm,
-and the writing of the checkpoints, which comes between training and calibration.
+That much of the budget is kept for them. One batch of each kind is timed, then one quantization of the
+initial weights (the work does not depend on their values), then the writing of the weights, which comes
+between training and calibration. Batches and quantization are done once before they are timed, so that
+memory and libraries are warm.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pgolf.quant.sensitivity import collect_curvature
 from pgolf.train.weights import clone_parameters
 
 SPARE = 1.15
-"""The reserve over the measured time; the clock must not be overrun because a machine was 10 % slower."""
+"""The reserve over the measured time, so that the clock is kept on a machine that is 10 % slower by then."""
 
 
 def rehearse(
@@ -36,7 +37,7 @@ def rehearse(
     Args:
         model: prepared, compiled and warm; its weights and gradients stay as they are.
         loader: is put back to its first batch.
-        save: writes what is saved after training, somewhere else.
+        save: writes what is saved after training, to a place that does not stay.
     """
     batches: Iterator[Batch] = iter(loader.next, None)
     names = model.quant_inputs()
@@ -46,6 +47,7 @@ def rehearse(
     def per_rank(count: int) -> int:
         return max(1, count // dist.world_size)
 
+    # Not timed: it allocates and loads what the real one will find allocated and loaded.
     found = calibrate(model, batches, one, dist)
     seconds = per_rank(config.calibration_batches) * _seconds(
         lambda: collect_hessians(model, [next(batches)], dist), dist
@@ -55,12 +57,14 @@ def rehearse(
             lambda: collect_curvature(model, [next(batches)], names, dist), dist
         )
     for last in (False, True):
+        # Both are run, and only the second is counted.
         took = _seconds(
             lambda: quantize_model(state, names, found.hessians, config, curvature=found.curvature), dist
         )
         seconds += took if last else 0.0
     seconds += _seconds(save, dist)
     loader.restart()
+    # One number on all ranks: with reserves of their own they would have clocks of different length.
     return dist.share([SPARE * seconds])[0]
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
-
 from pgolf.log import RunLog
 from pgolf.train.budget import Tick
 from pgolf.train.checkpoint import FAILED, IDLE, WRITTEN, Checkpointer
+from pgolf.train.position import Position
 from pgolf.train.signals import Signals
 
 
-class Place(Protocol):
-    """Where the loop is (`pgolf.train.trainer.Position`)."""
-
-    @property
-    def steps(self) -> int:
-        """Steps done."""
-
-    def to_facts(self) -> dict[str, Any]:
-        """Return what the index keeps."""
-
-
 class Saver:
-    """Decides on checkpoints from what all ranks know alike (`Tick`), so that all take the same ones.
+    """Decides on checkpoints from what all ranks know (`Tick`), so that all take the same ones.
 
     Attributes:
         signals: asked before each step.
@@ -42,15 +30,18 @@ class Saver:
         """How far this rank's writer is, for `Clock.tick`."""
         return self._writer.state
 
-    def attend(self, tick: Tick, place: Place) -> None:
+    def attend(self, tick: Tick, place: Position) -> None:
         """Complete, start or skip a checkpoint between two steps; every rank calls it with one `tick`."""
         lowest, highest = tick.writers
+        # By the state of the slowest and the fastest writer, which are in the tick: a rank that went by its
+        # own writer would enter `settle`, which is a collective, while another one still trains.
         if lowest >= WRITTEN:
             self._settle()
         elif highest == IDLE and self._due(tick) and not tick.signal:
             self._last = tick.elapsed
             self._writer.start(place.steps, place.to_facts())
         if tick.signal:
+            # The last step is saved whatever is under way: first that one, then this one, each completed.
             self.finish()
             self._writer.start(place.steps, place.to_facts())
             self.finish()

@@ -1,7 +1,7 @@
-"""One process's stay in a run's folder: the lock, the log, how far the run is, and how it ends.
+"""One process of a run, from taking the run's folder to its end: lock, log, progress, and why it ended.
 
-Whatever ends the process, a signal, an error or a lost rank: its reason becomes a line of log.txt and an
-entry of progress.json, once, and every rank knows it.
+Whatever ends the process, be it a signal, an error or a lost rank, the reason becomes one line of log.txt and
+one entry of progress.json, and every rank learns it.
 """
 
 from __future__ import annotations
@@ -15,34 +15,34 @@ from typing import NamedTuple
 from pgolf.config import Config, to_dict
 from pgolf.dist import Dist
 from pgolf.errors import RanksFailed, brief, is_checked, told
+from pgolf.files import write_json
 from pgolf.log import RunLog
-from pgolf.report.summary import Summary, device_name, summary_dict
+from pgolf.report.summary import SUMMARY, Summary, device_name
 from pgolf.track import start_tracker
 from pgolf.train.budget import Clock
 from pgolf.train.guard import held
 from pgolf.train.progress import ClockFile, Past, Progress, Stage
 from pgolf.train.signals import Signals, Stopped
-from pgolf.train.trainer import Diverged
-from pgolf.train.weights import write_json
+from pgolf.train.steplog import Diverged
 
 
 class Around(NamedTuple):
-    """What a run finds when it begins, in every process."""
+    """What is there in every process before the run is."""
 
     dist: Dist
     signals: Signals
     notes: tuple[str, ...]
     """Lines for the beginning of the log."""
     files: contextlib.ExitStack
-    """Closed when the run ends; holds the folder of a run that goes on."""
+    """Closed when the run ends; its lock on the folder of a run that goes on is in here already."""
 
 
 class Session:
-    """Opens the folder and the log, watches the ranks and keeps the progress; a collective to make.
+    """Opens the folder and the log, watches the ranks and keeps the progress. Every rank makes one.
 
     Attributes:
-        folder, log: of the run. phase: what is under way, for the line that says what was interrupted.
-        stage: what is on disk. clock: the run's. clock_runs: whether its time is kept on disk.
+        folder, log: of the run. stage: what is on disk. clock: the run's. clock_runs: whether its time is
+            kept on disk.
     Raises:
         RanksFailed: the folder cannot be made, is in use, or is not there on every host.
     """
@@ -58,18 +58,20 @@ class Session:
         steps: Callable[[], int],
         keep_weights: Callable[[], object],
     ) -> None:
-        """Begin in a new folder, or in `past`'s.
+        """Begin in a new folder, or in that of `past`.
 
-        `steps` says how many were done, `keep_weights` saves what there is, without a collective.
+        Args:
+            steps: says how many training steps are done.
+            keep_weights: saves the present weights, without a collective.
         """
         dist, self._signals, _, self._files = around
         self._config, self._dist, self._summary = config, dist, summary
         self._past, self._steps, self._keep_weights = past, steps, keep_weights
         self.folder = folder
         if past is None:
+            # The folder of a run that goes on was taken before anything in it was read.
             self.folder = make_folder(folder, dist)
             take_folder(self.folder, dist, self._files)
-        self.phase = "set_up"
         self.stage: Stage = past.stage if past is not None else "training"
         self.clock, self.clock_runs = Clock(config.train, dist), False
         self.log = RunLog(self.folder, is_main=dist.is_main)
@@ -84,10 +86,11 @@ class Session:
                 device=device_name(dist.device),
                 commit=summary.commit,
             )
-            self._progress.write(self.stage, summary_dict(summary), past.clock if past is not None else 0.0)
+            self._progress.write(self.stage, summary, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
             self._track(past)
+        # From here on the watching thread writes the clock to disk, and ends this process if a rank is lost.
         dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
         self._files.callback(dist.watch.leave)
         if past is not None:
@@ -105,7 +108,7 @@ class Session:
         )
         if tracker is not None:
             self.log.follow = tracker.metric
-            self._files.callback(lambda: tracker.close(summary_dict(self._summary)))
+            self._files.callback(lambda: tracker.close(self._summary.to_dict()))
 
     def _tell_past(self, past: Past) -> None:
         """Say what an earlier process left, and at what this one goes on."""
@@ -141,15 +144,15 @@ class Session:
         """Put on disk how far the run is, with `clock` seconds used."""
         self.stage = stage
         if self._progress is not None:
-            self._progress.write(stage, summary_dict(self._summary), clock, reached=True)
+            self._progress.write(stage, self._summary, clock, reached=True)
 
     @property
     def identity(self) -> str:
-        """What marks this run's checkpoints; known to the main rank, which writes it."""
+        """What marks this run's checkpoints; on the main rank, which writes it, and empty on the others."""
         return self._progress.identity if self._progress is not None else ""
 
     def leave_if_asked(self) -> None:
-        """Answer a signal that came while the last phase could not."""
+        """Raise `Stopped` if a signal came while the last phase only took note of it."""
         if self._signals.requested:
             raise Stopped(self._signals.requested)
 
@@ -157,13 +160,14 @@ class Session:
         """Write summary.json, on the main rank."""
         if self._progress is not None:
             self._summary.sessions = self._progress.sessions
-            write_json(self.folder / "summary.json", summary_dict(self._summary))
+            self._summary.save(self.folder / SUMMARY)
 
     def finish(self) -> None:
-        """Write the last summary; the run is done and needs no progress any more."""
+        """Write the last summary, and remove the progress of the run, which is done."""
+        # The files that say that the run is not done go last: a process that ends before is resumed.
         self._signals.close()
         if self._progress is not None:
-            self._progress.end("finished", step=self._steps(), clock=self._summary.seconds["clock"])
+            self._progress.end("finished", step=self._steps(), clock=self._summary.clock or 0.0)
             self.write_summary()
             self._progress.remove()
 
@@ -174,7 +178,7 @@ class Session:
         """Close the session; after an error, keep what can be kept and say why.
 
         Raises:
-            RanksFailed: from the error, if what ended the run is known to every rank.
+            RanksFailed: instead of the error, where what ended the run is known to every rank.
         """
         with self._files:
             reason = None if error is None else self._ended(error)
@@ -188,21 +192,25 @@ class Session:
         Returns:
             The reason, if every rank knows it; None if this rank alone does.
         """
+        # Everything below is short, and a second signal in the middle of it would lose the weights.
         self._signals.close()
         known = str(error) if isinstance(error, RanksFailed) else None
         if known is None and self._dist.world_size > 1:
-            # A lost rank shows as a broken collective, or as the signal with which torchrun ends the rest.
+            # A lost rank shows here as a broken collective, or as the signal with which torchrun ends the
+            # other ranks. The watch knows the true reason; it may take a moment to learn it.
             known = self._dist.watch.reason(wait_s=0.5 if isinstance(error, Stopped) else 1.5)
         if isinstance(error, Stopped) and known is None:
             how = str(error).removeprefix("stopped by ")
-            text = f"{error} during {self.phase}; go on with: pgolf train --resume {self.folder}"
+            text = f"{error} during {self._summary.under_way}; go on with: pgolf train --resume {self.folder}"
         else:
             reason = known or brief(error)
             how = f"failed: {reason}"
-            text = f"failed during {self.phase}: {reason}"
+            text = f"failed during {self._summary.under_way}: {reason}"
+            # A fault of the program is written with its traceback: log.txt may be all that is left.
             if known is None and not is_checked(error):
                 text += f"\n{told(error)}"
-            if self.phase == "train" and not isinstance(error, Diverged):
+            # The weights of a run that diverged are worth nothing. What fails here must not hide the error.
+            if self._summary.under_way == "train" and not isinstance(error, Diverged):
                 with contextlib.suppress(Exception):
                     self._keep_weights()
         with contextlib.suppress(Exception):
@@ -211,22 +219,25 @@ class Session:
         return known
 
     def _close(self, how: str, text: str, *, lost_main: bool) -> None:
-        if lost_main and self._dist.rank == 1:  # rank 0 writes the log, but is gone
+        if lost_main and self._dist.rank == 1:  # rank 0, which writes the log, is gone
             self.log = RunLog(self.folder, is_main=True)
         self.log.line(text)
         if self._progress is not None:
-            clock = self.clock.elapsed if self.clock_runs else self._summary.seconds.get("clock", 0.0)
+            clock = self.clock.elapsed if self.clock_runs else self._summary.clock or 0.0
+            # An error before the clock was started must not set it back.
             clock = max(clock, self._past.clock if self._past is not None else 0.0)
             self._progress.end(how, step=self._steps(), clock=clock)
-            self._progress.write(self.stage, summary_dict(self._summary), clock)
+            self._progress.write(self.stage, self._summary, clock)
 
     def _end_without_main_thread(self, reason: str) -> None:
         """End the process from the watching thread: a rank is lost and the main thread waits for it."""
+        # The main thread hangs in a collective that no exception reaches, so nothing is unwound: what can be
+        # kept is kept here, and the process ends at once.
         try:
-            if self.phase == "train":
+            if self._summary.under_way == "train":
                 with contextlib.suppress(Exception):
                     self._keep_weights()
-            text = f"failed during {self.phase}: {reason}"
+            text = f"failed during {self._summary.under_way}: {reason}"
             self._close(f"failed: {reason}", text, lost_main=reason.startswith("rank 0 "))
         finally:
             os._exit(2)
@@ -238,6 +249,7 @@ def take_folder(folder: Path, dist: Dist, files: contextlib.ExitStack) -> None:
     Raises:
         RanksFailed: another process holds it, or it is not there on every host.
     """
+    # Rank 0 alone takes the lock, which is one per folder; that the others see the folder is checked, too.
     error: Exception | str | None = None
     if dist.is_main:
         try:

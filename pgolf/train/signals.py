@@ -1,8 +1,8 @@
 """SIGTERM, SIGHUP and SIGINT as a request to save and leave, answered where that is safe.
 
 While training runs, a signal only leaves a note that the loop reads before the next step, so that all ranks
-stop after the same step and none is left in a collective. In every other phase it raises `Stopped` at once:
-files are written atomically, and what an earlier phase saved is on disk.
+stop after the same step and none is left in a collective. In every other phase it raises `Stopped` at once,
+because files are written atomically and what an earlier phase saved is on disk.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from torchrun."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal, whose number is `signum`, asked the process to end. No Exception: it is not a failure."""
+    """A signal, whose number is `signum`, asked the process to end.
+
+    It is no `Exception`: being asked to stop is not a failure, and nothing that handles failures catches it.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}")
@@ -30,7 +33,9 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """The handlers, inside a `with`; outside of the main thread, where there can be none, it does nothing.
+    """The handlers of `WATCHED`, installed while a `with` block runs.
+
+    In a thread other than the main one, where Python allows no handlers, it does nothing.
 
     Attributes:
         requested: the first signal that came, 0 before.
@@ -43,6 +48,7 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
+        # A library's user may run this in a thread; signals are then that program's own business.
         if threading.current_thread() is threading.main_thread():
             for number in WATCHED:
                 # A shell starts background jobs with SIGINT ignored, nohup a process with SIGHUP ignored.
@@ -74,11 +80,12 @@ class Signals:
         del frame
         if self._closing:
             return
+        # Python runs this between two bytecodes of the main thread: it must not wait, write or take a lock.
         now = time.monotonic()
         if not self.requested:
             self.requested, self._since = number, now
             if self._deferred:
                 return
         elif now - self._since < ECHO_S:
-            return
+            return  # the same request again, by another way
         raise Stopped(number)

@@ -1,4 +1,4 @@
-"""How long the process runs, and how long spans of work take on the device, without waiting for it."""
+"""How long the process has run, and how long spans of work take on the device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def process_seconds() -> float | None:
     say: without that file (macOS), and on kernels that leave the field 0 (gVisor).
     """
     try:
+        # Field 2 is the program's name in parentheses and may hold spaces: count from behind it.
         fields = STAT.read_text().rpartition(")")[2].split()
         began = int(fields[19]) / os.sysconf("SC_CLK_TCK")
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - began
@@ -33,8 +34,8 @@ class DeviceTimer:
     """Milliseconds of spans on a device: two events in its stream around each; the host's clock on a CPU.
 
     Nothing waits until `read`, so the device's queue does not run dry, and a replayed graph stays one launch.
-    A span that waits for other ranks (the optimizer, whose first work is to average gradients) lasts until
-    they have come: its time is that of its own kernels, of exposed communication, and of ranks that are late.
+    A span that waits for other ranks, such as the optimizer, which averages gradients first, lasts until they
+    have come: its time includes exposed communication and the lateness of other ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -57,6 +58,7 @@ class DeviceTimer:
     def _mark(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
+        # A new event for each mark: one that is recorded again forgets its first time, which `read` needs.
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -1,10 +1,7 @@
 """The training loop: warm-up outside the clock, then steps until the clock says stop.
 
-A step is batch_tokens / (micro_tokens * world size) forward/backward passes on each rank and one optimizer
-step. The host waits, once a step, for the end of the previous backward pass, never for the optimizer behind
-it: the queue of the device does not run dry, the clock is right to a few milliseconds, and the previous
-loss is there to print. What the optimizer found (gradient norm, skipped steps) arrives one step later still,
-so a step's line in metrics.jsonl is written when the next one is reported.
+A step is batch_tokens / (micro_tokens * world size) forward and backward passes on each rank and one
+optimizer step. Which numbers of a step are known when is explained in `steplog.py`.
 """
 
 from __future__ import annotations
@@ -12,8 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,196 +17,27 @@ from torch import Tensor
 from pgolf.config import Config, DataConfig
 from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
-from pgolf.errors import RanksFailed, UserError
+from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
-from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentum
+from pgolf.optim.schedule import ema_decay, loop_on
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
+from pgolf.train.position import Position, TrainResult
 from pgolf.train.saver import Saver
+from pgolf.train.steplog import DeviceNumbers, Known, StepLog
 from pgolf.train.timing import DeviceTimer
 from pgolf.train.weights import clone_parameters, copy_parameters
 
-MAX_SKIPPED_IN_A_ROW = 2
-"""Steps with non-finite gradients, one after another, that end a run: weights that stay gave them all."""
-
-ADVICE = (
-    "lower optim.muon.lr or optim.adam.embed_lr, or check the data with `pgolf data inspect`; nothing was "
-    "quantized"
-)
-
-
-class Diverged(RanksFailed):
-    """The loss or the gradients are not finite: on every rank, with the same words."""
-
-
-@dataclass
-class TrainResult:
-    """What the loop measured."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    loop_step: int | None = None
-    """First step with the loop on."""
-    last_loss: float = math.nan
-    step_ms: dict[str, list[float]] = field(default_factory=lambda: {"loop_off": [], "loop_on": []})
-    """Milliseconds of every step, by loop mode, without the first step of a mode."""
-    optimizer_ms: list[float] = field(default_factory=list)
-    """Milliseconds of every optimizer step on rank 0's device, from the end of its backward passes: with
-    several ranks, the averaging of gradients (none of it is hidden) and the wait for the slowest rank too."""
-    losses: list[float] = field(default_factory=list)
-    """Rank 0's loss of every step, nats per token."""
-    skipped: int = 0
-    """Steps whose gradient was not finite: they changed nothing."""
-
-    def take_up(self, position: Position, rows: list[dict[str, Any]]) -> None:
-        """Become the result of a run that was interrupted at `position`, whose metrics are `rows`."""
-        self.steps, self.tokens = position.steps, position.tokens
-        self.loop_step, self.last_loss, self.skipped = (
-            position.loop_step,
-            position.last_loss,
-            position.skipped,
-        )
-        self.seconds = position.elapsed
-        for row in [*rows, *([position.row] if position.row else [])]:
-            if row.get("loss") is None or row.get("ms") is None:
-                continue
-            self.losses.append(row["loss"])
-            if row["step"] and row["step"] != self.loop_step:
-                self.step_ms["loop_on" if row["loop"] else "loop_off"].append(row["ms"])
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where the loop is between two steps, as a checkpoint's index keeps it: plain JSON data.
-
-    With the tensors of `Trainer.parts` it is all that the following steps depend on.
-    """
-
-    steps: int = 0
-    tokens: int = 0
-    loop_step: int | None = None
-    last_loss: float = math.nan
-    """Of the last step, nats per token."""
-    elapsed: float = 0.0
-    """Seconds on the clock."""
-    frac: float | None = None
-    """Fraction of the run at the start of the last step; None: there was none."""
-    skipped: int = 0
-    row: dict[str, Any] = field(default_factory=dict)
-    """The line of metrics.jsonl that is still to be written."""
-
-    def to_facts(self) -> dict[str, Any]:
-        """Return the fields as strict JSON data (a NaN becomes null)."""
-        loss = self.last_loss if math.isfinite(self.last_loss) else None
-        return {**vars(self), "last_loss": loss}
-
-    @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> Position:
-        """Return the position in a checkpoint's facts.
-
-        Raises:
-            ValueError: a field is missing or of the wrong type.
-        """
-        try:
-            loss, loop_step, frac = facts["last_loss"], facts["loop_step"], facts["frac"]
-            if not (math.isfinite(facts["elapsed"]) and facts["elapsed"] >= 0 and facts["steps"] >= 0):
-                raise UserError(f"elapsed is {facts['elapsed']}, steps is {facts['steps']}")
-            if frac is not None and not 0 <= frac <= 1:
-                raise UserError(f"frac is {frac}")
-            return cls(
-                steps=int(facts["steps"]),
-                tokens=int(facts["tokens"]),
-                loop_step=None if loop_step is None else int(loop_step),
-                last_loss=math.nan if loss is None else float(loss),
-                elapsed=float(facts["elapsed"]),
-                frac=None if frac is None else float(frac),
-                skipped=int(facts["skipped"]),
-                row=dict(facts["row"]),
-            )
-        except (KeyError, TypeError, ValueError) as e:
-            raise UserError(f"the checkpoint does not say where training was: {type(e).__name__} {e}") from e
-
-
-class _Seen(NamedTuple):
-    """What the host knows of the device at the end of a backward pass."""
-
-    loss: float
-    """Of the step of that pass."""
-    grad_norm: float
-    """Of the step before."""
-    skipped: int
-    """Steps before this one that were skipped."""
-
-
-class _HostValues:
-    """The scalars of the last step, on their way to the host without a sync of the device."""
-
-    def __init__(self, device: torch.device, before: _Seen) -> None:
-        self._cuda = device.type == "cuda"
-        self._values = torch.tensor(before, dtype=torch.float32, pin_memory=self._cuda)
-        self._event: Any = torch.cuda.Event(blocking=True) if self._cuda else None  # type: ignore[no-untyped-call]
-
-    def send(self, loss: Tensor, grad_norm: Tensor, skipped: Tensor) -> None:
-        """Queue the copy; `wait` returns it once the device has come this far."""
-        self._values.copy_(torch.stack((loss, grad_norm, skipped)), non_blocking=True)
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self) -> _Seen:
-        """Wait until the device has finished everything queued before `send`, and return what was sent."""
-        if self._event is not None:
-            self._event.synchronize()
-        loss, grad_norm, skipped = self._values.tolist()
-        return _Seen(loss, grad_norm, int(skipped))
-
-
-class _Rows:
-    """The lines of metrics.jsonl: each is started with its loss and finished with its gradient norm."""
-
-    def __init__(self, log: RunLog, row: dict[str, Any]) -> None:
-        self.log = log
-        self.row = row
-        """Of the last step whose loss is known: waits for its gradient norm."""
-        self._skipped_in_a_row = 0
-
-    def start(self, **fields: Any) -> None:
-        """Keep what is known of a step when its loss has arrived."""
-        self.row = fields
-
-    def finish(self, grad_norm: float, skipped: int, result: TrainResult) -> None:
-        """Write the line that was started, if any; say so if its step was skipped.
-
-        Raises:
-            Diverged: the last steps were all skipped (the same on every rank).
-        """
-        if not self.row:
-            return
-        row, self.row = self.row, {}
-        self.log.metric(**row, grad_norm=grad_norm, skipped=skipped)
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped > result.skipped else 0
-        result.skipped = skipped
-        if not self._skipped_in_a_row:
-            return
-        self.log.line(
-            f"step {row['step']:5d}  the gradient's norm is {grad_norm}: step skipped, {skipped} so far"
-        )
-        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise Diverged(
-                f"the loss is {row['loss']:.4f} at step {row['step']}, but the gradient was not finite in "
-                f"{self._skipped_in_a_row} steps in a row: the run has diverged; {ADVICE}"
-            )
-
 
 def passes_per_step(data: DataConfig, world_size: int) -> int:
-    """Return the forward/backward passes of one rank in a step.
+    """Return the forward and backward passes of one rank in a step.
 
     Raises:
-        ValueError: the batch does not divide into equal passes.
+        UserError: the batch does not divide into equal passes.
     """
     per_pass = data.micro_tokens * world_size
     if data.batch_tokens % per_pass:
@@ -238,10 +65,11 @@ class Trainer:
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
 
-    def warm_up(self, log: RunLog) -> float:
-        """Compile and run steps of both loop modes, then restore all state; return the seconds."""
+    def warm_up(self, log: RunLog) -> None:
+        """Compile and run steps of both loop modes, then restore all state."""
         began = time.perf_counter()
         weights = clone_parameters(self._model)
+        # Each mode has its own graphs. The second is compiled now too, not at the step that switches it on.
         modes = (False, True) if self._config.model.loops else (False,)
         for loop in modes:
             for _ in range(self._config.train.warmup_steps):
@@ -249,13 +77,14 @@ class Trainer:
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
             log.line(f"warm-up: loop {'on' if loop else 'off'} ready at {time.perf_counter() - began:.1f} s")
+        # From here on the run equals one that was never warmed up, bit for bit (tests/e2e/test_run.py).
+        # Parameters are overwritten in place, because the optimizer and compiled code hold on to them.
         copy_parameters(self._model, weights)
         self._optimizer.reset()
         if self._ema is not None:
             self._ema.load_state_dict(weights)
         self._loader.restart()
         self._synchronize()
-        return time.perf_counter() - began
 
     def parts(self) -> Parts:
         """Return the live tensors that the next step depends on, for a checkpoint."""
@@ -309,47 +138,55 @@ class Trainer:
         """
         config, optimizer = self._config, self._optimizer
         start = start or Position()
-        known = _Seen(start.last_loss, float(optimizer.grad_norm), start.skipped)
-        host, log_rows = _HostValues(self._dist.device, known), _Rows(log, start.row)
-        timer = DeviceTimer(self._dist.device)
-        previous: tuple[Tick, bool] | None = None
+        before = Known(start.last_loss, float(optimizer.grad_norm), start.skipped)
+        numbers = DeviceNumbers(self._dist.device, before)
+        steps, timer = StepLog(log, config, result, start.row), DeviceTimer(self._dist.device)
         # With a clock, work that was lost moved the fraction on: the average then skips the first step, as it
         # does in a new run. With fixed steps the fraction is exactly what it would have been.
         frac = start.frac if not config.train.seconds else None
         try:
             while True:
-                seen = host.wait()
+                # Every rank waits for its own passes and then, in `tick`, for the slowest rank. All get the
+                # same tick and decide by it alone, so no rank takes a step that another one does not.
+                known = numbers.wait()
                 tick = clock.tick(
-                    result.steps, last_loss=seen.loss, signal=saver.signals.requested, writer=saver.state
+                    result.steps, last_loss=known.loss, signal=saver.signals.requested, writer=saver.state
                 )
-                loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
-                log_rows.finish(seen.grad_norm, seen.skipped, result)
-                if previous is not None:
-                    self._report(*previous, tick, result, log_rows)
-                saver.attend(tick, self._position(result, tick, frac, log_rows.row))
+                steps.norm_arrived(known.grad_norm, known.skipped)
+                steps.loss_arrived(tick)
+                # Between two steps the state is whole: a checkpoint copies it before the next step moves it.
+                saver.attend(tick, self._position(result, tick, frac, steps))
                 if tick.signal or tick.stop:
                     break
-                if validate is not None and result.steps:
-                    pause = validate(tick)
-                    clock.leave_out(pause)
-                    tick = replace(tick, elapsed=tick.elapsed + pause)
+                tick = self._pause(tick, clock, validate)
+                loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
-                host.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
+                numbers.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)
                 with timer.span():
                     optimizer.step(tick.frac, ema_decay=self._decay(tick, frac))
+                steps.begun(tick, loop=loop)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
-                previous, frac = (tick, loop), tick.frac
+                frac = tick.frac
             self._synchronize()
             result.optimizer_ms = timer.read()
-            log_rows.finish(float(optimizer.grad_norm), int(optimizer.skipped), result)
+            steps.norm_arrived(float(optimizer.grad_norm), int(optimizer.skipped))
         finally:
-            log_rows.finish(math.nan, result.skipped, result)
+            # After an error the norm of the last step will never arrive, but its loss is worth keeping.
+            steps.norm_arrived(math.nan, result.skipped)
         result.seconds = clock.elapsed
         return tick.signal
 
-    def _position(self, result: TrainResult, tick: Tick, frac: float | None, row: dict[str, Any]) -> Position:
+    def _pause(self, tick: Tick, clock: Clock, validate: Callable[[Tick], float] | None) -> Tick:
+        """Let `validate` score between two steps; return the tick with which the step then begins."""
+        if validate is None or not tick.step:
+            return tick
+        seconds = validate(tick)
+        clock.leave_out(seconds)
+        return replace(tick, elapsed=tick.elapsed + seconds)
+
+    def _position(self, result: TrainResult, tick: Tick, frac: float | None, steps: StepLog) -> Position:
         """Return where the loop is before step `tick`, the last one having begun at `frac`."""
         return Position(
             steps=result.steps,
@@ -359,7 +196,7 @@ class Trainer:
             elapsed=tick.elapsed,
             frac=frac,
             skipped=result.skipped,
-            row=row,
+            row=steps.row,
         )
 
     def _decay(self, tick: Tick, before: float | None) -> float | None:
@@ -369,51 +206,18 @@ class Trainer:
         return ema_decay(tick.frac - before, self._config.optim)
 
     def _accumulate(self, *, loop: bool) -> Tensor:
-        """Run this rank's forward/backward passes of one step; return their mean loss (on the device)."""
+        """Run this rank's forward and backward passes of one step; return their mean loss (on the device)."""
         total = torch.zeros((), device=self._dist.device)
         for _ in range(self._passes):
             batch = self._loader.next()
             losses = self._model(
                 batch.inputs, batch.targets, batch.cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop
             )
+            # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
             loss = losses.mean() / self._passes
             loss.backward()
             total += loss.detach()
         return total
-
-    def _report(self, tick: Tick, loop: bool, after: Tick, result: TrainResult, rows: _Rows) -> None:
-        """Log step `tick`, whose loss and end time are known now that the clock shows `after`."""
-        loss, seconds, config = after.last_loss, after.elapsed - tick.elapsed, self._config
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
-        mode = "loop_on" if loop else "loop_off"
-        if tick.step and tick.step != result.loop_step:
-            result.step_ms[mode].append(1000 * seconds)
-        result.losses.append(loss)
-        result.last_loss = loss
-        rate = config.data.batch_tokens / seconds
-        lr = lr_multiplier(tick.frac, config.optim)
-        rows.start(
-            step=tick.step,
-            loss=loss,
-            elapsed=after.elapsed,
-            ms=1000 * seconds,
-            frac=tick.frac,
-            lr=lr,
-            momentum=muon_momentum(tick.frac, config.optim.muon),
-            loop=loop,
-            tokens=(tick.step + 1) * config.data.batch_tokens,
-        )
-        left = after.left
-        to_go = (
-            f"{left:6.1f} s left"
-            if math.isfinite(left)
-            else f"{config.train.steps - tick.step - 1} steps left"
-        )
-        rows.log.line(
-            f"step {tick.step:5d}  loss {loss:7.4f}  {1000 * seconds:8.1f} ms  {rate / 1e3:8.1f} ktok/s  "
-            f"lr x{lr:.3f}  {'loop  ' if loop else ''}{to_go}"
-        )
 
     def _synchronize(self) -> None:
         if self._dist.device.type == "cuda":

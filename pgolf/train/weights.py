@@ -1,12 +1,16 @@
-"""What a run puts on disk: weights as safetensors, facts as JSON; written atomically, nothing executed."""
+"""The weights of a run on disk: safetensors, with the configuration and facts of the run as JSON metadata.
+
+They are written atomically, and reading them executes nothing.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,19 +20,20 @@ from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.errors import UserError
-from pgolf.files import atomic_file
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
-"""What a run folder calls its artifact and its checkpoints."""
+"""Names of the artifact and of the raw and averaged weights in a run's folder."""
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], config: Config, **facts: Any) -> None:
-    """Write `tensors` with the resolved configuration and `facts` as metadata; the old file survives.
+    """Write `tensors` with the resolved configuration and `facts` as metadata.
 
     Raises:
-        OSError: the file could not be written (disk full, no permission); names the file.
+        OSError: the file could not be written (disk full, no permission); names the file. An older file of
+            that name stays as it was.
     """
+    # A safetensors file has strings only in its metadata, so every value is JSON.
     metadata = {"config": json.dumps(to_dict(config)), **{k: json.dumps(v) for k, v in facts.items()}}
     try:
         write_tensors(path, tensors, metadata)
@@ -43,26 +48,59 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], Config, dict[str, Any]]
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a safetensors file of ours.
+        UserError: not a safetensors file of ours.
     """
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-        tensors: dict[str, Tensor] = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    return tensors, *_parse(path, metadata)
+    with _opened(path) as (file, config, facts):
+        return {name: file.get_tensor(name) for name in file.keys()}, config, facts  # noqa: SIM118
 
 
 def load_config(path: Path) -> Config:
     """Return the configuration alone; reads no tensor and raises as `load_weights` does."""
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-    return _parse(path, metadata)[0]
+    with _opened(path) as (_, config, _facts):
+        return config
 
 
 def load_facts(path: Path) -> dict[str, Any]:
     """Return the facts alone; reads no tensor and raises as `load_weights` does."""
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-    return _parse(path, metadata)[1]
+    with _opened(path) as (_, _config, facts):
+        return facts
+
+
+class Weights(NamedTuple):
+    """What training leaves, by name; the raw weights twice where averaging is off."""
+
+    raw: dict[str, Tensor]
+    best: dict[str, Tensor]
+    """The averaged weights, which are quantized."""
+
+
+def save_pair(folder: Path, weights: Weights, config: Config, **facts: Any) -> None:
+    """Write raw and averaged weights into a run's folder; raises as `save_weights` does."""
+    # Each file is whole or not there, but a process may end between the two: the number says that both are
+    # of the same moment.
+    pair = secrets.token_hex(8)
+    save_weights(folder / RAW, weights.raw, config, **facts, pair=pair)
+    save_weights(folder / AVERAGED, weights.best, config, **facts, pair=pair)
+
+
+def load_pair(folder: Path, names: Iterable[str], device: torch.device) -> Weights:
+    """Return the raw and averaged weights of a run's folder on `device`; raises as `load_weights` does.
+
+    In the order of `names`, which is the model's and so the artifact's; a safetensors file has its own.
+    """
+    names = list(names)
+    files = (load_weights(folder / name)[0] for name in (RAW, AVERAGED))
+    return Weights(*({name: file[name].to(device) for name in names} for file in files))
+
+
+def pair_steps(folder: Path) -> int:
+    """Return after how many steps the weights in a run's folder were written; 0 if they are no pair."""
+    try:
+        raw, averaged = (load_facts(folder / name) for name in (RAW, AVERAGED))
+    except (OSError, ValueError):
+        return 0
+    pair = raw.get("pair")
+    return int(raw.get("steps", 0)) if pair is not None and pair == averaged.get("pair") else 0
 
 
 def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> None:
@@ -73,6 +111,7 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
         ValueError: not a checkpoint of ours, or of another model or tokenizer.
     """
     tensors, saved, facts = load_weights(path)
+    # The settings before the tensors: a setting that differs (a soft cap, say) need not change any shape.
     ours, theirs = to_dict(config.model), to_dict(saved.model)
     different = [f"model.{k} is {theirs[k]} there and {ours[k]} here" for k in ours if ours[k] != theirs[k]]
     if different:
@@ -93,6 +132,7 @@ def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) ->
     Raises:
         ValueError: it was not.
     """
+    # Files from before the hash was kept cannot be checked, and pass.
     if facts.get("tokenizer_sha256", tokenizer_sha256) != tokenizer_sha256:
         raise UserError(
             f"{path} was trained with another tokenizer than the data folder holds; "
@@ -101,12 +141,13 @@ def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) ->
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path) -> Iterator[tuple[Any, Config, dict[str, Any]]]:
+    """Yield an open file of weights with the configuration and the facts in its metadata."""
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; a run writes raw.safetensors and ema.safetensors")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            yield file, *_parse(path, dict(file.metadata() or {}))
     except SafetensorError as e:
         raise UserError(f"{path} is not a readable safetensors file: {e}") from e
 
@@ -118,6 +159,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> tuple[Config, dict[str, Any]
         facts = {k: json.loads(v) for k, v in metadata.items()}
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: its metadata is not JSON as `pgolf train` writes it: {e}") from e
+    # Settings that the file lacks get the values that its writer used, and the note names them.
     saved = facts.pop("config")
     config = from_dict(Config, saved, where=f"{path}: config")
     note = missing_note(saved, to_dict(config), f"{path}: config")
@@ -147,11 +189,6 @@ def copy_parameters(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
     ]
     if shapes:
         raise UserError(f"the weights do not fit the model: {', '.join(shapes)}")
+    # In place, because the optimizer, the average and compiled code hold on to these very tensors.
     for name, p in own.items():
         p.copy_(tensors[name])
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write `data` as indented JSON, atomically."""
-    with atomic_file(path) as file:
-        file.write(json.dumps(data, indent=2).encode() + b"\n")

@@ -13,6 +13,7 @@ from pgolf.config import DataConfig
 from pgolf.data.loader import Batch, TrainLoader
 from pgolf.data.shards import shard_tokens, write_shard
 from pgolf.data.stream import DocumentStream, cut_segments
+from tests.conftest import requires_gpu
 
 BOS = 1
 CPU = torch.device("cpu")
@@ -248,8 +249,7 @@ def test_close_ends_the_thread_and_next_then_fails(folder: Path) -> None:
         loader.next()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_cuda_batches_equal_cpu_batches(folder: Path, device: str) -> None:
     with make(folder) as cpu, make(folder, device=torch.device(device)) as cuda:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pgolf.dist import Dist
 from pgolf.ops.adam_step import STEPS
+from tests.conftest import requires_two_gpus
 
 PROGRAM = Path(rank_program.__file__)
 
@@ -27,11 +28,10 @@ def alone():
     )
 
 
-NCCL = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")]
-
-
 @pytest.fixture(
-    scope="module", params=[("cpu", 2), ("cpu", 4), pytest.param(("cuda", 2), marks=NCCL)], ids=str
+    scope="module",
+    params=[("cpu", 2), ("cpu", 4), pytest.param(("cuda", 2), marks=requires_two_gpus)],
+    ids=str,
 )
 def ranks(request, alone, tmp_path_factory):
     """What each rank saw: a list of (json, tensors)."""

@@ -17,6 +17,7 @@ from torch import nn
 
 import pgolf.optim
 from pgolf.optim.ranks import fingerprint
+from tests.conftest import requires_gpu, requires_two_gpus
 
 WORLD, STEPS, ODD = 3, 3, 1  # in the last step rank ODD is another
 
@@ -152,8 +153,7 @@ def test_a_group_of_some_ranks_names_them_by_their_global_number(ranks):
     assert ranks[0]["pair"] == [STEPS, ""]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fingerprints_on_cuda_see_one_element_and_are_the_same_each_time(dtype):
     tensors = [torch.randn(n, 257, device="cuda").to(dtype) for n in (1, 300, 4000)]
@@ -164,8 +164,7 @@ def test_fingerprints_on_cuda_see_one_element_and_are_the_same_each_time(dtype):
     assert (fingerprint(changed) != first).any(0).tolist() == [False, False, True]
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@requires_two_gpus
 def test_ranks_over_nccl_raise_within_the_step(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgolf.ablate.plan import read_plan
+from pgolf.ablate.results import gather
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.data.text import sample_paths
 from pgolf.report.plots import read_metrics
-from pgolf.train.ablate import gather
-from pgolf.train.plan import read_plan
 from pgolf.train.weights import load_weights, save_weights
+from tests.ablate.ablate_helpers import small_overrides
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
-from tests.train.test_ablate import small_overrides
 
 STILL = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
 """Rates with which training moves nothing."""
@@ -42,7 +42,7 @@ def test_weights_and_average_start_from_the_checkpoint(run, shards, tmp_path, na
     still = train(tmp_path, shards, f"--train.init={start}", "--train.no-quantize", "--steps=2", *STILL)
     assert same(start, still / "raw.safetensors") and same(start, still / "ema.safetensors")
     assert f"starts from the weights of {start}" in (still / "log.txt").read_text()
-    assert summary(still)["scores"]["raw"]["bpb"] == pytest.approx(summary(run)["scores"][name]["bpb"])
+    assert summary(still).scores["raw"].bpb == pytest.approx(summary(run).scores[name].bpb)
 
 
 def test_training_goes_on_from_the_checkpoint_and_warm_up_leaves_no_trace(run, shards, tmp_path):

@@ -19,6 +19,7 @@ from pgolf.artifact.export import describe
 from pgolf.cli.main import main
 from pgolf.files import atomic_file
 from pgolf.train import run as run_module
+from pgolf.train import weights as weights_module
 from pgolf.train.guard import held
 from pgolf.train.progress import PROGRESS
 from pgolf.train.signals import Stopped
@@ -80,7 +81,7 @@ def assert_same(folder: Path, whole: Path) -> None:
         for row in rows:
             del row["ms"], row["elapsed"]
     assert metrics[0] == metrics[1]
-    scores = [{k: s["nats"] for k, s in summary(f)["scores"].items()} for f in (whole, folder)]
+    scores = [{k: s.nats for k, s in summary(f).scores.items()} for f in (whole, folder)]
     assert scores[0] == scores[1]
 
 
@@ -99,11 +100,11 @@ def test_a_run_killed_twice_equals_the_one_that_was_not_bit_for_bit(shards, whol
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert_same(folder, whole)
-    sessions = summary(folder)["sessions"]
-    assert [s["end"] for s in sessions] == ["killed", "killed", "finished"]
-    assert sessions[1]["from_step"] > 0, "it went on from a checkpoint"
-    assert sessions[1]["clock_from"] == sessions[0]["clock_to"] > 0, "lost work is on the clock"
-    assert sessions[2]["clock_from"] == sessions[1]["clock_to"] >= sessions[1]["clock_from"]
+    sessions = summary(folder).sessions
+    assert [s.end for s in sessions] == ["killed", "killed", "finished"]
+    assert sessions[1].from_step > 0, "it went on from a checkpoint"
+    assert sessions[1].clock_from == sessions[0].clock_to > 0, "lost work is on the clock"
+    assert sessions[2].clock_from == sessions[1].clock_to >= sessions[1].clock_from
     assert not (folder / PROGRESS).exists() and not (folder / "checkpoints").exists()
     assert re.search(r"^3 processes; \d+\.\d s of lost work", (folder / "log.txt").read_text(), re.MULTILINE)
 
@@ -125,9 +126,9 @@ def test_a_signal_saves_the_last_step_and_the_run_goes_on(shards, whole, tmp_pat
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert_same(folder, whole)
-    one, two = summary(folder)["sessions"]
-    assert one["end"] == number.name and two["from_step"] == one["to_step"]
-    assert two["lost_seconds"] < 1.0
+    one, two = summary(folder).sessions
+    assert one.end == number.name and two.from_step == one.to_step
+    assert two.lost_seconds < 1.0
 
 
 @pytest.fixture
@@ -149,8 +150,8 @@ def test_a_run_goes_on_with_two_ranks_and_back_with_one(stopped, whole):
         torch.testing.assert_close(
             together[name], alone[name], atol=2e-3, rtol=2e-2, msg=lambda m, n=name: f"{n}: {m}"
         )
-    assert [s["world_size"] for s in summary(stopped)["sessions"]] == [1, 2]
-    assert summary(stopped)["train"]["tokens"] == summary(whole)["train"]["tokens"]
+    assert [s.world_size for s in summary(stopped).sessions] == [1, 2]
+    assert summary(stopped).train.tokens == summary(whole).train.tokens
 
 
 def test_two_ranks_that_are_killed_go_on_bit_for_bit_and_also_as_one(shards, tmp_path):
@@ -217,10 +218,10 @@ def test_a_stopped_rank_is_noticed_in_the_stated_time(shards, tmp_path, victim):
 def test_a_stopped_run_can_be_finished_without_training_more(stopped):
     assert main(["train", "--finish", str(stopped)]) == 0
     s = summary(stopped)
-    assert 6 <= s["train"]["steps"] < STEPS
-    assert list(s["scores"]) == ["raw", "ema", "quantized"] and s["bytes"]["total"] > 0
-    assert [x["end"] for x in s["sessions"]] == ["SIGTERM", "finished"]
-    assert s["sessions"][1]["from_step"] == s["sessions"][1]["to_step"] == s["train"]["steps"]
+    assert 6 <= s.train.steps < STEPS
+    assert list(s.scores) == ["raw", "ema", "quantized"] and s.ledger.total > 0
+    assert [x.end for x in s.sessions] == ["SIGTERM", "finished"]
+    assert s.sessions[1].from_step == s.sessions[1].to_step == s.train.steps
 
 
 def test_a_signal_while_scoring_leaves_what_another_process_finishes(shards, whole, tmp_path, monkeypatch):
@@ -236,9 +237,9 @@ def test_a_signal_while_scoring_leaves_what_another_process_finishes(shards, who
     clock = json.loads((folder / PROGRESS).read_text())["clock"]
     assert main(["train", "--resume", str(folder)]) == 0
     s = summary(folder)
-    assert s["seconds"]["clock"] == clock, "scoring is not on the clock"
-    assert s["bytes"]["model"] == (folder / "model.pgolf").stat().st_size
-    assert s["train"]["steps"] == STEPS and [x["end"] for x in s["sessions"]] == ["SIGINT", "finished"]
+    assert s.clock == clock, "scoring is not on the clock"
+    assert s.ledger.model_bytes == (folder / "model.pgolf").stat().st_size
+    assert s.train.steps == STEPS and [x.end for x in s.sessions] == ["SIGINT", "finished"]
 
 
 def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, monkeypatch):
@@ -251,7 +252,7 @@ def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, mon
     (folder,) = tmp_path.iterdir()
     assert "stopped by SIGTERM during calibrate" in (folder / "log.txt").read_text()
     assert main(["train", "--resume", str(folder)]) == 0
-    assert summary(folder)["train"]["steps"] == STEPS
+    assert summary(folder).train.steps == STEPS
     ours, theirs = (describe(f / "model.pgolf")["sections"] for f in (folder, whole))
     assert [s["sha256"] for s in ours] == [s["sha256"] for s in theirs]
 
@@ -286,7 +287,7 @@ def test_a_clock_that_was_overrun_is_told_and_has_its_own_exit_status(shards, tm
     assert main([*words, "--steps=1000000", "--seconds=1", "--train.quantize-reserve=0"]) == 3
     (folder,) = tmp_path.iterdir()
     s = summary(folder)
-    assert s["overrun"] == pytest.approx(s["seconds"]["clock"] - 1.0)
+    assert s.overrun == pytest.approx(s.clock - 1.0)
     assert "THE CLOCK WAS OVERRUN" in (folder / "log.txt").read_text()
 
 
@@ -294,7 +295,7 @@ def test_the_weights_that_are_scored_can_be_chosen_and_training_can_be_validated
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL]
     assert main([*words, "--evaluate.no-raw", "--evaluate.no-ema", "--evaluate.every=2"]) == 0
     (folder,) = tmp_path.iterdir()
-    assert list(summary(folder)["scores"]) == ["quantized"]
+    assert list(summary(folder).scores) == ["quantized"]
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curve = [(row["step"], row["val_bpb"]) for row in rows if "val_bpb" in row]
     assert [step for step, _ in curve] == [1, 3] and curve[1][1] < curve[0][1]
@@ -303,7 +304,7 @@ def test_the_weights_that_are_scored_can_be_chosen_and_training_can_be_validated
 
 def saves(count: int, number: int, monkeypatch) -> None:
     """Let the `count`-th write of weights be cut short by a signal, as a killed process would be."""
-    original, calls = run_module.save_weights, []
+    original, calls = weights_module.save_weights, []
 
     def save(*arguments: object, **facts: object) -> None:
         calls.append(arguments)
@@ -311,7 +312,7 @@ def saves(count: int, number: int, monkeypatch) -> None:
             raise Stopped(number)
         original(*arguments, **facts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(run_module, "save_weights", save)
+    monkeypatch.setattr(weights_module, "save_weights", save)
 
 
 def test_weights_of_two_moments_are_no_pair(whole, tmp_path, monkeypatch):
@@ -324,9 +325,9 @@ def test_weights_of_two_moments_are_no_pair(whole, tmp_path, monkeypatch):
     shutil.copy(whole / "ema.safetensors", folder)  # whole, but of another moment
     assert main(["train", "--finish", str(folder)]) == 0
     s = summary(folder)
-    assert 0 < s["train"]["steps"] <= STEPS
+    assert 0 < s.train.steps <= STEPS
     raw, averaged = (load_weights(folder / f"{name}.safetensors")[2] for name in ("raw", "ema"))
-    assert raw["pair"] == averaged["pair"] and raw["steps"] == averaged["steps"] == s["train"]["steps"]
+    assert raw["pair"] == averaged["pair"] and raw["steps"] == averaged["steps"] == s.train.steps
 
 
 def test_an_overrun_is_remembered_by_the_process_that_scores(shards, tmp_path, monkeypatch):
@@ -337,8 +338,8 @@ def test_an_overrun_is_remembered_by_the_process_that_scores(shards, tmp_path, m
     (folder,) = tmp_path.iterdir()
     assert main(["train", "--resume", str(folder), "--data.micro-tokens=1024"]) == 3
     s = summary(folder)
-    assert s["overrun"] > 0 and "THE CLOCK WAS OVERRUN" in (folder / "log.txt").read_text()
-    assert s["config_hash"] == describe(folder / "model.pgolf")["config_hash"], "still the artifact's run"
+    assert s.overrun > 0 and "THE CLOCK WAS OVERRUN" in (folder / "log.txt").read_text()
+    assert s.config_hash == describe(folder / "model.pgolf")["config_hash"], "still the artifact's run"
 
 
 def test_checkpoints_of_another_run_are_not_taken(stopped, shards, tmp_path):
@@ -353,7 +354,7 @@ def test_checkpoints_of_another_run_are_not_taken(stopped, shards, tmp_path):
     assert main(["train", "--resume", str(stopped)]) == 0
     text = (stopped / "log.txt").read_text()
     assert "is a checkpoint of another run" in text and "there is no checkpoint yet" in text
-    assert summary(stopped)["train"]["steps"] == STEPS
+    assert summary(stopped).train.steps == STEPS
 
 
 def test_initial_weights_are_not_needed_again(whole, shards, tmp_path):
@@ -382,4 +383,4 @@ def test_a_validation_is_no_part_of_a_steps_time_and_survives_a_stop(shards, tmp
     pauses = [row["val_s"] for row in rows if "val_bpb" in row]
     steps = sum(row["ms"] for row in rows if "loss" in row) / 1000
     assert len(pauses) == 2
-    assert steps < summary(folder)["seconds"]["train"] - 0.7, "the pauses are on the clock, in no step"
+    assert steps < summary(folder).phases["train"].seconds - 0.7, "the pauses are on the clock, in no step"

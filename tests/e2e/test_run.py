@@ -18,16 +18,15 @@ from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
 from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.text import sample_paths
+from pgolf.report.summary import PHASES, Summary
 from pgolf.train import run as run_module
+from pgolf.train import weights as weights_module
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 
-INSIDE = ("train", "save", "calibrate", "quantize")
-"""Phases inside the clock."""
 
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
+def summary(folder: Path) -> Summary:
+    return Summary.load(folder / "summary.json")
 
 
 def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
@@ -66,26 +65,26 @@ def test_run_writes_everything_and_learns(run, shards):
     assert len({r["grad_norm"] for r in rows}) == 6, "each step has its own norm"
     assert [r["loop"] for r in rows] == [False, False, False, True, True, True]  # on from frac 0.35
     s = summary(run)
-    assert s["train"]["steps"] == 6 and s["train"]["loop_step"] == 3
-    assert 0 < s["train"]["ms_optimizer"] < s["train"]["ms_loop_off"]
-    assert len((run / "code.br").read_bytes()) == s["bytes"]["code"]
-    assert {"python", "torch"} <= s["versions"].keys() and s["started"].endswith("Z")
-    assert s["scores"]["quantized"]["bytes"] == s["scores"]["raw"]["bytes"]
-    assert s["bytes"]["total"] == s["bytes"]["model"] + s["bytes"]["code"]
-    assert s["bytes"]["model"] == (run / "model.pgolf").stat().st_size
+    assert s.train.steps == 6 and s.train.loop_step == 3
+    assert 0 < s.train.ms_optimizer < s.train.ms_loop_off
+    assert len((run / "code.br").read_bytes()) == s.ledger.code
+    assert {"python", "torch"} <= s.versions.keys() and s.started.endswith("Z")
+    assert s.scores["quantized"].bytes == s.scores["raw"].bytes
+    assert s.ledger.model_bytes == (run / "model.pgolf").stat().st_size
+    assert json.loads((run / "summary.json").read_text()) == s.to_dict()
 
 
 def test_scores_cover_every_byte_of_the_validation_text(run, shards):
     manifest = json.loads((shards / "manifest.json").read_text())
-    scores = summary(run)["scores"]
-    assert {s["bytes"] for s in scores.values()} == {manifest["splits"]["val"]["bytes"]}
+    scores = summary(run).scores
+    assert {s.bytes for s in scores.values()} == {manifest["splits"]["val"]["bytes"]}
 
 
 def test_artifact_scores_the_same_when_evaluated_alone(run, shards, capsys):
     artifact = str(run / "model.pgolf")
     assert main(["evaluate", artifact, "--data", str(shards), "--tokens", "640", "--device", "cpu"]) == 0
     shown = float(capsys.readouterr().out.split()[0])
-    assert abs(shown - summary(run)["scores"]["quantized"]["bpb"]) < 1e-4
+    assert abs(shown - summary(run).scores["quantized"].bpb) < 1e-4
 
 
 def test_quantizing_the_checkpoint_again_reproduces_the_artifact(run, shards, tmp_path, capsys):
@@ -94,7 +93,7 @@ def test_quantizing_the_checkpoint_again_reproduces_the_artifact(run, shards, tm
     again, first = read_artifact(out), read_artifact(run / "model.pgolf")
     assert again.state.keys() == first.state.keys()
     shown = re.search(r"; ([\d.]+) bpb", capsys.readouterr().out)
-    assert shown and abs(float(shown[1]) - summary(run)["scores"]["quantized"]["bpb"]) < 0.02
+    assert shown and abs(float(shown[1]) - summary(run).scores["quantized"].bpb) < 0.02
 
 
 def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shards, tmp_path, capsys):
@@ -155,7 +154,7 @@ def test_any_world_size_trains_the_same_model(run, shards, tmp_path, world):
         torch.testing.assert_close(
             together[name], alone[name], atol=2e-3, rtol=2e-2, msg=lambda m, n=name: f"{n}: {m}"
         )
-    ours, theirs = (summary(f)["scores"]["raw"]["bpb"] for f in (folder, run))
+    ours, theirs = (summary(f).scores["raw"].bpb for f in (folder, run))
     assert abs(ours - theirs) < 1e-3
 
 
@@ -276,8 +275,8 @@ def test_the_baseline_preset_runs_without_average_loop_or_gates(shards, tmp_path
     assert main(["train", "naive", "--data", str(shards), "--out", str(tmp_path), *words]) == 0
     (folder,) = tmp_path.iterdir()
     s = summary(folder)
-    assert s["scores"].keys() == {"raw", "quantized"} and s["train"]["loop_step"] is None
-    assert abs(s["scores"]["quantized"]["bpb"] - s["scores"]["raw"]["bpb"]) < 0.02  # 8 bits lose little
+    assert s.scores.keys() == {"raw", "quantized"} and s.train.loop_step is None
+    assert abs(s.scores["quantized"].bpb - s.scores["raw"].bpb) < 0.02  # 8 bits lose little
 
 
 def test_every_way_to_score_counts_the_same_text(run, shards, tmp_path, capsys):
@@ -304,6 +303,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
         time.sleep(0.5)
         save_weights(*arguments, **facts)
 
+    monkeypatch.setattr(weights_module, "save_weights", slowly)
     monkeypatch.setattr(run_module, "save_weights", slowly)
     words = [
         "train",
@@ -319,13 +319,13 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert main(words) == 0
     (folder,) = tmp_path.iterdir()
     assert not (folder / "rehearsal.safetensors").exists()
-    seconds = summary(folder)["seconds"]
-    assert seconds["save"] >= 1.0 and seconds["reserve"] >= 1.15 * 1.0
-    inside = sum(seconds[phase] for phase in INSIDE)
-    assert inside == pytest.approx(seconds["clock"], abs=0.3)
-    assert {"set_up", "warm_up", "rehearse", "write", "read", "score_quantized", "plot"} <= seconds.keys()
-    parts = sum(v for k, v in seconds.items() if k not in ("reserve", "total", *INSIDE))
-    assert parts == pytest.approx(seconds["total"], abs=0.5) and parts <= seconds["total"]
+    s = summary(folder)
+    assert s.phases["save"].seconds >= 1.0 and s.reserve >= 1.15 * 1.0
+    assert s.spent("inside") == pytest.approx(s.clock, abs=0.3)
+    scores = {f"score_{name}" for name in ("raw", "ema", "quantized")}
+    assert s.phases.keys() - {"start"} == PHASES.keys() - {"start", "score_sliding", "score_ttt"} >= scores
+    parts = s.spent("before") + s.clock + s.spent("after")
+    assert parts == pytest.approx(s.total, abs=0.5) and parts <= s.total
 
 
 def test_a_run_without_an_artifact_ends_with_its_weights(shards, tmp_path):
@@ -335,8 +335,8 @@ def test_a_run_without_an_artifact_ends_with_its_weights(shards, tmp_path):
     names = {p.name for p in folder.iterdir()}
     assert {"raw.safetensors", "ema.safetensors", "summary.json"} <= names and "model.pgolf" not in names
     s = summary(folder)
-    assert list(s["scores"]) == ["raw", "ema"] and s["bytes"] is None and s["seconds"]["reserve"] == 0.0
-    assert not {"calibrate", "quantize", "rehearse"} & s["seconds"].keys()
+    assert list(s.scores) == ["raw", "ema"] and s.ledger is None and s.reserve == 0.0
+    assert not {"calibrate", "quantize", "rehearse"} & s.phases.keys()
 
 
 def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypatch, capsys):
@@ -349,7 +349,7 @@ def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypat
     assert "out of memory" in capsys.readouterr().err
     (folder,) = tmp_path.iterdir()
     s = summary(folder)
-    assert list(s["scores"]) == ["raw", "ema", "quantized"] and s["bytes"]["total"] > 0
+    assert list(s.scores) == ["raw", "ema", "quantized"] and s.ledger.total > 0
 
 
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
@@ -359,8 +359,8 @@ def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=3", *asked]
     assert main(words) == 0
     (folder,) = tmp_path.iterdir()
-    scores = summary(folder)["scores"]
+    scores = summary(folder).scores
     assert list(scores) == ["raw", "ema", "quantized", "sliding", "ttt"]
-    assert {s["bytes"] for s in scores.values()} == {scores["raw"]["bytes"]}
+    assert {s.bytes for s in scores.values()} == {scores["raw"].bytes}
     # A stride of the whole context is the plain pass.
-    assert abs(scores["sliding"]["bpb"] - scores["quantized"]["bpb"]) < 1e-6
+    assert abs(scores["sliding"].bpb - scores["quantized"].bpb) < 1e-6

@@ -11,6 +11,7 @@ from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, score_ad
 from pgolf.model.gpt import layer_order
 from pgolf.model.lora import adapter_shapes, bind, initial_adapters
 from pgolf.presets import pr1855
+from tests.conftest import requires_gpu
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
@@ -227,8 +228,7 @@ def test_bad_settings_are_refused(change, message):
         TttConfig(**change)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_cuda_scores_as_the_cpu_does():
     """bfloat16 there, float32 here: single losses differ by its rounding, their mean hardly."""
     shape = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)

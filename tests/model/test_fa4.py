@@ -10,6 +10,7 @@ from pgolf.artifact.code import reader_code
 from pgolf.model import attention, gpt
 from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
 from pgolf.presets import tiny
+from tests.conftest import requires_hopper
 
 VARLEN = "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False"
 # The private functions by what the wheels of the versions have, computed by torch here.
@@ -188,14 +189,11 @@ def test_a_kernel_that_fails_or_is_wrong_in_its_trial_is_not_used(monkeypatch):
     assert attention._trial(forgets, cpu, 4, 2, 16).startswith("not usable: a trial raised RuntimeError")
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_hopper
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 4, 64), (4, 4, 64), (8, 2, 128)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_installed_flash_attn_4_equals_torchs_varlen(heads, kv_heads, dim, compiled):
     device = torch.device("cuda")
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper GPU")
     sys.modules.pop("pgolf.model.fa4", None)
     peer = find_fa4()
     if peer.problem == "not installed":

@@ -10,6 +10,7 @@ from pgolf.model.attention import sdpa_attention, select_attention
 from pgolf.model.gates import exclude_self, head_gate, rms_norm, skip_mix, smear
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables, rotate
+from tests.conftest import requires_gpu
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -108,8 +109,7 @@ def test_attention_that_cannot_run_here_is_refused():
         select_attention("fa4", cpu)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_cuda_attention_matches_sdpa_forward_and_backward():
     device = torch.device("cuda")
     cu = torch.tensor([0, 1, 130, 700, 1000, 1000], dtype=torch.int32, device=device)

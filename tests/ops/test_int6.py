@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pgolf.ops import pack_int6, pack_int6_ref, unpack_int6, unpack_int6_ref
+from tests.conftest import requires_gpu
 
 # 4096 codes are one tile of the CUDA kernel; 4100 is a tile and one group; 7 and 5001 end in half a group.
 SHAPES = [(1,), (4,), (7,), (3, 7), (2, 3, 8), (4096,), (3, 4100), (2, 5001), (0,), (0, 5), (3, 0)]
@@ -102,8 +103,7 @@ def test_cpu_code_out_of_range_is_named(bad: int) -> None:
         pack_int6(codes)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("n", [4, 5])
 def test_cuda_code_out_of_range_wraps(n: int) -> None:
     codes = torch.full((n,), 33, dtype=torch.int8, device="cuda")

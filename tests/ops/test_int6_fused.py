@@ -17,6 +17,7 @@ from pgolf.ops import (
 )
 from pgolf.ops.int6 import _packed_bytes
 from pgolf.quant.grid import dequantize, max_code, quantize, sdclip_scales
+from tests.conftest import requires_gpu
 
 ALL_BITS = (4, 5, 6, 7, 8)
 # 512 to 4096 are the CUDA tiles' rows, with rows that do not fill a tile; 520 and 8 take the tiles of the
@@ -78,8 +79,7 @@ def test_kernels_equal_the_references_to_the_bit(shape: tuple[int, ...], bits: i
     assert torch.equal(back, dequantize(quantize(w, scales, bits=bits), scales).bfloat16())
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("bits", ALL_BITS)
 @pytest.mark.parametrize("n", [512, 2048, 771])
 def test_both_devices_give_the_same_bytes(bits: int, n: int) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
+from tests.conftest import requires_gpu
 
 CAP = 30.0
 # (rows, vocab, width). Odd everywhere; one row; one past the 128-row and 256-column tiles, with rows of the
@@ -358,8 +359,7 @@ def test_backward_allocates_nothing_of_the_size_of_the_logits(memory: str) -> No
     assert max(e.self_cpu_memory_usage for e in prof.events()) < 16 << 20
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 def test_record_shape_is_at_most_twice_eager(weight_dtype: torch.dtype, memory: str) -> None:
@@ -370,8 +370,7 @@ def test_record_shape_is_at_most_twice_eager(weight_dtype: torch.dtype, memory: 
         )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_low_memory_stays_within_its_chunk_on_cuda() -> None:
     hidden, weight, target = make_inputs(32768, 8192, 128, torch.bfloat16, torch.device("cuda"))
     x, w = hidden.requires_grad_(), weight.requires_grad_()
@@ -381,8 +380,7 @@ def test_low_memory_stays_within_its_chunk_on_cuda() -> None:
     assert torch.cuda.max_memory_allocated() - before < 400 << 20  # all logits are 512 MiB
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_a_thread_may_begin_with_it() -> None:
     # Such a thread has no CUDA context yet; autograd's is one when the loss is all of a backward pass.
     inputs = make_inputs(257, 8192, 128, torch.bfloat16, torch.device("cuda"))
@@ -392,8 +390,7 @@ def test_a_thread_may_begin_with_it() -> None:
         assert torch.equal(pool.submit(linear_softcap_ce, *inputs, CAP).result(), expected)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize(("memory", "reduction"), list(itertools.product(MODES, ["mean", "none"])))
 def test_cuda_graph_replays_forward_and_backward(memory: str, reduction: str) -> None:
     hidden, weight, target = make_inputs(257, 8192, 128, torch.bfloat16, torch.device("cuda"))
@@ -417,8 +414,7 @@ def test_cuda_graph_replays_forward_and_backward(memory: str, reduction: str) ->
         assert torch.equal(got, want)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("bad", [520, -1, 2**40])
 @pytest.mark.parametrize("memory", MODES)
 def test_cuda_target_out_of_range_makes_its_row_nan(memory: str, bad: int, monkeypatch) -> None:

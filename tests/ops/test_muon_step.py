@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_apply_ref, muon_step, muon_step_ref
 from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, LR, MOMENTUM, WEIGHT_DECAY
+from tests.conftest import requires_gpu, requires_hopper
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 LR_SCALE = 2.0
@@ -16,7 +17,6 @@ LR_SCALE = 2.0
 # registers (2048); an empty bank; wide, square and tall.
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 7, 8), (1, 9, 256), (2, 3, 257), (1, 2, 2056), (0, 4, 4), (2, 33, 12)]
 STATE = [torch.float32, torch.bfloat16]
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def make_scalars(device: torch.device, **changes: float) -> Tensor:
@@ -81,15 +81,10 @@ def test_step_equals_the_reference(nesterov, lerp, row_normalize, device) -> Non
     assert_banks_close(banks, expected, 2e-6, 2e-5 if device.type == "cpu" else 6e-2)
 
 
-HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a Hopper GPU")]
-
-
 @pytest.mark.parametrize("row_normalize", [True, False])
-@pytest.mark.parametrize("update", [pytest.param(dtype, marks=HOPPER) for dtype in STATE])
+@pytest.mark.parametrize("update", [pytest.param(dtype, marks=requires_hopper) for dtype in STATE])
 def test_hopper_iteration_of_all_banks_equals_the_reference(update, row_normalize) -> None:
     device = torch.device("cuda")
-    if torch.cuda.get_device_capability()[0] != 9:
-        pytest.skip("needs a Hopper GPU")
     # More banks than one launch takes; rows that a warp takes several at a time, one at a time, and in two
     # passes; matrices with fewer rows than that; many matrices.
     shapes = [
@@ -286,8 +281,8 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
     assert_banks_close(compiled, eager, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
-def test_captured_step_follows_the_scalars(anything) -> None:
+@requires_gpu
+def test_captured_step_follows_the_scalars() -> None:
     device = torch.device("cuda")
     rule = MuonRule([JORDAN] * 2, row_normalize=True)
     banks, hyper = make_banks(device), make_scalars(device)
@@ -304,8 +299,8 @@ def test_captured_step_follows_the_scalars(anything) -> None:
     assert_banks_close(banks, expected, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
-def test_step_does_not_wait_for_the_gpu(anything) -> None:
+@requires_gpu
+def test_step_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
     banks, hyper, rule = make_banks(device), make_scalars(device), MuonRule([JORDAN])
     muon_step(banks, hyper, rule)
@@ -370,8 +365,8 @@ def test_bad_banks_are_named_and_nothing_is_changed(banks, rule, error, message)
         assert torch.equal(bank.param, old.param) and torch.equal(bank.momentum, old.momentum)
 
 
-@pytest.mark.parametrize("anything", [pytest.param(None, marks=GPU)])
-def test_tensors_on_two_devices_are_refused(anything) -> None:
+@requires_gpu
+def test_tensors_on_two_devices_are_refused() -> None:
     banks = make_banks(torch.device("cpu"), shapes=[(2, 5, 7)])
     with pytest.raises(ValueError, match="must be on cuda:0 like the hyper, got cpu"):
         muon_step(banks, make_scalars(torch.device("cuda:0")), MuonRule([JORDAN]))

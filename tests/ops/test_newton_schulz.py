@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import newton_schulz, newton_schulz_ref
+from tests.conftest import requires_gpu
 
 # Muon's polynomial (Keller Jordan), and the first, second and last of a Polar Express table.
 JORDAN = [(3.4445, -4.7750, 2.0315)]
@@ -181,8 +182,7 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
     torch.testing.assert_close(torch.compile(update, fullgraph=True)(x), update(x))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_cuda_graph_replays() -> None:
     x = make_input((3, 128, 256), torch.bfloat16, torch.device("cuda"))
     newton_schulz(x, POLAR)

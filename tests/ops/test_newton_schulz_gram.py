@@ -11,10 +11,9 @@ from torch import Tensor
 
 from pgolf.ops import newton_schulz, newton_schulz_banks, newton_schulz_ref
 from pgolf.optim.polar import coefficients, scalar_map
+from tests.conftest import requires_hopper
 
 ROOT = Path(__file__).resolve().parents[2]
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-needs_hopper = pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 TABLE = coefficients("polar_express_golf", 5)
 
 
@@ -179,8 +178,7 @@ def check_repeats_in_a_graph(count: int, runs: int) -> None:
         assert i % 50 or torch.equal(out, first), f"run {i} differs"
 
 
-@pytest.mark.gpu
-@needs_hopper
+@requires_hopper
 @pytest.mark.parametrize("kind", ["gaussian", "i^-1", "i^-1.5", "rank"])
 def test_singular_values_follow_the_exact_map(kind: str) -> None:
     # Short chains, long ones, and steps one by one.
@@ -188,8 +186,7 @@ def test_singular_values_follow_the_exact_map(kind: str) -> None:
     run_check("; t.".join(f"check_spectrum({kind!r}, {shape})" for shape in shapes))
 
 
-@pytest.mark.gpu
-@needs_hopper
+@requires_hopper
 @pytest.mark.parametrize(
     "check",
     [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pgolf import env
 from pgolf.ops import softcap_ce, softcap_ce_ref
+from tests.conftest import requires_gpu
 
 CAP = 30.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -327,8 +328,7 @@ def test_second_derivative_says_that_it_is_missing(reduction: str, device) -> No
         grad.sum().backward()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_cuda_graph_replays_forward_and_backward(reduction: str) -> None:
     logits, target = make_inputs(17, 8192, torch.bfloat16, torch.device("cuda"))
@@ -353,8 +353,7 @@ def test_cuda_graph_replays_forward_and_backward(reduction: str) -> None:
     assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_debug_switch_names_the_bad_row_on_cuda(monkeypatch) -> None:
     # The package's attribute of that name is the function, so the module comes from sys.modules.
     monkeypatch.setattr(sys.modules["pgolf.ops.softcap_ce"], "CHECK_TARGETS", True)
@@ -363,8 +362,7 @@ def test_debug_switch_names_the_bad_row_on_cuda(monkeypatch) -> None:
         softcap_ce(torch.zeros(4, 5, device="cuda"), target, CAP)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("bad", [129, -1, 2**40])
 def test_cuda_target_out_of_range_makes_its_row_nan(bad: int) -> None:
     logits, target = make_inputs(3, 129, torch.float32, torch.device("cuda"))

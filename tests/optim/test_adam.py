@@ -6,9 +6,7 @@ import torch
 from pgolf.config import AdamConfig
 from pgolf.ops.muon_step import GRAD_SCALE, HYPER
 from pgolf.optim.adam import AdamW
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+from tests.conftest import DEVICES
 
 
 def parameters(device):

@@ -11,9 +11,7 @@ from pgolf.ops import newton_schulz_ref
 from pgolf.optim.bank_muon import BankMuon, lr_scale, row_normalize_
 from pgolf.optim.flat import ALIGN, flat_views
 from pgolf.optim.polar import coefficients
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+from tests.conftest import DEVICES
 
 # Wide, square, tall, a single matrix, more matrices than any world size here; no size is a multiple of
 # another.

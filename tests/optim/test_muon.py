@@ -13,6 +13,7 @@ import pgolf.optim
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.muon import owners
 from pgolf.optim.polar import JORDAN, coefficients, polar_express
+from tests.conftest import DEVICES
 
 LR, DECAY = 0.05, 0.1
 # Wide, tall, square, twice one shape, one row; no size is a multiple of another.
@@ -135,10 +136,6 @@ def test_stacks_convolutions_and_fused_projections_equal_the_reference(shapes, s
 
 def test_channels_last_convolutions_equal_the_reference():
     assert_steps_like_reference([(6, 3, 3, 2), (7, 2, 5, 3)], channels_last=True)
-
-
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pgolf.optim
+from tests.conftest import requires_gpu
 
 
 def parameters(shapes=((4, 3),), seed=0):
@@ -221,8 +222,7 @@ def test_the_step_of_adamw_groups_is_kept_where_torch_keeps_it(default, fused):
     )
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 @pytest.mark.parametrize("options", [{}, {"fused": True}, {"capturable": True}], ids=str)
 def test_the_step_of_adamw_groups_on_cuda_is_kept_where_torch_keeps_it(options):
     found = []

@@ -13,9 +13,8 @@ from pgolf.optim.bank_muon import BankMuon
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.step import Optimizer
+from tests.conftest import DEVICES
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), adam=AdamConfig(embed_lr=0.04), grad_clip=0.3)
 
 

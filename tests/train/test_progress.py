@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from pgolf.report.summary import Summary, Training
 from pgolf.train.progress import (
     CLOCK,
     PROGRESS,
@@ -29,6 +30,18 @@ def test_the_clock_on_disk_is_the_last_beat_or_nothing(tmp_path):
         assert read_clock(tmp_path) == 0.0
 
 
+def make_summary(*, steps: int = 0) -> Summary:
+    """Return what is known of a run, which has trained if there are steps."""
+    summary = Summary("tiny", "0" * 16, "CPU", 1, "sdpa", 1000)
+    if steps:
+        times = {"ms_loop_off": 1.0, "ms_loop_on": None, "tokens_per_s": 1.0}
+        summary.train = Training(steps=steps, tokens=steps, loop_step=None, last_loss=3.0, **times)
+    return summary
+
+
+SUMMARY = json.dumps(make_summary().to_dict())
+
+
 def run_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     return tmp_path
@@ -36,7 +49,7 @@ def run_folder(tmp_path):
 
 def test_a_killed_process_is_completed_from_its_traces(tmp_path):
     folder = run_folder(tmp_path)
-    Progress(folder, world_size=2, past=None).write("training", {"seconds": {}}, 0.0)
+    Progress(folder, world_size=2, past=None).write("training", make_summary(), 0.0)
     ClockFile(folder).beat(41.5)
     rows = [{"step": s, "loss": 1.0} for s in range(7)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 7, "lo')
@@ -44,22 +57,23 @@ def test_a_killed_process_is_completed_from_its_traces(tmp_path):
     assert (past.stage, past.clock, past.lost, past.checkpoint) == ("training", 41.5, 41.5, None)
     progress = Progress(folder, world_size=1, past=past)
     killed, present = progress.sessions
-    assert killed["end"] == "killed" and killed["to_step"] == 7 and killed["clock_to"] == 41.5
-    assert "ended" not in killed
-    assert present["clock_from"] == 41.5 and present["lost_seconds"] == 41.5 and present["from_step"] == 0
+    assert killed.end == "killed" and killed.to_step == 7 and killed.clock_to == 41.5
+    assert killed.ended is None
+    assert present.clock_from == 41.5 and present.lost_seconds == 41.5 and present.from_step == 0
 
 
 def test_a_process_that_ended_orderly_keeps_what_it_said(tmp_path):
     folder = run_folder(tmp_path)
     progress = Progress(folder, world_size=1, past=None)
     progress.end("SIGTERM", step=12, clock=30.0)
-    progress.write("trained", {"train": {"steps": 12}}, 30.0, reached=True)
+    summary = make_summary(steps=12)
+    progress.write("trained", summary, 30.0, reached=True)
     past = read_past(folder)
-    assert past.stage == "trained" and past.lost == 0.0
-    progress.write("trained", {"train": {"steps": 12}}, 34.5)  # calibrated, then killed: to be done again
+    assert past.stage == "trained" and past.lost == 0.0 and past.summary == summary
+    progress.write("trained", summary, 34.5)  # calibrated, then killed: to be done again
     assert read_past(folder).lost == 4.5
-    assert Progress(folder, world_size=1, past=past).sessions[0]["end"] == "SIGTERM"
-    assert Progress(folder, world_size=1, past=past).session["from_step"] == 12
+    assert Progress(folder, world_size=1, past=past).sessions[0].end == "SIGTERM"
+    assert Progress(folder, world_size=1, past=past).session.from_step == 12
 
 
 BAD = {
@@ -67,10 +81,19 @@ BAD = {
     "finished": ("summary.json", ValueError, "is finished"),
     "never begun": (None, ValueError, "start again with"),
     "torn": ('{"stage": "trai', ValueError, "is damaged"),
-    "foreign": ('{"stage": "x", "summary": {}, "sessions": [], "clock": 0}', ValueError, "unknown stage"),
+    "foreign": (
+        f'{{"stage": "x", "summary": {SUMMARY}, "sessions": [], "clock": 0}}',
+        ValueError,
+        "unknown stage",
+    ),
+    "no summary": (
+        '{"stage": "training", "summary": {}, "sessions": [], "clock": 0}',
+        ValueError,
+        "is damaged: summary has no 'name', which a run writes; start the run again",
+    ),
     **{
         f"clock {clock}": (
-            '{"stage": "training", "summary": {}, "sessions": [], "run": "a", "stage_clock": 0.0, '
+            f'{{"stage": "training", "summary": {SUMMARY}, "sessions": [], "run": "a", "stage_clock": 0.0, '
             f'"clock": {clock}}}',
             ValueError,
             "the clock must be seconds >= 0",

@@ -9,6 +9,7 @@ import torch
 
 from pgolf.train import timing
 from pgolf.train.timing import DeviceTimer, process_seconds
+from tests.conftest import requires_gpu
 
 
 def test_a_span_lasts_as_long_as_its_block():
@@ -20,8 +21,7 @@ def test_a_span_lasts_as_long_as_its_block():
     assert 20 <= first < 200 and 0 <= second < first
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@requires_gpu
 def test_a_span_is_that_of_the_kernels_not_of_their_launch():
     device = torch.device("cuda")
     timer, x = DeviceTimer(device), torch.randn(4096, 4096, device=device)

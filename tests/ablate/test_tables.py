@@ -6,8 +6,10 @@ import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
-from pgolf.report.ablation import Ablation, CellResult, TrunkResult, compare_arms, markdown
-from pgolf.report.html import html_page, write_report
+from pgolf.ablate.compare import compare_arms
+from pgolf.ablate.page import html_page, write_report
+from pgolf.ablate.results import Ablation, CellResult, TrunkResult
+from pgolf.ablate.tables import markdown
 
 NOISE = (0.0, 0.0004, -0.0003, 0.0006, -0.0005, 0.0002)
 

@@ -1,11 +1,9 @@
-"""Statistics of paired comparisons: is an arm better than the baseline, by how much, or can nobody tell?
+"""Statistics of paired comparisons: whether an arm is better than the baseline, by how much, or neither.
 
 Pure functions on numpy arrays; no files, no plots. A pair is one seed run with both configurations, so the
 seed's share of the noise cancels in the difference (arm minus baseline; negative is better for bits per
-byte). The verdict rests on the paired t test, corrected over the arms by Holm's method; the sign-flip
-permutation test stands beside it because it assumes no normal distribution. `n` pairs; `df` = n - 1.
-
-The t distribution is computed here (scipy is not needed); tests compare it with published tables.
+byte). The verdict rests on the paired t test, corrected over the arms by Holm's method. The report shows the
+sign-flip permutation test next to it, because that assumes no normal distribution. `n` pairs; `df` = n - 1.
 """
 
 from __future__ import annotations
@@ -69,6 +67,12 @@ def mean_and_error(values: ArrayLike) -> Mean:
     x = _finite(values, "values")
     mean = float(x.mean()) if x.size else math.nan
     return Mean(int(x.size), mean, _deviation(x) / math.sqrt(x.size) if x.size > 1 else math.nan)
+
+
+# Student's t distribution is computed here, in four short functions, rather than by scipy: its tail and its
+# quantile are all that an ablation needs of scipy, which would be one of the largest dependencies, and the
+# standard library's `statistics` has the normal distribution only. Tests compare them with published tables,
+# with the closed forms of one and two degrees of freedom, and with the binomial sum.
 
 
 def incomplete_beta(a: float, b: float, x: float) -> float:
@@ -181,14 +185,14 @@ def compare_paired(arm: ArrayLike, baseline: ArrayLike, *, alpha: float = ALPHA)
     all zero t = 0 and p = 1.
 
     Args:
-        arm: `(n,)` results, one a seed. baseline: `(n,)` results of the same seeds in the same order.
+        arm: `(n,)` results, one per seed. baseline: `(n,)` results of the same seeds in the same order.
         alpha: two-sided error rate of the interval, in (0, 1).
     Raises:
         ValueError: lengths differ, a value is not finite, or alpha is out of range.
     """
     a, b = _finite(arm, "arm"), _finite(baseline, "baseline")
     if a.shape != b.shape:
-        raise ValueError(f"compare_paired needs one value a seed in both arms, got {a.size} and {b.size}")
+        raise ValueError(f"compare_paired needs one value per seed in both arms, got {a.size} and {b.size}")
     if not 0 < alpha < 1:
         raise ValueError(f"compare_paired: alpha must be in (0, 1), got {alpha}")
     d = a - b

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.report.ablation import markdown
-from pgolf.train.ablate import gather, read_cell
-from pgolf.train.plan import TRUNK_SEEDS
-from tests.train.test_ablate import DIVERGED, FakeCells, FakeProcess, make_plan, run_all
+from pgolf.ablate.plan import TRUNK_SEEDS
+from pgolf.ablate.results import gather, read_cell
+from pgolf.ablate.tables import markdown
+from tests.ablate.ablate_helpers import DIVERGED, FakeCells, FakeProcess, make_plan, run_all
 
 TRUNK = {"steps": 7, "overrides": {"optim.warmdown": 0.0, "train.quantize": False}}
 

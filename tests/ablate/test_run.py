@@ -1,7 +1,6 @@
-"""Plans of ablations, their runner with a fake cell, and one real ablation on a tiny model."""
+"""The runner of plans with cells that only write files, and one real ablation on a tiny model."""
 
 import json
-import math
 import os
 import signal
 import subprocess
@@ -14,186 +13,25 @@ from socket import gethostname
 
 import pytest
 
+from pgolf.ablate import run as ablate
+from pgolf.ablate.plan import read_plan
+from pgolf.ablate.results import gather, read_cell
+from pgolf.ablate.run import end, run_plan, start_process
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
-from pgolf.config import to_dict
 from pgolf.data.text import sample_paths
 from pgolf.env import share_of_cores
-from pgolf.train import ablate
-from pgolf.train.ablate import gather, read_cell, run_plan, start_process
-from pgolf.train.guard import HeldError, end, held
-from pgolf.train.plan import Plan, read_plan
+from pgolf.train.guard import HeldError, held
 from pgolf.train.signals import Stopped
-from tests.e2e.conftest import SMALL
-
-PLAN = {
-    "name": "test",
-    "base": "tiny",
-    "data": "shards",
-    "steps": 5,
-    "overrides": {"data.micro_tokens": 512},
-    "baseline": "base",
-    "arms": {"base": {}, "jordan": {"optim.muon.coefficients": "jordan"}},
-    "seeds": [1, 2, 3],
-}
-
-
-def make_plan(folder: Path, **changes: object) -> Plan:
-    path = folder / "plan.json"
-    path.write_text(json.dumps({**PLAN, "out": str(folder / "out"), **changes}))
-    return read_plan(path, load_base)
-
-
-# Plans
-
-
-def test_plan_resolves_arms_and_interleaves_seeds(tmp_path):
-    plan = make_plan(tmp_path)
-    assert not plan.warnings
-    assert plan.arms["jordan"].optim.muon.coefficients == "jordan"
-    cells = plan.cells()
-    assert [(c.seed, c.arm) for c in cells] == [
-        *[(1, "base"), (1, "jordan")],
-        *[(2, "jordan"), (2, "base")],  # every seed starts one arm further on
-        *[(3, "base"), (3, "jordan")],
-    ]
-    one, two = cells[0].config, cells[1].config
-    assert (one.train.seed, one.train.steps, one.train.seconds) == (1, 5, 0.0)
-    assert one.data.micro_tokens == two.data.micro_tokens == 512 and one.data.dir == Path("shards")
-    assert replace(two, name=one.name, train=one.train, optim=one.optim) == one
-    assert len({c.folder for c in cells}) == len({c.key for c in cells}) == 6
-
-
-BAD_PLANS = [
-    ({"arm": {}}, ValueError, r"unknown key 'arm'; did you mean 'arms'"),
-    ({"steps": 5, "seconds": 60}, ValueError, r"either steps or seconds.*got steps=5, seconds=60"),
-    ({"steps": 0}, ValueError, r"either steps or seconds"),
-    ({"steps": -1}, ValueError, r"either steps or seconds"),
-    ({"seeds": [1, 2, 1]}, ValueError, r"seeds \[1\] are given twice"),
-    ({"seeds": []}, ValueError, r"at least one whole number"),
-    ({"seeds": [1, True]}, ValueError, r"whole numbers in .* got \[True\]"),
-    ({"baseline": "bas"}, ValueError, r"baseline must be one of the arms \['base', 'jordan'\], got 'bas'"),
-    ({"baseline": ""}, ValueError, r"baseline is missing"),
-    ({"arms": {"base": {}}}, ValueError, r"at least two arms"),
-    ({"arms": {"base": {}, "Base": {}}}, ValueError, r"named twice, but for capitals"),
-    ({"arms": {"base": {}, "../x": {}}}, ValueError, r"names a folder"),
-    ({"arms": {"base": {}, "a": []}}, TypeError, r"arm 'a': expected an object of dotted settings, got list"),
-    ({"arms": {"base": {}, "a": {"optim.muon.lrr": 1.0}}}, ValueError, r"arm 'a'.*'lrr'; did you mean 'lr'"),
-    ({"arms": {"base": {}, "a": {"optm.muon.lr": 1.0}}}, ValueError, r"'optm'; did you mean 'optim'"),
-    ({"arms": {"base": {}, "a": {"optim.muon": {"lr": 1}}}}, TypeError, r"one dotted key for each setting"),
-    ({"arms": {"base": {}, "a": {"optim.muon": 1}}}, ValueError, r"is a section; name one of lr,"),
-    ({"arms": {"base": {}, "a": {"optim.muon.lr.x": 1}}}, ValueError, r"'lr' is a setting, not a section"),
-    ({"arms": {"base": {}, "a": {"optim.muon.ns_steps": 11}}}, ValueError, r"arm 'a'.*in \[1, 10\], got 11"),
-    ({"arms": {"base": {}, "a": {"optim.muon.lr": "big"}}}, TypeError, r"expected float, got str 'big'"),
-    ({"arms": {"base": {}, "a": {"optim.muon.coefficients": "jordn"}}}, ValueError, r"got 'jordn'"),
-    ({"arms": {"base": {}, "a": {"train.seed": 3}}}, ValueError, r"train.seed is given by the plan's seeds"),
-    ({"overrides": {"train.steps": 3}}, ValueError, r"train.steps is given by the plan's steps or seconds"),
-    ({"metric": "ttt"}, ValueError, r"metric must be one of \('raw', 'ema', 'quantized'\)"),
-    ({"overrides": {"train.quantize": False}}, ValueError, r"quantized needs train.quantize in every arm"),
-    ({"effect": 0}, ValueError, r"effect is in bits per byte"),
-    ({"base": "recrod"}, ValueError, r"'recrod' is neither a preset"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD_PLANS, ids=lambda v: str(v)[:40])
-def test_bad_plan_says_what_is_wrong(tmp_path, change, error, message):
-    with pytest.raises(error, match=message):
-        make_plan(tmp_path, **change)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"arms": {"a": {}, "a": {}}}', r"given twice: 'a'"),
-        ('{"seeds": [1,]}', r"is not a plan"),
-    ],
+from tests.ablate.ablate_helpers import (
+    DIVERGED,
+    PLAN,
+    FakeCells,
+    FakeProcess,
+    make_plan,
+    run_all,
+    small_overrides,
 )
-def test_duplicate_arm_or_broken_json_is_an_error(tmp_path, text, message):
-    (tmp_path / "plan.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_plan(tmp_path / "plan.json", load_base)
-
-
-def test_missing_plan_names_the_example():
-    with pytest.raises(FileNotFoundError, match=r"no plan file nowhere.json; bench/ablations/example.json"):
-        read_plan(Path("nowhere.json"), load_base)
-
-
-def test_override_that_changes_nothing_is_named(tmp_path):
-    arms = {"base": {}, "clip": {"quant.mlp_clip": 11.5}, "lr": {"optim.muon.lr": 0.04}}
-    first, second = make_plan(tmp_path, arms=arms).warnings
-    assert "arm 'clip': quant.mlp_clip = 11.5 changes nothing" in first
-    assert second == "arms 'base' and 'clip' are the same run: their difference is noise only"
-
-
-PLANS = {
-    "example": 32,
-    "polar_proxy": 64,
-    "polar_noloop": 40,
-    "polar_small": 64,
-    "polar_trunk": 64,
-    "polar_full": 32,
-}
-
-
-@pytest.mark.parametrize(("name", "cells"), PLANS.items())
-def test_plans_of_the_bench_are_valid(name, cells):
-    plan = read_plan(Path(__file__).parents[2] / "bench" / "ablations" / f"{name}.json", load_base)
-    assert len(plan.cells()) == cells and not plan.warnings
-
-
-# The runner, with cells that only write files
-
-
-class FakeCells:
-    """Starts cells that end at once: `plans` says how; the others finish with a score by arm and seed."""
-
-    def __init__(self, **fates: str) -> None:
-        self.fates, self.started = fates, []
-
-    def __call__(self, cell, gpu):
-        self.started.append((cell.arm, cell.seed, gpu))
-        fate = self.fates.get(f"{cell.arm}{cell.seed}", "finish")
-        run = cell.folder / f"run{len(list(cell.folder.iterdir()))}"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(to_dict(cell.config)))
-        if fate == "interrupt":
-            raise KeyboardInterrupt
-        if fate in ("finish", "nan"):
-            bpb = 1.2 + 0.01 * cell.seed + {"base": 0.0}.get(cell.arm, -0.002 - 0.0001 * cell.seed)
-            scores = {"raw": {"bpb": bpb + 0.01}, "quantized": {"bpb": math.nan if fate == "nan" else bpb}}
-            train = {"steps": 5, "ms_loop_off": 10.0, "ms_loop_on": None, "last_loss": 3.5}
-            summary = {"scores": scores, "train": train, "seconds": {"train": 0.06}, "bytes": {"total": 777}}
-            (run / "summary.json").write_text(json.dumps({**summary, "device": "CPU"}))
-            return FakeProcess(0)
-        (cell.folder / "output.txt").write_text(f"step 1\n{fate}\n")
-        return FakeProcess(2)
-
-
-class FakeProcess:
-    def __init__(self, code):
-        self.code, self.stopped = code, False
-
-    def poll(self):
-        return self.code
-
-    def terminate(self):
-        self.stopped = True
-
-    def kill(self):
-        raise AssertionError("it ended when asked")
-
-    def wait(self, timeout=None):
-        return self.code
-
-
-DIVERGED = "pgolf train: the loss is nan at step 3 (0.2 s); lower optim.muon.lr; nothing was quantized"
-
-
-def run_all(plan, start, gpus=0, per_gpu=1):
-    lines = []
-    run_plan(plan, start, gpus=gpus, per_gpu=per_gpu, commit="abc", say=lines.append, poll_seconds=0.0)
-    return lines
 
 
 def test_finished_cells_are_skipped_and_crashed_ones_run_again(tmp_path):
@@ -209,6 +47,12 @@ def test_finished_cells_are_skipped_and_crashed_ones_run_again(tmp_path):
     third = FakeCells()
     run_all(plan, third)
     assert third.started == []
+
+
+def test_a_crash_is_told_by_what_the_command_said_not_by_its_last_line(tmp_path):
+    plan = make_plan(tmp_path)
+    fault = "  File a.py\npgolf train: TypeError: no\nThis is a fault of pgolf, not of the command: please"
+    assert "exit code 2: pgolf train: TypeError: no" in run_all(plan, FakeCells(jordan2=fault))[2]
 
 
 def test_changed_configuration_is_run_again_and_moved_results_are_kept(tmp_path):
@@ -247,17 +91,26 @@ def test_a_summary_of_other_kinds_is_named(tmp_path):
     run_all(plan, FakeCells())
     (path,) = plan.cells()[0].folder.glob("*/summary.json")
     whole = json.loads(path.read_text())
-    for wrong in ({"train": [1]}, {"seconds": {}}, {"scores": 7}, {"bytes": "many"}):
+    for wrong, said in (
+        ({"train": [1]}, r"summary\.json: train is \[1\], expected an object"),
+        ({"train": {}}, "the summary holds no training"),
+        ({"seconds": {}}, "has no seconds of training"),
+        ({"scores": 7}, r"summary\.json: scores is 7, expected an object"),
+        ({"bytes": "many"}, r"summary\.json: bytes is 'many', expected an object"),
+    ):
         path.write_text(json.dumps(whole | wrong))
-        with pytest.raises(ValueError, match=r"summary\.json is not what a run writes \(.*; remove "):
+        with pytest.raises(ValueError, match=f"{said}.*; or remove .* to run it again"):
             gather(plan, Path("p"))
+
+
+DATA = {"manifest": "ab" * 32, "validation": {"tokens": 9, "documents": 2, "bytes": 30}}
 
 
 def test_cells_keep_which_data_they_rested_on(tmp_path):
     plan = make_plan(tmp_path)
     run_all(plan, FakeCells())
     (path,) = plan.cells()[0].folder.glob("*/summary.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {"manifest": "ab" * 32}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": DATA}))
     first, *others = gather(plan, Path("p")).cells
     assert first.manifest == "ab" * 32 and {cell.manifest for cell in others} == {None}
 
@@ -346,12 +199,6 @@ def shards(tmp_path_factory):
     split = ["--train", train, "--val", val, "--tokenizer", model, "--out", str(folder / "shards")]
     assert main(["data", "shards", *split]) == 0
     return folder / "shards"
-
-
-def small_overrides() -> dict[str, object]:
-    """SMALL of the end-to-end tests as dotted settings."""
-    words = [w.removeprefix("--").replace("-", "_").split("=") for w in SMALL]
-    return {key: int(value) for key, value in words if "." in key}
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pgolf.report.stats import (
+from pgolf.ablate.stats import (
     Paired,
     compare_paired,
     holm,
@@ -119,7 +119,7 @@ def test_compare_paired_handles_equal_and_too_few_values():
     shifted = compare_paired([2.0, 3.0, 4.0], [1.0, 2.0, 3.0])
     assert (shifted.t, shifted.p_t, shifted.sd) == (math.inf, 0.0, 0.0)
     assert compare_paired([], []).n == 0 and math.isnan(compare_paired([1.5], [1.0]).p_t)
-    with pytest.raises(ValueError, match="one value a seed in both arms, got 2 and 1"):
+    with pytest.raises(ValueError, match="one value per seed in both arms, got 2 and 1"):
         compare_paired([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="arm must be a list of finite"):
         compare_paired([math.inf], [1.0])

@@ -7,10 +7,10 @@
 A plan may have a trunk, `"trunk": {"steps": 3000, "overrides": {"optim.warmdown": 0.0}}`: with every seed,
 the baseline, changed like this, is trained for so many steps first, and all arms of that seed start from its
 raw weights, with a fresh optimizer and the whole schedule. From random weights each run takes the fast fall
-of the loss some steps earlier or later, which scatters the pairs.
+of the loss some steps earlier or later, which scatters the differences of the pairs.
 
 Overrides are settings of config.json with dots between the levels. An override that changes nothing is
-legal but warned of: a published record of the challenge (PR #1769) claimed a gain from one.
+allowed, with a warning: a published submission of the challenge (PR #1769) claimed a gain from one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Metric = Literal["raw", "ema", "quantized"]
 TRUNK = "trunk"
 """Name of the trunks' cells."""
 TRUNK_SEEDS = 1_000_000
-"""The trunk of seed s is trained with seed s + this: its arms shall not read its batches once more."""
+"""The trunk of seed s is trained with seed s + this, so that its arms do not read the same batches again."""
 
 OWNED = {
     "name": "the arm's name",
@@ -123,7 +123,7 @@ class Plan:
     common: dict[str, Any]
     """What all arms change in the base, as written."""
     overrides: dict[str, dict[str, Any]]
-    """What each arm changes besides, as written."""
+    """What each arm changes in addition, as written."""
     seeds: tuple[int, ...]
     metric: Metric
     """The weights whose bits per byte decide: chosen before the runs."""
@@ -133,7 +133,7 @@ class Plan:
     trunk: Trunk | None = None
 
     def trunks(self) -> dict[int, Cell]:
-        """Return the trunk of every seed; empty in a plan without."""
+        """Return the trunk of every seed; empty in a plan without trunks."""
         if self.trunk is None:
             return {}
         config = self.trunk.config
@@ -149,8 +149,8 @@ class Plan:
     def cells(self) -> list[Cell]:
         """Return the arms' runs in order: all arms of the first seed, then of the second, and so on.
 
-        A drift of the machine then hits all arms alike. Each seed starts one arm further on, so that no arm
-        is always first, nor always on the same GPU.
+        A drift of the machine then affects all arms equally. Each seed starts one arm further on, so that no
+        arm is always first, nor always on the same GPU.
         """
         names, trunks = list(self.arms), self.trunks()
         cells = []
@@ -164,7 +164,7 @@ class Plan:
 
 def run_key(config: Config) -> str:
     """Return the hash of what `config` computes: without the names of the run and of its folder, and without
-    what only decides how it is kept and watched.
+    the settings that only decide how the run is kept and watched.
 
     A checkpoint that it starts from counts by its own and its run folder's name (which holds the time of the
     run), so that results and checkpoints may be moved.
@@ -216,7 +216,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     trunk, idle = _trunk(file.trunk, arms[file.baseline], path)
     warnings += idle
     if trunk is not None:
-        _check_beside_trunk(common, changes, path)
+        _check_trunk_conflicts(common, changes, path)
         _check_one_model(trunk, arms, path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
         raise UserError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
@@ -240,7 +240,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
 
 
 def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Config, list[str]]:
-    """Return `config` with dotted settings changed, and a warning for each that was so already.
+    """Return `config` with dotted settings changed, and a warning for each that had its value already.
 
     Raises:
         ValueError: an unknown setting (with the nearest known one), one of the plan's, or a bad value.
@@ -268,7 +268,9 @@ def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Co
         raise type(e)(f"{where}: {e}") from e
     after = to_dict(changed)
     idle = [key for key in changes if _get(before, key) == _get(after, key)]
-    return changed, [f"{where}: {key} = {_get(after, key)!r} changes nothing: it was so" for key in idle]
+    return changed, [
+        f"{where}: {key} = {_get(after, key)!r} changes nothing: it had this value before" for key in idle
+    ]
 
 
 def _get(data: dict[str, Any], key: str) -> Any:
@@ -284,7 +286,7 @@ def _check_file(file: _File, path: Path) -> None:
     _check_name(file.name, f"{path}: name")
     if (file.steps > 0) == (file.seconds > 0) or file.steps < 0 or file.seconds < 0:
         raise UserError(
-            f"{path}: give either steps or seconds, above 0: what every run has alike; "
+            f"{path}: give either steps or seconds, above 0, as the length of every run; "
             f"got steps={file.steps}, seconds={file.seconds:g}"
         )
     if not 0 < file.effect < 1:
@@ -309,7 +311,7 @@ def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
     for arm in value:
         _check_name(arm, f"{path}: arm {arm!r}")
         if lower.count(arm.lower()) > 1:
-            raise UserError(f"{path}: arm {arm!r} is named twice, but for capitals; folders may not differ")
+            raise UserError(f"{path}: arm {arm!r} is named twice: folders may not tell capitals apart")
     return {arm: _overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
 
 
@@ -329,8 +331,8 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
     return Trunk(config, changes), idle
 
 
-def _check_beside_trunk(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
-    """Refuse what a trunk leaves no place for."""
+def _check_trunk_conflicts(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
+    """Refuse an arm that would share the trunk's folder, and settings that the trunk gives the arms."""
     if TRUNK in (arm.lower() for arm in arms):
         raise UserError(f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm")
     if any("train.init" in changes for changes in (common, *arms.values())):

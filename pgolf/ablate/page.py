@@ -9,8 +9,10 @@ from __future__ import annotations
 import html
 from pathlib import Path
 
+from pgolf.ablate.compare import arm_mean, compare_arms
+from pgolf.ablate.results import Ablation, CellResult
+from pgolf.ablate.tables import facts, markdown, tables
 from pgolf.files import atomic_file
-from pgolf.report.ablation import Ablation, CellResult, arm_mean, compare_arms, facts, markdown, tables
 from pgolf.report.page import COLORS, figure, image, page, table
 from pgolf.report.plots import loss_ceiling, read_metrics, smoothed, why_no_plots
 
@@ -82,14 +84,16 @@ def _loss_plot(
         name = "_" if cell.arm in named else cell.arm
         named.add(cell.arm)
         axes.plot(curve[key], curve["loss"], color=_color(ablation, cell.arm), linewidth=0.9, label=name)
-    axes.set(xlabel=label, ylabel="loss, nats per token", title=f"training loss by {label}, a line a seed")
+    axes.set(
+        xlabel=label, ylabel="loss, nats per token", title=f"training loss by {label}, one line per seed"
+    )
     if named:
         axes.legend(frameon=False)
     return image(drawn, f"training loss by {label}")
 
 
 def _gap_plot(ablation: Ablation, curves: list[tuple[CellResult, dict[str, list[float]]]]) -> str:
-    """Draw the loss less the baseline's of the same seed: where in the run the pairs part, and how far."""
+    """Draw the loss minus the baseline's of the same seed: where in the run the pairs part, and how far."""
     base = {c.seed: curve for c, curve in curves if c.arm == ablation.baseline}
     drawn, axes = figure(8, 4.2)
     named: set[str] = set()
@@ -103,7 +107,7 @@ def _gap_plot(ablation: Ablation, curves: list[tuple[CellResult, dict[str, list[
         named.add(cell.arm)
         axes.plot(steps, gap, color=_color(ablation, cell.arm), linewidth=0.9, label=name)
     axes.axhline(0, color="black", linewidth=1)
-    title = f"training loss less that of {ablation.baseline}, a line a pair"
+    title = f"training loss less that of {ablation.baseline}, one line per pair"
     axes.set(xlabel="step", ylabel="nats per token", title=title)
     if named:
         axes.legend(frameon=False)
@@ -137,5 +141,5 @@ def _speed_plot(ablation: Ablation) -> str:
             axes.barh(row, mean.mean, xerr=error, color=_color(ablation, arm), height=0.6)
     axes.set_yticks(range(len(ablation.arms)), list(ablation.arms))
     axes.set_ylim(len(ablation.arms) - 0.4, -0.6)
-    axes.set(xlabel="ms a step, mean over the run", title="speed by arm, +- standard error")
-    return image(drawn, "milliseconds a step by arm")
+    axes.set(xlabel="ms per step, mean over the run", title="speed by arm, +- standard error")
+    return image(drawn, "milliseconds per step by arm")
