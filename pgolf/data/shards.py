@@ -14,6 +14,7 @@ Source: the parameter-golf challenge's data files; the header is the one of llm.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -21,13 +22,14 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pgolf.config_io import unique_pairs
 from pgolf.errors import UserError
+from pgolf.files import atomic_file, file_sha256
 
 MAGIC = 20240520
 VERSION = 1
