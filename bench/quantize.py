@@ -29,8 +29,9 @@ from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_model
 from pgolf.model.gpt import GPT
 from pgolf.peers import find_peer
-from pgolf.quant.calibrate import collect_hessians, quantize_model
+from pgolf.quant.calibrate import collect_hessians
 from pgolf.quant.gptq import factorize, row_errors
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import blend, collect_curvature
 from pgolf.train.trainer import open_loader
@@ -143,20 +144,21 @@ class Bench:
             self.model.eval()
             began = self._now()
             count = quant.calibration_batches * times
-            self.hessians = collect_hessians(self.model, (loader.next() for _ in range(count)), dist)
+            hessians = collect_hessians(self.model, (loader.next() for _ in range(count)), dist)
             self.seconds["hessians"] = self._now() - began
             began = self._now()
             batches = (loader.next() for _ in range(quant.gradient_batches * times))
-            names = self.model.quant_inputs()
-            self.curvature = collect_curvature(self.model, batches, names, dist)
+            inputs = self.model.quant_inputs()
+            self.curvature = collect_curvature(self.model, batches, inputs, dist)
             self.seconds["gradients"] = self._now() - began
-        self.identity = {k: torch.eye(len(h), device=h.device) for k, h in self.hessians.items()}
+        self.quantizer = Quantizer(self.weights["ema"], inputs, hessians, quant, self.curvature)
+        self.identity = {k: torch.eye(len(h), device=h.device) for k, h in hessians.items()}
 
     def save_spectra(self, path: Path) -> None:
         """Write what the calibration found, reduced to a number for each row and column."""
         found = {}
-        for name, keys in self.model.quant_inputs().items():
-            h = torch.stack([self.hessians[key] for key in keys])
+        for name, keys in self.quantizer.inputs.items():
+            h = torch.stack([self.quantizer.hessians[key] for key in keys])
             found[f"{name}.rows"] = self.curvature[name].rows
             found[f"{name}.gram_diagonal"] = self.curvature[name].gram.diagonal(dim1=-2, dim2=-1)
             found[f"{name}.hessian_diagonal"] = h.diagonal(dim1=-2, dim2=-1)
@@ -175,14 +177,13 @@ class Bench:
 
     def quantize(self, setting: Setting, scale: float) -> QuantizedState:
         """Return the setting's codes with all its steps times `scale`."""
-        return quantize_model(
-            self.weights[setting.weights],
-            self.model.quant_inputs(),
-            self.hessians if setting.gptq else self.identity,
-            replace(self.config.quant, **setting.quant),
-            clip_scale=scale,
-            curvature=self.curvature,
+        quantizer = replace(
+            self.quantizer,
+            weights=self.weights[setting.weights],
+            hessians=self.quantizer.hessians if setting.gptq else self.identity,
+            config=replace(self.config.quant, **setting.quant),
         )
+        return quantizer.quantize(scale)
 
     def measure(self, setting: Setting, wanted: int) -> Outcome:
         """Quantize, scale to the wanted bytes, code and score."""
@@ -227,9 +228,9 @@ class Bench:
     def predict(self, setting: Setting, tensors: dict[str, Tensor]) -> float:
         """Return the loss that calibration foresees from the errors of the matrices, nats a token."""
         total = 0.0
-        for name, keys in self.model.quant_inputs().items():
+        for name, keys in self.quantizer.inputs.items():
             c = self.curvature[name]
-            h = torch.stack([self.hessians[key] for key in keys])
+            h = torch.stack([self.quantizer.hessians[key] for key in keys])
             h = blend(h, c.gram, 1.0 if name == "tok_emb" else 0.0)
             shape = (len(keys), -1, h.shape[-1])
             before = self.weights[setting.weights][name].reshape(shape)

@@ -15,6 +15,7 @@ from typing import TypeVar
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
 from pgolf.config import Config, ModelConfig, run_hash
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState
 
 T = TypeVar("T")
@@ -135,13 +136,27 @@ def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
 
 
 def write_quantized(
-    path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
+    path: Path,
+    quantizer: Quantizer,
+    config: Config,
+    *,
+    tokenizer_sha256: str,
+    first: QuantizedState | None = None,
 ) -> Ledger:
-    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
+    """Quantize, compress and write the artifact; with artifact.fit, choose the factor that fills the limit.
 
+    Args:
+        path: the file to write. config: of the run, whose hash goes into the file.
+        quantizer: the weights with their calibration.
+        tokenizer_sha256: of the tokenizer that the weights were trained with, 64 hex digits.
+        first: `quantizer.quantize()`, where the caller has it already.
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
+
+    def quantize(factor: float) -> QuantizedState:
+        return first if first is not None and factor == 1.0 else quantizer.quantize(factor)
+
     limit, facts = config.artifact.limit, run_hash(config)
     if config.artifact.fit:
         return fit_artifact(

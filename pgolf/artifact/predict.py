@@ -27,12 +27,12 @@ from pgolf.artifact.header import (
 from pgolf.artifact.size import Ledger, make_ledger
 from pgolf.artifact.write import Facts, build_file
 from pgolf.config import ModelConfig, QuantConfig
+from pgolf.errors import UserError
 from pgolf.model.gpt import parameter_shapes
 from pgolf.ops import encode_codes
-from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
+from pgolf.quant.pipeline import is_gate
 from pgolf.quant.quantized import QuantizedState
-from pgolf.errors import UserError
 
 GAUSSIAN_BITS = 2.047
 """Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
@@ -76,7 +76,7 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
 
     Args:
         model: the network. quant: bits and clips.
-        limit: goes into the header. clip_scale: factor on the clips, as `quantize_model` takes it.
+        limit: goes into the header. clip_scale: factor on the clips, as `Quantizer.quantize` takes it.
     """
     entries = _entries(model, quant)
     rates: dict[tuple[int, ...], float] = {}
@@ -129,11 +129,6 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     return (*matrices, *gates, *small)
 
 
-def is_gate(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter is stored as int8 rows with a step each."""
-    return name == GATE_NAME and GATE_MIN <= math.prod(shape[1:]) <= GATE_MAX
-
-
 def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int) -> float:
     """Return coded bytes a code of a matrix of Gaussian codes, `deviation` in steps."""
     rows = min(shape[0], SAMPLE_ROWS)
@@ -173,9 +168,7 @@ def nearest_state(
     """
     missing = sorted(matrix_shapes(model).keys() - tensors.keys())
     if missing:
-        raise UserError(
-            f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model"
-        )
+        raise UserError(f"nearest_state: the weights lack the parameters {', '.join(missing)} of their model")
     state = QuantizedState({}, {}, {})
     for name, weight in tensors.items():
         if name in matrix_shapes(model):

@@ -50,7 +50,7 @@ def write_artifact(
 
     Args:
         path: file to write; a temporary file next to it is renamed over it at the end.
-        state: from `quantize_model`.
+        state: from `Quantizer.quantize`.
         model: the configuration of the model that `state` belongs to.
         tokenizer_sha256: 64 hex digits. config_hash: 16 hex digits, from `pgolf.config.config_hash`.
         limit: counted bytes (file plus code) that are allowed.

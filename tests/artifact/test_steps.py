@@ -11,9 +11,9 @@ from pgolf.artifact.read import read_state
 from pgolf.artifact.write import write_artifact
 from pgolf.config import QuantConfig
 from pgolf.model.gpt import GPT
-from pgolf.quant.calibrate import quantize_model
 from pgolf.quant.grid import from_exponents, log_steps
 from pgolf.quant.lqer import correct
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 
@@ -82,7 +82,7 @@ def test_a_model_on_the_trellis_comes_back_from_its_file_nearer_to_its_weights(t
     errors = {}
     for trellis in (False, True):
         quant = QuantConfig(row_steps="spread", trellis=trellis)
-        state = quantize_model(weights, model.quant_inputs(), hessians, quant, clip_scale=3.0)
+        state = Quantizer(weights, model.quant_inputs(), hessians, quant).quantize(3.0)
         write(tmp_path / "a", state)
         header, back = read_state(tmp_path / "a")
         assert [t.trellis for t in header.tensors if t.kind == "matrix"] == [trellis] * len(MATRICES)
