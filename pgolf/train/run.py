@@ -30,18 +30,17 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger, check_limit
 from pgolf.config import Config, TrainConfig, run_hash
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import (TOKENIZER_NAME, find_shards)
-from pgolf.files import atomic_file
+from pgolf.data.shards import TOKENIZER_NAME, find_shards
 from pgolf.dist import Dist
-from pgolf.errors import RanksFailed
 from pgolf.env import commit_name, threads_note
+from pgolf.errors import RanksFailed
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
+from pgolf.files import atomic_file
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
-from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
-from pgolf.quant.quantized import QuantizedState
+from pgolf.quant.pipeline import Quantizer
 from pgolf.report.plots import plot_loss, run_title
 from pgolf.report.summary import Summary, device_name, format_table, versions
 from pgolf.report.watched_page import report_note
@@ -205,10 +204,10 @@ class Run:
                 raw, best = self._take_up(trainer, loader)
                 self._session.reach("trained", self._session.clock.elapsed)
             self._session.leave_if_asked()
-            calibration = self._calibrate(loader) if config.train.quantize else None
+            quantizer = self._calibrate(loader, best) if config.train.quantize else None
         self._dist.assert_replicas_equal(raw)
-        if calibration is not None:
-            s.ledger = self._write(best, calibration)
+        if quantizer is not None:
+            s.ledger = self._write(quantizer)
             self._session.reach("written", s.seconds["clock"])
         else:
             self._stop_clock()
@@ -423,45 +422,35 @@ class Run:
         self._save_files(raw, best, interrupted=True)
         self._log.line(f"the weights after {self._result.steps} steps are in {self._folder / RAW}")
 
-    def _calibrate(self, loader: TrainLoader) -> Calibration:
-        """Measure what quantization needs to know, with the weights that are in the model."""
-        batches = iter(loader.next, None)
+    def _calibrate(self, loader: TrainLoader, best: dict[str, Tensor]) -> Quantizer:
+        """Measure what quantization needs to know of `best`, the weights that are in the model."""
+        model, quant, batches = self._model, self._config.quant, iter(loader.next, None)
         return self._timed(  # type: ignore[no-any-return]
-            "calibrate", lambda: calibrate(self._model, batches, self._config.quant, self._dist)
+            "calibrate", lambda: Quantizer.calibrated(model, batches, quant, self._dist, weights=best)
         )
 
-    def _write(self, best: dict[str, Tensor], calibration: Calibration) -> Ledger | None:
+    def _write(self, quantizer: Quantizer) -> Ledger | None:
         """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
-        inputs = self._model.quant_inputs()
         self._session.phase = "quantize"
         began = time.perf_counter()
-        quantize_seconds: float | None = None
+        quantize_seconds = 0.0
         budget = f" of {config.train.seconds:g} s" if config.train.seconds else ""
-
-        def quantize(clip_scale: float) -> QuantizedState:
-            nonlocal quantize_seconds
-            state = quantize_model(
-                best,
-                inputs,
-                calibration.hessians,
-                config.quant,
-                clip_scale=clip_scale,
-                curvature=calibration.curvature,
-            )
-            if quantize_seconds is None:
-                quantize_seconds = time.perf_counter() - began
-                self._add_seconds("quantize", quantize_seconds)
-                self._stop_clock()
-                self._log.line(f"quantized at {s.seconds['clock']:.1f} s{budget}")
-            return state
-
         ledger: Ledger | None = None
         error: Exception | None = None
         if self._dist.is_main:
             try:
+                first = quantizer.quantize()
+                quantize_seconds = time.perf_counter() - began
+                self._add_seconds("quantize", quantize_seconds)
+                self._stop_clock()
+                self._log.line(f"quantized at {s.seconds['clock']:.1f} s{budget}")
                 ledger = write_quantized(
-                    self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._data.sha256
+                    self._folder / ARTIFACT,
+                    quantizer,
+                    config,
+                    tokenizer_sha256=self._data.sha256,
+                    first=first,
                 )
                 with atomic_file(self._folder / "code.br") as file:
                     file.write(code_archive())
@@ -470,7 +459,7 @@ class Run:
         self._dist.check(error)
         if not self._dist.is_main:
             self._stop_clock()
-        self._add_seconds("write", time.perf_counter() - began - (quantize_seconds or 0.0))
+        self._add_seconds("write", time.perf_counter() - began - quantize_seconds)
         return ledger
 
     def _stop_clock(self) -> None:
