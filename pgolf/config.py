@@ -36,7 +36,6 @@ MOST = {
     "data.prefetch": 1024,
     "train.warmup_steps": 1000,
     "train.seed": 2**63 - 1,
-    "quant.block": 65_536,
     "quant.lqer_rank": 65_536,
     "quant.lqer_top": 65_536,
     "quant.calibration_batches": 2**20,
@@ -395,10 +394,6 @@ class QuantConfig:
     """Clip of the token embedding, row standard deviations."""
     damp: float = 0.01
     """Added to the Hessian diagonal, fraction of its mean; grows tenfold until the factorization works."""
-    block: int = 128
-    """Columns per GPTQ block."""
-    act_order: bool = True
-    """Round columns by falling input power instead of from left to right."""
     row_steps: Literal["spread", "loss"] = "loss"
     """Steps of rows: by the spread of their weights (SDClip, the clips above), or by what their error costs
     the loss (then the clips do not matter, and bits only cap the codes)."""
@@ -415,10 +410,6 @@ class QuantConfig:
     squared error at the same bits; 0.0050 instead of 0.0068 bpb on a CPU with little calibration text, 0.0037
     with all of it in a run of 600 s. A bank of fewer than 2 bits a code is rounded without: there a code of
     0, which means a quarter of a step, costs more than the trellis gains."""
-    embed_gram: float = 1.0
-    """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
-    matrix_gram: float = 0.0
-    """The same for all other matrices."""
     row_floor: float = 0.02
     """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
     embed_floor: float = 0.02
@@ -443,10 +434,10 @@ class QuantConfig:
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
             _require(value > 0, f"quant.{name} must be > 0, got {value}")
-        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top", "block"):
+        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("embed_gram", "matrix_gram", "row_floor", "embed_floor"):
+        for name in ("row_floor", "embed_floor"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
         _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")

@@ -25,7 +25,7 @@ from pgolf.quant.allocate import (
 )
 from pgolf.quant.gptq import Factored, factorize, gptq_on_grid, row_errors
 from pgolf.quant.grid import QuantizedTensor, log_steps, max_code, sdclip_scales
-from pgolf.quant.sensitivity import Curvature, blend
+from pgolf.quant.sensitivity import Curvature, unit_trace
 
 TRELLIS_FROM = 2.0
 """Bits a code from which on a bank takes the trellis. A Gaussian of equal steps breaks even near 1.1 bits and
@@ -112,7 +112,6 @@ class Matrices:
             columns=grid.columns,
             rate=config.rate,
             trellis=trellis,
-            block=config.block,
         )
 
 
@@ -140,15 +139,16 @@ def prepare(
     if config.row_steps == "loss":
         if curvature is None:
             raise ValueError("quant.row_steps=loss needs the curvature of collect_curvature, got none")
-        share = config.embed_gram if family == "head" else config.matrix_gram
-        hessian = blend(hessian, curvature.gram, share)
+        # The gradients' gram matrix weighs the x x^T of a token by how much the loss minds that token: exact
+        # for a tied embedding, whose rows are inputs too, and a noisier estimate than H for all others.
+        hessian = unit_trace(curvature.gram.to(hessian.device) if family == "head" else hessian)
         g = curvature.rows.to(hessian.device)
         floor = config.embed_floor if family == "head" else config.row_floor
         g = g.clamp(min=floor * g.mean(-1, keepdim=True))
     clips = {"mlp": config.mlp_clip, "attn": config.attn_clip, "head": config.embed_clip}
     return Matrices(
         weight=stack,
-        factored=factorize(hessian, damp=config.damp, act_order=config.act_order),
+        factored=factorize(hessian, damp=config.damp),
         row_weight=g,
         bits=config.embed_bits if family == "head" else config.matrix_bits,
         clip=clips[family],

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import trellis_round
-from pgolf.quant.grid import QuantizedTensor, dequantize, max_code, sdclip_scales
+from pgolf.quant.grid import QuantizedTensor, dequantize, max_code
 
 DAMP_GROWTH = 10.0
 MAX_DAMP_ATTEMPTS = 12
@@ -52,13 +52,12 @@ class Factored:
         return in_order.gather(1, self.order.argsort(dim=-1))
 
 
-def factorize(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Factored:
-    """Order the columns and factor the damped inverse Hessians.
+def factorize(hessian: Tensor, *, damp: float = 0.01) -> Factored:
+    """Order the columns by falling diagonal and factor the damped inverse Hessians.
 
     Args:
         hessian: `(B, C, C)` float32, symmetric positive semidefinite.
         damp: fraction of the mean diagonal added to the diagonal, > 0; tenfold per failed factorization.
-        act_order: take columns by falling diagonal instead of from left to right.
     Raises:
         ValueError: NaN or infinity in H, damp not positive, a matrix that is far from semidefinite.
     """
@@ -71,37 +70,9 @@ def factorize(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) ->
     with _full_float32():
         h = hessian.float()
         diagonal = h.diagonal(dim1=-2, dim2=-1)
-        if act_order:
-            order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        else:
-            order = torch.arange(h.shape[-1], device=h.device).expand(diagonal.shape).contiguous()
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
         factor, scale = _inverse_factor(_permute(h, order), damp)
     return Factored(h, order, factor, scale, diagonal <= 0)
-
-
-def gptq(
-    weight: Tensor, hessian: Tensor, *, bits: int, clip: float, damp: float = 0.01, block: int = 128
-) -> QuantizedTensor:
-    """Quantize a stack of matrices with SDClip steps, never worse in the H norm than round-to-nearest.
-
-    For j in act-order: q_j = round(w_j / s), e = (w_j - s q_j) / U_jj, w_k -= e U_jk for k > j,
-    with H^-1 = U^T U, U upper triangular.
-
-    Args:
-        weight: `(B, R, C)` floating point.
-        hessian: `(B, C, C)` float32, symmetric positive semidefinite, same device.
-        bits: width of the grid, 2 to 8.
-        clip: standard deviations at the largest code (SDClip).
-        damp: fraction of the mean diagonal added to the diagonal, > 0; tenfold per failed factorization.
-        block: columns per block; within a block updates are columnwise, after it one matrix product.
-    Returns:
-        Codes `(B, R, C)` int8, scales `(B, R)` float16.
-    Raises:
-        ValueError: shapes disagree, NaN or infinity in weight or H, damp or block not positive.
-    """
-    _check(weight, hessian)
-    scales = sdclip_scales(weight, bits=bits, clip=clip)
-    return gptq_on_grid(weight, factorize(hessian, damp=damp), scales, bits=bits, block=block)
 
 
 def gptq_on_grid(
@@ -115,11 +86,19 @@ def gptq_on_grid(
     trellis: bool = False,
     block: int = 128,
 ) -> QuantizedTensor:
-    """Quantize a stack of matrices on given steps, never worse than `round_to_grid` on the same grid.
+    """Quantize a stack of matrices on given steps, never worse than rounding each weight by itself.
 
-    "Worse" is, for each row, its error in the H norm; with a trellis, which ties rows together, for each
-    matrix. With column factors c the loop runs on w / c and C H C, whose factor is U with column k divided
-    by c_k. A column's weights have no part in each other's errors, so a trellis may run along them.
+    For j in order: q_j = round(w_j / s), e = (w_j - s q_j) / U_jj, w_k -= e U_jk for the columns k after j,
+    with H^-1 = U^T U, U upper triangular. "Worse" is, for each row, its error in the H norm; with a trellis,
+    which ties rows together, for each matrix. With column factors c the loop runs on w / c and C H C, whose
+    factor is U with column k divided by c_k. A column's weights have no part in each other's errors, so a
+    trellis may run along them.
+
+    Rounding takes the code with the least (x - q)^2 + rate q^2 / v, where x = w / (s c) and v is the mean of
+    x^2 over the column: q^2 / (2 v ln 2) are the bits of a code, up to a constant, under a Gaussian for each
+    column, which is what the coder fits. So rate is lambda / (2 ln 2) with lambda in squared steps per bit,
+    and the minimum is q = round(x / (1 + rate / v)). At many bits a step s costs s^2 / 12 and one bit less
+    multiplies that by 4: the same exchange rate is rate = 1 / 12.
 
     Args:
         weight: `(B, R, C)` floating point.
@@ -127,9 +106,9 @@ def gptq_on_grid(
         scales: `(B, R)` float16 row steps.
         bits: width of the grid, 2 to 8.
         columns: `(B, C)` float16 column factors; None means 1.
-        rate: weight of a code's bits against its squared error, see `round_to_grid`.
+        rate: weight of a code's bits against its squared error; 0 rounds to the nearest code.
         trellis: round the weights of a column together, see `pgolf.ops.trellis_round`.
-        block: columns per block.
+        block: columns per block; within a block updates are columnwise, after it one matrix product.
     Raises:
         ValueError: shapes disagree, NaN or infinity in weight, block not positive.
     """
@@ -164,43 +143,6 @@ def gptq_on_grid(
         mine, theirs = (rows.sum(-1, keepdim=True) for rows in (mine, theirs))
     codes = torch.where((mine > theirs).unsqueeze(-1), nearest, codes)
     return QuantizedTensor(codes, scales, bits, columns, trellis)
-
-
-def round_to_grid(
-    weight: Tensor,
-    scales: Tensor,
-    *,
-    bits: int,
-    columns: Tensor | None = None,
-    rate: float = 0.0,
-    trellis: bool = False,
-) -> QuantizedTensor:
-    """Round each weight by itself to the code with the least (x - q)^2 + rate * q^2 / v.
-
-    x = w / (s c), and v is the mean of x^2 over the column: q^2 / (2 v ln 2) are the bits of a code, but for
-    a constant, under a Gaussian for each column, which is what the coder fits. So rate is lambda / (2 ln 2)
-    with lambda in squared steps a bit, and the minimum is q = round(x / (1 + rate / v)). At many bits a step
-    s costs s^2 / 12 and one bit less multiplies that by 4: the same exchange rate is rate = 1 / 12.
-
-    Args:
-        weight: `(B, R, C)`. scales: `(B, R)` float16. columns: `(B, C)` float16 or None.
-        bits: width of the grid. rate: 0 rounds to the nearest code.
-        trellis: the weights of a column choose their codes together, see `pgolf.ops.trellis_round`.
-    """
-    unit = weight.float() if columns is None else weight.float() / columns.float().unsqueeze(1)
-    codes = _round(unit, scales, _keep(unit, scales, rate), bits=bits, trellis=trellis)
-    return QuantizedTensor(codes, scales, bits, columns, trellis)
-
-
-def hessian_error(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
-    """Return tr(E H E^T) with E = weight - approx, per matrix of the stack, summed in float64.
-
-    Args:
-        weight: `(B, R, C)`. approx: `(B, R, C)`. hessian: `(B, C, C)`.
-    Returns:
-        `(B,)` float64; with H = E[x x^T] it is the mean squared change of the output, summed over rows.
-    """
-    return row_errors(weight, approx, hessian).sum(-1)
 
 
 def row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ scales, gates get int8 rows, and all others become float16.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ class Quantizer:
         Args:
             factor: multiplies every scale of the matrices; above 1 makes coarser grids and a smaller file.
         Returns:
-            CPU tensors, and the seconds that each matrix parameter took.
+            CPU tensors.
         Raises:
             ValueError: a missing parameter, Hessian or curvature, a large parameter without inputs, NaN.
         """
@@ -99,22 +98,18 @@ class Quantizer:
         result = QuantizedState({}, {}, {})
         banks: dict[str, Matrices] = {}
         for name, weight in self.weights.items():
-            start = time.perf_counter()
             with _blame(name):
                 if name in self.inputs:
                     banks[name] = self._prepare(name)
-                    result.seconds[name] = time.perf_counter() - start
                 elif is_gate(name, tuple(weight.shape)):
                     result.gates[name] = quantize_gate_rows(weight.detach()).to("cpu")
                 else:
                     result.small[name] = _to_half(weight)
         step = common_step(list(banks.values()), self.config) if self.config.row_steps == "loss" else 1.0
         for name, bank in banks.items():
-            start = time.perf_counter()
             with _blame(name):
                 codes = bank.quantize(step * factor, self.config)
                 result.quantized[name] = codes.reshaped(self.weights[name].shape)
-                result.seconds[name] += time.perf_counter() - start
         if self.config.lqer != "off":
             result.corrections.update(_corrections(banks, result, self.config))
         return result

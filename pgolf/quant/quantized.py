@@ -25,8 +25,6 @@ class QuantizedState:
     """Everything else, float16."""
     corrections: dict[str, Correction] = field(default_factory=dict)
     """Low-rank corrections by "parameter.index", the index of the matrix in its bank (0 for one matrix)."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each quantized parameter, seconds; empty when the state was read from a file."""
 
 
 def dequantize_state(state: QuantizedState) -> dict[str, Tensor]:

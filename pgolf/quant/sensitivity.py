@@ -82,15 +82,7 @@ def _zeros(parameter: Tensor, device: torch.device) -> Curvature:
     )
 
 
-def blend(hessian: Tensor, gram: Tensor, share: float) -> Tensor:
-    """Return (1 - share) H / tr(H) + share A / tr(A), `(B, C, C)` of trace 1 (0 where both are 0).
-
-    A, the gradients' gram matrix, weighs every token's x x^T by how much the loss minds that token; it is the
-    truth for a tied embedding, whose rows are used as inputs too, and a noisier estimate for the rest.
-    """
-
-    def unit(h: Tensor) -> Tensor:
-        trace = h.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return h / torch.where(trace > 0, trace, torch.ones_like(trace))[:, None, None]
-
-    return unit(hessian) * (1 - share) + unit(gram.to(hessian.device)) * share
+def unit_trace(matrices: Tensor) -> Tensor:
+    """Return each matrix of a stack `(B, C, C)` over its trace; a matrix of trace 0 stays as it is."""
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return matrices / torch.where(trace > 0, trace, torch.ones_like(trace))[:, None, None]

@@ -9,9 +9,10 @@ import torch
 from pgolf.config import QuantConfig
 from pgolf.quant.allocate import balanced_grid, gaussian_bits, histogram_of, mean_bits, widening_for
 from pgolf.quant.bank import common_step, prepare
-from pgolf.quant.gptq import factorize, gptq_on_grid, hessian_error, round_to_grid, row_errors
-from pgolf.quant.grid import from_exponents, log_steps, quantize, sdclip_scales, step_exponents
+from pgolf.quant.gptq import factorize, gptq_on_grid, row_errors
+from pgolf.quant.grid import from_exponents, log_steps, sdclip_scales, step_exponents
 from pgolf.quant.sensitivity import Curvature
+from tests.quant.quant_helpers import hessian_error, round_to_grid
 
 SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5, rate=0.0)
 LOSS = QuantConfig(row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, row_floor=0.0)
@@ -73,13 +74,12 @@ def test_every_weight_costs_the_same():
     assert (cost / 1e-4).log2().abs().max() <= 4 / 16 + 1e-2
 
 
-def test_conditional_variances_multiply_to_the_determinant_in_any_order():
+def test_conditional_variances_multiply_to_the_determinant():
     _, h, _ = problem(2, 3, 20)
     mean = h.diagonal(dim1=1, dim2=2).mean(-1, True)
     expected = torch.logdet(h.double() + 1e-6 * torch.diag_embed(mean.expand(2, 20)))
-    for act_order in (True, False):
-        d = factorize(h, damp=1e-6, act_order=act_order).conditional()
-        assert torch.allclose(d.double().log().sum(-1), expected, rtol=1e-3, atol=1e-2)
+    d = factorize(h, damp=1e-6).conditional()
+    assert torch.allclose(d.double().log().sum(-1), expected, rtol=1e-3, atol=1e-2)
 
 
 def test_balanced_steps_beat_sdclip_at_equal_entropy():
@@ -184,19 +184,15 @@ def test_rate_trades_bits_for_error():
     assert errors == sorted(errors) and bits == sorted(bits, reverse=True)
 
 
-def test_rounding_without_a_rate_is_the_grids():
-    w, _, _ = problem(1, 20, 30)
-    scales = sdclip_scales(w, bits=5, clip=4.0)
-    assert torch.equal(round_to_grid(w, scales, bits=5).codes, quantize(w, scales, bits=5))
-
-
-def test_rate_rounds_to_the_cheaper_of_two_codes():
+def test_gptq_of_one_column_rounds_to_the_cheaper_of_two_codes():
     # Column variance 1: x = 0.6 goes to 0 where 0.6^2 < 0.4^2 + rate, that is from rate 0.2 on.
     w = torch.tensor([[[0.6], [-1.28]]])
-    scales = torch.ones(1, 2).half()
+    scales, alone = torch.ones(1, 2).half(), factorize(torch.ones(1, 1, 1))
     variance = float(w.square().mean())
-    assert round_to_grid(w, scales, bits=4, rate=0.19 * variance).codes.flatten().tolist() == [1, -1]
-    assert round_to_grid(w, scales, bits=4, rate=0.21 * variance).codes.flatten().tolist() == [0, -1]
+    for share, expected in ((0.0, [1, -1]), (0.19, [1, -1]), (0.21, [0, -1])):
+        got = gptq_on_grid(w, alone, scales, bits=4, rate=share * variance)
+        assert got.codes.flatten().tolist() == expected
+        assert round_to_grid(w, scales, bits=4, rate=share * variance).codes.flatten().tolist() == expected
 
 
 def test_missing_curvature_is_explained():

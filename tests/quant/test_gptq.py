@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from pgolf.quant.gptq import factorize, gptq, gptq_on_grid, hessian_error, round_to_grid
+from pgolf.quant.gptq import factorize, gptq_on_grid
 from pgolf.quant.grid import dequantize, log_steps, quantize, sdclip_scales
+from tests.quant.quant_helpers import gptq, hessian_error, round_to_grid
 
 
 def problem(b, r, c, *, samples=None, seed=0):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pgolf.quant.calibrate import collect_hessians
-from pgolf.quant.gptq import hessian_error
 from pgolf.quant.lqer import correct, largest_errors
 from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import dequantize_state
+from tests.quant.quant_helpers import hessian_error
 from tests.quant.test_calibrate import CONFIG, SPREAD, FakeDist, trained_like_model
 from tests.quant.test_sensitivity import batches
 
