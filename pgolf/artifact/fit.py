@@ -1,7 +1,8 @@
 """The search for the clips that fill the byte limit: coarser grids when over it, finer ones when below.
 
-A clip wider by f makes N weights N log2(f) / 8 bytes smaller (SPEC 6.7), so bytes over log2(clip) is nearly a
-straight line and a secant finds the place; a bracket keeps it honest where the line bends.
+A step wider by the factor f takes log2(f) bits less per code, so N weights get N log2(f) / 8 bytes smaller:
+bytes over the logarithm of the factor are nearly a straight line, and a secant finds the place. A bracket
+keeps the search honest where the line bends.
 """
 
 from __future__ import annotations
@@ -116,8 +117,9 @@ def _better(new: Ledger, old: Ledger, limit: int) -> bool:
 def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
     """Return the next log2 of the factor on the clips, None when nothing new is left to try.
 
-    Newton's step from the last try with the slope of SPEC 6.7, -weights / 8 bytes an octave, then of the two
-    last tries; halfway between the nearest try above and the nearest below the limit where it leaves those.
+    Newton's step from the last try with the slope -weights / 8 bytes per octave (one bit less per code where
+    steps are twice as wide), then with the slope of the two last tries. Where it leaves the nearest try above
+    and the nearest below the limit, it goes halfway between them.
     """
     target = (1 - AIM) * limit
     last = tries[-1]

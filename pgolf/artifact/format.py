@@ -33,8 +33,8 @@ Sections follow from the tensors and corrections and nothing else (`plan_section
 
 1. kind `codes`: for each matrix parameter, in order, one section for each matrix `(R, C)` of the bank, named
    `parameter.index`: the stream of `pgolf.ops.encode_codes`, whose bytes csrc/kernels/range_coder.h specifies
-   (and `decode_codes_ref` reads with nothing compiled). Three kinds of matrices are coded with the rows of
-   another as their `pool` (null for the rest), which must be decoded first:
+   (`decode_codes_ref` is a second statement of them, in Python). Three kinds of matrices are coded with the
+   rows of another as their `pool` (null for the rest), which must be decoded first:
    `qo_bank.i` with `kv_bank.i`, if the banks have as many matrices of one width, and the second half of them
    (outputs of the heads, with the values) transposed; `mlp_down_bank.i`, transposed, with `mlp_up_bank.i`.
 2. kind `steps`: `scales`, the "float16" row steps of all matrices, then of all gates; then, for the "log"

@@ -1,9 +1,8 @@
 """The Hessians of a model's matrices: the mean outer products of their inputs on calibration text.
 
 Legend: `C` columns of a matrix, which are its inputs, `T` tokens.
-Source: SPEC 6.1-6.4 (parameter-golf PR #1855). Differs: the Hessians are summed over all ranks (the baseline
-script kept rank 0's share only), q, k and v share one, and attention sees document boundaries as in
-training.
+Source: parameter-golf PR #1855. Differs: the Hessians are summed over all ranks (PR #1855 keeps the share of
+rank 0 only), queries, keys and values share one, and attention sees document boundaries as in training.
 """
 
 from __future__ import annotations

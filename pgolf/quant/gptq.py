@@ -3,7 +3,7 @@
 The error of a matrix is tr((W - W') H (W - W')^T) with H = E[x x^T] of the matrix's inputs. Columns are
 rounded one after the other and each column's error is pushed into the columns that are still to come.
 Legend: `B` matrices of the stack, `R` rows (outputs), `C` columns (inputs), `Q` largest code.
-Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with act-order and SDClip scales (SPEC 6.3).
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with act-order, as in parameter-golf PR #1855.
 Differs: all matrices of the stack move through the column loop together (no Python loop over matrices, no
 host sync inside), damping grows until the factorization works, dead columns get the mean of the live diagonal
 instead of 1, a row that would come out worse than round-to-nearest keeps round-to-nearest, columns may have

@@ -3,7 +3,7 @@
 Owns the SDClip step, the grid of steps, round-to-nearest and the int8 rows of the gates; which codes are
 chosen when the inputs are known is `gptq.py`'s business. Works on stacks: the last dimension is the row's
 columns. Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
-Source: SDClip of parameter-golf PR #1394 (SPEC 6.3): the step follows the spread of a row, not its maximum.
+Source: SDClip of parameter-golf PR #1394: the step follows the spread of a row, not its maximum.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     Raises:
         ValueError: fewer than 2 columns, clip <= 0, NaN or infinity in the weights.
         TypeError: weights that are not floating point.
-    Source: SPEC 6.3 step 5; the floor differs because 1e-10 is 0 in float16.
+    Source: parameter-golf PR #1394, whose floor is 1e-10, which is 0 in float16.
     """
     if not weight.is_floating_point():
         raise TypeError(f"sdclip_scales: weight must be floating point, got {weight.dtype}")
@@ -176,7 +176,7 @@ def quantize_gate_rows(weight: Tensor) -> QuantizedTensor:
         Codes, scales and bits = 8.
     Raises:
         ValueError: NaN or infinity in the weights.
-    Source: SPEC 6.4.
+    Source: parameter-golf PR #1855.
     """
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(

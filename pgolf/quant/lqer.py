@@ -1,7 +1,7 @@
 """Low-rank correction of what quantization did to a matrix: W ~ codes * steps + A B, both in few bits.
 
 Owns the choice of matrices, the factors and their two grids. Legend: `R` rows, `C` columns, `r` rank.
-Source: LQER (arXiv 2402.02446) as in parameter-golf #1855 (SPEC 6.5), which keeps the matrices with the
+Source: LQER (arXiv 2402.02446) as in parameter-golf PR #1855, which keeps the matrices with the
 largest Frobenius norm of the error. Differs: the error is weighed by the inputs' power (the paper's L2QER),
 because an error on an input that is always small does no harm.
 """

@@ -31,9 +31,9 @@ from pgolf.quant.sensitivity import Curvature, collect_curvature
 
 GATE_NAME = "head_gate"
 GATE_MIN, GATE_MAX = 32, 8192
-"""A layer's gate matrix is stored in int8 rows if its element count is in this range (SPEC 6.4)."""
+"""A layer's gate matrix is stored in int8 rows if its number of elements is in this range, as in PR #1855."""
 SMALL_MAX = 65_536
-"""Largest parameter that may stay float16 (SPEC 6.4)."""
+"""Most elements of a parameter that may stay float16, as in PR #1855."""
 FLOAT16_MAX = 65504.0
 
 

@@ -18,7 +18,7 @@ from pgolf.report.finished_runs import FinishedRun
 from pgolf.errors import UserError
 
 BUDGET_S = 600.0
-"""The challenge's seconds for training, and as many again for evaluation (SPEC 1.1)."""
+"""The challenge's seconds for training, and as many again for evaluation."""
 LIMIT_BYTES = 16_000_000
 """The challenge's bytes for code and model."""
 INSIDE = ("train", "save", "calibrate", "quantize")
