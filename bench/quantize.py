@@ -135,7 +135,7 @@ class Bench:
         return score_model(self.model, self.data_folder, self.config.data.micro_tokens, self.dist).bpb
 
     def quantize(self, setting: Setting, scale: float) -> QuantizedState:
-        """Return the setting's codes with all its steps times `scale`."""
+        """Return the setting's codes with all its scales times `scale`."""
         config = replace(self.config.quant, **setting.quant)
         return replace(self.quantizer, config=config).quantize(scale)
 

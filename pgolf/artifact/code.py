@@ -1,19 +1,21 @@
-"""The counted code: what reading an artifact and scoring it need of pgolf's sources, as small as it ships.
+"""The counted code: the sources of pgolf that reading an artifact and scoring it need, as small as they ship.
 
-Owns the rule. From the names in `ROOTS`, imports are followed (those inside functions too), and on the way,
-all on the syntax trees, so that what is left behaves as the whole does:
-1. comments, docstrings and other bare strings go, and what only a type checker sees: what stands under
-   `if TYPE_CHECKING`, and the types of parameters, results and variables of functions;
-2. a function, class or constant at the top of a module, and a method of a class without bases, goes if
-   nothing that stays names it, be it as a name, an attribute, an import or in a string without spaces.
-   Decorated functions (`WRAPPERS` apart) and values that are computed by a call stay as they are, because
-   they may register something; so do methods of classes with bases, which the bases may call;
-3. imports of what went go too, so that modules that nothing imports any more are not followed, and imports of
-   other packages that their module does not use;
-4. the rest is one text, a line `# path` before each module, compressed with brotli 11.
+The rule follows imports from the names in `ROOTS`, those inside of functions too, and works on syntax trees,
+so that what is left behaves as the whole does:
+
+1. Comments, docstrings and other bare strings are left out, and what only a type checker sees: the body of
+   `if TYPE_CHECKING`, and the types of parameters, results and variables of functions.
+2. A function, class or constant of a module, or a method of a class without bases, is left out if
+   nothing that stays names it: as a name, an attribute, an import or in a string without spaces. Decorated
+   functions (except for `WRAPPERS`) and values that are computed by a call stay as they are, because they may
+   register something; methods of classes with bases stay because a base may call them.
+3. Imports of what is left out are left out too, so that modules which nothing imports are not followed; so
+   are imports of other packages that a module does not use.
+4. The rest is one text, with a line `# path` before each module, compressed with brotli 11.
+
 `unpack_code` makes a folder of the text again; a test reads and scores an artifact with that and `pgolf._C`.
-Not counted, as in the challenge: installed libraries, the tokenizer file, and the compiled extension (an
-installed library too). A few bytes depend on how the running Python spells a syntax tree.
+Not counted, as in the challenge: installed packages, the tokenizer file, and the compiled extension (which is
+installed too). A few bytes depend on how the running Python spells a syntax tree.
 """
 
 from __future__ import annotations
@@ -40,17 +42,17 @@ ROOTS = {
 """Where reading and scoring (plain, sliding and with test-time training) begin: modules, and the functions,
 classes and methods in them that a program such as pgolf/report/score.py calls."""
 WRAPPERS = {"property", "classmethod", "staticmethod", "contextmanager", "cache"}
-"""Decorators that tell nobody of what they wrap."""
+"""Decorators that register nothing."""
 CODE_RULE = (
     "code: the pgolf sources that reading and scoring import, without comments, docstrings, types and unused"
     "\nfunctions, in one text compressed with brotli 11; installed packages (with pgolf's compiled extension)"
     "\nand the tokenizer do not count"
 )
-"""The rule above, for people who see only the ledger."""
+"""The rule in a sentence, which the ledger prints."""
 
 
 def code_bytes() -> int:
-    """Return the counted bytes of the code (module docstring)."""
+    """Return the bytes that the counted code weighs."""
     return len(code_archive())
 
 
@@ -147,12 +149,12 @@ class _Sources:
 
 
 def _only_wrapped(node: ast.FunctionDef) -> bool:
-    """Tell whether nothing of a function is known elsewhere but its name: no decorator registers it."""
+    """Tell whether a function is known by its name only: no decorator registers it."""
     return all(ast.unparse(d).rpartition(".")[2] in WRAPPERS for d in node.decorator_list)
 
 
 def _prune_class(node: ast.ClassDef, names: set[str]) -> ast.ClassDef:
-    """Return a class without the methods that nothing names; one with bases, which may call them, stays."""
+    """Return a class without the methods that nothing names; a class with bases stays whole."""
     if node.bases:
         return node
 

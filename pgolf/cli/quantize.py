@@ -1,4 +1,4 @@
-"""`pgolf quantize CHECKPOINT --data DIR --out FILE [--quant.key VALUE ...]`: quantize a checkpoint."""
+"""`pgolf quantize CHECKPOINT --data DIR --out FILE [--quant.key VALUE ...]`: from weights to an artifact."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from pgolf.config import ArtifactConfig, QuantConfig
 
 @dataclass(frozen=True)
 class Quantize:
-    """Calibrate on training text, quantize, write the artifact and score it."""
+    """Make an artifact of a run's saved weights, with other quantization settings than the run had.
+
+    The weights are calibrated on training text, quantized, written, read back and scored.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """raw.safetensors or ema.safetensors of a run."""
+    """The weights: ema.safetensors (averaged) or raw.safetensors of a run."""
     data: Path
-    """Folder of shards with the run's tokenizer."""
+    """Folder with shards of training and validation text and the run's tokenizer."""
     out: Path = Path("model.pgolf")
-    """The artifact to write."""
+    """The file to write; an artifact that is there is replaced."""
     quant: QuantConfig = QuantConfig()  # noqa: RUF009 - frozen
-    """Quantization settings; the run's own where nothing else is asked for."""
+    """Quantization settings; those of the run where the command line gives no others."""
     artifact: ArtifactConfig = ArtifactConfig()  # noqa: RUF009 - frozen
-    """Limit and fit; the run's own likewise."""
+    """The limit, and whether to fill it; those of the run where the command line gives no others."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run."""
+    """Where to run; auto takes a GPU if there is one."""
 
 
 def parse(argv: list[str]) -> Quantize:

@@ -22,8 +22,8 @@ InputKey = tuple[str, int]
 def collect_hessians(model: nn.Module, batches: Iterable[Batch], dist: Dist) -> dict[InputKey, Tensor]:
     """Return E[x x^T] of every matrix input over all batches, loop passes and ranks.
 
-    H[kind, layer] = sum over ranks, batches and passes of X^T X / number of tokens, X `(T, C)`.
-    A looped layer adds all its passes but is divided by the tokens once: GPTQ does not see the factor.
+    H[kind, layer] = sum over ranks, batches and passes of X^T X / number of tokens, X `(T, C)`. A layer that
+    runs several times adds all its passes and is divided by the tokens once; GPTQ does not see the factor.
 
     Args:
         model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=True, observe=)`.

@@ -22,7 +22,7 @@ from pgolf.data.loader import Batch
 from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
-from pgolf.quant.bank import Matrices, common_step, prepare
+from pgolf.quant.bank import Bank, common_scale, prepare
 from pgolf.quant.calibrate import InputKey, collect_hessians
 from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
@@ -96,7 +96,7 @@ class Quantizer:
         if missing:
             raise UserError(f"quantize: parameters {missing} have inputs but are not among the weights")
         result = QuantizedState({}, {}, {})
-        banks: dict[str, Matrices] = {}
+        banks: dict[str, Bank] = {}
         for name, weight in self.weights.items():
             with _blame(name):
                 if name in self.inputs:
@@ -105,16 +105,16 @@ class Quantizer:
                     result.gates[name] = quantize_gate_rows(weight.detach()).to("cpu")
                 else:
                     result.small[name] = _to_half(weight)
-        step = common_step(list(banks.values()), self.config) if self.config.row_steps == "loss" else 1.0
+        common = common_scale(list(banks.values()), self.config) if self.config.row_steps == "loss" else 1.0
         for name, bank in banks.items():
             with _blame(name):
-                codes = bank.quantize(step * factor, self.config)
+                codes = bank.quantize(common * factor, self.config)
                 result.quantized[name] = codes.reshaped(self.weights[name].shape)
         if self.config.lqer != "off":
             result.corrections.update(_corrections(banks, result, self.config))
         return result
 
-    def _prepare(self, name: str) -> Matrices:
+    def _prepare(self, name: str) -> Bank:
         """Return one bank with its Hessians `(B, C, C)`."""
         weight, keys = self.weights[name], self.inputs[name]
         if len(keys) != (weight.shape[0] if weight.dim() == 3 else 1) or weight.dim() not in (2, 3):
@@ -135,9 +135,7 @@ def is_gate(name: str, shape: tuple[int, ...]) -> bool:
     return name == GATE_NAME and GATE_MIN <= math.prod(shape[1:]) <= GATE_MAX
 
 
-def _corrections(
-    banks: dict[str, Matrices], state: QuantizedState, config: QuantConfig
-) -> dict[str, Correction]:
+def _corrections(banks: dict[str, Bank], state: QuantizedState, config: QuantConfig) -> dict[str, Correction]:
     """Return low-rank corrections of the matrices that the quantization error hurts most."""
     assert config.lqer != "off"
     errors: dict[str, float] = {}

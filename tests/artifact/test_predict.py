@@ -80,7 +80,7 @@ def test_prediction_names_the_sections_of_a_real_file(tmp_path):
     assert ledger.limit == LIMIT and ledger.code == written.code
 
 
-def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
+def test_scales_by_loss_weigh_what_the_600_s_model_weighed():
     # bench/results/20261123_nvidia-h100-80gb-hbm3_quantize.jsonl, rows+columns: the sections of codes.
     quant = replace(pr1855().quant, mean_bits=3.45, trellis=False, rate=0.0)
     ledger = predict_ledger(pr1855().model, quant, limit=LIMIT, clip_scale=0.980003)
