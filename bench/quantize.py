@@ -1,38 +1,37 @@
-"""What each way to quantize a checkpoint costs in bytes and in bits per byte: a table, a file, a plot.
+"""What each way to quantize a checkpoint costs in bytes and in bits per byte: a table and a result file.
 
-`python -m bench.quantize RUN_FOLDER --data SHARDS` calibrates once, then quantizes the run's averaged weights
-in each way of `SETTINGS`, codes them with the real coder and scores them over the whole validation text.
-Every way is scaled to the bytes of `--match` (its steps times one factor, coded again), so that rows of the
-table compare at equal bytes; `bytes` are those of the whole file. The raw weights are quantized with the
-averaged weights' Hessians. `bpb_loss` is bpb less the bpb of the same weights unquantized; `predicted` is the
-same difference as the calibration foresees it, 1/2 sum g_r e_r H e_r.
+`python -m bench.quantize RUN_FOLDER --data SHARDS` calibrates once, then quantizes the averaged weights of
+the run in each way of `SETTINGS`, codes them with the range coder and scores them over the whole validation
+text. Every way is scaled to the bytes of `--match`: its quantization scales are multiplied by one factor, and
+the codes are made again, so that the rows of the table compare at equal bytes. `bytes` are those of the whole
+file. `bpb_loss` is the difference to the unquantized weights in bits per byte; `predicted` is the same
+difference as the calibration foresees it, 1/2 sum g_r e_r H e_r. `python -m bench.figures` draws the points.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from bench.common import RESULTS, Recorder, Sample
 from pgolf.artifact.write import Facts, build_file
-from pgolf.config import Config, DataConfig, ModelConfig, from_dict
+from pgolf.config import Config, DataConfig, ModelConfig
+from pgolf.data.loader import validation_totals
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_model
 from pgolf.model.gpt import GPT
-from pgolf.peers import find_peer
-from pgolf.quant.calibrate import collect_hessians, quantize_model
-from pgolf.quant.gptq import factorize, row_errors
+from pgolf.quant.calibrate import collect_hessians
+from pgolf.quant.gptq import row_errors
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState, dequantize_state
-from pgolf.quant.sensitivity import blend, collect_curvature
+from pgolf.quant.sensitivity import collect_curvature, unit_trace
 from pgolf.train.trainer import open_loader
 from pgolf.train.weights import copy_parameters, load_weights
 
@@ -44,9 +43,6 @@ class Setting:
     name: str
     quant: dict[str, Any] = field(default_factory=dict)
     """Fields of QuantConfig that differ from the run's."""
-    weights: str = "ema"
-    gptq: bool = True
-    """False takes H = I, so that every weight is rounded by itself."""
     size: float = 1.0
     """Bytes wanted, as a multiple of those of `--match`; 0 takes the configured clips as they are."""
 
@@ -60,46 +56,23 @@ SPREAD = {
     "trellis": False,
 }
 LOSS = SPREAD | {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
+TRELLIS = LOSS | {"trellis": True}
 SETTINGS = [
     Setting("gptq", SPREAD, size=0.0),
     Setting("rows+columns", LOSS),
-    Setting("trellis", LOSS | {"trellis": True}),
-    Setting("trellis rate 1/12", LOSS | {"trellis": True, "rate": 1 / 12}),
-    Setting("trellis rate 1/6", LOSS | {"trellis": True, "rate": 1 / 6}),
-    Setting("trellis rate 1/3", LOSS | {"trellis": True, "rate": 1 / 3}),
-    Setting("rows+columns floor 0.3", LOSS | {"embed_floor": 0.3}),
-    Setting("rows+columns floor 1", LOSS | {"embed_floor": 1.0}),
-    Setting("rtn", SPREAD, gptq=False),
-    Setting("columns", LOSS | {"row_steps": "spread"}),
-    Setting("rows", LOSS | {"column_steps": False}),
+    Setting("trellis", TRELLIS),
+    Setting("trellis rate 1/12", TRELLIS | {"rate": 1 / 12}),
+    Setting("trellis rate 1/6", TRELLIS | {"rate": 1 / 6}),
+    Setting("trellis rate 1/3", TRELLIS | {"rate": 1 / 3}),
     Setting("rows+columns rate 1/12", LOSS | {"rate": 1 / 12}),
-    Setting("gptq lqer asym", SPREAD | {"lqer": "asym"}),
-    Setting("rows+columns head H", LOSS | {"embed_gram": 0.0}),
-    Setting("rows+columns gram 0.3", LOSS | {"matrix_gram": 0.3}),
-    Setting("rows+columns floor 0.1", LOSS | {"embed_floor": 0.1}),
-    Setting("gptq lqer sym", SPREAD | {"lqer": "sym"}),
-    Setting("rows+columns lqer asym", LOSS | {"lqer": "asym"}),
-    Setting("rows+columns lqer sym", LOSS | {"lqer": "sym"}),
-    Setting("gptq raw", SPREAD, weights="raw"),
-    Setting("rows+columns raw", LOSS, weights="raw"),
-    Setting("trellis lqer sym", LOSS | {"trellis": True, "lqer": "sym"}),
-    Setting("trellis -4 %", LOSS | {"trellis": True}, size=0.96),
-    Setting("trellis +4 %", LOSS | {"trellis": True}, size=1.04),
-    Setting("rows+columns -4 %", LOSS, size=0.96),
-    Setting("rows+columns +4 %", LOSS, size=1.04),
-    Setting("gptq -4 %", SPREAD, size=0.96),
-    Setting("gptq +4 %", SPREAD, size=1.04),
-    Setting("gptq trellis", SPREAD | {"trellis": True}),
-    Setting("gptq rate 1/12", SPREAD | {"rate": 1 / 12}),
     Setting("rows+columns rate 1/6", LOSS | {"rate": 1 / 6}),
-    Setting("rows+columns rate 1/24", LOSS | {"rate": 1 / 24}),
-    Setting("rows+columns rows floor 0.2", LOSS | {"row_floor": 0.2}),
-    Setting("rows+columns in order", LOSS | {"act_order": False}),
-    Setting("gptq in order", SPREAD | {"act_order": False}),
-    Setting("rows+columns damp 0.1", LOSS | {"damp": 0.1}),
-    Setting("rows+columns damp 0.001", LOSS | {"damp": 0.001}),
-    Setting("gptq damp 0.1", SPREAD | {"damp": 0.1}),
+    Setting("gptq lqer asym", SPREAD | {"lqer": "asym"}),
+    Setting("gptq lqer sym", SPREAD | {"lqer": "sym"}),
+    Setting("trellis lqer sym", TRELLIS | {"lqer": "sym"}),
+    Setting("trellis -4 %", TRELLIS, size=0.96),
+    Setting("trellis +4 %", TRELLIS, size=1.04),
 ]
+"""The ways that docs/findings.md and docs/benchmarks.md report; their names are those of the result lines."""
 
 
 @dataclass
@@ -120,48 +93,36 @@ class Bench:
     """A checkpoint with its calibration; `measure` tries one setting."""
 
     def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int) -> None:
-        averaged, saved = load_checkpoint(folder, "ema")
+        averaged, saved, _ = load_weights(folder / "ema.safetensors")
         self.dist = Dist.start(device)
         micro = min(saved.data.micro_tokens, micro_tokens)
         self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
         self.data_folder = DataFolder.open(data, vocab_size=saved.model.vocab_size)
         self.model = GPT(saved.model).prepare(self.dist.device)
-        self.weights = {"ema": {k: v.to(self.dist.device) for k, v in averaged.items()}}
-        if (folder / "raw.safetensors").is_file():
-            raw, _ = load_checkpoint(folder, "raw")
-            self.weights["raw"] = {k: v.to(self.dist.device) for k, v in raw.items()}
+        self.weights = {k: v.to(self.dist.device) for k, v in averaged.items()}
         self.seconds: dict[str, float] = {}
         self._calibrate(saved.data)
-        self.unquantized = {name: self.score(state) for name, state in self.weights.items()}
+        self.unquantized = self.score(self.weights)
+        tokens, size = validation_totals(data, tokenizer=self.data_folder.tokenizer)
+        self.nats_per_bpb = math.log(2) * size / tokens
 
     def _calibrate(self, original: DataConfig) -> None:
         """Hessians and curvature on as many tokens as the run would take, in smaller batches if need be."""
-        copy_parameters(self.model, self.weights["ema"])
+        copy_parameters(self.model, self.weights)
         quant, dist = self.config.quant, self.dist
         times = max(1, original.micro_tokens // self.config.data.micro_tokens)
         with open_loader(self.config, self.data_folder, dist) as loader:
             self.model.eval()
             began = self._now()
             count = quant.calibration_batches * times
-            self.hessians = collect_hessians(self.model, (loader.next() for _ in range(count)), dist)
+            hessians = collect_hessians(self.model, (loader.next() for _ in range(count)), dist)
             self.seconds["hessians"] = self._now() - began
             began = self._now()
             batches = (loader.next() for _ in range(quant.gradient_batches * times))
-            names = self.model.quant_inputs()
-            self.curvature = collect_curvature(self.model, batches, names, dist)
+            inputs = self.model.quant_inputs()
+            self.curvature = collect_curvature(self.model, batches, inputs, dist)
             self.seconds["gradients"] = self._now() - began
-        self.identity = {k: torch.eye(len(h), device=h.device) for k, h in self.hessians.items()}
-
-    def save_spectra(self, path: Path) -> None:
-        """Write what the calibration found, reduced to a number for each row and column."""
-        found = {}
-        for name, keys in self.model.quant_inputs().items():
-            h = torch.stack([self.hessians[key] for key in keys])
-            found[f"{name}.rows"] = self.curvature[name].rows
-            found[f"{name}.gram_diagonal"] = self.curvature[name].gram.diagonal(dim1=-2, dim2=-1)
-            found[f"{name}.hessian_diagonal"] = h.diagonal(dim1=-2, dim2=-1)
-            found[f"{name}.conditional"] = factorize(h, damp=self.config.quant.damp).conditional()
-        np.savez(path, **{k: v.float().cpu().numpy() for k, v in found.items()})
+        self.quantizer = Quantizer(self.weights, inputs, hessians, quant, self.curvature)
 
     def _now(self) -> float:
         if self.dist.device.type == "cuda":
@@ -174,15 +135,9 @@ class Bench:
         return score_model(self.model, self.data_folder, self.config.data.micro_tokens, self.dist).bpb
 
     def quantize(self, setting: Setting, scale: float) -> QuantizedState:
-        """Return the setting's codes with all its steps times `scale`."""
-        return quantize_model(
-            self.weights[setting.weights],
-            self.model.quant_inputs(),
-            self.hessians if setting.gptq else self.identity,
-            replace(self.config.quant, **setting.quant),
-            clip_scale=scale,
-            curvature=self.curvature,
-        )
+        """Return the setting's codes with all its scales times `scale`."""
+        config = replace(self.config.quant, **setting.quant)
+        return replace(self.quantizer, config=config).quantize(scale)
 
     def measure(self, setting: Setting, wanted: int) -> Outcome:
         """Quantize, scale to the wanted bytes, code and score."""
@@ -203,49 +158,20 @@ class Bench:
         tensors = dequantize_state(state)
         bpb = self.score(tensors)
         seconds["score"] = self._now() - began
-        nats_per_bpb = self.nats_per_bpb()
-        return Outcome(
-            setting,
-            total,
-            parts,
-            bpb,
-            bpb - self.unquantized[setting.weights],
-            self.predict(setting, tensors) / nats_per_bpb,
-            scale,
-            seconds,
-        )
+        loss, predicted = bpb - self.unquantized, self.predict(tensors) / self.nats_per_bpb
+        return Outcome(setting, total, parts, bpb, loss, predicted, scale, seconds)
 
-    def nats_per_bpb(self) -> float:
-        """Return the nats per token of one bit per byte: ln 2 times the bytes of a token."""
-        if not hasattr(self, "_bytes_per_token"):
-            from pgolf.data.loader import validation_totals
-
-            tokens, size = validation_totals(self.data_folder.folder, tokenizer=self.data_folder.tokenizer)
-            self._bytes_per_token = size / tokens
-        return float(np.log(2) * self._bytes_per_token)
-
-    def predict(self, setting: Setting, tensors: dict[str, Tensor]) -> float:
-        """Return the loss that calibration foresees from the errors of the matrices, nats a token."""
-        total = 0.0
-        for name, keys in self.model.quant_inputs().items():
+    def predict(self, tensors: dict[str, Tensor]) -> float:
+        """Return the loss that calibration foresees from the errors of the matrices, nats per token."""
+        total, hessians = 0.0, self.quantizer.hessians
+        for name, keys in self.quantizer.inputs.items():
             c = self.curvature[name]
-            h = torch.stack([self.hessians[key] for key in keys])
-            h = blend(h, c.gram, 1.0 if name == "tok_emb" else 0.0)
+            h = unit_trace(c.gram if name == "tok_emb" else torch.stack([hessians[key] for key in keys]))
             shape = (len(keys), -1, h.shape[-1])
-            before = self.weights[setting.weights][name].reshape(shape)
+            before = self.weights[name].reshape(shape)
             errors = row_errors(before, tensors[name].to(before.device).reshape(shape), h)
             total += 0.5 * float((c.rows.double() * errors).sum())
         return total
-
-
-def load_checkpoint(folder: Path, name: str) -> tuple[dict[str, Tensor], Config]:
-    """Return float32 weights and configuration of NAME.safetensors, or of NAME.fp16.safetensors."""
-    if (folder / f"{name}.safetensors").is_file():
-        tensors, config, _ = load_weights(folder / f"{name}.safetensors")
-        return tensors, config
-    halves = folder / f"{name}.fp16.safetensors"
-    config = from_dict(Config, json.loads((folder / "config.json").read_text()), where="config.json")
-    return {k: v.float() for k, v in load_file(halves).items()}, config
 
 
 def count_bytes(state: QuantizedState, model: ModelConfig) -> dict[str, int]:
@@ -268,38 +194,12 @@ def table(outcomes: list[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def plot(outcomes: list[Outcome], path: Path) -> None:
-    """Draw bytes against the loss of quantization, if matplotlib is installed."""
-    peer = find_peer("matplotlib", "matplotlib.pyplot")
-    if not peer.usable:
-        print(f"no plot: matplotlib is {peer.problem}")
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(9, 6), dpi=120)
-    for o in outcomes:
-        axes.plot(o.bytes / 1e6, o.loss, "o", markersize=4, color="#1f5a99" if o.setting.gptq else "#c0504d")
-        axes.annotate(
-            o.setting.name, (o.bytes / 1e6, o.loss), fontsize=7, xytext=(4, 2), textcoords="offset points"
-        )
-    axes.set_xlabel("model file, MB")
-    axes.set_ylabel("bits per byte above the unquantized weights")
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
 def record(bench: Bench, outcomes: list[Outcome], out: Path) -> None:
     """Write the measurements as a result file."""
     recorder = Recorder("quantize", bench.dist.device, out)
     for name, value in bench.seconds.items():
         recorder.add("calibrate", "pgolf", f"seconds_{name}", Sample(value, 0.0, 1), "s")
-    for name, bpb in bench.unquantized.items():
-        recorder.add(name, "pgolf", "bpb", Sample(bpb, 0.0, 1), "bits/byte")
+    recorder.add("ema", "pgolf", "bpb", Sample(bench.unquantized, 0.0, 1), "bits/byte")
     for o in outcomes:
         values = {
             "bytes": (float(o.bytes), "bytes"),
@@ -319,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="run folder with raw.safetensors and ema.safetensors")
+    parser.add_argument("folder", type=Path, help="run folder with ema.safetensors")
     parser.add_argument("--data", type=Path, required=True, help="shards of the run, with their tokenizer")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument(
@@ -348,7 +248,7 @@ def main() -> None:
     )
     outcomes: list[Outcome] = []
     named = {s.name: s for s in SETTINGS}
-    for setting in (named[name] for name in args.settings if named[name].weights in bench.weights):
+    for setting in (named[name] for name in args.settings):
         if time.perf_counter() - began > args.seconds:
             print(f"out of time before {setting.name!r}; raise --seconds")
             break
@@ -362,8 +262,6 @@ def main() -> None:
     print(table(outcomes))
     args.out.mkdir(parents=True, exist_ok=True)
     record(bench, outcomes, args.out)
-    bench.save_spectra(args.out / "quantize_spectra.npz")
-    plot(outcomes, args.out / "quantize.png")
     bench.dist.close()
 
 

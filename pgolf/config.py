@@ -36,7 +36,6 @@ MOST = {
     "data.prefetch": 1024,
     "train.warmup_steps": 1000,
     "train.seed": 2**63 - 1,
-    "quant.block": 65_536,
     "quant.lqer_rank": 65_536,
     "quant.lqer_top": 65_536,
     "quant.calibration_batches": 2**20,
@@ -381,59 +380,58 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """GPTQ on the matrices; clips are in standard deviations of a row (SDClip)."""
+    """How weights become codes: a weight is stored as a small whole number times a quantization scale."""
 
     matrix_bits: int = 8
-    """Bits of the attention and MLP matrices: the codes' range, which the coder makes 3.5 bits of."""
+    """Width of the codes of the attention and MLP matrices, 4 to 8 bits. With row_steps=loss it only bounds
+    the codes, and mean_bits sets their size; lower it with row_steps=spread."""
     embed_bits: int = 8
-    """Bits of the token embedding."""
+    """The same for the codes of the token embedding, 4 to 8 bits."""
     mlp_clip: float = 11.5
-    """Clip of the MLP matrices, row standard deviations: the step is clip * std / (2^(bits-1) - 1)."""
+    """With row_steps=spread: how many standard deviations of its row the largest code of an MLP matrix means,
+    above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
     attn_clip: float = 13.0
-    """Clip of the attention matrices, row standard deviations."""
+    """The same for the attention matrices, standard deviations."""
     embed_clip: float = 14.0
-    """Clip of the token embedding, row standard deviations."""
+    """The same for the token embedding, standard deviations."""
     damp: float = 0.01
-    """Added to the Hessian diagonal, fraction of its mean; grows tenfold until the factorization works."""
-    block: int = 128
-    """Columns per GPTQ block."""
-    act_order: bool = True
-    """Round columns by falling input power instead of from left to right."""
+    """What GPTQ adds to the diagonal of a Hessian, as a fraction of the diagonal's mean, above 0. It grows
+    tenfold by itself where that is not enough, so there is rarely a reason to touch it."""
     row_steps: Literal["spread", "loss"] = "loss"
-    """Steps of rows: by the spread of their weights (SDClip, the clips above), or by what their error costs
-    the loss (then the clips do not matter, and bits only cap the codes)."""
+    """What the scale of a row follows: loss = how much the training loss minds an error in the row; spread =
+    the standard deviation of its weights (SDClip), which published stacks use."""
     column_steps: bool = True
-    """Steps of columns: by what is left of the input given the inputs rounded after it, instead of equal."""
+    """Give columns factors on the scales, by what is left of an input once the inputs that are rounded later
+    are known. Turn it off to repeat a published stack."""
     mean_bits: float = 3.45
-    """With row_steps=loss: entropy of a code that the steps aim at, before artifact.fit corrects them."""
+    """With row_steps=loss: bits per code, averaged over the model, from which artifact.fit starts, 0.5 to 8.
+    It sets the size of the file where artifact.fit is off."""
     rate: float = 1 / 12
-    """Bits against squared error in rounding; 1/12 is the exchange rate of the steps themselves. It took
-    0.0010 of 0.0043 bpb lost by a 600 s run at equal bytes, more than the calibration foresees; 0 rounds to
-    the nearest."""
+    """Weight of the bits of a code against its squared error in rounding, 0 to 1. 0 rounds to the nearest
+    code; 1/12 is the exchange rate of the scales themselves. Which is better depends on the model: try
+    both."""
     trellis: bool = True
-    """Round the weights of a column together, along a trellis (`pgolf.ops.trellis_round`): a quarter less
-    squared error at the same bits; 0.0050 instead of 0.0068 bpb on a CPU with little calibration text, 0.0037
-    with all of it in a run of 600 s. A bank of fewer than 2 bits a code is rounded without: there a code of
-    0, which means a quarter of a step, costs more than the trellis gains."""
-    embed_gram: float = 1.0
-    """With row_steps=loss: share of the gradients' gram matrix in the embedding's Hessian."""
-    matrix_gram: float = 0.0
-    """The same for all other matrices."""
+    """Round the weights of a column together, along a trellis: less error in as many bits, for more time. A
+    bank of fewer than 2 bits per code is rounded without a trellis all the same."""
     row_floor: float = 0.02
-    """With row_steps=loss: least weight of a row, fraction of its matrix's mean."""
+    """With row_steps=loss: least weight of a row, as a fraction of its matrix's mean, 0 to 1. Raise it where
+    little calibration text lets rows look unimportant by chance."""
     embed_floor: float = 0.02
-    """The same for the embedding. With much less than PR #1855's 0.8 M tokens of gradients, rows of tokens
-    that do not occur would get steps far too coarse: raise it to 0.3."""
+    """The same for the rows of the token embedding, 0 to 1. Tokens that do not occur in the calibration text
+    get scales far too coarse otherwise: raise it to 0.3 with much less than a million tokens of that text."""
     lqer: Literal["off", "asym", "sym"] = "off"
-    """Low-rank correction of the matrices with the largest errors; the form of its codes."""
+    """Correct the matrices with the largest errors by products of two small matrices: off, or the form of
+    their codes (asym is that of PR #1855). Set it to repeat a published stack."""
     lqer_rank: int = 4
-    """Rank of a correction."""
+    """Columns of the first of the two small matrices, at least 1 and at most the matrix's shorter side."""
     lqer_top: int = 3
-    """Matrices that are corrected."""
+    """How many matrices are corrected, at least 1."""
     gradient_batches: int = 8
-    """With row_steps=loss: micro-batches whose gradients measure the rows, over all ranks."""
+    """With row_steps=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows, at
+    least 1. The time that they take is on the clock."""
     calibration_batches: int = 16
-    """Micro-batches of training text per calibration, over all ranks."""
+    """Micro-batches of training text, over all ranks, on which the inputs of the matrices are measured, at
+    least 1. The time that they take is on the clock."""
 
     def __post_init__(self) -> None:
         _check_finite("quant", self)
@@ -443,10 +441,10 @@ class QuantConfig:
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
             _require(value > 0, f"quant.{name} must be > 0, got {value}")
-        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top", "block"):
+        for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("embed_gram", "matrix_gram", "row_floor", "embed_floor"):
+        for name in ("row_floor", "embed_floor"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
         _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")
@@ -455,13 +453,13 @@ class QuantConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ArtifactConfig:
-    """The file that is counted."""
+    """The file that counts against the limit of the challenge."""
 
     limit: int = 16_000_000
-    """Bytes of code plus model that the artifact may have (decimal)."""
+    """Bytes that the file and the counted code may have together; a larger file is refused."""
     fit: bool = True
-    """Scale the clips, quantizing again, until code and model fill the limit to within 0.1 %; a model that is
-    too small for that gets its finest grid."""
+    """Multiply all scales by one factor, and quantize again, until file and code fill the limit to within 0.1
+    %. A model that is too small for that gets its finest scales. Off: the scales stay as configured."""
 
     def __post_init__(self) -> None:
         _check_finite("artifact", self)

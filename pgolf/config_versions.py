@@ -2,8 +2,9 @@
 
 Every configuration that a run saves is complete, so a missing key is one that its writer did not know (then
 the table says what that code did) or one that somebody took out (then it has the default of that version).
-A new setting, or a new default of an old one, is one more `Change` at the end of `CHANGES`; the version is
-their number. Files older than the version field are placed by the newest setting that they name.
+A new setting, a new default of an old one, or a setting that is gone, is one more `Change` at the end of
+`CHANGES`; the version is their number. Files older than the version field are placed by the newest setting
+that they name.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ class Change(NamedTuple):
     """Dotted settings that are new, and what the code before did, in their terms."""
     defaults: dict[str, Any] = {}  # noqa: RUF012 - never written to
     """Dotted settings whose default changed, and the default before."""
+    removed: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """Dotted settings that are gone, each with the value at which it did what the code does now."""
 
 
 CHANGES: tuple[Change, ...] = (
@@ -93,10 +96,22 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change("8ab5e69", {}, {"name": "record"}),
     Change("98b7c24", {"train.track": "none"}),
+    Change(
+        "682baef",
+        {},
+        removed={
+            "quant.act_order": True,
+            "quant.block": 128,
+            "quant.embed_gram": 1.0,
+            "quant.matrix_gram": 0.0,
+        },
+    ),
 )
 """From the first run on, in order. Defaults that came and went between two runs are not told apart."""
 VERSION = len(CHANGES)
 """Of the settings, written into every saved configuration."""
+REMOVED: dict[str, Any] = {key: value for change in CHANGES for key, value in change.removed.items()}
+"""Dotted settings that are gone; a file that has one loads if it has this value."""
 NAMED = 20
 """Most settings that a note on missing ones names."""
 WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
@@ -110,10 +125,18 @@ def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
     all sections) means today's.
 
     Raises:
-        ValueError: the version is no whole number from 0 to `VERSION`.
+        ValueError: the version is no whole number from 0 to `VERSION`, or a setting that is gone has another
+            value than the one at which it did what the code does now.
     """
     version = writer_version(data, where)
     result = {k: copy.deepcopy(v) for k, v in data.items() if k != "version"}
+    for key in REMOVED:
+        *sections, last = key.split(".")
+        inner: Any = result
+        for section in sections:
+            inner = inner.get(section) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and last in inner:
+            check_removed(key, inner.pop(last), where)
     if version is None:
         return result
     train = result.get("train")
@@ -127,6 +150,20 @@ def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
         if isinstance(node, dict):
             node.setdefault(last, value)
     return result
+
+
+def check_removed(key: str, value: Any, where: str) -> None:
+    """Refuse a setting that is gone, unless its value asked for what the code does now.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    if value != REMOVED[key]:
+        raise UserError(
+            f"{where}: the setting {key} does not exist any more, and its value {value!r} asks for something "
+            f"that this version cannot do; what it does now is what the value {REMOVED[key]!r} did. Take the "
+            "setting out to go on with that"
+        )
 
 
 def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
@@ -179,7 +216,8 @@ def _meanings(version: int) -> dict[str, Any]:
     meanings: dict[str, Any] = {}
     for change in CHANGES[version:]:
         for key, value in {**change.added, **change.defaults}.items():
-            meanings.setdefault(key, value)
+            if key not in REMOVED:
+                meanings.setdefault(key, value)
     return meanings
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from pgolf.cli.main import main
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.config_versions import CHANGES, VERSION, missing_note, writer_version
+from pgolf.config_versions import CHANGES, REMOVED, VERSION, missing_note, writer_version
+from pgolf.errors import UserError
 from pgolf.presets import PRESETS
 from pgolf.train.weights import load_weights
 
@@ -114,7 +115,8 @@ def test_every_setting_is_in_the_table_or_of_the_first_version():
     now = {key for key, _ in leaves(to_dict(Config()))} - {"version"}
     added = [key for change in CHANGES for key in change.added]
     assert len(added) == len(set(added))
-    assert now == {*FIRST, *added}
+    assert now == {*FIRST, *added} - REMOVED.keys()
+    assert REMOVED.keys() <= {*FIRST, *added}
     for change in CHANGES:
         assert set(change.defaults) <= now
 
@@ -132,7 +134,10 @@ def test_committed_configurations_load_with_what_they_have(path):
     saved = json.loads(path.read_text())
     loaded = dict(leaves(to_dict(from_dict(Config, saved))))
     for key, value in leaves(saved):
-        assert loaded[key] == ("blocks" if value is True and key == "train.compile" else value), key
+        if key in REMOVED:
+            assert key not in loaded and value == REMOVED[key]
+        else:
+            assert loaded[key] == ("blocks" if value is True and key == "train.compile" else value), key
 
 
 MEANT = {
@@ -143,7 +148,6 @@ MEANT = {
         "quant.trellis": False,
         "quant.rate": 0.0,
         "quant.lqer": "off",
-        "quant.act_order": True,
         "train.quantize": True,
         "evaluate.ttt": False,
     },
@@ -178,6 +182,21 @@ def test_a_key_taken_out_has_the_default_of_the_version_that_wrote_the_file():
     older = {**now, "version": 7}
     assert from_dict(Config, without(older, "quant.trellis")).quant.trellis is False
     assert from_dict(Config, {**older, "evaluate": {}}) == from_dict(Config, older)
+
+
+@pytest.mark.parametrize("version", [VERSION - 1, VERSION, 5, None])
+def test_a_setting_that_is_gone_is_read_where_it_asked_for_what_is_done_now(version):
+    now = {k: v for k, v in to_dict(Config()).items() if k != "version"}
+    file = now if version is None else {"version": version, **now}
+    before = {**now["quant"], "act_order": True, "block": 128, "embed_gram": 1.0, "matrix_gram": 0}
+    assert from_dict(Config, {**file, "quant": before}).quant == from_dict(Config, file).quant
+    with pytest.raises(
+        UserError, match=r"old\.json: the setting quant\.act_order does not exist .* value False .*'?True"
+    ):
+        from_dict(Config, {**file, "quant": {**before, "act_order": False}}, where="old.json")
+    assert from_dict(Config, {"quant": {"block": 128}}) == Config()
+    with pytest.raises(UserError, match=r"quant\.block does not exist any more"):
+        from_dict(Config, {"quant": {"block": 64}})
 
 
 def test_one_that_was_written_by_hand_has_todays_defaults():

@@ -1,7 +1,7 @@
-"""Bytes in, fewer bytes out: brotli with a bounded decoder, and the byte planes of float16.
+"""Lossless compression of everything in an artifact except for the codes of its matrices.
 
-Owns the only use of brotli in the package, for everything but the codes of the matrices: those, nearly all of
-an artifact, go through `pgolf.ops.range_coder`, 1.5 % smaller than brotli 11 and 16 times faster to write.
+Brotli with a decoder whose memory is bounded, and the two byte planes of float16. The codes, which are nearly
+all of an artifact, go through `pgolf.ops.range_coder`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def compress(raw: bytes, *, quality: int) -> bytes:
 
     Args:
         raw: bytes to compress.
-        quality: 0 to 11. 11 is PR #1855's; lower ones are faster.
+        quality: 0 to 11; higher is smaller and slower.
     Raises:
         ValueError: quality out of range. RuntimeError: brotli is not installed.
     """
@@ -41,7 +41,7 @@ def compress(raw: bytes, *, quality: int) -> bytes:
 
 
 def decompress(stream: bytes, *, raw_length: int) -> bytes:
-    """Return the `raw_length` bytes of a brotli stream, in memory near `raw_length` whatever it holds.
+    """Return the `raw_length` bytes of a brotli stream; whatever the stream is, memory for about as many.
 
     Raises:
         CodecError: a corrupt or truncated stream, or one of another length.
@@ -69,7 +69,7 @@ def decompress(stream: bytes, *, raw_length: int) -> bytes:
 
 
 def split_bytes(values: NDArray[Any]) -> bytes:
-    """Return 2-byte values as two planes, all low bytes then all high bytes (6 % smaller after brotli)."""
+    """Return 2-byte values as two planes, all low bytes, then all high bytes, which compress better."""
     little = values.astype(values.dtype.newbyteorder("<"))
     planes: bytes = little.view(np.uint8).reshape(-1, 2).T.tobytes()
     return planes
@@ -84,7 +84,7 @@ def join_bytes(raw: bytes, dtype: type[np.generic] = np.float16) -> NDArray[Any]
 
 
 def in_threads(work: Callable[[S], R], items: Iterable[S]) -> list[R]:
-    """Return [work(item) for item in items], one thread a core; our coders release the interpreter lock."""
+    """Return [work(item) for item in items], on a thread per core; our coders release Python's lock."""
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         return list(pool.map(work, items))
 

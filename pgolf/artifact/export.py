@@ -1,4 +1,4 @@
-"""An artifact as people look at it: what is in it, and its weights in a file that other tools read."""
+"""What an artifact holds, as text or JSON, and its weights in a file that other tools read."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def _tensor_rows(header: Header) -> list[dict[str, Any]]:
-    """Return the directory, each matrix with its stored bytes and bits a weight."""
+    """Return the parameters; matrices with their stored bytes and bits per weight."""
     stored: dict[str, int] = {}
     for section in header.sections:
         if section.plan.kind == "codes":

@@ -1,7 +1,8 @@
-"""The search for the clips that fill the byte limit: coarser grids when over it, finer ones when below.
+"""The search for the factor on the scales that fills the byte limit, and the writing of what it finds.
 
-A clip wider by f makes N weights N log2(f) / 8 bytes smaller (SPEC 6.7), so bytes over log2(clip) is nearly a
-straight line and a secant finds the place; a bracket keeps it honest where the line bends.
+A scale that is wider by the factor f takes log2(f) bits less per code, so N weights take N log2(f) / 8 bytes
+less: bytes over the logarithm of the factor are nearly a straight line, and a secant finds the place. Where
+the line bends, a bracket keeps the search inside what is known.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeVar
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
 from pgolf.config import Config, ModelConfig, run_hash
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState
 
 T = TypeVar("T")
@@ -22,10 +24,10 @@ T = TypeVar("T")
 WINDOW = 1e-3
 """The search ends when the counted bytes are below the limit by at most this fraction of it."""
 AIM = 0.4 * WINDOW
-"""Where it aims, below the limit: nearer to it than to the window's other end, with room for noise."""
+"""Where the search aims, as a fraction of the limit below it: inside the window, nearer to the limit."""
 NARROWEST, WIDEST = 0.5, 64.0
-"""Factors on the configured clips. Half of 11.5 standard deviations still clips nothing of a Gaussian, and
-codes of one bit more than that are beyond the grid's ends; 64 leaves nothing of a matrix but zeros."""
+"""Range of the factor on the configured scales. Scales finer than half of them would put codes beyond the
+ends of the grid; with scales 64 times as wide a matrix is nothing but zeros."""
 MOST_TRIES = 8
 
 
@@ -34,7 +36,7 @@ class Try:
     """One quantization and what it weighs."""
 
     octaves: float
-    """log2 of the factor on the clips."""
+    """log2 of the factor on the scales."""
     total: int
     """Counted bytes: file and code."""
 
@@ -48,18 +50,18 @@ def fit_artifact(
     config_hash: str,
     limit: int,
 ) -> Ledger:
-    """Write the largest artifact found in [0.999 limit, limit], code included, by scaling the clips.
+    """Write an artifact that fills at least 0.999 of the limit, code included, by scaling all scales.
 
-    Usually two quantizations, at most 8. Where even half the configured clips leave it smaller than that
-    (a toy under a large limit), those are taken.
+    This usually takes two quantizations and at most 8. A model that is too small for the limit gets half the
+    configured scales.
 
     Args:
         path: as for `write_artifact`, as are `model` and the next three.
-        quantize: clip_scale -> state; called with 1.0 first.
+        quantize: factor on the scales -> state; called with 1.0 first.
     Returns:
         The ledger of the written file; its `clip_scale` is the factor that was chosen.
     Raises:
-        ArtifactError: no try is below the limit (with the smallest one's ledger); nothing is written.
+        ArtifactError: no try is below the limit (with the ledger of the smallest); nothing is written.
         FileNotFoundError: the folder of `path` does not exist.
     """
 
@@ -79,7 +81,7 @@ def search(make: Callable[[float], tuple[T, Ledger, int]], *, limit: int) -> tup
     """Return the largest thing found within `limit`, else the smallest, and its ledger.
 
     Args:
-        make: clip_scale -> the thing, its ledger, the weights in it; called with 1.0 first.
+        make: factor on the scales -> the thing, its ledger, the number of its weights; called with 1.0 first.
         limit: counted bytes to stay within.
     """
     tries: list[Try] = []
@@ -98,11 +100,11 @@ def search(make: Callable[[float], tuple[T, Ledger, int]], *, limit: int) -> tup
 
 
 def fill_note(ledger: Ledger) -> str:
-    """Return the sentence on an artifact that was to fill the limit and cannot; "" for any other."""
+    """Return a sentence about an artifact that is too small to fill the limit; "" for any other."""
     if ledger.clip_scale > NARROWEST or ledger.total >= (1 - WINDOW) * ledger.limit:
         return ""
     share = 100 * ledger.total / ledger.limit
-    return f"the model is too small to fill the limit: with the finest steps it takes {share:.1f} % of it"
+    return f"the model is too small to fill the limit: with the finest scales it takes {share:.1f} % of it"
 
 
 def _better(new: Ledger, old: Ledger, limit: int) -> bool:
@@ -113,10 +115,11 @@ def _better(new: Ledger, old: Ledger, limit: int) -> bool:
 
 
 def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
-    """Return the next log2 of the factor on the clips, None when nothing new is left to try.
+    """Return the next log2 of the factor on the scales, None when nothing new is left to try.
 
-    Newton's step from the last try with the slope of SPEC 6.7, -weights / 8 bytes an octave, then of the two
-    last tries; halfway between the nearest try above and the nearest below the limit where it leaves those.
+    Newton's step from the last try with the slope -weights / 8 bytes per octave (one bit less per code where
+    scales are twice as wide), then with the slope of the two last tries. Where that leaves the range between
+    the nearest try above and the nearest below the limit, the middle of that range.
     """
     target = (1 - AIM) * limit
     last = tries[-1]
@@ -135,13 +138,27 @@ def next_try(tries: list[Try], *, limit: int, weights: int) -> float | None:
 
 
 def write_quantized(
-    path: Path, quantize: Callable[[float], QuantizedState], config: Config, *, tokenizer_sha256: str
+    path: Path,
+    quantizer: Quantizer,
+    config: Config,
+    *,
+    tokenizer_sha256: str,
+    first: QuantizedState | None = None,
 ) -> Ledger:
-    """Quantize, compress and write the artifact; with artifact.fit, choose the clips that fill the limit.
+    """Quantize, compress and write the artifact; with artifact.fit, choose the factor that fills the limit.
 
+    Args:
+        path: the file to write. config: of the run, whose hash goes into the file.
+        quantizer: the weights with their calibration.
+        tokenizer_sha256: of the tokenizer that the weights were trained with, 64 hex digits.
+        first: `quantizer.quantize()`, where the caller has it already.
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
+
+    def quantize(factor: float) -> QuantizedState:
+        return first if first is not None and factor == 1.0 else quantizer.quantize(factor)
+
     limit, facts = config.artifact.limit, run_hash(config)
     if config.artifact.fit:
         return fit_artifact(

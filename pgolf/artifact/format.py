@@ -18,9 +18,10 @@ Header JSON, one object with exactly these keys:
 - `model`: the resolved `ModelConfig`; `tokenizer_sha256`: 64 hex digits; `config_hash`: 16 hex digits;
   `limit`: the byte limit that the file was written under.
 - `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns", "trellis"}`; kind `matrix`
-  (int8 codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none"). The
-  steps of a row are "float16" or, for a matrix, "log": float16(2^(n / 8)) with an integer n in [-160, 127];
-  then `columns` may be true, for factors of the columns in the same form. w = value * step * column factor.
+  (int8 codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none").
+  `steps` is this format's word for quantization scales: those of the rows are "float16" or, for a matrix,
+  "log": float16(2^(n / 8)) with an integer n in [-160, 127]; then `columns` may be true, for factors of the
+  columns in the same form. w = value * scale * column factor.
   A code's value is the code; with `trellis` true, which a matrix may have, it is a quarter more or less, as
   csrc/kernels/trellis.h says of the codes above it in its column.
 - `corrections`: `{"name", "index", "rank", "left_scales", "group"}`: the product A B that is added to matrix
@@ -33,13 +34,13 @@ Sections follow from the tensors and corrections and nothing else (`plan_section
 
 1. kind `codes`: for each matrix parameter, in order, one section for each matrix `(R, C)` of the bank, named
    `parameter.index`: the stream of `pgolf.ops.encode_codes`, whose bytes csrc/kernels/range_coder.h specifies
-   (and `decode_codes_ref` reads with nothing compiled). Three kinds of matrices are coded with the rows of
-   another as their `pool` (null for the rest), which must be decoded first:
+   (`decode_codes_ref` is a second statement of them, in Python). Three kinds of matrices are coded with the
+   rows of another as their `pool` (null for the rest), which must be decoded first:
    `qo_bank.i` with `kv_bank.i`, if the banks have as many matrices of one width, and the second half of them
    (outputs of the heads, with the values) transposed; `mlp_down_bank.i`, transposed, with `mlp_up_bank.i`.
-2. kind `steps`: `scales`, the "float16" row steps of all matrices, then of all gates; then, for the "log"
-   ones, in groups (each matrix's rows, then its columns if they have factors): `centers`, one int16 a group,
-   and `exponents`, int8, n less the group's center.
+2. kind `steps`: `scales`, the "float16" scales of the rows of all matrices, then of all gates; then, for the
+   "log" ones, in groups (each matrix's rows, then its columns if they have factors): `centers`, one int16 per
+   group, and `exponents`, int8, n minus the group's center.
 3. kind `gates`, named `gates`: the int8 codes of all gates, row-major.
 4. kind `small`, named `small`: the values of all small parameters, float16.
 5. kind `corrections`: `corrections`, int8, A then B of each; `correction_scales`, float16, of A then of B.

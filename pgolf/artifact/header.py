@@ -1,6 +1,7 @@
-"""What an artifact says about itself: its parameters, its section table, and the JSON of both.
+"""The header of an artifact: its parameters, its section table, and the JSON of both.
 
-The layout around it is in `format.py`, whose docstring is the specification of every key here.
+The layout of the file is in `format.py`, whose docstring specifies every key. Fields of the classes that go
+into the JSON have the names of their keys.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MAX_RAW_BYTES = 1 << 30
 MAX_SECTIONS = 4096
 
 TensorKind = Literal["matrix", "gate", "small"]
-StepForm = Literal["none", "float16", "log"]
+ScaleForm = Literal["none", "float16", "log"]
 _BITS = {"matrix": range(4, 9), "gate": range(8, 9), "small": range(16, 17)}
 
 
@@ -35,10 +36,10 @@ class TensorEntry:
     kind: TensorKind
     shape: tuple[int, ...]
     bits: int
-    steps: StepForm
-    """How the steps of its rows are stored; none for small ones."""
+    steps: ScaleForm
+    """How the scales of its rows are stored; "none" for small ones. (Format 4 calls scales steps.)"""
     columns: bool
-    """Whether its columns have factors on the steps, stored like those."""
+    """Whether its columns have factors on the scales, stored in the same form."""
     trellis: bool = False
     """Whether its codes mean values of `pgolf.ops.trellis_values`."""
 
@@ -49,12 +50,12 @@ class TensorEntry:
 
     @property
     def rows(self) -> int:
-        """Number of rows, which is the number of steps of a matrix or gate."""
+        """Number of rows, which is the number of scales of a matrix or gate."""
         return math.prod(self.shape[:-1])
 
     @property
     def groups(self) -> list[int]:
-        """Sizes of its groups of logarithmic steps: each matrix's rows and, if they have any, its columns."""
+        """Sizes of the groups of its logarithmic scales: rows of each matrix and, if any, its columns."""
         if self.steps != "log":
             return []
         each = [self.shape[-2], self.shape[-1]] if self.columns else [self.shape[-2]]
@@ -71,14 +72,14 @@ class CorrectionEntry:
     """Matrix in its bank, 0 for a plain matrix."""
     rank: int
     left_scales: int
-    """1, or R: one a row of A."""
+    """Number of scales of A: 1, or R, one per row."""
     group: int
     """Elements of B that share a scale."""
 
 
 @dataclass(frozen=True)
 class SectionPlan:
-    """What a section must be, as its tensors say."""
+    """What a section must be; it follows from the tensors."""
 
     name: str
     kind: Literal["codes", "steps", "gates", "small", "corrections"]
@@ -87,7 +88,7 @@ class SectionPlan:
     transposed: bool = False
     """Whether the stream holds the transpose of the matrix."""
     pool: str | None = None
-    """The section of codes whose rows this one's may lean on."""
+    """The section of codes on whose rows the rows of this one may lean."""
 
     @property
     def raw(self) -> int:
@@ -128,7 +129,7 @@ _SECTION_KEYS = _PLAN_KEYS | {"offset", "length", "raw"}
 def plan_sections(
     tensors: tuple[TensorEntry, ...], corrections: tuple[CorrectionEntry, ...] = ()
 ) -> list[SectionPlan]:
-    """Return the sections that hold `tensors`, in file order (module docstring, list of sections)."""
+    """Return the sections that hold `tensors`, in file order (list of sections in `format.py`)."""
     banks = {t.name: t.shape for t in tensors if t.kind == "matrix"}
     plans = []
     for t in tensors:
@@ -136,12 +137,12 @@ def plan_sections(
             plans.append(SectionPlan(t.name, "codes", "int8", t.shape))
         elif t.kind == "matrix":
             plans += [_bank_section(t, i, banks) for i in range(t.shape[0])]
-    steps = sum(t.rows for t in tensors if t.steps == "float16")
+    scales = sum(t.rows for t in tensors if t.steps == "float16")
     groups = [size for t in tensors for size in t.groups]
     gates = sum(t.numel for t in tensors if t.kind == "gate")
     small = sum(t.numel for t in tensors if t.kind == "small")
     sizes = [correction_sizes(c, banks[c.name]) for c in corrections]
-    plans.append(SectionPlan("scales", "steps", "float16", (steps,)))
+    plans.append(SectionPlan("scales", "steps", "float16", (scales,)))
     plans.append(SectionPlan("centers", "steps", "int16", (len(groups),)))
     plans.append(SectionPlan("exponents", "steps", "int8", (sum(groups),)))
     plans.append(SectionPlan("gates", "gates", "int8", (gates,)))
@@ -276,7 +277,7 @@ def _parse_tensor(row: object) -> TensorEntry:
     trellis = row["trellis"]
     if not isinstance(trellis, bool) or (trellis and kind != "matrix"):
         raise ArtifactError(f"artifact tensor {name!r}: trellis {trellis!r} does not go with {kind!r}")
-    return TensorEntry(name, cast(TensorKind, kind), shape, bits, cast(StepForm, steps), columns, trellis)
+    return TensorEntry(name, cast(TensorKind, kind), shape, bits, cast(ScaleForm, steps), columns, trellis)
 
 
 def _parse_correction(row: object, shapes: dict[str, tuple[int, ...]]) -> CorrectionEntry:

@@ -1,7 +1,7 @@
-"""What an artifact will weigh, before a run is paid for, and what a checkpoint weighs, in seconds.
+"""Two estimates of what an artifact will weigh, each in seconds, for `pgolf size`.
 
-Owns the two estimates of `pgolf size`. Without weights: codes of Gaussian rows through the real coder, one
-matrix of each shape, times what training has been measured to save. With weights: round to nearest and code.
+Without weights: Gaussian codes go through the range coder, one matrix of each shape, and the bytes are
+multiplied by what training has been measured to save. With weights: they are rounded to nearest and coded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pgolf.artifact.fit import search
 from pgolf.artifact.format import DIGEST_BYTES, PREFIX
 from pgolf.artifact.header import (
     Header,
-    StepForm,
+    ScaleForm,
     TensorEntry,
     encode_header,
     matrix_shapes,
@@ -30,18 +30,18 @@ from pgolf.config import ModelConfig, QuantConfig
 from pgolf.errors import UserError
 from pgolf.model.gpt import parameter_shapes
 from pgolf.ops import encode_codes
-from pgolf.quant.calibrate import GATE_MAX, GATE_MIN, GATE_NAME
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
+from pgolf.quant.pipeline import is_gate
 from pgolf.quant.quantized import QuantizedState
 
 GAUSSIAN_BITS = 2.047
-"""Entropy of a Gaussian in steps of its standard deviation: log2(sqrt(2 pi e)), SPEC 6.7."""
+"""Bits of a code of a Gaussian whose scale is its standard deviation: log2(sqrt(2 pi e))."""
 SAMPLE_ROWS = 2048
 """Rows of a sampled matrix: the coder has learned its columns by then, and `pr1855` takes 0.3 s."""
 TRAINED = {"tok_emb": 0.952, "qo_bank": 0.980, "kv_bank": 0.986, "mlp_down_bank": 0.9975}
-"""Coded bytes of trained matrices after GPTQ over those of Gaussian ones of the same shape and step, 1 where
-absent: what coding finds in `pr1855` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
-resemble each other, queries their keys and outputs of heads their values; MLP-up has no structure at all."""
+"""Coded bytes of trained matrices after GPTQ, over those of Gaussian ones of the same shape and scale; 1
+where absent. Measured on `pr1855` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
+resemble each other, queries their keys, and outputs of heads their values; MLP-up has no such structure."""
 STORED = {
     "scales": 1.13,
     "centers": 2.0,
@@ -51,18 +51,21 @@ STORED = {
     "corrections": 0.5,
     "correction_scales": 2.0,
 }
-"""Stored bytes a value of the sections that are not codes; the first, gates and small from the same run."""
+"""Stored bytes per value of the sections that are not codes; scales, gates and small from the same run."""
 
 
 LOSS_EXCESS = {False: 0.066, True: 0.042}
-"""Bits a code above quant.mean_bits where steps follow the loss, without and with a trellis: with the factors
-above, 15,739,571 bytes of codes at 3.45 bits and clip_scale 0.980 for one 600 s model
+"""Bits per code above quant.mean_bits where scales follow the loss, without and with a trellis. With the
+factors above that gives 15,739,571 bytes of codes at 3.45 bits and clip_scale 0.980 for one model of 600 s
 (bench/results/20261123_*_quantize.jsonl), 15,879,145 and 15,875,472 at 0.953 and 0.957 for two others
 (20261124_record_600s_1gpu_196k, 20261128_record_600s_2gpu)."""
 
 
 def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
-    """Return bits and clip of a matrix parameter; by loss, the clip that gives Gaussian rows as many bits."""
+    """Return bits and clip of a matrix parameter.
+
+    Where scales follow the loss, the clip is the one that gives Gaussian rows as many bits per code.
+    """
     if config.row_steps == "loss":
         bits = config.embed_bits if name == "tok_emb" else config.matrix_bits
         return bits, max_code(bits) / 2 ** (config.mean_bits + LOSS_EXCESS[config.trellis] - GAUSSIAN_BITS)
@@ -75,8 +78,8 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
     """Return the ledger that a trained model's artifact is expected to have, within 0.5 % in total.
 
     Args:
-        model: the network. quant: bits and clips.
-        limit: goes into the header. clip_scale: factor on the clips, as `quantize_model` takes it.
+        model: the network. quant: bits, clips and mean_bits.
+        limit: goes into the header. clip_scale: factor on the scales, as `Quantizer.quantize` takes it.
     """
     entries = _entries(model, quant)
     rates: dict[tuple[int, ...], float] = {}
@@ -88,8 +91,8 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
             key = (*plan.shape, bits)
             if key not in rates:
                 spread = max_code(bits) / (clip * clip_scale)
-                spread *= spread**2 / (spread**2 + quant.rate)  # what rounding with an eye on bits leaves
-                # The values of a trellis lie a quarter of a step from their codes.
+                spread *= spread**2 / (spread**2 + quant.rate)  # rate-distortion rounding shrinks it
+                # The values of a trellis lie a quarter of a scale from their codes.
                 deviation = math.hypot(spread, 0.25 * quant.trellis)
                 rates[key] = _gaussian_rate(plan.shape, deviation, max_code(bits))
             lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
@@ -102,7 +105,7 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
 
 
 def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int) -> Ledger:
-    """Return the ledger that artifact.fit is expected to end with; takes a few times `predict_ledger`."""
+    """Return the ledger that artifact.fit is expected to end with; takes as long as a few predictions."""
     weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
 
     def make(scale: float) -> tuple[None, Ledger, int]:
@@ -115,13 +118,11 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     """Return the directory of the model's parameters, in the order of `write.py`."""
     matrices, gates, small = [], [], []
     logarithmic = quant.row_steps == "loss" or quant.column_steps
-    steps: StepForm = "log" if logarithmic else "float16"
+    form: ScaleForm = "log" if logarithmic else "float16"
     for name, shape in parameter_shapes(model).items():
         if name in matrix_shapes(model):
             bits = family_grid(name, quant)[0]
-            matrices.append(
-                TensorEntry(name, "matrix", shape, bits, steps, quant.column_steps, quant.trellis)
-            )
+            matrices.append(TensorEntry(name, "matrix", shape, bits, form, quant.column_steps, quant.trellis))
         elif is_gate(name, shape):
             gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
         else:
@@ -129,13 +130,8 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     return (*matrices, *gates, *small)
 
 
-def is_gate(name: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a parameter is stored as int8 rows with a step each."""
-    return name == GATE_NAME and GATE_MIN <= math.prod(shape[1:]) <= GATE_MAX
-
-
 def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int) -> float:
-    """Return coded bytes a code of a matrix of Gaussian codes, `deviation` in steps."""
+    """Return coded bytes per code of a matrix of Gaussian codes whose deviation is given in scales."""
     rows = min(shape[0], SAMPLE_ROWS)
     values = np.random.default_rng(0).normal(scale=deviation, size=(rows, shape[1]))
     codes = np.clip(np.rint(values), -largest, largest).astype(np.int8)
@@ -145,7 +141,7 @@ def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int) -> fl
 def nearest_ledger(
     tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, limit: int, clip_scale: float = 1.0
 ) -> Ledger:
-    """Return the ledger of weights rounded to nearest and coded for real; nothing is written."""
+    """Return the ledger of weights that are rounded to nearest and coded; nothing is written."""
     state = nearest_state(tensors, model, quant, clip_scale=clip_scale)
     facts = Facts("0" * 64, "0" * 16, limit, clip_scale)
     return build_file(state, model, facts, quality=11)[1]
@@ -178,8 +174,8 @@ def nearest_state(
     for name, weight in tensors.items():
         if name in matrix_shapes(model):
             bits, clip = family_grid(name, quant)
-            steps = sdclip_scales(weight, bits=bits, clip=clip * clip_scale)
-            state.quantized[name] = QuantizedTensor(quantize(weight, steps, bits=bits), steps, bits)
+            scales = sdclip_scales(weight, bits=bits, clip=clip * clip_scale)
+            state.quantized[name] = QuantizedTensor(quantize(weight, scales, bits=bits), scales, bits)
         elif is_gate(name, tuple(weight.shape)):
             state.gates[name] = quantize_gate_rows(weight)
         else:

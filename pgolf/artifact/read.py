@@ -1,6 +1,6 @@
 """From a file to a model: verify, decompress, dequantize.
 
-Reads with nothing of the trainer present. Every malformed file gives `ArtifactError`; see `format.py`.
+Nothing of the trainer is needed. Every malformed file gives `ArtifactError`; see `format.py`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def read_artifact(path: Path) -> Artifact:
 
 
 def read_state(path: Path) -> tuple[Header, QuantizedState]:
-    """Return the header and the parameters as stored: codes, steps and float16; raises as `read_artifact`."""
+    """Return the header and the parameters as stored (codes, scales, float16); raises as `read_artifact`."""
     with open_artifact(path) as reader:
         return decode_artifact(reader)
 
@@ -108,7 +108,7 @@ def decode_artifact(reader: Reader) -> tuple[Header, QuantizedState]:
 
 @contextmanager
 def open_artifact(path: Path) -> Iterator[Reader]:
-    """Yield a file's reader, whose header has been read and checked; raises as `read_artifact`."""
+    """Yield the reader of a file, which has checked the header; raises as `read_artifact`."""
     if not path.exists():
         raise FileNotFoundError(f"no artifact at {path}; a run writes one: python -m pgolf train PRESET")
     if not path.is_file():
@@ -127,7 +127,7 @@ Raw = bytes | NDArray[np.int8]
 
 
 def _decode(stored: list[tuple[Section, bytes]]) -> dict[str, Raw]:
-    """Return every section decoded, by name: in threads, each matrix after the one that is its pool."""
+    """Return every section decoded, by name; threads decode each matrix after its pool."""
     chains: dict[str, list[tuple[Section, bytes]]] = {}
     for item in stored:
         plan = item[0].plan
@@ -169,10 +169,10 @@ def _assemble(header: Header, raws: dict[str, Raw]) -> QuantizedState:
         [t for t in header.tensors if t.kind == kind] for kind in ("matrix", "gate", "small")
     )
     codes = [_matrices(t, raws) for t in matrices]
-    steps = _positive(raws["scales"], "scales")
+    stored = _positive(raws["scales"], "scales")
     plain = [t for t in (*matrices, *gates) if t.steps == "float16"]
-    scales = dict(zip((t.name for t in plain), _split(steps, [t.shape[:-1] for t in plain]), strict=True))
-    rows, columns = _log_steps([t for t in matrices if t.steps == "log"], raws)
+    scales = dict(zip((t.name for t in plain), _split(stored, [t.shape[:-1] for t in plain]), strict=True))
+    rows, columns = _log_scales([t for t in matrices if t.steps == "log"], raws)
     gate_codes = torch.from_numpy(np.frombuffer(_bytes(raws["gates"]), np.int8).copy())
     codes += _split(gate_codes, [t.shape for t in gates])
     coded = {
@@ -188,17 +188,17 @@ def _assemble(header: Header, raws: dict[str, Raw]) -> QuantizedState:
     )
 
 
-def _log_steps(
+def _log_scales(
     tensors: list[TensorEntry], raws: dict[str, Raw]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the steps of rows and the factors of columns that are stored as exponents, by parameter."""
+    """Return the scales of rows and the factors of columns that are stored as exponents, by parameter."""
     groups = [size for t in tensors for size in t.groups]
     centers = join_bytes(_bytes(raws["centers"]), np.int16).astype(int)
     exponents = np.frombuffer(_bytes(raws["exponents"]), np.int8).astype(int) + np.repeat(centers, groups)
     if exponents.size and not LEAST_EXPONENT <= exponents.min() <= exponents.max() <= MOST_EXPONENT:
         raise ArtifactError(
-            f"artifact section 'exponents': steps must lie in [{LEAST_EXPONENT}, {MOST_EXPONENT}] eighths of "
-            f"an octave, got {exponents.min()} to {exponents.max()}"
+            f"artifact section 'exponents': must lie in [{LEAST_EXPONENT}, {MOST_EXPONENT}] eighths of an "
+            f"octave, got {exponents.min()} to {exponents.max()}"
         )
     parts = iter(torch.split(from_exponents(torch.from_numpy(exponents)), groups))
     rows, columns = {}, {}
@@ -263,10 +263,10 @@ def _floats(raw: Raw, name: str) -> Tensor:
 
 
 def _positive(raw: Raw, name: str) -> Tensor:
-    steps = _floats(raw, name)
-    if not bool((steps > 0).all()):
-        raise ArtifactError(f"artifact section {name!r} holds a step that is not positive")
-    return steps
+    scales = _floats(raw, name)
+    if not bool((scales > 0).all()):
+        raise ArtifactError(f"artifact section {name!r} holds a scale that is not positive")
+    return scales
 
 
 def _split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:

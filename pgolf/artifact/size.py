@@ -1,6 +1,6 @@
-"""The 16,000,000-byte ledger: what the artifact weighs, against which limit, and what it will weigh.
+"""The ledger of an artifact: what each part weighs, and the limit.
 
-The counted size is the artifact file plus the code that turns it into a score, which `code.py` defines.
+What counts is the file plus the code that turns it into a score, which `code.py` defines.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ class Ledger:
     """Where the bytes of an artifact are."""
 
     parts: tuple[tuple[str, int], ...]
-    """(parameter or section group, stored bytes), largest first; the header's row includes the checksum."""
+    """(parameter or kind of section, stored bytes), largest first; the header includes the checksum."""
     code: int
-    """Compressed sources of reading and scoring."""
+    """Bytes of the counted code."""
     limit: int
-    """Bytes that the artifact may have."""
+    """Bytes that file and code may have together."""
     clip_scale: float = 1.0
-    """Factor on the configured clips that the file was quantized with."""
+    """Factor on the configured scales that the file was quantized with."""
 
     @property
     def model_bytes(self) -> int:
@@ -37,7 +37,7 @@ class Ledger:
         return self.model_bytes + self.code
 
     def text(self) -> str:
-        """Return the ledger as a table, one line a part."""
+        """Return the ledger as a table, one line per part."""
         rows = [*self.parts, ("code", self.code), ("total", self.total), ("limit", self.limit)]
         lines = [f"{name:<16} {size:>12,} bytes" for name, size in rows]
         lines.append(f"{'left':<16} {self.limit - self.total:>12,} bytes")
@@ -72,14 +72,15 @@ def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> 
 
 
 def check_limit(limit: int) -> None:
-    """Refuse a limit that no model fits in, before anything is trained for it.
+    """Refuse a limit that leaves nothing for a model, before anything is trained.
 
     Raises:
-        ValueError: the code alone takes it all.
+        ValueError: the counted code alone takes it.
     """
     if limit <= code_bytes():
         raise UserError(
-            f"artifact.limit must be above {code_bytes():,} bytes, which the code alone takes, got {limit:,}"
+            f"artifact.limit must be above {code_bytes():,} bytes, which the counted code alone takes, "
+            f"got {limit:,}"
         )
 
 
@@ -94,6 +95,6 @@ def check(ledger: Ledger, limit: int) -> None:
     largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in ledger.parts[:3])
     raise ArtifactError(
         f"artifact is {ledger.total:_} bytes, limit {limit:_}, {ledger.total - limit:_} too many; largest "
-        f"sections: {largest}; set artifact.fit, or make the steps coarser (lower quant.mean_bits; with "
+        f"sections: {largest}; set artifact.fit, or make the scales coarser (lower quant.mean_bits; with "
         f"quant.row_steps=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
     )

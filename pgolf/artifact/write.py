@@ -1,6 +1,6 @@
-"""From a quantized state to a file: compress, count, refuse or write.
+"""From a quantized state to a file: compress, count the bytes, refuse or write.
 
-Owns the order of bytes inside the sections (with `read.py`, its inverse). The search for clips is `fit.py`.
+This module owns the order of bytes inside the sections; `read.py` is its inverse.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from pgolf.artifact.header import (
     ArtifactError,
     CorrectionEntry,
     Header,
+    ScaleForm,
     SectionPlan,
-    StepForm,
     TensorEntry,
     TensorKind,
     place_sections,
@@ -32,7 +32,7 @@ from pgolf.artifact.size import Ledger, check, make_ledger
 from pgolf.config import ModelConfig
 from pgolf.files import atomic_file
 from pgolf.ops import encode_codes
-from pgolf.quant.grid import QuantizedTensor, step_exponents
+from pgolf.quant.grid import QuantizedTensor, scale_exponents
 from pgolf.quant.quantized import QuantizedState
 
 
@@ -50,11 +50,11 @@ def write_artifact(
 
     Args:
         path: file to write; a temporary file next to it is renamed over it at the end.
-        state: from `quantize_model`.
+        state: from `Quantizer.quantize`.
         model: the configuration of the model that `state` belongs to.
         tokenizer_sha256: 64 hex digits. config_hash: 16 hex digits, from `pgolf.config.config_hash`.
         limit: counted bytes (file plus code) that are allowed.
-        quality: brotli quality of all but the codes; 11 for anything that counts, lower in tests.
+        quality: of brotli for all but the codes; 11 for anything that counts, lower in tests.
     Returns:
         The ledger of the written file.
     Raises:
@@ -76,7 +76,7 @@ def save_file(path: Path, data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the header and the ledger say besides the parameters."""
+    """What the header and the ledger say in addition to the parameters."""
 
     tokenizer_sha256: str
     config_hash: str
@@ -87,7 +87,7 @@ class Facts:
 def build_file(
     state: QuantizedState, model: ModelConfig, facts: Facts, *, quality: int
 ) -> tuple[bytes, Ledger]:
-    """Return the complete file and its ledger; the file has been parsed once to prove that it can be."""
+    """Return the complete file, which has been parsed once as a check, and its ledger."""
     tensors, corrections = _entries(state), _corrections(state)
     plans = plan_sections(tensors, corrections)
     streams = in_threads(partial(_encode, quality=quality), _payloads(state, tensors, plans))
@@ -102,7 +102,7 @@ def build_file(
 
 
 def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
-    """Return the directory of parameters, checked against what the format can hold."""
+    """Return the entries of the parameters, checked against what the format can hold."""
     entries = []
     for kind, group in (("matrix", state.quantized), ("gate", state.gates)):
         for name, t in group.items():
@@ -113,14 +113,14 @@ def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
                 )
             if t.scales.shape != t.codes.shape[:-1]:
                 raise ArtifactError(
-                    f"artifact: {name} needs one scale a row {tuple(t.codes.shape[:-1])}, "
+                    f"artifact: {name} needs one scale per row {tuple(t.codes.shape[:-1])}, "
                     f"got {tuple(t.scales.shape)}"
                 )
-            steps = _step_form(name, t) if kind == "matrix" else "float16"
+            form = _scale_form(name, t) if kind == "matrix" else "float16"
             shape = tuple(t.codes.shape)
             entries.append(
                 TensorEntry(
-                    name, cast(TensorKind, kind), shape, t.bits, steps, t.columns is not None, t.trellis
+                    name, cast(TensorKind, kind), shape, t.bits, form, t.columns is not None, t.trellis
                 )
             )
     for name, small in state.small.items():
@@ -130,27 +130,27 @@ def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:
     return tuple(entries)
 
 
-def _step_form(name: str, t: QuantizedTensor) -> StepForm:
-    """Return how a matrix's steps are stored: as exponents if all are on the logarithmic grid."""
+def _scale_form(name: str, t: QuantizedTensor) -> ScaleForm:
+    """Return how the scales of a matrix are stored: as exponents if all are on the logarithmic grid."""
     if t.columns is not None and t.columns.shape != (*t.codes.shape[:-2], t.codes.shape[-1]):
         raise ArtifactError(
-            f"artifact: {name} needs one factor a column, got {tuple(t.columns.shape)} for "
+            f"artifact: {name} needs one factor per column, got {tuple(t.columns.shape)} for "
             f"{tuple(t.codes.shape)}"
         )
     try:
-        for group in _step_groups(t):
-            exponents = step_exponents(group)
+        for group in _scale_groups(t):
+            exponents = scale_exponents(group)
             if int(exponents.max()) - int(exponents.min()) > 255:
-                raise ValueError("more than 256 steps apart")
+                raise ValueError("more than 256 eighths of an octave apart")
     except ValueError as e:
         if t.columns is not None:
-            raise ArtifactError(f"artifact: {name} has factors of columns, and steps that {e}") from e
+            raise ArtifactError(f"artifact: {name} has factors of columns, but its scales: {e}") from e
         return "float16"
     return "log"
 
 
-def _step_groups(t: QuantizedTensor) -> list[Tensor]:
-    """Return the steps of each matrix's rows and, if there are factors, of its columns, in file order."""
+def _scale_groups(t: QuantizedTensor) -> list[Tensor]:
+    """Return the scales of each matrix's rows and, if there are factors, of its columns, in file order."""
     groups = []
     stack = t.scales.reshape(-1, t.codes.shape[-2])
     factors = None if t.columns is None else t.columns.reshape(-1, t.codes.shape[-1])
@@ -160,7 +160,7 @@ def _step_groups(t: QuantizedTensor) -> list[Tensor]:
 
 
 def _corrections(state: QuantizedState) -> tuple[CorrectionEntry, ...]:
-    """Return the directory of low-rank corrections."""
+    """Return the entries of the low-rank corrections."""
     entries = []
     for key, c in state.corrections.items():
         name, _, index = key.rpartition(".")
@@ -179,7 +179,7 @@ def _corrections(state: QuantizedState) -> tuple[CorrectionEntry, ...]:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """A matrix as it is coded, and the rows that it may lean on."""
+    """A matrix as it is coded, and the rows on which its rows may lean."""
 
     codes: NDArray[np.int8]
     pool: NDArray[np.int8] | None
@@ -220,10 +220,10 @@ def _payloads(
 
 
 def _exponents(tensors: list[QuantizedTensor]) -> list[bytes]:
-    """Return the centers and, less those, the exponents of logarithmic steps."""
+    """Return the centers of the groups of logarithmic scales, and the exponents relative to them."""
     centers, exponents = [], [np.zeros(0, np.int8)]
-    for group in (g for t in tensors for g in _step_groups(t)):
-        n = step_exponents(group).numpy().astype(int)
+    for group in (g for t in tensors for g in _scale_groups(t)):
+        n = scale_exponents(group).numpy().astype(int)
         least, most = int(n.min()), int(n.max())
         # The median wastes least; the ends must be reachable with an int8.
         center = min(max(int(np.median(n)), most - 127), least + 128)

@@ -1,4 +1,4 @@
-"""`pgolf quantize CHECKPOINT --data DIR --out FILE [--quant.key VALUE ...]`: quantize a checkpoint."""
+"""`pgolf quantize CHECKPOINT --data DIR --out FILE [--quant.key VALUE ...]`: from weights to an artifact."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from pgolf.config import ArtifactConfig, QuantConfig
 
 @dataclass(frozen=True)
 class Quantize:
-    """Calibrate on training text, quantize, write the artifact and score it."""
+    """Make an artifact of a run's saved weights, with other quantization settings than the run had.
+
+    The weights are calibrated on training text, quantized, written, read back and scored.
+    """
 
     checkpoint: tyro.conf.Positional[Path]
-    """raw.safetensors or ema.safetensors of a run."""
+    """The weights: ema.safetensors (averaged) or raw.safetensors of a run."""
     data: Path
-    """Folder of shards with the run's tokenizer."""
+    """Folder with shards of training and validation text and the run's tokenizer."""
     out: Path = Path("model.pgolf")
-    """The artifact to write."""
+    """The file to write; an artifact that is there is replaced."""
     quant: QuantConfig = QuantConfig()  # noqa: RUF009 - frozen
-    """Quantization settings; the run's own where nothing else is asked for."""
+    """Quantization settings; those of the run where the command line gives no others."""
     artifact: ArtifactConfig = ArtifactConfig()  # noqa: RUF009 - frozen
-    """Limit and fit; the run's own likewise."""
+    """The limit, and whether to fill it; those of the run where the command line gives no others."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run."""
+    """Where to run; auto takes a GPU if there is one."""
 
 
 def parse(argv: list[str]) -> Quantize:
@@ -52,15 +55,15 @@ def main(argv: list[str]) -> int:
     from pgolf.dist import Dist
     from pgolf.evaluate.validation import DataFolder, score_model
     from pgolf.model.gpt import GPT
-    from pgolf.quant.calibrate import calibrate, quantize_model
+    from pgolf.quant.pipeline import Quantizer
     from pgolf.train.trainer import open_loader
     from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
 
     check_limit(args.artifact.limit)
     state, saved, facts = load_weights(args.checkpoint)
     say(facts.get("note", ""))
-    quant = args.quant
-    config = replace(saved, data=replace(saved.data, dir=args.data), quant=quant, artifact=args.artifact)
+    data = replace(saved.data, dir=args.data)
+    config = replace(saved, data=data, quant=args.quant, artifact=args.artifact)
     data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
     check_tokenizer(args.checkpoint, facts, data_folder.sha256)
     check_output(args.out, "--out")
@@ -71,22 +74,9 @@ def main(argv: list[str]) -> int:
             dist.device, compile="blocks" if dist.device.type == "cuda" else "off"
         )
         copy_parameters(model, state)
-        state = {name: p.detach().clone() for name, p in model.named_parameters()}
         with open_loader(config, data_folder, dist) as loader:
-            found = calibrate(model, iter(loader.next, None), quant, dist)
-        ledger = write_quantized(
-            args.out,
-            lambda scale: quantize_model(
-                state,
-                model.quant_inputs(),
-                found.hessians,
-                quant,
-                clip_scale=scale,
-                curvature=found.curvature,
-            ),
-            config,
-            tokenizer_sha256=data_folder.sha256,
-        )
+            quantizer = Quantizer.calibrated(model, iter(loader.next, None), config.quant, dist)
+        ledger = write_quantized(args.out, quantizer, config, tokenizer_sha256=data_folder.sha256)
         copy_parameters(model, read_artifact(args.out).state)
         score = score_model(model, data_folder, config.data.micro_tokens, dist)
     finally:

@@ -1,4 +1,4 @@
-"""`pgolf size PRESET|config.json|RUN|CHECKPOINT|ARTIFACT [--section.key VALUE ...]`: bytes by section."""
+"""`pgolf size PRESET|config.json|RUN|CHECKPOINT|ARTIFACT [--section.key VALUE ...]`: bytes per section."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
 
 
 def _written(path: Path) -> Ledger:
-    """Return the ledger of an artifact, with the code that its run kept beside it if that is there."""
+    """Return the ledger of an artifact, with the size of its run's code.br if that is in the same folder."""
     from pgolf.artifact.read import open_artifact
     from pgolf.artifact.size import make_ledger
 
@@ -59,8 +59,8 @@ def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
     measure = nearest_fitted if config.artifact.fit else nearest_ledger
     ledger = measure(tensors, config.model, config.quant, limit=limit)
     origin = (
-        f"{path}: an estimate, rounded to nearest and coded; the file itself follows the calibration on "
-        "training text,\nwhich changed toys by up to 10 % (`pgolf quantize` writes it)"
+        f"{path}: an estimate, from weights that are rounded to nearest and coded; the file itself depends\n"
+        "on the calibration too, which changed small models by up to 10 % (`pgolf quantize` writes it)"
     )
     return ledger, origin + _scaled(ledger)
 
@@ -82,10 +82,12 @@ def _of_settings(argv: list[str]) -> tuple[Ledger, str]:
 
 
 def _scaled(ledger: Ledger) -> str:
-    """Return what artifact.fit does, as the end of a sentence or a line of its own."""
+    """Return what artifact.fit does to the scales, as the end of a sentence and perhaps another line."""
     from pgolf.artifact.fit import fill_note
 
-    text = "" if ledger.clip_scale == 1 else f"; artifact.fit scales the steps by {ledger.clip_scale:.3f}"
+    text = (
+        "" if ledger.clip_scale == 1 else f"; artifact.fit multiplies the scales by {ledger.clip_scale:.3f}"
+    )
     note = fill_note(ledger)
     return f"{text}\n{note}" if note else text
 

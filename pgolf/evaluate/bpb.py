@@ -3,7 +3,8 @@
 bpb = (sum of nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. Sums are float64,
 on the device until the end (no host sync inside the loop), then over the ranks. Every token must be counted:
 a missing or doubled one is an error, not a rounding.
-Legend: `T` tokens of a batch. Source: SPEC 1.2, 2.3, 7.1.
+Legend: `T` tokens of a batch. Source: the metric of the parameter-golf challenge (its README); the bytes of a
+target are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 % of it.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ of `max_context` tokens move on by `stride`, each scores only the tokens that no
 window leaves its document. Where a window begins depends on positions alone, so no score depends on how long
 the document is. With stride = max_context this is the plain pass.
 Cost: a document of n tokens takes about n * max_context / stride tokens of forward.
-Legend: `T` tokens of a buffer, `K` windows. Source: SPEC 7.2 (the tail is scored once).
+Legend: `T` tokens of a buffer, `K` windows. Source: the sliding evaluation of parameter-golf PR #1218, the
+first that scores the tail of the text once.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
         ValueError: bits, clip or n out of range.
         TypeError: not float32.
 
-    Source: csrc/kernels/int6.h; SDClip of SPEC 6.3.
+    Source: csrc/kernels/int6.h; SDClip of parameter-golf PR #1394.
     """
     refuse_transforms("quantize_pack_sdclip", weight)
     packed, scales = torch.ops.pgolf.quantize_pack_sdclip(weight, clip, bits)

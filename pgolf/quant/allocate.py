@@ -1,12 +1,13 @@
-"""Which step every row and column gets: by its spread (SDClip), or by what its error costs the loss.
+"""The scale of every row and column: by the spread of the row (SDClip), or by what its error costs the loss.
 
-At many bits a code of step s costs s^2 / 12 in squared error and log2(sigma / s) bits. If a squared error in
-weight (r, j) costs g_r d_j, the least total cost at a given total of bits has g_r d_j s_rj^2 the same for
-every weight of the model (reverse water-filling): s_rj = sqrt(theta / (g_r d_j)). Here d_j is the variance of
-input j given the inputs rounded after it (what GPTQ leaves of H; its product is det H in any order) and g_r
-the sensitivity of output r. Against steps by spread this gains half the log of the arithmetic over the
-geometric mean of g d s^2. Legend: `B` matrices of a bank, `R` rows, `C` columns.
-Source: Cover and Thomas, Elements of Information Theory, 10.3.3; per-column steps for GPTQ as in WaterSIC.
+At many bits a code of scale s costs s^2 / 12 in squared error and takes log2(sigma / s) bits. Let a squared
+error in weight (r, j) cost g_r d_j. Then the least total cost for a given number of bits has g_r d_j s_rj^2
+equal for every weight of the model (reverse water-filling), so s_rj = sqrt(theta / (g_r d_j)) with one theta
+for the model. Here d_j is the variance of input j given the inputs that are rounded after it, which is what
+GPTQ leaves of H (the product of the d_j is det H in any order), and g_r is the sensitivity of output r.
+Legend: `B` matrices of a bank, `R` rows, `C` columns.
+Source: Cover and Thomas, Elements of Information Theory, 10.3.3; scales of columns for GPTQ as in WaterSIC
+(arXiv 2603.04956).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ import torch
 from torch import Tensor
 
 from pgolf.quant.gptq import Factored
-from pgolf.quant.grid import log_steps
+from pgolf.quant.grid import log_scales
 
-TABLE_LOW, TABLE_HIGH, TABLE_STEPS = -6.0, 8.0, 64
-"""Range of log2(deviation in steps) of the entropy table, and its points an octave."""
+TABLE_LOW, TABLE_HIGH, TABLE_POINTS = -6.0, 8.0, 64
+"""The entropy table: its range of log2(deviation / scale), and its points per octave."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The steps of a stack of matrices: row r, column j has step scales[r] * columns[j]."""
+    """The scales of a stack of matrices: the weight in row r and column j has scales[r] * columns[j]."""
 
     scales: Tensor
     """`(B, R)` float16."""
@@ -34,12 +35,13 @@ class Grid:
     """`(B, C)` float16, or None for 1."""
 
 
-def balanced_grid(row_weight: Tensor, column_weight: Tensor | None, step: float) -> Grid:
-    """Return s_rj = step / sqrt(g_r d_j), on the logarithmic grid of steps.
+def balanced_grid(row_weight: Tensor, column_weight: Tensor | None, common: float) -> Grid:
+    """Return s_rj = common / sqrt(g_r d_j), on the logarithmic grid of scales.
 
     Args:
-        row_weight: g `(B, R)`. column_weight: d `(B, C)`; None gives columns no steps of their own.
-        step: sqrt(theta); the cost of an error of one step is its square.
+        row_weight: g `(B, R)`.
+        column_weight: d `(B, C)`; None gives the columns no scales of their own.
+        common: sqrt(theta).
     """
     g = row_weight.double()
     g = g.clamp(min=1e-300)
@@ -47,25 +49,25 @@ def balanced_grid(row_weight: Tensor, column_weight: Tensor | None, step: float)
     if column_weight is not None:
         columns, middle = column_factors(column_weight)
         g = g * middle
-    return Grid(log_steps(step * g.rsqrt()), columns)
+    return Grid(log_scales(common * g.rsqrt()), columns)
 
 
 def column_factors(column_weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return 1 / sqrt(d) over its geometric mean, float16 `(B, C)`, and that mean of d, float64 `(B, 1)`."""
     d = column_weight.double().clamp(min=1e-300)
     middle = d.log().mean(-1, keepdim=True).exp()
-    return log_steps((middle / d).sqrt()), middle
+    return log_scales((middle / d).sqrt()), middle
 
 
 def column_weights(factored: Factored) -> Tensor:
-    """Return d `(B, C)` float32, H's units; a dead column gets the smallest live one."""
+    """Return d `(B, C)` float32 in the units of H; a column without input gets the least d of the others."""
     d = factored.conditional()
     least = d.masked_fill(factored.dead, torch.inf).amin(-1, keepdim=True)
     return torch.where(factored.dead, torch.where(least.isinf(), torch.ones_like(least), least), d)
 
 
 def code_deviations(weight: Tensor, grid: Grid) -> Tensor:
-    """Return `(B, R, C)` log2 of the expected deviation of each code: row spread times column spread."""
+    """Return log2 of the expected deviation of each code `(B, R, C)`: row spread times column spread."""
     x = weight.float() / grid.scales.float().unsqueeze(-1)
     if grid.columns is not None:
         x = x / grid.columns.float().unsqueeze(-2)
@@ -76,28 +78,28 @@ def code_deviations(weight: Tensor, grid: Grid) -> Tensor:
 
 
 def gaussian_bits(log2_deviation: Tensor) -> Tensor:
-    """Return the entropy, bits, of a Gaussian rounded to integers, from log2 of its deviation."""
+    """Return the entropy in bits of a Gaussian rounded to integers, from log2 of its deviation."""
     table = _entropy_table().to(log2_deviation.device)
-    at = ((log2_deviation.double() - TABLE_LOW) * TABLE_STEPS).clamp(0, len(table) - 1.001)
+    at = ((log2_deviation.double() - TABLE_LOW) * TABLE_POINTS).clamp(0, len(table) - 1.001)
     low = at.floor().long()
     return table[low] + (table[low + 1] - table[low]) * (at - low)
 
 
 def mean_bits(histogram: Tensor, log2_wider: float) -> float:
-    """Return the mean bits of a code when all steps are 2^log2_wider times as wide; see `histogram_of`."""
-    centers = TABLE_LOW + (torch.arange(len(histogram), dtype=torch.float64) + 0.5) / TABLE_STEPS
+    """Return the mean bits per code if all scales were 2^log2_wider times as wide; see `histogram_of`."""
+    centers = TABLE_LOW + (torch.arange(len(histogram), dtype=torch.float64) + 0.5) / TABLE_POINTS
     return float((histogram * gaussian_bits(centers - log2_wider)).sum() / histogram.sum())
 
 
 def histogram_of(log2_deviation: Tensor) -> Tensor:
-    """Return counts float64 on the CPU of log2 deviations in bins of the entropy table's width."""
-    bins = round((TABLE_HIGH - TABLE_LOW) * TABLE_STEPS)
-    at = ((log2_deviation - TABLE_LOW) * TABLE_STEPS).clamp(0, bins - 1).long()
+    """Count log2 deviations in bins of the width of the entropy table; float64 on the CPU."""
+    bins = round((TABLE_HIGH - TABLE_LOW) * TABLE_POINTS)
+    at = ((log2_deviation - TABLE_LOW) * TABLE_POINTS).clamp(0, bins - 1).long()
     return torch.bincount(at.flatten(), minlength=bins).double().cpu()
 
 
 def widening_for(histogram: Tensor, target: float) -> float:
-    """Return log2 of the factor on all steps that gives `target` mean bits a code; bisection."""
+    """Return log2 of the factor on all scales that gives `target` mean bits per code, by bisection."""
     low, high = -16.0, 16.0
     for _ in range(50):
         middle = 0.5 * (low + high)
@@ -107,8 +109,8 @@ def widening_for(histogram: Tensor, target: float) -> float:
 
 @cache
 def _entropy_table() -> Tensor:
-    count = round((TABLE_HIGH - TABLE_LOW) * TABLE_STEPS) + 1
-    deviation = torch.exp2(TABLE_LOW + torch.arange(count, dtype=torch.float64) / TABLE_STEPS)
+    count = round((TABLE_HIGH - TABLE_LOW) * TABLE_POINTS) + 1
+    deviation = torch.exp2(TABLE_LOW + torch.arange(count, dtype=torch.float64) / TABLE_POINTS)
     edges = (torch.arange(0, 1400, dtype=torch.float64) + 0.5)[None] / deviation[:, None]
     above = 0.5 * torch.erfc(edges / 2**0.5)
     centre = 1 - 2 * above[:, :1]

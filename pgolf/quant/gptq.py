@@ -1,13 +1,14 @@
-"""GPTQ on stacks of matrices: choose codes so that the layer's output moves least, not its weights.
+"""GPTQ on stacks of matrices: choose codes so that the output of a layer moves least, not its weights.
 
-The error of a matrix is tr((W - W') H (W - W')^T) with H = E[x x^T] of the matrix's inputs. Columns are
-rounded one after the other and each column's error is pushed into the columns that are still to come.
+The error of a matrix is tr((W - W') H (W - W')^T) with H = E[x x^T] of the inputs of the matrix. Columns are
+rounded one after the other, and the error of each column is compensated in the columns that come after it.
 Legend: `B` matrices of the stack, `R` rows (outputs), `C` columns (inputs), `Q` largest code.
-Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with act-order and SDClip scales (SPEC 6.3).
-Differs: all matrices of the stack move through the column loop together (no Python loop over matrices, no
-host sync inside), damping grows until the factorization works, dead columns get the mean of the live diagonal
-instead of 1, a row that would come out worse than round-to-nearest keeps round-to-nearest, columns may have
-steps of their own, and rounding may weigh the bits of a code against its error.
+Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1, with act-order, as in parameter-golf PR #1855.
+Differs: all matrices of the stack go through the column loop together (no Python loop over matrices, no
+synchronization with the host inside); the damping grows until the factorization works; columns without input
+get the mean of the other diagonal elements instead of 1; a row that would come out worse than with plain
+rounding keeps plain rounding; columns may have scales of their own; rounding may weigh the bits of a code
+against its error.
 """
 
 from __future__ import annotations
@@ -20,45 +21,44 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import trellis_round
-from pgolf.quant.grid import QuantizedTensor, dequantize, max_code, sdclip_scales
+from pgolf.quant.grid import QuantizedTensor, dequantize, max_code
 
 DAMP_GROWTH = 10.0
 MAX_DAMP_ATTEMPTS = 12
-"""Tenfold growth from 0.01 reaches 1e9 times the mean diagonal: any symmetric H is definite long before."""
+"""From 0.01 the damping then reaches 1e9 times the mean diagonal; any symmetric H is definite long before."""
 
 
 @dataclass(frozen=True)
 class Factored:
-    """A stack of Hessians, ready for the column loop; depends on no weight and no step."""
+    """A stack of Hessians, ready for the column loop; it depends on no weight and on no scale."""
 
     hessian: Tensor
     """`(B, C, C)` float32, as given."""
     order: Tensor
-    """`(B, C)` int64, the column that is rounded first, second, ..."""
+    """`(B, C)` int64: the column that is rounded first, second, and so on."""
     factor: Tensor
-    """`(B, C, C)` upper triangular U in that order, (H / scale + damping)^-1 = U^T U."""
-    scale: Tensor
-    """`(B, 1)` mean of the live diagonal of H, by which H was divided."""
+    """`(B, C, C)` upper triangular U in that order, (H / mean + damping)^-1 = U^T U."""
+    mean: Tensor
+    """`(B, 1)` mean of the diagonal elements of H above 0, by which H was divided."""
     dead: Tensor
     """`(B, C)` bool, inputs that are always 0."""
 
     def conditional(self) -> Tensor:
-        """Return `(B, C)` float32: the variance of each input given those rounded after it, H's units.
+        """Return `(B, C)` float32: the variance of each input given those rounded after it, in units of H.
 
         An error e left in column j, after the later columns have moved to their new optimum, costs
-        e^2 * conditional[j]; their product over a matrix is det(H + damping) in any order.
+        e^2 * conditional[j]; the product over the columns of a matrix is det(H + damping) in any order.
         """
-        in_order = self.factor.diagonal(dim1=-2, dim2=-1).square().reciprocal() * self.scale
+        in_order = self.factor.diagonal(dim1=-2, dim2=-1).square().reciprocal() * self.mean
         return in_order.gather(1, self.order.argsort(dim=-1))
 
 
-def factorize(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) -> Factored:
-    """Order the columns and factor the damped inverse Hessians.
+def factorize(hessian: Tensor, *, damp: float = 0.01) -> Factored:
+    """Order the columns by falling diagonal and factor the damped inverse Hessians.
 
     Args:
         hessian: `(B, C, C)` float32, symmetric positive semidefinite.
-        damp: fraction of the mean diagonal added to the diagonal, > 0; tenfold per failed factorization.
-        act_order: take columns by falling diagonal instead of from left to right.
+        damp: fraction of the mean diagonal that is added to the diagonal, > 0; tenfold after each failure.
     Raises:
         ValueError: NaN or infinity in H, damp not positive, a matrix that is far from semidefinite.
     """
@@ -71,37 +71,9 @@ def factorize(hessian: Tensor, *, damp: float = 0.01, act_order: bool = True) ->
     with _full_float32():
         h = hessian.float()
         diagonal = h.diagonal(dim1=-2, dim2=-1)
-        if act_order:
-            order = diagonal.argsort(dim=-1, descending=True, stable=True)
-        else:
-            order = torch.arange(h.shape[-1], device=h.device).expand(diagonal.shape).contiguous()
-        factor, scale = _inverse_factor(_permute(h, order), damp)
-    return Factored(h, order, factor, scale, diagonal <= 0)
-
-
-def gptq(
-    weight: Tensor, hessian: Tensor, *, bits: int, clip: float, damp: float = 0.01, block: int = 128
-) -> QuantizedTensor:
-    """Quantize a stack of matrices with SDClip steps, never worse in the H norm than round-to-nearest.
-
-    For j in act-order: q_j = round(w_j / s), e = (w_j - s q_j) / U_jj, w_k -= e U_jk for k > j,
-    with H^-1 = U^T U, U upper triangular.
-
-    Args:
-        weight: `(B, R, C)` floating point.
-        hessian: `(B, C, C)` float32, symmetric positive semidefinite, same device.
-        bits: width of the grid, 2 to 8.
-        clip: standard deviations at the largest code (SDClip).
-        damp: fraction of the mean diagonal added to the diagonal, > 0; tenfold per failed factorization.
-        block: columns per block; within a block updates are columnwise, after it one matrix product.
-    Returns:
-        Codes `(B, R, C)` int8, scales `(B, R)` float16.
-    Raises:
-        ValueError: shapes disagree, NaN or infinity in weight or H, damp or block not positive.
-    """
-    _check(weight, hessian)
-    scales = sdclip_scales(weight, bits=bits, clip=clip)
-    return gptq_on_grid(weight, factorize(hessian, damp=damp), scales, bits=bits, block=block)
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
+        factor, mean = _inverse_factor(_permute(h, order), damp)
+    return Factored(h, order, factor, mean, diagonal <= 0)
 
 
 def gptq_on_grid(
@@ -115,21 +87,29 @@ def gptq_on_grid(
     trellis: bool = False,
     block: int = 128,
 ) -> QuantizedTensor:
-    """Quantize a stack of matrices on given steps, never worse than `round_to_grid` on the same grid.
+    """Quantize a stack of matrices on given scales, never worse than rounding each weight by itself.
 
-    "Worse" is, for each row, its error in the H norm; with a trellis, which ties rows together, for each
-    matrix. With column factors c the loop runs on w / c and C H C, whose factor is U with column k divided
-    by c_k. A column's weights have no part in each other's errors, so a trellis may run along them.
+    For j in order: q_j = round(w_j / s), e = (w_j - s q_j) / U_jj, w_k -= e U_jk for the columns k after j,
+    with H^-1 = U^T U, U upper triangular. "Worse" is, for each row, its error in the H norm; with a trellis,
+    which ties rows together, for each matrix. With column factors c the loop runs on w / c and C H C, whose
+    factor is U with column k divided by c_k. A column's weights have no part in each other's errors, so a
+    trellis may run along them.
+
+    Rounding takes the code with the least (x - q)^2 + rate q^2 / v, where x = w / (s c) and v is the mean of
+    x^2 over the column: q^2 / (2 v ln 2) are the bits of a code, up to a constant, under a Gaussian for each
+    column, which is what the coder fits. So rate is lambda / (2 ln 2) with lambda in squared scales per bit,
+    and the minimum is q = round(x / (1 + rate / v)). At many bits a scale s costs s^2 / 12 and one bit less
+    multiplies that by 4: the same exchange rate is rate = 1 / 12.
 
     Args:
         weight: `(B, R, C)` floating point.
         factored: of the Hessians `(B, C, C)`, same device.
-        scales: `(B, R)` float16 row steps.
+        scales: `(B, R)` float16, of the rows.
         bits: width of the grid, 2 to 8.
         columns: `(B, C)` float16 column factors; None means 1.
-        rate: weight of a code's bits against its squared error, see `round_to_grid`.
+        rate: weight of a code's bits against its squared error; 0 rounds to the nearest code.
         trellis: round the weights of a column together, see `pgolf.ops.trellis_round`.
-        block: columns per block.
+        block: columns per block; within a block updates are columnwise, after it one matrix product.
     Raises:
         ValueError: shapes disagree, NaN or infinity in weight, block not positive.
     """
@@ -166,45 +146,8 @@ def gptq_on_grid(
     return QuantizedTensor(codes, scales, bits, columns, trellis)
 
 
-def round_to_grid(
-    weight: Tensor,
-    scales: Tensor,
-    *,
-    bits: int,
-    columns: Tensor | None = None,
-    rate: float = 0.0,
-    trellis: bool = False,
-) -> QuantizedTensor:
-    """Round each weight by itself to the code with the least (x - q)^2 + rate * q^2 / v.
-
-    x = w / (s c), and v is the mean of x^2 over the column: q^2 / (2 v ln 2) are the bits of a code, but for
-    a constant, under a Gaussian for each column, which is what the coder fits. So rate is lambda / (2 ln 2)
-    with lambda in squared steps a bit, and the minimum is q = round(x / (1 + rate / v)). At many bits a step
-    s costs s^2 / 12 and one bit less multiplies that by 4: the same exchange rate is rate = 1 / 12.
-
-    Args:
-        weight: `(B, R, C)`. scales: `(B, R)` float16. columns: `(B, C)` float16 or None.
-        bits: width of the grid. rate: 0 rounds to the nearest code.
-        trellis: the weights of a column choose their codes together, see `pgolf.ops.trellis_round`.
-    """
-    unit = weight.float() if columns is None else weight.float() / columns.float().unsqueeze(1)
-    codes = _round(unit, scales, _keep(unit, scales, rate), bits=bits, trellis=trellis)
-    return QuantizedTensor(codes, scales, bits, columns, trellis)
-
-
-def hessian_error(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
-    """Return tr(E H E^T) with E = weight - approx, per matrix of the stack, summed in float64.
-
-    Args:
-        weight: `(B, R, C)`. approx: `(B, R, C)`. hessian: `(B, C, C)`.
-    Returns:
-        `(B,)` float64; with H = E[x x^T] it is the mean squared change of the output, summed over rows.
-    """
-    return row_errors(weight, approx, hessian).sum(-1)
-
-
 def row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
-    """Return e_r H e_r^T `(B, R)` float64; one matrix at a time bounds the float64 copies."""
+    """Return e_r H e_r^T `(B, R)` float64; one matrix at a time bounds the memory of the float64 copies."""
     errors = []
     for w, a, h in zip(weight, approx, hessian, strict=True):
         e = w.double() - a.double()
@@ -221,20 +164,20 @@ def _check(weight: Tensor, hessian: Tensor) -> None:
 
 
 def _keep(unit: Tensor, scales: Tensor, rate: float) -> Tensor:
-    """Return `(B, C)`, 1 / (1 + rate / v): what rounding with an eye on bits leaves of a weight."""
+    """Return 1 / (1 + rate / v) `(B, C)`, by which weights are multiplied before they are rounded."""
     variance = (unit / scales.float().unsqueeze(-1)).square().mean(1)
     return variance / (variance + rate).clamp(min=1e-30) if rate else torch.ones_like(variance)
 
 
 def _round(unit: Tensor, scales: Tensor, keep: Tensor, *, bits: int, trellis: bool) -> Tensor:
-    """Return the codes int8 of weights `(B, R, C)` over their column factors."""
+    """Return the codes, int8, of weights `(B, R, C)` that are divided by their column factors."""
     x = unit / scales.float().unsqueeze(-1) * keep.unsqueeze(1)
     values = _values(x.transpose(1, 2), max_code(bits), trellis)
     return values.round_().to(torch.int8).transpose(1, 2).contiguous()
 
 
 def _values(x: Tensor, largest: int, trellis: bool) -> Tensor:
-    """Return what x `(..., R)` is rounded to: codes, or with a trellis codes and a quarter more or less."""
+    """Return what x `(..., R)` is rounded to: codes, or, on a trellis, codes plus or minus a quarter."""
     if not trellis:
         return x.round().clamp_(-largest, largest)
     # A value of the trellis is less than 1 from its number.
@@ -262,7 +205,7 @@ def _inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     # Scale to a mean diagonal of 1: U keeps its ratios, and tiny or huge activations stay inside float32.
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     base = h / mean.unsqueeze(-1)
-    # A dead input has no covariance; whatever stands off its diagonal is noise.
+    # An input that is always 0 has no covariance; whatever stands off its diagonal is noise.
     base = base * (live.unsqueeze(1) & live.unsqueeze(2)) + torch.diag_embed((~live).float())
     reverse = base.flip(1, 2)
     amount = torch.full_like(mean[:, 0], damp)
@@ -290,7 +233,7 @@ def _sweep(
     """
     wt = w.transpose(1, 2).contiguous()
     codes = torch.empty_like(wt)
-    step = scales.float()
+    scale = scales.float()
     reach = keep.unsqueeze(-1)  # (B, C, 1)
     inverse_diagonal = factor.diagonal(dim1=-2, dim2=-1).reciprocal().unsqueeze(-1)  # (B, C, 1)
     q_max, cols = max_code(bits), wt.shape[1]
@@ -299,10 +242,10 @@ def _sweep(
         errors = torch.empty_like(wt[:, begin:end])
         for j in range(begin, end):
             column = wt[:, j]
-            q = _values((column / step).mul_(reach[:, j]), q_max, trellis)
+            q = _values((column / scale).mul_(reach[:, j]), q_max, trellis)
             codes[:, j] = q
             error = errors[:, j - begin]
-            torch.mul(torch.addcmul(column, q, step, value=-1.0), inverse_diagonal[:, j], out=error)
+            torch.mul(torch.addcmul(column, q, scale, value=-1.0), inverse_diagonal[:, j], out=error)
             if j + 1 < end:
                 wt[:, j + 1 : end].addcmul_(factor[:, j, j + 1 : end, None], error[:, None], value=-1.0)
         if end < cols:
@@ -312,7 +255,7 @@ def _sweep(
 
 @contextmanager
 def _full_float32() -> Iterator[None]:
-    """Hold float32 products at full precision: TF32 would cost the update three digits."""
+    """Compute float32 products at full precision: TF32 would cost the update three digits."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

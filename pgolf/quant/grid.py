@@ -1,9 +1,10 @@
-"""Symmetric quantization grids with a step per row, and per column where it pays: scales, codes and back.
+"""Symmetric quantization grids: a scale per row, and per column where that pays; codes and back.
 
-Owns the SDClip step, the grid of steps, round-to-nearest and the int8 rows of the gates; which codes are
-chosen when the inputs are known is `gptq.py`'s business. Works on stacks: the last dimension is the row's
-columns. Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
-Source: SDClip of parameter-golf PR #1394 (SPEC 6.3): the step follows the spread of a row, not its maximum.
+This module owns the SDClip scale, the logarithmic grid of scales, rounding to the nearest code, and the int8
+rows of the gates. `gptq.py` chooses the codes where the inputs of a matrix are known. All functions take
+stacks of matrices; the last dimension holds the columns.
+Legend: `B` matrices of a stack, `R` rows, `C` columns, `Q` largest code 2^(bits-1) - 1.
+Source: SDClip of parameter-golf PR #1394: the scale follows the spread of a row, not its maximum.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from pgolf.errors import UserError, UserTypeError
 from pgolf.ops import trellis_values
 
 MIN_SCALE = 2.0**-24
-"""Smallest positive float16 (subnormal): the baseline script's floor of 1e-10 would round to 0."""
+"""Smallest positive float16 (subnormal); the floor of PR #1394, 1e-10, would round to 0."""
 MAX_SCALE = 65504.0
 """Largest finite float16."""
-STEPS_PER_OCTAVE = 8
-"""Steps on the logarithmic grid are 2^(n/8), 9 % apart: one small integer to store instead of a float16."""
+SCALES_PER_OCTAVE = 8
+"""Scales on the logarithmic grid are 2^(n/8), 9 % apart: a file stores the small integer n for each."""
 LEAST_EXPONENT, MOST_EXPONENT = -160, 127
-"""Range of n: above 2^-20 neighbours are different float16 numbers, and 2^(127/8) is finite."""
+"""Range of n: from 2^-20 on, neighbours are different float16 numbers, and 2^(127/8) is finite in float16."""
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Codes on a grid with one step per row: w = codes * scales[..., None] * columns[..., None, :]."""
+    """Codes on a grid with one scale per row: w = codes * scales[..., None] * columns[..., None, :]."""
 
     codes: Tensor
     """`(..., C)` int8 in [-Q, Q]; the shape of the parameter."""
     scales: Tensor
-    """`(...)` float16, the step of each row, > 0."""
+    """`(...)` float16, the scale of each row, > 0."""
     bits: int
-    """Width of the grid, 4 to 8."""
+    """Width of the codes, 4 to 8 bits."""
     columns: Tensor | None = None
-    """`(..., C)` float16 without the row dimension, the factor on the step of each column; None means 1."""
+    """`(..., C)` float16 without the row dimension, the factor on the scale of each column; None means 1."""
     trellis: bool = False
-    """Whether a code means what `pgolf.ops.trellis_values` says, a quarter more or less than itself."""
+    """Whether a code means the value of `pgolf.ops.trellis_values`, a quarter more or less than the code."""
 
     def dequantize(self) -> Tensor:
-        """Return values * scales * columns, float32, in the parameter's shape; values are codes or nearly."""
+        """Return the weights, float32, in the shape of the parameter; see the function `dequantize`."""
         return dequantize(self.codes, self.scales, self.columns, trellis=self.trellis)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
@@ -71,7 +72,7 @@ def max_code(bits: int) -> int:
 
 
 def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
-    """Return the step of each row so that the grid ends at `clip` standard deviations.
+    """Return the scale of each row so that the grid ends at `clip` standard deviations.
 
     s_r = fp16(max(clip * std(w_r) / Q, 2^-24)), std unbiased (N - 1), at most 65504.
     Equals `(clip * weight.std(-1) / Q).clamp(2**-24, 65504).half()`.
@@ -85,7 +86,7 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
     Raises:
         ValueError: fewer than 2 columns, clip <= 0, NaN or infinity in the weights.
         TypeError: weights that are not floating point.
-    Source: SPEC 6.3 step 5; the floor differs because 1e-10 is 0 in float16.
+    Source: parameter-golf PR #1394, whose floor is 1e-10, which is 0 in float16.
     """
     if not weight.is_floating_point():
         raise UserTypeError(f"sdclip_scales: weight must be floating point, got {weight.dtype}")
@@ -98,48 +99,48 @@ def sdclip_scales(weight: Tensor, *, bits: int, clip: float) -> Tensor:
         raise ValueError(f"sdclip_scales: clip must be > 0 standard deviations, got {clip}")
     if not bool(torch.isfinite(weight).all()):
         raise UserError("sdclip_scales: weight holds NaN or infinity; training diverged before quantization")
-    step = weight.float().std(dim=-1) * (clip / max_code(bits))
-    return step.clamp(MIN_SCALE, MAX_SCALE).half()
+    scales = weight.float().std(dim=-1) * (clip / max_code(bits))
+    return scales.clamp(MIN_SCALE, MAX_SCALE).half()
 
 
-def log_steps(steps: Tensor) -> Tensor:
-    """Return the nearest steps on the logarithmic grid: float16(2^(n/8)), n an integer in [-160, 127].
+def log_scales(scales: Tensor) -> Tensor:
+    """Return the nearest scales on the logarithmic grid: float16(2^(n/8)), n an integer in [-160, 127].
 
     Args:
-        steps: any shape, positive; 0 and less become the smallest step.
+        scales: any shape, positive; 0 and less become the smallest scale.
     Returns:
-        float16 of the same shape. `step_exponents` gives n back.
+        float16 of the same shape. `scale_exponents` gives n back.
     """
-    n = (steps.double().clamp(min=2.0**-64).log2() * STEPS_PER_OCTAVE).round()
+    n = (scales.double().clamp(min=2.0**-64).log2() * SCALES_PER_OCTAVE).round()
     return from_exponents(n.clamp(LEAST_EXPONENT, MOST_EXPONENT))
 
 
-def step_exponents(steps: Tensor) -> Tensor:
-    """Return n of steps float16(2^(n/8)), int16.
+def scale_exponents(scales: Tensor) -> Tensor:
+    """Return n, int16, of scales that are float16(2^(n/8)).
 
     Raises:
-        ValueError: a step that is not on the grid.
+        ValueError: a scale that is not on the grid.
     """
-    n = (steps.double().log2() * STEPS_PER_OCTAVE).round()
-    if not torch.equal(from_exponents(n), steps):
-        raise ValueError("step_exponents: a step is not float16(2^(n/8)); take it from log_steps")
+    n = (scales.double().log2() * SCALES_PER_OCTAVE).round()
+    if not torch.equal(from_exponents(n), scales):
+        raise ValueError("scale_exponents: a scale is not float16(2^(n/8)); take it from log_scales")
     return n.to(torch.int16)
 
 
 def from_exponents(exponents: Tensor) -> Tensor:
-    """Return float16(2^(n/8)); float64 in between, so that every machine rounds to the same float16."""
-    return torch.exp2(exponents.double() / STEPS_PER_OCTAVE).half()
+    """Return float16(2^(n/8)), computed in float64, so that every machine rounds to the same float16."""
+    return torch.exp2(exponents.double() / SCALES_PER_OCTAVE).half()
 
 
 def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
-    """Round every weight to the nearest code of its row's grid (ties to even, float32).
+    """Round every weight to the nearest code of the grid of its row (ties to even, in float32).
 
     q = clamp(round(w / s), -Q, Q).
 
     Args:
         weight: `(..., C)` floating point.
         scales: `(...)` float16, positive, one per row.
-        bits: width of the grid.
+        bits: width of the codes.
     Returns:
         `(..., C)` int8.
     Raises:
@@ -147,7 +148,7 @@ def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     """
     if scales.shape != weight.shape[:-1]:
         raise ValueError(
-            f"quantize: expected one scale a row {tuple(weight.shape[:-1])}, got {tuple(scales.shape)}"
+            f"quantize: expected one scale per row {tuple(weight.shape[:-1])}, got {tuple(scales.shape)}"
         )
     q = max_code(bits)
     return (weight.float() / scales.float().unsqueeze(-1)).round_().clamp_(-q, q).to(torch.int8)
@@ -156,12 +157,12 @@ def quantize(weight: Tensor, scales: Tensor, *, bits: int) -> Tensor:
 def dequantize(
     codes: Tensor, scales: Tensor, columns: Tensor | None = None, *, trellis: bool = False
 ) -> Tensor:
-    """Return w = (q * s) * c in float32, with a trellis (v * s) * c, v the values of the codes.
+    """Return w = (q s) c in float32; on a trellis w = (v s) c, where v are the values of the codes.
 
     Args:
-        codes: `(..., R, C)` int8. scales: `(..., R)` float16, row steps.
+        codes: `(..., R, C)` int8. scales: `(..., R)` float16, of the rows.
         columns: `(..., C)` float16, column factors; None means 1.
-        trellis: whether the codes are those of `pgolf.ops.trellis_round` along the rows.
+        trellis: whether the codes of each column are on a trellis, see `pgolf.ops.trellis_values`.
     """
     values = trellis_values(codes) if trellis else codes.float()
     weight = values * scales.float().unsqueeze(-1)
@@ -169,7 +170,7 @@ def dequantize(
 
 
 def quantize_gate_rows(weight: Tensor) -> QuantizedTensor:
-    """Quantize small gate matrices to int8 with the step at the row's maximum: s = fp16(max|w_r| / 127).
+    """Quantize small gate matrices to int8 with the scale at the row's maximum: s = fp16(max|w_r| / 127).
 
     Args:
         weight: `(..., C)` floating point.
@@ -177,7 +178,7 @@ def quantize_gate_rows(weight: Tensor) -> QuantizedTensor:
         Codes, scales and bits = 8.
     Raises:
         ValueError: NaN or infinity in the weights.
-    Source: SPEC 6.4.
+    Source: parameter-golf PR #1855.
     """
     if not bool(torch.isfinite(weight).all()):
         raise ValueError(

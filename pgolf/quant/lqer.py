@@ -1,8 +1,9 @@
-"""Low-rank correction of what quantization did to a matrix: W ~ codes * steps + A B, both in few bits.
+"""Low-rank correction of the quantization error of a matrix: W ~ codes * scales + A B, all in few bits.
 
-Owns the choice of matrices, the factors and their two grids. Legend: `R` rows, `C` columns, `r` rank.
-Source: LQER (arXiv 2402.02446) as in parameter-golf #1855 (SPEC 6.5), which keeps the matrices with the
-largest Frobenius norm of the error. Differs: the error is weighed by the inputs' power (the paper's L2QER),
+This module owns the choice of the matrices, the two factors and their grids.
+Legend: `R` rows, `C` columns, `r` rank.
+Source: LQER (arXiv 2402.02446) as in parameter-golf PR #1855, which corrects the matrices whose errors have
+the largest Frobenius norms. Differs: errors are weighed by the power of the inputs (L2QER of the paper),
 because an error on an input that is always small does no harm.
 """
 
@@ -26,11 +27,11 @@ class Correction:
     left: Tensor
     """A `(R, r)` int8."""
     left_scales: Tensor
-    """float16: `(1,)` in the asymmetric form, `(R,)`, one a row, in the symmetric."""
+    """float16: `(1,)` in the asymmetric form; `(R,)`, one per row, in the symmetric form."""
     right: Tensor
     """B `(r, C)` int8."""
     right_scales: Tensor
-    """float16: one for each group of B's elements, row-major."""
+    """float16: one for each group of elements of B, row-major."""
     group: int
     """Elements of B that share a scale; the last group may be shorter."""
 
@@ -47,15 +48,15 @@ class Correction:
 
 
 def correct(error: Tensor, input_power: Tensor, *, rank: int, kind: Kind, group: int = 64) -> Correction:
-    """Return the quantized best rank-r approximation of E = W - W', each column weighed by its input's power.
+    """Return the best rank-r approximation of E = W - W', each column weighed by its input's power, in codes.
 
     E diag(p)^(1/2) = U S V^T;  A = U_r S_r^(1/2), B = S_r^(1/2) V_r^T diag(p)^(-1/2).
-    asym: A on {-2..1} with one step max|A| / 1.5, B on {-8..7} in groups with step max / 7.5.
-    sym: A on {-7..7} with a step a row, B on {-7..7} with a step a row.
+    asym: A on {-2..1} with one scale max|A| / 1.5, B on {-8..7} in groups with the scale max / 7.5.
+    sym: A and B on {-7..7}, with one scale per row.
 
     Args:
         error: `(R, C)` float32. input_power: `(C,)`, the diagonal of the Hessian.
-        rank: r, at most min(R, C). group: elements a step, asymmetric form only.
+        rank: r, at most min(R, C). group: elements per scale, asymmetric form only.
     Raises:
         ValueError: rank or group out of range.
     """
@@ -63,7 +64,7 @@ def correct(error: Tensor, input_power: Tensor, *, rank: int, kind: Kind, group:
         raise ValueError(
             f"lqer: rank must be in [1, {min(error.shape)}] and group >= 1, got rank={rank} and group={group}"
         )
-    # An input that is never there has no power; a floor keeps the division below finite.
+    # An input that is always 0 has no power; a floor keeps the division below finite.
     power = input_power.float().clamp(min=float(input_power.mean()) * 1e-4 + 1e-30).sqrt()
     u, s, v = torch.linalg.svd(error.float() * power, full_matrices=False)
     root = s[:rank].sqrt()
@@ -90,7 +91,7 @@ def largest_errors(errors: dict[str, float], count: int) -> list[str]:
 
 
 def _codes(x: Tensor, largest: float, *, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Return the codes int8 of each row of x and its step max / largest, float16."""
+    """Return the codes int8 of each row of x and its scale max / largest, float16."""
     scales = (x.abs().amax(-1) / largest).clamp(min=MIN_SCALE).half()
     codes = (x / scales.float().unsqueeze(-1)).round().clamp(low, high)
     return codes.to(torch.int8), scales

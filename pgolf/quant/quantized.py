@@ -1,6 +1,6 @@
-"""A whole model between training and file: codes, gates and float16 leftovers, and the way back to float32.
+"""The stored form of a whole model (codes, gates and float16 tensors), and the way back to float32 weights.
 
-Separate from `calibrate.py` because reading an artifact needs this and none of the quantizers.
+Reading an artifact needs this module and none of the quantizers.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pgolf.quant.lqer import Correction
 
 @dataclass(frozen=True)
 class QuantizedState:
-    """Every parameter of a model in its stored form; each name is in one of the first three groups."""
+    """Every parameter of a model in its stored form; a name is in one of the first three groups only."""
 
     quantized: dict[str, QuantizedTensor]
     """Matrix banks and the embedding: the bulk of the bytes."""
@@ -24,9 +24,7 @@ class QuantizedState:
     small: dict[str, Tensor]
     """Everything else, float16."""
     corrections: dict[str, Correction] = field(default_factory=dict)
-    """Low-rank corrections by "parameter.index", the index of the matrix in its bank (0 for one matrix)."""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Wall time of each quantized parameter, seconds; empty when the state was read from a file."""
+    """Low-rank corrections by "parameter.index", where a parameter of one matrix has the index 0."""
 
 
 def dequantize_state(state: QuantizedState) -> dict[str, Tensor]:

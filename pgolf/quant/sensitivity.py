@@ -1,11 +1,12 @@
-"""How much the loss minds an error in each row of each matrix: the other half of the curvature.
+"""How much the training loss minds an error in each row of each matrix: the other half of the curvature.
 
-GPTQ's H says which inputs matter; it treats all outputs alike. Where the loss is near a minimum,
-    loss(W + E) - loss(W) ~ 1/2 sum_r g_r e_r H e_r^T,   g_r = E[(d loss / d y_r)^2],   y = W x,
-with H and g taken as independent (K-FAC). A row's step should follow 1 / sqrt(g_r), not its own spread.
+The H of GPTQ says which inputs matter, and treats all outputs as equal. Near a minimum of the loss
+    loss(W + E) - loss(W) = 1/2 sum_r g_r e_r H e_r^T (nearly),   g_r = E[(d loss / d y_r)^2],   y = W x,
+if H and g are taken as independent (K-FAC). So the scale of a row should follow 1 / sqrt(g_r), and not the
+spread of its weights.
 Legend: `B` matrices of a bank, `R` rows, `C` columns, `T` tokens.
-Source: Martens and Grosse, K-FAC (arXiv 1503.05671); measured here through the
-gradient of the weights, so that the model needs no second kind of hook.
+Source: Martens and Grosse, K-FAC (arXiv 1503.05671). Here g is measured through the gradients of the weights,
+so that the model needs no second kind of hook.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from pgolf.model.gpt import GPT
 
 @dataclass
 class Curvature:
-    """Second moments of one parameter's gradient: a mean over tokens, the mean gradient taken away."""
+    """Second moments of the gradient of one parameter: means over tokens, without the mean gradient."""
 
     rows: Tensor
-    """`(B, R)` float32, the squares of each row, summed over its columns."""
+    """`(B, R)` float32: squares of the gradient, summed over the columns of each row."""
     gram: Tensor
-    """`(B, C, C)` float32, sum over rows of (gradient of w_r)^T (gradient of w_r)."""
+    """`(B, C, C)` float32: the sum over rows of (gradient of w_r)^T (gradient of w_r)."""
 
 
 def collect_curvature(
@@ -37,7 +38,7 @@ def collect_curvature(
     """Return the second moments of the gradients of matrices, per token.
 
     With D = sum_t z_t d loss_t / d W over a batch, z_t = +-1 at random: rows are |D_r|^2 / tokens, gram is
-    D^T D / tokens. The signs leave the sum of the tokens' own squares and take away the mean gradient.
+    D^T D / tokens. On average the random signs leave the squares of single tokens, and no products of two.
 
     Args:
         model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=True)`, differentiable.
@@ -82,15 +83,7 @@ def _zeros(parameter: Tensor, device: torch.device) -> Curvature:
     )
 
 
-def blend(hessian: Tensor, gram: Tensor, share: float) -> Tensor:
-    """Return (1 - share) H / tr(H) + share A / tr(A), `(B, C, C)` of trace 1 (0 where both are 0).
-
-    A, the gradients' gram matrix, weighs every token's x x^T by how much the loss minds that token; it is the
-    truth for a tied embedding, whose rows are used as inputs too, and a noisier estimate for the rest.
-    """
-
-    def unit(h: Tensor) -> Tensor:
-        trace = h.diagonal(dim1=-2, dim2=-1).sum(-1)
-        return h / torch.where(trace > 0, trace, torch.ones_like(trace))[:, None, None]
-
-    return unit(hessian) * (1 - share) + unit(gram.to(hessian.device)) * share
+def unit_trace(matrices: Tensor) -> Tensor:
+    """Return each matrix of a stack `(B, C, C)` over its trace; a matrix of trace 0 stays as it is."""
+    trace = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return matrices / torch.where(trace > 0, trace, torch.ones_like(trace))[:, None, None]

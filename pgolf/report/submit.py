@@ -4,6 +4,7 @@
     code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
 
 Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
+Source: the folders below records/track_10min_16mb of the parameter-golf repository, PR #1855's among them.
 """
 
 from __future__ import annotations

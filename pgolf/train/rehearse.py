@@ -18,9 +18,9 @@ from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch, TrainLoader
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
-from pgolf.quant.calibrate import calibrate, collect_hessians, quantize_model
+from pgolf.quant.calibrate import collect_hessians
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.sensitivity import collect_curvature
-from pgolf.train.weights import clone_parameters
 
 SPARE = 1.15
 """The reserve over the measured time, so that the clock is kept on a machine that is 10 % slower by then."""
@@ -42,13 +42,12 @@ def rehearse(
     batches: Iterator[Batch] = iter(loader.next, None)
     names = model.quant_inputs()
     one = replace(config, calibration_batches=1, gradient_batches=1)
-    state = clone_parameters(model)
 
     def per_rank(count: int) -> int:
         return max(1, count // dist.world_size)
 
     # Not timed: it allocates and loads what the real one will find allocated and loaded.
-    found = calibrate(model, batches, one, dist)
+    quantizer = replace(Quantizer.calibrated(model, batches, one, dist), config=config)
     seconds = per_rank(config.calibration_batches) * _seconds(
         lambda: collect_hessians(model, [next(batches)], dist), dist
     )
@@ -58,9 +57,7 @@ def rehearse(
         )
     for last in (False, True):
         # Both are run, and only the second is counted.
-        took = _seconds(
-            lambda: quantize_model(state, names, found.hessians, config, curvature=found.curvature), dist
-        )
+        took = _seconds(quantizer.quantize, dist)
         seconds += took if last else 0.0
     seconds += _seconds(save, dist)
     loader.restart()

@@ -38,8 +38,7 @@ from pgolf.errors import MemoryAdvice, RanksFailed, UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import score_as, score_model
 from pgolf.files import atomic_file
-from pgolf.quant.calibrate import Calibration, calibrate, quantize_model
-from pgolf.quant.quantized import QuantizedState
+from pgolf.quant.pipeline import Quantizer
 from pgolf.report.plots import plot_loss, run_title
 from pgolf.report.summary import Summary, format_table
 from pgolf.report.watched_page import report_note
@@ -148,10 +147,10 @@ class Run:
                 raw, best = self._take_up(trainer, loader)
                 self._session.reach("trained", self._session.clock.elapsed)
             self._session.leave_if_asked()
-            calibration = self._calibrate(loader) if config.train.quantize else None
+            quantizer = self._calibrate(loader, best) if config.train.quantize else None
         self._dist.assert_replicas_equal(raw)
-        if calibration is not None:
-            s.ledger = self._write(best, calibration)
+        if quantizer is not None:
+            s.ledger = self._write(quantizer)
             self._session.reach("written", s.clock or 0.0)
         else:
             self._stop_clock()
@@ -347,44 +346,34 @@ class Run:
 
     # Quantization, whose first part is the end of the clock.
 
-    def _calibrate(self, loader: TrainLoader) -> Calibration:
-        """Measure what quantization needs to know, with the weights that are in the model."""
+    def _calibrate(self, loader: TrainLoader, best: dict[str, Tensor]) -> Quantizer:
+        """Measure what quantization needs to know of `best`, the weights that are in the model."""
         batches = iter(loader.next, None)
         with self._summary.phase("calibrate"):
-            return calibrate(self._model, batches, self._config.quant, self._dist)
+            return Quantizer.calibrated(self._model, batches, self._config.quant, self._dist, weights=best)
 
-    def _write(self, best: dict[str, Tensor], calibration: Calibration) -> Ledger | None:
+    def _write(self, quantizer: Quantizer) -> Ledger | None:
         """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
         config, s = self._config, self._summary
-        inputs = self._model.quant_inputs()
         s.under_way = "quantize"
         began = time.perf_counter()
-        quantize_seconds: float | None = None
+        quantize_seconds = 0.0
         budget = f" of {config.train.seconds:g} s" if config.train.seconds else ""
-
-        def quantize(clip_scale: float) -> QuantizedState:
-            nonlocal quantize_seconds
-            state = quantize_model(
-                best,
-                inputs,
-                calibration.hessians,
-                config.quant,
-                clip_scale=clip_scale,
-                curvature=calibration.curvature,
-            )
-            if quantize_seconds is None:
-                quantize_seconds = time.perf_counter() - began
-                s.add("quantize", quantize_seconds)
-                self._stop_clock()
-                self._log.line(f"quantized at {s.clock:.1f} s{budget}")
-            return state
-
         ledger: Ledger | None = None
         error: Exception | None = None
         if self._dist.is_main:
             try:
+                first = quantizer.quantize()
+                quantize_seconds = time.perf_counter() - began
+                s.add("quantize", quantize_seconds)
+                self._stop_clock()
+                self._log.line(f"quantized at {s.clock:.1f} s{budget}")
                 ledger = write_quantized(
-                    self._folder / ARTIFACT, quantize, config, tokenizer_sha256=self._data.sha256
+                    self._folder / ARTIFACT,
+                    quantizer,
+                    config,
+                    tokenizer_sha256=self._data.sha256,
+                    first=first,
                 )
                 with atomic_file(self._folder / "code.br") as file:
                     file.write(code_archive())
@@ -393,7 +382,7 @@ class Run:
         self._dist.check(error)
         if not self._dist.is_main:
             self._stop_clock()
-        s.add("write", time.perf_counter() - began - (quantize_seconds or 0.0))
+        s.add("write", time.perf_counter() - began - quantize_seconds)
         return ledger
 
     def _stop_clock(self) -> None:

@@ -191,7 +191,7 @@ def test_other_files_are_named(tmp_path):
 
 def test_broken_numbers_are_refused(tmp_path, state):
     for section, group, name in (
-        ("scales", state.quantized["kv_bank"].scales, "step"),
+        ("scales", state.quantized["kv_bank"].scales, "scale"),
         ("small", None, "NaN"),
     ):
         target = group if group is not None else next(iter(state.small.values()))

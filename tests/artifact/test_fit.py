@@ -6,10 +6,11 @@ import pytest
 import torch
 from artifact_helpers import CONFIG, FACTS, make_state
 
-from pgolf.artifact.fit import MOST_TRIES, Try, fit_artifact, next_try
+from pgolf.artifact.fit import MOST_TRIES, Try, fit_artifact, next_try, write_quantized
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import read_state
 from pgolf.artifact.write import write_artifact
+from pgolf.config import ArtifactConfig, Config, EvaluateConfig
 from pgolf.quant.quantized import QuantizedState
 
 
@@ -82,3 +83,24 @@ def test_next_try_finds_the_window_on_bent_curves(slope, bend, excess):
         assert place is not None and math.log2(0.5) <= place <= math.log2(64)
         tries.append(Try(place, measure(place)))
         assert len(tries) <= 5
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_quantization_that_is_there_is_not_made_again(tmp_path, plain, filled):
+    class Fake:
+        def __init__(self):
+            self.calls = []
+
+        def quantize(self, factor=1.0):
+            self.calls.append(factor)
+            return make_state(clip_scale=factor)
+
+    artifact = ArtifactConfig(limit=plain - 1_500 if filled else 16_000_000, fit=filled)
+    config = Config(model=CONFIG, evaluate=EvaluateConfig(stride=16), artifact=artifact)
+    sha = FACTS["tokenizer_sha256"]
+    once, again = Fake(), Fake()
+    write_quantized(tmp_path / "a", once, config, tokenizer_sha256=sha)
+    write_quantized(tmp_path / "b", again, config, tokenizer_sha256=sha, first=make_state())
+    assert once.calls[0] == 1.0 and again.calls == once.calls[1:]
+    assert len(again.calls) > 0 if filled else again.calls == []
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()

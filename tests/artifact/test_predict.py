@@ -1,4 +1,4 @@
-"""The two estimates of `pgolf size`: against SPEC 6.7, Gaussian codes, and files that were written."""
+"""The two estimates of `pgolf size`: against a formula, Gaussian codes, and files that were written."""
 
 import math
 from dataclasses import replace
@@ -21,8 +21,8 @@ def codes_bytes(ledger):
 
 
 def entropy_bytes(model, quant, *, noise):
-    """SPEC 6.7: N / 8 (2.047 + log2(Q / k)); `noise` adds to the variance (Q / k)^2: rounding 1/12, a trellis
-    1/16 more."""
+    """N / 8 (2.047 + log2(Q / k)) bytes for N Gaussian weights; `noise` adds to the variance (Q / k)^2 of the
+    codes: rounding 1/12, a trellis 1/16 more."""
 
     def bits(count, largest, clip):
         return count * (2.047 + math.log2((largest / clip) ** 2 + noise) / 2)
@@ -37,6 +37,7 @@ SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embe
 OLDER = replace(SPREAD, mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
 
 
+# Sums of the formula for the settings of PR #1855 and PR #1787; their files have 15.865e6 and 15.910e6 bytes.
 @pytest.mark.parametrize("trellis", [False, True])
 @pytest.mark.parametrize(("quant", "published"), [(SPREAD, 15.809e6), (OLDER, 15.579e6)])
 def test_codes_of_the_record_follow_the_entropy_formula_and_the_measured_gains(quant, published, trellis):
@@ -79,7 +80,7 @@ def test_prediction_names_the_sections_of_a_real_file(tmp_path):
     assert ledger.limit == LIMIT and ledger.code == written.code
 
 
-def test_steps_by_loss_weigh_what_the_600_s_model_weighed():
+def test_scales_by_loss_weigh_what_the_600_s_model_weighed():
     # bench/results/20261123_nvidia-h100-80gb-hbm3_quantize.jsonl, rows+columns: the sections of codes.
     quant = replace(pr1855().quant, mean_bits=3.45, trellis=False, rate=0.0)
     ledger = predict_ledger(pr1855().model, quant, limit=LIMIT, clip_scale=0.980003)

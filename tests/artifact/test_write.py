@@ -29,7 +29,7 @@ def test_over_the_limit_is_refused_with_the_ledger_and_touches_nothing(tmp_path,
     total = code_bytes()
     assert text.startswith("artifact is ") and "limit 20_000" in text
     assert "largest sections: tok_emb" in text or "largest sections: " in text
-    # The default steps follow the loss, where clips and bits change nothing.
+    # The default scales follow the loss, where clips and bits change nothing.
     assert "lower quant.mean_bits; with quant.row_steps=spread raise quant.mlp_clip)" in text
     assert f"{total:,} bytes" in text
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.pgolf"]
@@ -76,7 +76,7 @@ def test_states_that_the_format_cannot_hold_are_refused(tmp_path, state):
     with pytest.raises(TypeError, match=r"w must have int8 codes and float16 scales, got torch\.int32"):
         write(tmp_path / "a", bad)
     bad = QuantizedState({"w": QuantizedTensor(q.codes, q.scales[:1], 6)}, {}, {})
-    with pytest.raises(ArtifactError, match="w needs one scale a row"):
+    with pytest.raises(ArtifactError, match="w needs one scale per row"):
         write(tmp_path / "a", bad)
     with pytest.raises(TypeError, match=r"w must be float16, got torch\.float32"):
         write(tmp_path / "a", QuantizedState({}, {}, {"w": torch.ones(3)}))

@@ -71,7 +71,7 @@ def test_the_estimate_of_a_checkpoint_follows_the_fit(run, capsys):
     assert said["clip_scale"] == 0.5
     assert main(["size", str(run / "ema.safetensors")]) == 0
     text = capsys.readouterr().out
-    assert "an estimate" in text and "scales the steps by 0.500" in text
+    assert "an estimate" in text and "multiplies the scales by 0.500" in text
     assert "too small to fill the limit" in text
     assert total(text) == pytest.approx(said["total"], rel=0.1)
     assert main(["size", str(run), "--quant.mean-bits", "2.5"]) == 0
@@ -84,7 +84,9 @@ def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
     """The README's example: more bits than fit at these settings, but the steps are scaled until they do."""
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"16,\d{3},\d{3} bytes at these settings; artifact.fit scales the steps by 1.0\d+", text)
+    assert re.search(
+        r"16,\d{3},\d{3} bytes at these settings; artifact.fit multiplies the scales by 1.0\d+", text
+    )
     assert 15_984_000 <= total(text) <= 16_000_000
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
     assert "bytes too many" in capsys.readouterr().out
@@ -96,7 +98,7 @@ def test_limits_that_nothing_fits_in(run, capsys):
     assert "bytes too many" in capsys.readouterr().out
     for words in (["size", config], ["config", "tiny"], ["train", "tiny", "--data", "nowhere"]):
         assert main([*words, "--artifact.limit", "20000"]) == 2
-        assert "which the code alone takes, got 20,000" in capsys.readouterr().err
+        assert "which the counted code alone takes, got 20,000" in capsys.readouterr().err
 
 
 def test_a_folder_does_not_hide_the_preset_of_its_name(tmp_path, monkeypatch, capsys):

@@ -82,7 +82,7 @@ def test_generated_interval_is_centred_and_as_wide_as_known(lower, steps, worst,
 
 @pytest.mark.parametrize(
     ("name", "steps", "low", "high", "rms", "growth"),
-    # SPEC 5.5, sigma log-uniform in [3e-3, 1].
+    # Computed once by another program, for singular values log-uniform in [3e-3, 1].
     [
         ("jordan", 5, 0.68, 1.20, 0.19, 485),
         ("jordan", 4, 0.41, 1.20, 0.23, 141),
@@ -178,7 +178,7 @@ def test_every_table_has_the_asked_number_of_steps(name):
 
 @pytest.mark.parametrize(("name", "low", "high"), [("you", 0.475, 1.145), ("cans", 0.884, 1.120)])
 def test_published_lists_behave_as_known(name, low, high):
-    # KERNELS A.1: s in [1e-3, 1]; catches a mistyped digit.
+    # Computed once by another program, for singular values in [1e-3, 1]; catches a mistyped digit.
     got = quality(coefficients(name, 5), 1e-3)
     assert got[:2] == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
 

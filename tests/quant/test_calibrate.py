@@ -5,7 +5,9 @@ import torch
 
 from pgolf.config import ModelConfig, QuantConfig
 from pgolf.model.gpt import GPT
-from pgolf.quant.calibrate import collect_hessians, dequantize_state, quantize_model
+from pgolf.quant.calibrate import collect_hessians
+from pgolf.quant.pipeline import Quantizer
+from pgolf.quant.quantized import dequantize_state
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -107,9 +109,9 @@ def test_quantized_model_keeps_every_parameter_and_the_loss():
     model = trained_like_model()
     state = {k: v.detach() for k, v in model.named_parameters()}
     hessians = collect_hessians(model, batches(8), FakeDist())
-    qs = quantize_model(state, model.quant_inputs(), hessians, SPREAD)
+    qs = Quantizer(state, model.quant_inputs(), hessians, SPREAD).quantize()
     assert set(qs.quantized) == {"tok_emb", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
-    assert set(qs.gates) == {"head_gate"} and set(qs.seconds) == set(qs.quantized)
+    assert set(qs.gates) == {"head_gate"}
     back = dequantize_state(qs)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
     assert all(v.dtype == torch.float32 for v in back.values())
@@ -135,7 +137,7 @@ def test_each_family_gets_its_bits_and_clip():
     state = {k: v.detach() for k, v in model.named_parameters()}
     hessians = collect_hessians(model, batches(2), FakeDist())
     config = replace(SPREAD, mlp_clip=11.5, attn_clip=13.0, embed_clip=14.0)
-    qs = quantize_model(state, model.quant_inputs(), hessians, config, clip_scale=1.25)
+    qs = Quantizer(state, model.quant_inputs(), hessians, config).quantize(1.25)
     for name, bits, clip in (
         ("tok_emb", 7, 14.0),
         ("qo_bank", 6, 13.0),
@@ -150,14 +152,19 @@ def test_each_family_gets_its_bits_and_clip():
 
 def test_small_gates_stay_float16():
     state = {"head_gate": torch.ones(2, 3, 5)}  # 15 elements a layer, the rule starts at 32
-    qs = quantize_model(state, {}, {}, SPREAD)
+    qs = Quantizer(state, {}, {}, SPREAD).quantize()
     assert not qs.gates and qs.small["head_gate"].dtype == torch.float16
 
 
 @pytest.mark.parametrize(
     ("state", "inputs", "hessians", "message"),
     [
-        ({}, {"w": [("head", 0)]}, {}, r"parameters \['w'\] have inputs but are not"),
+        (
+            {},
+            {"w": [("head", 0)]},
+            {},
+            r"parameters \['w'\] have inputs but are not among the weights",
+        ),
         (
             {"w": torch.ones(4, 4)},
             {"w": [("head", 0)]},
@@ -177,13 +184,13 @@ def test_small_gates_stay_float16():
             {"w": torch.full((2, 4), float("nan"))},
             {"w": [("head", 0)]},
             {("head", 0): torch.eye(4)},
-            "quantize_model: w: .*NaN or infinity",
+            "quantize: w: .*NaN or infinity",
         ),
     ],
 )
 def test_bad_state_is_explained(state, inputs, hessians, message):
     with pytest.raises(ValueError, match=message):
-        quantize_model(state, inputs, hessians, SPREAD)
+        Quantizer(state, inputs, hessians, SPREAD).quantize()
 
 
 def test_calibration_without_batches_is_explained():

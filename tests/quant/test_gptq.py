@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from pgolf.quant.gptq import factorize, gptq, gptq_on_grid, hessian_error, round_to_grid
-from pgolf.quant.grid import dequantize, log_steps, quantize, sdclip_scales
+from pgolf.quant.gptq import factorize, gptq_on_grid
+from pgolf.quant.grid import dequantize, log_scales, quantize, sdclip_scales
+from tests.quant.quant_helpers import gptq, hessian_error, round_to_grid
 
 
 def problem(b, r, c, *, samples=None, seed=0):
@@ -34,11 +35,11 @@ def dull_gptq(w, h, scales, q_max, damp):
     h = h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     order = h.diagonal().argsort(descending=True, stable=True).tolist()
     inverse = torch.linalg.inv(h)
-    step = scales.double()
+    scale = scales.double()
     codes = torch.zeros_like(w)
     for j in order:
-        codes[:, j] = (w[:, j] / step).round().clamp(-q_max, q_max)
-        error = (w[:, j] - codes[:, j] * step) / inverse[j, j]
+        codes[:, j] = (w[:, j] / scale).round().clamp(-q_max, q_max)
+        error = (w[:, j] - codes[:, j] * scale) / inverse[j, j]
         w -= error[:, None] * inverse[j]
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return codes
@@ -129,10 +130,10 @@ def test_singular_hessians_are_damped_until_they_factor():
     assert (semidefinite <= hessian_error(w, nearest(w, bits=6, clip=12.0), h)[:2] * (1 + 1e-9)).all()
 
 
-def test_a_trellis_loses_a_quarter_less_at_the_same_steps():
+def test_a_trellis_loses_a_quarter_less_at_the_same_scales():
     w, h = problem(2, 300, 48)
     scales = sdclip_scales(w, bits=8, clip=45.0)  # about 3.5 bits a code
-    columns = log_steps(torch.rand(2, 48) + 0.5)
+    columns = log_scales(torch.rand(2, 48) + 0.5)
     factored = factorize(h)
     plain = gptq_on_grid(w, factored, scales, bits=8, columns=columns)
     ours = gptq_on_grid(w, factored, scales, bits=8, columns=columns, trellis=True)

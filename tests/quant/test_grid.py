@@ -38,8 +38,8 @@ def test_quantize_is_nearest_inside_and_clamped_outside():
     codes = quantize(w, scales, bits=6)
     error = (dequantize(codes, scales) - w).abs()
     inside = w.abs() <= 31 * scales.float()[:, None]
-    half_step = (0.5 * scales.float()[:, None] * (1 + 1e-6)).expand_as(w)
-    assert (error <= half_step)[inside].all()
+    half_scale = (0.5 * scales.float()[:, None] * (1 + 1e-6)).expand_as(w)
+    assert (error <= half_scale)[inside].all()
     assert codes[1, 3] == 31 and codes[2, 5] == -31
     assert codes.abs().max() <= max_code(6)
 

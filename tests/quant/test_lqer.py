@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pgolf.quant.calibrate import collect_hessians, dequantize_state, quantize_model
-from pgolf.quant.gptq import hessian_error
+from pgolf.quant.calibrate import collect_hessians
 from pgolf.quant.lqer import correct, largest_errors
+from pgolf.quant.pipeline import Quantizer
+from pgolf.quant.quantized import dequantize_state
+from tests.quant.quant_helpers import hessian_error
 from tests.quant.test_calibrate import CONFIG, SPREAD, FakeDist, trained_like_model
 from tests.quant.test_sensitivity import batches
 
@@ -68,8 +70,9 @@ def test_a_model_gets_its_worst_matrices_corrected():
     state = {name: p.detach() for name, p in model.named_parameters()}
     config = replace(SPREAD, matrix_bits=4, embed_bits=4, mlp_clip=4.0, attn_clip=4.0, embed_clip=4.0)
     inputs = model.quant_inputs()
-    plain = quantize_model(state, inputs, hessians, config)
-    better = quantize_model(state, inputs, hessians, replace(config, lqer="sym", lqer_top=2, lqer_rank=8))
+    quantizer = Quantizer(state, inputs, hessians, config)
+    corrected = replace(config, lqer="sym", lqer_top=2, lqer_rank=8)
+    plain, better = (replace(quantizer, config=c).quantize() for c in (config, corrected))
     assert len(better.corrections) == 2 and not plain.corrections
     before, after = dequantize_state(plain), dequantize_state(better)
     for key in better.corrections:

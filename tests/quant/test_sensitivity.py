@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pgolf.quant.sensitivity import blend, collect_curvature
+from pgolf.quant.sensitivity import collect_curvature, unit_trace
 from tests.quant.test_calibrate import CONFIG, FakeBatch, FakeDist, trained_like_model
 
 
@@ -61,9 +61,7 @@ def test_no_batches_are_explained():
         collect_curvature(trained_like_model(), [], ["tok_emb"], FakeDist())
 
 
-def test_blend_has_trace_one_and_survives_dead_inputs():
-    h = torch.stack([torch.diag(torch.tensor([1.0, 3.0])), torch.zeros(2, 2)])
-    gram = torch.stack([torch.diag(torch.tensor([6.0, 2.0])), torch.zeros(2, 2)])
-    got = blend(h, gram, 0.5)
-    assert torch.allclose(got[0].diagonal(), torch.tensor([0.5, 0.5]))
+def test_unit_trace_survives_dead_inputs():
+    got = unit_trace(torch.stack([torch.diag(torch.tensor([1.0, 3.0])), torch.zeros(2, 2)]))
+    assert got[0].diagonal().tolist() == [0.25, 0.75]
     assert (got[1] == 0).all()

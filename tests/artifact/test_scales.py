@@ -1,4 +1,4 @@
-"""Logarithmic steps, factors of columns, low-rank corrections: exact through the file, refused when off."""
+"""Logarithmic scales, factors of columns, low-rank corrections: exact through the file, refused when off."""
 
 from dataclasses import replace
 
@@ -11,9 +11,9 @@ from pgolf.artifact.read import read_state
 from pgolf.artifact.write import write_artifact
 from pgolf.config import QuantConfig
 from pgolf.model.gpt import GPT
-from pgolf.quant.calibrate import quantize_model
-from pgolf.quant.grid import from_exponents, log_steps
+from pgolf.quant.grid import from_exponents, log_scales
 from pgolf.quant.lqer import correct
+from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 
@@ -28,8 +28,8 @@ def with_columns():
     quantized = {}
     for name, t in plain.quantized.items():
         shape = (*t.codes.shape[:-2], t.codes.shape[-1])
-        columns = None if name == "tok_emb" else log_steps(torch.rand(shape, generator=g) + 0.5)
-        quantized[name] = replace(t, scales=log_steps(t.scales.float()), columns=columns)
+        columns = None if name == "tok_emb" else log_scales(torch.rand(shape, generator=g) + 0.5)
+        quantized[name] = replace(t, scales=log_scales(t.scales.float()), columns=columns)
     error = torch.randn(24, 24, generator=g)
     corrections = {
         "qo_bank.4": correct(error, torch.ones(24), rank=2, kind="asym", group=7),
@@ -67,8 +67,8 @@ def test_codes_of_a_trellis_are_read_as_its_values(tmp_path):
     assert torch.equal(got["kv_bank"], plain["kv_bank"])
     for name in ("tok_emb", "mlp_down_bank"):
         t = state.quantized[name]
-        step = replace(t, codes=torch.ones_like(t.codes)).dequantize()
-        quarters = ((got[name] - plain[name]) / step).abs()
+        scale = replace(t, codes=torch.ones_like(t.codes)).dequantize()
+        quarters = ((got[name] - plain[name]) / scale).abs()
         assert torch.allclose(quarters, torch.full_like(quarters, 0.25), atol=1e-3)
 
 
@@ -82,7 +82,7 @@ def test_a_model_on_the_trellis_comes_back_from_its_file_nearer_to_its_weights(t
     errors = {}
     for trellis in (False, True):
         quant = QuantConfig(row_steps="spread", trellis=trellis)
-        state = quantize_model(weights, model.quant_inputs(), hessians, quant, clip_scale=3.0)
+        state = Quantizer(weights, model.quant_inputs(), hessians, quant).quantize(3.0)
         write(tmp_path / "a", state)
         header, back = read_state(tmp_path / "a")
         assert [t.trellis for t in header.tensors if t.kind == "matrix"] == [trellis] * len(MATRICES)
@@ -93,7 +93,7 @@ def test_a_model_on_the_trellis_comes_back_from_its_file_nearer_to_its_weights(t
     assert all(errors[True][n] < 0.95 * errors[False][n] for n in MATRICES)
 
 
-def test_steps_at_the_ends_of_the_grid_survive(tmp_path):
+def test_scales_at_the_ends_of_the_grid_survive(tmp_path):
     state = make_state()
     t = state.quantized["tok_emb"]
     for n in (
@@ -101,15 +101,15 @@ def test_steps_at_the_ends_of_the_grid_survive(tmp_path):
         torch.linspace(-120, 127, 61).round(),
         torch.full((61,), 127),
     ):
-        steps = from_exponents(n)
-        write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=steps)}))
+        scales = from_exponents(n)
+        write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=scales)}))
         header, back = read_state(tmp_path / "a")
         assert header.tensors[0].steps == "log"
-        assert torch.equal(back.quantized["tok_emb"].scales, steps)
-    steps = from_exponents(torch.linspace(-160, 127, 61).round())  # more than an int8 spans
-    write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=steps)}))
+        assert torch.equal(back.quantized["tok_emb"].scales, scales)
+    scales = from_exponents(torch.linspace(-160, 127, 61).round())  # more than an int8 spans
+    write(tmp_path / "a", replace(state, quantized={"tok_emb": replace(t, scales=scales)}))
     header, back = read_state(tmp_path / "a")
-    assert header.tensors[0].steps == "float16" and torch.equal(back.quantized["tok_emb"].scales, steps)
+    assert header.tensors[0].steps == "float16" and torch.equal(back.quantized["tok_emb"].scales, scales)
 
 
 def test_corrections_of_another_shape_are_refused(tmp_path):
@@ -124,9 +124,9 @@ def test_columns_that_the_format_cannot_hold_are_refused(tmp_path):
     state = make_state()
     t = state.quantized["qo_bank"]
     ones = torch.ones(6, 24, dtype=torch.float16)
-    off = replace(t, columns=ones)  # the steps of the rows are not on the grid
-    with pytest.raises(ArtifactError, match=r"qo_bank has factors of columns, and steps that .*not float16"):
+    off = replace(t, columns=ones)  # the scales of the rows are not on the grid
+    with pytest.raises(ArtifactError, match=r"qo_bank has factors of columns, but its scales: .*not float16"):
         write(tmp_path / "a", replace(state, quantized={"qo_bank": off}))
-    short = replace(t, scales=log_steps(t.scales.float()), columns=ones[:3])
-    with pytest.raises(ArtifactError, match=r"qo_bank needs one factor a column, got \(3, 24\)"):
+    short = replace(t, scales=log_scales(t.scales.float()), columns=ones[:3])
+    with pytest.raises(ArtifactError, match=r"qo_bank needs one factor per column, got \(3, 24\)"):
         write(tmp_path / "a", replace(state, quantized={"qo_bank": short}))
