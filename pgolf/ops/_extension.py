@@ -17,7 +17,7 @@ try:
 except ImportError as e:
     raise ImportError(
         f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing or was built "
-        f"for another Python or torch (this is torch {torch.__version__}); run in the repository's root: "
+        f"for another Python or torch (this is torch {torch.__version__}); in the repository's root run: "
         f"{BUILD_COMMAND}"
     ) from e
 

@@ -132,7 +132,7 @@ def test_one_process_needs_no_process_group():
     assert not torch.distributed.is_initialized()
     assert dist.share([1.5, 2.0]) == [1.5, 2.0]
     dist.check(None)
-    with pytest.raises(RuntimeError, match="^broken$"):
+    with pytest.raises(RuntimeError, match=r"^broken$"):
         dist.check("broken")
     out = torch.zeros(3)
     dist.all_gather(out, torch.ones(3)).wait()

@@ -460,7 +460,7 @@ def test_copied_optimizer_steps():
 
 def test_state_with_other_groups_is_refused():
     saved = pgolf.optim.Muon(parameters([(2, 2), (2, 2)])).state_dict()
-    with pytest.raises(ValueError, match="different number of parameter groups"):
+    with pytest.raises(ValueError, match=r"the saved state has groups of .* this optimizer has groups of"):
         mixed(Net()).load_state_dict(saved)
 
 
