@@ -113,7 +113,7 @@ def test_a_version_without_the_arguments_is_not_usable_and_says_so(stand_in):
     stand_in(named=", result=None, lse=None")
     assert find_fa4().problem == (
         "not usable: ImportError: _flash_attn_fwd of this flash-attn-4 has no argument out; "
-        "pip install 'pgolf[fa4]' installs a version that has"
+        "install a version that has it: pip install 'pgolf[fa4]'"
     )
 
 

@@ -179,7 +179,7 @@ def test_the_end_of_the_document_ends_the_text():
 
 
 def test_another_vocabulary_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"400 pieces, the model has 96"):
+    with pytest.raises(ValueError, match=r"400 tokens, the model has 96"):
         generate(randomized(small()), tokenizer)
 
 

@@ -89,7 +89,10 @@ def test_states_that_are_not_adamws_are_refused_for_adamw_groups(make):
     optimizer = stepped(adamw_groups)[1]
     if saved["param_groups"][0].get("use_muon"):  # ours says its kind, but a group keeps its own
         unchanged(
-            optimizer, lambda: optimizer.load_state_dict(saved), ValueError, "was saved by Muon, but uses AdamW in this"
+            optimizer,
+            lambda: optimizer.load_state_dict(saved),
+            ValueError,
+            "was saved by Muon, but uses AdamW in this",
         )
     else:
         unchanged(
