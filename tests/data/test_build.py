@@ -241,7 +241,7 @@ def test_inspect_reads_other_tools_shards_and_reports_damage(
     write_shard(tmp_path / "f_val_000000.bin", np.array([1, 5]))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for part in ("3 tokens, 1 documents, largest id 600", "bytes: unknown", "shards of another tool"):
+    for part in ("3 tokens, 1 documents, largest id 600", "bytes: unknown", "another tool made the shards"):
         assert part in printed
     assert main(["inspect", str(tmp_path / "f_val_000000.bin")]) == 0
     (tmp_path / "f_val_000000.bin").write_bytes(b"xx")
@@ -295,7 +295,7 @@ def test_a_build_that_failed_is_no_data_set_until_it_is_done_again(
     made = job(tmp_path, tokenizer, name="odd name", train_texts=[*TRAIN, VAL[0]])
     with pytest.raises(ValueError, match="is in both splits"):
         build_shards(made, report=lines.append)
-    assert "is unfinished and marked so" in lines[-1]
+    assert "is marked as unfinished" in lines[-1]
     assert find_files(made.out), "some shards were written"
     command = command_of(made)
     refused(made.out, command)
@@ -407,7 +407,7 @@ def test_links_to_nothing_are_no_other_tools_folder(tmp_path: Path, tokenizer: T
     build(made)
     (made.out / "manifest.json").unlink()
     (made.out / "manifest.json").symlink_to(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json is no file \(a link to one that is gone"):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is not a file \(perhaps a broken link"):
         verify_folder(made.out)
     (made.out / "UNFINISHED").symlink_to(tmp_path / "gone")
     refused(made.out, "pgolf data shards --train TEXT")
@@ -424,7 +424,7 @@ def test_text_that_is_no_good_does_not_cost_the_old_shards(tmp_path: Path, token
     again = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=[*TRAIN[:50], VAL[0]])
     with pytest.raises(ValueError, match="is in both splits"):
         build_shards(again, report=lines.append)
-    assert lines[-1] == f"{made.out} holds what it held before"
+    assert lines[-1] == f"{made.out} is unchanged"
     assert verify_folder(made.out, training=True) == manifest
     assert {p.name for p in made.out.iterdir()} == before
     good = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=TRAIN[:50])

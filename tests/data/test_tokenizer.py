@@ -281,5 +281,5 @@ def test_more_ids_than_a_shard_can_hold_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 65_537)
-    with pytest.raises(ValueError, match="has 65537 ids, shards hold uint16, at most 65536"):
+    with pytest.raises(ValueError, match="has 65537 ids, but shards hold uint16, so at most 65536"):
         Tokenizer(tokenizer.path)

@@ -164,7 +164,7 @@ def test_wrong_sidecars_are_named(tmp_path: Path) -> None:
     write(tmp_path, "x_val_0.bin", [BOS, 5, 6])
     write(tmp_path, "x_val_1.bin", [7, BOS, 8])
     write(tmp_path, "x_val_bytes_0.bin", [0, 2])
-    with pytest.raises(ValueError, match=r"x_val_bytes_1\.bin is missing while other shards"):
+    with pytest.raises(ValueError, match=r"x_val_bytes_1\.bin is missing, but other shards"):
         validation_totals(tmp_path)
     write(tmp_path, "x_val_bytes_1.bin", [0, 2, 3])
     with pytest.raises(ValueError, match=r"x_val_bytes_0\.bin: 2 entries for the 3 tokens of x_val_0\.bin"):
