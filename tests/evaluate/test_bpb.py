@@ -134,7 +134,7 @@ def test_score_does_not_depend_on_the_number_of_ranks(world_size):
     [
         ("tokens", -3, r"scored [0-9]+ tokens, expected [0-9]+ \(\+3\)"),
         ("tokens", 5, r"scored [0-9]+ tokens, expected [0-9]+ \(-5\)"),
-        ("bytes", 1, r"scored [0-9]+ bytes, expected [0-9]+ \(-1\); every rank must get its own share"),
+        ("bytes", 1, r"scored [0-9]+ bytes, expected [0-9]+ \(-1\); the batches of all ranks together"),
     ],
 )
 def test_missing_and_doubled_tokens_are_errors(what, off, message):
@@ -157,7 +157,7 @@ def test_broken_losses_name_the_first_bad_batch_on_every_rank(value):
     for b in batches[0], batches[1], batches[3], batches[5]:
         b.inputs[b.inputs == 5] = 4
     dist = FakeDist(rank=1, world_size=3)
-    with pytest.raises(RuntimeError, match=r"NaN or infinite, first in batch 2 of rank 1; the weights"):
+    with pytest.raises(RuntimeError, match=r"NaN or infinite, first in batch 2 of rank 1; these weights"):
         evaluate_bpb(model, batches, dist, **want)
     sums, bad = dist.seen
     healthy = FakeDist(rank=0, world_size=3, others=[sums, bad])
