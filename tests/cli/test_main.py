@@ -49,7 +49,7 @@ def test_output_that_cannot_be_written_is_an_error():
 def test_closed_streams_are_no_traceback():
     done = shell("pgolf --help >&-")
     assert done.returncode == 0
-    assert done.stderr == b"pgolf: standard output is closed; what would be printed is lost\n"
+    assert done.stderr == b"pgolf: standard output is closed, so nothing will be printed\n"
     done = shell("pgolf nonsense 2>&-")
     assert (done.returncode, done.stdout) == (2, b"")
     assert shell("pgolf --help <&- | tail -1").stdout.startswith(b"`pgolf VERB ... --debug`")
@@ -126,9 +126,12 @@ def test_an_unknown_table_of_coefficients_is_refused_before_anything_runs(capsys
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "pgolf config: there is not enough memory for it; ask for less"),
-        (MemoryError("Unable to allocate 7 TiB"), "for it (Unable to allocate 7 TiB); ask for less"),
-        (OverflowError("int too big to convert"), "a number is too large (int too big to convert); ask for"),
+        (MemoryError(), "pgolf config: there is not enough memory for it; use smaller settings"),
+        (MemoryError("Unable to allocate 7 TiB"), "for it (Unable to allocate 7 TiB); use smaller settings"),
+        (
+            OverflowError("int too big to convert"),
+            "a number is too large (int too big to convert); use smaller",
+        ),
     ],
 )
 def test_what_is_too_large_for_the_machine_is_one_sentence(monkeypatch, capsys, error, message):

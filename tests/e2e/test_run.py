@@ -110,7 +110,7 @@ def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shar
     assert main([*words, str(other), "--out", str(out)]) == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err and not out.exists()
     assert main([*words, str(shards), "--out", str(tmp_path / "none" / "again.pgolf")]) == 2
-    assert re.search(r"no folder .*none for --out .*; make it first", capsys.readouterr().err)
+    assert re.search(r"no folder .*none for --out .*; create it first", capsys.readouterr().err)
 
 
 def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):
