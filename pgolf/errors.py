@@ -1,7 +1,7 @@
-"""Errors that are meant to be read by the person at the command line, who can do something about them.
+"""Errors that users can correct, as opposed to errors in the program.
 
-The command line prints a `Checked` error in one line. Every other exception is a fault of the program and
-keeps its traceback.
+The command line prints a `Checked` error as one line. Every other exception is an error in the program and is
+printed with its traceback.
 """
 
 from __future__ import annotations
@@ -10,32 +10,32 @@ import traceback
 
 
 class Checked(Exception):
-    """An error whose message says what was wrong, what was expected and what to do."""
+    """An error whose message says what was wrong, what was expected and how to correct it."""
 
 
 class UserError(Checked, ValueError):
-    """A setting, a file or a text that the user gave is not as it must be."""
+    """A setting, a file or a text that the user gave is not valid."""
 
 
 class UserTypeError(Checked, TypeError):
-    """A value that the user gave has another type than it must have."""
+    """A value that the user gave has a wrong type."""
 
 
 class RunError(Checked, RuntimeError):
-    """The machine, another process or another rank does not allow what was asked for."""
+    """The machine, another process or another rank makes the requested work impossible."""
 
 
 class RanksFailed(RunError):
-    """A failure that every rank knows: all of them raise it with the same text, so that one can tell it.
+    """A failure that all ranks raise with the same text, so that it needs to be reported only once.
 
-    On the rank where it happened, `__cause__` is the error itself.
+    On the rank where the failure happened, `__cause__` is the original error.
     """
 
 
 def is_checked(error: BaseException) -> bool:
-    """Tell whether the message of `error` says all that there is to say.
+    """Return whether the message of `error` is enough for a user, without a traceback.
 
-    True for `Checked` errors, for those of the file system, which name the file, and where memory is short.
+    It is for `Checked` errors, for errors of the file system, which name the file, and for lack of memory.
     """
     if isinstance(error, RanksFailed) and error.__cause__ is not None:
         return is_checked(error.__cause__)
@@ -43,7 +43,7 @@ def is_checked(error: BaseException) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """Return a sentence for the log: the message of a checked error; else its type and place, too."""
+    """Return a sentence for the log: the message, and its type and place too if the error is not checked."""
     if is_checked(error):
         return str(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -52,7 +52,7 @@ def brief(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """Return what a developer needs: the message of a checked error, the whole traceback of another one."""
+    """Return the message of a checked error, or the whole traceback of any other error."""
     if is_checked(error):
         return str(error)
     return "".join(traceback.format_exception(error)).rstrip()

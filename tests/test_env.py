@@ -102,7 +102,7 @@ def test_processes_of_one_host_share_its_cores():
 def test_a_loaded_machine_is_said(monkeypatch):
     monkeypatch.setattr(env, "usable_cores", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (5.25, 0.0, 0.0))
-    assert "other work keeps 5.2 cores busy" in env.threads_note(2)
+    assert "other programs keep 5.2 cores busy" in env.threads_note(2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     assert "busy" not in env.threads_note(2)
 

@@ -57,7 +57,7 @@ def test_a_rank_that_dies_is_named_to_all_others_at_once(watches, victim):
     others = [r for r in range(3) if r != victim]
     wait_until(lambda: all(told[r] for r in others))
     assert time.monotonic() - began < 3
-    assert [told[r] for r in others] == [[f"rank {victim} ended without a word (killed?)"]] * 2
+    assert [told[r] for r in others] == [[f"rank {victim} ended without a message (killed?)"]] * 2
     assert ranks[others[0]].reason() == told[others[0]][0]
 
 
@@ -104,7 +104,7 @@ def test_one_process_needs_no_connection_and_beats(monkeypatch):
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(module, "MEET_S", 0.3)
-    with pytest.raises(RuntimeError, match=r"rank 0 of 3: ranks \[1, 2\] did not come within 0\.3 s"):
+    with pytest.raises(RuntimeError, match=r"rank 0 of 3: ranks \[1, 2\] did not connect within 0\.3 s"):
         Watch(0, 3, td.HashStore(), timeout_s=5.0)
     with pytest.raises(RuntimeError, match=r"rank 2 of 3: rank 0 did not answer within 0\.3 s"):
         Watch(2, 3, td.HashStore(), timeout_s=5.0)
@@ -112,7 +112,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch):
 
 def test_time_spent_before_counts_towards_the_meeting():
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not come"):
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not connect"):
         Watch(0, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)
     with pytest.raises(RuntimeError, match="rank 0 did not answer"):
         Watch(1, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)

@@ -120,7 +120,7 @@ def test_replica_check_names_tensor_and_ranks_on_every_rank(ranks):
     for rank, (seen, _) in enumerate(ranks):
         said = seen["replicas"]
         assert said["same"] is None
-        assert said["flipped"] == f"replicas differ from rank 0 in 1 of 3 tensors: c (ranks [{world - 1}])"
+        assert said["flipped"] == f"ranks differ from rank 0 in 1 of 3 tensors: c (ranks [{world - 1}])"
         assert f"in 1 of 1 tensors: a (ranks {list(range(1, world))})" in said["permuted"]
         assert "a (ranks" in said["shaped"]
         assert f"different numbers of tensors; rank {rank}: {rank + 1}" in said["counts"]

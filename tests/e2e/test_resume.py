@@ -183,12 +183,12 @@ def test_a_killed_rank_ends_the_other_in_seconds_with_its_number(shards, tmp_pat
     assert time.monotonic() - began < 10.0
     assert ranks[1 - victim].returncode == 2
     (folder,) = tmp_path.iterdir()
-    reason = f"failed during train: rank {victim} ended without a word (killed?)"
+    reason = f"failed during train: rank {victim} ended without a message (killed?)"
     assert (folder / "log.txt").read_text().count(reason) == 1
     if victim == 1:
         assert load_weights(folder / "raw.safetensors")[2]["steps"] >= 4
         sessions = json.loads((folder / PROGRESS).read_text())["sessions"]
-        assert sessions[-1]["end"] == "failed: rank 1 ended without a word (killed?)"
+        assert sessions[-1]["end"] == "failed: rank 1 ended without a message (killed?)"
     ranks[victim].wait()
 
 
