@@ -6,9 +6,10 @@ the milliseconds of `muon_step` (momentum, row normalization, iteration, weight 
 launched and as a CUDA graph, and how orthogonal the updates of random gradients are: extreme singular values,
 and RMS deviation of the singular values from 1. `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel
 that iterates all banks at once; `a call a bank` makes one call per bank, which would let the gather of a bank
-overlap the next iteration. The other implementations do the same step with torch operators (baddbmm, eager, compiled),
-torch.optim.Muon, and, if installed, gram-newton-schulz and symmetric Triton products (the iteration only).
-AOL (the row scaling of Turbo-Muon, four iterations, another polar factor) is compiled torch code.
+overlap the next iteration. The other implementations do the same step with torch operators (baddbmm, eager,
+compiled), torch.optim.Muon, and, if installed, gram-newton-schulz and symmetric Triton products (the
+iteration only). AOL (the row scaling of Turbo-Muon, four iterations, another polar factor) is compiled torch
+code.
 
 The tail is reduce, clip, AdamW, Muon, average and zeroing on pr1855's model, compared with torch's fused
 kernels; under torchrun it includes the communication of that many ranks. On the CPU all shapes are small.

@@ -1,4 +1,4 @@
-"""The watch over the ranks: a lost one is named, in time, to everybody; the living are left alone."""
+"""The watch over the ranks: every rank learns in time which rank was lost, and no other rank is named."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from pgolf.watch import Watch
 
 @pytest.fixture
 def watches(monkeypatch):
-    """A function that starts ranks: their watches and what each was told."""
+    """A function that starts ranks and returns their watches and the messages that each received."""
     monkeypatch.setattr(module, "GRACE_S", 0.0)
     started: list[Watch] = []
 
@@ -44,7 +44,7 @@ def wait_until(condition, seconds: float = 10.0) -> None:
 
 
 def die(watch: Watch) -> None:
-    """Close a rank's connections as the system does for a killed process: without a goodbye."""
+    """Close a rank's connections without a farewell, as the system does for a killed process."""
     watch._tell = lambda line: None
     watch.leave()
 

@@ -1,4 +1,4 @@
-"""`pgolf polar`: what it prints is what the package computes, and the plot is a file."""
+"""`pgolf polar` prints what the package computes, and writes the plot to a file."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ from pgolf.report.polar_plot import plot_scalar_maps
 
 
 def printed(capsys, *arguments):
-    """Return the title, the table and the numbers by name of one run."""
+    """Return the title, the table, and the numbers by name that one run of the command prints."""
     assert main(["polar", *arguments]) == 0
     text = capsys.readouterr().out
     title, rest = text.split("\n", 1)

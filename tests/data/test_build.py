@@ -274,7 +274,7 @@ def test_a_validation_text_without_a_byte_is_refused_before_the_training_text_is
 
 
 def refused(folder: Path, command: str) -> None:
-    """Every way to open a folder refuses it, with the command that finishes it."""
+    """Every function that opens such a folder refuses it, and names the command that finishes it."""
     for use in (
         lambda: find_shards(folder, "train"),
         lambda: load_validation(folder),
@@ -377,7 +377,7 @@ def test_a_mark_that_cannot_be_written_leaves_the_old_shards_a_data_set(
 
 
 def test_the_mark_holds_any_path(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """As Python gives paths that the locale cannot spell."""
+    """Python represents bytes of paths that are not valid in the locale's encoding by surrogates."""
     folder = tmp_path / b"\xc3\xa4 \xff".decode("ascii", "surrogateescape")
     folder.mkdir()
     made = job(folder, tokenizer, train_texts=[*TRAIN, VAL[0]])

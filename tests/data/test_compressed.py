@@ -1,4 +1,4 @@
-"""Compressed text is read whole or refused: several streams, what may stand between them, and damage."""
+"""Compressed text is read completely or refused: several streams, data between them, and damage."""
 
 import bz2
 import gzip

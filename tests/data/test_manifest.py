@@ -1,4 +1,4 @@
-"""The manifest is the law of a folder: what it says otherwise is refused, by file and remedy."""
+"""A folder that differs from its manifest is refused; the error names the file and how to correct it."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def moved(tokens: np.ndarray) -> np.ndarray:
 
 
 def more(number: int, *keys: str) -> Callable[[dict[str, Any]], None]:
-    """Add to a number in the manifest and to the total of its split, so that both agree."""
+    """Add `number` to entries of the manifest and to the totals of the split, so that both agree."""
 
     def edit(data: dict[str, Any]) -> None:
         for name in ("text_val_000000.bin", "text_val_bytes_000000.bin"):

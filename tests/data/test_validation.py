@@ -68,7 +68,7 @@ def test_segments_do_not_depend_on_the_buffer(sample_shards: Path, batch_tokens:
     got = batches(sample_shards, batch_tokens=batch_tokens)
     assert [s for b in got for s in scored(b)] == reference
     for number, batch in enumerate(got, start=1):
-        # The last ends with the text, rounded up; nobody pays for a million tokens of padding.
+        # The last buffer ends with the text, rounded up, so a million tokens of padding are not computed.
         size = batch_tokens if number < len(got) else min(batch_tokens, -(-batch.tokens // 64) * 64)
         assert batch.inputs.shape == batch.targets.shape == batch.target_bytes.shape == (size,)
         assert (batch.targets[batch.tokens :] == -100).all()

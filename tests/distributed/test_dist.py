@@ -1,4 +1,4 @@
-"""Two and four ranks (gloo; NCCL with two GPUs) against one process; one launch each, many looks."""
+"""Two and four ranks (gloo; NCCL with two GPUs) compared with one process, in one launch each."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ PROGRAM = Path(rank_program.__file__)
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same training on one process: all steps, and the first ones only."""
+    """The same training on one process: all steps, and only the first steps."""
     dist = Dist.start("cpu")
     return rank_program.train(dist, 0, rank_program.STEPS), rank_program.train(
         dist, 0, rank_program.RESUME_AT
@@ -32,7 +32,7 @@ NCCL = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reaso
     scope="module", params=[("cpu", 2), ("cpu", 4), pytest.param(("cuda", 2), marks=NCCL)], ids=str
 )
 def ranks(request, alone, tmp_path_factory):
-    """What each rank saw: a list of (json, tensors)."""
+    """The results of all ranks: a list of (json, tensors)."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param[1]
     save_file(alone[1][0], folder / "resume.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
@@ -51,7 +51,7 @@ def ranks(request, alone, tmp_path_factory):
 
 
 def assert_like_alone(seen, tensors, expected, prefix):
-    """Compare with one process: the polar map amplifies rounding by up to 990."""
+    """Compare with one process; the polar map amplifies rounding by up to 990."""
     close = {"rtol": 2e-4, "atol": 2e-5}
     if seen["device"] == "cuda":  # bfloat16 on the wire and in the momentum; parameters moved by 0.2
         close = {"rtol": 2e-2, "atol": 2e-2}

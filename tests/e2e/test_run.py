@@ -31,7 +31,7 @@ def summary(folder: Path) -> dict:
 
 
 def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the command line on `world` ranks; a hang fails by the timeout."""
+    """Run the command line on `world` ranks; if it hangs, the timeout makes the test fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(

@@ -18,7 +18,7 @@ class FakeBatch:
 
 
 class Table(nn.Module):
-    """A bigram table as the model: the loss of each target is one look-up, so float64 can follow."""
+    """A bigram table as the model: each loss is one look-up, so it can be computed in float64 too."""
 
     def __init__(self, vocab=13, seed=0):
         super().__init__()
@@ -55,7 +55,7 @@ def split(count, tokens=21, vocab=13, seed=1):
         ids = torch.randint(0, vocab, (tokens + 1,), generator=g)
         targets, sizes = ids[1:].clone(), torch.randint(0, 9, (tokens,), generator=g)
         targets[torch.rand(tokens, generator=g) < 0.2] = -100
-        # Bytes of ignored targets are left in on purpose: they must not be counted.
+        # Ignored targets have bytes here, which must not be counted.
         cu = torch.tensor([0, 8, tokens], dtype=torch.int32)
         result.append(FakeBatch(ids[:-1], targets, cu, sizes))
     return result

@@ -1,4 +1,4 @@
-"""Windows: which token is scored where, and with what context."""
+"""Sliding windows: which window scores a token, and with how much context."""
 
 import functools
 import re

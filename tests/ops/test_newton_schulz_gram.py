@@ -1,4 +1,4 @@
-"""newton_schulz(algorithm="gram"): why it is built as it is (CPU); that it is right (Hopper)."""
+"""newton_schulz(algorithm="gram"): an emulation that justifies its design (CPU), and the kernel (Hopper)."""
 
 import math
 import subprocess
@@ -28,9 +28,9 @@ def mirrored(x: Tensor) -> Tensor:
 
 
 def gram_in_float16(x: Tensor, chains: list[list[tuple[float, float, float]]], few: bool = False) -> Tensor:
-    """What the kernel computes: each chain takes its steps on R = X X^T, then X is multiplied once.
+    """Compute what the kernel computes: each chain iterates on R = X X^T, then X is multiplied once.
 
-    few: by the polynomials one after another, as the kernel does where it has few matrices.
+    few: multiply X by the polynomials one after another, as the kernel does for few matrices.
     """
     norm = x.double().norm().item()
     scale = 2.0 ** (4 - math.floor(math.log2(norm)))

@@ -1,4 +1,4 @@
-"""encode_codes and decode_codes: golden bytes, kernel and reference on each other's streams, damage."""
+"""encode_codes and decode_codes: golden bytes, kernel and reference on the other's streams, damage."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,8 @@ def predictable(rows, cols):
     return np.clip(np.round(values), -31, 31).astype(np.int8)
 
 
-# 1 x 1; tall enough to be predicted; a column that is constant; wide codes; the ends of int8; one hot.
+# 1 x 1; tall enough for prediction; a constant column; a wide range of codes; the ends of int8; one code not
+# 0.
 CASES = {
     "single": np.full((1, 1), -5, np.int8),
     "gaussian": gaussian(19, 23),

@@ -1,4 +1,4 @@
-"""Weight averaging against the recurrence written out."""
+"""Weight averaging compared with its formula."""
 
 import pytest
 import torch

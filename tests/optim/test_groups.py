@@ -1,4 +1,4 @@
-"""Every trained parameter in exactly one group, or an error that names it."""
+"""Every trained parameter is in exactly one group, or an error names it."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The drop-in Muon against a dull float64 reference and against torch's own."""
+"""`pgolf.optim.Muon` compared with a simple float64 reference and with torch.optim.Muon."""
 
 import copy
 import importlib.util
@@ -37,7 +37,7 @@ def pieces(tensor, split_sizes=None):
 
 
 def reference(starts, grads, momentum=0.95, nesterov=True, table=(JORDAN,) * 5, adjust=None, **options):
-    """Return the matrices after a step for each of `grads` (a list a parameter), in float64."""
+    """Return the matrices after a step for each of `grads` (one list per parameter), in float64."""
     split_sizes = options.get("split_sizes")
     ends = []
     for start, steps in zip(starts, grads, strict=True):

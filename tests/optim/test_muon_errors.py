@@ -1,4 +1,4 @@
-"""What the drop-in Muon refuses, and what it says then."""
+"""Errors of `pgolf.optim.Muon`."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_sparse_gradients_are_refused():
 
 
 def test_fingerprints_see_permutations_signs_and_small_elements():
-    """Norm and largest element alone let ranks diverge that had learned from other rows of an embedding."""
+    """Norm and largest element alone do not distinguish ranks that learned other rows of an embedding."""
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(40, 30, generator=rng)
     small = torch.full((50,), 1e-7)

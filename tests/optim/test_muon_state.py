@@ -1,4 +1,4 @@
-"""States that the drop-in Muon takes over, and those that it refuses without loading any of them."""
+"""States that `pgolf.optim.Muon` loads, and states that it refuses without loading anything."""
 
 import copy
 
@@ -174,7 +174,7 @@ def test_what_is_no_state_is_refused(saved, message):
 
 
 def continues(make_first, make_second, shapes=((4, 3), (5,))):
-    """Whether the second takes over the first's state and steps on like it, bit for bit."""
+    """The second optimizer loads the state of the first one and continues like it, bit for bit."""
     params, first = stepped(make_first, shapes)
     others = [nn.Parameter(p.detach().clone()) for p in params]
     second = make_second(others)
