@@ -165,7 +165,7 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
             assert e.__cause__ is not None
             raise e.__cause__ from None
         except Exception:
-            report(f"{job.out} is marked as unfinished; run the same command again to build it anew")
+            report(f"{job.out} is marked as unfinished; run the same command to build it again")
             raise
         finish()
     return manifest

@@ -61,7 +61,7 @@ def test_every_target_is_scored_once_with_its_bytes(sample_shards: Path) -> None
         assert BOS not in segment[0][1:], "two documents in one segment"
 
 
-# 128 is one segment a buffer, 333 leaves padding in each, 10**6 puts everything in one.
+# 128 is one segment per buffer, 333 leaves padding in each, 10**6 puts everything in one.
 @pytest.mark.parametrize("batch_tokens", [128, 333, 10**6])
 def test_segments_do_not_depend_on_the_buffer(sample_shards: Path, batch_tokens: int) -> None:
     reference = [s for b in batches(sample_shards) for s in scored(b)]

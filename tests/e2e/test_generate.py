@@ -144,7 +144,7 @@ def test_parts_of_the_package_come_on_first_use():
 
 
 def test_the_page_runs_as_printed(run, shards, tmp_path, monkeypatch, capsys):
-    """In a folder that has what it names."""
+    """Run a command in a folder that has the files that it names."""
     shutil.copytree(run, tmp_path / "runs" / "RUN")
     for name in ("model.pgolf", "tokenizer.model"):
         shutil.copy(run / name, tmp_path)

@@ -107,7 +107,7 @@ def test_unknown_algorithm_is_named(device) -> None:
         newton_schulz(torch.zeros(8, 8, device=device), TABLE, algorithm="fast")  # type: ignore[arg-type]
 
 
-# A kernel that waits for flags can hang or fault: each check has a process of its own, and a time limit.
+# A kernel that waits for flags can hang or fault: each check runs in a separate process with a time limit.
 def run_check(call: str) -> None:
     program = f"import tests.ops.test_newton_schulz_gram as t; t.{call}"
     done = subprocess.run(

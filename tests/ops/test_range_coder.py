@@ -100,7 +100,7 @@ def test_kernel_and_reference_agree_when_rows_lean_on_a_pool(shape):
 def test_leaning_on_a_pool_and_on_own_rows_saves_what_the_correlation_says():
     pool, codes = alike(64, 512)
     alone, leaning = len(encode_codes(codes)), len(encode_codes(codes, pool=pool))
-    saved = -0.5 * np.log2(1 - 0.6**2) * codes.size / 8  # half the log of 1 - r^2 bits a code
+    saved = -0.5 * np.log2(1 - 0.6**2) * codes.size / 8  # half the log of 1 - r^2 bits per code
     assert encode_codes(codes, pool=pool)[0] == 2
     assert 0.85 * saved < alone - leaning < 1.05 * saved
     own = np.concatenate([pool, codes])
