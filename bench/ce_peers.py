@@ -1,7 +1,8 @@
-"""Other implementations of (capped) cross-entropy, found by import when a bench runs.
+"""Other implementations of (capped) cross-entropy, which are imported when a bench runs.
 
-Each is a function that returns a mean loss and is named with its version. One that cannot cap is named so:
-it does less work. What is not usable is printed with the reason, not counted.
+Each is a function that returns a mean loss; its name contains its version. The name of one without a soft cap
+says so, because it does less work. An implementation that cannot be used is printed with the reason and left
+out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ FromHidden = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 def find(name: str, package: str, module: str, attribute: str) -> tuple[str, Any] | None:
-    """Return (name with version, attribute of the module), or None after saying why it cannot be used."""
+    """Return (name with version, attribute of the module); if that fails, print why and return None."""
     peer = find_peer(package, module, attribute)
     if peer.usable:
         return f"{name} {peer.version}".strip(), peer.found
@@ -35,7 +36,7 @@ def _triton_ce() -> tuple[str, Any] | None:
 
 
 def from_logits() -> dict[str, FromLogits]:
-    """Return the peers that take logits."""
+    """Return the implementations that take logits."""
     peers: dict[str, FromLogits] = {}
     if triton := _triton_ce():
         name, triton_ce = triton
@@ -44,7 +45,7 @@ def from_logits() -> dict[str, FromLogits]:
         "liger", "liger-kernel", "liger_kernel.transformers.cross_entropy", "LigerCrossEntropyLoss"
     ):
         name, liger_ce = liger
-        # It overwrites its input; the clone that spares ours is not its fault, so hand it a fresh leaf.
+        # It overwrites its input. The bench gives it a new tensor, so that it need not pay for a clone.
         peers[name] = lambda x, y, cap: liger_ce(softcap=cap)(x, y)
     if quack := find("quack, no cap", "quack-kernels", "quack.cross_entropy", "cross_entropy"):
         name, quack_ce = quack
@@ -53,7 +54,7 @@ def from_logits() -> dict[str, FromLogits]:
 
 
 def materialising() -> dict[str, FromHidden]:
-    """Return the peers from hidden states that hold all logits at once."""
+    """Return the implementations from hidden states that hold all logits at once."""
     peers: dict[str, FromHidden] = {}
     if triton := _triton_ce():
         name, triton_ce = triton
@@ -62,7 +63,7 @@ def materialising() -> dict[str, FromHidden]:
 
 
 def chunked() -> dict[str, FromHidden]:
-    """Return the peers from hidden states that hold a part of the logits at a time."""
+    """Return the implementations from hidden states that hold a part of the logits at a time."""
     peers: dict[str, FromHidden] = {}
     fused = "liger_kernel.transformers.fused_linear_cross_entropy"
     if liger := find("liger", "liger-kernel", fused, "LigerFusedLinearCrossEntropyLoss"):
@@ -74,7 +75,7 @@ def chunked() -> dict[str, FromHidden]:
     if quack := find(
         "quack, no cap", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
     ):
-        # Not autotuned: with all its shapes to tune, the first call took more than 120 s on 16 cores.
+        # Without autotuning, because the first call took more than 120 s on 16 cores to tune all shapes.
         name, quack_ce = quack
         peers[f"{name}, untuned"] = lambda x, w, y, _cap: quack_ce(x, w, y, reduction="mean", tuned=False)
     if own := find("torch.linear_ce, no cap", "torch", "torch.nn.functional", "linear_cross_entropy"):
@@ -84,7 +85,7 @@ def chunked() -> dict[str, FromHidden]:
 
 
 def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Return the calls that run once without an error, after saying which do not and why."""
+    """Return the calls that run once without an error; print the others and their errors."""
     result = {}
     for name, call in peers.items():
         try:

@@ -1,8 +1,8 @@
-"""Many steps with checkpoints: does memory grow, do files stay open? `python -m bench.endurance`.
+"""Check that memory and open files do not grow over many steps with checkpoints: `python -m bench.endurance`.
 
-Trains a very small model for 20,000 steps on the CPU with a checkpoint every half second, in this process,
-and samples resident memory, open files and threads. Fails if, between the first tenth of the run and its end,
-the memory grew by more than 20 MB or the number of open files or threads at all.
+The program trains a very small model for 20,000 steps on the CPU with a checkpoint every half second, in this
+process, and samples resident memory, open files and threads. It fails if, between the first tenth of the run
+and its end, the memory grew by more than 20 MB, or the number of open files or threads grew at all.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def sample() -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run, sample, print one JSON line; 0 if nothing grew."""
+    """Run, sample and print one JSON line; return 0 if nothing grew."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=20_000, help="steps (default 20,000)")
     parser.add_argument("--out", type=Path, default=None, help="append the JSON line to this file")

@@ -1,9 +1,9 @@
-"""The figures of README and docs/, drawn from the committed result files: `python -m bench.figures`.
+"""The figures of README and docs/, plotted from the committed result files: `python -m bench.figures`.
 
-Owns `docs/figures/kernels.png` (kernels next to their peers) and `docs/figures/bpb_bytes.png` (bits per byte
-against bytes). Each figure reads the newest result file of its bench for `DEVICE`. The same files and the
-same matplotlib give the same bytes. Each picture stores the SHA-256 of what was read as `Source`, so that a
-test finds a picture that is older than the results. Needs matplotlib.
+The figures are `docs/figures/kernels.png` (kernels compared with other implementations) and
+`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each reads the newest result file of its bench for
+`DEVICE`. The same files and the same matplotlib give the same bytes. Each picture stores the SHA-256 of the
+data as `Source`, so that a test finds a picture that is older than the results. matplotlib is needed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ LIMIT, CODE = ArtifactConfig().limit, 27_946
 
 @dataclass(frozen=True)
 class Panel:
-    """One bar chart: a case of a bench with all who were timed on it."""
+    """One bar chart: a case of a bench, with all implementations that were timed on it."""
 
     title: str
     bench: str
     cases: dict[str, str]
-    """Case of the result file -> what its name adds to a bar's name."""
+    """By case of the result file: the text that is added to the name of a bar."""
     metric: str
     skip: tuple[str, ...] = ()
-    """Contenders that do another thing than the panel says, by a part of their names."""
+    """Parts of the names of contenders that are left out, because they do something else."""
 
 
 PANELS = (
@@ -104,7 +104,7 @@ NAMES = (
     ("quack", "quack (has no cap)"),
     ("cut_cross_entropy", "Cut Cross-Entropy"),
 )
-"""Beginning of a name in the result files -> the name in a figure; the first that fits holds."""
+"""By beginning of a name in the result files: the name in a figure; the first entry that matches is used."""
 
 WAYS = (
     ("gptq", "GPTQ, scales from the deviation of each row", 7),
@@ -113,11 +113,11 @@ WAYS = (
     ("trellis", "the same, codes chosen by a trellis", -9),
     ("trellis rate 1/12", "the trellis with rate-distortion rounding (the default)", 0),
 )
-"""Case of the quantize bench, its label, and how many points above the mark it stands."""
+"""Case of the quantize bench, its label, and the height of the label above its mark in points."""
 
 
 def newest(bench: str, results: Path) -> Path:
-    """Return the newest result file of a bench on `DEVICE`; raises FileNotFoundError where there is none."""
+    """Return the newest result file of a bench on `DEVICE`; raises FileNotFoundError if there is none."""
     found = sorted(results.glob(f"*_{DEVICE}_{bench}.jsonl"))
     if not found:
         raise FileNotFoundError(
@@ -138,7 +138,7 @@ def shown_name(impl: str, added: str) -> str:
 
 
 def bars(panel: Panel, results: Path) -> list[tuple[str, float, bool]]:
-    """Return (name, milliseconds, whether it is ours) of a panel, the fastest first."""
+    """Return (name, milliseconds, whether it is pgolf's) of each bar of a panel, the fastest first."""
     rows = []
     for line in read_lines(newest(panel.bench, results)):
         if line["metric"] != panel.metric or line["case"] not in panel.cases:
@@ -150,7 +150,7 @@ def bars(panel: Panel, results: Path) -> list[tuple[str, float, bool]]:
 
 
 def draw_bars(axes: Any, panel: Panel, rows: list[tuple[str, float, bool]], places: float) -> None:
-    """Draw one panel, with room for `places` bars, so that bars of one row of panels are equally thick."""
+    """Plot one panel with space for `places` bars, so that the bars in a row of panels are equally thick."""
     best = min(value for _, value, ours in rows if ours)
     end = CUT * best
     for y, (_, value, ours) in enumerate(rows):
@@ -180,7 +180,7 @@ def draw_bars(axes: Any, panel: Panel, rows: list[tuple[str, float, bool]], plac
 
 
 def draw_kernels(results: Path) -> Any:
-    """Return the figure of kernels next to their peers."""
+    """Return the figure that compares the kernels with other implementations."""
     rows = [bars(panel, results) for panel in PANELS]
     columns = 2
     tall = [max(len(r) for r in rows[i : i + columns]) + 1.2 for i in range(0, len(rows), columns)]
@@ -247,11 +247,11 @@ FIGURES = {
     "kernels.png": (draw_kernels, tuple(dict.fromkeys(panel.bench for panel in PANELS))),
     "bpb_bytes.png": (draw_bytes, ("quantize",)),
 }
-"""File -> the function that draws it, and the benches whose results it reads."""
+"""By file name: the function that plots the figure, and the benches whose results it reads."""
 
 
 def source(name: str, results: Path = RESULTS) -> str:
-    """Return the SHA-256 over the result files that a figure reads, and over what is picked from them."""
+    """Return the SHA-256 of the result files that a figure reads and of the choice of data from them."""
     digest = hashlib.sha256(repr((PANELS, NAMES, WAYS)).encode())
     for bench in FIGURES[name][1]:
         digest.update(newest(bench, results).read_bytes())
@@ -259,7 +259,7 @@ def source(name: str, results: Path = RESULTS) -> str:
 
 
 def write_figures(out: Path, results: Path = RESULTS) -> list[Path]:
-    """Draw every figure into the folder `out`; return the files."""
+    """Write all figures into the folder `out`; return the files."""
     out.mkdir(parents=True, exist_ok=True)
     written = []
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "text.color": INK}):
@@ -274,7 +274,7 @@ def write_figures(out: Path, results: Path = RESULTS) -> list[Path]:
 
 
 def main() -> None:
-    """Draw the figures and say where they are."""
+    """Write the figures and print their paths."""
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
         "--out", type=Path, default=OUT, help="folder of the pictures (default: docs/figures)"

@@ -1,8 +1,8 @@
-"""Damaged artifacts by the million, under ASan and UBSan: the compiled decoder alone, and the whole reader.
+"""Read millions of damaged artifacts under ASan and UBSan, with the decoder alone and with the whole reader.
 
-`make fuzz` runs it and writes bench/results/*_fuzz.jsonl: inputs, what became of them, seconds. The reader's
-processes import a build of the extension made for it, g++'s sanitizers in every C++ file. Any sanitizer
-report, exception other than the reader's own, hang or excess of memory stops it with an error.
+`make fuzz` runs this program and writes bench/results/*_fuzz.jsonl: number of inputs, outcomes, seconds. The
+reader's processes import a special build of the extension, with g++'s sanitizers in every C++ file. The
+program stops with an error at any sanitizer report, unexpected exception, hang or excessive use of memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SANITIZERS = "-fsanitize=address,undefined"
 SANITIZE = ["-fno-sanitize-recover=all", "-std=c++20", "-O2", "-g", "-I", "csrc"]
 FUZZER = "-fsanitize=fuzzer,address,undefined"
 LONGEST_INPUT = 256
-"""Bytes of an input of the decoder: its matrices have at most 192 codes."""
+"""Largest input of the decoder, in bytes; its matrices have at most 192 codes."""
 
 
 def find_clang() -> str | None:
@@ -75,7 +75,7 @@ def sanitized_package(folder: Path) -> dict[str, str]:
     """Build the extension with the sanitizers into a package in `folder`; return how to run Python with it.
 
     Raises:
-        RuntimeError: the extension has not been built as usual before, whose settings are taken over.
+        RuntimeError: there is no normal build of the extension, from which the settings are taken.
     """
     tree = ROOT / "build" / f"{sys.implementation.cache_tag}-torch{torch.__version__}"
     if not (tree / "CMakeCache.txt").is_file():
@@ -95,7 +95,7 @@ def sanitized_package(folder: Path) -> dict[str, str]:
     parts = [p for p in (ROOT / "pgolf").iterdir() if not p.name.startswith("_C")]
     for part in (*parts, *(folder / "tree").glob("_C*.so")):
         (package / part.name).symlink_to(part)
-    # The sanitizer must come first in the process, and finds __cxa_throw only if libstdc++ is there as early.
+    # The sanitizer must be loaded first, and it finds __cxa_throw only if libstdc++ is loaded right after it.
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
         for name in ("libasan.so", "libstdc++.so.6")
@@ -103,16 +103,16 @@ def sanitized_package(folder: Path) -> dict[str, str]:
     return os.environ | {
         "PYTHONPATH": str(package.parent),
         "LD_PRELOAD": " ".join(library.strip() for library in libraries),
-        # Python does not free all it has at its end; freed memory that is kept back would count as growth.
+        # Python does not free all memory at exit; and freed memory in the quarantine would count as growth.
         "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16",
     }
 
 
 def run_all(commands: list[list[str]], environment: dict[str, str]) -> list[str]:
-    """Run commands side by side and return what each printed.
+    """Run commands at the same time and return the output of each.
 
     Raises:
-        RuntimeError: one failed; with the end of its output.
+        RuntimeError: a command failed; the message has the end of its output.
     """
     started = [
         subprocess.Popen(
@@ -128,7 +128,7 @@ def run_all(commands: list[list[str]], environment: dict[str, str]) -> list[str]
 
 
 def measure(recorder: Recorder, args: argparse.Namespace) -> None:
-    """Run both fuzzers and record what they saw."""
+    """Run both fuzzers and record their results."""
     if "decoder" in args.cases:
         with tempfile.TemporaryDirectory() as folder:
             engine, done, seconds = fuzz_decoder(args.decoder, args.workers, Path(folder))

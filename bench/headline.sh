@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From text to a submission folder on every GPU of this machine, every second and byte accounted for:
-#   bench/headline.sh OUT SECONDS VAL TRAIN [TRAIN ...]      e.g. bench/headline.sh out 600 val.jsonl.xz train_*.jsonl.xz
-#   SEEDS="42 43 44"   one run each; else one with the preset's seed      TTT=1           also with test-time training
-#   SUBMIT="--author me --github-id me"   words for `pgolf submit`        PRESET=tiny     another preset than pr1855
-#   EXTRA="--train.attention varlen"      more settings for the runs      RESULTS=folder  result lines, bench/results
-# Keeps OUT/tokenizer.model and OUT/shards if they are there; a folder OUT/runs/... a seed; writes OUT/submission.
+# Does everything from text to a submission folder, on all GPUs of this machine:
+#   bench/headline.sh OUT SECONDS VAL TRAIN [TRAIN ...]    for example bench/headline.sh out 600 val.jsonl.xz train_*.jsonl.xz
+#   SEEDS="42 43 44"   one run per seed; default: the preset's seed       TTT=1           also score with test-time training
+#   SUBMIT="--author me --github-id me"   options of `pgolf submit`       PRESET=tiny     preset; default: pr1855
+#   EXTRA="--train.attention varlen"      further settings of the runs    RESULTS=folder  for result lines; default: bench/results
+# Uses OUT/tokenizer.model and OUT/shards if they exist. Writes one folder OUT/runs/... per seed, and OUT/submission.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ $# -lt 4 ]; then
@@ -14,13 +14,13 @@ fi
 out=$1 seconds=$2 val=$3
 shift 3
 python=${PYTHON:-python3} preset=${PRESET:-pr1855}
-# The GPUs that torch sees, and the tokenizer that the preset wants.
+# The number of GPUs that torch sees, and the vocabulary size of the preset.
 facts='import sys, torch, pgolf.presets as p; print(torch.cuda.device_count(), p.PRESETS[sys.argv[1]]().model.vocab_size)'
 read -r gpus vocab < <("$python" -c "$facts" "$preset")
 mkdir -p "$out"
 
 if [ ! -f "$out/shards/manifest.json" ]; then
-  # The manifest is written last: shards without one are those of a preparation that was stopped.
+  # The manifest is written last, so shards without one come from a preparation that was stopped.
   SECONDS=0
   if [ ! -f "$out/tokenizer.model" ]; then
     "$python" -m pgolf data tokenizer --inputs "$@" --vocab-size "$vocab" --out "$out/tokenizer.model"
@@ -39,7 +39,7 @@ if [ "${TTT:-0}" = 1 ]; then
 fi
 runs=()
 for seed in ${SEEDS:-default}; do
-  # The names of result lines stay: what preset pr1855 gives was called record.
+  # In the names of result lines, preset pr1855 keeps its earlier name, record.
   one=() name="${preset/pr1855/record}_${seconds}s_${gpus}gpu"
   if [ "$seed" != default ]; then
     one=(--seed "$seed") name="${name}_seed$seed"

@@ -1,17 +1,17 @@
-"""Kills shard builds and runs at random and checks that nothing is lost: `python -m bench.kills`.
+"""Kill shard builds and runs at random moments and check that nothing is lost: `python -m bench.kills`.
 
-One trial builds shards, or trains, writes and scores a very small model, on one rank or on two. A signal hits
-a rank at a random moment; what is left is looked at; then the work is taken up again, and may be hit again,
+One trial builds shards, or trains, writes and scores a very small model, on one rank or on two. A signal is
+sent to a rank at a random moment; then the files are checked, and the work is resumed, perhaps killed again,
 until it is finished. A trial fails if
 
-    a process outlives its bound (ranks that were not hit end by themselves: there is no torchrun here),
-    a file under its final name is not whole, or a checkpoint with an index is not valid,
-    the finished run differs in one bit from the one that was never interrupted: raw and averaged weights,
-    artifact, metrics (but for times), score; or the shards differ.
+    a process takes longer to end than its limit (ranks without a signal must end without torchrun's help),
+    a file under its final name is not complete, or a checkpoint with an index is not valid,
+    the finished run differs in one bit from a run that was never interrupted: raw and averaged weights,
+    artifact, metrics (except for times), score; or the shards differ.
 
-Processes are forked from this one, so that a kill costs a fraction of a second and not Python's start. CPU
-only; every trial is drawn from its own number, `--first` goes on where an earlier part ended. Writes one JSON
-line a trial and a line of totals.
+Processes are forked from this one, so that a kill costs a fraction of a second instead of a start of Python.
+Only the CPU is used. The number of a trial is the seed of its random choices; `--first` continues after an
+earlier part. The program writes one JSON line per trial and one line of totals.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Two processes on two cores must not wait for each other by spinning; before torch is imported.
+# Two processes on two cores must not wait for each other by spinning. This must precede the import of torch.
 os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
 
 import matplotlib.pyplot  # noqa: F401 - loaded here once, not in every child
@@ -74,7 +74,7 @@ SETTINGS = [
     "--train.device=cpu",
 ]
 MEET_S = 6.0
-"""Seconds that ranks wait for one that was hit before it had met them: 120 outside this script."""
+"""Seconds that ranks wait for a rank that got a signal before it had connected; 120 outside this program."""
 BOUND_S = 5 + 3 + 12.0
 """Seconds after a hit in which every process must have ended: train.rank_timeout, the grace of the main
 thread, and 12 s for writing on a busy machine, or for `MEET_S`. Runs that were not hit get `RUN_S`."""
@@ -84,7 +84,7 @@ SIGNALS = {1: ("KILL", "KILL", "TERM", "INT", "HUP"), 2: ("KILL", "KILL", "TERM"
 
 @dataclass
 class Trial:
-    """What happened in one trial."""
+    """The events of one trial."""
 
     number: int
     what: str
@@ -101,7 +101,7 @@ ENDED: dict[int, int] = {}
 def start(words: list[str], output: Path, world: int, *, plain: bool = False) -> list[int]:
     """Fork `world` ranks that run the command line `words`; return their process numbers.
 
-    `plain` leaves plots and report page out, which take as long as the rest of such a small run.
+    `plain` leaves out plots and report page, which take as long as the rest of such a small run.
     """
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -140,7 +140,7 @@ def _fork(words: list[str], output: Path, rank: int, world: int, port: int, plai
 
 
 def wait(processes: list[int], seconds: float) -> dict[int, int] | None:
-    """Return the exit status of every process, None if one is still there after `seconds`."""
+    """Return the exit status of every process, or None if one is still running after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         for process in processes:
@@ -156,7 +156,7 @@ def wait(processes: list[int], seconds: float) -> dict[int, int] | None:
 
 
 def end_all(processes: list[int]) -> None:
-    """Kill what is left."""
+    """Kill the processes that are left."""
     for process in processes:
         try:
             os.kill(process, signal.SIGKILL)
@@ -166,7 +166,7 @@ def end_all(processes: list[int]) -> None:
 
 
 def hit(rng: random.Random, trial: Trial, processes: list[int], moment: float) -> str:
-    """Send a random signal to a random process after `moment` seconds; wait for all; "" or what failed."""
+    """Send a random signal to a random process after `moment` seconds, and wait; return what failed."""
     early = wait(processes, moment)
     if early is not None:
         trial.ends.append("before the hit")
@@ -196,7 +196,7 @@ def _statuses(found: dict[int, int], allowed: tuple[int, ...]) -> str:
 
 
 def look(folder: Path) -> str:
-    """Return what is wrong with the files of a run that was hit; "" if every file is whole."""
+    """Return what is wrong with the files of a run that was killed; "" if every file is complete."""
     for path in folder.rglob("*"):
         if path.name.startswith(".") or path.is_dir():
             continue
@@ -215,7 +215,7 @@ def look(folder: Path) -> str:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Return all that must be equal between two runs of the same settings."""
+    """Return everything that must be equal in two runs with the same settings."""
     sections = describe(folder / "model.pgolf")["sections"]  # the header holds a hash of the folder's name
     found: dict[str, Any] = {f"artifact {s['name']}": s["sha256"] for s in sections}
     for name in ("raw", "ema"):
@@ -230,7 +230,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def train_trial(trial: Trial, rng: random.Random, base: Path, world: int, reference: dict[str, Any]) -> str:
-    """Train with hits until the run is finished."""
+    """Train, with signals, until the run is finished."""
     out, log = base / "runs", base / "output.txt"
     words = ["train", "tiny", "--data", str(base.parent / "shards"), "--out", str(out), *SETTINGS]
     hits, plain = rng.choice((1, 2, 3, 4)), rng.random() < 0.8
@@ -257,7 +257,7 @@ def train_trial(trial: Trial, rng: random.Random, base: Path, world: int, refere
 
 
 def build_trial(trial: Trial, rng: random.Random, base: Path, reference: dict[str, Any]) -> str:
-    """Build shards with a hit; the folder is refused until it is finished, and equals the reference then."""
+    """Build shards, with a signal; until finished the folder must be refused, then equal the reference."""
     out, log = base / "shards", base / "output.txt"
     words = build_words(out, base.parent / "tokenizer.model", shard_tokens=20_000)
     wrong = hit(rng, trial, start(words, log, 1), rng.uniform(0.0, reference["seconds"]))
@@ -274,19 +274,19 @@ def build_trial(trial: Trial, rng: random.Random, base: Path, reference: dict[st
 
 
 def build_words(out: Path, tokenizer: Path, *, shard_tokens: int) -> list[str]:
-    """Return the command that builds shards of the bundled sample's small part."""
+    """Return the command that builds shards from the small part of the sample text."""
     train, val = (str(tokenizer.with_name(f"{split}.jsonl")) for split in ("train", "val"))
     words = ["data", "shards", "--train", train, "--val", val, "--tokenizer", str(tokenizer)]
     return [*words, "--out", str(out), "--shard-tokens", str(shard_tokens), "--jobs", "1"]
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:
-    """Return the files of a folder of shards, which has no others."""
+    """Return the files of a folder of shards, which must have no others."""
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir()) if not p.name.startswith(".")}
 
 
 def prepare(base: Path) -> dict[Any, dict[str, Any]]:
-    """Make tokenizer, shards and the runs that nothing interrupts: by number of ranks, and "build"."""
+    """Make tokenizer, shards and the runs without interruption, by number of ranks, and "build"."""
     from pgolf.data.text import iterate_documents
 
     log = base / "output.txt"
@@ -317,7 +317,7 @@ def prepare(base: Path) -> dict[Any, dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the trials; 0 if none failed."""
+    """Run the trials; return 0 if none failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="signals to send (default 100)")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial (default 0)")

@@ -1,17 +1,18 @@
-"""What the optimizer costs a step: every variant of Muon, beside its peers, and the whole tail of a step.
+"""The time of the optimizer: variants of Muon and other implementations, and the whole tail of a step.
 
-A variant is a coefficient table and a number of steps, `polar_express_golf5` for example. For each, and for
-the share that one rank of `world` ranks owns of preset pr1855's 66 matrices: ms of `muon_step` (momentum,
-row normalization, iteration, decay, float32 update) as launched and as a CUDA graph, and how orthogonal the
-updates of random gradients are: extreme singular values, and RMS deviation of the singular values from 1.
-`pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel that iterates all banks at once; `a call a bank`
-is what would let the gather of one bank run beside the iteration of the next.
-Peers do the same step with torch operators (baddbmm, eager, compiled), torch.optim.Muon, and, where it is
-installed, gram-newton-schulz and symmetric Triton products (the iteration alone). AOL (the row scaling of
-Turbo-Muon, four steps, another polar factor) is compiled torch code, with how orthogonal it is.
+A variant is a coefficient table and a number of iterations, for example `polar_express_golf5`. For each
+variant, and for the share of preset pr1855's 66 matrices that one of `world` ranks owns, the bench measures
+the milliseconds of `muon_step` (momentum, row normalization, iteration, weight decay, float32 update), as
+launched and as a CUDA graph, and how orthogonal the updates of random gradients are: extreme singular values,
+and RMS deviation of the singular values from 1. `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel
+that iterates all banks at once; `a call a bank` makes one call per bank, which would let the gather of a bank
+overlap the next iteration. The other implementations do the same step with torch operators (baddbmm, eager,
+compiled), torch.optim.Muon, and, if installed, gram-newton-schulz and symmetric Triton products (the
+iteration only). AOL (the row scaling of Turbo-Muon, four iterations, another polar factor) is compiled torch
+code.
 
-The tail is reduce, clip, AdamW, Muon, average and zero on pr1855's model, against the same with torch's
-fused kernels; under torchrun it includes the communication of that many ranks. On CPU all shapes are small.
+The tail is reduce, clip, AdamW, Muon, average and zeroing on pr1855's model, compared with torch's fused
+kernels; under torchrun it includes the communication of that many ranks. On the CPU all shapes are small.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ from pgolf.optim.polar import coefficients
 from pgolf.optim.step import Optimizer
 from pgolf.presets import pr1855, tiny
 
-# name -> (table, steps). The fixed quintic, the per-iteration tables solved for their number of steps, the
-# published list cut short, and the lists of five.
+# By name: table and number of iterations. The fixed quintic, the tables that are solved for their number of
+# iterations, the published list cut short, and the lists of five.
 VARIANTS = {f"{name}{n}": (name, n) for name in ("jordan", "polar_express_golf") for n in (3, 4, 5, 6)}
 VARIANTS |= {"polar_express_refit5": ("polar_express_refit", 5), "polar_express5": ("polar_express", 5)}
 VARIANTS |= {f"polar_express_golf_truncated{n}": ("polar_express_golf_truncated", n) for n in (3, 4)}
@@ -60,7 +61,7 @@ AOL_NAME = torch_name("compile, AOL, 4 steps")
 
 
 def share(shapes: Shapes, world: int) -> Shapes:
-    """Return what one rank of `world` owns of each bank: whole matrices, rounded up."""
+    """Return the part of each bank that one of `world` ranks owns: whole matrices, rounded up."""
     return [(-(-b // world), m, n) for b, m, n in shapes]
 
 
@@ -75,7 +76,7 @@ def orthogonality(updates: list[Tensor]) -> dict[str, float]:
 
 
 def baddbmm_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table) -> None:
-    """The step with three cuBLAS calls an iteration, scaling fused into the products."""
+    """The step with three cuBLAS calls per iteration, with the scaling fused into the products."""
     momentum.mul_(MOMENTUM).add_(grad)
     u = torch.add(grad.to(momentum.dtype), momentum, alpha=MOMENTUM)
     u = u / torch.linalg.vector_norm(u, dim=-1, keepdim=True, dtype=torch.float32).clamp(min=1e-7)
@@ -98,7 +99,7 @@ AOL: Table = (
 
 
 def aol_polar(x: Tensor, table: Table) -> Tensor:
-    """Iterate on D X, D_ii = (sum_j |X X^T|_ij)^(-1/2), whose singular values are at most 1."""
+    """Iterate on D X with D_ii = (sum_j |X X^T|_ij)^(-1/2), whose singular values are at most 1."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     gram = x @ x.mT
@@ -111,7 +112,7 @@ def aol_polar(x: Tensor, table: Table) -> Tensor:
 
 
 def aol_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = AOL) -> Tensor:
-    """The step with AOL, without the row normalization whose place it takes; returns the polar factor."""
+    """The step with AOL instead of row normalization; returns the polar factor."""
     momentum.mul_(MOMENTUM).add_(grad)
     u = torch.add(grad.to(momentum.dtype), momentum, alpha=MOMENTUM)
     x = aol_polar(u / (u.norm(dim=(-2, -1), keepdim=True) + 1e-7), table)
@@ -120,12 +121,12 @@ def aol_step(param: Tensor, grad: Tensor, momentum: Tensor, table: Table = AOL) 
 
 
 def per_bank(step: Callable[..., None], own: list[MuonBank], table: Table) -> Callable[[], object]:
-    """Return a call that steps each bank of its own."""
+    """Return a call that makes one step per bank."""
     return lambda: [step(bank.param, bank.grad, bank.momentum, table) for bank in own]
 
 
 def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Return the same step by others, each on tensors of its own."""
+    """Return the same step by other implementations, each with separate tensors."""
     compiled = torch.compile(banked_step, dynamic=False, fullgraph=True)
     found = {
         torch_name("eager"): per_bank(banked_step, banks(shapes, device), table),
@@ -142,7 +143,7 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
 
 
 def takes(own: list[MuonBank], hyper: Tensor, rule: MuonRule) -> bool:
-    """Return whether this device and build can run the rule."""
+    """Return whether this device and this build can run the rule."""
     try:
         muon_step(own, hyper, rule)
     except RuntimeError as e:
@@ -152,7 +153,7 @@ def takes(own: list[MuonBank], hyper: Tensor, rule: MuonRule) -> bool:
 
 
 def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, *, with_peers: bool) -> None:
-    """Time one variant on the share of one rank of `world`, and record how orthogonal its updates are."""
+    """Time one variant on the share of one of `world` ranks, and record how orthogonal its updates are."""
     device = recorder.device
     name, steps = VARIANTS[variant]
     table = coefficients(name, steps)
@@ -217,10 +218,10 @@ def torch_tail(model: GPT) -> Callable[[], object]:
 
 
 def measure_tail(device: torch.device, repeats: int, out: Path | None) -> Recorder:
-    """Time what follows the backward passes of a step, as launched and replayed, against torch's kernels.
+    """Time the tail of a step, as launched and replayed, and the same work by torch's kernels.
 
-    Replays are timed ten at a time, like all graphs, so that the host's part of a step shows only where it
-    takes longer than the device's.
+    Ten replays are timed together, as for all graphs, so that the time of the host counts only if it is
+    longer than the time of the device.
     """
     dist = Dist.start("cuda" if device.type == "cuda" else "cpu")
     recorder = Recorder("tail", device, out)
@@ -254,7 +255,7 @@ def main() -> None:
     cases = [BASELINE, TAIL] if args.quick else args.cases
     out = None if args.quick or int(os.environ.get("RANK", "0")) else args.out
     written = []
-    # One rank is enough for what does not communicate.
+    # One rank is enough to measure work without communication.
     variants = [c for c in cases if c != TAIL] if int(os.environ.get("WORLD_SIZE", "1")) == 1 else []
     recorder = Recorder("optimizer", device, out)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Other implementations of the polar iteration, where they are installed when a bench runs."""
+"""Other implementations of the polar iteration, which are imported when a bench runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Table = tuple[tuple[float, float, float], ...]
 
 
 def each(iterate: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Return a call that iterates every input on its own."""
+    """Return a call that iterates every input separately."""
     return lambda: [iterate(x) for x in inputs]
 
 
 def gram_newton_schulz(table: Table) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return its iteration of (b, m, n) with versions in the names, as it is written and compiled.
+    """Return its iteration of (b, m, n), as written and compiled; the names contain the versions.
 
-    Its default compiles to CUDA graphs of its own ("reduce-overhead"), which cannot be captured again; the
-    benches capture what it launches instead.
+    By default it compiles into its own CUDA graphs ("reduce-overhead"), which a bench cannot capture again;
+    so the benches compile it without graphs and capture its launches.
     """
     found = find("gram-newton-schulz", "gram-newton-schulz", "gram_newton_schulz", "GramNewtonSchulz")
     quack = find("quack", "quack-kernels", "quack.gemm_interface", "gemm_symmetric")

@@ -1,7 +1,7 @@
 """Forward+backward of pr1855's model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
 
-Documents have log-normal lengths (mean about 712 tokens, at most 2,048), as web text has. Also the optimizer
-tail (clip, Muon, AdamW, EMA, zero) as launched.
+Documents have log-normal lengths (mean about 712 tokens, at most 2,048), as in web text. The tail of a step
+(clip, Muon, AdamW, average, zeroing) is timed too, as launched.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def synthetic_batch(tokens: int, vocab: int, device: torch.device) -> tuple[torc
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one case."""
+    """The times of one case, in milliseconds."""
 
     forward: list[float]
     both: list[float]
@@ -49,7 +49,7 @@ class Times:
 
 
 def time_case(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool, repeats: int) -> Times:
-    """Warm up one loop mode and time it with events."""
+    """Warm up one loop mode and time it with CUDA events."""
 
     def forward() -> torch.Tensor:
         return model(ids, ids.roll(-1), cu, max_seqlen=model.config.max_context, loop=loop).mean()
@@ -75,7 +75,7 @@ def time_case(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool, re
 
 
 def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int) -> None:
-    """Keep the measurements of one case."""
+    """Record the measurements of one case."""
     both = Sample.of(t.both)
     recorder.add(case, impl, "ms_fwd", Sample.of(t.forward), "ms")
     recorder.add(case, impl, "ms_fwd_bwd", both, "ms")
@@ -85,7 +85,7 @@ def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int)
 
 
 def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
-    """Time what follows the backward passes of a step: reduce, clip, AdamW, Muon, zero, EMA."""
+    """Time the tail of a step: reduce, clip, AdamW, Muon, zeroing, average."""
     config = pr1855()
     ema = Ema(dict(model.named_parameters()))
     for metric, capture in (("ms_launched", False), ("ms_graph", True)):
@@ -99,7 +99,7 @@ def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
 
 
 def main() -> None:
-    """Parse arguments, time both loop modes with every attention kernel asked for, write the results."""
+    """Parse arguments, time both loop modes with each chosen attention kernel, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

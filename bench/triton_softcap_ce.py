@@ -1,8 +1,9 @@
-"""The baseline script's form of the loss, as a peer: softcapped cross-entropy in two Triton kernels.
+"""Soft-capped cross-entropy in two Triton kernels, as in the baseline script, for comparison.
 
-One program a row, blocks of 1024, 4 warps. z' = 2 cap sigmoid(2 x / cap) = z + cap leaves the loss as it is.
-Forward keeps a running maximum and sum; backward reads the logits again and writes a new gradient. Written
-from the description of that design, so that this bench needs no other code than Triton.
+There is one program per row, with blocks of 1024 and 4 warps. z' = 2 cap sigmoid(2 x / cap) = z + cap gives
+the same loss as z. The forward pass keeps a running maximum and sum; the backward pass reads the logits again
+and writes a new gradient. The kernels were written from the description of that design, so that the bench
+needs only Triton.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The public speedruns' form of the polar iteration, as a peer: symmetric products in Triton.
+"""The polar iteration with symmetric products in Triton, as in public speedruns, for comparison.
 
-One kernel for both symmetric products of an iteration, C = alpha A A^T + beta A: programs of tiles below the
-diagonal return at once, the others write their tile and its transpose. The last product is cuBLAS's. Written
-from the description of that design (modded-nanogpt, Dion), so that this bench needs no other code than
-Triton. Tile sizes are tuned at the first call of a shape.
+One kernel computes both symmetric products of an iteration, C = alpha A A^T + beta A: programs of tiles below
+the diagonal return at once, the others write their tile and its transpose. cuBLAS computes the last product.
+The kernel was written from the description of that design (modded-nanogpt, Dion), so that the bench needs
+only Triton. Tile sizes are tuned at the first call of a shape.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CONFIGS = [
 @triton.autotune(configs=CONFIGS, key=["rows", "cols"])
 @triton.jit
 def _symmetric(a, c, rows, cols, alpha, beta, add: tl.constexpr, tile: tl.constexpr, depth: tl.constexpr):
-    """C = alpha A A^T (+ beta A) of contiguous matrices (rows, cols); grid (tiles^2, batch)."""
+    """Write C = alpha A A^T (+ beta A) for contiguous matrices (rows, cols); the grid is (tiles^2, batch)."""
     tiles = tl.cdiv(rows, tile)
     i = tl.program_id(0) // tiles
     j = tl.program_id(0) % tiles
@@ -61,7 +61,7 @@ def _symmetric(a, c, rows, cols, alpha, beta, add: tl.constexpr, tile: tl.conste
 
 
 def symmetric(a: Tensor, alpha: float, beta: float | None = None) -> Tensor:
-    """Return alpha A A^T, with `beta` + beta A (then A must be symmetric); `a` is (batch, rows, cols)."""
+    """Return alpha A A^T, or with `beta` alpha A A^T + beta A for symmetric A; `a` is (batch, rows, cols)."""
     batch, rows, cols = a.shape
     a = a.contiguous()
     out = torch.empty((batch, rows, rows), dtype=a.dtype, device=a.device)
@@ -72,7 +72,7 @@ def symmetric(a: Tensor, alpha: float, beta: float | None = None) -> Tensor:
 
 
 def triton_newton_schulz(x: Tensor, table: Table) -> Tensor:
-    """Return the polar iteration of a `(batch, m, n)` tensor in its own dtype (bfloat16 on GPUs)."""
+    """Return the polar iteration of a `(batch, m, n)` tensor, computed in its dtype (bfloat16 on GPUs)."""
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = (x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-7)).to(x.dtype).contiguous()

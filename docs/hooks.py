@@ -1,4 +1,4 @@
-"""What the site's build does beyond mkdocs: patterns in the navigation."""
+"""Hooks of the site's build: patterns in the navigation are replaced by the files that match them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 def pages(config: Any) -> list[str]:
-    """Return the Markdown files of the docs folder, as navigation names them."""
+    """Return the Markdown files of the docs folder, by the names that the navigation uses."""
     docs = Path(config["docs_dir"])
     return sorted(path.relative_to(docs).as_posix() for path in docs.rglob("*.md"))
 
 
 def named(nav: Any) -> set[str]:
-    """Return the files that a navigation names without a pattern."""
+    """Return the files in a navigation that are named without a pattern."""
     if isinstance(nav, str):
         return set() if "*" in nav else {nav}
     values = nav.values() if isinstance(nav, dict) else nav
@@ -22,7 +22,7 @@ def named(nav: Any) -> set[str]:
 
 
 def expand(nav: Any, free: list[str]) -> Any:
-    """Return a navigation whose patterns are replaced by the files of `free` that fit them."""
+    """Return a navigation in which each pattern is replaced by the files of `free` that match it."""
     out: list[Any] = []
     for entry in nav:
         title, value = next(iter(entry.items())) if isinstance(entry, dict) else (None, entry)
@@ -43,7 +43,7 @@ def expand(nav: Any, free: list[str]) -> Any:
 
 
 def on_config(config: Any) -> Any:
-    """Expand the patterns of the navigation; a pattern that nothing fits disappears."""
+    """Expand the patterns of the navigation, and remove those that match no file."""
     taken = named(config["nav"])
     config["nav"] = expand(config["nav"], [page for page in pages(config) if page not in taken])
     return config

@@ -1,13 +1,15 @@
 """Replace the loss of a Hugging Face style causal language model by one line: python fused_loss_dropin.py
 
-`CausalLM` below has the parts of one (`model`, `lm_head`, `config.final_logit_softcapping`), so that this
-runs without transformers. With a model of theirs (Gemma 2, whose cap is 30; Llama and others, None):
+`CausalLM` below has the parts of such a model (`model`, `lm_head`, `config.final_logit_softcapping`), so that
+this program runs without transformers. With a model of transformers (Gemma 2, whose cap is 30; Llama and
+others, whose cap is None):
 
     hidden = lm.model(input_ids, attention_mask=mask).last_hidden_state
     cap = getattr(lm.config, "final_logit_softcapping", None)
     loss = linear_softcap_ce(hidden[:, :-1], lm.lm_head.weight, labels[:, 1:], cap)
 
-Labels of -100 are ignored and the mean is over the others, as there. A head with a bias is not covered.
+As in transformers, labels of -100 are ignored and the loss is the mean over the others. A head with a bias is
+not supported.
 """
 
 import time
@@ -24,7 +26,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Body(nn.Module):
-    """Stands for the transformer: embeddings and a residual MLP that sees the previous token."""
+    """A stand-in for the transformer: embeddings and a residual MLP that sees the previous token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Body(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """A body, a head and a cap, named as in transformers."""
+    """A body, a head and a cap, with the names that transformers uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class CausalLM(nn.Module):
 
 
 def usual_loss(lm: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """What such models do: all logits, capped, in float32, shifted by one token."""
+    """Return the loss as such models compute it: all logits, capped, in float32, shifted by one token."""
     cap = lm.config.final_logit_softcapping
     logits = lm.lm_head(hidden)
     logits = cap * torch.tanh(logits / cap)
@@ -58,26 +60,26 @@ def usual_loss(lm: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
 
 
 def fused_loss(lm: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The line that replaces them."""
+    """Return the same loss by one line."""
     return linear_softcap_ce(
         hidden[:, :-1], lm.lm_head.weight, labels[:, 1:], lm.config.final_logit_softcapping
     )
 
 
 def fused_loss_low(lm: CausalLM, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The same, for when memory is short."""
+    """Return the same loss with less memory."""
     cap = lm.config.final_logit_softcapping
     return linear_softcap_ce(hidden[:, :-1], lm.lm_head.weight, labels[:, 1:], cap, memory="low")
 
 
 def train(name: str, loss_of) -> tuple[float, float]:
-    """Train from the same start; print and return the last loss and what it keeps for backward, MiB."""
+    """Train from the same weights; print and return the last loss and the MiB that it keeps for backward."""
     torch.manual_seed(0)
     lm = CausalLM().to(DEVICE)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3)
     ids = torch.randint(VOCAB, (BATCH, LENGTH)).to(DEVICE)
     labels = ids.clone()
-    labels[:, :8] = -100  # a prompt: read, not learned
+    labels[:, :8] = -100  # a prompt, which is read but not learned
     times = []
     for _ in range(STEPS):
         hidden = lm.model(ids).last_hidden_state
@@ -103,7 +105,7 @@ def train(name: str, loss_of) -> tuple[float, float]:
 
 if __name__ == "__main__":
     print(
-        f"{f'{STEPS} steps on {DEVICE}':<36} {'last loss':>9} {'head a step':>13} {'kept for backward':>14}"
+        f"{f'{STEPS} steps on {DEVICE}':<36} {'last loss':>9} {'head per step':>13} {'kept for backward':>14}"
     )
     train("before: lm_head, F.cross_entropy", usual_loss)
     train("after: linear_softcap_ce", fused_loss)

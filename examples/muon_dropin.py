@@ -1,8 +1,8 @@
-"""Train one network with torch.optim.Muon and with pgolf.optim.Muon, side by side: python muon_dropin.py
+"""Train one network with torch.optim.Muon and with pgolf.optim.Muon, and compare: python muon_dropin.py
 
-A residual MLP learns a fixed random teacher, from the same weights on the same batches. The first two
-runs differ in one word; the third uses what only pgolf's takes. On CPU pgolf iterates in float32, torch in
-bfloat16.
+A residual MLP learns the outputs of a fixed random network, each time from the same weights on the same
+batches. The code of the first two runs differs in one word; the third run uses options that only pgolf has.
+On the CPU pgolf iterates in float32, torch in bfloat16.
 """
 
 import time
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def train(name: str, optimizers_of: Callable[[list, list], list[Optimizer]]) -> None:
-    """Train from the same start; print first and last loss and the time of the optimizers' step."""
+    """Train from the same weights; print the first and the last loss and the time of an optimizer step."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(WIDTH, 64), nn.Tanh(), nn.Linear(64, 8)).to(DEVICE)
     net = Net().to(DEVICE)
@@ -54,16 +54,16 @@ def train(name: str, optimizers_of: Callable[[list, list], list[Optimizer]]) -> 
             torch.cuda.synchronize()
         times.append(1e3 * (time.perf_counter() - start))
     last = sum(losses[-10:]) / 10
-    print(f"{name:<38} loss {losses[0]:.4f} -> {last:.4f}   {sorted(times)[STEPS // 2]:.2f} ms a step")
+    print(f"{name:<38} loss {losses[0]:.4f} -> {last:.4f}   {sorted(times)[STEPS // 2]:.2f} ms per step")
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the matrices are small, and times compare
+    torch.set_num_threads(1)  # the matrices are small, and one thread makes the times comparable
     train("torch.optim.Muon and AdamW", lambda m, r: [torch.optim.Muon(m, lr=0.02), AdamW(r, lr=3e-3)])
     train("pgolf.optim.Muon and AdamW", lambda m, r: [pgolf.optim.Muon(m, lr=0.02), AdamW(r, lr=3e-3)])
     own = {"lr": 0.02, "ns_coefficients": "polar_express_golf", "ns_steps": 4, "row_normalize": True}
     rest = {"use_muon": False, "lr": 3e-3}
     train(
-        "pgolf.optim.Muon alone, 4 solved steps",
+        "pgolf.optim.Muon alone, 4 iterations",
         lambda m, r: [pgolf.optim.Muon([{"params": m}, {"params": r, **rest}], **own)],
     )

@@ -1,8 +1,8 @@
-"""pgolf: the best language model that fits in 16,000,000 bytes after 600 seconds of training.
+"""pgolf: train the best language model that fits in 16,000,000 bytes, in 600 seconds.
 
-`pgolf.optim` and `pgolf.ops` are the operators for other trainers; `pgolf.load` returns a trained model and
-its tokenizer, and `pgolf.generate` lets it write. They are imported when they are first asked for, so that
-`import pgolf` costs nothing and needs no torch.
+`pgolf.optim` and `pgolf.ops` are the optimizer and the operators for other training programs. `pgolf.load`
+returns a trained model and its tokenizer, and `pgolf.generate` generates text with them. All of them are
+imported at their first use, so that `import pgolf` is fast and does not import torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,7 +1,7 @@
-"""Every knob of a run, as frozen dataclasses: unit, meaning and range check beside the field.
+"""All settings of a run as frozen dataclasses, with their meanings, units and range checks.
 
-No torch here. The defaults are those of preset pr1855 (PR #1855 of the parameter-golf challenge);
-`presets.py` names the variations. The resolved configuration is written to `config.json` before step 0.
+This module does not import torch. The defaults are those of preset pr1855 (PR #1855 of the parameter-golf
+challenge); `presets.py` has the other presets. A run writes its configuration to `config.json` before step 0.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ MOST = {
     "ttt.rank": 65_536,
     "ttt.seed": 2**63 - 1,
 }
-"""Largest whole numbers, far beyond any use: what is above would hang or crash instead of being refused."""
+"""Largest whole numbers that settings may have. Larger ones have no use and would hang or crash the run."""
 MOST_ELSE = 2**40
-"""That of all others, tokens and steps among them."""
+"""Largest value of all other whole-number settings, for example of tokens and steps."""
 
 
 def _check_finite(section: str, config: Any) -> None:
-    """Refuse NaN, infinity and whole numbers beyond `MOST`, whatever else is asked of the settings."""
+    """Raise UserError if a setting is NaN or infinite, or a whole number beyond `MOST`."""
     for f in dataclasses.fields(config):
         value, name = getattr(config, f.name), f"{section}.{f.name}"
         if isinstance(value, float):
@@ -60,65 +60,65 @@ def _check_finite(section: str, config: Any) -> None:
 
 
 def shown(value: int) -> str:
-    """Return a whole number in digits, or how many it has where Python does not write them."""
+    """Return a whole number in digits, or its number of bits if it is too long for that."""
     return str(value) if value.bit_length() < 1000 else f"a number of {value.bit_length()} bits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The network. Dimension legend: `V` vocab, `D` width, `L` layers, `H` heads, `K` head dim."""
+    """The network. Legend: `V` vocabulary, `D` width, `L` layers, `H` heads, `K` dimension of a head."""
 
     vocab_size: int = 8192
-    """Number of token ids `V`; must equal the tokenizer's."""
+    """Number of token ids `V`, 8 to 65536; it must equal that of the tokenizer."""
     layers: int = 11
-    """Physical layers `L`."""
+    """Number of physical layers `L`, >= 1."""
     width: int = 512
-    """Model width `D`."""
+    """Model width `D`, a multiple of heads."""
     heads: int = 8
-    """Query heads `H`; the head dim is width / heads."""
+    """Number of query heads `H`; a head has `K` = width / heads dimensions."""
     kv_heads: int = 4
-    """Key/value heads; consecutive groups of heads / kv_heads query heads share one."""
+    """Number of key/value heads, a divisor of heads; heads / kv_heads consecutive query heads share one."""
     mlp_mult: int = 4
-    """Hidden width of the MLP as a multiple of the model width."""
+    """Hidden width of the MLP as a multiple of the model width, >= 1."""
     activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
-    """leaky_relu(x, 0.5)^2 or relu(x)^2."""
+    """Activation of the MLP: leaky_relu2 is leaky_relu(x, 0.5)^2, relu2 is relu(x)^2."""
     max_context: int = 2048
-    """Longest attention segment, tokens; longer documents are cut into segments of this length."""
+    """Longest attention segment, in tokens; longer documents are cut into segments of this length."""
     rope_dims: int = 16
-    """Leading head dims that rotate (partial RoPE); the rest pass through. Even."""
+    """Number of leading dimensions of a head that rotate (partial RoPE): even, 0 to `K`."""
     rope_base: float = 10000.0
-    """RoPE base frequency."""
+    """Base of the RoPE frequencies, > 0."""
     qk_gain: float = 5.0
-    """Initial value of the learned gain on each query head (after QK-norm and RoPE)."""
+    """Initial value of the learned gain per query head, > 0; it is applied after QK-norm and RoPE."""
     xsa_layers: int = 11
-    """The last n layers use exclusive self-attention: the output loses its part along the own value."""
+    """The last xsa_layers layers remove from each head's output its part along the token's own value."""
     head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
-    """Gate on each head's output: sparse sigmoid(scale * w.n[:window]), dense sigmoid(w.n), out
+    """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
     2 * sigmoid(w.n[:window])."""
     gate_window: int = 12
-    """Leading channels that the sparse, out and smear gates read."""
+    """Number of leading channels that the gates sparse and out, and the smear gate, read; 1 to width."""
     sparse_gate_scale: float = 0.5
-    """Multiplier inside the sparse gate's sigmoid."""
+    """Factor inside the sigmoid of the sparse gate, >= 0."""
     smear_gate: bool = True
-    """Add a gated copy of the previous token's embedding, masked where the current token is BOS."""
+    """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
     ln_scale: bool = True
-    """Divide the normed input of layer i by sqrt(i + 1)."""
+    """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
     resid_mix: bool = True
-    """Mix the block input with the first embedding: m0 * x + m1 * x0."""
+    """Replace the input x of a layer by m0 * x + m1 * x0, with the first embedding x0 and learned m0, m1."""
     skip: Literal["none", "weighted", "gated"] = "gated"
-    """U-Net skips from encoder to decoder: x + w * s, or the gated lerp w*s + sigmoid(g) * (x - w*s)."""
+    """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
-    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
+    """First layer with attention and MLP on two parallel lanes, 1 to layers; layers = no such layer."""
     loop_start: int = 3
-    """First physical layer of the repeated segment (depth recurrence)."""
+    """First layer of the segment that depth recurrence repeats."""
     loop_end: int = 5
-    """Last physical layer of the repeated segment, inclusive."""
+    """Last layer of the repeated segment, inclusive; it must be below parallel_from."""
     loops: int = 2
-    """Extra passes through the segment once the loop is on; 0 = no recurrence."""
+    """Additional passes through the segment once the loop is on, >= 0; 0 = no depth recurrence."""
     softcap: float = 30.0
-    """Logits are softcap * tanh(z / softcap)."""
+    """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
     embed_init_std: float = 0.005
-    """Standard deviation of the embedding at initialization."""
+    """Standard deviation of the initial token embedding, > 0."""
 
     def __post_init__(self) -> None:
         _check_finite("model", self)
@@ -171,12 +171,12 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head, `K`."""
+        """Dimension of one head, `K`."""
         return self.width // self.heads
 
     @property
     def kv_width(self) -> int:
-        """Total width of the keys (and of the values)."""
+        """Width of all keys together, which is also that of all values."""
         return self.kv_heads * self.head_dim
 
     @property
@@ -187,21 +187,21 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the tokens come from and how a step is cut from them."""
+    """The training and validation text, and how a training step is cut from it."""
 
     dir: Path | None = None
-    """Folder with `*_train_*.bin`, `*_val_*.bin` and the tokenizer (made by `pgolf data shards`)."""
+    """Folder with `*_train_*.bin`, `*_val_*.bin` and the tokenizer, as `pgolf data shards` makes it."""
     batch_tokens: int = 786_432
-    """Tokens per optimizer step, over all ranks."""
+    """Tokens per training step over all ranks, a multiple of micro_tokens * number of ranks."""
     micro_tokens: int = 98_304
-    """Tokens per forward/backward on one rank; batch_tokens is a multiple of micro_tokens * world size."""
+    """Tokens per forward and backward pass on one rank, >= 16; lower it if memory is short."""
     shuffle: bool = True
-    """Shuffle shards and the documents inside each shard by seed; off reads in file order."""
+    """Shuffle the shards, and the documents in each shard, by train.seed; false reads in file order."""
     prefetch: int = 3
-    """Micro-batches kept ready by the loader's thread."""
+    """Number of micro-batches that the loader's thread prepares ahead of time, >= 1."""
     verify: bool = False
-    """Check the SHA-256 of the training shards too before the run; all else that manifest.json says is always
-    checked, of training shards the size."""
+    """Compare the SHA-256 of the training shards with manifest.json before the run, which reads all of them.
+    Everything else in manifest.json is always checked, of training shards the size."""
 
     def __post_init__(self) -> None:
         _check_finite("data", self)
@@ -216,29 +216,29 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MuonConfig:
-    """Muon on the matrix banks."""
+    """Muon, the optimizer of the matrix banks."""
 
     lr: float = 0.026
-    """Learning rate before the schedule; the update is scaled by sqrt(max(1, rows / cols))."""
+    """Learning rate before the schedule, >= 0; updates are also scaled by sqrt(max(1, rows / columns))."""
     weight_decay: float = 0.095
-    """Decoupled weight decay, multiplied by the scheduled learning rate."""
+    """Decoupled weight decay, >= 0; it is multiplied by the scheduled learning rate."""
     momentum: float = 0.97
-    """Heavy-ball momentum after its warm-up."""
+    """Momentum after its warm-up, in [0, 1)."""
     momentum_start: float = 0.92
-    """Momentum at step 0."""
+    """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
-    """Fraction of the run over which momentum rises linearly (PR #1855: 1,500 of about 4,930 steps)."""
+    """Fraction of the run, 0 to 1, over which momentum rises linearly (PR #1855: 1,500 of 4,930 steps)."""
     nesterov: bool = True
-    """Use g + momentum * buffer as the update direction."""
+    """Use gradient + momentum * buffer as the direction of the update; false uses the buffer."""
     row_normalize: bool = True
-    """MuonEq-R: divide each row of the update by its norm before the polar iteration."""
+    """MuonEq-R: divide each row of the direction by its norm before the polar iteration."""
     ns_steps: int = 5
-    """Polar iterations, 1 to 10."""
+    """Number of polar iterations, 1 to 10; fewer are faster and less accurate."""
     coefficients: str = "polar_express_golf"
-    """Coefficient table of `pgolf.optim.polar`."""
+    """Name of the coefficient table of the polar iteration; `pgolf polar` compares all of them."""
     algorithm: Literal["auto", "standard", "gram"] = "auto"
-    """How the iteration is computed: auto takes Hopper's kernel (gram: float16, two steps at a time on long
-    matrices) where it can, standard always the products of one step after another."""
+    """How the iteration is computed: gram is the Hopper kernel (float16, two iterations at a time on long
+    matrices), standard computes one iteration after another, auto takes gram where it can run."""
 
     def __post_init__(self) -> None:
         _check_finite("optim.muon", self)
@@ -257,22 +257,22 @@ class MuonConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdamConfig:
-    """AdamW on everything that is not a matrix bank."""
+    """AdamW, the optimizer of all parameters that are not in a matrix bank."""
 
     embed_lr: float = 0.03
-    """Learning rate of the token embedding."""
+    """Learning rate of the token embedding before the schedule, >= 0."""
     embed_weight_decay: float = 0.085
-    """Decoupled weight decay of the token embedding."""
+    """Decoupled weight decay of the token embedding, >= 0."""
     scalar_lr: float = 0.02
-    """Learning rate of gains, gates, scales and lambdas."""
+    """Learning rate of the scalars (gains, gates, mixes) before the schedule, >= 0."""
     scalar_weight_decay: float = 0.02
-    """Decoupled weight decay of the scalars."""
+    """Decoupled weight decay of the scalars, >= 0."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay of the first moment per step, in [0, 1)."""
     beta2: float = 0.99
-    """Decay of the second moment."""
+    """Decay of the second moment per step, in [0, 1)."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment, > 0."""
 
     def __post_init__(self) -> None:
         _check_finite("optim.adam", self)
@@ -287,22 +287,22 @@ class AdamConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizers, schedule and averaging; schedules follow the fraction of the run, not the step."""
+    """Optimizers, schedules and averaging; schedules depend on the fraction of the run, not on the step."""
 
     muon: MuonConfig = field(default_factory=MuonConfig)
-    """Matrix banks."""
+    """Optimizer of the matrix banks."""
     adam: AdamConfig = field(default_factory=AdamConfig)
-    """Embedding and scalars."""
+    """Optimizer of the embedding and the scalars."""
     grad_clip: float = 0.3
-    """Global-norm clip of the reduced gradient; 0 = off."""
+    """Largest global norm of the averaged gradient; a longer one is scaled down to it. 0 = no clip."""
     warmdown: float = 0.85
-    """Last fraction of the run over which the learning rate falls linearly."""
+    """Last fraction of the run, 0 to 1, over which the learning rates fall linearly."""
     min_lr: float = 0.1
-    """Floor of the learning rate as a fraction of its peak."""
+    """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
     ema_horizon: float = 0.058
-    """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
+    """Horizon 1 / (1 - decay) of the average, fraction of the run (PR #1855: 286 of 4,931 steps); 0 = off."""
     loop_at: float = 0.35
-    """Fraction of the run at which depth recurrence is switched on."""
+    """Fraction of the run, 0 to 1, at which depth recurrence is switched on."""
 
     def __post_init__(self) -> None:
         _check_finite("optim", self)
@@ -314,44 +314,44 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The clock and the run around the model."""
+    """The clock, the device and the files of a run."""
 
     seconds: float = 600.0
-    """Wall-clock budget of training plus quantization, seconds; 0 = no clock, run `steps` steps."""
+    """Wall-clock seconds for training and quantization together; 0 = no clock, only `steps` stops the run."""
     steps: int = 0
-    """Stop after this many optimizer steps; 0 = only the clock stops the run."""
+    """Stop training after this many training steps; 0 = only the clock stops it."""
     quantize_reserve: float | None = None
-    """Seconds of the budget kept for saving, calibration and quantization; none given: what a rehearsal of
-    them before the clock took, and 15 %; 0 puts them after the budget."""
+    """Seconds of the budget to keep for saving, calibration and quantization; 0 does them after the budget.
+    None: a rehearsal before the clock measures how long they take, and 15 % is added."""
     init: Path | None = None
-    """raw.safetensors or ema.safetensors of a run of the same model: start from these weights, not from
-    random ones. Nothing but weights: optimizer state starts from zero and the schedule from its beginning (to
-    go on where a run ended, lower the rates and set optim.muon.momentum_warmup=0)."""
+    """raw.safetensors or ema.safetensors of a run with the same model, whose weights replace the random ones.
+    Only weights are loaded: optimizer state and schedules start from the beginning. To continue a finished
+    run, lower the learning rates and set optim.muon.momentum_warmup=0."""
     quantize: bool = True
-    """Quantize, write and score the artifact after training; off, a run ends with its raw and averaged
-    weights, of which `pgolf quantize` makes an artifact later."""
+    """Quantize after training, then write and score the artifact. If false, the run ends with its raw and
+    averaged weights, from which `pgolf quantize` can make an artifact later."""
     seed: int = 42
-    """Seeds initialization and data order."""
+    """Seed of the initial weights and of the order of the data, >= 0."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run; auto takes CUDA when it is there."""
+    """Device to run on; auto uses CUDA if there is a GPU."""
     compile: Literal["off", "blocks", "model"] = "blocks"
-    """torch.compile each kind of block once, or all layers as one graph; the CPU always runs eagerly."""
+    """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
-    """Attention kernel; auto takes flash-attn-4 where it works, else torch varlen on CUDA, SDPA elsewhere."""
+    """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
     warmup_steps: int = 3
-    """Untimed steps per loop mode before the clock; all state is restored after them."""
+    """Untimed steps before the clock, with the loop on and off each; all state is restored after them."""
     out: Path = Path("runs")
-    """Run folders are made here; with several hosts, on a disk that all of them share."""
+    """Folder in which run folders are made; with several hosts, on a disk that all of them share."""
     checkpoint_every: float = 60.0
-    """Seconds of the clock between checkpoints, from which `pgolf train --resume` goes on; the two newest
-    stay until the run is finished. 0: only a signal (SIGTERM, SIGHUP, SIGINT) makes one."""
+    """Seconds of the clock between checkpoints, from which `pgolf train --resume` continues; the two newest
+    are kept until the run is finished. 0 = only a signal (SIGTERM, SIGHUP, SIGINT) makes one."""
     rank_timeout: float = 30.0
-    """Seconds without a sign of life after which a rank counts as lost and ends the run, naming it; a rank
-    that was killed is noticed at once."""
+    """Seconds, 5 to 600, without a sign of life from a rank after which the run ends and names the rank; a
+    rank that was killed is noticed at once."""
     track: Literal["none", "tensorboard", "wandb"] = "none"
-    """Where the run's metrics are recorded next to metrics.jsonl: nowhere, in TensorBoard event files in the
-    run folder, or by Weights & Biases. Both are optional packages: pip install 'pgolf[tensorboard]' or
-    'pgolf[wandb]'. Set it to watch a run from a browser; it changes no result."""
+    """Where the metrics are recorded in addition to metrics.jsonl: nowhere, in TensorBoard event files in the
+    run folder, or by Weights & Biases, to watch a run in a browser; results do not change. Needs pip install
+    'pgolf[tensorboard]' or 'pgolf[wandb]'."""
 
     def __post_init__(self) -> None:
         _check_finite("train", self)
@@ -468,32 +468,32 @@ class ArtifactConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TttConfig:
-    """Test-time training: low-rank adapters per document, scored first, then trained (PR #1855's values)."""
+    """Test-time training: adapters per document learn from each chunk after it is scored (as in PR #1855)."""
 
     rank: int = 80
-    """Rank r of every adapter."""
+    """Rank r of every adapter, >= 1."""
     alpha: float = 144.0
-    """Adapter outputs are multiplied by alpha / rank."""
+    """The outputs of the adapters are multiplied by alpha / rank; > 0."""
     lr: float = 1e-4
-    """Learning rate of AdamW without momentum (beta1 = 0), one step after every chunk."""
+    """Learning rate of AdamW without momentum (beta1 = 0), >= 0; it takes one step after every chunk."""
     beta2: float = 0.99
-    """Decay of the second moment."""
+    """Decay of the second moment per step, in [0, 1)."""
     eps: float = 1e-10
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment, > 0."""
     weight_decay: float = 0.5
-    """Decoupled weight decay, multiplied by lr."""
+    """Decoupled weight decay, >= 0; it is multiplied by lr."""
     chunk: int = 48
-    """Shortest chunk, tokens: how many are scored before the adapters learn from them."""
+    """Tokens of the shortest chunk, >= 1; the adapters learn from a chunk after it was scored."""
     chunk_growth: int = 16
-    """From position p on, chunks have p / chunk_growth tokens, if that is more; 0 = all as long as chunk."""
+    """A chunk at position p has p / chunk_growth tokens if that is more than chunk; 0 = no growth."""
     chunk_max: int = 256
-    """Longest chunk, tokens."""
+    """Tokens of the longest chunk, at least chunk."""
     batch_tokens: int = 65_536
-    """Tokens of one forward and backward, over all documents in it; speed and memory, not the score."""
+    """Tokens per forward and backward pass over all documents; changes speed and memory, not the score."""
     batch_documents: int = 128
-    """Most documents of a batch: each has its own adapters and second moments (`pr1855`: 84 MB)."""
+    """Most documents per batch, >= 1; each needs memory for its own adapters (`pr1855`: 84 MB)."""
     seed: int = 0
-    """Seeds the adapters' start, the same for every document."""
+    """Seed of the initial adapters, >= 0; they are the same for every document."""
 
     def __post_init__(self) -> None:
         _check_finite("ttt", self)
@@ -515,22 +515,21 @@ class TttConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Rows of a run's table: which weights are scored, and other legal ways to score the quantized ones."""
+    """Which weights are scored after training, and further ways to score the quantized ones."""
 
     raw: bool = True
     """Score the raw weights after training."""
     ema: bool = True
     """Score the averaged weights after training."""
     every: int = 0
-    """Score the raw weights during training too, every so many steps, over the whole validation text; the
-    time that takes is on the clock. 0: never."""
-
+    """Also score the raw weights on the whole validation text every so many training steps, which takes time
+    on the clock. 0 = never."""
     sliding: bool = False
-    """Add a row `sliding`: a window over each document, so that more tokens see a long context."""
+    """Also score the quantized weights with a sliding window, in which more tokens see a long context."""
     stride: int = 64
-    """Tokens that each window of `sliding` scores."""
+    """Tokens that each window of `sliding` scores, 1 to model.max_context; a smaller stride is slower."""
     ttt: bool = False
-    """Add a row `ttt`: adapters that learn each document while it is read."""
+    """Also score the quantized weights with test-time training: adapters that learn each document."""
     adapters: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
 
@@ -542,35 +541,35 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """One run."""
+    """The complete configuration of one run."""
 
     VERSION: ClassVar[int] = config_versions.VERSION
-    """Goes into every saved configuration; what each version meant is in `config_versions.CHANGES`."""
+    """Version of the settings in every saved configuration; `config_versions.CHANGES` lists all versions."""
 
     name: str = "pr1855"
-    """Names the run folder: printable characters, no path."""
+    """Part of the run folder's name: printable characters, no path."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Tokens."""
+    """Training and validation text."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizers and schedules."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """Clock, seed, device."""
+    """Clock, device and files."""
     quant: QuantConfig = field(default_factory=QuantConfig)
     """Quantization."""
     artifact: ArtifactConfig = field(default_factory=ArtifactConfig)
     """The counted file."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    """Further ways to score."""
+    """What is scored, and how."""
 
     def __post_init__(self) -> None:
         check_name(self.name, "a folder's name")
         longest = self.model.max_context
         _require(
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
-            "evaluate.sliding and evaluate.ttt score quantized weights, and train.quantize is off; "
-            "switch it on or them off",
+            "evaluate.sliding and evaluate.ttt score quantized weights, but train.quantize is false; set it "
+            "to true, or both of them to false",
         )
         _require(
             not self.evaluate.sliding or self.evaluate.stride <= longest,
@@ -579,15 +578,15 @@ class Config:
 
     @staticmethod
     def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return saved settings with those that are missing as their writer had them; `from_dict` asks."""
+        """Return saved settings with the missing ones added as their writer had them, for `from_dict`."""
         return config_versions.completed(data, where)
 
 
 def check_name(name: str, of: str) -> None:
-    """Refuse a part of a file name (`of` says which) that is none, or would be hidden or unreadable there.
+    """Check a name that is part of `of` ("a folder's name", for example).
 
     Raises:
-        ValueError: it is.
+        ValueError: a file name cannot contain it, or the file would be hidden or hard to name in a command.
     """
     plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith((".", "-", " "))
     _require(

@@ -1,4 +1,4 @@
-"""What a setting that a saved configuration lacks meant to the code that wrote it.
+"""The meaning of settings that are missing in a saved configuration.
 
 Every configuration that a run saves is complete, so a missing key is one that its writer did not know (then
 the table says what that code did) or one that somebody took out (then it has the default of that version).
@@ -16,12 +16,12 @@ from pgolf.errors import UserError
 
 
 class Change(NamedTuple):
-    """A step from one version of the settings to the next."""
+    """The changes from one version of the settings to the next."""
 
     commit: str
-    """Where it happened."""
+    """The commit that made them."""
     added: dict[str, Any]
-    """Dotted settings that are new, and what the code before did, in their terms."""
+    """New settings by dotted name, with the value that corresponds to the behaviour before."""
     defaults: dict[str, Any] = {}  # noqa: RUF012 - never written to
     """Dotted settings whose default changed, and the default before."""
     removed: dict[str, Any] = {}  # noqa: RUF012 - never written to
@@ -107,22 +107,23 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
 )
-"""From the first run on, in order. Defaults that came and went between two runs are not told apart."""
+"""All changes since the first run, in order; a default that existed only between two runs is left out."""
 VERSION = len(CHANGES)
 """Of the settings, written into every saved configuration."""
 REMOVED: dict[str, Any] = {key: value for change in CHANGES for key, value in change.removed.items()}
 """Dotted settings that are gone; a file that has one loads if it has this value."""
 NAMED = 20
-"""Most settings that a note on missing ones names."""
+"""Largest number of settings that a note on missing settings names."""
 WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
-"""Keys of every configuration that a run ever saved; one without them was written by hand."""
+"""Keys that every saved configuration has; a file without one of them was written by hand."""
 
 
 def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a saved configuration without its version, with what was missing as its writer had it.
+    """Return a saved configuration with the missing settings added as its writer had them.
 
-    Settings that have the same meaning today are left to their defaults. One written by hand (no version, not
-    all sections) means today's.
+    The version number is removed. Missing settings whose meaning has not changed are not added, because their
+    defaults are right. In a file that was written by hand (without a version number and some sections),
+    missing settings have today's defaults.
 
     Raises:
         ValueError: the version is no whole number from 0 to `VERSION`, or a setting that is gone has another
@@ -141,7 +142,7 @@ def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
         return result
     train = result.get("train")
     if version == 0 and isinstance(train, dict) and isinstance(train.get("compile"), bool):
-        train["compile"] = "blocks" if train["compile"] else "off"  # what the two were called then
+        train["compile"] = "blocks" if train["compile"] else "off"  # it was a bool then
     for key, value in _meanings(version).items():
         *sections, last = key.split(".")
         node: Any = result
@@ -167,11 +168,12 @@ def check_removed(key: str, value: Any, where: str) -> None:
 
 
 def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
-    """Return the line that names the settings which a saved configuration lacked, "" if it lacked none.
+    """Return a line that names the settings which are missing in a saved configuration; empty if none is.
 
     Args:
-        data: what was saved. complete: `to_dict` of the configuration that was made of it.
-        where: begins the line.
+        data: contents of the saved file.
+        complete: `to_dict` of the configuration that was made from it.
+        where: name of the file, with which the line begins.
     """
     if not isinstance(data, dict):
         return ""
@@ -188,10 +190,10 @@ def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
 
 
 def writer_version(data: dict[str, Any], where: str) -> int | None:
-    """Return the version of the settings that wrote `data`; None for one written by hand.
+    """Return the version of the settings with which `data` was written; None if it was written by hand.
 
     Raises:
-        ValueError: as `completed`.
+        ValueError: as in `completed`.
     """
     if "version" in data:
         version = data["version"]
@@ -212,7 +214,7 @@ def writer_version(data: dict[str, Any], where: str) -> int | None:
 
 
 def _meanings(version: int) -> dict[str, Any]:
-    """Return what settings that are missing in a file of `version` meant, where the table has a say."""
+    """Return the values that `CHANGES` gives to settings which are missing in a file of `version`."""
     meanings: dict[str, Any] = {}
     for change in CHANGES[version:]:
         for key, value in {**change.added, **change.defaults}.items():
@@ -222,7 +224,7 @@ def _meanings(version: int) -> dict[str, Any]:
 
 
 def _leaves(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
+    """Return nested settings as a flat dict by dotted name."""
     found: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):

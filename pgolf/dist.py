@@ -1,12 +1,13 @@
-"""Processes, devices and the collectives between them: one `Dist` object per process.
+"""Processes, devices and the collectives between them; one `Dist` object per process.
 
-Two planes. Host decisions (clock, stop flag, errors) travel as CPU tensors through a gloo group, so they
-never wait for the GPU. Tensors travel through NCCL on CUDA and gloo on CPU. Without torchrun, or with one
-process, nothing of torch.distributed is touched and every method is the identity.
+There are two ways of communication. Decisions of the host (clock, stop flag, errors) are sent as CPU tensors
+through a gloo group, so they never wait for the GPU. Tensors are sent through NCCL on CUDA and through gloo
+on the CPU. Without torchrun, or with a single process, torch.distributed is not used, and the collectives
+return their input.
 
-gloo: averages are taken as sum and then scaled, and reduce-scatter is all-reduce and then a slice, because
-gloo gained ReduceOp.AVG and reduce-scatter only in some versions; it is the path for tests and small
-machines. No object is pickled: strings travel as UTF-8 bytes.
+With gloo, which serves tests and small machines, an average is a sum that is scaled afterwards, and a
+reduce-scatter is an all-reduce and a slice, because only some versions of gloo have ReduceOp.AVG and
+reduce-scatter. Nothing is pickled; strings are sent as UTF-8 bytes.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from pgolf.watch import MEET_S, Watch, before
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
 
-# torch 2.13 renamed the flat collectives and warns about the old names; 2.11 has only the old ones.
-# Removal: when the oldest supported torch has *_single.
+# torch 2.13 renamed these collectives and warns about the old names; torch 2.11 has only the old names.
+# Remove this when the oldest supported torch has *_single.
 _reduce_scatter: Callable[..., Any] = getattr(td, "reduce_scatter_single", None) or td.reduce_scatter_tensor
 _all_gather: Callable[..., Any] = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor
 
 
 class Pending:
-    """A collective under way; its tensors must not be touched until `wait()` has returned.
+    """A collective that is running; its tensors must not be used until `wait()` has returned.
 
-    On CUDA `wait()` makes the current stream wait and returns at once; on CPU it blocks.
+    On CUDA `wait()` makes the current stream wait and returns at once; on the CPU it blocks.
     """
 
     def __init__(self, work: Any = None, finish: Callable[[], object] | None = None) -> None:
@@ -45,7 +46,7 @@ class Pending:
         self._finish = finish
 
     def wait(self) -> None:
-        """Order everything that follows after the collective; a second call does nothing."""
+        """Let everything that follows run after the collective; a second call does nothing."""
         work, self._work = self._work, None
         finish, self._finish = self._finish, None
         if work is not None:
@@ -58,8 +59,12 @@ class Dist:
     """This process's place among the ranks, its device, and the collectives.
 
     Attributes:
-        rank: global rank, 0 is the main one. world_size: number of ranks. local_rank: rank on this machine.
-        device: where this rank computes. is_main: rank == 0. watch: notices ranks that are lost.
+        rank: global rank; 0 is the main rank.
+        world_size: number of ranks.
+        local_rank: rank on this machine.
+        device: where this rank computes.
+        is_main: whether rank is 0.
+        watch: notices ranks that are lost.
     """
 
     def __init__(self, launch: env.Launch, device: torch.device) -> None:
@@ -73,18 +78,19 @@ class Dist:
 
     @classmethod
     def start(cls, device: DeviceChoice, *, timeout_s: float = 600.0, rank_timeout_s: float = 30.0) -> Dist:
-        """Join the ranks that the launcher started (one process without torchrun) and pick the device.
+        """Join the ranks that torchrun started (a single process without it) and choose the device.
 
         Args:
-            device: `"auto"` takes CUDA when it is there. With CUDA, rank i of a machine gets GPU i.
-            timeout_s: seconds a collective may wait for the slowest rank before every rank fails. The default
-                outlasts rank 0 compressing the artifact (about 100 s) and ranks that compile at different
-                speeds.
-            rank_timeout_s: seconds of silence after which a rank counts as lost, see `pgolf.watch`; one that
-                is killed is noticed at once.
+            device: "auto" is CUDA if there is a GPU. With CUDA, rank i of a machine gets GPU i.
+            timeout_s: seconds that a collective may wait for the slowest rank before every rank fails. The
+                default is longer than rank 0 needs to compress the artifact (about 100 s), and allows ranks
+                to compile at different speeds.
+            rank_timeout_s: seconds of silence after which a rank counts as lost, see `pgolf.watch`; a rank
+                that is killed is noticed at once.
 
         Raises:
-            ValueError: unknown device name. RuntimeError: no such GPU, or the ranks cannot meet.
+            ValueError: the name of the device is unknown.
+            RuntimeError: there is no such GPU, or the ranks cannot connect.
         """
         launch = env.launch()
         if not 0 <= launch.rank < launch.world_size:
@@ -131,12 +137,12 @@ class Dist:
             self._host = None
             td.destroy_process_group()
 
-    # Host plane: plain values, no GPU involved.
+    # Communication between hosts: plain numbers, without the GPU.
 
     def share(self, values: list[float]) -> list[float]:
-        """Return rank 0's `values` on every rank, bit for bit (float64), so that all ranks decide alike.
+        """Return rank 0's `values` (float64) on every rank, so that all ranks make the same decision.
 
-        Every rank calls it with a list of the same length. Never synchronizes the GPU.
+        Every rank must call it with a list of the same length. The GPU is not synchronized.
         """
         if self._host is None:
             return list(values)
@@ -145,15 +151,15 @@ class Dist:
         return [float(v) for v in box.tolist()]
 
     def gather(self, values: list[float]) -> list[list[float]]:
-        """Return every rank's `values` (float64) on every rank, by rank; never waits for the GPU."""
+        """Return the `values` (float64) of all ranks on every rank, by rank, without waiting for the GPU."""
         return self._rows(torch.tensor(values, dtype=torch.float64))
 
     def gather_ints(self, values: list[int]) -> list[list[int]]:
-        """Return every rank's `values` (64-bit integers) on every rank, by rank."""
+        """Return the `values` (64-bit integers) of all ranks on every rank, by rank."""
         return self._rows(torch.tensor(values, dtype=torch.int64))
 
     def _rows(self, box: Tensor) -> list[list[Any]]:
-        """Return every rank's box as a list of its numbers, by rank."""
+        """Return the numbers of all ranks' tensors, as one list per rank."""
         if self._host is None:
             return [box.tolist()]
         boxes = [torch.empty_like(box) for _ in range(self.world_size)]
@@ -161,14 +167,14 @@ class Dist:
         return [b.tolist() for b in boxes]
 
     def check(self, error: Exception | str | None) -> None:
-        """Let every rank fail together: raise everywhere if any rank passes an error or a message.
+        """Raise an error on every rank if any rank passes an error or a message.
 
-        Every rank calls it after work that can fail on one rank only, so that no rank is left in a
-        collective.
+        Every rank must call it after work that may fail on one rank only, so that no rank waits in a
+        collective for a rank that has failed.
 
         Raises:
-            RanksFailed: names each failed rank and its message; the same text on every rank, and from the
-            error on the rank that passed it. The error itself where there is one process only.
+            RanksFailed: the text, the same on every rank, names each failed rank and its message; on a rank
+                that passed an error, that error is its cause. A single process raises the error itself.
         """
         cause = error if isinstance(error, Exception) else None
         if self._host is None:
@@ -189,7 +195,7 @@ class Dist:
         texts = [bytes(b[:n].tolist()).decode() for b, n in zip(boxes, sizes, strict=True)]
         raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t)) from cause
 
-    # Tensor plane: device tensors, stream order, no host synchronization on CUDA.
+    # Communication between devices: tensors, in the order of the stream, without waiting on the host (CUDA).
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the ranks, in place, and return it."""
@@ -198,7 +204,7 @@ class Dist:
         return tensor
 
     def all_reduce_avg(self, tensor: Tensor) -> Pending:
-        """Start replacing `tensor` (contiguous, floating) by its mean over the ranks, in place."""
+        """Start to replace `tensor` (contiguous, floating point) by its mean over the ranks, in place."""
         if self._host is None:
             return Pending()
         if self.device.type == "cuda":
@@ -206,11 +212,14 @@ class Dist:
         return Pending(td.all_reduce(tensor, async_op=True), lambda: tensor.div_(self.world_size))
 
     def reduce_scatter_avg(self, output: Tensor, input: Tensor) -> Pending:
-        """Start `output = mean over ranks of the rank-th of world_size equal parts of input`.
+        """Start to write this rank's part of `input`, averaged over the ranks, into `output`.
+
+        `input` has world_size equal parts, of which part r belongs to rank r.
 
         Args:
             output: contiguous, numel(input) / world_size elements, the dtype of `input`.
-            input: contiguous; scratch after the call (gloo reduces it in place).
+            input: contiguous; its values are undefined afterwards (gloo reduces it in place).
+
         Raises:
             ValueError: the sizes disagree.
         """
@@ -226,11 +235,12 @@ class Dist:
         return Pending(work, lambda: torch.div(mine, self.world_size, out=part))
 
     def all_gather(self, output: Tensor, input: Tensor) -> Pending:
-        """Start `output = concatenation of every rank's input`, in rank order.
+        """Start to write the inputs of all ranks, in the order of the ranks, into `output`.
 
         Args:
             output: contiguous, numel(input) * world_size elements, the dtype of `input`.
             input: contiguous.
+
         Raises:
             ValueError: the sizes disagree.
         """
@@ -248,20 +258,21 @@ class Dist:
             )
 
     def assert_replicas_equal(self, tensors: Mapping[str, Tensor]) -> None:
-        """Check that every rank holds the same bits in every tensor; every rank calls it.
+        """Check that every rank holds the same bits in every tensor.
 
-        Compares 64-bit checksums of the bits (NaN equals the same NaN, 0 differs from -0), names, shapes and
-        dtypes. Any single differing element is found; synchronizes the device.
+        This is a collective: every rank must call it. It compares 64-bit checksums of the bits (so NaN equals
+        the same NaN, and 0 differs from -0), of names, shapes and dtypes. A single element that differs is
+        always found. The device is synchronized.
 
         Raises:
-            RuntimeError: names the tensors that differ and the ranks that disagree with rank 0, on every
-            rank.
+            RuntimeError: ranks differ; the message, on every rank, names the tensors that differ and the
+                ranks that disagree with rank 0.
         """
         if self._host is None:
             return
         names = sorted(tensors)
         if len({row[0] for row in self.gather_ints([len(names)])}) > 1:
-            raise RunError(f"replicas hold different numbers of tensors; rank {self.rank}: {len(names)}")
+            raise RunError(f"the ranks hold different numbers of tensors; rank {self.rank}: {len(names)}")
         rows = self.gather_ints([_checksum(name, tensors[name]) for name in names])
         wrong = []
         for i, name in enumerate(names):
@@ -270,14 +281,15 @@ class Dist:
                 wrong.append(f"{name} (ranks {ranks})")
         if wrong:
             shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-            raise RanksFailed(f"replicas differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
+            raise RanksFailed(f"ranks differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
 
 
 def pick_device(choice: str, local_rank: int = 0) -> torch.device:
-    """Return the device that "auto" (CUDA when it is there), "cuda" or "cpu" means for a rank of a machine.
+    """Return the device for "auto" (CUDA if there is a GPU), "cuda" or "cpu" on a rank of this machine.
 
     Raises:
-        ValueError: another word. RuntimeError: no such GPU.
+        ValueError: the choice is another word.
+        RuntimeError: there is no such GPU.
     """
     if choice not in ("auto", "cuda", "cpu"):
         raise UserError(f"device must be one of ('auto', 'cuda', 'cpu'), got {choice!r}")
@@ -290,14 +302,14 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise RunError(
-            f"local rank {local_rank} has no GPU: {count} visible; "
+            f"there is no GPU for local rank {local_rank}: {count} visible; "
             f"start at most {count} ranks on this machine"
         )
     return torch.device("cuda", local_rank)
 
 
 def _checksum(name: str, tensor: Tensor) -> int:
-    """Sum of bits * odd position weights modulo 2^64, plus a hash of name, shape and dtype."""
+    """Return the sum of bits * odd position weights modulo 2^64, xor a hash of name, shape and dtype."""
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().reshape(-1).contiguous().view(words[tensor.element_size()]).to(torch.int64)
     weights = torch.arange(1, 2 * bits.numel() + 1, 2, device=bits.device)

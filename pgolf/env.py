@@ -1,4 +1,7 @@
-"""Where this process runs: the package's only reader of environment variables, and its sources' commit."""
+"""The surroundings of this process: environment variables, cores, and the commit of the sources.
+
+No other module of the package reads environment variables.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from pgolf.errors import RunError, UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """What `torchrun` said about this process; one process without it."""
+    """This process's place among the ranks, as `torchrun` set it; one single process without torchrun."""
 
     rank: int
     world_size: int
@@ -28,7 +31,7 @@ def launch() -> Launch:
     """Return this process's place among the ranks.
 
     Raises:
-        RuntimeError: only some of torchrun's variables are set, or not to a place among ranks.
+        RuntimeError: only some of torchrun's variables are set, or their values make no sense.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     present = [n for n in names if n in os.environ]
@@ -36,7 +39,9 @@ def launch() -> Launch:
         return Launch(rank=0, world_size=1, local_rank=0, distributed=False)
     if len(present) != len(names):
         missing = sorted(set(names) - set(present))
-        raise RunError(f"launch: {present} set but not {missing}; start with torchrun, or unset {present}")
+        raise RunError(
+            f"launch: {present} are set, but {missing} are not; start with torchrun, or unset {present}"
+        )
     for n in names:
         if not (os.environ[n].isascii() and os.environ[n].isdigit()):
             raise RunError(
@@ -50,12 +55,12 @@ def launch() -> Launch:
 
 
 def main_address() -> str:
-    """Return the name or address of rank 0's host, as torchrun tells it; this machine's without torchrun."""
+    """Return the name or address of rank 0's host, as torchrun set it; "localhost" without torchrun."""
     return os.environ.get("MASTER_ADDR") or "localhost"
 
 
 def ranks_on_this_host() -> int:
-    """Return how many ranks torchrun started on this machine; all of them where it does not say, 1 without.
+    """Return the number of ranks on this machine, as torchrun set it; if that is unknown, of all ranks.
 
     Raises:
         RuntimeError: only some of torchrun's variables are set.
@@ -65,10 +70,10 @@ def ranks_on_this_host() -> int:
 
 
 def check_targets() -> bool:
-    """Return whether PGOLF_CHECK_TARGETS asks for targets to be checked on the GPU too.
+    """Return whether the variable PGOLF_CHECK_TARGETS is 1, so that targets are checked on the GPU too.
 
-    Then a target out of range raises and names its row, where it otherwise makes the row's loss NaN. Every
-    loss waits for the GPU, and CUDA graphs cannot be captured: for debugging.
+    A target out of range then raises an error that names its row; without the check the loss of the row
+    becomes NaN. The check is for debugging: every loss waits for the GPU, and CUDA graphs cannot be captured.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
@@ -80,26 +85,26 @@ def check_targets() -> bool:
 
 
 PARENT = "PGOLF_PARENT"
-"""Number of the process that a child shall not outlive, see `follow_parent`."""
+"""Variable with the id of the parent process, with which a child ends; see `follow_parent`."""
 _PR_SET_PDEATHSIG = 1
 
 
 def with_parent(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """Return an environment (this process's by default) for children that shall end with this process."""
+    """Return an environment (default: this process's) for child processes that end with this process."""
     return {**(os.environ if environment is None else environment), PARENT: str(os.getpid())}
 
 
 def follow_parent() -> None:
-    """Have the kernel kill this process when its parent ends, if it was started `with_parent`; Linux only.
+    """Ask the kernel to kill this process when its parent ends, if it was started `with_parent`.
 
-    The kernel does it whatever this process is busy with and however the parent ended, SIGKILL included. A
-    thread that watches a pipe would have to wait for Python's lock, and a handler of the parent's never runs
-    when that is killed.
+    This works on Linux only. The kernel does it at any time, and also if the parent is killed by SIGKILL. A
+    thread that watches a pipe would have to wait for Python's lock, and the parent cannot do anything when it
+    is killed.
 
     Raises:
         SystemExit: the parent ended before this was called.
     """
-    parent = os.environ.pop(PARENT, "")  # not for children of this process
+    parent = os.environ.pop(PARENT, "")  # removed, because it is not meant for children of this process
     if not parent.isdigit() or sys.platform != "linux":
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -108,9 +113,10 @@ def follow_parent() -> None:
 
 
 def share_of_cores(processes: int) -> dict[str, str]:
-    """Return the environment of one of so many processes side by side: its share of the cores as threads.
+    """Return the environment of one of `processes` processes that run at the same time on this machine.
 
-    OMP_NUM_THREADS for torch, TORCHINDUCTOR_COMPILE_THREADS for its compiler; one that is set already stays.
+    OMP_NUM_THREADS (for torch) and TORCHINDUCTOR_COMPILE_THREADS (for its compiler) are set to a process's
+    share of the cores, except for variables that the user has set.
     """
     share = str(max(1, usable_cores() // processes))
     given = {key: value for key, value in os.environ.items() if key not in _SETTLED}
@@ -118,13 +124,13 @@ def share_of_cores(processes: int) -> dict[str, str]:
 
 
 _SETTLED: set[str] = set()
-"""Variables that `settle_threads` set, not the user."""
+"""Variables that `settle_threads` has set (not the user)."""
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
-"""Where a container's share of the processor stands: "quota period" of cgroup 2, quota alone of cgroup 1."""
+"""Files with a container's share of the processor: cgroup 2 has "quota period", cgroup 1 the quota alone."""
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may keep busy: its affinity, or its container's quota if less."""
+    """Return the number of cores this process may use: its affinity, or the container's quota if smaller."""
     cores = len(os.sched_getaffinity(0))
     for path in CGROUP_LIMITS:
         try:
@@ -132,20 +138,21 @@ def usable_cores() -> int:
             period = words[1] if len(words) > 1 else path.with_name("cpu.cfs_period_us").read_text()
             quota = int(words[0]) / int(period)
         except (OSError, ValueError, IndexError, ZeroDivisionError):
-            continue  # no limit ("max"), or no such file
+            continue  # there is no limit ("max"), or no such file
         if quota > 0:
             cores = min(cores, max(1, int(quota)))
     return cores
 
 
 def settle_threads() -> None:
-    """Let OpenMP wait passively and take this process's share of the cores; call it before torch is imported.
+    """Set the variables by which OpenMP chooses its threads; call it before torch is imported.
 
-    By default threads that wait for each other spin, on cores that other processes want: two trainings side
-    by side slow each other many times. OMP_WAIT_POLICY=PASSIVE sleeps instead. Where several processes of a
-    launch share this host, or a container has fewer cores than it sees, OMP_NUM_THREADS becomes the share
-    (elsewhere torch knows better: it leaves out the second threads of cores). What is set already stays
-    (torchrun sets OMP_NUM_THREADS to 1). OpenMP reads both when it is loaded; later calls change nothing.
+    By default, threads that wait for each other spin, on cores that other processes could use; two runs on
+    one machine then slow each other down many times. OMP_WAIT_POLICY=PASSIVE makes them sleep instead. If
+    several processes of a launch share this host, or a container may use fewer cores than it sees,
+    OMP_NUM_THREADS is set to this process's share; in other cases torch chooses better, because it uses one
+    thread per physical core. Variables that are already set keep their values (torchrun sets OMP_NUM_THREADS
+    to 1). OpenMP reads them when it is loaded, so later calls have no effect.
     """
     if "torch" in sys.modules:
         return
@@ -160,10 +167,10 @@ def settle_threads() -> None:
 
 
 def threads_note(threads: int) -> str:
-    """Return the sentence on cores and waiting for a run's log.
+    """Return a sentence for the log of a run: threads, usable cores, and how threads wait.
 
     Args:
-        threads: that torch uses, `torch.get_num_threads()`.
+        threads: number of threads that torch uses, `torch.get_num_threads()`.
     """
     cores = usable_cores()
     spin = {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "KMP_BLOCKTIME") if name in os.environ}
@@ -176,11 +183,11 @@ def threads_note(threads: int) -> str:
     except OSError:
         return text
     busy = load > max(0.5 * cores, 1.0)
-    return text + (f"; other work keeps {load:.1f} cores busy, the run will be slower for it" if busy else "")
+    return text + (f"; other programs keep {load:.1f} cores busy, which slows this run" if busy else "")
 
 
 BUILD_INFO = "_build_info.json"
-"""Beside this file in an installed package and in an sdist: the commit that `setup.py` built from."""
+"""File next to this one in an installed package and in an sdist: the commit from which `setup.py` built."""
 
 
 PACKAGE = Path(__file__).resolve().parent
@@ -188,12 +195,13 @@ PACKAGE = Path(__file__).resolve().parent
 
 
 def source_commit(package: Path = PACKAGE) -> tuple[str, bool]:
-    """Return the commit of the package's sources and whether files differ; ("unknown", True) if nobody knows.
+    """Return the commit of the package's sources, and whether files differ from it; ("unknown", True) if not.
 
-    A source tree (also an editable install) asks git, if the tree is the top of its repository: a package
-    inside somebody's repository does not have that one's commit. A tree that was copied without its history
-    (to a GPU machine) carries the commit in a file `.commit`, written by `git rev-parse HEAD > .commit` from
-    a clean tree. An installed package and an sdist have it from their build.
+    For a source tree (also of an editable install) git is asked, but only if the tree is the top of its
+    repository, because a package inside another repository does not have that repository's commit. A tree
+    that was copied without its history (to a GPU machine) may contain the commit in a file `.commit`, written
+    by `git rev-parse HEAD > .commit` in a clean tree. An installed package and an sdist contain it from their
+    build.
 
     Args:
         package: the folder of the package, whose parent may be a source tree.
@@ -221,8 +229,8 @@ def is_source_tree(root: Path) -> bool:
 
 
 def _git_commit(root: Path) -> tuple[str, bool]:
-    """Return git's word on the tree at `root`, if that is the top of a repository."""
-    # Inside a hook, git's own variables name another repository.
+    """Return git's commit of the tree at `root`, the top of a repository, and whether files differ."""
+    # Inside a hook, git's own variables may name another repository.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
 
     def git(*arguments: str) -> str:
@@ -240,6 +248,6 @@ def _git_commit(root: Path) -> tuple[str, bool]:
 
 
 def commit_name(digits: int = 40) -> str:
-    """Return the first `digits` of `source_commit`, with -dirty where files differ; "" where nobody knows."""
+    """Return the first `digits` digits of the commit, with -dirty if files differ; empty if it is unknown."""
     commit, dirty = source_commit()
     return "" if commit == "unknown" else commit[:digits] + ("-dirty" if dirty else "")

@@ -12,25 +12,25 @@ from types import TracebackType
 
 
 class Checked(Exception):
-    """An error whose message says what was wrong, what was expected and what to do."""
+    """An error whose message says what was wrong, what was expected and how to correct it."""
 
 
 class UserError(Checked, ValueError):
-    """A setting, a file or a text that the user gave is not as it must be."""
+    """A setting, a file or a text that the user gave is not valid."""
 
 
 class UserTypeError(Checked, TypeError):
-    """A value that the user gave has another type than it must have."""
+    """A value that the user gave has a wrong type."""
 
 
 class RunError(Checked, RuntimeError):
-    """The machine, another process or another rank does not allow what was asked for."""
+    """The machine, another process or another rank makes the requested work impossible."""
 
 
 class RanksFailed(RunError):
     """A failure that every rank knows: all of them raise it with the same text, and one of them prints it.
 
-    On the rank where it happened, `__cause__` is the error itself.
+    On the rank where the failure happened, `__cause__` is the original error.
     """
 
 
@@ -76,9 +76,9 @@ def memory_note(error: BaseException) -> str:
 
 
 def is_checked(error: BaseException) -> bool:
-    """Tell whether the message of `error` says all that there is to say.
+    """Return whether the message of `error` is enough for a user, without a traceback.
 
-    True for `Checked` errors, for those of the file system, which name the file, and where memory is short.
+    It is for `Checked` errors, for errors of the file system, which name the file, and for lack of memory.
     """
     if isinstance(error, RanksFailed) and error.__cause__ is not None:
         return is_checked(error.__cause__)

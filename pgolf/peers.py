@@ -1,7 +1,7 @@
-"""Optional packages: whether they can be used here, and why not.
+"""Optional packages: whether they can be used here, and if not, why.
 
-Importing somebody else's package may raise anything (an ImportError, a TypeError of a package that does not
-fit its own dependencies, an OSError of a missing library): whatever it is, it is the reason, not a crash.
+Importing an optional package may raise any exception (an ImportError, a TypeError of a package that does not
+fit its dependencies, an OSError for a missing library). Every such exception is recorded as the reason.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """What came of looking for a package."""
+    """The result of looking for an optional package."""
 
     package: str
     """Its name in the package index."""
     version: str
-    """Installed version; empty where there is none, or nobody knows."""
+    """Installed version; empty if it is not installed or its version is unknown."""
     found: Any
-    """The module, or the attribute that was asked for; None where it is not usable."""
+    """The module or attribute that was asked for; None if it cannot be used."""
     problem: str
-    """Empty, or the reason: "not installed" or "not usable: ..."."""
+    """Why it cannot be used, "not installed" or "not usable: ..."; empty if it can."""
 
     @property
     def usable(self) -> bool:
@@ -33,7 +33,7 @@ class Peer:
 
 
 def installed_version(package: str) -> str:
-    """Return the installed version of a package, empty where there is none."""
+    """Return the installed version of a package; empty if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -41,9 +41,9 @@ def installed_version(package: str) -> str:
 
 
 def find_peer(package: str, module: str, attribute: str | None = None) -> Peer:
-    """Import `module` of an optional package and return it, or its `attribute`, or why that does not work.
+    """Import `module` of an optional package; the result has it (or its `attribute`), or why that failed.
 
-    Never raises but for KeyboardInterrupt.
+    No exception is raised, except for KeyboardInterrupt.
     """
 
     def load() -> Any:
@@ -54,7 +54,7 @@ def find_peer(package: str, module: str, attribute: str | None = None) -> Peer:
 
 
 def try_peer(package: str, load: Callable[[], Any]) -> Peer:
-    """Do what `find_peer` does with a function that imports: what an artifact counts is found by imports."""
+    """Do the same as `find_peer` with a function that imports, where the counted code must see the import."""
     version = installed_version(package)
     try:
         found = load()
@@ -67,6 +67,6 @@ def try_peer(package: str, load: Callable[[], Any]) -> Peer:
 
 
 def describe(error: BaseException) -> str:
-    """Return an exception as one line: its kind and the first line of what it says."""
+    """Return an exception as one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

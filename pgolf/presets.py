@@ -1,4 +1,4 @@
-"""Named runs, each a function that changes another run. `pgolf config PRESET` shows what one would do."""
+"""Presets: named configurations. `pgolf config PRESET` prints all settings of one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def naive() -> Config:
 
 
 def tiny() -> Config:
-    """Every part of `pr1855` at a size that a laptop's CPU trains in about a minute."""
+    """All parts of `pr1855` at a size that the CPU of a laptop trains in about a minute."""
     base = pr1855()
     muon = replace(base.optim.muon, lr=0.05, momentum=0.92, momentum_start=0.85)
     adam = replace(base.optim.adam, embed_lr=0.08)
@@ -98,7 +98,8 @@ def tiny() -> Config:
             loops=1,
         ),
         data=DataConfig(batch_tokens=2048, micro_tokens=2048),
-        # A few hundred small steps want a shorter memory and larger steps than the thousands of `pr1855`.
+        # A run of a few hundred small steps needs less momentum and higher learning rates than `pr1855`,
+        # which takes thousands of steps.
         optim=replace(base.optim, muon=muon, adam=adam, grad_clip=1.0),
         train=TrainConfig(seconds=80.0, warmup_steps=1),
         quant=QuantConfig(calibration_batches=4, embed_floor=0.3),
@@ -107,4 +108,4 @@ def tiny() -> Config:
 
 PRESETS: dict[str, Callable[[], Config]] = {"pr1855": pr1855, "naive": naive, "tiny": tiny}
 OLD_NAMES = {"record": "pr1855"}
-"""Names that presets had before; they work, with a notice, until version 0.3."""
+"""Earlier names of presets; they work, with a note, until version 0.3."""

@@ -1,8 +1,8 @@
-"""A run's metrics in TensorBoard or Weights & Biases, next to its metrics.jsonl.
+"""Recording of a run's metrics in TensorBoard or Weights & Biases, in addition to its metrics.jsonl.
 
-Both are optional packages. One that is asked for and cannot be imported is refused before the run begins,
-because nobody would notice the missing record for ten minutes. Whatever fails later (a full disk, no network,
-no login) costs one warning and the record, never the run.
+Both are optional packages. If one is asked for and cannot be imported, that is an error before the run
+begins, because a missing record might be noticed only after the run. A later failure (a full disk, no
+network, no login) ends the recording with one warning; the run goes on.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from pgolf.peers import describe, find_peer
 
 Kind = Literal["none", "tensorboard", "wandb"]
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
-"""Package -> what is imported of it."""
+"""By package: the module that is imported."""
 FLUSH_S = 10
-"""Seconds after which TensorBoard finds new values on disk."""
+"""Seconds until TensorBoard finds new values on disk."""
 CLOSE_S = 60.0
-"""Seconds that the end of a run waits for its record: an upload may hang, and everything else is on disk."""
+"""Longest time, in seconds, that the end of a run waits for the record, because an upload may hang."""
 
 
 class Record(Protocol):
-    """Where values go."""
+    """A place where values are recorded."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add the values of a step; a value that is there already may stay or be replaced."""
+        """Add the values of a step; a value that was recorded before may be kept or replaced."""
 
     def close(self, facts: dict[str, float]) -> None:
-        """Add what the whole run found and end the record."""
+        """Add the results of the whole run and close the record."""
 
 
 class Tracker:
-    """Hands a run's metrics to a record from a thread of its own, and gives it up at its first failure.
+    """Writes the metrics of a run to a record in a separate thread, until the first failure.
 
-    The training loop only puts a line into a queue: a record that is slow, or hangs, takes none of its time.
+    The training loop only puts values into a queue, so a record that is slow or hangs costs it no time.
     """
 
     def __init__(self, open_record: Callable[[], Record], warn: Callable[[str], object]) -> None:
-        """Open the record; `warn` takes the one sentence that says why it could not be kept."""
+        """Open the record; `warn` is called with a sentence if recording fails."""
         self._warn = warn
         self._works = True
         self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
@@ -55,7 +55,7 @@ class Tracker:
         self._thread.start()
 
     def metric(self, fields: dict[str, Any]) -> None:
-        """Record the finite numbers of one line of metrics.jsonl, which names its `step`."""
+        """Record the finite numbers of one line of metrics.jsonl, under the `step` in it."""
         step = fields.get("step")
         if self._works and isinstance(step, int):
             values = numbers({k: v for k, v in fields.items() if k != "step"})
@@ -63,7 +63,7 @@ class Tracker:
             self._queue.put(lambda: self._record.write(step, named))
 
     def close(self, summary: dict[str, Any]) -> None:
-        """Record the scores and bytes of `summary` (summary.json's content) and end the record."""
+        """Record the scores and bytes of `summary` (the contents of summary.json) and close the record."""
         scores = {f"score/{name}": score.get("bpb") for name, score in (summary.get("scores") or {}).items()}
         sizes = summary.get("bytes") or {}
         facts = numbers({**scores, **{f"bytes/{key}": sizes.get(key) for key in ("model", "code", "total")}})
@@ -73,8 +73,8 @@ class Tracker:
         if self._thread.is_alive():
             self._works = False
             self._warn(
-                f"warning: train.track has not finished its record after {CLOSE_S:.0f} s; the run's files "
-                "are complete, so the process may be ended"
+                f"warning: train.track has not finished its record after {CLOSE_S:.0f} s; the files of the "
+                "run are complete, so you may end the process"
             )
 
     def _work(self) -> None:
@@ -85,19 +85,19 @@ class Tracker:
     def _guarded(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except Exception as e:  # of a package that we do not know
+        except Exception as e:  # the package may raise anything
             self._works = False
             self._warn(
-                f"warning: train.track no longer records the run ({describe(e)}); the run goes on and keeps "
+                f"warning: train.track no longer records the run ({describe(e)}); the run goes on and writes "
                 "its metrics.jsonl"
             )
 
 
 def check_tracker(kind: Kind) -> None:
-    """Refuse a record whose package cannot be used.
+    """Check that the package of a record can be used.
 
     Raises:
-        ValueError: names the package, why it cannot be used, and how to install it.
+        ValueError: it cannot; the message says why, and how to install it.
     """
     if kind == "none":
         return
@@ -112,12 +112,13 @@ def check_tracker(kind: Kind) -> None:
 def start_tracker(
     kind: Kind, folder: Path, settings: dict[str, Any], *, first_step: int, warn: Callable[[str], object]
 ) -> Tracker | None:
-    """Return the tracker of the run in `folder`, None if it is not to be recorded. For the main rank only.
+    """Return the tracker of the run in `folder`, or None if kind is "none"; only the main rank calls it.
 
     Args:
+        kind: where to record.
         settings: the run's configuration, for the record.
-        first_step: the first step that will be recorded; a run that goes on has recorded those before it.
-        warn: takes the one sentence that says why the record could not be kept.
+        first_step: the first step that will be recorded; a resumed run has recorded the steps before it.
+        warn: called with a sentence if recording fails.
     """
     if kind == "none":
         return None
@@ -140,7 +141,7 @@ class _TensorBoard:
 
     def __init__(self, folder: Path, settings: dict[str, Any], first_step: int) -> None:
         writer: Any = find_peer("tensorboard", MODULES["tensorboard"], "SummaryWriter").found
-        # Values of an earlier process at or after `purge_step` are of work that was lost: they are hidden.
+        # Values that an earlier process recorded at or after `purge_step` belong to lost steps; hide them.
         self._writer = writer(folder / "tensorboard", purge_step=first_step, flush_secs=FLUSH_S)
         rows = json.dumps(settings, indent=2).splitlines()
         self._writer.add_text("settings", "\n".join(f"    {row}" for row in rows), first_step)
@@ -161,7 +162,7 @@ class _WandB:
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         wandb: Any = find_peer("wandb", MODULES["wandb"]).found
-        # Its console capture would put itself between a run and its own log.
+        # The console capture of wandb would intercept the run's own log.
         quiet = wandb.Settings(console="off", silent=True)
         self._run = wandb.init(
             project=wandb.setup().settings.project or "pgolf",  # WANDB_PROJECT, or the user's own settings
@@ -175,7 +176,7 @@ class _WandB:
         self._first = int(self._run.step)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        # Steps only rise there: what a killed process recorded stays, though its last steps are done again.
+        # wandb accepts increasing steps only, so the values of a killed process stay for steps done again.
         if step >= self._first:
             self._run.log(values, step=step)
 
@@ -185,7 +186,7 @@ class _WandB:
 
 
 def _lasting_id(folder: Path) -> str:
-    """Return the name under which all processes of a run are one run there, kept in `folder`."""
+    """Return the id, saved in `folder`, by which wandb joins all processes of a run into one run."""
     path = folder / "id.txt"
     if not path.is_file():
         folder.mkdir(exist_ok=True)

@@ -1,9 +1,10 @@
-"""A thread per process that notices ranks which were killed or stopped, and beats the run's clock to disk.
+"""A thread per process that notices ranks which were killed or stopped, and saves the run's clock.
 
-Collectives alone notice late: one that waits for a stopped rank waits for its timeout of ten minutes, and
-behind NCCL the host does not come back at all. So each rank holds a TCP connection to rank 0 and writes a
-line a second. A process that dies closes its connection: noticed at once. One that is stopped (SIGSTOP, a
-host that is unreachable) falls silent: noticed after `timeout_s`. Rank 0 tells the others which rank it was.
+Collectives alone notice that late: a gloo collective waits for a stopped rank until its timeout of ten
+minutes, and a host that waits for NCCL does not return at all. So each rank has a TCP connection to rank 0
+and writes one line per second. A process that dies closes its connection, which is noticed at once. A process
+that is stopped (by SIGSTOP, or because its host cannot be reached) stops writing, which is noticed after
+`timeout_s` seconds. Rank 0 tells the others which rank was lost.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ Result = TypeVar("Result")
 PERIOD_S = 0.25
 BEAT_S = 1.0
 MEET_S = 120.0
-"""Seconds in which every rank must have started and connected, from the start of the first one that waits."""
+"""Seconds within which all ranks must connect, counted from the start of the first one that waits."""
 GRACE_S = 3.0
-"""Seconds that the main thread has to end by itself once a rank is lost."""
+"""Seconds in which the main thread may end the process by itself after a rank was lost."""
 SUSPENDED_S = 5.0
-"""A longer pause of this thread means that this process itself did not run: nobody is judged by it."""
+"""Seconds; a longer pause of this thread means that this process was stopped itself, so that the silence of
+the other ranks during the pause does not count."""
 _LONGEST_LINE = 4096
 _KEY = "pgolf/watch"
 
@@ -56,14 +58,17 @@ class _Peer:
 
 
 class Watch:
-    """Watches the other ranks and calls back; `leave` before the process ends.
+    """Watches the other ranks and calls a function when one is lost; call `leave` before the process ends.
 
     Args:
-        rank, world_size: of this process. store: where rank 0 says how it is reached; None for one process.
-        timeout_s: silence of a rank that counts as its loss, seconds.
-        meet_by: `time.monotonic()` at which the ranks must have met; `MEET_S` from now if it is left out.
+        rank, world_size: of this process.
+        store: where rank 0 announces its address; None for a single process.
+        timeout_s: seconds of silence after which a rank counts as lost.
+        meet_by: value of `time.monotonic()` by which all ranks must have connected; default: `MEET_S` from
+            now.
+
     Raises:
-        RuntimeError: a rank did not come within `MEET_S`; names it.
+        RuntimeError: a rank, which the message names, did not connect within `MEET_S`.
     """
 
     def __init__(
@@ -87,27 +92,27 @@ class Watch:
         if store is not None and world_size > 1:
             self._meet(store, time.monotonic() + MEET_S if meet_by is None else meet_by)
             self._thread.start()
-            atexit.register(self.leave)  # a program that just ends is not a lost rank
+            atexit.register(self.leave)  # a program that ends without calling `leave` is not a lost rank
 
     def attend(self, *, beat: Callable[[], object], on_lost: Callable[[str], object]) -> None:
-        """Say what to do from now on.
+        """Set the functions that the thread calls from now on.
 
         Args:
-            beat: called four times a second.
-            on_lost: called in the thread with a sentence that names the lost rank, once, unless this process
-                is leaving already or ends within `GRACE_S`. Before this call the process ends with it.
+            beat: called four times per second.
+            on_lost: called once, with a sentence that names the lost rank, unless this process is leaving
+                already or ends within `GRACE_S`. Before `attend` is called, a lost rank ends the process.
         """
         self._beat, self._on_lost = beat, on_lost
         if not self._thread.is_alive() and not self._done.is_set():
             self._thread.start()
 
     def reason(self, *, wait_s: float = 0.0) -> str | None:
-        """Return which rank was lost, None if none was; waits up to `wait_s` for the word of it."""
+        """Return a sentence that names the lost rank, or None; waits up to `wait_s` seconds for one."""
         self._heard.wait(wait_s)
         return self._lost
 
     def leave(self, reason: str = "") -> None:
-        """Say goodbye to the other ranks, with the reason of a failure that only this rank knows."""
+        """Tell the other ranks that this one ends, and why, if it ends because of a failure."""
         if self._farewell is None:
             self._farewell = " ".join(reason.split())[: _LONGEST_LINE // 2]
             self._done.set()
@@ -115,7 +120,7 @@ class Watch:
             self._thread.join(timeout=5.0)
 
     def _meet(self, store: Store, end: float) -> None:
-        """Connect every rank to rank 0, whose place the others find in `store`, before the time `end`."""
+        """Connect every rank to rank 0, whose address is in `store`, before the time `end`."""
         try:
             if self._rank == 0:
                 with socket.create_server(("", 0), backlog=self._world_size) as listener:
@@ -130,18 +135,18 @@ class Watch:
                 self._add(0, peer)
         except (OSError, ValueError, DistError) as e:
             missing = sorted(set(range(1, self._world_size)) - {peer.rank for peer in self._peers})
-            who = f"ranks {missing} did not come" if self._rank == 0 else "rank 0 did not answer"
+            who = f"ranks {missing} did not connect" if self._rank == 0 else "rank 0 did not answer"
             raise RunError(
                 f"rank {self._rank} of {self._world_size}: {who} within {MEET_S:g} s ({e}); "
                 "start all ranks with one torchrun command"
             ) from e
 
     def _accept(self, listener: socket.socket, token: int, end: float) -> None:
-        """Take a connection of every other rank; strangers, who do not know the token, are sent away."""
+        """Accept a connection from every other rank, and close connections that do not send the token."""
         while len(self._peers) < self._world_size - 1:
             listener.settimeout(_left(end))
             peer, _ = listener.accept()
-            peer.settimeout(2.0)  # a stranger that says nothing must not hold up the rest
+            peer.settimeout(2.0)  # a foreign connection that sends nothing must not delay the ranks
             with contextlib.suppress(OSError, ValueError, UnicodeError):
                 word, rank, given = _read_line(peer).split()
                 if word == "hello" and int(given) == token:
@@ -179,7 +184,7 @@ class Watch:
         self._part()
 
     def _read(self, peer: _Peer, now: float) -> None:
-        """Take in what a peer wrote; the end of its connection without a goodbye is its loss."""
+        """Read what a peer wrote; if its connection ends without a farewell, the rank is lost."""
         try:
             data = peer.socket.recv(65536)
         except BlockingIOError:
@@ -191,7 +196,7 @@ class Watch:
             peer.socket.close()
             if not peer.left:
                 peer.left = True
-                self._lose(f"rank {peer.rank} ended without a word (killed?)")
+                self._lose(f"rank {peer.rank} ended without a message (killed?)")
             return
         peer.seen = now
         *lines, peer.buffer = (peer.buffer + data).split(b"\n")
@@ -214,7 +219,7 @@ class Watch:
                 )
 
     def _lose(self, text: str) -> None:
-        """Tell everybody, then call back unless the main thread ends the process by itself."""
+        """Tell all ranks, then call `on_lost` unless the main thread ends the process by itself."""
         if self._lost is not None or self._done.is_set():
             return
         self._lost = text
@@ -224,7 +229,7 @@ class Watch:
             self._on_lost(text)
 
     def _tell(self, line: str) -> None:
-        """Write a line to every peer; one that does not take it is judged by its silence."""
+        """Write a line to every peer; failures are ignored, because the peer's silence will be noticed."""
         for peer in self._peers:
             if not peer.left:
                 with contextlib.suppress(OSError):
@@ -265,7 +270,7 @@ def before(end: float, work: Callable[[], Result], late: str) -> Result:
 
 
 def _left(end: float) -> float:
-    """Return the seconds until `end`, at least 10 ms: a timeout of 0 would mean not to wait at all."""
+    """Return the seconds until `end`, at least 0.01, because a timeout of 0 would mean not to wait."""
     return max(0.01, end - time.monotonic())
 
 

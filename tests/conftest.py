@@ -3,13 +3,14 @@
 import os
 from pathlib import Path
 
-# Before torch is loaded: threads that spin at barriers slow a busy machine, and the tests' children with it.
+# Set before torch is loaded, because threads that spin at barriers slow down other processes, also of the
+# tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
 
-# Programs that tests start find this tree's pgolf too where it was built in place, not installed.
+# Programs that tests start must find this tree's pgolf even if it was built in place and not installed.
 ROOT = Path(__file__).resolve().parents[1]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
@@ -41,7 +42,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def devices() -> list[object]:
-    """Return the devices that operator tests run on: the CPU, and CUDA where there is one."""
+    """Return the devices on which operator tests run: the CPU, and CUDA if there is a GPU."""
     found: list[object] = ["cpu"]
     if torch.cuda.is_available():
         found.append(pytest.param("cuda", marks=requires_gpu))

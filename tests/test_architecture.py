@@ -1,4 +1,4 @@
-"""The rules of the house that a machine can check, read from the sources without importing them."""
+"""Rules for the source code that a program can check; the sources are parsed, not imported."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "pgolf"
 
-# Each may import the ones on earlier lines; neighbours on a line must not import each other.
+# A part of the package may import the parts on earlier lines; parts on one line must not import each other.
 FLOORS = [
     ["errors", "files"],
     ["config_io", "config_versions"],
@@ -85,8 +85,8 @@ def floor_violations(floor: str, source: str) -> list[str]:
 def test_imports_only_go_to_lower_floors(path: Path) -> None:
     floor = floor_of(path)
     if floor == "__init__":
-        return  # below every floor, and the door to some: see the two tests of importing pgolf
-    assert floor in LEVEL, f"{floor} has no floor; give it a line in FLOORS and in the house's description"
+        return  # it belongs to no floor: see the two tests of importing pgolf
+    assert floor in LEVEL, f"{floor} has no floor; add it to a line of FLOORS"
     assert not floor_violations(floor, path.read_text())
 
 
@@ -104,7 +104,7 @@ def test_the_floor_check_finds_forbidden_imports(floor: str, source: str, expect
 
 
 def imported_at_once(source: str) -> list[str]:
-    """Return what is imported when a file is: at the top, apart from what only a type checker sees."""
+    """Return the imports that run when a file is imported: those at the top, except under TYPE_CHECKING."""
     body = [
         n
         for n in ast.parse(source).body

@@ -1,4 +1,4 @@
-"""Figures that benches compute rather than measure."""
+"""Numbers that benches compute rather than measure."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Settings out of range are refused where they are written, before anything is loaded or paid for."""
+"""Settings out of range are refused when a configuration is made, before anything is loaded or run."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Saved configurations mean what they meant to the code that wrote them, whatever was added since."""
+"""Saved configurations keep the meaning that they had for the code that wrote them."""
 
 import copy
 import json
@@ -111,7 +111,7 @@ def without(data, dotted):
 
 
 def test_every_setting_is_in_the_table_or_of_the_first_version():
-    """A new setting needs a `Change` that says what the code before it did."""
+    """A new setting needs a `Change` with the value that corresponds to the behaviour before."""
     now = {key for key, _ in leaves(to_dict(Config()))} - {"version"}
     added = [key for change in CHANGES for key in change.added]
     assert len(added) == len(set(added))
@@ -157,7 +157,7 @@ MEANT = {
 
 @pytest.mark.parametrize("name", MEANT)
 def test_what_old_files_lack_is_what_their_code_did(name):
-    """Their settings got today's defaults: 6-bit files of equal steps read as steps by loss on a trellis."""
+    """Before, missing settings had today's defaults, which changed the meaning of older configurations."""
     saved = json.loads((ROOT / "bench" / "results" / name / "config.json").read_text())
     loaded = dict(leaves(to_dict(from_dict(Config, saved))))
     assert {key: loaded[key] for key in MEANT[name]} == MEANT[name]

@@ -1,4 +1,4 @@
-"""What the documentation says is run or checked: snippets, command lines, links, names of files, figures."""
+"""Checks of the documentation: snippets, command lines, links, names of files, figures."""
 
 import ast
 import importlib.util
@@ -33,7 +33,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 CONSOLE = {"console", "bash", "sh", "shell"}
 HARMLESS = {"cd", "git", "nvidia-smi", "unzip", "tar", "export"}
-"""Programs that a command line may start and that are not ours to check."""
+"""Programs in command lines that are not checked, because they are not part of this project."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Return the fenced blocks that claim to run: all but those below `<!-- not run: reason -->`."""
+    """Return the fenced blocks of a page, except for those below `<!-- not run: reason -->`."""
     found, fence, language, start, spared = [], "", "", 0, False
     body: list[str] = []
     for number, line in enumerate(page.read_text().splitlines(), 1):
@@ -72,14 +72,14 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def commands_of(block: Block) -> list[str]:
-    """Return the command lines of a console block: lines after `$ `, or all lines where none has that."""
+    """Return the command lines of a console block: lines after `$ `, or all lines if none begins so."""
     lines = block.text.replace("\\\n", " ").splitlines()
     asked = [line.strip()[2:] for line in lines if line.strip().startswith("$ ")]
     return asked or [line for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def is_console(block: Block) -> bool:
-    """Say whether a block is of command lines: its language says so, or all its lines start with `pgolf`."""
+    """Return whether a block has command lines, by its language or because all lines start with `pgolf`."""
     lines = [line for line in block.text.splitlines() if line.strip()]
     return block.language in CONSOLE or (not block.language and all(x.startswith("pgolf ") for x in lines))
 
@@ -111,11 +111,11 @@ def test_python_blocks_run_as_printed(block, tmp_path, monkeypatch, request):
 
 
 class Parsed(BaseException):
-    """The real parser took the words; the work behind it is not done."""
+    """Raised when the real parser has accepted a command line, so that the command itself is not run."""
 
 
 def run_verb(words: list[str], monkeypatch) -> None:
-    """Let `pgolf WORDS` go as far as its parser; raises AssertionError where that refuses."""
+    """Run `pgolf WORDS` up to its parser; raise AssertionError if the parser refuses the words."""
     for where, name in ((tyro, "cli"), (tyro.extras, "subcommand_cli_from_dict")):
         parse = getattr(where, name)
 
@@ -134,7 +134,7 @@ def run_verb(words: list[str], monkeypatch) -> None:
 
 
 def check_command(command: str, monkeypatch) -> None:
-    """Check one command line; raises AssertionError or an error of the parser where it could not be typed."""
+    """Check one command line; raise AssertionError or an error of the parser if it is not valid."""
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
@@ -177,7 +177,7 @@ def check_pip(command: str, rest: list[str]) -> None:
 
 @pytest.fixture
 def in_a_folder_of_runs(tmp_path, monkeypatch):
-    """Stand where a reader stands who has a run at hand."""
+    """Change to a folder that contains a run, as the pages assume."""
     run = tmp_path / "runs" / "my-run"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(to_dict(tiny())))
@@ -221,7 +221,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """Return the links of a page to files or headings that are not there."""
+    """Return the links of a page to files or headings that do not exist."""
     text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.S)
     bad = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -298,7 +298,7 @@ SECTION = re.compile(r"^\s*(Args|Returns|Raises|Source):", re.M)
 
 @pytest.mark.parametrize("name", [n for n in ops.__all__ if callable(getattr(ops, n))])
 def test_docstrings_of_operators_can_be_read_by_the_site(name):
-    """A section that follows on a line of text is taken for text; two entries on a line for one."""
+    """A section needs an empty line before it, and each error its own line, for the site to show them."""
     text = getattr(ops, name).__doc__
     lines = text.splitlines()
     for i, line in enumerate(lines):

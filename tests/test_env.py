@@ -1,4 +1,4 @@
-"""Where a process runs, which threads it takes, and which commit its sources are of."""
+"""The ranks of a launch, the threads of a process, and the commit of the sources."""
 
 import json
 import os
@@ -102,7 +102,7 @@ def test_processes_of_one_host_share_its_cores():
 def test_a_loaded_machine_is_said(monkeypatch):
     monkeypatch.setattr(env, "usable_cores", lambda: 2)
     monkeypatch.setattr(os, "getloadavg", lambda: (5.25, 0.0, 0.0))
-    assert "other work keeps 5.2 cores busy" in env.threads_note(2)
+    assert "other programs keep 5.2 cores busy" in env.threads_note(2)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
     assert "busy" not in env.threads_note(2)
 
@@ -116,7 +116,7 @@ def git(folder, *arguments):
 
 @pytest.fixture
 def somebodys(tmp_path):
-    """A repository that is not this project's, with a package of ours in it."""
+    """Another repository that contains this package."""
     git(tmp_path, "init", "-q")
     package = tmp_path / "site-packages" / "pgolf"
     package.mkdir(parents=True)
@@ -129,7 +129,7 @@ def somebodys(tmp_path):
 
 
 def test_a_package_in_somebodys_repository_does_not_have_its_commit(somebodys, tmp_path):
-    """It said that repository's HEAD."""
+    """Before, the commit of that repository was returned."""
     assert env.source_commit(somebodys) == ("unknown", True)
     beside = tmp_path / "pgolf"  # vendored at the top, beside their own setup.py
     shutil.copytree(somebodys, beside)
@@ -165,7 +165,7 @@ def test_a_source_tree_asks_git_only_at_the_top_of_its_repository(tmp_path, monk
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the list of the sources, which git has")
 def test_an_sdist_holds_everything_and_knows_its_commit(tmp_path):
-    """It lacked csrc and CMakeLists.txt, so that it could not be built."""
+    """Before, csrc and CMakeLists.txt were missing, so that it could not be built."""
     copy, out = tmp_path / "tree", tmp_path / "out"
     left_out = ("build", "*.so", ".venv", "results", "*.egg-info", ".git", "runs", "demo")
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*left_out))

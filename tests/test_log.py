@@ -1,4 +1,4 @@
-"""The run log: what it writes, who writes, and that a full disk does not stop a run."""
+"""The log of a run: its contents, the rank that writes it, and that a full disk does not stop a run."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Optional packages: whatever their import raises is a reason, never a crash."""
+"""Optional packages: every exception of their import is recorded as the reason and ends nothing."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ BROKEN = {
 
 @pytest.fixture
 def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Return what puts a package on the path whose import raises."""
+    """Return a function that puts a package on the path whose import raises an exception."""
 
     def install(package: str, error: str) -> None:
         for name in [n for n in sys.modules if n.split(".")[0] == package]:

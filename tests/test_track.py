@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases: what is recorded, and that their faults never end a run."""
+"""TensorBoard and Weights & Biases: what is recorded, and that their errors do not end a run."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ SUMMARY = {"scores": {"raw": {"bpb": 1.25}, "quantized": {"bpb": 1.5}}, "bytes":
 
 
 def train(folder: Path, kind: str, steps: range, *, at: int = 0, losses: float = 0.0) -> list[str]:
-    """Write steps through the log of a run and return what was warned of."""
+    """Write steps through the log of a run and return the warnings."""
     said: list[str] = []
     log = RunLog(folder, is_main=True)
     tracker = start_tracker(kind, folder, {"train": {"seed": 7}}, first_step=at, warn=said.append)

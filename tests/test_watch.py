@@ -1,4 +1,4 @@
-"""The watch over the ranks: a lost one is named, in time, to everybody; the living are left alone."""
+"""The watch over the ranks: every rank learns in time which rank was lost, and no other rank is named."""
 
 import threading
 import time
@@ -12,7 +12,7 @@ from pgolf.watch import Watch
 
 @pytest.fixture
 def watches(monkeypatch):
-    """A function that starts ranks: their watches and what each was told."""
+    """A function that starts ranks and returns their watches and the messages that each received."""
     monkeypatch.setattr(module, "GRACE_S", 0.0)
     started: list[Watch] = []
 
@@ -44,7 +44,7 @@ def wait_until(condition, seconds: float = 10.0) -> None:
 
 
 def die(watch: Watch) -> None:
-    """Close a rank's connections as the system does for a killed process: without a goodbye."""
+    """Close a rank's connections without a farewell, as the system does for a killed process."""
     watch._tell = lambda line: None
     watch.leave()
 
@@ -57,7 +57,7 @@ def test_a_rank_that_dies_is_named_to_all_others_at_once(watches, victim):
     others = [r for r in range(3) if r != victim]
     wait_until(lambda: all(told[r] for r in others))
     assert time.monotonic() - began < 3
-    assert [told[r] for r in others] == [[f"rank {victim} ended without a word (killed?)"]] * 2
+    assert [told[r] for r in others] == [[f"rank {victim} ended without a message (killed?)"]] * 2
     assert ranks[others[0]].reason() == told[others[0]][0]
 
 
@@ -104,7 +104,7 @@ def test_one_process_needs_no_connection_and_beats(monkeypatch):
 
 def test_a_rank_that_does_not_come_is_named(monkeypatch):
     monkeypatch.setattr(module, "MEET_S", 0.3)
-    with pytest.raises(RuntimeError, match=r"rank 0 of 3: ranks \[1, 2\] did not come within 0\.3 s"):
+    with pytest.raises(RuntimeError, match=r"rank 0 of 3: ranks \[1, 2\] did not connect within 0\.3 s"):
         Watch(0, 3, td.HashStore(), timeout_s=5.0)
     with pytest.raises(RuntimeError, match=r"rank 2 of 3: rank 0 did not answer within 0\.3 s"):
         Watch(2, 3, td.HashStore(), timeout_s=5.0)
@@ -112,7 +112,7 @@ def test_a_rank_that_does_not_come_is_named(monkeypatch):
 
 def test_time_spent_before_counts_towards_the_meeting():
     began = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not come"):
+    with pytest.raises(RuntimeError, match=r"ranks \[1\] did not connect"):
         Watch(0, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)
     with pytest.raises(RuntimeError, match="rank 0 did not answer"):
         Watch(1, 2, td.HashStore(), timeout_s=5.0, meet_by=began - 1.0)

@@ -1,8 +1,9 @@
-"""Clip, AdamW, average and zeroing of the replicated parameters, against torch's fused kernels.
+"""Clip, AdamW, average and zeroing of the replicated parameters, compared with torch's fused kernels.
 
-`record` is the embedding (8,192 x 512) and 60 small tensors of preset pr1855; `tiny` is for machines
-without a GPU. float32. Every contender measures the norm, clips, steps, moves the averages and zeroes the
-gradients. gbytes is what has to cross the memory of a GPU for the step alone: 40 bytes an element.
+`record` is the embedding (8,192 x 512) and 60 small tensors of preset pr1855; `tiny` is for machines without
+a GPU. All tensors are float32. Every contender measures the norm, clips, steps, moves the averages and zeroes
+the gradients.
+gbytes is the traffic that the step alone needs: 40 bytes per element.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def tensors(shapes: list[tuple[int, ...]], device: torch.device) -> list[AdamTen
 
 
 def ours(shapes: list[tuple[int, ...]], device: torch.device) -> Callable[[], object]:
-    """Return the step by this package's operators."""
+    """Return the step by the operators of pgolf."""
     own, lr = tensors(shapes, device), torch.tensor(LR, device=device)
     hyper, corrections = torch.zeros(HYPER, device=device), torch.zeros(2, device=device)
     hyper[AVERAGE_WEIGHT] = WEIGHT
@@ -52,7 +53,7 @@ def ours(shapes: list[tuple[int, ...]], device: torch.device) -> Callable[[], ob
 
 
 def torch_fused(shapes: list[tuple[int, ...]], device: torch.device) -> Callable[[], object]:
-    """Return the step by torch's multi-tensor kernels."""
+    """Return the step by the multi-tensor kernels of torch."""
     own = tensors(shapes, device)
     params = [torch.nn.Parameter(t.param) for t in own]
     grads: list[Tensor] = []

@@ -1,8 +1,9 @@
-"""Packing and the fused quantizers on the model's 35.9 M codes, against references and a copy.
+"""Packing and the fused quantizers on the model's 35.9 M codes, compared with the references and with a copy.
 
-GB/s counts the bytes that must move: a code, its packed bits, a float32 read (quantize) or a bfloat16 written
-(dequantize), the rows' steps. `copy` moves the same number of bytes, half read and half written, with
-Tensor.copy_: what the memory gives. `gcodes_per_s` is the same in codes.
+GB/s counts the bytes that must be read or written: codes, packed bits, float32 weights (quantize), bfloat16
+weights (dequantize) and the scales of the rows. `copy` moves the same number of bytes with Tensor.copy_, half
+read and half written, which shows the bandwidth of the memory. `gcodes_per_s` is the same speed in 10^9 codes
+per second. More is better for both.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def contenders(case: str, codes: Tensor) -> dict[str, Callable[[], Tensor]]:
 
 
 def fused(case: str, weight: Tensor, bits: int) -> dict[str, Callable[[], object]]:
-    """Return every implementation of a fused case; the peer writes one byte a code, no packed bits."""
+    """Return every implementation of a fused case; the peer writes one byte per code, not packed bits."""
     packed, scales = quantize_pack_sdclip(weight, CLIP, bits)
     codes = quantize(weight, scales, bits=bits)
 
@@ -70,7 +71,7 @@ def fused(case: str, weight: Tensor, bits: int) -> dict[str, Callable[[], object
 
 
 def copy_of(moved: int, device: torch.device) -> Callable[[], object]:
-    """Return a copy that moves `moved` bytes, reads and writes together."""
+    """Return a copy that moves `moved` bytes, counting reads and writes."""
     source = torch.ones(moved // 8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)

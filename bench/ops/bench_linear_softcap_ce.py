@@ -1,9 +1,9 @@
-"""linear_softcap_ce forward, and forward with backward, against others that start at hidden states.
+"""linear_softcap_ce, forward and forward with backward, compared with other losses from hidden states.
 
-bfloat16 hidden states and weight (float32 on the CPU), cap 30, mean loss, both gradients. `_fast` cases stand
-beside peers that hold all logits, `_memory` cases (memory="low") beside those that hold a part. Floors for
-three matrix products of 98304 x 8192 x 512: 3.09 ms at 800 TFLOP/s, 3.81 ms at 650. Peak memory counts
-neither inputs nor gradients.
+Hidden states and weight are bfloat16 (float32 on the CPU), cap 30, mean loss, both gradients. `_fast` cases
+are compared with implementations that hold all logits, `_memory` cases (memory="low") with those that hold a
+part. The three matrix products of 98304 x 8192 x 512 need at least 3.09 ms at 800 TFLOP/s and 3.81 ms at 650
+TFLOP/s. Peak memory does not include inputs and gradients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.common import Recorder, only, parser, peak_mib, time_graph, time_laun
 from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
 
 CAP = 30.0
-# shape -> (rows, vocab, width); from the smallest to the largest
+# By shape: (rows, vocab, width), from the smallest to the largest.
 SHAPES = {
     "n1024_v8192_d512": (1024, 8192, 512),
     "n98304_v8192_d512": (98304, 8192, 512),
@@ -27,11 +27,11 @@ SHAPES = {
 }
 CASES = [f"{shape}_{mode}" for shape in SHAPES for mode in ("fast", "memory")]
 QUICK = 2
-"""How many cases, from the first, are for --quick alone: a whole run must not take more than a minute."""
+"""Number of cases, from the first, that only --quick runs, so that a whole run takes at most a minute."""
 
 
 def compiled_chunks(rows_each: int) -> ce_peers.FromHidden:
-    """Return the compiled loss of chunks of rows, each recomputed in the backward pass."""
+    """Return the compiled loss in chunks of rows, each of which the backward pass computes again."""
     from torch.utils.checkpoint import checkpoint
 
     def part(x: Tensor, w: Tensor, y: Tensor, cap: float) -> Tensor:
@@ -92,7 +92,7 @@ def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> No
     for metric, calls in (("ms_fwd", forwards), ("ms_fwd_bwd", both)):
         for name, sample in time_launched(calls, device, repeats=repeats, warm_up=1).items():
             recorder.add(case, name, metric, sample, "ms")
-    # The kernels alone, as behind a queue that is full; a launched call starts on an idle device.
+    # A graph shows the kernels alone, as if the queue were full; a launched call starts on an idle device.
     for name, sample in time_graph(both, device, repeats=repeats).items():
         recorder.add(case, name, "ms_fwd_bwd_graph", sample, "ms")
     gradients = sum(t.numel() * t.element_size() for t in (hidden, weight)) / 2**20

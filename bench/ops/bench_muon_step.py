@@ -1,9 +1,10 @@
 """muon_step on the model's weight banks: momentum, row normalization, iteration, decay and float32 update.
 
-`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight; `tiny` is for
-machines without a GPU. float32 gradients and parameters, bfloat16 momentum, 5 iterations of
-`polar_express_golf`. The peers do the same work: the baseline script's way (banks, bfloat16, eager and
-compiled), and torch.optim.Muon on the separate matrices (without row normalization, its own coefficients).
+`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight; `tiny` is for machines
+without a GPU. Gradients and parameters are float32, momentum is bfloat16; there are 5 iterations of
+`polar_express_golf`. The
+other implementations do the same work: as the baseline script does it (banks, bfloat16, eager and compiled),
+and by torch.optim.Muon on the separate matrices (without row normalization, with its own coefficients).
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def banks(shapes: Shapes, device: torch.device) -> list[MuonBank]:
 
 
 def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object]]:
-    """Return every implementation as a call over all banks; each has tensors of its own."""
+    """Return every implementation as a call over all banks; each has separate tensors."""
     ours, eager, compiled = (banks(CASES[case], device) for _ in range(3))
     hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
     rule = MuonRule(TABLE, row_normalize=True)

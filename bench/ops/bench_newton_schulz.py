@@ -1,8 +1,8 @@
-"""newton_schulz on the model's weight banks and on large matrices, against torch and public kernels.
+"""newton_schulz on the model's weight banks and on large matrices, compared with torch and public kernels.
 
-`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight. bfloat16 in and out,
-coefficients of `polar_express_golf`. A call is the whole set of banks. sv_min and sv_max are the extreme
-singular values of the first matrix of each bank after the iteration.
+`bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight. Input and output are
+bfloat16, with the coefficients of `polar_express_golf`. A call iterates the whole set of banks. sv_min and
+sv_max are the extreme singular values of the first matrix of each bank after the iteration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Banks = list[Tensor]
 
 BANK66 = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
 EIGHTH = [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)]
-# case -> (bank shapes, steps); from the smallest to the largest
+# By case: (bank shapes, iterations), from the smallest to the largest.
 CASES = {
     "tiny_steps5": ([(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)], 5),
     "eighth_steps4": (EIGHTH, 4),
@@ -33,13 +33,13 @@ CASES = {
     "4x4096x4096": ([(4, 4096, 4096)], 5),
 }
 QUICK = "tiny_steps5"
-"""The case of --quick, and of it alone: a CPU takes minutes for an eighth in bfloat16."""
+"""The case that only --quick runs, because a CPU takes minutes for an eighth in bfloat16."""
 LARGEST_SPECTRUM = 2048
-"""Short side up to which singular values are taken; beyond it they take longer than all that is timed."""
+"""Largest short side for which singular values are computed; above it they take longer than the bench."""
 
 
 def baddbmm(x: Tensor, table: Table) -> Tensor:
-    """The iteration as three cuBLAS calls a step, scaling fused into the products."""
+    """The iteration as three cuBLAS calls per iteration, with the scaling fused into the products."""
     tall = x.shape[-2] > x.shape[-1]
     X = x.mT if tall else x
     X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(torch.bfloat16)
@@ -51,7 +51,7 @@ def baddbmm(x: Tensor, table: Table) -> Tensor:
 
 
 def eager(x: Tensor, table: Table) -> Tensor:
-    """The iteration as Muon implementations write it."""
+    """The iteration as implementations of Muon usually write it."""
     tall = x.shape[-2] > x.shape[-1]
     X = x.mT if tall else x
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -78,7 +78,7 @@ def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
 
 
 def singular_values(outputs: Banks) -> tuple[float, float]:
-    """Return the extreme singular values over the first matrix of each bank."""
+    """Return the extreme singular values of the first matrices of all banks."""
     values = torch.cat([torch.linalg.svdvals(x[0].float()) for x in outputs])
     return values.min().item(), values.max().item()
 

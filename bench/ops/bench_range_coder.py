@@ -1,12 +1,13 @@
-"""encode_codes and decode_codes on the codes of a trained model, against general compressors.
+"""encode_codes and decode_codes on the codes of a trained model, compared with general compressors.
 
-Give `--artifact PATH`. Ours gets matrix by matrix what an artifact stores: transposed and with a pool where
-the format says so; `pgolf fast` gets no pool. General compressors get each parameter in one piece, every
-matrix column-major, which is best for them. `entropy` is the order-0 entropy of each parameter's histogram.
-Everything runs in one thread, and its seconds are CPU time (with that of lrzip and zstd, programs of their
-own); `seconds_*_2_cores` are wall time of ours in two threads, `seconds_read_file` of reading the whole file
-in as many as there are cores. `machine` tells the cores and the load average before and after: where others
-work too (a load above 1 before), wall time means little, and CPU time is a few tens of percent too long.
+Give `--artifact PATH`. pgolf's coder gets the matrices one by one, as an artifact stores them: transposed and
+with a pool where the format says so; `pgolf fast` gets no pool. General compressors get each parameter in one
+piece, with the columns of a matrix one after the other, which is best for them. `entropy` is the order-0
+entropy of each parameter's histogram. Everything runs in one thread, and the seconds are CPU time (including
+that of lrzip and zstd, which are separate programs). `seconds_*_2_cores` are the wall time of pgolf's coder
+in two threads, `seconds_read_file` that of reading the whole file in one thread per core. `machine` has the
+number of cores and the load average before and after. If other programs ran too (a load above 1 before), the
+wall time means little, and the CPU time is too long by a few tens of percent.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ Coder = tuple[Callable[[bytes], bytes], Callable[[bytes], object]]
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix as an artifact codes it."""
+    """A matrix in the form in which an artifact codes it."""
 
     codes: Codes
     pool: Codes | None
 
 
 def load(path: Path, *, most: int | None) -> tuple[dict[str, list[Codes]], list[Matrix]]:
-    """Return the matrices of each parameter, at most `most` of each, and all of them as they are coded."""
+    """Return the matrices of each parameter (at most `most` of each), and all of them in their coded form."""
     header, state = read_state(path)
     banks = {n: list(t.codes.reshape(-1, *t.codes.shape[-2:]).numpy()) for n, t in state.quantized.items()}
     names = {n if len(b) == 1 else f"{n}.{i}": m for n, b in banks.items() for i, m in enumerate(b)}
@@ -59,13 +60,13 @@ def load(path: Path, *, most: int | None) -> tuple[dict[str, list[Codes]], list[
 
 
 def entropy_bytes(matrices: list[Codes]) -> float:
-    """Return what an ideal coder needs that knows the histogram of all matrices and nothing else."""
+    """Return the bytes that an ideal coder needs if it knows only the histogram of all matrices."""
     counts = np.unique(np.concatenate([m.ravel() for m in matrices]), return_counts=True)[1]
     return float(-(counts * np.log2(counts / counts.sum())).sum() / 8)
 
 
 def column_major(matrices: list[Codes]) -> bytes:
-    """Return a parameter's codes as general compressors like them."""
+    """Return a parameter's codes in the order that is best for general compressors."""
     return b"".join(m.T.tobytes() for m in matrices)
 
 
@@ -92,7 +93,7 @@ def coders() -> dict[str, Coder]:
 
 
 def pipe(command: list[str], data: bytes) -> bytes:
-    """Return what a program writes for `data`."""
+    """Return the output of a program for the input `data`."""
     return subprocess.run(command, input=data, capture_output=True, check=True).stdout
 
 
@@ -103,7 +104,7 @@ def cpu_seconds() -> float:
 
 
 def ours(recorder: Recorder, matrices: list[Matrix], repeats: int) -> None:
-    """Size and speed of our two profiles, in one thread and in two."""
+    """Measure the size and the speed of pgolf's two modes, in one thread and in two."""
     million = sum(m.codes.size for m in matrices) * 1e-6
 
     def decode(item: tuple[bytes, Matrix], *, fast: bool) -> None:
@@ -139,12 +140,12 @@ def ours(recorder: Recorder, matrices: list[Matrix], repeats: int) -> None:
 
 
 def encode_matrix(matrix: Matrix, *, fast: bool) -> bytes:
-    """Return the stream of one matrix; the fast profile has no use for a pool or an orientation."""
+    """Return the stream of one matrix; the fast mode uses neither pool nor orientation."""
     return encode_codes(matrix.codes, pool=None if fast else matrix.pool, fast=fast)
 
 
 def measure(recorder: Recorder, args: argparse.Namespace) -> None:
-    """Size and speed of every coder."""
+    """Measure the size and the speed of every coder."""
     banks, matrices = load(args.artifact, most=1 if args.quick else None)
     million = sum(m.size for bank in banks.values() for m in bank) * 1e-6
     entropy = sum(entropy_bytes(bank) for bank in banks.values())

@@ -1,7 +1,7 @@
-"""Rounding along the trellis and reading it back, in the shapes of the model's banks, against the reference.
+"""Rounding along the trellis and reading it back, for the model's banks, compared with the reference.
 
-`round_*` are the columns that GPTQ rounds one after the other (a column of every
-matrix of a bank), so that their latency counts; `round_all` and `values` take the model's 35.9 M codes.
+`round_*` are the columns that GPTQ rounds one after the other (one column of every matrix of a bank), where
+the latency counts; `round_all` and `values` take the model's 35.9 M codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROWS = 70144  # times 512: 35.9 M codes
 
 
 def contenders(case: str, device: torch.device, rows: int) -> dict[str, Callable[[], object]]:
-    """Return every implementation of a case; the reference keeps all decisions and takes only the columns."""
+    """Return every implementation of a case; the reference needs much memory and takes only columns."""
     shape = COLUMNS.get(case, (512, rows))
     x = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 2.7).to(device)
     if case == "values":

@@ -13,17 +13,17 @@ from pgolf.errors import UserError
 
 @dataclass(frozen=True)
 class Inspect:
-    """Check an artifact's lengths and checksum and print its parameters and sections."""
+    """Check the lengths and the checksum of an artifact, and print its parameters and sections."""
 
     file: tyro.conf.Positional[Path]
     """A file written by `pgolf train` or `pgolf quantize`."""
     json: bool = False
-    """Print one JSON object instead of text."""
+    """Print one JSON object instead of a table."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write an artifact's weights, dequantized to float32, for other tools."""
+    """Write the weights of an artifact, dequantized to float32, to a file that other tools can read."""
 
     file: tyro.conf.Positional[Path]
     """A file written by `pgolf train` or `pgolf quantize`."""
@@ -33,10 +33,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Code:
-    """Write the sources that are counted with an artifact: what reads and scores it, stripped."""
+    """Write the counted code: the sources that read and score an artifact, without comments."""
 
     out: tyro.conf.Positional[Path]
-    """A folder that does not exist."""
+    """Folder to create; it must not exist yet."""
 
 
 def main(argv: list[str]) -> int:
@@ -44,14 +44,14 @@ def main(argv: list[str]) -> int:
     job: Inspect | Export | Code = tyro.extras.subcommand_cli_from_dict(
         {"inspect": Inspect, "export": Export, "code": Code},
         prog="pgolf artifact",
-        description="Look into an artifact, take its weights out, or see the code that is counted with it.",
+        description="Inspect an artifact, export its weights, or write the code that is counted with it.",
         args=argv,
     )
     if isinstance(job, Code):
         from pgolf.artifact.code import code_bytes, code_text, unpack_code
 
         if job.out.exists():
-            raise UserError(f"{job.out} exists; give a folder that does not")
+            raise UserError(f"{job.out} exists already; give a folder that does not exist")
         print(f"{job.out}: {len(unpack_code(code_text(), job.out))} modules, {code_bytes():,} bytes counted")
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact

@@ -1,4 +1,4 @@
-"""`pgolf config PRESET [overrides]`: what a run would do, without doing it."""
+"""`pgolf config PRESET [overrides]`: print the configuration of a run without running it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def main(argv: list[str]) -> int:
     from pgolf.model.gpt import layer_order, parameter_shapes
     from pgolf.optim.polar import coefficients
 
-    coefficients(config.optim.muon.coefficients, config.optim.muon.ns_steps)  # raises if there are none
+    # Both raise an error for settings that no run could use.
+    coefficients(config.optim.muon.coefficients, config.optim.muon.ns_steps)
     check_limit(config.artifact.limit)
 
     print(json.dumps(to_dict(config), indent=2))

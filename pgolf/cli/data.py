@@ -1,4 +1,4 @@
-"""`pgolf data`: train a tokenizer, make shards, look at shards."""
+"""`pgolf data`: train a tokenizer, make shards, inspect shards."""
 
 from __future__ import annotations
 
@@ -36,31 +36,31 @@ class TokenizerJob:
     """Train a lossless SentencePiece BPE tokenizer."""
 
     inputs: tuple[Path, ...]
-    """Text files: .jsonl, .ndjson or .txt (also as .xz, .gz, .zst), or .parquet."""
+    """Text files: .jsonl, .ndjson or .txt (also compressed as .xz, .gz, .zst), or .parquet."""
     out: Path
     """The .model file to write."""
     vocab_size: int = 8192
     """Number of token ids, 300 to 65536."""
     text_key: str = TEXT_KEY
-    """Where .jsonl objects and .parquet files have their text."""
+    """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     max_bytes: int = 100_000_000
-    """Bytes of text to train on; each input gives an equal share from its beginning."""
+    """Bytes of text to train on; equal shares are taken from the beginnings of all inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectJob:
-    """Print what is in a folder of shards (or in one shard) and check it."""
+    """Check a folder of shards (or one shard) and print what is in it."""
 
     path: tyro.conf.Positional[Path]
-    """A folder of shards, of this package or of another tool, or one .bin file."""
+    """A folder of shards, made by this package or by another tool, or one .bin file."""
     tokenizer: Path | None = None
-    """SentencePiece model; default: the one in the folder, if there is one."""
+    """SentencePiece model, to print text and to count bytes; default: the one in the folder, if any."""
     bos_id: int = 1
-    """The id that starts a document, where neither a manifest nor a tokenizer says it."""
+    """The id that starts a document; it is only used if there is no tokenizer."""
 
 
 def run_tokenizer(job: TokenizerJob) -> None:
-    """Train, write, and print size, SHA-256 and compression on the training text's beginning."""
+    """Train and write a tokenizer; print its size, SHA-256 and bytes per token on the first input."""
     began = time.perf_counter()
     if not job.inputs:
         raise UserError("inputs: expected at least one text file, got none")
@@ -75,13 +75,13 @@ def run_tokenizer(job: TokenizerJob) -> None:
     size = sum(len(text.encode()) for text in check)
     print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, lossless {tokenizer.lossless}")
     if not tokenizer.lossless:
-        print(f"what is lost: {tokenizer.lossy_because}")
+        print(f"not lossless because {tokenizer.lossy_because}")
     print(f"SHA-256 {file_sha256(job.out)}")
-    print(f"{size / max(1, tokens):.3f} bytes a token; {time.perf_counter() - began:.1f} s")
+    print(f"{size / max(1, tokens):.3f} bytes per token; {time.perf_counter() - began:.1f} s")
 
 
 def _texts(path: Path, limit: int, text_key: str) -> Iterator[str]:
-    """Yield documents from the beginning of a file until `limit` bytes are reached."""
+    """Yield the documents at the beginning of a file until they have `limit` bytes."""
     size = 0
     for document in iterate_documents(path, text_key=text_key):
         yield document.text
@@ -91,19 +91,19 @@ def _texts(path: Path, limit: int, text_key: str) -> Iterator[str]:
 
 
 def run_shards(job: ShardsJob) -> None:
-    """Make shards with progress on stderr, then print the totals."""
+    """Make shards with progress lines on stderr, then print the totals."""
     manifest = build_shards(job, report=lambda line: print(line, file=sys.stderr, flush=True))
     for split in ("train", "val"):
         total = manifest.total(split)
         print(
             f"{split}: {total.documents:,} documents, {total.tokens:,} tokens, {total.bytes:,} bytes "
-            f"({total.bytes / total.tokens:.3f} bytes a token)"
+            f"({total.bytes / total.tokens:.3f} bytes per token)"
         )
     print(f"no document is in both splits; manifest: {job.out / MANIFEST_NAME}")
 
 
 def run_inspect(job: InspectJob) -> None:
-    """Check a folder against its manifest, every file with its hash, and print what is in it."""
+    """Check a folder against its manifest, including the hash of every file, and print what is in it."""
     if not job.path.exists():
         raise FileNotFoundError(f"no data folder or shard at {job.path}; make shards with: {MAKE_SHARDS}")
     if not job.path.is_dir():
@@ -124,8 +124,8 @@ def run_inspect(job: InspectJob) -> None:
         _print_validation(job.path, tokenizer)
     if manifest is not None:
         print(
-            f"manifest: all {len(manifest.files)} files and the tokenizer have their SHA-256 and counts, and "
-            "there are no others; not checked: the bytes of the training text"
+            f"manifest: all {len(manifest.files)} files and the tokenizer have the listed SHA-256 and "
+            "counts, and there are no other files; not checked: the number of bytes of the training text"
         )
     else:
         print(f"manifest: {NO_MANIFEST}")
@@ -162,7 +162,7 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
     except FileNotFoundError as e:
         print(f"  bytes: unknown: {e}")
         return
-    print(f"  {targets:,} targets, {size:,} bytes ({size / targets:.4f} bytes a target)")
+    print(f"  {targets:,} targets, {size:,} bytes ({size / targets:.4f} bytes per target)")
 
 
 def main(argv: list[str]) -> int:
@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     job: TokenizerJob | ShardsJob | InspectJob = tyro.extras.subcommand_cli_from_dict(
         {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob},
         prog="pgolf data",
-        description="Train a tokenizer, make shards from text, look at shards.",
+        description="Train a tokenizer, make shards from text, inspect shards.",
         args=argv,
     )
     if isinstance(job, TokenizerJob):

@@ -1,4 +1,4 @@
-"""`pgolf demo`: the whole way on this machine, from text to a scored artifact that writes a few lines."""
+"""`pgolf demo`: all steps on this machine, from text to a scored artifact that generates a few lines."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 import tyro
 
 LINES, LINE_CHARACTERS = 10, 100
-"""How much the model writes in the end."""
+"""Number of lines that the model generates at the end, and characters per line."""
 MOST_DOCUMENTS = 100
-"""A model that was trained for a few steps may end a document with its first token."""
+"""Limit on the documents that are generated, because after a few training steps documents may be empty."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Train `tiny` on the bundled text (about 1 MB of Wikipedia, CC BY-SA 3.0), score the artifact and let it
-    write."""
+    """Train the preset `tiny` on the sample text of the package (about 1 MB of Wikipedia, CC BY-SA 3.0),
+    score the artifact, and print text that it generates."""
 
     out: Path = Path("demo")
     """Folder for the tokenizer, the shards and the run."""
     smoke: bool = False
-    """A few steps only: checks that everything works, not that the model is good."""
+    """Train for 4 steps only, to check that everything works; the model is then useless."""
 
 
 def main(argv: list[str]) -> int:
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def written_lines(folder: Path) -> Iterator[str]:
-    """Yield lines of text that the model in a run folder writes, document after document."""
+    """Yield lines of text that the model in a run folder generates, one document after another."""
     from pgolf.model.generate import generate
     from pgolf.train.load import load
 

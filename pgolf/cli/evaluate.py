@@ -1,4 +1,4 @@
-"""`pgolf evaluate ARTIFACT --data DIR`: bits per byte of an artifact on a validation set."""
+"""`pgolf evaluate ARTIFACT --data DIR`: bits per byte of an artifact on a validation text."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ Mode = Literal["plain", "sliding", "ttt"]
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score an artifact over the validation set of a data folder; a line for each mode."""
+    """Score an artifact on the validation text of a data folder, and print one line per mode."""
 
     artifact: tyro.conf.Positional[Path]
     """A file written by `pgolf train` or `pgolf quantize`."""
     data: Path
-    """Folder of shards with its tokenizer."""
+    """Folder of shards with the tokenizer that the model was trained with."""
     mode: tuple[Mode, ...] = ("plain",)
-    """plain: documents in segments of max_context. sliding: a window over each document. ttt: adapters that
-    learn each document after scoring it."""
+    """One or more ways to score. plain: documents in segments of max_context tokens. sliding: a window that
+    moves over each document. ttt: adapters that learn from each part of a document after it was scored."""
     documents: int = 0
-    """Score only the first n documents; 0 = all. Only all of them make a figure to quote."""
+    """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of `sliding` scores."""
+    """Tokens that each window of `sliding` scores, 1 to max_context; a smaller stride is slower."""
     tokens: int = 98_304
     """Tokens per forward pass of plain and sliding; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     json: Path | None = None
-    """Write the results to this file as well."""
+    """Also write the results to this file, as JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run."""
+    """Device to run on; auto uses the GPU if there is one."""
 
 
 def main(argv: list[str]) -> int:
-    """Read, score and print."""
+    """Read the artifact, score it and print the results."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
 
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
-    """Return the data, checked against their manifest and the artifact."""
+    """Return the data folder, checked against its manifest and the artifact."""
     from pgolf.evaluate.validation import DataFolder
 
     header = artifact.header
@@ -91,27 +91,27 @@ def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     if header.tokenizer_sha256 != data_folder.sha256:
         theirs, ours = header.tokenizer_sha256[:16], data_folder.sha256[:16]
         raise UserError(
-            f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than {args.data} holds "
-            f"({ours}...); use the run's tokenizer.model"
+            f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than the one in "
+            f"{args.data} ({ours}...); use a folder with the tokenizer.model of the run"
         )
     return data_folder
 
 
 def _check_kind(path: Path) -> None:
-    """Say what to do with what is no artifact but near to one."""
+    """Raise UserError with advice for a path that is not an artifact, but a run folder or a checkpoint."""
     if path.is_dir():
         inside = path / "model.pgolf"
         hint = f"pass {inside}" if inside.is_file() else "pass the file model.pgolf that a run wrote"
         raise UserError(f"{path} is a folder, expected an artifact; {hint}")
     if path.suffix == ".safetensors":
         raise UserError(
-            f"{path} is a checkpoint, expected an artifact; pass the model.pgolf beside it, or make one: "
+            f"{path} is a checkpoint, expected an artifact; pass the model.pgolf next to it, or make one: "
             f"pgolf quantize {path} --data DIR --out FILE"
         )
 
 
 def _text(documents: int, data_folder: DataFolder) -> tuple[ValidationText, int]:
-    """Return what is scored, and of how many documents it is; 0 where it is all of the text."""
+    """Return the text to score and its number of documents, which is 0 if it is the whole text."""
     from pgolf.evaluate.documents import document_bounds
 
     whole = data_folder.validation()
@@ -126,7 +126,7 @@ def _text(documents: int, data_folder: DataFolder) -> tuple[ValidationText, int]
 def _score(
     args: Evaluate, artifact: Artifact, data_folder: DataFolder, text: ValidationText, dist: Dist
 ) -> dict[str, Score]:
-    """Return the score of every mode that was asked for."""
+    """Return the scores of all modes that were asked for."""
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
 
@@ -143,7 +143,7 @@ def _score(
 def _write(
     path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
 ) -> None:
-    """Write the scores of so many documents (0: all), and the data and settings behind them, as JSON."""
+    """Write the scores as JSON, with the data, the number of documents (0 means all) and the settings."""
     from pgolf.files import atomic_file
 
     data: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""`pgolf generate MODEL --prompt TEXT`: let a model write, on standard output as it writes."""
+"""`pgolf generate MODEL --prompt TEXT`: generate text with a model and print it as it is generated."""
 
 from __future__ import annotations
 
@@ -13,31 +13,33 @@ import tyro
 
 @dataclass(frozen=True)
 class Generate:
-    """Print a prompt and how the model continues it, until the document ends or `tokens` are drawn."""
+    """Print a prompt and the model's continuation, until the document ends or `tokens` tokens are drawn."""
 
     model: tyro.conf.Positional[Path]
-    """An artifact, a checkpoint (raw.safetensors, ema.safetensors), or a run folder that holds them."""
+    """An artifact, a checkpoint (raw.safetensors, ema.safetensors), or a run folder that contains them."""
     prompt: str = ""
-    """Beginning of the document; when it is empty, the model begins the document."""
+    """Beginning of the document; if it is empty, the model writes the document from its beginning."""
     tokens: int = 256
-    """Most tokens to draw, at least 1."""
+    """Largest number of tokens to draw, >= 1."""
     temperature: float = 0.8
-    """Divides the logits, >= 0. Below 1 the text is more predictable; 0 always takes the likeliest token."""
+    """The logits are divided by it, >= 0. Below 1 the text is more predictable; 0 always takes the likeliest
+    token."""
     top_p: float = 0.95
-    """Draw only from the fewest tokens whose probabilities sum to this, in (0, 1]; 1 = from all tokens."""
+    """Draw only from the smallest set of tokens whose probabilities sum to at least this, in (0, 1]; 1 = all
+    tokens."""
     top_k: int = 0
-    """Draw only from the k likeliest tokens; 0 = from all tokens."""
+    """Draw only from the k likeliest tokens, >= 0; 0 = all tokens."""
     seed: int = 0
-    """Another seed gives another text; the same one gives the same text on the same machine."""
+    """Seed of the random numbers, >= 0; the same seed gives the same text on the same machine."""
     tokenizer: Annotated[Path | None, tyro.conf.arg(aliases=["--data"])] = None
-    """The tokenizer's .model file, or a folder that holds it, such as the folder of shards. Without it, the
-    tokenizer next to the model is taken, else the one in the data folder that the run was trained on."""
+    """The tokenizer's .model file, or a folder that contains it, such as the folder of shards. Default: the
+    tokenizer next to the model, otherwise the one in the data folder on which the run was trained."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to run; auto is the GPU when there is one."""
+    """Device to run on; auto uses the GPU if there is one."""
 
 
 def main(argv: list[str]) -> int:
-    """Load, write, and say on standard error how fast it was."""
+    """Load the model, print the text, and print the speed on standard error."""
     args = tyro.cli(Generate, prog="pgolf generate", args=argv)
     from pgolf.model.generate import generate
     from pgolf.train.load import load

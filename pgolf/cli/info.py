@@ -1,4 +1,4 @@
-"""`pgolf info`: what this installation can do, and what is missing and why."""
+"""`pgolf info`: versions, GPUs and kernels of this installation, and what is missing and why."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ OPTIONAL = {
     ),
     "wandb": ("wandb", "no train.track=wandb; pip install 'pgolf[wandb]'"),
 }
-"""Package -> (what is imported of it, what is missing without it)."""
+"""By package: the module that is imported, and what is not available without it."""
 
 
 def state(peer: Peer, without: str) -> str:
-    """Return the version of a package that can be imported, or why it cannot and what that means."""
+    """Return the version of a package, or why it cannot be imported and what is not available without it."""
     if peer.usable:
         return peer.version or "version unknown"
     return f"{f'{peer.version} {peer.problem}'.strip()}: {without}"
@@ -35,9 +35,7 @@ def state(peer: Peer, without: str) -> str:
 def main(argv: list[str]) -> int:
     """Print versions, devices and the kernel table."""
     if argv:
-        print(
-            "usage: pgolf info\n\nprints versions, GPUs, which operator has which kernel, and what is missing"
-        )
+        print("usage: pgolf info\n\nprints versions, GPUs, the kernels of each operator, and what is missing")
         return 0 if argv[0] in ("-h", "--help") else 2
     import torch
 

@@ -1,6 +1,7 @@
-"""`pgolf VERB ...`: dispatch to one file per verb.
+"""`pgolf VERB ...`: run a verb, each of which is a file in this folder.
 
-An error that the user can mend becomes one line and exit status 2; any other keeps its traceback.
+An error that the user can correct is printed as one line; any other error is printed with its traceback. The
+exit status is 2 in both cases.
 """
 
 from __future__ import annotations
@@ -21,27 +22,27 @@ from pgolf.errors import Checked, brief, is_checked, lacks_memory, whole_traceba
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
     "config": "show what a preset would do, every setting with its value",
-    "size": "bytes of an artifact by section: what a run wrote, a checkpoint will take, a preset should",
-    "artifact": "look into an artifact, export its weights to safetensors",
-    "data": "make a tokenizer, make shards, inspect shards",
-    "evaluate": "score an artifact on a validation set",
+    "size": "show the bytes of an artifact by section, measured or predicted",
+    "artifact": "inspect an artifact, export its weights to safetensors",
+    "data": "train a tokenizer, make shards, inspect shards",
+    "evaluate": "score an artifact on the validation text",
     "generate": "let a trained model continue a prompt",
-    "ablate": "run arms x seeds of a plan and say which arm is better, if any can be told",
-    "report": "the report page of a run, finished or not, or of several runs laid over each other",
+    "ablate": "run all arms and seeds of a plan, and test which arm is better",
+    "report": "write the report page of a run, finished or not, or of several runs",
     "submit": "write the submission folder of finished runs, one per seed",
     "quantize": "quantize a saved checkpoint again, with other settings",
-    "demo": "the whole way on the bundled sample text, on this machine",
+    "demo": "do everything on the sample text of the package, in minutes on a CPU",
     "polar": "solve, print, compare and plot coefficients of the polar iteration",
-    "info": "versions, GPUs, which operator has which kernel, and what is missing",
+    "info": "show versions, GPUs, the kernels of each operator, and what is missing",
 }
 OLD_VERBS = {"record": "submit"}
-"""Names that verbs had before; they work, with a notice, until version 0.3."""
+"""Earlier names of verbs; they work, with a note, until version 0.3."""
 HELP = ("-h", "--help", "help")
 VERSION = ("-V", "--version", "version")
 DEBUG = "--debug"
-REPORT = "please report it with the lines above, the command and what `pgolf info` prints"
+REPORT = "please report it with the lines above, the command and the output of `pgolf info`"
 BROKEN_PIPE = 141
-"""Exit code of a program whose reader went away, as the shell reports SIGPIPE."""
+"""Exit status if the reader of the output has ended, the same as the shell's for SIGPIPE."""
 
 
 def usage() -> str:
@@ -49,12 +50,12 @@ def usage() -> str:
     rows = "\n".join(f"  {verb:<10}{text}" for verb, text in VERBS.items())
     return (
         f"usage: pgolf VERB [options]\n\n{rows}\n\n`pgolf VERB --help` explains a verb; `pgolf --version`.\n"
-        "`pgolf VERB ... --debug` shows where in the program an error arose, also one that takes one line."
+        "`pgolf VERB ... --debug` prints the traceback of every error."
     )
 
 
 def version_line() -> str:
-    """Return the versions of the package, its sources and torch."""
+    """Return the version of the package, the commit of its sources and the version of torch."""
     try:
         torch = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +64,7 @@ def version_line() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; return the exit code."""
+    """Run one verb and return the exit status."""
     args = sys.argv[1:] if argv is None else argv
     settle_threads()
     if argv is None:
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         code = _run(args)
     except BrokenPipeError:
         code = BROKEN_PIPE
-    except SystemExit as e:  # help, or words that do not parse: what was printed may still be in the buffer
+    except SystemExit as e:  # help, or wrong arguments; the printed text may still be in the buffer
         if isinstance(e.code, str):
             raise
         raise SystemExit(_flush(e.code or 0, logs_itself=False)) from None
@@ -136,9 +137,10 @@ def _complain(text: str) -> None:
 
 
 def _open_closed_streams() -> None:
-    """Give a standard stream that was closed at the start an end that swallows everything.
+    """Connect standard streams that were closed at the start to the null device.
 
-    Otherwise the next file that is opened gets its number, and what native code prints goes into that file.
+    Otherwise the next file that is opened would get the number of such a stream, and the output of native
+    code would go into that file.
     """
     closed = []
     for number, name in enumerate(("input", "output", "error")):
@@ -148,23 +150,24 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
             closed.append(name)
     if sys.stdout is None:
-        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - for good
+        sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 - stays open
     if sys.stderr is None:
         sys.stderr = open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     if "output" in closed:
-        _complain("pgolf: standard output is closed; what would be printed is lost")
+        _complain("pgolf: standard output is closed, so nothing will be printed")
 
 
 def _speak_any_letter(stream: TextIO) -> None:
-    """Escape letters that the stream's encoding lacks instead of failing."""
+    """Make a stream escape characters that its encoding does not have, instead of raising an error."""
     if isinstance(stream, io.TextIOWrapper) and stream.errors != "backslashreplace":
         stream.reconfigure(errors="backslashreplace")
 
 
 def _flush(code: int, *, logs_itself: bool) -> int:
-    """Hand the output to the system and return the exit code; a reader that went away is no error.
+    """Write the buffered output and return the exit status.
 
-    Where it cannot be written otherwise (a full disk), the code is 2, unless the verb has a log of its own.
+    It is not an error if the reader of the output has ended. If the output cannot be written for another
+    reason (a full disk), the status is 2, except for a verb that writes its own log.
     """
     for number, stream in ((1, sys.stdout), (2, sys.stderr)):
         try:
@@ -173,8 +176,8 @@ def _flush(code: int, *, logs_itself: bool) -> int:
             if not isinstance(e, BrokenPipeError) and number == 1 and not logs_itself:
                 _complain(f"pgolf: cannot write to standard output: {e.strerror}")
                 code = code or 2
-            with contextlib.suppress(OSError, ValueError):  # or Python tries again at its end, and complains
+            with contextlib.suppress(OSError, ValueError):  # else Python tries again at exit, and warns
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except ValueError:
-            continue  # closed by somebody else
+            continue  # the stream was closed elsewhere
     return code

@@ -1,4 +1,4 @@
-"""From command-line words to a configuration: `PRESET|config.json [--section.key value ...]`."""
+"""Configuration from the command line: `PRESET|config.json [--section.key value ...]`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ SHORT = {
     "--seed": "--train.seed",
     "--out": "--train.out",
 }
-"""Short names of the settings that every run sets."""
+"""Short names of the settings that most runs change."""
 
 
 def present_name(name: str) -> str:
-    """Return what a preset is called now; says so on stderr if `name` is an old name."""
+    """Return the current name of a preset; prints a note on stderr if `name` is an earlier name."""
     if name not in OLD_NAMES or Path(name).exists():
         return name
     say(f"the preset {name} is now called {OLD_NAMES[name]}; the old name works until version 0.3")
@@ -36,7 +36,7 @@ def load_base(name: str) -> Config:
     """Return the preset called `name`, or the configuration saved in the file `name`.
 
     Raises:
-        ValueError: neither a preset nor a readable configuration file.
+        ValueError: it is neither a preset nor a configuration file that can be read.
     """
     name = present_name(name)
     if name in PRESETS:
@@ -51,7 +51,7 @@ def load_base(name: str) -> Config:
 
 
 def base_note(name: str) -> str:
-    """Return the line on settings that the configuration called `name` lacks and got; "" if it has all."""
+    """Return a line on settings that are missing in the saved configuration `name`; empty if none is."""
     if name in PRESETS or name in OLD_NAMES:
         return ""
     data = read_json(Path(name))
@@ -59,30 +59,30 @@ def base_note(name: str) -> str:
 
 
 def say(note: str) -> None:
-    """Print a note on stderr, once for all ranks; nothing if it is empty."""
+    """Print a note on stderr, on rank 0 only; do nothing if it is empty."""
     if note and launch().rank == 0:
         print(f"note: {note}", file=sys.stderr)
 
 
 def check_output(path: Path, option: str) -> None:
-    """Raise now what writing `path` in the end would raise.
+    """Check, before any work is done, that the file `path` can be written later.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: no file can be made there.
+        FileNotFoundError, IsADirectoryError, PermissionError: it cannot.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option} {path} is a folder, expected a file to write")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.parent} for {option} {path}; make it first")
+        raise FileNotFoundError(f"no folder {path.parent} for {option} {path}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"no file can be made in {path.parent} for {option} {path}; choose another")
+        raise PermissionError(f"cannot write to {path.parent} for {option} {path}; choose another folder")
 
 
 def parse_config(verb: str, args: list[str]) -> Config:
-    """Return the configuration that `args` ask for; exits with help on `--help`.
+    """Return the configuration that `args` describe; print help and exit on `--help`.
 
     Raises:
-        ValueError: no preset named.
+        ValueError: the first argument is not a preset or a file.
     """
     if not args or args[0].startswith("-"):
         names = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in PRESETS.items())
@@ -94,13 +94,13 @@ def parse_config(verb: str, args: list[str]) -> Config:
             raise SystemExit(0)
         raise UserError(f"name a preset first\n\n{text}")
     base = load_base(args[0])
-    if verb != "train":  # whose log says it
+    if verb != "train":  # `pgolf train` writes the note to its log
         say(base_note(args[0]))
     return override(verb, args[0], args[1:], base)
 
 
 def override(verb: str, name: str, words: list[str], base: Config) -> Config:
-    """Return `base`, which was called `name`, with the settings of `words` changed."""
+    """Return `base`, which the user called `name`, with the settings in `words` changed."""
     rest = []
     for word in words:
         flag, equals, value = word.partition("=")

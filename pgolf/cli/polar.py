@@ -1,4 +1,4 @@
-"""`pgolf polar [--table NAME --steps N --lower L ...]`: coefficients of the polar iteration, compared."""
+"""`pgolf polar [--table NAME --steps N --lower L ...]`: compare coefficients of the polar iteration."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from pgolf.errors import RunError, UserError
 
 SOLVED = "solved"
 MOST_STEPS = 100
-"""Iterations of a table; all converge in fewer than ten."""
+"""Largest number of iterations that can be asked for; all tables converge in fewer than ten."""
 
 
 @dataclass(frozen=True)
 class Polar:
-    """Solve a table for an interval of singular values and compare it with the published ones."""
+    """Solve a coefficient table for an interval of singular values, and compare it with published tables."""
 
     table: str = SOLVED
-    """The table to print in full: "solved" for [lower, 1], or a name such as polar_express_golf."""
+    """Table to print in full: "solved" for the interval [lower, 1], or a name such as polar_express_golf."""
     steps: int = 5
-    """Iterations, as in optim.muon.ns-steps; at most 100."""
+    """Number of iterations, 1 to 100, as in optim.muon.ns-steps."""
     lower: float = 3e-3
-    """Smallest singular value to serve after normalization, in (0, 1); the quality is over [lower, 1]."""
+    """Smallest singular value, after normalization, that should be mapped close to 1, in (0, 1). The table is
+    solved for [lower, 1], and all tables are compared on that interval."""
     cushion: float = 0.02407327424182761
-    """Smallest ratio of interval ends that one step of the solved table is made for; the paper's value."""
+    """Smallest ratio of the ends of an interval for which one iteration is solved, in [0, 1). A larger value
+    makes the iterations less sensitive to rounding. The default is that of the Polar Express paper."""
     safety: float = 1.0
-    """Factor of tolerance against rounding in the solved table, >= 1; PR #1855 uses 1.02."""
+    """Largest singular value, >= 1, that the solved table tolerates; PR #1855 uses 1.02."""
     plot: Path | None = None
-    """Write the scalar maps of all tables to this file (.png, .svg, .pdf)."""
+    """Plot the maps of singular values of all tables to this file (.png, .svg, .pdf)."""
 
 
 def coefficient_lines(table: Sequence[tuple[float, float, float]]) -> list[str]:
-    """Return a table as a Python literal, ready to paste, every digit kept."""
+    """Return a table as lines of a Python literal, with all digits."""
     return ["[", *(f"    ({a!r}, {b!r}, {c!r})," for a, b, c in table), "]"]
 
 
 def comparison_lines(tables: Mapping[str, Sequence[tuple[float, float, float]]], lower: float) -> list[str]:
-    """Return a header and one line a table: slope at 0, and what becomes of [lower, 1]."""
+    """Return a header and one line per table: slope at 0, and statistics of its map of [lower, 1]."""
     from pgolf.optim.polar import quality, slope
 
     columns = ("steps", "slope at 0", "min", "max", "RMS dev", "mean", "CV")
@@ -67,7 +69,10 @@ def main(argv: list[str]) -> int:
     print(f"{args.table}, {len(chosen)} steps{detail if args.table == SOLVED else ''}")
     print("\n".join(coefficient_lines(chosen)))
     tables = {SOLVED: solved, **named_tables(args.steps)}
-    print(f"\nsingular values, log-uniform in [{args.lower:g}, 1], exact arithmetic; CV: deviation over mean")
+    print(
+        f"\nvalues to which singular values, log-uniform in [{args.lower:g}, 1], are mapped, without "
+        "rounding\nRMS dev: deviation from 1, lower is better; CV: standard deviation / mean"
+    )
     print("\n".join(comparison_lines(tables, args.lower)))
     if args.plot is not None:
         from pgolf.report.polar_plot import plot_scalar_maps

@@ -1,12 +1,13 @@
-"""Documents to shards: encode on all cores, check that no document is in both splits, write, sum up.
+"""Make shards from documents: encode on all cores, check that no document is in both splits, write.
 
-Every document is one BOS and its tokens (no EOS), and shards end between documents. The reader only finds the
-documents; parsing, hashing and encoding run in worker processes; this process collects the results in order
-and writes. Validation goes first, as its document hashes must be known before the training text is read.
+A document becomes one BOS and its tokens (no EOS), and a shard ends between two documents. The main process
+finds the documents in the files; worker processes parse, hash and encode them; the main process collects the
+results in order and writes them. The validation text comes first, because the hashes of its documents must be
+known when the training text is read.
 
-While a build runs the folder holds the file UNFINISHED with the command that made it, and it stays if the
-build ends in any other way than with a manifest: no reader takes such a folder for a data set. The same
-command begins anew there and finishes it.
+While a build runs, the folder contains the file UNFINISHED, which holds the command of the build. The file
+stays if the build ends without a manifest, and every reader refuses such a folder. Running the same command
+again starts the build from the beginning.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ from pgolf.files import atomic_file, file_sha256
 Report = Callable[[str], None]
 
 MOST_JOBS = 4096
-"""Largest number of processes; more are no help on any machine."""
+"""Largest number of processes that can be asked for."""
 NEW_NAME = ".new"
-"""Folder within, in which shards wait that will replace others."""
+"""Folder inside the data folder for new shards, until they are complete and replace the old ones."""
 
 # Starting a process takes about a second; encoding this much compressed text takes longer.
 _BYTES_PER_PROCESS = 500_000
@@ -68,26 +69,28 @@ class ShardsJob:
     """Encode documents into training and validation shards."""
 
     train: tuple[Path, ...]
-    """Text files to train on: .jsonl, .ndjson or .txt (also as .xz, .gz, .zst), or .parquet."""
+    """Text files to train on: .jsonl, .ndjson or .txt (also compressed as .xz, .gz, .zst), or .parquet."""
     val: tuple[Path, ...]
-    """Text files to validate on."""
+    """Text files to validate on, in the same formats."""
     tokenizer: Path
-    """SentencePiece model; copied to OUT/tokenizer.model."""
+    """SentencePiece model with which the text is encoded; it is copied to OUT/tokenizer.model."""
     out: Path
-    """Folder to make."""
+    """Folder for the shards; it is created if it does not exist."""
     name: str = "text"
-    """Prefix of the shard names."""
+    """Prefix of the names of the shards."""
     text_key: str = TEXT_KEY
-    """Where .jsonl objects and .parquet files have their text."""
+    """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     shard_tokens: int = 10_000_000
-    """Most tokens in a shard; a longer document gets a shard of its own."""
+    """Largest number of tokens in a shard, 1 to 2^31 - 1; a longer document is a shard by itself."""
     drop_overlap: bool = False
-    """Leave training documents out that are also in the validation text, instead of stopping."""
+    """If a training document is also in the validation text, leave it out of the training text. Without this
+    option such a document is an error."""
     overwrite: bool = False
-    """Replace the shards that are already in the folder once the new ones are complete; those of an
-    unfinished build go at once, always."""
+    """Replace shards that are already in the folder, as soon as the new ones are complete. Without this
+    option existing shards are an error; only those of an unfinished build are always removed."""
     jobs: int = 0
-    """Encoding processes; 0 = one per core (fewer for little text), 1 = none besides this one."""
+    """Number of encoding processes; 0 = one per core (fewer for little text), 1 = encode in the main
+    process."""
 
     def __post_init__(self) -> None:
         for split in ("train", "val"):
@@ -101,20 +104,20 @@ class ShardsJob:
 
 
 class _Encoded(NamedTuple):
-    """One document after a worker."""
+    """One document as a worker process returns it."""
 
     line: int
     title: str
     digest: bytes
     size: int  # UTF-8 bytes
     tokens: Tokens  # BOS first
-    counts: Tokens | None  # bytes of each token; validation only
-    exact: bool  # decoding gives the text back; checked for validation only
+    counts: Tokens | None  # bytes of each token; for validation text only
+    exact: bool  # whether decoding gives the text back; checked for validation text only
 
 
 @dataclass
 class _Tally:
-    """What was done so far: the numbers that the progress line and the summary show."""
+    """Counts of what was done so far, for the progress line and the totals."""
 
     documents: int = 0
     size: int = 0
@@ -126,17 +129,23 @@ class _Tally:
 def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
     """Make a folder of shards, byte sidecars, tokenizer and manifest from text.
 
+    After an error in the first checks the folder is as before. After a later error the folder stays marked as
+    unfinished; but if complete shards were to be replaced, those are kept unchanged.
+
     Args:
-        job: inputs, output and choices.
-        report: called with a line of progress about twice a second and a line per finished split.
+        job: inputs, output and options.
+        report: called with a line of progress about twice per second, and with one line per finished split.
+
     Returns:
         The manifest, which is written last.
+
     Raises:
-        FileNotFoundError: an input or the tokenizer is not there. FileExistsError: the folder holds shards.
-        ValueError: a bad document (named by file and line), one in both splits, text that is lost, or none.
-            Where finished shards were to be replaced, they are untouched.
-        OSError: a file cannot be written. RuntimeError: another build runs in the folder, or a worker process
-            was killed. After an error past the first checks the folder stays marked as unfinished.
+        FileNotFoundError: an input file or the tokenizer does not exist.
+        FileExistsError: the folder already holds shards.
+        ValueError: a document is not valid (the message names file and line) or is in both splits, the
+            tokenizer loses bytes of the validation text, or a split has no text.
+        OSError: a file cannot be written.
+        RuntimeError: another build runs in the folder, or a worker process was killed.
     """
     tokenizer = Tokenizer(job.tokenizer)
     for path in (*job.val, *job.train):
@@ -152,22 +161,22 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
             manifest = _replace_old(job, tokenizer, report) if staged else _begin_anew(job, tokenizer, report)
         except _OldIsWhole as e:
             finish()
-            report(f"{job.out} holds what it held before")
+            report(f"{job.out} is unchanged")
             assert e.__cause__ is not None
             raise e.__cause__ from None
         except Exception:
-            report(f"{job.out} is unfinished and marked so; the same command begins anew and finishes it")
+            report(f"{job.out} is marked as unfinished; run the same command to build it again")
             raise
         finish()
     return manifest
 
 
 class _OldIsWhole(Exception):
-    """The build failed before it touched what was in the folder."""
+    """The build failed before it changed the shards that were in the folder."""
 
 
 def _begin_anew(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
-    """Build where nothing is, or nothing of worth."""
+    """Build in a folder that has no complete shards."""
     shutil.rmtree(job.out / NEW_NAME, ignore_errors=True)
     _remove_old(job.out)
     manifest = _build(job, tokenizer, report)
@@ -176,7 +185,7 @@ def _begin_anew(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifes
 
 
 def _replace_old(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
-    """Build in a folder within, and put that in the place of a finished set only when it is complete."""
+    """Build in an inner folder, and replace the finished shards only when the new ones are complete."""
     new = job.out / NEW_NAME
     try:
         shutil.rmtree(new, ignore_errors=True)
@@ -194,7 +203,7 @@ def _replace_old(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manife
 
 
 def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
-    """Write everything but the manifest."""
+    """Write everything except for the manifest."""
     with atomic_file(job.out / TOKENIZER_NAME) as handle, job.tokenizer.open("rb") as source:
         shutil.copyfileobj(source, handle)
     seen: dict[bytes, str] = {}
@@ -210,13 +219,14 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
     )
     if manifest.total("val_bytes").bytes != val.size:
         raise RunError(
-            f"the byte sidecars sum to {manifest.total('val_bytes').bytes}, the text to {val.size}"
+            f"the byte sidecars sum to {manifest.total('val_bytes').bytes} bytes, but the validation text "
+            f"has {val.size}; its files were changed during the build: run the command again"
         )
     return manifest
 
 
 def _check_out(job: ShardsJob) -> None:
-    """Make the output folder; refuse one that holds shards which nobody said may go."""
+    """Make the output folder; refuse one that holds shards, unless --overwrite was given."""
     if job.out.exists() and not job.out.is_dir():
         raise NotADirectoryError(f"{job.out} is a file, expected a folder; choose another --out")
     job.out.mkdir(parents=True, exist_ok=True)
@@ -225,7 +235,7 @@ def _check_out(job: ShardsJob) -> None:
 
 
 def _refuse_shards(job: ShardsJob) -> None:
-    """Refuse a folder with shards or a manifest which nobody said may go."""
+    """Refuse a folder with shards or a manifest, unless --overwrite was given."""
     old = _shards_in(job.out)
     manifest = job.out / MANIFEST_NAME
     if not old and os.path.lexists(manifest) and not job.overwrite:
@@ -244,7 +254,7 @@ def _shards_in(folder: Path) -> list[Path]:
 
 
 def _remove_old(folder: Path) -> None:
-    """Leave no shard that the new manifest would not list, and no file that a killed build was writing."""
+    """Remove the shards and the manifest, and the temporary files of a build that was killed."""
     temporary = re.compile(rf"\.(.+\.bin|{TOKENIZER_NAME}|{MANIFEST_NAME})\.\d+\.tmp")
     left = [p for p in folder.iterdir() if temporary.fullmatch(p.name)]
     for path in (folder / MANIFEST_NAME, *_shards_in(folder), *left):
@@ -253,15 +263,14 @@ def _remove_old(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _unfinished(job: ShardsJob) -> Iterator[tuple[Callable[[], None], bool]]:
-    """Mark the folder as unfinished; only the function that is yielded removes the mark.
+    """Mark the folder as unfinished; yield the function that removes the mark, and whether the mark is new.
 
-    Yielded with it: whether the folder was not marked before.
-
-    The mark is locked as long as this process lives, so that a second build does not take a running one for
-    one that was killed.
+    The file is locked as long as this process runs, so that a second build can tell a running build from one
+    that was killed.
 
     Raises:
-        RuntimeError: another build has the lock. OSError: the mark cannot be written.
+        RuntimeError: another build has the lock.
+        OSError: the mark cannot be written.
     """
     path = job.out / MARKER_NAME
     try:
@@ -281,7 +290,7 @@ def _unfinished(job: ShardsJob) -> Iterator[tuple[Callable[[], None], bool]]:
             raise RunError(f"another build in {job.out} has just finished; choose another --out")
         try:
             if created:
-                _refuse_shards(job)  # of a build that has finished since the first look
+                _refuse_shards(job)  # another build may have finished since the first check
             _write_marker(marker, f"{command_of(job)}\n".encode("utf-8", "surrogateescape"))
         except OSError as e:
             if created:
@@ -293,7 +302,7 @@ def _unfinished(job: ShardsJob) -> Iterator[tuple[Callable[[], None], bool]]:
 
 
 def _open_marker(path: Path) -> tuple[int, bool]:
-    """Open the mark, never through a link; return its descriptor and whether it was made now."""
+    """Open the mark without following a link; return its descriptor and whether it was created now."""
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
@@ -302,7 +311,7 @@ def _open_marker(path: Path) -> tuple[int, bool]:
 
 
 def _write_marker(marker: int, text: bytes) -> None:
-    """Make `text` the whole of the mark, on disk."""
+    """Replace the contents of the mark by `text`, and wait until they are on disk."""
     os.lseek(marker, 0, os.SEEK_SET)
     rest = text
     while rest:
@@ -312,7 +321,7 @@ def _write_marker(marker: int, text: bytes) -> None:
 
 
 def command_of(job: ShardsJob) -> str:
-    """Return the shell command that does this job, from any folder."""
+    """Return the shell command that does this job and works from any folder."""
     words = ["pgolf", "data", "shards"]
     for item in fields(job):
         value = getattr(job, item.name)
@@ -330,12 +339,16 @@ def command_of(job: ShardsJob) -> str:
 def _build_split(
     job: ShardsJob, split: Split, *, seen: dict[bytes, str], report: Report
 ) -> tuple[dict[str, ShardInfo], _Tally]:
-    """Encode and write one split; `seen` maps document hashes to places and is filled by val."""
+    """Encode and write one split; return its files and counts.
+
+    Args:
+        seen: maps the hash of a validation document to where it stands; "val" fills it, "train" reads it.
+    """
     writer = _ShardWriter(job.out, job.name, split, job.shard_tokens)
     tally = _Tally()
     paths: tuple[Path, ...] = getattr(job, split)
     progress = _Progress(split, paths, report)
-    with contextlib.closing(_encode(job, split)) as encoded:  # ends the workers now, not when it is collected
+    with contextlib.closing(_encode(job, split)) as encoded:  # closing ends the workers, after an error too
         for batch, documents in encoded:
             for document in documents:
                 place = f"{batch.source}, line {document.line}"
@@ -357,7 +370,10 @@ def _build_split(
             progress.update(batch, tally)
     where = ", ".join(map(str, paths))
     if not tally.documents:
-        raise UserError(f"no {split} documents in {where}{' but those of val' * (tally.dropped > 0)}")
+        raise UserError(
+            f"no {split} documents in {where}{' except for those of val' * (tally.dropped > 0)}; give other "
+            f"files with --{split}"
+        )
     if not tally.size:
         raise UserError(
             f"the {split} text has no bytes: all of the {tally.documents:,} documents in {where} are empty; "
@@ -382,8 +398,8 @@ def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Enc
     if jobs == 1:
         yield from map(encode, batches)
         return
-    # spawn, not fork: the caller may have threads (torch does), and a forked lock would hang. Unlike
-    # multiprocessing.Pool, which waits for ever, the executor notices a worker that was killed.
+    # spawn, not fork: the caller may have threads (torch does), whose locks could stay locked in a fork. The
+    # executor notices a worker that was killed, where multiprocessing.Pool would wait forever.
     pool = concurrent.futures.ProcessPoolExecutor(
         jobs, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
     )
@@ -391,7 +407,7 @@ def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Enc
     try:
         for batch in batches:
             waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * jobs:  # bounds the memory, and keeps every worker busy
+            if len(waiting) > 2 * jobs:  # limits the memory, and is enough to keep every worker busy
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -400,18 +416,18 @@ def _encode(job: ShardsJob, split: Split) -> Generator[tuple[RawBatch, list[_Enc
             3,
             11,
             5,
-        ):  # its own clean-up hangs there: github.com/python/cpython/issues/94777
+        ):  # the executor's own clean-up would hang: github.com/python/cpython/issues/94777
             pool._call_queue._reader.close()  # type: ignore[attr-defined, unused-ignore]
         raise RunError(
-            f"a worker process died while it encoded the {split} text (killed by the system, as memory was "
-            f"short?); free memory or pass fewer --jobs than {jobs}, and run the command again"
+            f"a worker process died while it encoded the {split} text; the system may have killed it because "
+            f"memory ran out. Free memory or pass fewer --jobs than {jobs}, and run the command again"
         ) from e
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the main process, and end with it, however it ends."""
+    """Ignore Ctrl-C, which the main process handles, and end this worker when the main process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -430,7 +446,7 @@ def _load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _encode_batch(model: Path, split: Split, batch: RawBatch) -> tuple[RawBatch, list[_Encoded]]:
-    """Encode one batch; the batch comes back without its text, for progress."""
+    """Encode one batch; return it without its text (for the progress line), and its encoded documents."""
     tokenizer = _load_tokenizer(model)
     documents = list(batch.documents())
     texts = [d.text for d in documents]
@@ -444,20 +460,20 @@ def _encode_batch(model: Path, split: Split, batch: RawBatch) -> tuple[RawBatch,
 
 
 def _finish(tokenizer: Tokenizer, document: Document, ids: Tokens, counts: Counts | None) -> _Encoded:
-    """Hash a document and put BOS before its tokens; with `counts`, check that no byte of it is lost."""
+    """Hash a document and put BOS before its tokens; with `counts`, check that no byte is lost."""
     raw = document.text.encode()
     exact = True
     side = None
     if counts is not None:
         if int(counts.max(initial=0)) > 65535:
             raise UserError(
-                f"{document.source}, line {document.line}: one token stands for {int(counts.max())} bytes, a "
-                "byte sidecar holds 65535 at most: use a lossless tokenizer (pgolf data tokenizer)"
+                f"{document.source}, line {document.line}: one token has {int(counts.max())} bytes, but "
+                "a byte sidecar holds at most 65535; use a lossless tokenizer (pgolf data tokenizer)"
             )
         if int(counts.sum()) != len(raw):
             raise UserError(
                 f"{document.source}, line {document.line}: the tokens account for {int(counts.sum())} of "
-                f"{len(raw)} bytes, so bits per byte would be wrong: use a lossless tokenizer "
+                f"{len(raw)} bytes, so bits per byte would be wrong; use a lossless tokenizer "
                 "(pgolf data tokenizer)"
             )
         exact = tokenizer.decode(ids) == document.text
@@ -469,7 +485,7 @@ def _finish(tokenizer: Tokenizer, document: Document, ids: Tokens, counts: Count
 
 @dataclass
 class _ShardWriter:
-    """Collects documents and writes a shard (and its sidecar) when the next document would not fit."""
+    """Collects documents, and writes a shard and its sidecar when the next document would not fit."""
 
     folder: Path
     name: str
@@ -480,14 +496,14 @@ class _ShardWriter:
     tokens: int = 0
 
     def add(self, document: _Encoded) -> None:
-        """Take one document."""
+        """Add one document."""
         if self.waiting and self.tokens + len(document.tokens) > self.limit:
             self.finish()
         self.waiting.append(document)
         self.tokens += len(document.tokens)
 
     def finish(self) -> dict[str, ShardInfo]:
-        """Write what is waiting; return all files of this writer."""
+        """Write the documents that are waiting; return all files that were written."""
         if not self.waiting:
             return self.files
         number = sum(info.split == self.split for info in self.files.values())
@@ -506,7 +522,7 @@ class _ShardWriter:
 
 
 class _Progress:
-    """Rate and time left of one split, by the fraction of its files that was read."""
+    """Reports the rate of one split and the time left, from the fraction of its files that was read."""
 
     def __init__(self, split: str, paths: Sequence[Path], report: Report) -> None:
         self._split = split
@@ -519,14 +535,14 @@ class _Progress:
         self._begin = self._last = time.perf_counter()
 
     def update(self, batch: RawBatch, tally: _Tally) -> None:
-        """Report at most twice a second."""
+        """Report the progress, at most twice per second."""
         now = time.perf_counter()
         if now - self._last < 0.5:
             return
         self._last = now
         share = (self._before[batch.source] + batch.consumed) / max(1, self._total)
         line = self._line(tally)
-        if share:  # a parquet file does not say how far it was read
+        if share:  # it is 0 for a parquet file, whose position is not known
             left = (now - self._begin) * (1 - share) / share
             line += f", {100 * share:.0f} %, {left:.0f} s left"
         self._report(line)

@@ -1,10 +1,10 @@
-"""Compressed text files as plain ones: xz, gzip and Zstandard, read whole or refused.
+"""Reading of xz, gzip and Zstandard files, either completely or with an error.
 
-A file may hold several streams (members, frames) one after another, as `cat a.xz b.xz`, pixz, pigz, bgzip
-and pzstd make them, and what its format allows between them: xz stream padding (zeros, a multiple of four),
-zeros behind gzip members, skippable Zstandard frames. Everything else is an error that names the file: a
-stream that ends too early, one that is damaged, and a tail that is of no stream. (`lzma.LZMAFile` takes
-padding or a foreign tail for the end of the file, and says nothing.)
+A file may contain several streams (members, frames) one after another, as `cat a.xz b.xz`, pixz, pigz, bgzip
+and pzstd write them, and between them what the format allows: xz stream padding (zeros, a multiple of four),
+zeros after gzip members, skippable Zstandard frames. A stream that ends too early, a damaged stream and other
+data after a stream are errors that name the file. (`lzma.LZMAFile` takes padding or other data for the end of
+the file and ignores the rest silently.)
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _CHUNK, _PIECE = 1 << 16, 1 << 20
 
 
 class _Codec(NamedTuple):
-    """One format: `decoder()` makes an object that reads one stream."""
+    """One compressed format; `decoder()` makes an object that reads one stream."""
 
     name: str
     decoder: Callable[[], _Xz | _Gzip | _Zstd]
     errors: tuple[type[Exception], ...]
     padding: int
-    """Zeros between and behind streams must be a multiple of this; 0 = there must be none."""
+    """The number of zero bytes after a stream must be a multiple of this; 0 = there must be none."""
 
 
 def open_text(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
-    """Return the text of an open file: `raw` itself, or what it holds where the suffix says compressed.
+    """Return the text of an open file: `raw` itself, or its decompressed contents if the suffix says so.
 
-    Reading raises ValueError (damaged, cut off, or with a tail that is not of the format).
+    Reading the result raises ValueError if the data are damaged or cut off, or followed by other data.
 
     Raises:
-        RuntimeError: a .zst file, and nothing to read it with is installed.
+        RuntimeError: no installed package can read the .zst file.
     """
     if path.suffix not in SUFFIXES:
         return raw
@@ -45,7 +45,7 @@ def open_text(path: Path, raw: io.BufferedReader) -> io.BufferedReader:
 
 
 def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes]:
-    """Yield the decompressed file in pieces that fit in memory, however well it was compressed."""
+    """Yield the decompressed file in pieces of limited size, whatever its compression ratio."""
     data = raw.read(_CHUNK)
     if not data:
         raise UserError(f"{path}: the file is empty, not {codec.name} data; copy it again")
@@ -58,10 +58,10 @@ def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes
             while not decoder.eof:
                 data = raw.read(_CHUNK)
                 if not data:
-                    raise EOFError("it ends inside a stream")
+                    raise EOFError("the file ends inside a stream")
                 yield from decoder.feed(data)
         except codec.errors as e:
-            behind = f", or foreign data, behind stream {number - 1}" if number > 1 else ""
+            behind = f", or other data, after stream {number - 1}" if number > 1 else ""
             raise UserError(
                 f"{path}: damaged or truncated {codec.name} data{behind} ({e}); copy it again"
             ) from e
@@ -69,7 +69,7 @@ def _decode(path: Path, raw: io.BufferedReader, codec: _Codec) -> Iterator[bytes
 
 
 def _skip_padding(path: Path, raw: io.BufferedReader, codec: _Codec, data: bytes) -> bytes:
-    """Return what follows a stream after the zeros that may stand there."""
+    """Return the data that follow a stream and the zeros that its format allows after it."""
     zeros = 0
     while codec.padding and data:
         rest = data.lstrip(b"\0")
@@ -79,25 +79,25 @@ def _skip_padding(path: Path, raw: io.BufferedReader, codec: _Codec, data: bytes
             break
     if zeros % max(1, codec.padding):
         raise UserError(
-            f"{path}: {zeros} zero bytes behind a stream, {codec.name} files have a multiple of "
-            f"{codec.padding} there: it was cut or joined wrongly; copy it again"
+            f"{path}: {zeros} zero bytes after a stream, but in {codec.name} files their number is a "
+            f"multiple of {codec.padding}; the file was cut or joined wrongly: copy it again"
         )
     return data
 
 
 class _Chunks(io.RawIOBase):
-    """A raw file made of byte strings."""
+    """A raw file whose contents come from an iterator of byte strings."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
         self._rest = b""
 
     def readable(self) -> bool:
-        """Tell that it can be read."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` with what there is, at least one byte before the end."""
+        """Write the next bytes into `buffer` and return their number, which is 0 only at the end."""
         while not self._rest:
             try:
                 self._rest = next(self._chunks)
@@ -110,18 +110,18 @@ class _Chunks(io.RawIOBase):
 
 
 class _Xz:
-    """One xz stream; index, footer and checksums are checked by liblzma."""
+    """Decoder of one xz stream; liblzma checks its index, footer and checksums."""
 
     def __init__(self) -> None:
         self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
         self.eof, self.unused = False, b""
 
     def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield what `data` gives; then `eof` says that the stream is over, `unused` is what follows it."""
+        """Yield the text of `data`; afterwards `eof` says if the stream is over, `unused` is what follows."""
         piece = self._decoder.decompress(data, _PIECE)
         check = self._decoder.check
         if check != lzma.CHECK_UNKNOWN and not lzma.is_check_supported(check):
-            raise lzma.LZMAError(f"its checksum is of kind {check}, which cannot be checked here")
+            raise lzma.LZMAError(f"its checksum is of kind {check}, which this liblzma cannot check")
         yield piece
         while not (self._decoder.eof or self._decoder.needs_input):
             yield self._decoder.decompress(b"", _PIECE)
@@ -129,7 +129,7 @@ class _Xz:
 
 
 class _Gzip:
-    """One gzip member; zlib checks CRC and length."""
+    """Decoder of one gzip member; zlib checks its CRC and length."""
 
     def __init__(self) -> None:
         self._decoder = zlib.decompressobj(wbits=31)
@@ -144,7 +144,7 @@ class _Gzip:
 
 
 class _Zstd:
-    """One Zstandard frame; a checksum and the size are checked where the frame has them."""
+    """Decoder of one Zstandard frame; its checksum and size are checked if the frame has them."""
 
     def __init__(self, decoder: Any) -> None:
         self._decoder = decoder
@@ -152,7 +152,7 @@ class _Zstd:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """As `_Xz.feed`."""
-        # The output cannot be limited, so a little at a time: a KB of input makes 32 MB at most.
+        # The size of the output cannot be limited, so the input is fed in pieces: 1 KB makes at most 32 MB.
         for at in range(0, len(data), 1024):
             yield self._decoder.decompress(data[at : at + 1024])
             if self._decoder.eof:
@@ -181,7 +181,7 @@ def _zstd() -> _Codec:
             f"reading .zst needs the package zstandard ({e}); pip install zstandard, or unpack the files: "
             "zstd -d FILE.zst"
         ) from e
-    # The window that `zstd --long=31` makes.
+    # The largest window, as `zstd --long=31` writes it.
     return _Codec(
         "zst",
         lambda: _Zstd(zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()),

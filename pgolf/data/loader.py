@@ -1,11 +1,13 @@
-"""Batches for training and validation: packed documents with segment boundaries, on the right device.
+"""Batches for training and validation: packed documents with segment boundaries, on the device of the run.
 
-`T` tokens of a micro-batch, `S` attention segments in it. A batch is one row of T tokens; `cu_seqlens` says
-where segments begin, so attention never looks from one document into another. `cu_seqlens` is padded with T
-to a multiple of 64 entries (as in PR #1855's run) so that a compiler sees few different shapes.
+A batch is one row of T tokens. `cu_seqlens` holds the starts of its segments, so that attention never looks
+from one document into another. It is padded with T to a multiple of 64 entries, as in PR #1855's run, so that
+a compiler sees few different shapes.
 
-The order of documents differs from PR #1855's loader: it read in file order and skipped the tail of each
-shard; here nothing is skipped, and the order is shuffled by seed unless `data.shuffle` is off.
+The order of documents is not that of PR #1855's loader, which read in file order and skipped the end of each
+shard. Here nothing is skipped, and the seed shuffles the order, except with `data.shuffle=false`.
+
+Legend: `T` tokens of a micro-batch, `S` attention segments in it.
 """
 
 from __future__ import annotations
@@ -48,30 +50,35 @@ class Batch:
     inputs: Tensor
     """`(T,)` int64 token ids."""
     targets: Tensor
-    """`(T,)` int64: the token after each input, the next document's BOS included."""
+    """`(T,)` int64, the token after each input; after the end of a document that is the BOS of the next."""
     cu_seqlens: Tensor
-    """int32: the S segment starts, then T repeated up to a multiple of 64 entries (once at least)."""
+    """int32: the S segment starts, then T, repeated (at least once) up to a multiple of 64 entries."""
     max_seqlen: int
-    """The constant max_context, which no segment exceeds."""
+    """The constant max_context; no segment is longer."""
     epoch: float
-    """Passes over the training tokens after this micro-batch (of all ranks, in stream order)."""
+    """Passes over the training tokens up to the end of this micro-batch, counting those of all ranks."""
 
 
 class TrainLoader:
-    """Endless micro-batches for one rank, prepared ahead by a thread.
+    """Endless micro-batches for one rank, which a thread prepares ahead of time.
 
-    Global micro-batch m is tokens [m * T, m * T + T] of the document stream (inputs the first T, targets
-    shifted by one): a function of the files, seed, T and shuffle only. Rank r of W gets m = r, r + W, r + 2W,
-    ..., so the same data make an optimizer step at any number of ranks.
+    The global micro-batch m consists of the tokens m * T to m * T + T of the document stream (the inputs are
+    the first T, the targets the last T). It depends only on the files, the seed, T and shuffle. Rank r of W
+    gets the micro-batches r, r + W, r + 2W, ..., so an optimizer step has the same data at any number of
+    ranks.
 
     Args:
         config: folder, micro_tokens (T), shuffle, prefetch.
-        vocab_size: ids must be below it. bos_id: starts a document. max_context: longest segment.
-        seed: >= 0, of the order of shards and documents.
-        rank, world_size: which micro-batches.
-        device: where the tensors go; from pinned memory and without waiting on CUDA.
+        vocab_size: every id must be below it.
+        bos_id: the id that starts a document.
+        max_context: tokens of the longest segment.
+        seed: of the order of shards and documents, >= 0.
+        rank, world_size: select this rank's micro-batches.
+        device: where the tensors go; to CUDA they are copied from pinned memory without waiting.
+
     Raises:
-        ValueError: config.dir is not set, or an argument is out of range. FileNotFoundError: no shards there.
+        ValueError: config.dir is not set, or an argument is out of range.
+        FileNotFoundError: the folder has no training shards.
     """
 
     def __init__(
@@ -99,7 +106,7 @@ class TrainLoader:
         self._total = sum(shard_tokens(path) for path in self._paths)
         self._vocab_size, self._bos_id, self._max_context = vocab_size, bos_id, max_context
         self._seed, self._rank, self._world_size = seed, rank, world_size
-        # The thread has no current device of its own, so "cuda" must become this one's.
+        # The thread has its own current device, so "cuda" must be replaced by the device of this process.
         indexed = device.type != "cuda" or device.index is not None
         self._device = device if indexed else torch.device("cuda", torch.cuda.current_device())
         self._closed = False
@@ -110,10 +117,11 @@ class TrainLoader:
         """Return this rank's next micro-batch.
 
         Raises:
-            RuntimeError: the loader is closed. ValueError, OSError: a bad shard, found by the thread.
+            RuntimeError: the loader is closed.
+            ValueError, OSError: the thread could not read a shard.
         """
         if self._closed:
-            raise RuntimeError("the loader is closed; make a new one")
+            raise RuntimeError("the loader is closed; call restart(), or make a new loader")
         if self._error is None:
             item = self._queue.get()
             if not isinstance(item, Exception):
@@ -122,7 +130,7 @@ class TrainLoader:
         raise self._error
 
     def restart(self, *, at: int = 0) -> None:
-        """Go back to this rank's first micro-batch, or to its micro-batch `at` (counting from 0)."""
+        """Start again at this rank's micro-batch number `at`, counting from 0."""
         if at < 0:
             raise UserError(f"at must be >= 0, got {at}")
         self.close()
@@ -130,7 +138,7 @@ class TrainLoader:
         self._start(at)
 
     def close(self) -> None:
-        """Stop the thread; calling it twice is fine."""
+        """Stop the thread; a second call does nothing."""
         self._closed = True
         self._stop.set()
         self._thread.join()
@@ -152,10 +160,10 @@ class TrainLoader:
         self._thread.start()
 
     def _fill(self, ready: queue.Queue[Batch | Exception], stop: threading.Event, at: int) -> None:
-        """The thread: put batch after batch, or the exception that ended it."""
+        """Put one batch after another into `ready`, or the exception that ends it; the thread runs this."""
         try:
             if self._device.type == "cuda":
-                # Pinning would otherwise make a context on device 0 in every process.
+                # Otherwise, pinning memory would create a context on device 0 in every process.
                 torch.cuda.set_device(self._device)
             stream = DocumentStream(
                 self._paths,
@@ -186,7 +194,7 @@ class TrainLoader:
 
 
 def _put(ready: queue.Queue[Batch | Exception], item: Batch | Exception, stop: threading.Event) -> bool:
-    """Put `item`, waiting for room; False if the loader was closed meanwhile."""
+    """Put `item` into the queue when there is room; return False if the loader was closed meanwhile."""
     while not stop.is_set():
         try:
             ready.put(item, timeout=0.05)
@@ -215,7 +223,7 @@ def _move(batch: Batch, device: torch.device) -> Batch:
 
 
 def padded_cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
-    """Return starts, then `total` up to a multiple of 64 entries (once at least), as int32."""
+    """Return `starts`, then `total`, repeated (at least once) up to a multiple of 64 entries, as int32."""
     size = -(-(starts.size + 1) // _CU_MULTIPLE) * _CU_MULTIPLE
     out = torch.full((size,), total, dtype=torch.int32)
     out[: starts.size] = torch.from_numpy(starts)
@@ -223,13 +231,16 @@ def padded_cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
 
 
 def buffer_size(count: int, full: int, *, first: bool, last: bool, device: torch.device) -> int:
-    """Return how long a validation buffer of `count` tokens is padded: as little as costs nothing else.
+    """Return the padded length of a validation buffer of `count` tokens.
 
-    Without a compiler (CPU) the last buffer of a text ends with it, rounded up to 64. On a GPU each new
-    length compiles new graphs, so only a text of one buffer has a shorter one, a power of two.
+    Buffers have `full` tokens, except for the last one. On the CPU, which does not compile, its length is
+    `count` rounded up to a multiple of 64. On a GPU each new length would compile new graphs, so there only a
+    text that fits into one buffer gets a shorter one, whose length is a power of two.
 
     Args:
-        count: real tokens, at most `full`. full: tokens of all other buffers. first, last: of the whole text.
+        count: tokens in this buffer, at most `full`.
+        full: length of a full buffer, tokens.
+        first, last: whether this is the first and the last buffer of the whole text.
         device: where the model runs.
     """
     if not last or (device.type != "cpu" and not first):
@@ -245,42 +256,44 @@ class ValBatch:
     inputs: Tensor
     """`(T,)` int64 token ids, padded with 0 at the end."""
     targets: Tensor
-    """`(T,)` int64: the token after each input, -100 (ignored) in the padding."""
+    """`(T,)` int64: the token after each input; -100 (ignored) in the padding."""
     target_bytes: Tensor
-    """`(T,)` int64: original UTF-8 bytes of each target, 0 in the padding."""
+    """`(T,)` int64: UTF-8 bytes of the original text that each target stands for; 0 in the padding."""
     cu_seqlens: Tensor
     """int32 segment starts, then T up to a multiple of 64 entries; the padding is cut into segments too."""
     max_seqlen: int
-    """The constant max_context."""
+    """The constant max_context; no segment is longer."""
     tokens: int
     """Number of real targets."""
 
 
 class ValidationText(NamedTuple):
-    """The whole validation stream in memory."""
+    """The whole validation text in memory."""
 
     tokens: Tokens
     """`(n,)` ids of all shards, one after another."""
     bytes: NDArray[np.int64]
-    """`(n,)` original UTF-8 bytes of each token; that of the first is 0, as it is never a target."""
+    """`(n,)` UTF-8 bytes of the original text that each token stands for; 0 for the first token, which is
+    never a target."""
 
 
 def load_validation(
     folder: Path, *, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> ValidationText:
-    """Read the validation tokens and the bytes that each stands for.
+    """Read the validation tokens and the number of bytes that each of them stands for.
 
-    Bytes come from the sidecars (`*_val_bytes_*.bin`) where they are present, otherwise from the challenge's
-    byte table of `tokenizer` (or of the one in the folder).
+    The bytes come from the sidecars (`*_val_bytes_*.bin`) if there are any, otherwise from the challenge's
+    byte table of the tokenizer.
 
     Args:
-        folder: with `*_val_*.bin`.
-        tokenizer: for the byte table, if there is no sidecar.
-        vocab_size: when given, every id must be below it.
+        folder: holds `*_val_*.bin`.
+        tokenizer: for the byte table, if there are no sidecars; the tokenizer of the folder if None.
+        vocab_size: every id must be below it; None does not check that.
+
     Raises:
-        FileNotFoundError: no shards, or neither sidecars nor a tokenizer. ValueError: bad shards, a sidecar
-            whose length differs, that some shards lack or whose shard is missing, fewer than two tokens, or
-            no byte.
+        FileNotFoundError: there are no shards, or neither sidecars nor a tokenizer.
+        ValueError: a shard is damaged, a sidecar has another length than its shard, only some shards have
+            sidecars, a sidecar has no shard, or the text has fewer than two tokens or no bytes.
     """
     text = _read_validation(folder, tokenizer, vocab_size)
     if not text.bytes.any():
@@ -301,15 +314,15 @@ def _read_validation(folder: Path, tokenizer: Tokenizer | None, vocab_size: int 
     alone = [side for side in list_files(folder, "val_bytes") if side not in sides]
     if alone:
         raise UserError(
-            f"{alone[0]} has no shard beside it: a validation shard is missing, or the sidecar is another's; "
-            "copy the folder again, or move the sidecar away"
+            f"{alone[0]} has no shard next to it: either a validation shard is missing, or the sidecar "
+            "belongs to other data; copy the folder again, or move the sidecar away"
         )
     if not missing:
         counts = np.concatenate([_read_sidecar(p, s) for p, s in zip(paths, sides, strict=True)])
         counts[0] = 0
         return ValidationText(tokens, counts)
     if len(missing) < len(sides):
-        raise UserError(f"{missing[0]} is missing while other shards have their sidecar; copy it again")
+        raise UserError(f"{missing[0]} is missing, but other shards have sidecars; copy it again")
     tokenizer = tokenizer or find_tokenizer(folder)
     if int(tokens.max()) >= tokenizer.vocab_size:
         raise UserError(
@@ -324,8 +337,8 @@ def _read_sidecar(shard: Path, side: Path) -> NDArray[np.int64]:
     counts = read_shard(side).astype(np.int64)
     if counts.size != shard_tokens(shard):
         raise UserError(
-            f"{side}: {counts.size} entries for the {shard_tokens(shard)} tokens of {shard.name}; "
-            f"they belong to different data: {MAKE_SHARDS}"
+            f"{side}: {counts.size} entries for the {shard_tokens(shard)} tokens of {shard.name}; shard and "
+            f"sidecar belong to different data. Make both again: {MAKE_SHARDS}"
         )
     return counts
 
@@ -333,10 +346,10 @@ def _read_sidecar(shard: Path, side: Path) -> NDArray[np.int64]:
 def validation_totals(
     folder: Path, *, tokenizer: Tokenizer | None = None, vocab_size: int | None = None
 ) -> tuple[int, int]:
-    """Return (targets, bytes of all targets): what a complete validation pass must add up to.
+    """Return the numbers of targets and of their bytes in the whole validation text.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_validation`.
+        FileNotFoundError, ValueError: as in `load_validation`.
     """
     text = load_validation(folder, tokenizer=tokenizer, vocab_size=vocab_size)
     return text.tokens.size - 1, int(text.bytes.sum())
@@ -347,13 +360,17 @@ def validation_segments(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the starts and lengths `(S,)` of the validation segments, in order.
 
-    Segment i has inputs tokens[start:][:length] and targets one further, so every token but the first is a
-    target exactly once. Segments start at each BOS and every max_context tokens within a document.
+    The inputs of a segment are tokens[start:][:length], its targets the tokens one position later. So every
+    token except for the first one is a target exactly once. A segment starts at each BOS and every
+    max_context tokens within a document.
 
     Args:
-        tokens: `(n,)` the stream, n >= 2. bos_id: starts a document. max_context: longest segment, >= 1.
+        tokens: `(n,)` ids of the text, n >= 2.
+        bos_id: the id that starts a document.
+        max_context: tokens of the longest segment, >= 1.
+
     Raises:
-        ValueError: no BOS in the stream, or fewer than 2 tokens.
+        ValueError: the text has no BOS, or fewer than 2 tokens.
     """
     if tokens.size < 2:
         raise UserError(f"validation needs at least 2 tokens, got {tokens.size}")
@@ -379,19 +396,22 @@ def validation_batches(
     device: torch.device,
     vocab_size: int | None = None,
 ) -> Iterator[ValBatch]:
-    """Yield this rank's share of the validation text, in order.
+    """Yield this rank's part of the validation text, in order.
 
-    Whole segments are packed into buffers of `batch_tokens` (the last one shorter, see `buffer_size`), so the
-    score does not depend on the buffer's size; buffer b goes to rank b mod world_size, so ranks may get
-    different numbers of them.
+    Whole segments are packed into buffers of `batch_tokens` (for the last buffer see `buffer_size`), so the
+    score does not depend on the size of the buffers. Buffer b goes to rank b mod world_size; ranks may get
+    different numbers of buffers.
 
     Args:
-        folder, tokenizer, vocab_size: as `load_validation`.
-        bos_id, max_context: as `validation_segments`.
+        folder, tokenizer, vocab_size: as in `load_validation`.
+        bos_id, max_context: as in `validation_segments`.
         batch_tokens: T, at least max_context.
-        rank, world_size: which buffers. device: where the tensors go.
+        rank, world_size: select this rank's buffers.
+        device: where the tensors go.
+
     Raises:
-        ValueError: batch_tokens < max_context, or bad data. FileNotFoundError: no data.
+        ValueError: batch_tokens < max_context, or the data are not valid.
+        FileNotFoundError: there are no data.
     """
     if not 1 <= max_context <= batch_tokens:
         raise UserError(
@@ -424,7 +444,7 @@ def _pack(
     max_context: int,
     device: torch.device,
 ) -> ValBatch:
-    """Put the segments from starts[0] to `end`, which are consecutive, into one padded buffer."""
+    """Return the consecutive segments from starts[0] to `end` as one padded buffer."""
     begin = int(starts[0])
     count = end - begin
     inputs = torch.zeros(size, dtype=torch.int64)

@@ -1,6 +1,6 @@
-"""Whether a data folder is what its manifest says, with the counts and the tokenizer too.
+"""Check of a data folder against its manifest, including the counts and the tokenizer.
 
-Folders of other tools have no manifest; what rests on them says so (`NO_MANIFEST`).
+A folder that another tool made has no manifest; results that use such a folder say so (`NO_MANIFEST`).
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.errors import UserError
 
 NO_MANIFEST = (
-    "no manifest.json in the data folder: shards of another tool, nothing says whether they are whole and "
-    "unchanged"
+    "the data folder has no manifest.json (another tool made the shards), so it cannot be checked whether "
+    "they are complete and unchanged"
 )
-"""What every result says that rests on such a folder."""
+"""The note in every result that uses a folder without a manifest."""
 
 
 def verify_folder(folder: Path, *, training: bool = False) -> Manifest | None:
-    """Check a data folder against its manifest and return that; None where it has none.
+    """Check a data folder against its manifest and return the manifest, or None if there is none.
 
-    Compared are the list of shards and sidecars, their size, the SHA-256 of the tokenizer, of validation
-    shards and sidecars (`training`: of training shards too), documents and bytes of the validation text
-    (`training`: documents of the other too), the tokenizer's vocabulary and BOS, and, where it is lossy, that
-    the validation ids decode exactly if the manifest says so. Bytes of the training text are not: its shards
-    have no sidecars.
+    The check compares the list of shards and sidecars, their sizes, the SHA-256 of the tokenizer, of the
+    validation shards and of their sidecars, the numbers of documents and bytes of the validation text, and
+    the vocabulary size and BOS of the tokenizer. If the manifest says that the validation ids decode exactly
+    but the tokenizer is lossy, the decoding is checked too. The number of bytes of the training text cannot
+    be checked, because training shards have no sidecars.
+
+    Args:
+        training: compare the SHA-256 and the number of documents of the training shards too.
 
     Raises:
-        FileNotFoundError: no such folder, or a listed file is not there. ValueError: an unfinished build, a
-            damaged manifest, or a file that differs or is not listed.
+        FileNotFoundError: the folder or a file of the manifest does not exist.
+        ValueError: the build is unfinished, the manifest is damaged, or a file differs or is not listed.
     """
     require_finished(folder)
     if not os.path.lexists(folder / MANIFEST_NAME):
@@ -64,10 +67,10 @@ def verify_folder(folder: Path, *, training: bool = False) -> Manifest | None:
 
 
 def _check_decoding(path: Path, tokenizer: Tokenizer) -> None:
-    """Raise unless the documents of a validation shard come back from their ids, as far as that can be told.
+    """Raise ValueError if the documents of a validation shard seem not to decode exactly.
 
-    The text is not at hand: a document's ids must give as many bytes as the sidecar says, and the text of
-    these the same ids.
+    The original text is not available. The decoded text of a document must have as many bytes as the sidecar
+    says, and must encode to the same ids.
     """
     tokens, sizes = read_shard(path), read_shard(sidecar_path(path))
     starts = np.flatnonzero(tokens == tokenizer.bos_id)
@@ -87,6 +90,6 @@ def _check_decoding(path: Path, tokenizer: Tokenizer) -> None:
 def _check_count(path: Path, what: str, got: int, expected: int) -> None:
     if got != expected:
         raise UserError(
-            f"{path}: {what} {got:,}, {MANIFEST_NAME} says {expected:,}; copy the folder again, or make it "
-            f"again: {MAKE_SHARDS}"
+            f"{path}: {what} {got:,}, but {MANIFEST_NAME} says {expected:,}; copy the folder again, or make "
+            f"it again: {MAKE_SHARDS}"
         )

@@ -1,15 +1,14 @@
-"""The token shard format of the challenge, the manifest beside it, and how both are found and written.
+"""The token shard format of the challenge and the manifest next to the shards: reading, writing, finding.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, n_tokens, zeros) and then n_tokens
-little-endian uint16. Byte sidecars (`NAME_val_bytes_000000.bin`) have the same form with bytes instead of
-ids. This file knows nothing about text or tokenizers.
+little-endian uint16. Byte sidecars (`NAME_val_bytes_000000.bin`) have the same form, with numbers of bytes
+instead of ids.
 
-The manifest is the law of a folder that has one: a file that it does not list, or that is not as it says, is
-an error that names the file and what to do.
+If a folder has a manifest, it must match: a file that the manifest does not list, or that differs from what
+it says, is an error that names the file and says what to do. While a folder is being built it contains the
+file UNFINISHED, and readers refuse it.
 
-A folder in which a build began holds the file UNFINISHED until the build is over, and is no data set before.
-
-Source: the parameter-golf challenge's data files; the header is the one of llm.c's `.bin` shards.
+Sources: the data files of the parameter-golf challenge; the header is that of llm.c's `.bin` shards.
 """
 
 from __future__ import annotations
@@ -47,14 +46,16 @@ Tokens = NDArray[np.uint16]
 
 
 def write_shard(path: Path, tokens: NDArray[Any]) -> str:
-    """Write one shard atomically and return the SHA-256 of the file, in hex.
+    """Write one shard atomically and return the SHA-256 of the file, in hexadecimal.
 
     Args:
-        path: the file to make; its folder must exist.
+        path: the file to write; its folder must exist.
         tokens: `(n,)` integers in [0, 65536), n >= 1.
+
     Raises:
-        TypeError: not integers. ValueError: not one-dimensional, empty, or out of the uint16 range.
-        OSError: the disk is full or the folder cannot be written.
+        TypeError: tokens are not integers.
+        ValueError: tokens are not one-dimensional, empty, too many, or out of the range of uint16.
+        OSError: the disk is full, or the folder cannot be written.
     """
     if not np.issubdtype(tokens.dtype, np.integer):
         raise TypeError(f"{path}: shard tokens must be integers, got {tokens.dtype}")
@@ -78,10 +79,11 @@ def write_shard(path: Path, tokens: NDArray[Any]) -> str:
 
 
 def shard_tokens(path: Path) -> int:
-    """Return the number of tokens of a shard, from its header and size only.
+    """Return the number of tokens of a shard, reading only its header and its size.
 
     Raises:
-        FileNotFoundError: no such file. ValueError: empty, foreign, of another version, or truncated.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty or truncated, not a shard, or of another version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no shard at {path}; make shards with: {MAKE_SHARDS}")
@@ -93,7 +95,7 @@ def shard_tokens(path: Path) -> int:
     if magic != MAGIC:
         raise UserError(f"{path}: not a token shard: magic {magic}, expected {MAGIC}")
     if version != VERSION:
-        raise UserError(f"{path}: shard version {version}, this reader knows version {VERSION}")
+        raise UserError(f"{path}: shard version {version}, but this program reads version {VERSION} only")
     if tokens <= 0:
         raise UserError(f"{path}: the header announces {tokens} tokens, expected at least 1")
     expected = HEADER_BYTES + 2 * tokens
@@ -111,12 +113,15 @@ def read_shard(path: Path, *, vocab_size: int | None = None) -> Tokens:
 
     Args:
         path: the shard.
-        vocab_size: when given, every id must be below it.
+        vocab_size: every id must be below it; None does not check that.
+
     Returns:
         `(n,)` uint16.
+
     Raises:
-        FileNotFoundError: no such file. ValueError: empty, foreign, of another version, truncated, or a token
-            id that is not below `vocab_size`.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty or truncated, not a shard, of another version, or has a token id that is
+            not below `vocab_size`.
     """
     count = shard_tokens(path)
     tokens: Tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
@@ -130,10 +135,11 @@ def read_shard(path: Path, *, vocab_size: int | None = None) -> Tokens:
 
 
 def find_shards(folder: Path, split: Split) -> list[Path]:
-    """Return the shards of one split in name order, byte sidecars left out.
+    """Return the shards of one split in the order of their names, without byte sidecars.
 
     Raises:
-        FileNotFoundError: no such folder, or no shard of that split in it. ValueError: an unfinished build.
+        FileNotFoundError: there is no such folder, or it has no shard of that split.
+        ValueError: the folder holds an unfinished build.
     """
     require_finished(folder)
     found = list_files(folder, split)
@@ -143,52 +149,53 @@ def find_shards(folder: Path, split: Split) -> list[Path]:
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
-    """Return the files of a split ("val_bytes": the sidecars) in name order; there may be none."""
+    """Return the files of a split ("val_bytes" for the sidecars) in the order of their names, maybe none."""
     pattern = re.compile(rf".+_{split}_[^_]+\.bin")
     return sorted(p for p in folder.iterdir() if pattern.fullmatch(p.name))
 
 
 def require_finished(folder: Path) -> None:
-    """Raise unless this is a folder, and one in which no build was left unfinished.
+    """Raise an error unless `folder` is a folder without an unfinished build.
 
     Raises:
-        FileNotFoundError: no such folder. ValueError: an unfinished build, with the command that finishes it.
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds an unfinished build; the message has the command that finishes it.
     """
     if not folder.is_dir():
         found = " (it is a file)" if folder.exists() else ""
         raise FileNotFoundError(f"no data folder at {folder}{found}; make one with: {MAKE_SHARDS}")
     marker = folder / MARKER_NAME
-    if os.path.lexists(marker):  # a link to nothing, too
+    if os.path.lexists(marker):  # true for a broken link too
         command = ""
         with contextlib.suppress(OSError):
             command = marker.read_text(encoding="utf-8", errors="surrogateescape").strip()
         command = command or MAKE_SHARDS
         raise UserError(
-            f"{folder} holds an unfinished build of shards, no data set; where it is not running any more, "
-            f"finish it with: {command}"
+            f"{folder} holds an unfinished build of shards, which cannot be used; if the build is no longer "
+            f"running, finish it with: {command}"
         )
 
 
 def sidecar_path(shard: Path) -> Path:
-    """Return where the byte sidecar of a validation shard lies: `x_val_0.bin` -> `x_val_bytes_0.bin`."""
+    """Return the path of the byte sidecar of a validation shard: `x_val_0.bin` -> `x_val_bytes_0.bin`."""
     head, number = shard.name.rsplit("_", 1)
     return shard.with_name(f"{head}_bytes_{number}")
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest says about one file."""
+    """The entry of one file in the manifest."""
 
     split: str
-    """train, val, or val_bytes for a byte sidecar."""
+    """"train", "val", or "val_bytes" for a byte sidecar."""
     tokens: int
-    """Entries of the file."""
+    """Number of entries of the file."""
     documents: int
-    """Documents that start in it."""
+    """Number of documents that start in it."""
     bytes: int
     """UTF-8 bytes of those documents."""
     sha256: str
-    """Of the whole file, hex."""
+    """SHA-256 of the whole file, hexadecimal."""
 
 
 @dataclass(frozen=True)
@@ -196,20 +203,20 @@ class Manifest:
     """`manifest.json` of a folder of shards, written last."""
 
     name: str
-    """Prefix of the shard names."""
+    """Prefix of the names of the shards."""
     tokenizer_sha256: str
-    """Of `tokenizer.model`, hex."""
+    """SHA-256 of `tokenizer.model`, hexadecimal."""
     vocab_size: int
     """Number of token ids."""
     bos_id: int
     """The id before every document."""
     lossless: bool
-    """Decoding the validation ids gives back every validation document exactly."""
+    """Whether decoding the validation ids gives every validation document back exactly."""
     files: dict[str, ShardInfo]
-    """Per file name."""
+    """Entries by file name."""
 
     def total(self, split: str) -> ShardInfo:
-        """Return the sums of tokens, documents and bytes of one split (its sha256 is empty)."""
+        """Return the sums of tokens, documents and bytes of one split; the sha256 of the result is empty."""
         infos = [info for info in self.files.values() if info.split == split]
         tokens, documents, size = (
             sum(getattr(info, key) for info in infos) for key in ("tokens", "documents", "bytes")
@@ -218,7 +225,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, with the totals of each split for people to read."""
+    """Write `manifest.json`, with the totals of each split in addition, for human readers."""
     data = dataclasses.asdict(manifest)
     data["splits"] = {}
     for split in ("train", "val"):
@@ -232,14 +239,14 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        FileNotFoundError: no such folder, or it has none (other tools' shards). ValueError: the manifest is
-            damaged or contradicts itself, or the folder holds an unfinished build.
+        FileNotFoundError: there is no such folder, or it has no manifest (another tool made it).
+        ValueError: the manifest is damaged or contradicts itself, or the folder holds an unfinished build.
     """
     require_finished(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
         if os.path.lexists(path):
-            raise FileNotFoundError(f"{path} is no file (a link to one that is gone?); {_AGAIN}")
+            raise FileNotFoundError(f"{path} is not a file (perhaps a broken link); {_AGAIN}")
         raise FileNotFoundError(
             f"no {MANIFEST_NAME} in {folder}; folders made by this command have one: {MAKE_SHARDS}"
         )
@@ -255,7 +262,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
-    """Raise ValueError where the manifest cannot be right, whatever lies in the folder."""
+    """Raise ValueError if the manifest contradicts itself, whatever files are in the folder."""
     numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
     digests = {"tokenizer_sha256": manifest.tokenizer_sha256}
     if type(manifest.lossless) is not bool:
@@ -264,14 +271,14 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
         raise UserError(f"name is {manifest.name!r}, expected the prefix of the shard names")
     for name, info in manifest.files.items():
         if info.split not in _SPLITS or not re.fullmatch(rf"[^/]+_{info.split}_[^/_]+\.bin", name):
-            raise UserError(f"{name!r} is no file of split {info.split!r}")
+            raise UserError(f"{name!r} cannot be the name of a file of split {info.split!r}")
         if not name.startswith(f"{manifest.name}_{info.split}_"):
-            raise UserError(f"{name!r} is no file of a set that is named {manifest.name!r}")
+            raise UserError(f"{name!r} does not begin with the name of the shards, {manifest.name!r}")
         digests[f"sha256 of {name}"] = info.sha256
         numbers |= {f"{key} of {name}": getattr(info, key) for key in ("tokens", "documents", "bytes")}
     for what, number in numbers.items():
         if type(number) is not int or number < 0:
-            raise UserError(f"{what} is {number!r}, expected a number")
+            raise UserError(f"{what} is {number!r}, expected a whole number >= 0")
     for what, digest in digests.items():
         if not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{64}", digest):
             raise UserError(f"{what} is {digest!r}, expected 64 hex digits")
@@ -282,7 +289,7 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
         total = manifest.total(split)
         sums = {"tokens": total.tokens, "documents": total.documents, "bytes": total.bytes}
         if totals[split] != sums:
-            raise UserError(f"its files of {split} sum to {sums}, it says {totals[split]}")
+            raise UserError(f"the files of {split} sum to {sums}, but the totals say {totals[split]}")
     for name, info in manifest.files.items():
         side = manifest.files.get(sidecar_path(Path(name)).name)
         if info.split != "val":
@@ -292,30 +299,33 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
 
 
 def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) -> None:
-    """Check that a folder holds the files of its manifest and no other shards, each as the manifest says.
+    """Check that a folder holds exactly the files of its manifest, and that they are as the manifest says.
 
-    Compared are the SHA-256 of the tokenizer and of every file, of training shards only with `training`,
-    otherwise their size.
+    The SHA-256 of the tokenizer, of the validation shards and of the sidecars are compared.
+
+    Args:
+        training: compare the SHA-256 of the training shards too, in addition to their sizes.
 
     Raises:
-        FileNotFoundError: a listed file is not there. ValueError: a file differs or is not listed (named).
+        FileNotFoundError: a listed file does not exist.
+        ValueError: a file, which the message names, differs or is not listed.
     """
     for name in (TOKENIZER_NAME, *manifest.files):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{MANIFEST_NAME} lists {folder / name}, which is not there; {_AGAIN}")
+            raise FileNotFoundError(f"{MANIFEST_NAME} lists {folder / name}, which does not exist; {_AGAIN}")
     on_disk = {p.name for split in _SPLITS for p in list_files(folder, split)}
     strays = sorted(on_disk - manifest.files.keys())
     if strays:
         raise UserError(
             f"{folder} holds {', '.join(strays[:8])}{', ...' if strays[8:] else ''}, which {MANIFEST_NAME} "
-            f"does not list; move out of the folder what is not of its data, or make it again: {MAKE_SHARDS}"
+            f"does not list; move these files out of the folder, or make it again: {MAKE_SHARDS}"
         )
     _check_hash(folder / TOKENIZER_NAME, manifest.tokenizer_sha256)
     for name, info in manifest.files.items():
         found = shard_tokens(folder / name)
         if found != info.tokens:
             raise UserError(
-                f"{folder / name}: {found:,} tokens, {MANIFEST_NAME} says {info.tokens:,}; {_AGAIN}"
+                f"{folder / name}: {found:,} tokens, but {MANIFEST_NAME} says {info.tokens:,}; {_AGAIN}"
             )
         if info.split != "train" or training:
             _check_hash(folder / name, info.sha256)
@@ -325,6 +335,6 @@ def _check_hash(path: Path, expected: str) -> None:
     got = file_sha256(path)
     if got != expected:
         raise UserError(
-            f"{path}: SHA-256 is {got[:16]}..., {MANIFEST_NAME} says {expected[:16]}...: the file was "
+            f"{path}: SHA-256 is {got[:16]}..., but {MANIFEST_NAME} says {expected[:16]}...: the file was "
             f"changed, damaged or swapped; {_AGAIN}"
         )

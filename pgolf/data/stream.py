@@ -1,7 +1,8 @@
-"""An endless, reproducible sequence of tokens made of the documents of many shards.
+"""An endless, reproducible sequence of tokens from the documents of many shards.
 
-Epoch after epoch; with shuffling, each epoch has a seeded order of the shards and each shard a seeded order
-of its documents, so documents stay whole and a shard is looked at only when the sequence reaches it.
+The sequence is one epoch after another. With shuffling, the seed decides in each epoch the order of the
+shards and the order of the documents within each shard. So a document stays in one piece, and a shard is read
+only when the sequence reaches it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pgolf.errors import UserError
 
 
 class _Block(NamedTuple):
-    """One pass over one shard: piece i is tokens[starts[i]:][: offsets[i + 1] - offsets[i]]."""
+    """One pass over one shard, in pieces; piece i is tokens[starts[i]:][: offsets[i + 1] - offsets[i]]."""
 
     tokens: Tokens
     starts: NDArray[np.int64]
@@ -31,7 +32,7 @@ class _Block(NamedTuple):
         return self.begin + int(self.offsets[-1])
 
     def pieces(self, start: int, stop: int) -> Iterator[Tokens]:
-        """Yield the pieces of the sequence's [start, stop) that lie in this block."""
+        """Yield the pieces of [start, stop) of the sequence that are in this block."""
         at, last = max(start, self.begin) - self.begin, min(stop, self.end) - self.begin
         index = int(np.searchsorted(self.offsets, at, side="right")) - 1
         while at < last:
@@ -42,15 +43,17 @@ class _Block(NamedTuple):
 
 
 class DocumentStream:
-    """The sequence, read forward.
+    """The sequence of tokens, which is read forward.
+
+    With `shuffle`, the tokens before the first BOS of a shard are left out, because the beginning of their
+    document is in another shard. (Other tools cut documents at the ends of shards.)
 
     Args:
         paths: shards.
-        vocab_size: every id must be below it. bos_id: the id that starts a document.
-        seed: >= 0, of the order. shuffle: off reads the files as they are.
-
-    With `shuffle`, tokens before a shard's first BOS (other tools cut documents at shard ends) are left out:
-    their document's beginning would be elsewhere.
+        vocab_size: every id must be below it.
+        bos_id: the id that starts a document.
+        seed: of the order, >= 0.
+        shuffle: if false, the files are read in order, as they are.
     """
 
     def __init__(
@@ -66,10 +69,10 @@ class DocumentStream:
         self._end = 0
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Return tokens [start, start + count) of the sequence, `(count,)`; `start` must never decrease.
+        """Return the tokens [start, start + count) of the sequence, `(count,)`; `start` must not decrease.
 
         Raises:
-            ValueError: a bad shard, one without BOS, or an id that is not below the vocabulary size.
+            ValueError: a shard is damaged or has no BOS, or an id is not below the vocabulary size.
         """
         while self._end < start + count:
             tokens, starts, offsets = next(self._plans)
@@ -85,7 +88,7 @@ class DocumentStream:
             self._blocks.popleft()
 
     def _plan(self) -> Iterator[tuple[Tokens, NDArray[np.int64], NDArray[np.int64]]]:
-        """Yield (tokens, piece starts, piece offsets) of shard after shard, without end."""
+        """Yield (tokens, starts of pieces, offsets of pieces) of one shard after another, endlessly."""
         epoch = 0
         while True:
             order = np.arange(len(self._paths))
@@ -103,7 +106,7 @@ class DocumentStream:
             epoch += 1
 
     def _load(self, path: Path) -> tuple[Tokens, NDArray[np.int64]]:
-        """Return the checked tokens of a shard and where its documents begin."""
+        """Return the tokens of a shard, checked, and the positions where its documents begin."""
         tokens = read_shard(path, vocab_size=self._vocab_size)
         begins = np.flatnonzero(tokens == self._bos_id)
         if begins.size == 0:
@@ -115,12 +118,15 @@ class DocumentStream:
 
 
 def cut_segments(starts: NDArray[np.int64], total: int, max_context: int) -> NDArray[np.int64]:
-    """Return the starts of attention segments: the given ones, and every `max_context` tokens after each.
+    """Return the starts of attention segments: the given starts, and every `max_context` tokens after each.
 
     Args:
-        starts: `(n,)` increasing, the first is 0. total: where the last one ends.
+        starts: `(n,)` increasing, the first is 0.
+        total: where the last segment ends.
+        max_context: length of the longest segment, tokens.
+
     Returns:
-        `(m,)` increasing int64, m >= n; consecutive ones (and total) differ by 1 to max_context.
+        `(m,)` increasing int64, m >= n; the segments have 1 to max_context tokens.
     """
     lengths = np.diff(starts, append=total)
     counts = -(-lengths // max_context)
@@ -130,6 +136,6 @@ def cut_segments(starts: NDArray[np.int64], total: int, max_context: int) -> NDA
 
 
 def document_starts(tokens: NDArray[np.integer], bos_id: int) -> NDArray[np.int64]:
-    """Return the positions of BOS in `tokens`, and 0 if it is not one of them."""
+    """Return the positions of BOS in `tokens`, with 0 added if no BOS is there."""
     found = np.flatnonzero(tokens == bos_id).astype(np.int64)
     return found if found.size and found[0] == 0 else np.concatenate((np.zeros(1, dtype=np.int64), found))

@@ -1,10 +1,10 @@
-"""Documents from files, and the small sample of text that is bundled with the package.
+"""Documents from text files, and the small sample of text that is part of the package.
 
-Formats: `.jsonl` or `.ndjson` (one `{"text": ...}` a line), `.txt` (one document, or several divided by lines
-that hold only `<|endoftext|>`), `.parquet` (a `text` column; needs pyarrow); all but the last also as `.xz`,
-`.gz` and `.zst`. Text is UTF-8; a byte order mark at the beginning of a file is no text. Reading is split in
-two so that parsing can be spread over processes: `read_batches` only finds where documents begin and end,
-`RawBatch.documents` parses them.
+Formats: `.jsonl` or `.ndjson` (one `{"text": ...}` per line), `.txt` (one document, or several separated by
+lines that contain only `<|endoftext|>`), and `.parquet` (a `text` column; needs pyarrow). All of them except
+for the last may be compressed as `.xz`, `.gz` or `.zst`. Text is UTF-8; a byte order mark at the beginning of
+a file is removed. Reading has two parts, so that parsing can run in several processes: `read_batches` finds
+where documents begin and end, and `RawBatch.documents` parses them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEXT_KEY = "text"
 FORMATS = ".jsonl, .ndjson, .txt (also as .xz, .gz, .zst), .parquet"
 
 _JSON = (".jsonl", ".ndjson")
-_MARKS = (  # the longer first: UTF-32's begins with UTF-16's
+_MARKS = (  # the longer ones first, because the mark of UTF-32 begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"),
@@ -37,7 +37,7 @@ _MARKS = (  # the longer first: UTF-32's begins with UTF-16's
 
 
 class Document(NamedTuple):
-    """One document and where it came from (`line` counts from 1; a row number in parquet files)."""
+    """One document and where it comes from; `line` counts from 1 and is the row in parquet files."""
 
     text: str
     source: str
@@ -45,38 +45,38 @@ class Document(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The bundled text: about 1 MB of English Wikipedia to train on and 100 KB to validate on."""
+    """The text in the package: about 1 MB of English Wikipedia to train on and 100 KB to validate on."""
 
     train: Path
     val: Path
 
 
 def sample_paths() -> Sample:
-    """Return the bundled sample's files (licence: LICENSE beside them)."""
+    """Return the files of the sample (for its licence see the file LICENSE next to them)."""
     folder = Path(__file__).parent / "sample"
     return Sample(folder / "train.jsonl.xz", folder / "val.jsonl.xz")
 
 
 @dataclass(frozen=True)
 class RawBatch:
-    """Some undecoded documents of one file, in order."""
+    """Several consecutive documents of one file, not parsed yet."""
 
     source: str
-    """The file's path."""
+    """Path of the file."""
     is_json: bool
-    """Each item is a JSON object; else it is the document itself."""
+    """Whether each item is a JSON object (true) or the document itself (false)."""
     items: list[tuple[int, bytes]]
     """Line (or row) number and raw bytes of each document."""
     consumed: int
-    """Bytes of the (compressed) file read so far: for progress."""
+    """Bytes of the file, as compressed, that were read so far; for the progress line."""
     text_key: str = TEXT_KEY
-    """The key of the text in a JSON object."""
+    """Key of the text in a JSON object."""
 
     def documents(self) -> Iterator[Document]:
         """Parse the batch.
 
         Raises:
-            ValueError: a document that is not valid, naming file and line.
+            ValueError: a document is not valid; the message names file and line.
         """
         for line, raw in self.items:
             where = f"{self.source}, line {line}"
@@ -88,7 +88,7 @@ class RawBatch:
 
 
 def check_text_file(path: Path) -> None:
-    """Raise what `read_batches` would raise before it reads: no file, a folder, or an unknown format."""
+    """Raise OSError or ValueError if there is no file at `path`, a folder, or a file of unknown format."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, expected text files; name those in it: {path}/*.jsonl")
     if not path.is_file():
@@ -97,13 +97,16 @@ def check_text_file(path: Path) -> None:
 
 
 def read_batches(path: Path, *, text_key: str = TEXT_KEY, batch_bytes: int = 1 << 20) -> Iterator[RawBatch]:
-    """Yield the documents of a file, unparsed, in batches of about `batch_bytes` bytes.
+    """Yield the documents of a file, not parsed, in batches of about `batch_bytes` bytes.
 
     Args:
-        path: the file. text_key: where JSON objects and parquet files have their text.
+        path: the file.
+        text_key: key of the text in JSON objects, or name of its column in a parquet file.
+
     Raises:
-        OSError: no such file, or a folder. ValueError: unknown format, other encoding than UTF-8, damaged or
-            foreign compressed data. RuntimeError: a library that reads .parquet or .zst is missing.
+        OSError: there is no such file, or it is a folder.
+        ValueError: the format is unknown, the encoding is not UTF-8, or compressed data are damaged.
+        RuntimeError: the package that reads .parquet or .zst is missing.
     """
     check_text_file(path)
     kind = _kind(path)
@@ -124,7 +127,7 @@ def iterate_documents(path: Path, *, text_key: str = TEXT_KEY) -> Iterator[Docum
     """Yield the documents of one file in order.
 
     Raises:
-        OSError, ValueError, RuntimeError: as `read_batches` and `RawBatch.documents`.
+        OSError, ValueError, RuntimeError: as in `read_batches` and `RawBatch.documents`.
     """
     for batch in read_batches(path, text_key=text_key):
         yield from batch.documents()
@@ -152,20 +155,20 @@ def _items(path: Path, raw: io.BufferedReader, kind: str, text_key: str) -> Iter
 
 
 def _utf8_lines(path: Path, file: io.BufferedReader) -> Iterator[bytes]:
-    """Return the lines of a file without the mark at its beginning; refuse one of another encoding."""
+    """Return the lines of a file without its byte order mark; refuse a file that is not UTF-8."""
     head, first = file.peek(64)[:64], file.readline()
     found = next((name for mark, name in _MARKS if first.startswith(mark)), None) or _zeros(head)
     if found:
         raise UserError(
             f"{path}: the file is {found}, expected UTF-8; convert it: "
-            f"iconv -f {found} -t UTF-8 {path.name} > utf8-{path.name} (of a compressed file, what it holds)"
+            f"iconv -f {found} -t UTF-8 {path.name} > utf8-{path.name} (decompress a compressed file first)"
         )
     first = first.removeprefix(codecs.BOM_UTF8)
     return itertools.chain([first] if first else [], file)
 
 
 def _zeros(head: bytes) -> str | None:
-    """Return the encoding whose zero bytes stand in `head`, the beginning of a file without a mark."""
+    """Return the wide encoding whose pattern of zero bytes `head`, the beginning of a file, has; or None."""
     for name, width, places in (
         ("UTF-32LE", 4, (1, 2, 3)),
         ("UTF-32BE", 4, (0, 1, 2)),
@@ -180,7 +183,7 @@ def _zeros(head: bytes) -> str | None:
 
 
 def _split_text(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Cut a text file at its separator lines; empty documents are left out."""
+    """Yield the documents of a text file, which separator lines divide; empty ones are left out."""
     first, parts = 1, list[bytes]()
     for number, line in enumerate(lines, start=1):
         if line.rstrip(b"\r\n") != SEPARATOR:
@@ -208,7 +211,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
             )
         if schema.names.count(text_key) > 1:
             raise UserError(
-                f"{schema.names.count(text_key)} columns are called {text_key!r}; rename all but one"
+                f"{schema.names.count(text_key)} columns are called {text_key!r}; rename all except for one"
             )
         kind = schema.field(text_key).type
         kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
@@ -218,7 +221,7 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
             raise UserError(f"column {text_key!r} holds {kind}, expected string or binary")
         row = 0
         for batch in table.iter_batches(batch_size=1024, columns=[text_key]):
-            # As bytes: pyarrow does not check that strings are UTF-8, `_decode` does.
+            # Read as bytes, because pyarrow does not check that strings are UTF-8; `_decode` does.
             column = batch.column(0)
             column = column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column
             for value in column.cast(pyarrow.large_binary()).to_pylist():
@@ -231,13 +234,13 @@ def _parquet_rows(path: Path, text_key: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse_json(raw: bytes, key: str, where: str) -> str:
-    # The value of a number is nothing to us, and as int those of more than 4,300 digits would be an error.
+    # Numbers are not used, and an int of more than 4,300 digits would be an error, so they become floats.
     try:
         value: Any = json.loads(_decode(raw, where), parse_int=float, object_pairs_hook=unique_pairs)
     except RecursionError as e:
-        raise UserError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} a line') from e
+        raise UserError(f'{where}: JSON nested too deeply; expected one {{"{key}": ...}} per line') from e
     except json.JSONDecodeError as e:
-        raise UserError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object a line') from e
+        raise UserError(f'{where}: not JSON ({e}); expected one {{"{key}": ...}} object per line') from e
     except DuplicateKeyError as e:
         raise UserError(f"{where}: {e}") from e
     text = value.get(key) if isinstance(value, dict) else None
@@ -249,7 +252,7 @@ def _parse_json(raw: bytes, key: str, where: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:
         raise UserError(
-            f"{where}: the text has a lone surrogate at character {e.start}; it is not Unicode"
+            f"{where}: the text is not Unicode (a lone surrogate at character {e.start}); repair it"
         ) from e
     return text
 

@@ -1,14 +1,14 @@
-"""SentencePiece tokenizers: training a lossless one, encoding with exact byte accounting.
+"""SentencePiece tokenizers: training of a lossless one, and encoding that counts bytes exactly.
 
-A tokenizer is lossless here when its normalizer changes nothing, it has all 256 byte pieces and a piece for
-the space, and text that holds what is easily lost comes back (`_PROBES`); that is tried whenever one is
-loaded. Two characters would still be lost: SentencePiece writes a space as U+2581, so a real U+2581 would
-come back as a space, and NUL ends C strings. For lossless tokenizers both are written as two private-use
-characters before encoding and put back after decoding (`escape`, `unescape`); the escape character is escaped
-too, so the map is reversible.
+A tokenizer is lossless if decoding gives back every text. That is tried whenever one is loaded: its
+normalizer must not change anything, it must have all 256 byte pieces and a piece for the space, and difficult
+texts (`_PROBES`) must come back. SentencePiece itself would lose two characters: it writes a space as U+2581,
+so U+2581 would come back as a space, and NUL ends a C string. For a lossless tokenizer, both are replaced by
+two private-use characters before encoding and restored after decoding (`escape`, `unescape`). The escape
+character is escaped too, so the map is reversible.
 
-The byte table follows the parameter-golf challenge's rule, the training settings its tokenizers, except that
-theirs normalize (nmt_nfkc) and lose newlines.
+The byte table follows the rule of the parameter-golf challenge. The training settings are those of the
+challenge's tokenizers, which, however, normalize the text (nmt_nfkc) and lose newlines.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _ORIGINALS = {code: original for original, code in _CODES.items()}
 _TO_ESCAPE = re.compile(f"[{SPACE}\0{ESCAPE}]")
 _TO_UNESCAPE = re.compile(f"{ESCAPE}[\uf8f1-\uf8f3]")
 _ESCAPED_BYTES = re.compile(ESCAPE.encode() + b"\xef\xa3[\xb1-\xb3]")
-# Every 63rd character: all bytes that UTF-8 has, in every place. The ends of its ranges, twice each ASCII
-# character, and what SentencePiece has a use of its own for.
+# Probes: every 63rd character, which covers all bytes of UTF-8 in every position (_WIDE); the ends of the
+# ranges of UTF-8 (_EDGES); each ASCII character twice (_ASCII); what SentencePiece uses itself (_NAMES).
 _WIDE = "".join(chr(c) for c in range(0, 0x110000, 63) if not 0xD800 <= c < 0xE000)
 _EDGES = "\x7f\x80\u07ff\u0800\ud7ff\ue000\ufeff\ufffd\uffff\U00010000\U0010ffff"
 _ASCII = "".join(chr(c) * 2 for c in range(128))
@@ -60,17 +60,17 @@ _PROBES = (
     _NAMES,
     _WIDE,
 )
-# SentencePiece skips training sentences above its limit, so lines are cut well below it.
+# SentencePiece skips training sentences above a limit, so lines are cut well below it.
 _LINE_CHARS = 4000
 
 
 def escape(text: str) -> str:
-    """Replace the characters that SentencePiece cannot keep (U+2581, NUL) and the escape character."""
+    """Replace the characters that SentencePiece would lose (U+2581 and NUL) and the escape character."""
     return _TO_ESCAPE.sub(lambda m: _CODES[m.group()], text)
 
 
 def unescape(text: str) -> str:
-    """Undo `escape`: `unescape(escape(s)) == s` for every string."""
+    """Reverse `escape`: `unescape(escape(s)) == s` for every string."""
     return _TO_UNESCAPE.sub(lambda m: _ORIGINALS[m.group()], text)
 
 
@@ -94,12 +94,16 @@ class Tokenizer:
     """A SentencePiece model with exact byte accounting.
 
     Attributes:
-        path: the `.model` file. vocab_size: number of ids. bos_id: the id put before every document.
-        lossless: `decode(encode(text)[0]) == text` for every Unicode text, with byte counts that sum to its
-            size; claimed only where the settings say so and `_PROBES` and all pieces came back.
-        lossy_because: what is lost, in words; "" for a lossless one.
+        path: the `.model` file.
+        vocab_size: number of ids.
+        bos_id: the id before every document.
+        lossless: whether `decode(encode(text)[0]) == text` for every Unicode text, with byte counts that sum
+            to its size. True only if the settings promise it and `_PROBES` and all pieces came back.
+        lossy_because: a sentence that says what is lost; empty if lossless.
+
     Raises:
-        FileNotFoundError: no such file. ValueError: not a SentencePiece model, or one without a BOS id.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a SentencePiece model, or the model has no BOS id or too many ids.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,32 +117,32 @@ class Tokenizer:
             self._sp.LoadFromSerializedProto(proto)
             self.vocab_size: int = self._sp.vocab_size()
         except (RuntimeError, OSError) as e:
-            raise UserError(f"{path}: not a SentencePiece model") from e
+            raise UserError(f"{path}: not a SentencePiece model; name the .model file of a tokenizer") from e
         self.path = path
         self.bos_id: int = self._sp.bos_id()
         if self.bos_id < 0:
             raise UserError(f"{path}: the tokenizer has no BOS id, which must stand before every document")
         if self.vocab_size > 65536:
             raise UserError(
-                f"{path}: the tokenizer has {self.vocab_size} ids, shards hold uint16, at most 65536; use a "
-                "smaller one"
+                f"{path}: the tokenizer has {self.vocab_size} ids, but shards hold uint16, so at most 65536; "
+                "use a smaller one"
             )
         self._piece_bytes = self._piece_lengths()
-        self.lossless = True  # what `_loss` tries
+        self.lossless = True  # `_loss` tries it as a lossless one
         self.lossy_because: str = _changes(proto) or self._loss()
         self.lossless = not self.lossy_because
 
     def encode(self, text: str) -> tuple[Tokens, Counts]:
-        """Return ids and the original UTF-8 bytes that each stands for; no BOS is added.
+        """Return the ids of a text, without BOS, and how many bytes of the text each id stands for.
 
         Returns:
-            ids `(n,)` uint16 and byte counts `(n,)` int64; the counts sum to `len(text.encode())`, except for
-            text of which a normalizing tokenizer keeps nothing.
+            ids `(n,)` uint16 and byte counts `(n,)` int64. The counts sum to `len(text.encode())`, except if
+            a normalizing tokenizer removes the whole text.
         """
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: Sequence[str], *, threads: int = 0) -> list[tuple[Tokens, Counts]]:
-        """Encode many texts as `encode` does, with SentencePiece's threads (0 = one per core)."""
+        """Encode many texts as `encode` does, on `threads` threads (0 = one per core)."""
         if not self.lossless:
             return [self._encode_by_surface(text) for text in texts]
         result = []
@@ -150,16 +154,16 @@ class Tokenizer:
         return result
 
     def encode_ids(self, texts: Sequence[str], *, threads: int = 0) -> list[Tokens]:
-        """Return only the ids of each text: the fast path for training shards."""
+        """Return only the ids of each text, which is faster; used for training shards."""
         ready = [escape(text) for text in texts] if self.lossless else list(texts)
         encoded = self._sp.encode(ready, out_type=int, num_threads=threads or os.cpu_count() or 1)
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
 
     def decode(self, ids: NDArray[Any] | Sequence[int]) -> str:
-        """Return the text of ids; BOS and other control ids give nothing, broken UTF-8 gives U+FFFD.
+        """Return the text of ids; BOS and other control ids give no text, invalid UTF-8 gives U+FFFD.
 
         Raises:
-            ValueError: an id that is not below the vocabulary size.
+            ValueError: an id is not below the vocabulary size.
         """
         values = [int(i) for i in ids]
         if values and not 0 <= min(values) <= max(values) < self.vocab_size:
@@ -172,15 +176,19 @@ class Tokenizer:
     def byte_table(self) -> ByteTable:
         """Return the challenge's byte accounting for this tokenizer.
 
-        Control, unknown and unused ids: 0 bytes, boundary. A byte piece: 1 byte. Any other piece: a leading
-        U+2581 sets has_leading_space and is stripped; base_bytes is the UTF-8 length of the rest.
+        Control, unknown and unused ids have 0 bytes and are boundaries. A byte piece has 1 byte. For any
+        other piece, a leading U+2581 sets has_leading_space and is removed, and base_bytes is the UTF-8
+        length of the rest.
 
         Raises:
             ValueError: U+2581 itself is not a piece, so spaces would be miscounted.
         """
         sp = self._sp
         if sp.piece_to_id(SPACE) == sp.unk_id():
-            raise UserError(f"{self.path}: U+2581 is not a piece; the byte table would miscount spaces")
+            raise UserError(
+                f"{self.path}: the tokenizer has no piece U+2581, so the byte table would miscount spaces; "
+                "use another tokenizer"
+            )
         base = np.zeros(self.vocab_size, dtype=np.int16)
         leading = np.zeros(self.vocab_size, dtype=np.bool_)
         boundary = np.ones(self.vocab_size, dtype=np.bool_)
@@ -194,7 +202,7 @@ class Tokenizer:
         return ByteTable(base, leading, boundary)
 
     def _loss(self) -> str:
-        """Return what this tokenizer loses, "" if nothing was found."""
+        """Return a sentence that says what this tokenizer loses; empty if nothing was found."""
         sp = self._sp
         found = {sp.id_to_piece(i) for i in range(self.vocab_size) if sp.is_byte(i)}
         missing = [name for name in (f"<0x{value:02X}>" for value in range(256)) if name not in found]
@@ -216,7 +224,7 @@ class Tokenizer:
         return ""
 
     def _piece_lengths(self) -> Counts:
-        """Bytes of escaped text per id: exact where the normalizer changes nothing."""
+        """Return the bytes of escaped text per id, which are exact if the normalizer changes nothing."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for i in range(self.vocab_size):
             if self._sp.is_byte(i):
@@ -226,11 +234,11 @@ class Tokenizer:
         return lengths
 
     def _encode_by_surface(self, text: str) -> tuple[Tokens, Counts]:
-        """Encode with a normalizing tokenizer: a piece counts the original text that the encoder maps to it.
+        """Encode with a normalizing tokenizer; a piece counts the original text that the encoder maps to it.
 
-        The last byte piece of a character carries its surface; the bytes are given to the pieces of the
-        character one each when the numbers agree. What the normalizer strips at the ends of the text goes to
-        the last token.
+        If a character is encoded as byte pieces, its original text is attached to the last of them; if there
+        are as many bytes as pieces, each piece counts one. Text that the normalizer removes at the ends
+        counts for the last token.
         """
         pieces = list(_pieces(self._sp.encode(text, out_type="serialized_proto")))
         ids = np.array([i for i, _ in pieces], dtype=np.uint16)
@@ -251,7 +259,8 @@ def find_tokenizer(folder: Path) -> Tokenizer:
     """Return the tokenizer in a folder of shards: `tokenizer.model`, or its only `.model` file.
 
     Raises:
-        FileNotFoundError: no such folder, no tokenizer, or several of which none is called `tokenizer.model`.
+        FileNotFoundError: there is no such folder, it has no tokenizer, or it has several and none of them is
+            called `tokenizer.model`.
         ValueError: the folder holds an unfinished build.
     """
     require_finished(folder)
@@ -268,16 +277,17 @@ def find_tokenizer(folder: Path) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, threads: int = 0) -> Tokenizer:
     """Train a lossless BPE tokenizer (pad 0, bos 1, eos 2, unk 3), write it to `path` and return it.
 
-    The settings are the challenge's (byte fallback, split digits, coverage 0.999, no dummy prefix) with the
-    identity normalizer and newlines kept as a piece of their own.
+    The settings are those of the challenge (byte fallback, split digits, coverage 0.999, no dummy prefix),
+    except that the normalizer is the identity and the newline is a piece.
 
     Args:
-        texts: documents; they are read once.
-        path: the `.model` file to write, atomically.
+        texts: documents, which are read once.
+        path: the `.model` file, which is written atomically.
         vocab_size: number of ids, in [300, 65536].
-        threads: of the trainer; 0 = one per core.
+        threads: threads of the trainer; 0 = one per core.
+
     Raises:
-        ValueError: vocab_size out of range, or the text is too small for it.
+        ValueError: vocab_size is out of range, or there is too little text for it.
     """
     if not 300 <= vocab_size <= 65536:
         raise UserError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
@@ -295,7 +305,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
             byte_fallback=True,
             split_digits=True,
             character_coverage=0.999,
-            required_chars=SPACE,  # text without a space must not make a tokenizer without one
+            required_chars=SPACE,  # the tokenizer needs a piece for the space even if no text has one
             user_defined_symbols=["\n"],
             hard_vocab_limit=False,
             pad_id=0,
@@ -326,11 +336,11 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _changes(proto: bytes) -> str:
-    """Return what the settings of a serialized model change in text, "" if nothing.
+    """Return a sentence that says what the settings of a serialized model change in text; empty if nothing.
 
-    Field numbers: sentencepiece_model.proto, ModelProto.normalizer_spec = 3, denormalizer_spec = 5;
+    Field numbers in sentencepiece_model.proto: ModelProto.normalizer_spec = 3, denormalizer_spec = 5;
     NormalizerSpec.precompiled_charsmap = 2, add_dummy_prefix = 3, remove_extra_whitespaces = 4,
-    escape_whitespaces = 5, the last three on where they are not set.
+    escape_whitespaces = 5. The last three are true if they are not set.
     """
     parts = dict(_fields(proto))
     normalizer, denormalizer = (
@@ -346,9 +356,10 @@ def _changes(proto: bytes) -> str:
 
 
 def _unescaped_counts(text: str, counts: Counts) -> Counts:
-    """Turn byte counts of the escaped text into counts of the text.
+    """Return the byte counts of the text, from those of the escaped text.
 
-    The bytes of an escaped character are its escape's first ones: three (one for NUL) of six.
+    An escape has six bytes. The first three of them (for NUL the first one) stand for the original character,
+    the others count as 0.
     """
     data = escape(text).encode()
     weights = np.ones(len(data), dtype=np.int64)
@@ -361,10 +372,11 @@ def _unescaped_counts(text: str, counts: Counts) -> Counts:
 
 
 def _pieces(proto: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (id, UTF-8 bytes of the surface) of each piece of a serialized SentencePieceText.
+    """Yield (id, UTF-8 bytes of its original text) of each piece of a serialized SentencePieceText.
 
-    Read by hand because sentencepiece 0.2.3 hands out parsed messages only with protobuf installed. Field
-    numbers: sentencepiece.proto, SentencePieceText.pieces = 2; SentencePiece.id = 2, surface = 3.
+    The message is parsed here, because sentencepiece 0.2.3 returns parsed messages only if protobuf is
+    installed. Field numbers in sentencepiece.proto: SentencePieceText.pieces = 2; SentencePiece.id = 2,
+    surface = 3.
     """
     for field, value in _fields(proto):
         if field == 2 and isinstance(value, bytes):
@@ -374,7 +386,7 @@ def _pieces(proto: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Yield (field number, value) of a protobuf message: varints as int, strings and messages as bytes."""
+    """Yield (field number, value) of a protobuf message, varints as int, strings and messages as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)

@@ -1,8 +1,8 @@
-"""Bits per byte on a validation split: the one definition of the score.
+"""Bits per byte on a validation text, which is the definition of the score; lower is better.
 
-bpb = (sum of nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. Sums are float64,
-on the device until the end (no host sync inside the loop), then over the ranks. Every token must be counted:
-a missing or doubled one is an error, not a rounding.
+bpb = (sum of the losses in nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. The
+sums are float64 and stay on the device until the end, so that the loop does not wait for the device; then
+they are summed over the ranks. Every token must be counted exactly once, otherwise an error is raised.
 Legend: `T` tokens of a batch. Source: the metric of the parameter-golf challenge (its README); the bytes of a
 target are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 % of it.
 """
@@ -24,18 +24,18 @@ from pgolf.errors import RunError, UserError
 
 @dataclass(frozen=True)
 class Score:
-    """A model's result on a whole split, the same on every rank."""
+    """The result of a model on a whole text, the same on every rank."""
 
     nats: float
     """Sum of the losses of all scored tokens, nats."""
     tokens: int
-    """Scored tokens."""
+    """Number of scored tokens."""
     bytes: int
     """UTF-8 bytes of the scored tokens."""
     bpb: float
-    """Bits per byte: nats / ln 2 / bytes."""
+    """Bits per byte, nats / ln 2 / bytes; lower is better."""
     loss: float
-    """Mean loss, nats per token."""
+    """Mean loss, nats per token; lower is better."""
     seconds: float
     """Wall time of this rank, seconds."""
 
@@ -52,21 +52,25 @@ def evaluate_bpb(
     """Score every target of this rank's batches and sum over the ranks.
 
     Args:
-        model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=)`, returns `(T,)` nats, 0
-            where the target is -100. Runs in evaluation mode without gradients; the mode is restored.
-        batches: this rank's share of the split; may be empty on a rank.
+        model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=)`; returns losses `(T,)` in
+            nats, 0 where the target is -100. It runs in evaluation mode without gradients; afterwards its
+            mode is restored.
+        batches: this rank's part of the text; it may be empty.
         dist: sums over the ranks and names the device.
-        expected_tokens: scored tokens of the whole split. expected_bytes: their bytes.
-        loop: run the repeated layers.
+        expected_tokens: number of targets of the whole text.
+        expected_bytes: their bytes.
+        loop: whether the repeated layers run several times (depth recurrence).
+
     Returns:
-        The score of the whole split.
+        The score of the whole text.
+
     Raises:
-        ValueError: an empty split, or another number of tokens or bytes was scored (on every rank alike).
-        RuntimeError: a loss is NaN or infinite; names the first such batch of every rank that has one.
+        ValueError: the text is empty, or another number of tokens or bytes was scored (raised on every rank).
+        RuntimeError: a loss is NaN or infinite; the message names the first such batch of each rank.
     """
     if expected_tokens < 1 or expected_bytes < 1:
         raise UserError(
-            f"evaluate_bpb: expected a split that is not empty, got {expected_tokens} tokens and "
+            f"evaluate_bpb: expected a text that is not empty, got {expected_tokens} tokens and "
             f"{expected_bytes} bytes"
         )
     training = model.training
@@ -80,9 +84,9 @@ def evaluate_bpb(
 
 
 class Tally:
-    """The running sums of one rank: float64, on the device, no host sync until they are read.
+    """The running sums of one rank, float64 on the device, which is not waited for until they are read.
 
-    Every way to score adds to one of these: the whole split's score is `total`.
+    All ways of scoring add to a tally, whose `total` is the score of the whole text.
     """
 
     def __init__(self, dist: Dist) -> None:
@@ -93,29 +97,32 @@ class Tally:
         self._bad = torch.zeros(dist.world_size, dtype=torch.float64, device=dist.device)
 
     def add(self, nats: Tensor, scored: Tensor, sizes: Tensor) -> None:
-        """Count the tokens of one batch.
+        """Add the tokens of one batch.
 
         Args:
-            nats: losses, float32, any shape; 0 where not scored.
-            scored: bool, the same shape: which targets count.
-            sizes: int64, the same shape: bytes of each target.
+            nats: losses, float32, any shape; 0 for tokens that are not scored.
+            scored: bool, the same shape; whether a target counts.
+            sizes: int64, the same shape; bytes of each target.
         """
         self._batches += 1
         self._sums += torch.stack(
             [nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()]
         )
-        # Batch number plus one: 0 means none, and the sum over ranks keeps each rank's own.
+        # Each rank has its own entry, the number of its first bad batch plus one; 0 means that there is none.
         mine = self._bad[self._dist.rank]
         finite = torch.isfinite(nats).all()
         self._bad[self._dist.rank] = torch.where(finite | (mine > 0), mine, float(self._batches))
 
     def so_far(self) -> float:
-        """Return this rank's bits per byte until now; waits for the device."""
+        """Return the bits per byte of this rank so far; waits for the device."""
         nats, _, size = self._sums.tolist()
         return float(nats / math.log(2) / max(size, 1.0))
 
     def total(self, *, expected_tokens: int, expected_bytes: int) -> Score:
-        """Sum over the ranks, check and return the score; every rank calls it. Raises as `evaluate_bpb`."""
+        """Sum over the ranks, check the counts and return the score.
+
+        This is a collective: every rank must call it. Errors are those of `evaluate_bpb`.
+        """
         self._dist.all_reduce(self._sums)
         self._dist.all_reduce(self._bad)
         _check_finite(self._bad)
@@ -135,7 +142,7 @@ class Tally:
 def _score(
     model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses of a batch, which targets count, and their bytes, each `(T,)` on the device."""
+    """Return the losses of a batch, whether each target counts, and its bytes, all `(T,)` on the device."""
     inputs, targets, cu_seqlens, sizes = (
         t.to(device, non_blocking=True)
         for t in (batch.inputs, batch.targets, batch.cu_seqlens, batch.target_bytes)
@@ -148,12 +155,14 @@ def _check_finite(bad: Tensor) -> None:
     ranks = [(rank, round(number) - 1) for rank, number in enumerate(bad.tolist()) if number]
     if ranks:
         where = ", ".join(f"batch {index} of rank {rank}" for rank, index in ranks)
-        raise RunError(f"evaluate_bpb: the loss is NaN or infinite, first in {where}; the weights are broken")
+        raise RunError(
+            f"evaluate_bpb: the loss is NaN or infinite, first in {where}; these weights cannot be scored"
+        )
 
 
 def _check_count(what: str, got: int, expected: int) -> None:
     if got != expected:
         raise UserError(
-            f"evaluate_bpb: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); every "
-            "rank must get its own share of the whole split, each token once"
+            f"evaluate_bpb: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); the batches "
+            "of all ranks together must have each token of the text once"
         )

@@ -1,4 +1,4 @@
-"""The documents of a validation split, and its beginning as a smaller split."""
+"""The documents of a validation text, and the beginning of a text as a smaller text."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from pgolf.errors import UserError
 
 
 def document_bounds(text: ValidationText, bos_id: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where each document's inputs start and how many there are, `(n,)` each.
+    """Return the start and the number of the inputs of each document, `(n,)` each.
 
-    A document's last input has the next document's BOS as its target, so every token of the split but the
-    first is a target exactly once.
+    The target of a document's last input is the BOS of the next document, so every token of the text except
+    for the first one is a target exactly once.
 
     Raises:
-        ValueError: no BOS, or fewer than two tokens.
+        ValueError: the text has no BOS, or fewer than two tokens.
     """
     return validation_segments(text.tokens, bos_id=bos_id, max_context=max(text.tokens.size, 1))
 
 
 def first_documents(text: ValidationText, bos_id: int, count: int) -> ValidationText:
-    """Return the split's first `count` documents (all if there are fewer), the BOS after them included.
+    """Return the first `count` documents (all if there are fewer) and the BOS after them.
 
     Raises:
-        ValueError: count < 1, no BOS, or fewer than two tokens.
+        ValueError: count < 1, or the text has no BOS, or fewer than two tokens.
     """
     if count < 1:
         raise UserError(f"documents must be at least 1, got {count}")

@@ -1,10 +1,10 @@
-"""Sliding-window scoring: every token but a document's first ones sees nearly `max_context` tokens before it.
+"""Sliding-window scoring, in which most tokens see nearly `max_context` tokens before them.
 
-The plain pass cuts a long document into segments, so a segment's first tokens have no context. Here windows
-of `max_context` tokens move on by `stride`, each scores only the tokens that no earlier window scored, and no
-window leaves its document. Where a window begins depends on positions alone, so no score depends on how long
-the document is. With stride = max_context this is the plain pass.
-Cost: a document of n tokens takes about n * max_context / stride tokens of forward.
+Plain scoring cuts a long document into segments, so the first tokens of a segment have no context. Here
+windows of `max_context` tokens move forward by `stride` tokens within a document, and each window scores only
+the tokens that no earlier window scored. The start of a window depends only on its position, so no score
+depends on how long the document is. With stride = max_context, this is plain scoring.
+A document of n tokens costs forward passes over about n * max_context / stride tokens.
 Legend: `T` tokens of a buffer, `K` windows. Source: the sliding evaluation of parameter-golf PR #1218, the
 first that scores the tail of the text once.
 """
@@ -32,20 +32,23 @@ CPU = torch.device("cpu")
 def sliding_windows(
     starts: NDArray[np.int64], lengths: NDArray[np.int64], *, context: int, stride: int
 ) -> NDArray[np.int64]:
-    """Return the windows of all documents, `(K, 3)` int64 rows (begin, first scored, end), in order.
+    """Return the windows of all documents in order, `(K, 3)` int64 with rows (begin, first scored, end).
 
-    Positions are those of inputs; the first window of a document scores all of its `context` tokens, the k-th
-    further one ends at start + context + k * stride (or with the document) and scores the last `stride`.
+    The numbers are positions of inputs. The first window of a document scores all of its `context` tokens.
+    The k-th window after it ends at start + context + k * stride, or at the end of the document, and scores
+    the tokens after the end of the window before it.
 
     Args:
-        starts, lengths: `(n,)` inputs of each document, as `document_bounds`.
-        context: longest window, tokens. stride: in [1, context].
+        starts, lengths: `(n,)` inputs of each document, as from `document_bounds`.
+        context: tokens of the longest window.
+        stride: tokens by which windows move, in [1, context].
+
     Raises:
-        ValueError: a stride out of range.
+        ValueError: the stride is out of range.
     """
     if not 1 <= stride <= context:
         raise UserError(f"stride must be in [1, max_context={context}], got {stride}")
-    more = -(-np.maximum(lengths - context, 0) // stride)  # windows after the first
+    more = -(-np.maximum(lengths - context, 0) // stride)  # number of windows after the first
     document = np.repeat(np.arange(starts.size), more + 1)
     first = np.concatenate(([0], np.cumsum(more + 1)[:-1]))
     k = np.arange(document.size) - first[document]
@@ -58,11 +61,13 @@ def sliding_windows(
 def window_buffers(
     windows: NDArray[np.int64], *, context: int, batch_tokens: int
 ) -> list[tuple[NDArray[np.int64], int]]:
-    """Pack whole windows, in order, into buffers; return the windows of each and their tokens.
+    """Pack whole windows, in order, into buffers; return the windows and the tokens of each buffer.
 
     Args:
-        windows: `(K, 3)` of `sliding_windows`.
-        context: longest window. batch_tokens: T, most tokens of a buffer, at least context.
+        windows: `(K, 3)`, from `sliding_windows`.
+        context: tokens of the longest window.
+        batch_tokens: T, largest number of tokens in a buffer, at least context.
+
     Raises:
         ValueError: batch_tokens < context.
     """
@@ -87,11 +92,14 @@ def window_batches(
     world_size: int = 1,
     device: torch.device = CPU,
 ) -> Iterator[ValBatch]:
-    """Yield this rank's buffers of whole windows, of buffer b rank b mod world_size, in host memory.
+    """Yield this rank's buffers of whole windows, in host memory; buffer b belongs to rank b mod world_size.
 
     Args:
-        text: what the windows index. windows, context, batch_tokens: as `window_buffers`.
-        device: where the model runs, on which the length of the last buffer depends (`buffer_size`).
+        text: the text to which the positions of the windows refer.
+        windows, context, batch_tokens: as in `window_buffers`.
+        rank, world_size: select this rank's buffers.
+        device: where the model runs; the length of the last buffer depends on it (`buffer_size`).
+
     Raises:
         ValueError: batch_tokens < context.
     """
@@ -104,7 +112,7 @@ def window_batches(
 
 
 def _pack(text: ValidationText, windows: NDArray[np.int64], size: int, context: int) -> ValBatch:
-    """Copy windows into one padded buffer; targets that another window scores are ignored."""
+    """Return windows as one padded buffer, in which targets that another window scores are ignored."""
     inputs = torch.zeros(size, dtype=torch.int64)
     targets = torch.full((size,), IGNORED_TARGET, dtype=torch.int64)
     sizes = torch.zeros(size, dtype=torch.int64)
@@ -132,14 +140,20 @@ def score_sliding(
     stride: int,
     batch_tokens: int,
 ) -> Score:
-    """Return bits per byte with a sliding window, every token of `text` but the first scored once.
+    """Return the score with a sliding window; every token except for the first one is scored once.
 
     Args:
-        model: as in `evaluate_bpb`. text: the validation split. dist: ranks that share the buffers.
-        bos_id: starts a document. context: longest window, tokens. stride: in [1, context].
-        batch_tokens: most tokens of a forward pass (at least one window); speed and memory, not the score.
+        model: as in `evaluate_bpb`.
+        text: the validation text.
+        dist: ranks that share the buffers.
+        bos_id: the id that starts a document.
+        context: tokens of the longest window.
+        stride: tokens by which windows move, in [1, context].
+        batch_tokens: largest number of tokens per forward pass (at least one window); it changes speed and
+            memory, not the score.
+
     Raises:
-        ValueError, RuntimeError: as `sliding_windows`, `evaluate_bpb`.
+        ValueError, RuntimeError: as in `sliding_windows` and `evaluate_bpb`.
     """
     starts, lengths = document_bounds(text, bos_id)
     windows = sliding_windows(starts, lengths, context=context, stride=stride)

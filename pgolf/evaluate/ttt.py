@@ -1,21 +1,23 @@
-"""Test-time training: adapters of each document learn from its tokens, after those have been scored.
+"""Test-time training: adapters learn from the tokens of each document, after those tokens were scored.
 
-Documents start from the same adapters and share nothing, so the score of a token is a function of the
-artifact and of the document's tokens before it:
- 1. A document is read in chunks. Where one ends depends on positions only, never on the document's length.
- 2. A chunk's tokens are scored by one forward over a window of at most `max_context` tokens that ends with
-    the chunk. `scored_chunks` hands the losses out before it does anything else with them.
- 3. Then the mean loss of the chunk, from that same forward, gives one step of AdamW without momentum to the
-    document's adapters; the model's own weights stay as they are.
-Documents of similar length advance in lock step, the longest first in the batch, so that those still being
-read are a prefix of every tensor; the windows of a batch have one length and are packed without padding.
-Ranks get whole batches, which do not depend on the number of ranks.
+All documents start from the same adapters and do not influence each other, so the score of a token depends
+only on the artifact and on the tokens before it in its document:
+ 1. A document is read in chunks. The end of a chunk depends only on its position, not on the document's
+ length. 2. The tokens of a chunk are scored by one forward pass over a window of at most `max_context` tokens
+ that
+    ends with the chunk. `scored_chunks` yields the losses before it uses them for anything else.
+ 3. Then the mean loss of the chunk, from the same forward pass, gives the document's adapters one step of
+    AdamW without momentum. The weights of the model do not change.
+Documents of similar length are read together, chunk by chunk, with the longest first in the batch, so that
+the documents that are still being read are always the first rows of every tensor. All windows of a batch have
+the same length and are packed without padding. A rank gets whole batches, which do not depend on the number
+of ranks.
 
-Differences from PR #1855, where this comes from: chunks grow with the position (48 tokens at first, 256 from
-position 4,096 on; with 48 throughout the longest document of the challenge takes 2,024 steps one after
-another, not 410, and our validation text 78 million window tokens, not 31), A starts afresh with every
-document, a window's start does not depend on where the document ends, and there are no phases in which the
-model itself learns from whole documents.
+The method comes from PR #1855, with these differences. Chunks grow with the position, from 48 tokens to 256
+tokens from position 4,096 on. (With 48 tokens throughout, the longest document of the challenge would take
+2,024 sequential steps instead of 410, and this project's validation text 78 million window tokens instead of
+31 million.) The matrix A starts again with every document; the start of a window does not depend on where the
+document ends; and there are no phases in which the model itself learns from whole documents.
 Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D` width, `V` vocab.
 """
 
@@ -41,11 +43,11 @@ from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import Adapters, bind, initial_adapters
 
 CHUNK_MULTIPLE = 16
-"""Chunks that have grown are whole multiples of this, which suits the matrix units."""
+"""Chunks longer than the shortest have a multiple of this number of tokens, which suits the tensor cores."""
 
 
 class Chunk(NamedTuple):
-    """Positions [begin, end) of a document, scored from a window that starts at `start`."""
+    """Positions [begin, end) of a document, which are scored in a window that starts at `start`."""
 
     start: int
     begin: int
@@ -53,22 +55,22 @@ class Chunk(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The losses of one chunk of N documents, fixed before any adapter has seen its targets."""
+    """The losses of one chunk of N documents, computed before any adapter has learned from its targets."""
 
     documents: NDArray[np.int64]
-    """`(N,)` which documents of the split."""
+    """`(N,)` indices of the documents in the text."""
     begin: int
-    """Position of the chunk in each."""
+    """Position of the chunk in each of them."""
     nats: Tensor
-    """`(N, C)` float32, 0 after a document's end."""
+    """`(N, C)` float32, 0 after the end of a document."""
     counted: Tensor
-    """`(N, C)` bool: which are targets of the document."""
+    """`(N, C)` bool, whether each is a target of the document."""
     sizes: Tensor
-    """`(N, C)` int64 bytes of the targets."""
+    """`(N, C)` int64, bytes of the targets."""
 
 
 def plan_chunks(length: int, context: int, config: TttConfig) -> list[Chunk]:
-    """Return the chunks of a document of `length` targets; the last may end after it.
+    """Return the chunks of a document of `length` targets; the last chunk may end after the document.
 
     A chunk at position p has clamp(p / chunk_growth, chunk, chunk_max) tokens, at most `context`.
     """
@@ -86,22 +88,24 @@ def plan_chunks(length: int, context: int, config: TttConfig) -> list[Chunk]:
 
 @dataclass(frozen=True)
 class DocumentBatch:
-    """Documents that are read together, and the work that they are."""
+    """Documents that are read together, and their cost."""
 
     documents: NDArray[np.int64]
-    """`(n,)` which ones, the longest first."""
+    """`(n,)` indices of the documents, the longest first."""
     chunks: list[Chunk]
-    """Those of the longest."""
+    """The chunks of the longest document."""
     tokens: int
-    """Window tokens over all chunks and documents."""
+    """Window tokens of all chunks and documents."""
 
 
 def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) -> list[DocumentBatch]:
-    """Group documents of similar length so that no forward exceeds batch_tokens (one document may).
+    """Group documents of similar length so that a forward pass has at most batch_tokens tokens.
+
+    A batch of a single document may have more.
 
     Args:
-        lengths: `(n,)` targets of each document, all >= 1.
-        context: longest window.
+        lengths: `(n,)` number of targets of each document, all >= 1.
+        context: tokens of the longest window.
     """
     order = np.argsort(-lengths, kind="stable")
     batches, first = [], 0
@@ -118,7 +122,7 @@ def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) ->
 
 
 def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> list[DocumentBatch]:
-    """Return this rank's batches: the largest first, each to the rank with the least work so far."""
+    """Return this rank's batches; the largest comes first, and each goes to the rank with the least work."""
     load = [0] * world_size
     mine = []
     for batch in sorted(batches, key=lambda b: -b.tokens):
@@ -130,12 +134,12 @@ def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> l
 
 
 class AdapterState:
-    """Float32 adapters of many documents with their second moments, and AdamW on a prefix of them.
+    """Float32 adapters of many documents with their second moments, and AdamW on the first ones of them.
 
     Args:
-        model: gives sizes, device and the number of executed layers.
-        config: rank, learning rate and so on.
-        documents: how many there is room for.
+        model: determines the sizes, the device and the number of executed layers.
+        config: rank, learning rate and the other settings.
+        documents: largest number of documents.
     """
 
     def __init__(self, model: GPT, config: TttConfig, documents: int) -> None:
@@ -149,25 +153,25 @@ class AdapterState:
         self._steps = 0
 
     def reset(self) -> None:
-        """Forget everything: all documents start afresh."""
+        """Set all adapters to their initial values and the moments to zero."""
         for name, start in self._start.items():
             self._values[name].copy_(start.expand_as(self._values[name]))
             self._squares[name].zero_()
         self._steps = 0
 
     def leaves(self, count: int) -> dict[str, Tensor]:
-        """Return the first `count` documents' adapters as leaves to differentiate; they share memory."""
+        """Return the adapters of the first `count` documents as autograd leaves that share their memory."""
         return {n: t[:count].detach().requires_grad_() for n, t in self._values.items()}
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], count: int) -> None:
-        """Give the first `count` documents one step of AdamW with beta1 = 0.
+        """Take one step of AdamW with beta1 = 0 on the adapters of the first `count` documents.
 
         v <- beta2 v + (1 - beta2) g^2;  p <- (1 - lr wd) p - lr g / (sqrt(v / (1 - beta2^t)) + eps)
 
         Args:
-            gradients: of `leaves`, `(N, ...)` with N >= count.
-            count: how many learn.
+            gradients: of the `leaves`, `(N, ...)` with N >= count.
+            count: number of documents that learn.
         """
         c = self._config
         self._steps += 1
@@ -180,12 +184,14 @@ class AdapterState:
 
 
 class Reader:
-    """Scores chunks and adapts: the model without compilation, the text and the adapters, on one device.
+    """Scores chunks and lets the adapters learn, on one device; the model is not compiled.
 
     Args:
-        model: prepared; its weights are shared, not copied, and not changed.
-        text: the validation split. bounds: its documents, as `document_bounds`.
-        config: settings. documents: room for the adapters of so many.
+        model: prepared; its weights are shared and do not change.
+        text: the validation text.
+        bounds: its documents, from `document_bounds`.
+        config: settings.
+        documents: largest number of documents per batch.
     """
 
     def __init__(
@@ -206,7 +212,7 @@ class Reader:
         self._state = AdapterState(model, config, documents)
 
     def scored_chunks(self, batch: DocumentBatch) -> Iterator[Scored]:
-        """Yield the losses of chunk after chunk; the adapters learn from one when the next is asked for.
+        """Yield the losses of one chunk after another; the adapters learn from a chunk after it was yielded.
 
         Every target of the batch's documents is scored once, from left to right.
         """
@@ -221,7 +227,7 @@ class Reader:
                 nats, counted, sizes = self._score(documents, chunk, leaves)
             yield Scored(documents, chunk.begin, nats.detach(), counted, sizes)
             if learning:
-                # A sum over documents: each gets its own chunk's gradient, whatever else is in the batch.
+                # A sum over documents, so that the gradient of a document does not depend on the others.
                 loss = nats[:learning].mean(dim=1).sum()
                 found = torch.autograd.grad(loss, list(leaves.values()))
                 del nats, loss
@@ -230,7 +236,7 @@ class Reader:
     def _score(
         self, documents: NDArray[np.int64], chunk: Chunk, leaves: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return losses, which of them count, and bytes of a chunk, each `(N, C)`."""
+        """Return the losses of a chunk, whether each target counts, and its bytes, all `(N, C)`."""
         model, device = self._model, self._tokens.device
         count, width = documents.size, chunk.end - chunk.start
         starts = torch.from_numpy(self._starts[documents]).to(device)[:, None]
@@ -253,9 +259,10 @@ class Reader:
 
 
 def _losses(hidden: Tensor, table: Tensor, adapters: Adapters, targets: Tensor, *, cap: float) -> Tensor:
-    """Return the losses `(T,)` in nats of final states `(T, D)`, the adapted head included.
+    """Return the losses `(T,)`, in nats, of final states `(T, D)`, with the adapters of the head.
 
-    Plain operators: the adapters add to the logits, and a chunk's rows are few beside those of its window.
+    The fused loss cannot be used, because the adapters add to the logits. PyTorch operators are fast enough,
+    as a chunk has few rows compared with its window.
     """
     logits = (F.linear(hidden, table) + adapters.head(hidden)).float()
     capped = cap * torch.tanh(logits / cap)
@@ -263,14 +270,17 @@ def _losses(hidden: Tensor, table: Tensor, adapters: Adapters, targets: Tensor, 
 
 
 def score_adapted(model: GPT, text: ValidationText, dist: Dist, *, bos_id: int, config: TttConfig) -> Score:
-    """Return bits per byte with test-time training, every token of `text` but the first scored once.
+    """Return the score with test-time training; every token except for the first one is scored once.
 
     Args:
-        model: prepared on dist.device; not changed. text: the validation split.
-        dist: ranks that share the batches; the score is the same for any number of them, up to rounding.
-        bos_id: starts a document. config: settings.
+        model: prepared on dist.device; it does not change.
+        text: the validation text.
+        dist: ranks that share the batches; the score does not depend on their number, except for rounding.
+        bos_id: the id that starts a document.
+        config: settings.
+
     Raises:
-        ValueError: no documents, or another number of tokens or bytes was scored.
+        ValueError: the text has no documents, or another number of tokens or bytes was scored.
         RuntimeError: a loss is NaN or infinite.
     """
     tally = Tally(dist)

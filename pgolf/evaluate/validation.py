@@ -1,4 +1,4 @@
-"""A folder of shards as a test: checked against a model, and scored over the whole of its validation text."""
+"""The validation text of a data folder: checking it against a model, and scoring a model on all of it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,29 @@ from pgolf.model.gpt import GPT
 
 @dataclass(frozen=True)
 class DataFolder:
-    """A data folder that has been checked against its manifest and the model."""
+    """A data folder that was checked against its manifest and the model."""
 
     folder: Path
     tokenizer: Tokenizer
     sha256: str
-    """Of the tokenizer, hex."""
+    """SHA-256 of the tokenizer, hexadecimal."""
     manifest: Manifest | None = None
-    """What the folder was checked against; None for another tool's folder, of which nobody knows."""
+    """The manifest that the folder was checked against; None if another tool made the folder."""
     verified: bool = False
-    """Whether the training shards were read for that too."""
+    """Whether the hashes of the training shards were checked too."""
 
     @classmethod
     def open(cls, folder: Path | None, *, vocab_size: int, verify: bool = False) -> DataFolder:
         """Check a data folder against its manifest and the model's vocabulary.
 
         Args:
-            folder: with shards and a tokenizer. vocab_size: of the model.
-            verify: hash the training shards too, not only the rest (`verify_folder`).
+            folder: folder with shards and a tokenizer.
+            vocab_size: size of the model's vocabulary.
+            verify: check the hashes of the training shards too (see `verify_folder`).
+
         Raises:
-            FileNotFoundError: no folder, no tokenizer, or a file that the manifest lists is not there.
-            ValueError: an unfinished build, something that the manifest does not list or says otherwise, or
+            FileNotFoundError: the folder, the tokenizer or a file of the manifest does not exist.
+            ValueError: the build is unfinished, a file differs from the manifest or is not listed there, or
                 the tokenizer's size is not the model's.
         """
         if folder is None:
@@ -58,14 +60,14 @@ class DataFolder:
         tokenizer = find_tokenizer(folder)
         if tokenizer.vocab_size != vocab_size:
             raise UserError(
-                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, model.vocab_size is "
+                f"{tokenizer.path} has {tokenizer.vocab_size} tokens, but model.vocab_size is "
                 f"{vocab_size}; pass --model.vocab-size {tokenizer.vocab_size} or other data"
             )
         return cls(folder, tokenizer, file_sha256(tokenizer.path), manifest, verify)
 
     @property
     def checked(self) -> str:
-        """Say in a sentence what is known of the data, for results that rest on them."""
+        """A sentence that says what was checked of the data, for the results that use them."""
         if self.manifest is None:
             return NO_MANIFEST
         total = self.manifest.total("val")
@@ -81,9 +83,9 @@ class DataFolder:
         )
 
     def facts(self) -> dict[str, Any]:
-        """Return what a summary keeps: SHA-256 of the manifest and its counts of the validation text.
+        """Return the entry of a summary: SHA-256 of the manifest, and its counts of the validation text.
 
-        `{"manifest": None}` for a folder without one.
+        It is `{"manifest": None}` for a folder without a manifest.
         """
         if self.manifest is None:
             return {"manifest": None}
@@ -92,18 +94,19 @@ class DataFolder:
         return {"manifest": file_sha256(self.folder / MANIFEST_NAME), "validation": counts}
 
     def validation(self, *, documents: int = 0) -> ValidationText:
-        """Return the validation text, or only its first `documents` documents."""
+        """Return the validation text, or only its first `documents` documents if that is not 0."""
         text = load_validation(self.folder, tokenizer=self.tokenizer, vocab_size=self.tokenizer.vocab_size)
         return first_documents(text, self.tokenizer.bos_id, documents) if documents else text
 
 
 def score_model(model: GPT, data_folder: DataFolder, batch_tokens: int, dist: Dist) -> Score:
-    """Return bits per byte of `model` over the whole validation text of `data_folder`, counts asserted.
+    """Return the score of `model` on the whole validation text of `data_folder`, with checked counts.
 
     Args:
         model: prepared on dist.device.
-        data_folder: opened with the model's vocabulary.
-        batch_tokens: tokens of a forward pass (at least one segment); speed and memory, not the score.
+        data_folder: opened with the size of the model's vocabulary.
+        batch_tokens: tokens per forward pass (at least one segment); it changes speed and memory, not the
+            score.
         dist: ranks that share the work.
     """
     config = model.config
@@ -133,20 +136,21 @@ def score_as(
     stride: int,
     ttt: TttConfig,
 ) -> Score:
-    """Return bits per byte of `model` over `text`, counts asserted.
-
-    plain cuts documents into segments of max_context (a window that moves on by its own length), sliding
-    moves it by `stride`, ttt adapts to each document.
+    """Return the score of `model` on `text`, with checked counts.
 
     Args:
-        mode: which. model: prepared on dist.device. text: of `data_folder.validation`.
+        mode: "plain" cuts documents into segments of max_context tokens, "sliding" moves a window over each
+            document, "ttt" lets adapters learn each document.
+        model: prepared on dist.device.
+        text: from `data_folder.validation`.
         dist: ranks that share the work.
-        batch_tokens: tokens of a forward pass of plain and sliding.
-        stride: tokens that a window of sliding scores. ttt: settings of ttt.
+        batch_tokens: tokens per forward pass of "plain" and "sliding".
+        stride: tokens that a window of "sliding" scores.
+        ttt: settings of "ttt".
     """
     if not text.bytes[1:].any():
         raise UserError(
-            f"the {text.tokens.size - 1} tokens to score hold no bytes (only empty documents), so there are "
+            f"the {text.tokens.size - 1} tokens to score have no bytes (only empty documents), so there are "
             "no bits per byte; score more --documents"
         )
     bos_id, context = data_folder.tokenizer.bos_id, model.config.max_context

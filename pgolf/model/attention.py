@@ -1,7 +1,7 @@
 """Causal attention over packed documents, and the attention branch of a block.
 
-One function, `attention kernel(q, k, v, cu_seqlens, max_seqlen)`, with three implementations chosen once by
-`select_attention`. Nothing attends across a segment boundary.
+There are three implementations of the function `kernel(q, k, v, cu_seqlens, max_seqlen)`, of which
+`select_attention` chooses one when a model is prepared. No token attends across a segment boundary.
 Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `S` segments, `D` width.
 """
 
@@ -31,12 +31,14 @@ AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Attend by one `F.scaled_dot_product_attention` a segment; reads cu_seqlens on the host.
+    """Attend with one call of `F.scaled_dot_product_attention` per segment; cu_seqlens is read on the host.
 
     Args:
-        q: `(T, H, K)`. k, v: `(T, G, K)`, G divides H.
-        cu_seqlens: `(S + 1,)` int32 segment starts, ending with T (repeats allowed).
-        max_seqlen: longest segment, tokens; unused here.
+        q: `(T, H, K)`.
+        k, v: `(T, G, K)`; G divides H.
+        cu_seqlens: `(S + 1,)` int32 starts of the segments, then T; a repeated start is an empty segment.
+        max_seqlen: tokens of the longest segment; not used here.
+
     Returns:
         `(T, H, K)`.
     """
@@ -54,10 +56,10 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Attend with torch's FlashAttention varlen kernel (CUDA, bf16 or fp16); else as `sdpa_attention`."""
+    """Attend with torch's variable-length kernel on CUDA, in bf16 or fp16; arguments as `sdpa_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    # torch 2.11 takes grouped queries silently, 2.13 wants to be told.
+    # torch 2.11 accepts grouped queries without a flag, torch 2.13 requires the flag.
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG else {}
     causal = (-1, 0)
     out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal, **gqa)
@@ -75,7 +77,7 @@ _VARLEN_HAS_GQA_FLAG = _varlen_has_gqa_flag()
 
 
 def find_fa4() -> Peer:
-    """Return whether flash-attn-4 can be imported and has the arguments used here; `found` is the kernel."""
+    """Look for flash-attn-4 and check the arguments of its functions; `found` of the result is the kernel."""
 
     def load() -> AttentionKernel:
         from pgolf.model.fa4 import fa4_attention
@@ -87,10 +89,10 @@ def find_fa4() -> Peer:
 
 @functools.lru_cache(maxsize=8)
 def fa4_problem(device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
-    """Return why flash-attn-4 cannot be used on `device` with these heads, empty where it can.
+    """Return why flash-attn-4 cannot be used on `device` with these heads; empty if it can be used.
 
-    On Hopper it is tried: 256 tokens forward and backward, against torch's varlen attention. The kernels that
-    this compiles are those of the model.
+    On Hopper GPUs a trial compares it with torch's variable-length attention, forward and backward, on 256
+    tokens. The trial compiles the same kernels that the model will use.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
         return "needs a Hopper GPU"
@@ -99,8 +101,8 @@ def fa4_problem(device: torch.device, heads: int, kv_heads: int, head_dim: int) 
 
 
 def _trial(kernel: AttentionKernel, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
-    """Return what is wrong with a kernel's output and gradients of three small segments, empty if nothing."""
-    if torch.is_inference_mode_enabled():  # which makes tensors that cannot be differentiated
+    """Return what is wrong with a kernel's output and gradients on three small segments; empty if nothing."""
+    if torch.is_inference_mode_enabled():  # tensors that are created in it cannot be differentiated
         with torch.inference_mode(False):
             return _trial(kernel, device, heads, kv_heads, head_dim)
     cu = torch.tensor([0, 100, 101, 256, 256], dtype=torch.int32, device=device)
@@ -121,23 +123,23 @@ def _trial(kernel: AttentionKernel, device: torch.device, heads: int, kv_heads: 
         for what, got, want in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
             error = float((got - want).float().norm() / want.float().norm())
             if not error < TRIAL_TOLERANCE:
-                return f"not usable: its {what} differs from torch's by {error:.1e} of the norm in a trial"
+                return f"not usable: its {what} differs from torch's by {error:.1e} of the norm, in a trial"
     except Exception as e:
         return f"not usable: a trial raised {describe(e)}"
     return ""
 
 
 TRIAL_TOLERANCE = 0.05
-"""Two bfloat16 kernels are 0.005 apart; one that is wrong is of order 1."""
+"""Relative error above which a kernel is wrong. Two correct bfloat16 kernels differ by 0.005."""
 
 
 class Attention(NamedTuple):
-    """The kernel that was chosen."""
+    """The kernel that `select_attention` chose."""
 
     name: AttentionName
     kernel: AttentionKernel
     note: str
-    """Empty, or the sentence that says why it is not the one that is installed."""
+    """A sentence that says why flash-attn-4, although installed, was not chosen; otherwise empty."""
 
 
 def select_attention(
@@ -145,14 +147,15 @@ def select_attention(
 ) -> Attention:
     """Return the attention kernel to use on `device`.
 
-    auto is flash-attn-4 on Hopper where it is installed and works, else torch varlen on CUDA sm_80 and newer,
-    else SDPA. Where it is installed and does not work, a warning says why, from the first rank.
+    "auto" chooses flash-attn-4 on a Hopper GPU where it is installed and works, otherwise torch's
+    variable-length kernel on CUDA devices of sm_80 and newer, otherwise SDPA. If flash-attn-4 is installed
+    but does not work, rank 0 warns and says why.
 
     Args:
-        heads, kv_heads, head_dim: what flash-attn-4 is tried with.
+        heads, kv_heads, head_dim: sizes of the model, with which flash-attn-4 is tried.
 
     Raises:
-        RuntimeError: the named kernel cannot run here.
+        RuntimeError: the kernel that was asked for cannot run here.
     """
     cuda = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
@@ -180,7 +183,7 @@ def select_attention(
 
 
 class AttentionWeights(NamedTuple):
-    """One layer's attention weights in the compute dtype."""
+    """The attention weights of one layer in the compute dtype."""
 
     qkv: Tensor  # (D + 2 * G * K, D)
     out: Tensor  # (D, D)
@@ -202,9 +205,17 @@ def attention_branch(
 ) -> Tensor:
     """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
 
-    QK-norm, partial RoPE, learned gain on q, causal attention per segment, exclusive self-attention, head
-    gate, output projection, in the order of PR #1855. Adapters add to q, k and v before the norm, and to the
-    output (a bypass with the input n).
+    The steps are, in the order of PR #1855: QK-norm, partial RoPE, learned gain on q, causal attention within
+    each segment, exclusive self-attention, head gate, output projection. Adapters add to q, k and v before
+    the norm, and to the output (as a bypass with the input n).
+
+    Args:
+        kernel: attention kernel.
+        exclusive: whether this layer uses exclusive self-attention.
+        rope: cosines and sines, `(T, 1, R / 2)` each.
+        cu_seqlens: as in `sdpa_attention`.
+        lora: adapters of this execution of the layer, or None.
+        observe: called with ("attn_in", n) and ("attn_out", input of the output projection).
     """
     qkv = F.linear(n, weights.qkv)
     if lora is not None:

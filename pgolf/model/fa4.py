@@ -1,11 +1,11 @@
-"""flash-attn-4 (CuTe DSL, Hopper) as a dispatcher op, so that compiled blocks treat it as one opaque node.
+"""flash-attn-4 (CuTe DSL, Hopper) as a custom operator of torch, which torch.compile treats as one node.
 
-Optional: `pip install 'pgolf[fa4]'`. Kernels are compiled at the first call. Its public functions are
-autograd functions, which a compiled block could only break at; the private ones below them have kept the
-arguments used here from 4.0.0b18 to 4.0.0b36, but not the number of their results. So results are asked for
-by name, in tensors that are passed in, and importing this module raises where an argument is missing.
-`pgolf.model.attention` imports it, and tries it, before it says that it is usable.
-Fakes take the op's whole signature.
+The package is optional: `pip install 'pgolf[fa4]'`. It compiles its kernels at the first call. Its public
+functions are autograd functions, at which a compiled block would have to break its graph. This module calls
+the private functions below them. Those have had the arguments used here from 4.0.0b18 to 4.0.0b36, but not
+the same number of results, so the results are written into tensors that are passed by name. Importing this
+module raises ImportError if an argument is missing; `pgolf.model.attention` does that before it says that
+flash-attn-4 can be used.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ for _function, _names in _NEEDED.items():
     if _missing:
         raise ImportError(
             f"{_function.__name__} of this flash-attn-4 has no argument {', '.join(_missing)}; "
-            "pip install 'pgolf[fa4]' installs a version that has"
+            "install a version that has it: pip install 'pgolf[fa4]'"
         )
 
 
-# 4.0.0b36 warns at each compilation that an argument of its own, which is not used, is not converted.
+# 4.0.0b36 warns at each compilation about an argument of its own that is not used here.
 warnings.filterwarnings("ignore", message=r"Argument aux_data \(position", category=UserWarning)
 
 
@@ -58,7 +58,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: in
 
 
 def _results(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return room for the output `(T, H, K)` and the logsumexp `(H, T)` float32."""
+    """Return uninitialized tensors for the output `(T, H, K)` and the logsumexp `(H, T)` float32."""
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -129,9 +129,9 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def fa4_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
-    """Attend causally within each segment; arguments as `pgolf.model.attention.sdpa_attention`.
+    """Attend causally within each segment; arguments as in `pgolf.model.attention.sdpa_attention`.
 
-    Differentiable once, by torch.autograd.
+    The result can be differentiated once, by torch.autograd.
     """
     refuse_transforms("fa4_attention", q, k, v, reference="sdpa_attention")
     out: Tensor = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)[0]

@@ -1,8 +1,8 @@
-"""Gates and mixes of the residual stream: small pure functions, shared by every path through the model.
+"""Norms, gates and mixes of the residual stream, as small pure functions.
 
 Legend: `T` tokens, `D` width, `H` heads, `K` head dim, `G` kv heads, `W` gate window.
-Sources, pull requests of parameter-golf: SmearGate #1667 (BOS mask #1851), XSA #478, sparse head
-gate #1787, dense gate #1736, output gate #1667, gated U-Net skips #1394.
+Sources, pull requests of parameter-golf: smear gate #1667 (BOS mask #1851), exclusive self-attention #478,
+sparse head gate #1787, dense gate #1736, output gate #1667, gated U-Net skips #1394.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root-mean-square norm over the last dim without a weight; equals `F.rms_norm(x, x.shape[-1:])`.
+    """Return `x` divided by its root mean square over the last dim; equals `F.rms_norm(x, x.shape[-1:])`.
 
-    eps is that of float32 whatever the dtype, as torch's own op chooses.
+    eps is that of float32 for every dtype, which is also torch's choice.
     """
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
@@ -29,7 +29,8 @@ def smear(x: Tensor, first: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
 
     Args:
         x: `(T, D)` embeddings before smearing.
-        first: `(T,)` bool, true at the first token of every segment (so at every BOS): nothing added there.
+        first: `(T,)` bool, true at the first token of every segment (so at every BOS), where nothing is
+            added.
         weight: `(1, W)`.
         strength: `(1,)`.
     """
@@ -39,13 +40,13 @@ def smear(x: Tensor, first: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """Exclusive self-attention: remove from each head's output its part along the token's own value.
+    """Remove from each head's output its part along the token's own value (exclusive self-attention).
 
-    y_h - (y_h . u) u with u = v / |v| of the head's kv group.
+    Returns y_h - (y_h . u) u with u = v / |v| of the head's kv group.
 
     Args:
         y: `(T, H, K)` attention output.
-        v: `(T, G, K)` values; query heads h of group g are g * H/G ... (g + 1) * H/G - 1.
+        v: `(T, G, K)` values; group g has the query heads g * H/G to (g + 1) * H/G - 1.
     """
     unit = F.normalize(v.float(), dim=-1).unsqueeze(2)  # (T, G, 1, K)
     grouped = y.view(y.shape[0], v.shape[1], -1, y.shape[2]).float()  # (T, G, H/G, K)
@@ -59,7 +60,7 @@ def head_gate(kind: Literal["sparse", "dense", "out"], n: Tensor, weight: Tensor
     sparse: sigmoid(scale * w_h . n[:W]); dense: sigmoid(w_h . n); out: 2 * sigmoid(w_h . n[:W]).
 
     Args:
-        kind: which gate.
+        kind: one of the three gates above.
         n: `(T, D)` normed input of the attention.
         weight: `(H, W)`, or `(H, D)` for dense.
         scale: multiplier inside the sparse gate's sigmoid.
@@ -71,7 +72,7 @@ def head_gate(kind: Literal["sparse", "dense", "out"], n: Tensor, weight: Tensor
 
 
 def skip_mix(x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Join a U-Net skip: s + sigmoid(gate) * (x - s) with s = weight * saved, or x + s without a gate.
+    """Add a U-Net skip: return s + sigmoid(gate) * (x - s), s = weight * saved, or x + s without a gate.
 
     Args:
         x: `(T, D)` decoder stream.

@@ -1,13 +1,13 @@
-"""Text that a model writes: a token is drawn from the model's distribution, appended, and so on.
+"""Text generation: draw a token from the model's distribution, append it to the document, and repeat.
 
-The layers are those of training and scoring (`GPT.layers`); only their attention kernel is another one, which
-keeps the keys and values of earlier tokens, so that a new token costs one row of every matrix product. The
-logits are those of one forward pass over the same window of tokens.
+The layers are those of training and scoring (`GPT.layers`), with another attention kernel, which keeps the
+keys and values of earlier tokens; so a new token costs one row of every matrix product. The logits equal
+those of one forward pass over the same window of tokens.
 
-A model knows at most `max_context` tokens at a time. While a document is shorter, the window is all of it.
-When the window is full, it begins anew with its last max_context // 2 tokens, whose keys and values are
-computed again: what a token of a long document sees is between half and all of max_context, and depends on
-its position alone, not on where the prompt ended.
+A model sees at most `max_context` tokens at a time. A document up to that length is seen completely. When the
+window is full, it starts again from its last max_context // 2 tokens, whose keys and values are computed
+again. So a token of a long document sees between half of max_context and all of it, and how much depends only
+on its position, not on where the prompt ended.
 Legend: `T` tokens, `V` vocab, `H` query heads, `G` kv heads, `K` head dim, `S` executed layers.
 """
 
@@ -33,13 +33,15 @@ class Sampling:
     """How the next token is drawn from the logits."""
 
     temperature: float = 0.8
-    """Divides the logits: below 1 likely tokens become likelier, 0 takes the likeliest."""
+    """The logits are divided by it, >= 0. Below 1, likely tokens become likelier; 0 always takes the
+    likeliest."""
     top_p: float = 0.95
-    """Draw only from the fewest tokens whose probabilities sum to this; 1 = from all."""
+    """Draw only from the smallest set of tokens whose probabilities sum to at least this, in (0, 1]; 1 = all
+    tokens."""
     top_k: int = 0
-    """Draw only from the k likeliest tokens; 0 = from all."""
+    """Draw only from the k likeliest tokens, >= 0; 0 = all tokens."""
     seed: int = 0
-    """Of the random numbers; the same seed gives the same text on the same machine."""
+    """Seed of the random numbers, >= 0; the same seed gives the same text on the same machine."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -65,23 +67,25 @@ def generate(
 ) -> Iterator[str]:
     """Yield the text with which the model continues `prompt`, piece by piece, as it is drawn.
 
-    It ends with the document (the model drew the BOS of a next one) or after `tokens` tokens. The pieces are
-    whole characters: bytes of one that is not complete yet are kept back.
+    The text ends when the model draws the BOS of another document, or after `tokens` tokens. A piece consists
+    of whole characters: the bytes of a character that is not complete are held until it is.
 
     Args:
         model, tokenizer: as `pgolf.load` returns them.
-        prompt: beginning of the document; empty lets the model begin it.
-        tokens: most tokens to draw, >= 1.
+        prompt: the beginning of the document; if empty, the model writes it from its beginning.
+        tokens: largest number of tokens to draw, >= 1.
         temperature, top_p, top_k, seed: see `Sampling`.
+
     Raises:
-        ValueError: a setting out of range, a prompt that is not Unicode text, or a tokenizer of another size
-            than the model's vocabulary. RuntimeError: while drawing, logits that are NaN or infinite.
+        ValueError: a setting is out of range, the prompt is not Unicode text, or the tokenizer's size is not
+            that of the model's vocabulary.
+        RuntimeError: the model's logits are NaN or infinite; raised while drawing.
     """
     if tokens < 1:
         raise UserError(f"tokens must be >= 1, got {tokens}")
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, the model has {model.config.vocab_size}; "
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model has {model.config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )
     sampling = Sampling(temperature, top_p, top_k, seed)
@@ -107,19 +111,26 @@ def draw(model: GPT, ids: Sequence[int], sampling: Sampling, *, tokens: int, sto
 
 
 def sample(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
-    """Draw an id from softmax(logits / temperature), cut to the top k, then to the top p of those.
+    """Draw an id from softmax(logits / temperature), restricted to the top k and then to their top p.
 
-    In float64 and on the CPU whatever the device of `logits` `(V,)`, with one number from `rng` (of the CPU).
+    The arithmetic is float64 on the CPU and takes one random number.
+
+    Args:
+        logits: `(V,)`, on any device.
+        rng: a generator on the CPU.
 
     Raises:
         RuntimeError: a logit is NaN or infinite.
     """
     scores = logits.double().cpu()
     if not bool(scores.isfinite().all()):
-        raise RunError("the model's logits are NaN or infinite; its weights are broken")
+        raise RunError(
+            "the model's logits are NaN or infinite, so its weights are not usable; choose another file of "
+            "weights"
+        )
     if sampling.temperature == 0:
         return int(scores.argmax())
-    # The largest becomes 0, so that no temperature makes it infinite.
+    # The largest score becomes 0, so that division by a small temperature cannot make it infinite.
     scores, order = (scores - scores.max()).sort(descending=True, stable=True)
     likely = torch.softmax(scores[: sampling.top_k or None] / sampling.temperature, dim=0)
     before = likely.cumsum(0) - likely  # of all likelier tokens
@@ -130,10 +141,10 @@ def sample(logits: Tensor, sampling: Sampling, rng: torch.Generator) -> int:
 
 
 class Decoder:
-    """A model that is fed one document token by token and says what may come next.
+    """A model that reads one document token by token and returns the logits of the next token.
 
     Args:
-        model: its weights are shared; they must not change in the meantime.
+        model: the decoder shares its weights, which must not change while the decoder is used.
     """
 
     def __init__(self, model: GPT) -> None:
@@ -148,7 +159,7 @@ class Decoder:
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Append `ids` (at least one) to the document; return the logits `(V,)` float32 of the next token."""
         if not ids:
-            raise UserError("feed wants at least one id; a document begins with the tokenizer's BOS")
+            raise UserError("feed needs at least one id; a document begins with the tokenizer's BOS")
         self._ids += ids
         start = window_start(len(self._ids), self._model.config.max_context)
         if start != self._start or len(self._ids) == len(ids):
@@ -163,7 +174,7 @@ class Decoder:
         """Run the layers on the window's new tokens `(T,)`; return their final states `(T, D)`."""
         model, cache, new = self._model, self._cache, len(ids)
         cache.make_room(new, model)
-        before = self._ids[-new - 1 : -new] if cache.length else []  # whose embedding smears into the next
+        before = self._ids[-new - 1 : -new] if cache.length else []  # the smear gate needs its embedding
         device = self._table.device
         inputs = torch.tensor([*before, *ids], device=device)
         segment = torch.tensor([0, inputs.numel()], dtype=torch.int32, device=device)
@@ -178,11 +189,11 @@ class Decoder:
 class KeyValueCache:
     """An attention kernel for one document that keeps the keys and values of the tokens it has seen.
 
-    Every forward calls it once for each executed layer, in one order: the call's number says whose keys these
-    are. A repeated layer has keys of its own in each execution.
+    Every forward pass calls it once per executed layer, always in the same order, so the number of the call
+    identifies the layer. A repeated layer has separate keys and values for each of its executions.
 
     Attributes:
-        length: tokens whose keys and values are kept.
+        length: number of tokens whose keys and values are kept.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -193,16 +204,16 @@ class KeyValueCache:
         self.length = 0
 
     def clear(self) -> None:
-        """Forget every token."""
+        """Remove all tokens."""
         self.length = 0
 
     def make_room(self, tokens: int, model: GPT) -> None:
-        """Begin a forward of so many new tokens, with the dtype and on the device of `model`."""
+        """Prepare a forward pass of `tokens` new tokens, with the dtype and on the device of `model`."""
         self._slot = 0
         config, needed = self._config, self.length + tokens
         if self._kept is not None and self._kept.shape[3] >= needed:
             return
-        # Doubled, so that a long document is copied a few times only.
+        # The size doubles, so that a long document is copied only a few times.
         size = min(config.max_context, max(1 << (needed - 1).bit_length(), 256))
         shape = (self._slots, 2, config.kv_heads, size, config.head_dim)
         kept = torch.empty(shape, dtype=model.compute_dtype, device=model.tok_emb.device)
@@ -214,7 +225,10 @@ class KeyValueCache:
         """Attend from new tokens to the kept ones and to themselves, causally; keep their keys and values.
 
         Args:
-            q: `(T, H, K)`. k, v: `(T, G, K)`. cu_seqlens, max_seqlen: unused, there is one segment.
+            q: `(T, H, K)`.
+            k, v: `(T, G, K)`.
+            cu_seqlens, max_seqlen: not used, because there is one segment.
+
         Returns:
             `(T, H, K)`.
         """
@@ -225,7 +239,7 @@ class KeyValueCache:
         kept[0, :, self.length : end] = k.transpose(0, 1)
         kept[1, :, self.length : end] = v.transpose(0, 1)
         keys, values = kept[:, None, :, :end]
-        several, first = q.shape[0] > 1, self.length == 0  # a single token sees everything
+        several, first = q.shape[0] > 1, self.length == 0  # a single token sees all keys and needs no mask
         mask = None
         if several and not first:
             mask = torch.ones(q.shape[0], end, dtype=torch.bool, device=q.device).tril(self.length)
@@ -241,22 +255,22 @@ class KeyValueCache:
 
 
 def window_start(tokens: int, context: int) -> int:
-    """Return where the window of a document's last token begins, if that is number `tokens` of them (>= 1).
+    """Return where the window of the last token begins, in a document of `tokens` tokens (>= 1).
 
-    It moves on by context - context // 2 tokens whenever the window would exceed `context`.
+    The start moves by context - context // 2 tokens whenever the window would be longer than `context`.
     """
     step = context - context // 2
     return max(0, -(-(tokens - context) // step) * step)
 
 
 _OPEN_END = re.compile(f"{ESCAPE}?\ufffd{{0,3}}\\Z")
-"""What a later token may still change: bytes of a character that is not complete, a begun escape."""
+"""The end of a text that a later token may change: bytes of an incomplete character, or part of an escape."""
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Sequence[int], drawn: Iterable[int]) -> Iterator[str]:
-    """Yield the text of `drawn` ids, which continue `ids`, in whole characters as soon as they are certain.
+    """Yield the text of the `drawn` ids, which continue `ids`, in whole characters as they become final.
 
-    All is decoded together, because a piece's text may depend on the piece before it.
+    The ids are decoded together, because the text of a token may depend on the token before it.
     """
     known = list(ids)
     done = len(tokenizer.decode(known))
@@ -269,7 +283,7 @@ def text_pieces(tokenizer: Tokenizer, ids: Sequence[int], drawn: Iterable[int]) 
         if certain > done:
             yield text[done:certain]
             done = certain
-        if done == len(text) and len(known) > 256:  # enough before the next piece
+        if done == len(text) and len(known) > 256:  # 64 tokens before the next one are enough
             known = known[-64:]
             text = tokenizer.decode(known)
             done = len(text)

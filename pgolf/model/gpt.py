@@ -1,7 +1,8 @@
-"""The language model: parameters as banks, blocks as pure functions, one forward for every use.
+"""The language model: parameters as banks, blocks as pure functions, one forward pass for every use.
 
-Training, evaluation, calibration and test-time adaptation all run `GPT.forward`. Matrices of one shape are
-stacked into a bank (layer first) so that the optimizer works on few tensors; so are the small parameters.
+Training, scoring, calibration and test-time training all run `GPT.hidden`. Matrices of one shape are stacked
+into a bank (the layer is the first dimension), so that the optimizer works on few tensors; the small
+parameters are stacked too.
 Legend: `T` tokens, `D` width, `V` vocab, `L` layers, `H` heads, `K` head dim, `M` hidden, `W` gate window.
 Source: PR #1855 of the parameter-golf challenge, 35,945,671 parameters at the default sizes.
 """
@@ -35,9 +36,9 @@ Observe = Callable[[str, int, Tensor], None]
 
 
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
-    """Return the physical layers of the encoder and of the decoder half, in execution order.
+    """Return the physical layers of the encoder half and of the decoder half, in execution order.
 
-    With the loop on, layers loop_start..loop_end run loops + 1 times in a row.
+    With the loop on, the layers loop_start to loop_end run loops + 1 times in a row.
     """
     order = list(range(config.layers))
     if loop and config.loops:
@@ -48,12 +49,12 @@ def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int
 
 
 def skip_count(config: ModelConfig) -> int:
-    """Return how many skip weights the deeper of the two layer orders needs."""
+    """Return the number of skips in the longer of the two layer orders, with and without the loop."""
     return max(min(map(len, layer_order(config, loop=loop))) for loop in (False, True))
 
 
 class LayerWeights(NamedTuple):
-    """One layer's weights in the compute dtype, cut from the banks once per forward."""
+    """The weights of one layer in the compute dtype, cut from the banks once per forward pass."""
 
     attn: AttentionWeights
     up: Tensor  # (M, D)
@@ -68,7 +69,7 @@ class LayerWeights(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer needs besides its weights."""
+    """The inputs that all layers share, in addition to their weights."""
 
     x0: Tensor  # (T, D)
     rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
@@ -134,7 +135,7 @@ def parallel_block(
     exclusive: bool,
     tap: Tap,
 ) -> tuple[Tensor, Tensor]:
-    """Run attention on lane 0 and the MLP on lane 1; both write to both lanes.
+    """Run attention on lane 0 and the MLP on lane 1, and add both outputs to both lanes.
 
     lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp.
     """
@@ -150,7 +151,7 @@ def parallel_block(
 
 
 def stem(ids: Tensor, table: Tensor, first: Tensor, weight: Tensor | None, strength: Tensor | None) -> Tensor:
-    """Return the normed (and smeared) embeddings `(T, D)` of `ids` `(T,)`."""
+    """Return the embeddings `(T, D)` of `ids` `(T,)`, after the smear gate (if it is on) and the norm."""
     x = F.embedding(ids, table)
     if weight is not None and strength is not None:
         x = smear(x, first, weight, strength)
@@ -163,9 +164,10 @@ def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Decoder-only transformer of PR #1855, every part switchable by `ModelConfig`.
+    """Decoder-only transformer of PR #1855, whose parts `ModelConfig` switches on and off.
 
-    Call as `model(inputs, targets, cu_seqlens, max_seqlen=..., loop=...)`; returns per-token losses in nats.
+    Call it as `model(inputs, targets, cu_seqlens, max_seqlen=..., loop=...)`; it returns the loss of each
+    token in nats.
     """
 
     tok_emb: nn.Parameter
@@ -179,7 +181,7 @@ class GPT(nn.Module):
     embed_names = ("tok_emb",)
     attention_name: AttentionName
     attention_note: str
-    """Why it is not the kernel that is installed, a sentence; empty where there is nothing to say."""
+    """A sentence that says why an installed kernel is not used; otherwise empty."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -204,11 +206,17 @@ class GPT(nn.Module):
         compile: Literal["off", "blocks", "model"] = "off",
         backend: str = "inductor",
     ) -> GPT:
-        """Move to `device`, choose attention kernel and compute dtype, and compile if asked.
+        """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
 
-        The compute dtype is bfloat16 on CUDA and float32 elsewhere. With "blocks", all layers and both loop
-        modes share a few small graphs, which keeps the warm-up short; "model" makes one graph of all layers
-        for each loop mode, which fuses across layers and takes several times as long to compile.
+        The compute dtype is bfloat16 on CUDA and float32 elsewhere.
+
+        Args:
+            attention: see `select_attention`.
+            compile: "blocks" compiles a few small graphs, which all layers share with the loop on and off;
+                compilation is short. "model" compiles all layers as one graph, once with the loop on and once
+                with it off, which fuses across layers and takes several times as long to compile. "off"
+                compiles nothing.
+            backend: backend of torch.compile.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -225,7 +233,7 @@ class GPT(nn.Module):
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
-        """Return, for each bank, the observed input (kind, layer) that each of its matrices multiplies."""
+        """Return by bank name the input of each of its matrices, as the (kind, layer) that `observe` gets."""
         layers = range(self.config.layers)
 
         def of(kind: str) -> list[tuple[str, int]]:
@@ -249,21 +257,24 @@ class GPT(nn.Module):
         loop: bool,
         observe: Observe | None = None,
     ) -> Tensor:
-        """Return the loss of every target, `(T,)` float32 nats; targets of -100 give 0.
+        """Return the loss of every target, `(T,)` float32, in nats; it is 0 for a target of -100.
 
         Args:
-            inputs: `(T,)` int64 packed documents. targets: `(T,)` int64.
-            cu_seqlens: `(S + 1,)` int32 segment starts ending with T; nothing crosses a segment boundary.
-            max_seqlen: longest segment, tokens; must not exceed config.max_context.
-            loop: run the repeated segment (depth recurrence).
-            observe: called as observe(kind, layer, x) with every matrix's input; runs the blocks uncompiled.
+            inputs: `(T,)` int64, packed documents.
+            targets: `(T,)` int64, the token that follows each input, or -100.
+            cu_seqlens: `(S + 1,)` int32 starts of the segments, then T; nothing crosses a segment boundary.
+            max_seqlen: tokens of the longest segment, at most config.max_context.
+            loop: whether the repeated layers run several times (depth recurrence).
+            observe: called as observe(kind, layer, x) with the input of every matrix; the blocks then run
+                without compilation.
+
         Raises:
-            ValueError: max_seqlen above config.max_context.
+            ValueError: max_seqlen is above config.max_context.
         """
         hidden, _ = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
         if observe is not None:
             observe("head", 0, hidden)
-        # The float32 table: its gradient is then summed in float32 and never rounded to the compute dtype.
+        # With the float32 table, its gradient is accumulated in float32 and not rounded to the compute dtype.
         return linear_softcap_ce(hidden, self.tok_emb, targets, self.config.softcap, reduction="none")
 
     def hidden(
@@ -278,8 +289,10 @@ class GPT(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
 
-        Args as `forward`; `adapters` add to the layers (their head is the caller's) and want documents of one
-        length each, in order, and a model that is not compiled.
+        Args:
+            inputs, cu_seqlens, max_seqlen, loop, observe: as in `forward`.
+            adapters: adapters of the layers, for documents that all have the same length and are packed in
+                order; the model must not be compiled. The caller applies the adapter of the head.
         """
         config = self.config
         if max_seqlen > config.max_context:
@@ -290,7 +303,8 @@ class GPT(nn.Module):
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
-            # The number of segments changes from batch to batch; only the opaque attention kernel reads it.
+            # The number of segments changes from batch to batch. Only the attention kernel, which is one
+            # node of the compiled graph, depends on it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
         ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens)
         layers = self.layers if observe is not None else (self._compiled_layers or self.layers)
@@ -308,7 +322,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
         config = self.config
-        # Views: the compiler would give inputs that are one object (x is x0 in layer 0) graphs of their own.
+        # A view, because x is x0 in layer 0, and the compiler would make another graph for inputs that are
+        # the same object.
         x = ctx.x0.view(ctx.x0.shape)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
@@ -327,7 +342,7 @@ class GPT(nn.Module):
         return self._join(*lanes)
 
     def embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """Return the embeddings `(T, D)` with which the layers begin, from `table` `(V, D)`."""
+        """Return the input `(T, D)` of the first layer, from the embedding table `(V, D)`."""
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
         first.index_fill_(0, cu_seqlens.long(), True)
         if not self.config.smear_gate:
@@ -336,7 +351,7 @@ class GPT(nn.Module):
         return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Cut the banks into layers, cast to the compute dtype; q, k and v become one matrix."""
+        """Return the weights of each layer, cut from the banks and cast; q, k and v become one matrix."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
         qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).unbind()
@@ -371,9 +386,9 @@ class GPT(nn.Module):
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""
         config, device = self.config, self.tok_emb.device
         if self._rope is None or self._rope[0].shape[0] < tokens or self._rope[0].device != device:
-            # A power of two, so that batches that grow token by token make few tables.
+            # A power of two, so that inputs that grow token by token need few tables.
             size = 1 << (tokens - 1).bit_length()
-            # Kept for later calls, which may save it for backward: no tensor of inference mode can be.
+            # Later calls may save the tables for a backward pass, which a tensor of inference mode forbids.
             with torch.inference_mode(False):
                 self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=device)
         return self._rope[0][:tokens], self._rope[1][:tokens]
@@ -413,14 +428,14 @@ class GPT(nn.Module):
 
 
 def uncompiled(model: GPT, kernel: AttentionKernel | None = None) -> GPT:
-    """Return a model on the same weights that compiles nothing and has no gradients of its own.
+    """Return a model that shares the weights of `model`, is not compiled and has no gradients.
 
-    For work whose shapes change from call to call, for each of which the compiler would make new graphs.
+    It serves work whose shapes change from call to call, where the compiler would make a graph for each.
 
     Args:
-        model: shares its weights. kernel: attends instead of the model's attention kernel.
+        kernel: attention kernel; that of `model` if None.
     """
-    model._kernel()  # prepares a model that was not
+    model._kernel()  # prepares the model if that has not been done
     with torch.device("meta"):
         twin = GPT(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
@@ -431,7 +446,7 @@ def uncompiled(model: GPT, kernel: AttentionKernel | None = None) -> GPT:
 
 
 def _adapt(w: LayerWeights, adapters: Adapters | None, slot: int) -> LayerWeights:
-    """Return a layer's weights with the adapters of its execution `slot`."""
+    """Return the weights of a layer together with the adapters of execution number `slot`."""
     return w if adapters is None else w._replace(lora=adapters.layers[slot])
 
 
@@ -440,7 +455,7 @@ def _tap(observe: Observe | None, layer: int) -> Tap:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name; parts that are switched off have none."""
+    """Return the shape of every parameter by name; a part that is switched off has no parameters."""
     c, skips = config, skip_count(config)
     shapes: dict[str, tuple[int, ...]] = {
         "tok_emb": (c.vocab_size, c.width),
@@ -468,10 +483,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return every parameter at initialization, float32, by name.
+    """Return the initial value of every parameter by name, float32.
 
-    Embedding N(0, std^2); W_Q, W_K, W_V and MLP-up orthogonal; both output projections 0; scales 1; gates 0
-    (a dense head gate N(0, 0.005^2)); lane decays 1.1.
+    The embedding is N(0, embed_init_std^2); the matrices of q, k, v and MLP-up are orthogonal; both output
+    projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
+    lanes are 1.1.
     """
     rng = torch.Generator().manual_seed(seed)
     p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}

@@ -1,11 +1,12 @@
-"""Low-rank adapters that run beside the frozen matrices, one set for every document of a batch.
+"""Low-rank adapters next to the frozen matrices of a model, one set per document of a batch.
 
-A batch is N documents of W tokens each, packed as `(N * W, ...)`, so a product with every document's own
-matrix is one `bmm`. The model adds the adapters' outputs where its docstrings say so and is otherwise
-unchanged; with B = 0 they add exactly 0. Each execution of a layer (a repeated layer runs several times) has
-adapters of its own. Who trains them, and when, is not decided here.
-Legend: `N` documents, `W` tokens of each, `S` executed layers, `D` width, `E` width of k and of v, `r` rank,
-`V` vocab. Source: Hu et al. 2021 (LoRA); places and sizes as in PR #1855 of parameter-golf.
+A batch is N documents of W tokens each, packed as `(N * W, ...)`, so the products with the matrices of all
+documents are one `bmm`. The adapters add to the outputs of the model's layers and change nothing else; as
+long as B = 0 they add exactly 0. A layer that runs several times has separate adapters for each execution.
+`pgolf.evaluate.ttt` trains them.
+
+Legend: `N` documents, `W` tokens per document, `S` executed layers, `D` width, `E` width of k and of v, `r`
+rank, `V` vocab. Sources: Hu et al. 2021 (LoRA); positions and sizes as in PR #1855 of parameter-golf.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from pgolf.config import ModelConfig
 class LayerLora(NamedTuple):
     """Adapters of one executed layer: y += scale * (x A^T) B^T."""
 
-    attn_a: Tensor  # (N, 4 * r, D): A of q, k, v and of the bypass of the whole attention; one input
+    attn_a: (
+        Tensor  # (N, 4 * r, D): A of q, k, v and of a bypass of the whole attention, which share the input
+    )
     q_b: Tensor  # (N, D, r)
     k_b: Tensor  # (N, E, r)
     v_b: Tensor  # (N, E, r)
@@ -32,37 +35,40 @@ class LayerLora(NamedTuple):
     scale: float
 
     def attention(self, n: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what is added to q, k and v, `(T, D + 2 E)`, and to the attention's output, `(T, D)`."""
+        """Return the terms to add to q, k and v, `(T, D + 2 E)`, and to the attention output, `(T, D)`."""
         low = _rows(n, self.attn_a) * self.scale
         q, k, v, bypass = low.chunk(4, dim=-1)
         parts = [torch.bmm(x, b.mT) for x, b in ((q, self.q_b), (k, self.k_b), (v, self.v_b))]
         return torch.cat(parts, dim=-1).flatten(0, 1), torch.bmm(bypass, self.bypass_b.mT).flatten(0, 1)
 
     def mlp(self, n: Tensor) -> Tensor:
-        """Return what is added to the MLP's output, `(T, D)`."""
+        """Return the term to add to the output of the MLP, `(T, D)`."""
         return low_rank(n, self.mlp_a, self.mlp_b, self.scale)
 
 
 class Adapters(NamedTuple):
-    """All adapters of N documents in the compute dtype, for one forward."""
+    """All adapters of N documents in the compute dtype, for one forward pass."""
 
     layers: list[LayerLora]
-    """In execution order."""
+    """One per executed layer, in execution order."""
     head_a: Tensor  # (N, r, D)
     head_b: Tensor  # (N, V, r)
     scale: float
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Return what is added to the logits before the cap, `(T, V)`."""
+        """Return the term to add to the logits before the soft cap, `(T, V)`."""
         return low_rank(hidden, self.head_a, self.head_b, self.scale)
 
 
 def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * (x A^T) B^T, each document with its own A and B.
+    """Return scale * (x A^T) B^T, with the A and B of each document.
 
     Args:
-        x: `(N * W, D)`. a: `(N, r, D)`. b: `(N, E, r)`.
+        x: `(N * W, D)`.
+        a: `(N, r, D)`.
+        b: `(N, E, r)`.
         scale: alpha / r.
+
     Returns:
         `(N * W, E)`.
     """
@@ -70,12 +76,12 @@ def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def _rows(x: Tensor, a: Tensor) -> Tensor:
-    """Return x A^T per document, `(N, W, r)`."""
+    """Return x A^T of each document, `(N, W, r)`."""
     return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.mT)
 
 
 def adapter_shapes(config: ModelConfig, slots: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every adapter tensor of one document by name, `slots` executed layers first."""
+    """Return the shapes of the adapter tensors of one document by name; dimension 0 is the executed layer."""
     d, e, v = config.width, config.kv_width, config.vocab_size
     return {
         "attn_a": (slots, 4 * rank, d),
@@ -91,7 +97,7 @@ def adapter_shapes(config: ModelConfig, slots: int, rank: int) -> dict[str, tupl
 
 
 def initial_adapters(config: ModelConfig, slots: int, rank: int, *, seed: int) -> dict[str, Tensor]:
-    """Return the adapters with which every document starts: A uniform in +-1 / sqrt(D), B = 0; float32."""
+    """Return the adapters with which every document starts, float32: A uniform in +-1 / sqrt(D), B = 0."""
     rng = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(config.width)
     start = {}
@@ -103,9 +109,9 @@ def initial_adapters(config: ModelConfig, slots: int, rank: int, *, seed: int) -
 
 
 def bind(tensors: dict[str, Tensor], dtype: torch.dtype, *, scale: float) -> Adapters:
-    """Cut float32 tensors `(N, *adapter_shapes)` into adapters in `dtype`; differentiable."""
+    """Return float32 tensors of shape `(N, *adapter_shapes)` as adapters in `dtype`; differentiable."""
     cast = {name: t.to(dtype) for name, t in tensors.items()}
-    cut = {name: cast[name].unbind(1) for name in LayerLora._fields[:-1]}  # all but the scale
+    cut = {name: cast[name].unbind(1) for name in LayerLora._fields[:-1]}  # all fields except for the scale
     slots = len(cut["attn_a"])
     layers = [LayerLora(scale=scale, **{name: parts[i] for name, parts in cut.items()}) for i in range(slots)]
     return Adapters(layers, cast["head_a"], cast["head_b"], scale)

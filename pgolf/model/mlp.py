@@ -1,4 +1,4 @@
-"""The feed-forward branch.
+"""The feed-forward branch of a block.
 
 Legend: `T` tokens, `D` width, `M` hidden width. Source: squared leaky ReLU of parameter-golf #549.
 """
@@ -26,8 +26,8 @@ def mlp(
         n: `(T, D)` normed input.
         up: `(M, D)`.
         down: `(D, M)`.
-        activation: which square.
-        observe: called with ("mlp_in", n) and ("mlp_out", act) for calibration.
+        activation: "leaky_relu2" or "relu2", the two forms of act above.
+        observe: called with ("mlp_in", n) and ("mlp_out", act(n up^T)), for calibration.
     """
     slope = 0.5 if activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(F.linear(n, up), slope).square()

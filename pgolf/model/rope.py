@@ -1,6 +1,6 @@
 """Partial rotary position embedding.
 
-Legend: `T` tokens, `H` heads, `K` head dim, `R` rotated dims (even, the first R of K).
+Legend: `T` tokens, `H` heads, `K` head dim, `R` rotated dims (even; they are the first R of K).
 Source: Su et al. 2021 (RoPE), half-split form, restricted to the leading dims as in PR #1855.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def rope_tables(tokens: int, dims: int, *, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cos and sin, each `(tokens, 1, dims / 2)` float32, of position * base^(-2j / dims).
 
-    Angles are formed in float64: at position 98,303 a float32 angle would be off by 0.008 rad.
+    Angles are computed in float64; in float32 the angle at position 98,303 would be wrong by 0.008 rad.
     """
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1))
     angle = torch.outer(torch.arange(tokens, dtype=torch.float64), frequency)[:, None, :]
@@ -21,9 +21,9 @@ def rope_tables(tokens: int, dims: int, *, base: float, device: torch.device) ->
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.shape[-1] head dims of `x` `(T, H, K)`; the rest pass through.
+    """Rotate the first 2 * cos.shape[-1] head dims of `x` `(T, H, K)`; the others do not change.
 
-    (x1, x2) -> (x1 cos + x2 sin, -x1 sin + x2 cos) with x1, x2 the two halves of the rotated dims.
+    (x1, x2) -> (x1 cos + x2 sin, -x1 sin + x2 cos), x1 and x2 being the two halves of the rotated dims.
     """
     half = cos.shape[-1]
     if half == 0:

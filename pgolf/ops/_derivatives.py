@@ -1,8 +1,9 @@
-"""What operators do with derivatives that they do not have: an error, never a zero.
+"""Errors for derivatives that an operator does not implement, in place of a silent zero.
 
-A compiled operator sees plain numbers. Tangents of forward mode and the levels of torch.func pass it by
-without a trace, so the Python faces look for them (`refuse_transforms`); a second derivative is refused in
-the backward pass, by a node that hangs on every tensor the gradient depends on (`refuse_second_order`).
+A compiled operator receives plain values. The tangents of forward mode and the levels of torch.func do not
+reach it, so the Python function of each operator looks for them before the call (`refuse_transforms`). A
+second derivative is refused in the backward pass: `refuse_second_order` connects the gradient to every tensor
+that it depends on by an autograd node that raises.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _functorch: Any = torch._C._functorch
 
 
 def no_derivative_error(op: str) -> RuntimeError:
-    """Return the error of differentiating an operator that has no derivative."""
+    """Return the error for differentiating an operator that has no derivative."""
     return RuntimeError(
         f"{op}: not differentiable; call it under torch.no_grad() or on x.detach(), or use {op}_ref where a "
         "gradient is needed"
@@ -26,14 +27,14 @@ def no_derivative_error(op: str) -> RuntimeError:
 
 
 def second_order_error(op: str) -> RuntimeError:
-    """Return the error of differentiating a gradient of `op`."""
+    """Return the error for differentiating a gradient of `op` a second time."""
     return RuntimeError(
         f"{op}: second derivatives are not implemented; use {op}_ref where a gradient of a gradient is needed"
     )
 
 
 def refuse_derivatives(op: str, *operators: str) -> None:
-    """Make backward through the functional `operators` (of `torch.ops.pgolf`) an error that names `op`."""
+    """Make a backward pass through `operators` (of `torch.ops.pgolf`) raise an error that names `op`."""
 
     def backward(_ctx: Any, *_grads: Any) -> None:
         raise no_derivative_error(op)
@@ -43,11 +44,14 @@ def refuse_derivatives(op: str, *operators: str) -> None:
 
 
 def refuse_second_order(op: str, grad: Tensor, *sources: Tensor) -> Tensor:
-    """Return `grad` of `op`; where the backward pass is recorded, differentiating it is an error.
+    """Return `grad`, the gradient of `op`, so that differentiating it again raises RuntimeError.
+
+    Nothing is added where the backward pass is not recorded (no `create_graph`).
 
     Args:
-        sources: what `grad` is a function of and autograd knows: the upstream gradient, and inputs or outputs
-            of the node. Whoever differentiates with respect to something behind one of them meets the error.
+        sources: the tensors that `grad` depends on and that autograd knows: the upstream gradient, and inputs
+            or outputs of the operator. A derivative with respect to any of them, or to a tensor from which
+            they were computed, raises the error.
     """
     if not torch.is_grad_enabled():
         return grad
@@ -55,7 +59,7 @@ def refuse_second_order(op: str, grad: Tensor, *sources: Tensor) -> Tensor:
 
 
 class _Refuse(torch.autograd.Function):
-    """The identity in its first tensor, whose derivative is an error."""
+    """Autograd function that returns its first tensor unchanged and raises when it is differentiated."""
 
     @staticmethod
     def forward(ctx: Any, op: str, grad: Tensor, *_sources: Tensor) -> Tensor:
@@ -72,20 +76,23 @@ class _Refuse(torch.autograd.Function):
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Return whether `tensor` is many: vmap's, or that of a batched backward pass."""
+    """Return whether `tensor` carries a hidden batch dimension, of vmap or of a batched backward pass."""
     return bool(_functorch.is_batchedtensor(tensor) or _functorch.is_legacy_batchedtensor(tensor))
 
 
 def refuse_transforms(op: str, *tensors: Tensor, reference: str | None = None) -> None:
-    """Raise RuntimeError where a derivative of `op` by forward mode or torch.func was asked for.
+    """Raise RuntimeError if forward mode or torch.func is differentiating one of `tensors`.
 
-    Tensors without tangent that torch.func does not differentiate pass, so do vmap's alone. Reads two Python
-    values where nothing of the kind is under way. `reference` is what the error advises: `<op>_ref`.
+    A tensor that only vmap has wrapped is accepted. The check costs two reads of Python values when neither
+    forward mode nor torch.func is active.
+
+    Args:
+        reference: name of the function that the error message recommends; `<op>_ref` if None.
     """
     forward = forward_ad._current_level >= 0
     if torch.compiler.is_compiling():
-        # Traced, with a guard on the level, but without the tangents, so any level is one too many. What
-        # differentiates backward reaches the operator, whose formula refuses it.
+        # The compiler traces the level of forward mode, with a guard, but not the tangents; so any active
+        # level is refused. A backward pass is refused later, by the operator's own autograd formula.
         found = forward
     else:
         stacked = _functorch.peek_interpreter_stack() is not None
@@ -93,27 +100,27 @@ def refuse_transforms(op: str, *tensors: Tensor, reference: str | None = None) -
     if found:
         raise RuntimeError(
             f"{op}: forward-mode derivatives and those of torch.func (grad, vjp, jvp, jacrev, jacfwd, "
-            f"hessian) are not implemented; use {reference or op + '_ref'}, which has them, or detach what "
-            "needs none"
+            f"hessian) are not implemented; use {reference or op + '_ref'}, which has them, or detach the "
+            "tensors that need no derivative"
         )
 
 
 def refuse_recording(op: str, tensors: Iterable[Tensor | None]) -> None:
-    """Raise RuntimeError where an operator that writes in place would have to be differentiated."""
+    """Raise RuntimeError if an operator that works in place would have to be differentiated."""
     found = [t for t in tensors if t is not None]
     refuse_transforms(op, *found)
     if torch.is_grad_enabled() and any(t.requires_grad for t in found):
         raise RuntimeError(
-            f"{op}: works in place and is not differentiable, but a tensor requires grad; call it under "
-            "torch.no_grad() or on detached tensors"
+            f"{op}: this operator works in place and is not differentiable, but a tensor requires grad; call "
+            "it under torch.no_grad() or on detached tensors"
         )
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _is_differentiated(tensor: Tensor, forward: bool) -> bool:
-    """Return whether `tensor` carries a tangent, or is differentiated at some level of torch.func."""
+    """Return whether `tensor` carries a tangent or is differentiated at some level of torch.func."""
     while True:
-        # vmap cannot look for tangents; they are one level down then.
+        # A tensor of vmap cannot be unpacked; its tangent, if there is one, is one level below.
         visible = forward and not _functorch.is_batchedtensor(tensor)
         if visible and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             return True

@@ -1,7 +1,7 @@
-"""Loads `pgolf._C`, which registers `torch.ops.pgolf`, and tells which kernels it brought.
+"""Load the compiled extension `pgolf._C`, which registers `torch.ops.pgolf`, and list its kernels.
 
-Owns the one error for a missing or unloadable extension. Importing torch first is what makes its libraries
-visible to the extension, so this module does both in that order.
+This module raises the error for an extension that is missing or does not load. torch is imported first,
+because that import loads the shared libraries that the extension is linked to.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ OPERATORS = (
     "trellis_round",
     "trellis_values",
 )
-"""Every operator of `torch.ops.pgolf`, in the order of the table."""
+"""Every operator of `torch.ops.pgolf`, in the order in which `kernel_table` lists them."""
 
 
 class KernelRow(TypedDict):
-    """One operator and its kernels."""
+    """One operator, and which of its kernels exist."""
 
     op: str
     """Name in `torch.ops.pgolf`."""
     cpu: bool
-    """A CPU kernel is registered."""
+    """Whether a CPU kernel is registered."""
     cuda: bool
-    """A CUDA kernel is registered."""
+    """Whether a CUDA kernel is registered."""
     reason: str
-    """Why a kernel is missing; empty if none is."""
+    """Why the CUDA kernel is missing; empty if it is there."""
 
 
 def kernel_table() -> list[KernelRow]:
     """Return, for each operator, which kernels this build has and why one is missing.
 
-    Reads the dispatcher, so it says what would run, not what was intended. The build's own facts (torch
-    version, architectures, compilers) are in `pgolf._C.build_info()`.
+    The answer comes from torch's dispatcher, so it describes the kernels that a call would run. The facts of
+    the build itself (torch version, GPU architectures, compilers) are in `pgolf._C.build_info()`.
     """
     reason = _C.build_info()["cuda_reason"]
     rows: list[KernelRow] = []

@@ -1,8 +1,8 @@
-"""AdamW over many tensors in one pass, and the norm and clip before it.
+"""AdamW over many tensors in one pass, and the gradient norm and clip that precede it.
 
-Owns the Python face of `torch.ops.pgolf.square_sums`, `clip_scale` and `adam_step`. What changes from step to
-step is read from memory on the device, like in `muon_step`, whose `hyper` these share: `clip_scale` writes
-the clip's factor there. Kernels: csrc/kernels/adam_step.h.
+This is the Python interface of `torch.ops.pgolf.square_sums`, `clip_scale` and `adam_step`. The numbers that
+change from step to step are read from the tensor `hyper` on the device, which is the same as `muon_step`'s;
+`clip_scale` writes the factor of the clip into it. Kernels: csrc/kernels/adam_step.h.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pgolf.ops._derivatives import no_derivative_error, refuse_recording, refuse
 from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE
 
 NORM, STEPS, SKIPPED = range(3)
-"""Places in the state of `clip_scale`, which is `(CLIP_STATE,)` float32."""
+"""Indices into the state of `clip_scale`, which is `(CLIP_STATE,)` float32."""
 CLIP_STATE = 3
 CLIP_EPS = 1e-6
 
 
 class AdamTensor(NamedTuple):
-    """One parameter with its state: float32, one shape, contiguous, on one device; all in place."""
+    """One parameter and its state: float32, contiguous, all of one shape on one device, updated in place."""
 
     param: Tensor
     grad: Tensor
     mean: Tensor
     square: Tensor
     average: Tensor | None = None
-    """Moving average of the parameter. None in every tensor of a call: no averages."""
+    """Moving average of the parameter. Either all tensors of a call have one, or none has."""
 
 
 class AdamRule(NamedTuple):
-    """What stays the same from step to step."""
+    """The settings that stay the same from step to step."""
 
     weight_decay: float
     beta1: float
@@ -45,19 +45,21 @@ class AdamRule(NamedTuple):
 
 
 def square_sums(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sums of squares of one or more float32 or bfloat16 tensors, `(n,)` float32.
+    """Return the sum of squares of each of n tensors, float32 or bfloat16, as `(n,)` float32.
 
-    One launch for 64 tensors on CUDA; summed in a fixed order, so bitwise deterministic.
+    On CUDA one launch measures up to 64 tensors. The order of summation is fixed, so the result is bitwise
+    deterministic.
 
     Raises:
-        TypeError: another dtype, or several.
-        ValueError: no tensor, strides, or several devices.
-        RuntimeError: a tensor that is being differentiated.
+        TypeError: the tensors have another dtype, or different dtypes.
+        ValueError: the list is empty, a tensor is not contiguous, or they are on different devices.
+        RuntimeError: a tensor is being differentiated.
     """
     if not tensors:
         raise ValueError("square_sums: expected at least one tensor, got none")
     refuse_transforms("square_sums", *tensors)
-    # Here, as a formula that raises costs 10 us a call (measured) even where nothing is differentiated.
+    # Checked here: registering an autograd formula that raises costs 10 us per call (measured), even when
+    # nothing is differentiated.
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise no_derivative_error("square_sums")
     result: Tensor = torch.ops.pgolf.square_sums(list(tensors))
@@ -65,7 +67,7 @@ def square_sums(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def square_sums_ref(tensors: Sequence[Tensor]) -> Tensor:
-    """Do what `square_sums` does in plain torch, in float64."""
+    """Compute `square_sums` with PyTorch operators, in float64."""
     return torch.stack([t.double().square().sum() for t in tensors]).float()
 
 
@@ -79,22 +81,24 @@ def clip_scale(
     beta1: float,
     beta2: float,
 ) -> None:
-    """Turn squared norms into the factor of this step's gradients, and count the step; on the device.
+    """Compute the clip factor of this step's gradients from their squared norms, and count the step.
 
         norm = sqrt(sum(sums))
-        grad_scale = min(1, clip / (norm + 1e-6)), 1 where clip is 0
-        corrections = 1 / (1 - beta^t) for both betas, with t the steps including this one
+        grad_scale = min(1, clip / (norm + 1e-6)), or 1 if clip is 0
+        corrections = 1 / (1 - beta^t) for both betas, t being the number of steps including this one
 
-    Where the norm is not finite, grad_scale is NaN, and the step counts as skipped instead of taken.
+    If the norm is not finite, grad_scale becomes NaN and the step is counted as skipped. Everything happens
+    on the device, without synchronization.
 
     Args:
-        sums: `(n,)` float32.
-        state: `(3,)` float32: norm, steps taken and skipped; updated.
+        sums: `(n,)` float32, from `square_sums`.
+        state: `(3,)` float32: norm, steps taken, steps skipped; updated.
         hyper: as in `muon_step`; its grad_scale is written.
         corrections: `(2,)` float32; written.
+        clip: largest norm that the gradients may have after scaling, >= 0; 0 switches clipping off.
 
     Raises:
-        ValueError, TypeError: shapes, devices or dtypes that do not fit, clip < 0, a beta outside [0, 1).
+        ValueError, TypeError: a shape, device or dtype does not fit, clip < 0, or a beta is outside [0, 1).
     """
     refuse_recording("clip_scale", (sums, state, hyper, corrections))
     torch.ops.pgolf.clip_scale(sums, state, hyper, corrections, clip, beta1, beta2)
@@ -110,7 +114,7 @@ def clip_scale_ref(
     beta1: float,
     beta2: float,
 ) -> None:
-    """Do what `clip_scale` does in plain torch."""
+    """Compute `clip_scale` with PyTorch operators."""
     norm = sums.sum().sqrt()
     finite = bool(norm.isfinite())
     factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
@@ -124,7 +128,7 @@ def clip_scale_ref(
 def adam_step(
     tensors: Sequence[AdamTensor], lr: Tensor, hyper: Tensor, corrections: Tensor, rule: AdamRule
 ) -> None:
-    """Take one AdamW step, move the averages and zero the gradients, in place; one launch for 56 tensors.
+    """Take one AdamW step, move the averages and zero the gradients, all in place.
 
         g = grad_scale grad
         mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
@@ -132,18 +136,19 @@ def adam_step(
         average <- average + average_weight (param - average)
         grad <- 0
 
-    Equals `torch.optim.AdamW` (decoupled decay, no AMSGrad). Where grad_scale is not finite only the
-    gradients are zeroed. Reads and writes each tensor once: 40 bytes an element with averages.
+    Equals `torch.optim.AdamW` (decoupled weight decay, no AMSGrad). If grad_scale is not finite, only the
+    gradients are zeroed. Each tensor is read once and written once: 40 bytes per element with averages. On
+    CUDA one launch updates up to 56 tensors.
 
     Args:
-        tensors: see `AdamTensor`; none is no work.
-        lr: one element, float32.
-        hyper: `muon_step`'s, of which grad_scale and average_weight are read.
+        tensors: see `AdamTensor`; an empty list does nothing.
+        lr: learning rate, one float32 element on the device.
+        hyper: as in `muon_step`; grad_scale and average_weight are read from it.
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:
-        ValueError, TypeError: shapes, devices, strides or dtypes that do not fit, averages in some only; a
-            beta outside [0, 1), a negative eps or decay.
+        ValueError, TypeError: a shape, device, stride or dtype does not fit, some tensors have an average and
+            others have none, a beta is outside [0, 1), or eps or the weight decay is negative.
     """
     refuse_recording("adam_step", (x for t in tensors for x in t))
     averages = [t.average for t in tensors if t.average is not None]
@@ -164,7 +169,7 @@ def adam_step(
 def adam_step_ref(
     tensors: Sequence[AdamTensor], lr: Tensor, hyper: Tensor, corrections: Tensor, rule: AdamRule
 ) -> None:
-    """Do what `adam_step` does in plain torch."""
+    """Compute `adam_step` with PyTorch operators."""
     finite = bool(hyper[GRAD_SCALE].isfinite())
     for t in tensors:
         if finite:

@@ -1,8 +1,8 @@
-"""Packed codes: int6 as four values in three bytes, and quantizing or dequantizing on the way, 4 to 8 bits.
+"""Packed codes of 4 to 8 bits: packing, unpacking, and both fused with quantizing and dequantizing.
 
-Owns the Python face of `torch.ops.pgolf.pack_int6`, `unpack_int6`, `quantize_pack`, `quantize_pack_sdclip`
-and `unpack_dequantize`. The bit layout is drawn in csrc/kernels/int6.h and lives nowhere else but in the
-`_ref` functions, which state it a second time as the check.
+This is the Python interface of `torch.ops.pgolf.pack_int6`, `unpack_int6`, `quantize_pack`,
+`quantize_pack_sdclip` and `unpack_dequantize`. The bit layout (int6: four values in three bytes) is specified
+in csrc/kernels/int6.h; the `_ref` functions implement it a second time, so that tests can compare.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 GROUP = {4: 2, 5: 8, 6: 4, 7: 8, 8: 1}
-"""Codes that share bytes, by bits."""
+"""Number of codes that share whole bytes, by bits per code."""
 
 
 def pack_int6(codes: Tensor) -> Tensor:
-    """Pack codes of six bits, four to three bytes, along the last dimension.
+    """Pack codes of six bits along the last dimension, four codes in three bytes.
 
     v = u0 | u1 << 6 | u2 << 12 | u3 << 18 with u = code & 63, stored as three little-endian bytes; the last
-    group of a row is filled with zeros.
+    group of a row is filled up with zeros.
 
     Args:
-        codes: `(..., n)` int8, each in [-32, 31]. On CUDA values outside wrap to their low six bits (checking
-            them would stall the stream).
+        codes: `(..., n)` int8, each in [-32, 31]. On CUDA a value outside that range is cut to its low six
+            bits, because checking it would stall the stream.
 
     Returns:
         `(..., 3 * ceil(n / 4))` uint8.
 
     Raises:
-        ValueError: no dimension, or (CPU only) a code outside [-32, 31].
-        TypeError: not int8.
+        ValueError: codes have no dimension, or (on the CPU only) a code is outside [-32, 31].
+        TypeError: codes are not int8.
 
     Source: csrc/kernels/int6.h.
     """
@@ -41,18 +41,18 @@ def pack_int6(codes: Tensor) -> Tensor:
 
 
 def unpack_int6(packed: Tensor, n: int) -> Tensor:
-    """Undo `pack_int6`.
+    """Unpack the codes that `pack_int6` packed.
 
     Args:
         packed: `(..., 3 * ceil(n / 4))` uint8.
-        n: codes in a row, >= 0.
+        n: codes per row, >= 0.
 
     Returns:
         `(..., n)` int8 in [-32, 31].
 
     Raises:
         ValueError: n < 0, or the last dimension is not 3 * ceil(n / 4).
-        TypeError: not uint8.
+        TypeError: packed is not uint8.
 
     Source: csrc/kernels/int6.h.
     """
@@ -61,7 +61,7 @@ def unpack_int6(packed: Tensor, n: int) -> Tensor:
 
 
 def pack_int6_ref(codes: Tensor) -> Tensor:
-    """Compute what `pack_int6` computes with integer arithmetic."""
+    """Compute `pack_int6` with PyTorch operators, in integer arithmetic."""
     u = torch.nn.functional.pad(codes.to(torch.int32) & 63, (0, -codes.shape[-1] % 4))
     v = u[..., 0::4] | u[..., 1::4] << 6 | u[..., 2::4] << 12 | u[..., 3::4] << 18
     groups = torch.stack((v & 255, v >> 8 & 255, v >> 16 & 255), dim=-1)
@@ -69,7 +69,7 @@ def pack_int6_ref(codes: Tensor) -> Tensor:
 
 
 def unpack_int6_ref(packed: Tensor, n: int) -> Tensor:
-    """Compute what `unpack_int6` computes with integer arithmetic."""
+    """Compute `unpack_int6` with PyTorch operators, in integer arithmetic."""
     b = packed.to(torch.int32)
     v = b[..., 0::3] | b[..., 1::3] << 8 | b[..., 2::3] << 16
     u = torch.stack((v & 63, v >> 6 & 63, v >> 12 & 63, v >> 18 & 63), dim=-1).flatten(-2)
@@ -77,22 +77,22 @@ def unpack_int6_ref(packed: Tensor, n: int) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Quantize rows on given steps and pack the codes, in one pass over the weights.
+    """Quantize rows with given scales and pack the codes, in one pass over the weights.
 
-    q = clamp(round(w / s), -Q, Q), ties to even, Q = 2^(bits-1) - 1; packed as `bits` bits each.
+    q = clamp(round(w / s), -Q, Q), ties to even, with Q = 2^(bits-1) - 1; each code takes `bits` bits.
     For 6 bits equals `pack_int6(pgolf.quant.grid.quantize(weight, scales, bits=6))`.
 
     Args:
         weight: `(..., n)` float32, finite (NaN becomes Q).
-        scales: `(...)` float16, steps > 0, one a row.
-        bits: 4 to 8.
+        scales: `(...)` float16, > 0, one quantization scale per row.
+        bits: bits per code, 4 to 8.
 
     Returns:
-        `(..., bytes of a row)` uint8, the same bytes on CPU and CUDA.
+        `(..., bytes per row)` uint8, the same bytes on CPU and CUDA.
 
     Raises:
-        ValueError: bits out of range, scales of another shape or device.
-        TypeError: other dtypes.
+        ValueError: bits are out of range, or scales have another shape or device.
+        TypeError: weight or scales have another dtype.
 
     Source: csrc/kernels/int6.h.
     """
@@ -102,23 +102,24 @@ def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize and pack rows on steps that end at `clip` standard deviations of the row (SDClip).
+    """Quantize and pack rows with a scale whose largest code stands for `clip` standard deviations (SDClip).
 
-    s = float16(clamp(clip * std(w) / Q, 2^-24, 65504)), std unbiased: `pgolf.quant.grid.sdclip_scales` but
-    for the last bit, as the sums here are sums of integers (weights to 14 bits of the row's largest), which
-    are the same in any order. Then as `quantize_pack`.
+    s = float16(clamp(clip * std(w) / Q, 2^-24, 65504)) with the unbiased std of the row, then as
+    `quantize_pack`. The scales equal `pgolf.quant.grid.sdclip_scales` except for the last bit: here the
+    weights are first rounded to 14 bits of the row's largest one, so that sums are sums of integers and do
+    not depend on their order.
 
     Args:
-        weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the step NaN.
-        clip: > 0.
-        bits: 4 to 8.
+        weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the scale NaN.
+        clip: standard deviations of the row, > 0.
+        bits: bits per code, 4 to 8.
 
     Returns:
-        packed `(..., bytes of a row)` uint8 and scales `(...)` float16, the same on CPU and CUDA.
+        packed `(..., bytes per row)` uint8 and scales `(...)` float16, the same on CPU and CUDA.
 
     Raises:
-        ValueError: bits, clip or n out of range.
-        TypeError: not float32.
+        ValueError: bits, clip or n are out of range.
+        TypeError: weight is not float32.
 
     Source: csrc/kernels/int6.h; SDClip of parameter-golf PR #1394.
     """
@@ -128,22 +129,22 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
 
 
 def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
-    """Unpack codes and multiply them by their row's step.
+    """Unpack codes and multiply them by the scale of their row.
 
-    w = bfloat16(q * s), the product in float32, rounded to nearest even.
+    w = bfloat16(q * s); the product is computed in float32 and rounded to nearest even.
 
     Args:
-        packed: `(..., bytes of a row)` uint8.
-        scales: `(...)` float16.
-        n: codes in a row, >= 0.
-        bits: 4 to 8.
+        packed: `(..., bytes per row)` uint8.
+        scales: `(...)` float16, one per row.
+        n: codes per row, >= 0.
+        bits: bits per code, 4 to 8.
 
     Returns:
         `(..., n)` bfloat16.
 
     Raises:
-        ValueError: shapes, n or bits.
-        TypeError: other dtypes.
+        ValueError: the shapes do not fit, or n or bits are out of range.
+        TypeError: packed or scales have another dtype.
 
     Source: csrc/kernels/int6.h.
     """
@@ -153,13 +154,13 @@ def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tens
 
 
 def _packed_bytes(n: int, bits: int) -> int:
-    """Return the bytes of a row of n codes: whole groups of 2, 8, 4, 8, 1 codes for 4, 5, 6, 7, 8 bits."""
+    """Return the bytes of a row of n codes, which is filled up to a whole number of groups (`GROUP`)."""
     group = GROUP[bits]
     return (n + group - 1) // group * group * bits // 8
 
 
 def quantize_pack_ref(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Compute what `quantize_pack` computes, bit by bit."""
+    """Compute `quantize_pack` with PyTorch operators, bit by bit."""
     q_max = 2 ** (bits - 1) - 1
     codes = (weight / scales.float().unsqueeze(-1)).round().clamp(-q_max, q_max).to(torch.int64)
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % GROUP[bits]))
@@ -169,7 +170,7 @@ def quantize_pack_ref(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Tensor, Tensor]:
-    """Compute what `quantize_pack_sdclip` computes, with float64 sums of the rounded weights."""
+    """Compute `quantize_pack_sdclip` with PyTorch operators, with float64 sums of the rounded weights."""
     largest = weight.abs().amax(-1, keepdim=True).clamp(min=2.0**-113)
     shift = 14 - torch.frexp(largest).exponent.sub(1).double()
     x = (weight.double() * torch.exp2(shift)).round()
@@ -181,7 +182,7 @@ def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Te
 
 
 def unpack_dequantize_ref(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
-    """Compute what `unpack_dequantize` computes, bit by bit."""
+    """Compute `unpack_dequantize` with PyTorch operators, bit by bit."""
     stream = (packed.to(torch.int64).unsqueeze(-1) >> torch.arange(8, device=packed.device) & 1).flatten(-2)
     powers = 1 << torch.arange(bits, device=packed.device)
     fields = stream[..., : n * bits].reshape(*packed.shape[:-1], n, bits)
@@ -216,6 +217,6 @@ torch.library.register_fake("pgolf::quantize_pack", _quantize_fake)
 torch.library.register_fake("pgolf::quantize_pack_sdclip", _sdclip_fake)
 torch.library.register_fake("pgolf::unpack_dequantize", _dequantize_fake)
 torch.library.register_fake("pgolf::unpack_int6", _unpack_fake)
-# Codes are integers, which autograd leaves alone; scales and weights are not.
+# The operators on codes need no such rule, because autograd ignores integers.
 refuse_derivatives("quantize_pack_sdclip", "quantize_pack_sdclip")
 refuse_derivatives("unpack_dequantize", "unpack_dequantize")

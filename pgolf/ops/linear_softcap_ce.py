@@ -1,8 +1,8 @@
-"""Cross-entropy of tanh-capped logits, fused with the projection that makes them: loss from hidden states.
+"""Cross-entropy of tanh-capped logits, fused with the projection that computes them from hidden states.
 
-Owns the Python face of `torch.ops.pgolf.linear_softcap_ce*`: public function, reference, fake kernels,
-autograd. Binding and memory plan: csrc/ops/linear_softcap_ce.cpp. From logits: pgolf/ops/softcap_ce.py.
-Legend: `rows` tokens, `width` of the hidden states, `vocab`.
+This is the Python interface of `torch.ops.pgolf.linear_softcap_ce*`: public function, reference, fake kernels
+and autograd. The binding and its use of memory are in csrc/ops/linear_softcap_ce.cpp, the loss from logits is
+in pgolf/ops/softcap_ce.py. Legend: `rows` tokens, `width` of the hidden states, `vocab` entries.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ def linear_softcap_ce(
     z_loss: float = 0.0,
     memory: Literal["fast", "low"] = "fast",
 ) -> Tensor:
-    """Cross-entropy of the tanh-capped logits `hidden @ weight.T`, in nats.
+    """Compute the cross-entropy of the tanh-capped logits `hidden @ weight.T`, in nats.
 
         z = cap * tanh(hidden @ weight.T / cap)
         loss_i = lse_i - z_i,target_i + z_loss * lse_i^2,   lse = logsumexp(z)
 
     Equals `F.cross_entropy(cap * torch.tanh(F.linear(hidden, weight) / cap), target)`.
 
-    Differentiable in `hidden` and `weight`, once, by torch.autograd; a second derivative, a tangent of
-    forward mode and the derivatives of torch.func raise. Each gradient has the dtype of its tensor, the
-    weight's is accumulated in float32. Deterministic: bitwise the same from run to run. Under autocast,
-    `hidden` is cast to its dtype first, as `F.linear` would.
+    The loss can be differentiated once with respect to `hidden` and `weight`, by torch.autograd; a second
+    derivative, forward mode and torch.func raise an error. Each gradient has the dtype of its tensor; the
+    weight's gradient is accumulated in float32. The result is deterministic, bitwise the same from run to
+    run. Under autocast, `hidden` is cast to the autocast dtype first, as in `F.linear`.
 
     Args:
         hidden: `(rows, width)`, or any leading shape `(..., width)`; float32, bfloat16 or float16.
         weight: `(vocab, width)` float32 or the dtype of `hidden`. A float32 weight is cast to `hidden`'s
-            dtype once, and its gradient never passes through that dtype.
-        target: `(rows,)`, or the leading shape of `hidden`; int64 in [0, vocab) or `ignore_index`. Out of
-            range as in `softcap_ce`: an error on the CPU, NaN on CUDA (an error with PGOLF_CHECK_TARGETS=1).
+            dtype once, but its gradient is not rounded to that dtype.
+        target: `(rows,)`, or the leading shape of `hidden`; int64 in [0, vocab) or `ignore_index`. A target
+            out of range raises on the CPU and gives NaN on CUDA (see `softcap_ce` and PGOLF_CHECK_TARGETS).
         cap: soft limit on |z|, > 0, or None for plain cross-entropy.
-        reduction: "mean" over the rows that are not ignored (0 if all are, where `F.cross_entropy` gives
-            NaN), "sum", or "none", which takes any upstream gradient.
-        ignore_index: target value of rows with loss 0 and gradient 0.
+        reduction: "mean" over the rows that are not ignored (0 if all rows are ignored, where
+            `F.cross_entropy` gives NaN), "sum", or "none", one loss per row.
+        ignore_index: target value of rows whose loss and gradient are 0.
         z_loss: weight of lse^2, >= 0.
-        memory: what a loss that needs gradients keeps for the backward pass. "fast": one `(rows, vocab)`
-            tensor in `hidden`'s dtype (half of what `F.linear` and `F.cross_entropy` need at the least).
-            "low": never more than a chunk of logits, 256 MiB or 2048 rows; "mean" and "sum" compute the
-            gradients along with the loss, "none" (and float16) computes the logits a second time. Without
-            gradients both are the same, and no logits are kept.
+        memory: how much is kept for the backward pass. "fast" keeps one `(rows, vocab)` tensor in `hidden`'s
+            dtype, which is at most half of what `F.linear` and `F.cross_entropy` keep. "low" keeps no logits
+            and holds a chunk of them at a time (on CUDA 256 MiB or 2048 rows, whichever is more): "mean" and
+            "sum" compute the gradients together with the loss, "none" (and float16) computes the logits a
+            second time. If no gradient is needed, both are the same and keep nothing.
 
     Returns:
-        float32 loss, nats: a scalar, or of the shape of `target` for "none".
+        float32 loss in nats: of the shape of `target` for "none", a scalar for "mean" and "sum".
 
     Raises:
-        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, unknown reduction or memory, or a target
-            out of range.
-        TypeError: unsupported dtype.
-        RuntimeError: another derivative than the first one, or by torch.func or forward mode.
+        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, reduction or memory is unknown, or a
+            target is out of range.
+        TypeError: a dtype is not supported.
+        RuntimeError: a second derivative, or a derivative of forward mode or torch.func, was asked for.
 
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
@@ -89,14 +89,15 @@ def linear_softcap_ce(
             f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "
             f"dimension, got {tuple(target.shape)}"
         )
-    # Other devices, of which "meta" is one, have no autocast, and asking is an error.
+    # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
     if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     x, y = hidden.flatten(0, -2), target.flatten()
     options = (cap, ignore_index, z_loss)
     needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
     ops = torch.ops.pgolf
-    # float16 must see the upstream gradient before it rounds: that is what gradient scalers are for.
+    # A gradient scaler works only if the upstream gradient is applied before rounding to float16, so float16
+    # does not compute its gradients in the forward pass.
     if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
         share = row_weight(y, ignore_index, reduction)
         if not torch.compiler.is_compiling():
@@ -120,7 +121,7 @@ def linear_softcap_ce_ref(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Compute what `linear_softcap_ce` computes with PyTorch operators; float64 is computed in float64."""
+    """Compute `linear_softcap_ce` with PyTorch operators; float64 input is computed in float64."""
     logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2)
     loss = softcap_ce_ref(
         logits, target.flatten(), cap, reduction=reduction, ignore_index=ignore_index, z_loss=z_loss
@@ -129,7 +130,7 @@ def linear_softcap_ce_ref(
 
 
 class _OnePass(torch.autograd.Function):
-    """Reduced loss whose gradients are computed in the forward pass, for an upstream gradient of 1."""
+    """Reduced loss whose forward pass also computes the gradients, for an upstream gradient of 1."""
 
     @staticmethod
     def forward(
@@ -145,7 +146,7 @@ class _OnePass(torch.autograd.Function):
             share, hidden, weight, target, *options, *needs, CHECK_TARGETS
         )
         ctx.weight_dtype = weight.dtype
-        # As in `softcap_ce`: it comes from the inputs, which are not kept.
+        # The inputs are not saved. This empty output stands for them, as in `softcap_ce`.
         anchor = share.new_empty(0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*grads, anchor)
@@ -159,7 +160,7 @@ class _OnePass(torch.autograd.Function):
             return (None,) * 6
         needed = ctx.needs_input_grad
         *saved, anchor = ctx.saved_tensors
-        # A graph that is kept must keep its gradients too.
+        # With retain_graph the saved gradients are needed again, so they must not be scaled in place.
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         with torch.no_grad():
             scale = torch.mul if kept else rescale_once
@@ -215,7 +216,7 @@ def _setup_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     hidden, weight, target, *options, keep, _check = inputs
     _loss, factor, scale, weight_cast = output
     ctx.mark_non_differentiable(factor, scale, weight_cast)
-    # Else backward begins by filling a gradient of the factor, (rows, vocab), with zeros.
+    # Otherwise backward begins by filling a gradient of the factor, (rows, vocab), with zeros.
     ctx.set_materialize_grads(False)
     ctx.keep, ctx.options, ctx.weight_dtype = keep, options, weight.dtype
     if keep:
@@ -247,7 +248,7 @@ def _setup_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.weight_dtype = inputs[2].dtype
-    # The inputs only tell autograd what the gradients come from; the compiler drops them.
+    # The inputs are saved only to tell autograd what the gradients depend on; the compiler removes them.
     ctx.save_for_backward(*output[1:], inputs[1], inputs[2])
 
 
@@ -264,7 +265,7 @@ def _scale_gradients(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tu
 def _needed(
     grads: tuple[Tensor, Tensor], needed: tuple[bool, ...], *sources: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Return None for the gradients that nobody asked for; none can be differentiated again."""
+    """Return the gradients so that differentiating them raises, and None for those that are not needed."""
     return tuple(
         refuse_second_order("linear_softcap_ce", g, *sources) if n else None
         for g, n in zip(grads, needed[:2], strict=True)

@@ -1,9 +1,10 @@
 """One Muon step over banks of matrices: momentum, row normalization, polar iteration, decay and update.
 
-Owns the Python face of `torch.ops.pgolf.muon_step` and `muon_apply`, which work in place on lists of tensors.
-What changes from step to step (learning rate, momentum, decay, clip factor, weight of the average) is read
-from one small tensor on the device, so a captured CUDA graph follows a schedule, and a step with non-finite
-gradients is skipped there. Tables: `pgolf.optim.polar`. Kernels: csrc/kernels/muon_step.h.
+This is the Python interface of `torch.ops.pgolf.muon_step` and `muon_apply`, which work in place on lists of
+tensors. The numbers that change from step to step (learning rate, momentum, weight decay, clip factor, weight
+of the average) are read from one small tensor on the device, `hyper`. So a captured CUDA graph follows a
+schedule, and the device itself skips a step whose gradients are not finite. Coefficient tables are in
+`pgolf.optim.polar`, kernels in csrc/kernels/muon_step.h.
 
 Legend: `B` matrices of a bank, `m` rows, `n` columns.
 """
@@ -22,45 +23,50 @@ from pgolf.ops._derivatives import refuse_recording
 from pgolf.ops.newton_schulz import newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
-"""Places in `hyper`, which is `(HYPER,)` float32."""
+"""Indices into `hyper`, which is `(HYPER,)` float32."""
 HYPER = 5
 
 ROW_EPS = 1e-7
 
 
 class MuonBank(NamedTuple):
-    """The tensors of one bank, all `(B, m, n)`, contiguous, on one device; one dtype a field in a list."""
+    """The tensors of one bank, all `(B, m, n)`, contiguous and on one device.
+
+    In a list of banks, each field has the same dtype in all banks.
+    """
 
     grad: Tensor
     """float32 or bfloat16; read."""
     momentum: Tensor
     """float32 or bfloat16; updated."""
     update: Tensor
-    """float32 or bfloat16; receives the iterated direction, for example a buffer to gather from."""
+    """float32 or bfloat16; the orthogonalized direction is written here."""
     param: Tensor | None = None
-    """float32 master weights; updated. None in every bank: the caller applies the updates (`muon_apply`)."""
+    """float32 master weights; updated. Either all banks have one or none has; without them, the caller
+    applies the updates with `muon_apply`."""
     average: Tensor | None = None
-    """float32 moving average of the weights; updated. None in every bank: no average."""
+    """float32 moving average of the weights; updated. Either all banks have one or none has."""
     lr_scale: float = 1.0
     """Factor on the learning rate, for example sqrt(max(1, m / n))."""
 
 
 class MuonRule(NamedTuple):
-    """What stays the same from step to step."""
+    """The settings that stay the same from step to step."""
 
     coefficients: Sequence[tuple[float, float, float]]
-    """1 to 10 triples of the polar iteration, one a step."""
+    """Coefficients of the polar iteration: 1 to 10 triples, one per iteration."""
     nesterov: bool = True
-    """The direction is g + mu * momentum rather than the momentum."""
+    """If true, the direction is g + mu * momentum, otherwise it is the momentum."""
     lerp: bool = False
-    """Momentum is (1 - mu) g + mu * momentum, as in torch.optim.Muon, rather than g + mu * momentum."""
+    """If true, momentum becomes (1 - mu) g + mu * momentum, as in torch.optim.Muon, otherwise g + mu *
+    momentum."""
     row_normalize: bool = False
     """Divide each row of the direction by its L2 norm (MuonEq-R)."""
     eps: float = 1e-7
     """Added to the Frobenius norm of a direction."""
     algorithm: Literal["auto", "standard", "gram"] = "auto"
-    """The polar iteration: "gram" is Hopper's kernel for all banks at once (sides that are multiples of 8),
-    "standard" the portable one; "auto" takes what has proven itself fastest."""
+    """Implementation of the polar iteration: "gram" is the Hopper kernel for all banks at once (sides must be
+    multiples of 8), "standard" the portable one; "auto" chooses the one that was measured to be faster."""
 
 
 def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
@@ -74,24 +80,25 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         param <- param (1 - lr wd) - lr lr_scale update
         average <- average + average_weight (param - average)
 
-    Equals `muon_step_ref` on the same tensors. Between two roundings everything is float32: the momentum is
-    rounded to its dtype, and u to that of the updates. CUDA launches one kernel for all banks before the
-    iteration and one after it, allocates from torch's pool only, and never synchronizes; deterministic.
+    Equals `muon_step_ref` on the same tensors. The momentum is rounded to its own dtype and u to the dtype of
+    the updates; everything between is computed in float32. CUDA launches one kernel for all banks before the
+    iteration and one after it, allocates from torch's pool only, and does not synchronize. The result is
+    deterministic.
 
-    A zero matrix has a zero update. An empty bank, or none, is no work.
+    The update of a zero matrix is zero. An empty bank and an empty list are allowed and do nothing.
 
     Args:
-        banks: see `MuonBank`. Gradients of matrices that are padding must be zero.
+        banks: see `MuonBank`. The gradients of matrices that are padding must be zero.
         hyper: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
-            Where grad_scale is not finite the step is skipped: momentum, parameters and averages keep their
-            values, the updates are zero. A caller gets that for non-finite gradients by deriving the clip
-            factor from their norm.
+            If grad_scale is not finite, the step is skipped: momentum, parameters and averages keep their
+            values, and the updates are zero. `clip_scale` writes such a grad_scale for gradients whose norm
+            is not finite.
 
     Raises:
-        ValueError: shapes, devices or strides that do not fit, a param or average in some banks only, no, too
-            many or non-finite coefficients, eps < 0, an unknown algorithm.
-        RuntimeError: "gram" where it cannot run.
-        TypeError: a dtype that is not float32 or bfloat16, or not the same in all banks.
+        ValueError: shapes, devices or strides do not fit, only some banks have a param or an average, the
+            coefficients are none, too many or not finite, eps < 0, or the algorithm is unknown.
+        RuntimeError: the algorithm is "gram", which cannot run on this device or for these shapes.
+        TypeError: a dtype is neither float32 nor bfloat16, or differs between banks.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; MuonEq-R, arXiv 2603.28254.
     """
@@ -119,12 +126,13 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         rule.row_normalize,
         rule.algorithm,
     )
-    # What a backward pass still needs it must miss, as it does after torch's own in-place operators.
+    # The operator changed these tensors in place. With a higher version, a backward pass that saved one of
+    # them before raises an error instead of using the new values, as after torch's own in-place operators.
     increment_version([*params, *momenta, *updates, *averages])
 
 
 def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
-    """Do what `muon_step` does in plain torch, bank by bank, in float32 (float64 tensors: in float64)."""
+    """Compute `muon_step` with PyTorch operators, bank by bank, in float32 (float64 tensors in float64)."""
     if not hyper[GRAD_SCALE].isfinite():
         for bank in banks:
             bank.update.zero_()
@@ -156,20 +164,20 @@ def muon_apply(
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
-    """Decay and update parameters, then move their averages, in place; one launch on CUDA.
+    """Decay and update parameters, then move their averages, all in place.
 
         param <- param (1 - lr wd) - lr lr_scale update
         average <- average + average_weight (param - average)
 
-    The second half of `muon_step`, for updates that were gathered from other ranks. Skipped where
-    grad_scale is not finite. Equals `muon_apply_ref` on the same tensors.
+    This is the second half of `muon_step`, for updates that were gathered from other ranks. It does nothing
+    if grad_scale is not finite. Equals `muon_apply_ref` on the same tensors. CUDA needs one launch.
 
     Args:
         params: float32, any shape, contiguous.
-        updates: float32 or bfloat16, shaped like the parameters.
+        updates: float32 or bfloat16, of the shapes of the parameters.
         hyper: as in `muon_step`.
-        lr_scales: one for each parameter.
-        averages: float32, shaped like the parameters; none of them: no averages.
+        lr_scales: factor on the learning rate, one per parameter.
+        averages: float32, of the shapes of the parameters; an empty sequence if there are no averages.
 
     Raises:
         ValueError, TypeError: as in `muon_step`.
@@ -189,7 +197,7 @@ def muon_apply_ref(
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
-    """Do what `muon_apply` does in plain torch."""
+    """Compute `muon_apply` with PyTorch operators."""
     if not hyper[GRAD_SCALE].isfinite():
         return
     lr = hyper[LR]

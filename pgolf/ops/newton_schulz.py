@@ -1,8 +1,10 @@
-"""Batched Newton-Schulz polar iteration with a coefficient triple per step.
+"""Newton-Schulz polar iteration on batches of matrices, with one coefficient triple per iteration.
 
-Owns the Python face of `torch.ops.pgolf.newton_schulz`. Coefficient tables and their generator are not here:
-they live in `pgolf.optim.polar`. Kernels: csrc/kernels/newton_schulz.h. Follows the iteration of Muon (Keller
-Jordan) with the per-step polynomials of Polar Express; `b` batch, `m` rows, `n` columns.
+This is the Python interface of `torch.ops.pgolf.newton_schulz`. Coefficient tables and their generator are in
+`pgolf.optim.polar`, kernels in csrc/kernels/newton_schulz.h. The iteration is that of Muon (Keller Jordan),
+with a different polynomial in each iteration as in Polar Express.
+
+Legend: `b` batch, `m` rows, `n` columns.
 """
 
 from __future__ import annotations
@@ -31,42 +33,43 @@ def newton_schulz(
         X = x / (||x||_F + eps)
         for each (a, b, c):   A = X X^T,   B = b A + c A^2,   X <- a X + B X
 
-    A singular value s of X becomes a s + b s^3 + c s^5 in each step; the singular vectors stay. Matrices with
-    m > n are iterated as their transposes, so all products run on the short side.
+    In each iteration a singular value s of X becomes a s + b s^3 + c s^5, and the singular vectors do not
+    change. Matrices with m > n are transposed first, so that A and B are square on the short side.
     Equals, for m <= n, `X = x / (x.norm() + eps)` followed by
     `for a, b, c in coefficients: A = X @ X.T; X = a * X + (b * A + c * A @ A) @ X`.
 
-    CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores: bfloat16
-    operands (float16 for float16 input; float32 input too becomes bfloat16, as in torch.optim.Muon)
-    with float32 accumulation, A, B and X rounded after each product. Deterministic.
+    The CPU computes in float32. CUDA computes the norm in float32 and the products on tensor cores with
+    float32 accumulation; A, B and X are rounded after each product, to float16 for float16 input and to
+    bfloat16 for bfloat16 and float32 input, as in torch.optim.Muon. The result is deterministic.
 
-    algorithm="gram" runs all products in one persistent kernel on Hopper, with float16 operands whatever the
-    input: the input is scaled by a power of two, the rest of 1 / (norm + eps) goes into the first polynomial.
-    Nearly square matrices take the steps above; those with a side at least twice the other take two steps at
-    once on the short side (the first alone where their number is odd), then start from X again:
+    algorithm="gram" runs all products in one persistent kernel on Hopper GPUs. Its operands are float16 for
+    every input dtype: the input is scaled by a power of two, and the first polynomial contains the remaining
+    factor of 1 / (norm + eps). If one side is at least twice the other, two iterations are computed at once
+    on the short side (if their number is odd, the first one is computed alone), starting from X each time:
 
         R = X X^T,   Z = p(R),   R' = Z R Z,   X = p'(R') Z X       with p(R) = a I + b R + c R^2
 
-    Longer chains lose small singular values in float16, by up to 0.2 (emulated: power-law and rank-deficient
-    spectra of 512 x 2048); pairs stay within 0.01 of the exact map, with tables that tolerate s a little
-    above 1 (`safety`).
+    Other matrices take the iterations above. Two iterations at once stay within 0.01 of the exact map of
+    singular values, if the table tolerates s a little above 1 (`safety` in `pgolf.optim.polar`). Three or
+    more at once would change small singular values by up to 0.2 in float16 (emulated, on power-law and
+    rank-deficient spectra of 512 x 2048).
 
     Args:
-        x: `(m, n)` or `(b, m, n)` float32, bfloat16 or float16; each matrix is normalised by itself.
-        coefficients: 1 to 10 triples (a, b, c), one per step.
+        x: `(m, n)` or `(b, m, n)` float32, bfloat16 or float16; each matrix is normalised by its own norm.
+        coefficients: 1 to 10 triples (a, b, c), one per iteration.
         eps: added to the Frobenius norm, >= 0; a zero matrix stays zero.
-        algorithm: "standard" as above; "gram" needs a Hopper GPU and sides that are multiples of 8; "auto"
-            takes "gram" where it can run, else "standard".
+        algorithm: "standard" is the form above; "gram" needs a Hopper GPU and sides that are multiples of 8;
+            "auto" takes "gram" where it can run and "standard" elsewhere.
 
     Returns:
-        The iterated matrices, shape and dtype of `x`. Not differentiable: backward through it, a tangent
-        or a derivative of torch.func raises RuntimeError.
+        The iterated matrices, with the shape and dtype of `x`. The operator is not differentiable: a backward
+        pass, forward mode and torch.func raise RuntimeError.
 
     Raises:
-        ValueError: wrong number of dimensions, an empty, overlong or non-finite table, a row that is no
-            triple, eps < 0, an unknown algorithm.
-        TypeError: unsupported dtype.
-        RuntimeError: "gram" where it cannot run.
+        ValueError: x has the wrong number of dimensions, the table is empty, has more than 10 triples or a
+            number that is not finite, a row of it is not a triple, eps < 0, or the algorithm is unknown.
+        TypeError: the dtype is not supported.
+        RuntimeError: the algorithm is "gram", which cannot run on this device or for this shape.
 
     Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
     """
@@ -82,25 +85,26 @@ def newton_schulz_banks(
     eps: float = 1e-7,
     algorithm: Algorithm = "auto",
 ) -> list[Tensor]:
-    """Iterate several banks of matrices, of any shapes, with one table.
+    """Iterate several banks of matrices, of any shapes, with one coefficient table.
 
     Equals `[newton_schulz(x, coefficients, eps=eps, algorithm=algorithm) for x in banks]`; algorithm="gram"
-    runs all of them in the same three launches.
+    runs all banks in the same three launches.
 
     Args:
-        banks: as `x` of `newton_schulz`, on one device.
-        coefficients, eps, algorithm: as of `newton_schulz`, which also says what is raised.
+        banks: each as `x` of `newton_schulz`, all on one device.
+        coefficients, eps, algorithm: as in `newton_schulz`.
 
     Raises:
-        ValueError: banks on several devices; and see `newton_schulz`.
+        ValueError: the banks are on several devices, or as in `newton_schulz`.
+        TypeError, RuntimeError: as in `newton_schulz`.
     """
-    if not banks:  # nothing that tells the dispatcher a device
+    if not banks:  # the dispatcher needs a tensor to choose the device
         return []
     devices = {x.device for x in banks}
     if len(devices) > 1:
         raise ValueError(
             f"newton_schulz_banks: banks must be on one device, got {sorted(map(str, devices))}; "
-            "call it once for each device"
+            "call it once per device"
         )
     refuse_transforms("newton_schulz_banks", *banks)
     out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(list(banks), _flat(coefficients), eps, algorithm)
@@ -110,7 +114,7 @@ def newton_schulz_banks(
 def newton_schulz_banks_ref(
     banks: Sequence[Tensor], coefficients: Sequence[tuple[float, float, float]], *, eps: float = 1e-7
 ) -> list[Tensor]:
-    """Compute what `newton_schulz_banks` computes, as `newton_schulz_ref` does."""
+    """Compute `newton_schulz_banks` with PyTorch operators, see `newton_schulz_ref`."""
     return [newton_schulz_ref(x, coefficients, eps=eps) for x in banks]
 
 
@@ -124,7 +128,7 @@ def _flat(coefficients: Sequence[tuple[float, float, float]]) -> list[float]:
 def newton_schulz_ref(
     x: Tensor, coefficients: Sequence[tuple[float, float, float]], *, eps: float = 1e-7
 ) -> Tensor:
-    """Compute what `newton_schulz` computes, in float32; float64 input is computed in float64."""
+    """Compute `newton_schulz` with PyTorch operators in float32; float64 input is computed in float64."""
     X = x if x.dtype == torch.float64 else x.float()
     tall = X.shape[-2] > X.shape[-1]
     if tall:

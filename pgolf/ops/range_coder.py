@@ -1,11 +1,13 @@
-"""Entropy coding of a matrix of int8 codes: arithmetic coding under a Gaussian that follows columns and rows.
+"""Entropy coding of a matrix of int8 codes: arithmetic coding with a Gaussian model of each code.
 
-Owns the Python face of the compiled coder and, as `encode_codes_ref` and `decode_codes_ref`, a second, slow
-statement of the format in csrc/kernels/range_coder.h; each reads the other's bytes. Rows of quantized weights
-share one scale (their step is a multiple of their deviation), columns do not; rows of an embedding share a
-mean and directions, and resemble each other; queries resemble their keys, what leaves a head or a hidden
-unit resembles what enters it. So the scale comes from the column, and the mean, where it pays, from the codes
-to the left and from one earlier row. Host only; the operators for tensors on devices are in the other files.
+The format is specified in csrc/kernels/range_coder.h. This module is the Python interface of the compiled
+coder, and has a second, slow implementation, `encode_codes_ref` and `decode_codes_ref`; each implementation
+reads what the other one writes. Both run on the host and take NumPy arrays.
+
+The Gaussian follows what trained weights have in common. In a quantized matrix all rows have about the same
+spread of codes, but columns have not, so the variance is learned per column. Some rows resemble each other
+(rows of an embedding, queries and their keys, the weights into and out of a head or a hidden unit), so the
+mean may depend on one earlier row and, in tall matrices, on the codes to the left.
 """
 
 from __future__ import annotations
@@ -18,34 +20,35 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-import pgolf.ops._extension  # noqa: F401  (says how to build when the compiled half is missing)
+import pgolf.ops._extension  # noqa: F401  (explains how to build the extension if it is missing)
 from pgolf import _C
 
 RAW, COLUMNS, ROWS, PREDICTED = 0, 1, 2, 3
 MOST_COLS, ROWS_COLS, PREDICT_RATIO = 1 << 20, 2048, 8
-"""Matrices wider than the first are stored raw; `ROWS` and `PREDICTED` need at most the second number of
-columns, and the latter is tried instead of the former from the third number of rows a column on."""
+"""Matrices with more than `MOST_COLS` columns are stored raw. The modes `ROWS` and `PREDICTED` need at most
+`ROWS_COLS` columns; `PREDICTED` replaces `ROWS` if there are at least `PREDICT_RATIO` rows per column."""
 WORD = (1 << 64) - 1
 Codes = NDArray[np.int8]
 
 
 def encode_codes(codes: Codes, *, pool: Codes | None = None, fast: bool = False) -> bytes:
-    """Return the entropy-coded stream of a matrix; the same bytes on every machine.
+    """Return the entropy-coded stream of a matrix, the same bytes on every machine.
 
-    Releases the interpreter lock, so that threads encode matrices side by side. About 0.2 us a code, half of
-    it for the comparison of all rows; 0.06 us when `fast`.
+    Encoding takes about 0.2 us per code, half of it for comparing all pairs of rows; with `fast` 0.06 us. The
+    interpreter lock is released, so threads can encode several matrices in parallel.
 
     Args:
         codes: `(rows, cols)` int8, any strides.
-        pool: `(n, cols)` int8, rows that the reader will have and that these may resemble.
-        fast: spend no time on earlier rows: about 1 % larger on trained weights.
+        pool: `(n, cols)` int8, further rows that the codes may resemble; the decoder needs the same pool.
+        fast: do not search for similar rows; the stream of trained weights is then about 1 % longer.
 
     Returns:
-        At most rows * cols + 1 bytes; `decode_codes` wants the shape and the pool again.
+        The stream, at most rows * cols + 1 bytes. It contains neither the shape nor the pool, which
+        `decode_codes` takes as arguments.
 
     Raises:
-        TypeError: not int8.
-        ValueError: not two-dimensional, more than 2^31 codes, a pool of another width.
+        TypeError: codes are not int8.
+        ValueError: codes are not two-dimensional or more than 2^31, or the pool has another width.
 
     Source: csrc/kernels/range_coder.h.
     """
@@ -55,19 +58,20 @@ def encode_codes(codes: Codes, *, pool: Codes | None = None, fast: bool = False)
 
 
 def decode_codes(data: bytes | memoryview, shape: tuple[int, int], *, pool: Codes | None = None) -> Codes:
-    """Return the codes of a stream of `encode_codes`.
+    """Return the codes that `encode_codes` encoded.
+
+    The format has no checksum: a damaged stream may decode to other codes without an error.
 
     Args:
         data: the whole stream and nothing else.
         shape: (rows, cols) of the encoded matrix.
-        pool: what the encoder was given.
+        pool: the pool that the encoder was given.
 
     Returns:
-        `shape` int8, writable.
+        An int8 array of `shape`, writable.
 
     Raises:
-        ValueError: a stream that `encode_codes` cannot have written for this shape. A damaged stream may be
-            one of other codes, because nothing in it is redundant: keep a checksum.
+        ValueError: `encode_codes` cannot have written this stream for this shape.
 
     Source: csrc/kernels/range_coder.h.
     """
@@ -76,7 +80,7 @@ def decode_codes(data: bytes | memoryview, shape: tuple[int, int], *, pool: Code
 
 
 def encode_codes_ref(codes: Codes, *, pool: Codes | None = None, fast: bool = False) -> bytes:
-    """Compute what `encode_codes` computes, one code at a time in Python integers (60 us a code)."""
+    """Compute `encode_codes` one code at a time in Python integers (60 us per code)."""
     _check_codes(codes, pool)
     rows, cols = codes.shape
     streams = [bytes([RAW]) + codes.tobytes()]
@@ -95,10 +99,10 @@ def encode_codes_ref(codes: Codes, *, pool: Codes | None = None, fast: bool = Fa
 
 
 def decode_codes_ref(data: bytes | memoryview, shape: tuple[int, int], *, pool: Codes | None = None) -> Codes:
-    """Compute what `decode_codes` computes, one code at a time in Python integers.
+    """Compute `decode_codes` one code at a time in Python integers.
 
     Raises:
-        ValueError: a stream that cannot have been written for this shape.
+        ValueError: `encode_codes` cannot have written this stream for this shape.
     """
     rows, cols = shape
     mode, largest = (data[0] if len(data) else -1), (data[1] if len(data) > 1 else -1)
@@ -107,7 +111,7 @@ def decode_codes_ref(data: bytes | memoryview, shape: tuple[int, int], *, pool: 
         return raw
     possible = mode == COLUMNS or (mode in (ROWS, PREDICTED) and largest > 0 and cols <= ROWS_COLS)
     if not possible or cols > MOST_COLS or not 0 <= largest <= 128 or (largest == 0 and len(data) != 2):
-        raise ValueError(f"decode_codes: no stream of a {rows} x {cols} matrix begins like this")
+        raise ValueError(f"decode_codes: no stream of a {rows} x {cols} matrix begins with these two bytes")
     codes = np.zeros(shape, int)
     if largest:
         decoder = _Decoder(bytes(data[2:]))
@@ -139,7 +143,7 @@ def _check_codes(codes: Codes, pool: Codes | None) -> None:
 
 
 def _tail_table() -> list[int]:
-    """Return the mass of a Gaussian above i / 32, i in [0, 256]: trapezoids over two recurrences."""
+    """Return the mass of a Gaussian above i / 32 for i in [0, 256], by the trapezoidal rule in integers."""
     density, value, ratio = [], 1 << 31, 2146435328
     for _ in range(258):
         density.append(value)
@@ -152,14 +156,14 @@ TAIL = _tail_table()
 
 
 def _tail(distance: int, inverse: int) -> int:
-    """Return the mass above `distance` (1/256) over a deviation, given as 2^21 / deviation."""
+    """Return the Gaussian mass above `distance`, in 1/256 of a code; `inverse` is 2^21 / deviation."""
     z = distance * inverse >> 8
     i = z >> 16
     return TAIL[256] if i >= 256 else TAIL[i] - ((TAIL[i] - TAIL[i + 1]) * (z & 65535) >> 16)
 
 
 def _inverse_deviation(variance: int) -> int:
-    """Return 2^21 / deviation at the middle of the variance's 32nd of an octave."""
+    """Return 2^21 / deviation, with the variance rounded to the middle of 1/32 of its octave."""
     octave = variance.bit_length() - 1
     mantissa = variance >> (octave - 5) if octave >= 5 else variance << (5 - octave)
     return isqrt((1 << 56) // ((65 + 2 * (mantissa & 31)) << octave))
@@ -170,15 +174,15 @@ def _clamped(variance: int) -> int:
 
 
 class _Coder(Protocol):
-    """Encodes the bit that it is given, or ignores it and returns the one it decodes."""
+    """Either an encoder, which writes the bit it is given, or a decoder, which ignores it and reads one."""
 
     def bit(self, p: int, bit: bool) -> bool:
-        """Return the bit that has probability p / 65536 of being true."""
+        """Code one bit whose probability of being true is p / 65536, and return it."""
 
 
 @dataclass
 class _Interval:
-    """What can still follow: the numbers low..high of 64 bits."""
+    """The interval of an arithmetic coder: the 64-bit numbers from low to high."""
 
     low: int = 0
     high: int = WORD
@@ -187,7 +191,7 @@ class _Interval:
         return self.low + ((self.high - self.low) * p >> 16)
 
     def narrow(self, middle: int, *, bit: bool) -> int:
-        """Keep the half of `bit` and return how many top bytes are settled; they are gone afterwards."""
+        """Keep the part of `bit`, remove the leading bytes that are now certain, and return their number."""
         self.low, self.high = (self.low, middle) if bit else (middle + 1, self.high)
         settled = 0
         while (self.low ^ self.high) >> 56 == 0:
@@ -196,13 +200,13 @@ class _Interval:
         return settled
 
     def ending(self) -> bytes:
-        """Return the fewest bytes that, followed by zeros, lie inside."""
+        """Return the shortest byte string that, followed by zeros, lies inside the interval."""
         for count in range(9):
             unit = 1 << (64 - 8 * count)
             value = -(-self.low // unit) * unit
             if value <= self.high:
                 return value.to_bytes(8, "big")[:count]
-        raise AssertionError("eight bytes spell every number of 64 bits")
+        raise AssertionError("eight bytes can represent every number of 64 bits")
 
 
 class _Encoder(_Interval):
@@ -235,12 +239,12 @@ class _Decoder(_Interval):
         return bit
 
     def finished(self) -> bool:
-        """Return whether the encoder would have ended here, with these bytes."""
+        """Return whether the stream ends here, with the bytes that an encoder would have written."""
         return self.data[self.left :] == self.ending() and self.left <= len(self.data)
 
 
 class _Correction:
-    """Learns what predicted probabilities are worth: 33 running means for each kind of bit."""
+    """Adaptive correction of predicted probabilities: 33 running means for each of 33 kinds of bit."""
 
     def __init__(self) -> None:
         self.means = [[min(max(i << 11, 1), 65535) << 6 for i in range(33)] for _ in range(33)]
@@ -259,7 +263,7 @@ class _Correction:
 
 
 class _Predictor:
-    """The mean of a code, in 1/256, from the codes to its left; all zero where `active` is false."""
+    """Predicts the mean of a code, in 1/256, from the codes to its left; 0 if `active` is false."""
 
     def __init__(self, cols: int, *, active: bool) -> None:
         self.cols, self.active, self.energy, self.gain = cols, active, 0, 0
@@ -287,7 +291,7 @@ class _Predictor:
 
 @dataclass
 class _Variances:
-    """The variance of each column's residuals, and of the row so far relative to its columns; in 1/256."""
+    """The variance of each column's residuals, and of the row so far relative to its columns, in 1/256."""
 
     sums: list[int]
     prior: int = 0
@@ -321,7 +325,7 @@ class _Variances:
 
 
 class _Lean:
-    """The earlier row that the current one leans on, and by how much."""
+    """The earlier row that the current row leans on (adds a multiple of to its mean), and the multiple."""
 
     def __init__(self) -> None:
         self.row: list[int] | None = None
@@ -353,7 +357,7 @@ class _Lean:
 
 
 class _Choice:
-    """Which row is leaned on: the one after the last choice, another, or none."""
+    """Codes which earlier row the current one leans on: the row after the last choice, another, or none."""
 
     def __init__(self) -> None:
         self.last = -1
@@ -374,7 +378,7 @@ class _Choice:
         for place in reversed(range((count - 1).bit_length())):
             index = index * 2 + coder.bit(32768, bool(max(wanted, 0) >> place & 1))
         if index >= count:
-            raise ValueError("decode_codes: a row leans on one that is not there")
+            raise ValueError(f"decode_codes: a row leans on row {index}, of only {count} earlier rows")
         self.last = index
         return index
 
@@ -386,7 +390,7 @@ def _habit(coder: _Coder, p: list[int], wanted: bool) -> bool:
 
 
 def _gain(products: NDArray[np.int_], earlier: int, later: int, cols: int) -> int:
-    """Return 16 times the bits that leaning saves, about 0.72 cols r^2."""
+    """Return 16 times the bits that leaning saves: about 0.72 cols r^2, r being the rows' correlation."""
     product, energy, other = (
         int(products[i]) for i in ((earlier, later), (earlier, earlier), (later, later))
     )
@@ -394,7 +398,7 @@ def _gain(products: NDArray[np.int_], earlier: int, later: int, cols: int) -> in
 
 
 class _Matrix:
-    """Codes, the pool before them, and what is learned while they are coded."""
+    """The codes of a matrix, the rows of the pool, and everything that is learned during coding."""
 
     def __init__(self, codes: NDArray[np.int_], pool: NDArray[np.int_], mode: int, largest: int) -> None:
         self.codes, self.mode = codes, mode
@@ -427,7 +431,7 @@ class _Matrix:
             self.code_row(coder, row, None, learn=True)
 
     def look_ahead(self, row: int, codes: list[int]) -> list[int]:
-        """Predict a row that is known, from the codes to the left."""
+        """Return the predicted means of a known row, each from the codes to its left."""
         self.predictor.start_row(row)
         bases = []
         for col, code in enumerate(codes):
@@ -436,7 +440,7 @@ class _Matrix:
         return bases
 
     def search(self, products: NDArray[np.int_], index: int) -> int:
-        """Return the row that `index` should lean on, -1 if none pays."""
+        """Return the row that row `index` should lean on, or -1 if none saves bits."""
         cols = self.codes.shape[1]
         gains = [_gain(products, i, index, cols) for i in range(index)]
         found = max(range(index), key=lambda i: (gains[i], -i), default=-1)
@@ -478,7 +482,7 @@ class _Matrix:
 
 @dataclass
 class _Value:
-    """One code as a series of bits: at the center? above it? then, outwards, one step further?"""
+    """One code as a series of bits: is it the center? is it above? then, going outwards, is it the next?"""
 
     mean: int
     inverse: int

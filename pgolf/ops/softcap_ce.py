@@ -1,9 +1,10 @@
-"""Cross-entropy of tanh-capped logits, fused: the logits are read once.
+"""Cross-entropy of tanh-capped logits, fused so that the logits are read once.
 
-Owns the Python face of `torch.ops.pgolf.softcap_ce*`: public function, reference, fake kernels, autograd.
-Kernels: csrc/kernels/softcap_ce.h. Follows Gemma 2, section 2 (logit soft-capping), and PaLM, section 5
-(z-loss); unlike the usual code it never forms `p - 1` or `1 - tanh^2` by subtraction, so the gradients stay
-accurate where the model is sure or the cap saturates. From hidden states: pgolf/ops/linear_softcap_ce.py.
+This is the Python interface of `torch.ops.pgolf.softcap_ce*`: public function, reference, fake kernels and
+autograd. Kernels: csrc/kernels/softcap_ce.h. Sources: Gemma 2, section 2 (soft cap on the logits), and PaLM,
+section 5 (z-loss). The usual code computes `p - 1` and `1 - tanh^2` by subtraction, which loses digits where
+a probability is close to 1 or the cap saturates; these kernels avoid both subtractions. The loss from hidden
+states is in pgolf/ops/linear_softcap_ce.py.
 """
 
 from __future__ import annotations
@@ -35,43 +36,46 @@ def softcap_ce(
     z_loss: float = 0.0,
     inplace: bool = False,
 ) -> Tensor:
-    """Cross-entropy of tanh-capped logits, in nats.
+    """Compute the cross-entropy of tanh-capped logits, in nats.
 
         z = cap * tanh(logits / cap)
         loss_i = lse_i - z_i,target_i + z_loss * lse_i^2,   lse = logsumexp(z)
 
     Equals `F.cross_entropy(cap * torch.tanh(logits / cap), target)` computed in float32.
 
-    Differentiable in `logits`, once, by torch.autograd; a second derivative, a tangent of forward mode and
-    the derivatives of torch.func raise. The gradient has the dtype of `logits`. NaN in a row of `logits`
-    makes the row's loss and gradient NaN. Deterministic. With "mean" or "sum" in eager mode, the gradient is
-    written as the loss is computed: one read and one write of `(rows, vocab)`; backward then multiplies it
-    by the upstream gradient, and touches nothing where that is exactly 1. A second backward through the same
-    loss raises then. With "none" and under torch.compile, backward reads the logits again.
+    The loss can be differentiated once with respect to `logits`, by torch.autograd; a second derivative,
+    forward mode and torch.func raise an error. The gradient has the dtype of `logits`. A NaN in a row of
+    `logits` makes the loss and the gradient of that row NaN. The result is deterministic.
+
+    With "mean" or "sum" in eager mode, the forward pass writes the gradient while it computes the loss: one
+    read and one write of `(rows, vocab)`. The backward pass multiplies that gradient by the upstream
+    gradient, and skips the multiplication if the upstream gradient is exactly 1; a second backward pass
+    through the same loss raises an error. With "none", and under torch.compile, the backward pass reads the
+    logits again.
 
     Args:
-        logits: `(rows, vocab)` float32, bfloat16 or float16; made contiguous if it is not. Accumulation is
-            float32.
-        target: `(rows,)` int64 in [0, vocab), or `ignore_index`. On CUDA a target out of range is not an
-            error (finding it would stall the stream): its row's loss and gradient become NaN. With
-            PGOLF_CHECK_TARGETS=1 in the environment it is an error there too.
+        logits: `(rows, vocab)` float32, bfloat16 or float16; copied if not contiguous. Sums are accumulated
+            in float32.
+        target: `(rows,)` int64 in [0, vocab), or `ignore_index`. A target out of range raises ValueError on
+            the CPU. On CUDA, where finding it would stall the stream, the loss and the gradient of its row
+            become NaN; with PGOLF_CHECK_TARGETS=1 in the environment CUDA raises too.
         cap: soft limit on |z|, > 0, or None for plain cross-entropy. PR #1855's run uses 30.
-        reduction: "mean" over the rows that are not ignored (0 if all are, where `F.cross_entropy` gives
-            NaN), "sum", or "none".
-        ignore_index: target value of rows with loss 0 and gradient 0.
+        reduction: "mean" over the rows that are not ignored (0 if all rows are ignored, where
+            `F.cross_entropy` gives NaN), "sum", or "none".
+        ignore_index: target value of rows whose loss and gradient are 0.
         z_loss: weight of lse^2, >= 0.
-        inplace: allow "mean" and "sum" to overwrite contiguous `logits` with their gradient, which halves the
+        inplace: with "mean" and "sum", overwrite contiguous `logits` with their gradient, which halves the
             memory. The caller must not read `logits` afterwards; autograd raises if another operator saved
-            them. Ignored under torch.compile, and where no gradient is needed.
+            them. Ignored under torch.compile and where no gradient is needed.
 
     Returns:
-        float32 loss, nats: `(rows,)` for "none", else a scalar.
+        float32 loss in nats: `(rows,)` for "none", a scalar for "mean" and "sum".
 
     Raises:
-        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, unknown reduction, strided logits
-            with inplace, or a target out of range.
-        TypeError: unsupported dtype.
-        RuntimeError: another derivative than the first one, or by torch.func or forward mode.
+        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, the reduction is unknown, logits are not
+            contiguous with inplace, or a target is out of range.
+        TypeError: the dtype is not supported.
+        RuntimeError: a second derivative, or a derivative of forward mode or torch.func, was asked for.
 
     Source: Gemma 2, section 2. Kernel: csrc/kernels/softcap_ce.h.
     """
@@ -96,7 +100,7 @@ def softcap_ce_ref(
     ignore_index: int = -100,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Compute what `softcap_ce` computes with PyTorch operators; float64 input is computed in float64."""
+    """Compute `softcap_ce` with PyTorch operators: float64 input in float64, other input in float32."""
     check_reduction("softcap_ce", reduction)
     x = logits if logits.dtype == torch.float64 else logits.float()
     z = x if cap is None else cap * torch.tanh(x / cap)
@@ -108,7 +112,7 @@ def softcap_ce_ref(
 
 
 class _OnePass(torch.autograd.Function):
-    """Reduced loss whose gradient is computed in the forward pass, for an upstream gradient of 1."""
+    """Reduced loss whose forward pass also computes the gradient, for an upstream gradient of 1."""
 
     @staticmethod
     def forward(
@@ -122,11 +126,12 @@ class _OnePass(torch.autograd.Function):
         if inplace:
             grad = logits.detach()
             loss = torch.ops.pgolf.softcap_ce_gradient_(grad, target, weight, *options, CHECK_TARGETS)
-            # `grad` is `logits`: any operator that saved it must notice.
+            # `grad` is the memory of `logits`: an operator that saved `logits` must raise in its backward.
             torch.autograd.graph.increment_version(logits)
         else:
             loss, grad = torch.ops.pgolf.softcap_ce_gradient(logits, target, weight, *options, CHECK_TARGETS)
-        # What nobody else sees or writes, and autograd knows to come from `logits`, which are not kept.
+        # `logits` are not saved. This empty output stands for them: autograd knows that it depends on
+        # `logits`, and no caller can see or change it.
         anchor = weight.new_empty(0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad, anchor)

@@ -1,8 +1,8 @@
-"""Rounding along a trellis: codes as cheap as those of plain rounding, with 1.27 dB less squared error.
+"""Rounding along a trellis: as many bits per code as plain rounding, with 1.27 dB less squared error.
 
-Owns the Python face of `torch.ops.pgolf.trellis_round` and `trellis_values`. The machine that says what a
-code means is described in csrc/kernels/trellis.h and lives nowhere else but in the `_ref` functions, which
-state it a second time as the check.
+This is the Python interface of `torch.ops.pgolf.trellis_round` and `trellis_values`. The state machine that
+gives a code its value is specified in csrc/kernels/trellis.h; the `_ref` functions implement it a second
+time, so that tests can compare.
 Source: Marcellin and Fischer, Trellis coded quantization (1990); Ungerboeck's code of 256 states (1982).
 """
 
@@ -15,27 +15,27 @@ import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 STATES, CHAIN = 256, 256
-"""States of the machine; numbers after which a chain starts anew."""
+"""Number of states of the machine; number of codes in a chain, after which the machine starts again."""
 SIDE_TAPS, INPUT_TAPS = 0o362 >> 1, 0o515 >> 1
 
 
 def trellis_round(x: Tensor) -> Tensor:
-    """Round chains of numbers to the values of codes, with the least squared error that the trellis allows.
+    """Round chains of numbers to values of codes, with the least squared error that the trellis allows.
 
-    A value is v = k - 1/4 or k + 1/4, which of the two being decided by the codes before it, so that the code
-    is k = round(v) and `trellis_values` gives v back. |v - x| < 1. A chain is found whole (Viterbi), every
-    256 numbers a new one begins.
+    The value of a code k is v = k - 1/4 or k + 1/4; the codes before it in the chain decide which of the two.
+    So k = round(v), and `trellis_values` computes v from the codes. |v - x| < 1. The Viterbi algorithm finds
+    the best path through a chain exactly; a new chain begins every 256 numbers.
 
     Args:
-        x: `(..., n)` float32, finite and |x| < 2^20 (quarters get lost in larger ones), chains along n.
+        x: `(..., n)` float32, finite, with |x| < 2^20 (float32 has no quarters above); chains run along n.
 
     Returns:
-        v, of the same shape. CPU and CUDA may choose different paths where two are equally good. Not
-        differentiable: a derivative through it raises RuntimeError.
+        v, of the shape of x. CPU and CUDA may choose different paths if two are equally good. The operator is
+        not differentiable: a derivative through it raises RuntimeError.
 
     Raises:
-        ValueError: no dimension.
-        TypeError: not float32.
+        ValueError: x has no dimension.
+        TypeError: x is not float32.
     """
     refuse_transforms("trellis_round", x)
     values: Tensor = torch.ops.pgolf.trellis_round(x)
@@ -43,24 +43,24 @@ def trellis_round(x: Tensor) -> Tensor:
 
 
 def trellis_values(codes: Tensor) -> Tensor:
-    """Return what codes mean: k - 1/4 or k + 1/4, as `trellis_round` chose them.
+    """Return the values of codes: k - 1/4 or k + 1/4, as `trellis_round` chose them.
 
     Args:
-        codes: `(..., n, columns)` int8; each column is a chain along n, new every 256 codes.
+        codes: `(..., n, columns)` int8; the chains run along n in each column, a new one every 256 codes.
 
     Returns:
-        float32 of the same shape, exact.
+        float32 of the shape of codes, exact.
 
     Raises:
-        ValueError: fewer than two dimensions.
-        TypeError: not int8.
+        ValueError: codes have fewer than two dimensions.
+        TypeError: codes are not int8.
     """
     values: Tensor = torch.ops.pgolf.trellis_values(codes)
     return values
 
 
 def trellis_round_ref(x: Tensor) -> Tensor:
-    """Compute what `trellis_round` computes, in float64."""
+    """Compute `trellis_round` with PyTorch operators, in float64."""
     flat = x.double().reshape(-1, x.shape[-1])
     starts = range(0, flat.shape[1], CHAIN)
     pieces = [flat[:, :0], *(_best_path(flat[:, start : start + CHAIN]) for start in starts)]
@@ -68,7 +68,7 @@ def trellis_round_ref(x: Tensor) -> Tensor:
 
 
 def trellis_values_ref(codes: Tensor) -> Tensor:
-    """Compute what `trellis_values` computes, one row of all chains after the other."""
+    """Compute `trellis_values` with PyTorch operators, one position of all chains after the other."""
     states = torch.arange(STATES, device=codes.device)
     shift, after = _parity(states & SIDE_TAPS).float() / 2 - 0.25, _parity(states & INPUT_TAPS)
     rows = codes.shape[-2]
@@ -82,7 +82,7 @@ def trellis_values_ref(codes: Tensor) -> Tensor:
 
 
 def _best_path(x: Tensor) -> Tensor:
-    """Return the values float64 of chains `(N, n)` that begin together."""
+    """Return the values of N chains `(N, n)`, float64, by the Viterbi algorithm."""
     state = torch.arange(STATES, device=x.device)
     source = torch.stack((state >> 1, (state >> 1) + STATES // 2))  # (2, S), both lead to `state`
     back = _parity(source & INPUT_TAPS)

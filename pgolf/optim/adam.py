@@ -1,8 +1,8 @@
-"""AdamW on one group of parameters with one learning rate, in one pass with their averages.
+"""AdamW on one group of parameters with one learning rate; the same pass moves their averages.
 
-State that this class owns: allocated once, zeroed in place, and named, so that it can be saved without
-pickle. What changes from step to step is on the device, so the step fits into a CUDA graph. Replicated:
-every rank holds all of it and takes the same step.
+The class owns its state: tensors that are allocated once and zeroed in place, each with a name, so that they
+can be saved without pickle. The numbers that change from step to step are on the device, so a CUDA graph can
+replay the step. Every rank holds the whole state and takes the same step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class AdamW:
         weight_decay: float,
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take parameters, their gradients and averages (float32), all read and written in place."""
+        """Take parameters, their gradients and averages by name, float32; `step` works on them in place."""
         self._rule = AdamRule(weight_decay, config.beta1, config.beta2, config.eps)
         self._tensors = {
             name: AdamTensor(
@@ -48,9 +48,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr: Tensor, hyper: Tensor, corrections: Tensor) -> None:
-        """Apply and zero the gradients, move the averages; does not synchronize.
+        """Apply and zero the gradients and move the averages, without synchronization.
 
-        Args: see `pgolf.ops.adam_step`; corrections of the bias from `clip_scale`.
+        Args:
+            lr, hyper: as in `pgolf.ops.adam_step`.
+            corrections: of the bias of both moments, from `pgolf.ops.clip_scale`.
         """
         adam_step(list(self._tensors.values()), lr, hyper, corrections, self._rule)
 
@@ -60,6 +62,6 @@ class AdamW:
             tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return the live `mean.<name>` and `square.<name>`, like the parameter."""
+        """Return the live moments `mean.<name>` and `square.<name>`, of the shapes of the parameters."""
         state = {f"mean.{name}": t.mean for name, t in self._tensors.items()}
         return state | {f"square.{name}": t.square for name, t in self._tensors.items()}

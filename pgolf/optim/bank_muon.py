@@ -1,16 +1,19 @@
-"""Muon on banks of matrices, each rank iterating its share of every bank.
+"""Muon on banks of matrices, of which each rank iterates a share.
 
-Per step (Muon: Keller Jordan, https://kellerjordan.github.io/posts/muon; banks: parameter-golf PR #399 and
-#549; row normalization: MuonEq-R, arXiv 2603.28254): average the gradients and scatter them (`reduce`), let
-the caller measure the shards, then momentum, row normalization, polar iteration, gather and apply (`step`, by
-`pgolf.ops.muon_step`). Unlike the baseline script, clipping sees the averaged gradient and the sharded
-momentum is part of the state.
+A step has three phases. `reduce` averages the gradients over the ranks and scatters them, so that each rank
+holds the averaged gradients of its own matrices. The caller then measures their norm. `step` updates the
+momentum, normalizes rows and runs the polar iteration on the rank's own matrices (`pgolf.ops.muon_step`),
+gathers the updates of all ranks and applies them. In contrast to the baseline script, the clip sees the
+averaged gradient, and the sharded momentum is part of the saved state.
+
+Sources: Muon, Keller Jordan, https://kellerjordan.github.io/posts/muon; banks, parameter-golf PR #399 and
+#549; row normalization, MuonEq-R, arXiv 2603.28254.
 
 Legend: `B` matrices in a bank, `S` matrices of it on one rank = ceil(B / world size), `m` rows, `n` columns.
-A rank owns matrices rank * S to rank * S + S - 1; those past B are padding, zero in gradient, momentum and
-update. One process has no padding and no collectives; its shard is the gradient itself. Several have one
-buffer, the wire, in which the matrices of a rank, of all banks, lie together: one reduce-scatter and one
-gather a step, whatever the number of banks.
+A rank owns matrices rank * S to rank * S + S - 1. Those past B are padding, whose gradient, momentum and
+update are zero. A single process has no padding and no collectives; its shard is the gradient itself. With
+several processes there is one communication buffer, the wire, in which the matrices of a rank, of all banks,
+lie together. So a step needs one reduce-scatter and one gather, whatever the number of banks.
 """
 
 from __future__ import annotations
@@ -37,59 +40,59 @@ def lr_scale(rows: int, cols: int) -> float:
 
 
 def row_normalize_(x: Tensor) -> Tensor:
-    """Divide every row of `x` `(..., m, n)` by its L2 norm (float32, at least 1e-7), in place, and return it.
+    """Divide every row of `x` `(..., m, n)` by its L2 norm (float32, at least 1e-7), in place; return `x`.
 
-    Rows are output features as stored. Source: MuonEq-R, arXiv 2603.28254.
+    A row holds the weights of one output feature. Source: MuonEq-R, arXiv 2603.28254.
     """
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
     return x.div_(norms)
 
 
 class Shard(NamedTuple):
-    """A tensor of which every rank holds other rows of dimension 0."""
+    """A tensor that is split along dimension 0, with a different part on each rank."""
 
     tensor: Tensor
-    """This rank's rows, live."""
+    """The rows of this rank; the live tensor, not a copy."""
     spans: tuple[tuple[int, int], ...]
-    """For every rank, its first row and the one after its last; they cover the tensor in order."""
+    """For each rank, its first row and the row after its last; together they cover the tensor in order."""
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """One bank and this rank's views of it."""
+    """One bank and the views of it that this rank works on."""
 
     param: Tensor  # (B, m, n) float32, detached
     average: Tensor | None  # (B, m, n) float32 moving average of param
-    shard: Tensor  # (S, m, n) averaged gradient of the owned matrices
+    shard: Tensor  # (S, m, n) averaged gradient of this rank's matrices
     momentum: Tensor  # (S, m, n)
-    update: Tensor  # (S, m, n) what the polar iteration gives
+    update: Tensor  # (S, m, n) output of the polar iteration
     scale: float
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The matrices of one bank that one rank owns, without padding: up to (S, m, n), not empty."""
+    """The matrices of one bank that one rank owns, without padding: 1 to S matrices `(m, n)`."""
 
     bank: str
     param: Tensor
-    grad: Tensor  # local
+    grad: Tensor  # of this process, not averaged
     average: Tensor | None
-    wire: Tensor  # the gradients to send, then the updates received
+    wire: Tensor  # holds the gradients to send, later the updates received
     scale: float
 
 
 class BankMuon:
-    """Momentum, MuonEq-R and polar iteration on `(B, m, n)` banks, sharded over the ranks by matrix.
+    """Muon on banks `(B, m, n)`, sharded over the ranks by matrix.
 
     g = grad_scale * averaged gradient;   buf <- mu buf + g;   u = g + mu buf (nesterov) or buf
     u <- row_normalize(u);   O = polar(u);   p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
-    Momentum and updates, and with several processes the averaged gradients, are bfloat16 on CUDA and float32
-    on CPU; everything between two roundings is computed in float32.
+    Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
+    several processes; everything between is computed in float32.
 
     Attributes:
-        shard: 1-D; this rank's averaged gradients of all banks (and zero gaps), valid after `reduce`.
-            Disjoint between ranks, so squared norms add up.
+        shard: 1-D; this rank's averaged gradients of all banks, with zeros in the gaps; valid after `reduce`.
+            No gradient is in the shards of two ranks, so the squared norms of the shards add up.
     """
 
     def __init__(
@@ -102,11 +105,12 @@ class BankMuon:
         *,
         averages: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Take banks and gradients, of the same names in the same order; both are read in place at each step.
+        """Take the banks and their gradients, which have the same names in the same order.
 
         Args:
-            banks: float32 parameters by name. flat_grad, grads: their gradients, from `flat_views`.
-            averages: float32 moving averages by name, moved at each step; None has none.
+            banks: float32 parameters by name; `step` updates them in place.
+            flat_grad, grads: the gradients of the banks, from `flat_views`, which each step reads.
+            averages: float32 moving averages by name, which each step moves; None if there are none.
         """
         self._dist = dist
         self._rule = MuonRule(
@@ -144,7 +148,7 @@ class BankMuon:
             ]
 
     def _parts_of(self, owner: int, piece: Tensor, grads: Mapping[str, Tensor]) -> list[_Part]:
-        """Return what rank `owner` owns of each bank, given its piece of the wire."""
+        """Return the parts of all banks that rank `owner` owns; `piece` is that rank's piece of the wire."""
         parts = []
         for name, bank in self._banks.items():
             size, start = bank.shard.shape[0], bank.shard.storage_offset()
@@ -158,7 +162,7 @@ class BankMuon:
         return parts
 
     def reduce(self) -> list[Pending]:
-        """Start averaging the local gradients into `shard`; wait for what it returns."""
+        """Start to average the local gradients into `shard`; the caller must wait for what it returns."""
         if not self._parts:
             return []
         torch._foreach_copy_([part.wire for part in self._parts], [part.grad for part in self._parts])
@@ -166,26 +170,26 @@ class BankMuon:
 
     @torch.no_grad()
     def step(self, hyper: Tensor, meanwhile: Callable[[], object] = lambda: None) -> None:
-        """Update momentum, all banks and their averages from `shard`; does not synchronize the host.
+        """Update momentum, all banks and their averages from `shard`, without synchronizing the host.
 
         Args:
-            hyper: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. Where its grad_scale is not
-                finite nothing changes.
-            meanwhile: called once the gradients are read; what it queues runs while the updates travel.
+            hyper: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. If its grad_scale is not finite,
+                nothing changes.
+            meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
         banks, parts = list(self._banks.values()), self._parts
         if not parts:
             muon_step([_whole(bank) for bank in banks], hyper, self._rule)
             meanwhile()
             return
-        # One call for all banks: a call a bank would let each gather run beside the next iteration, but takes
-        # 0.73 ms for a rank of eight instead of 0.29, more than the gathers.
+        # One call for all banks. One call per bank would overlap each gather with the next bank's iteration,
+        # but takes 0.73 ms on one of eight ranks instead of 0.29 ms, which is more than the gathers take.
         muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], hyper, self._rule)
         gather = self._dist.all_gather(self._wire, self._updates)
         meanwhile()
         gather.wait()
-        # The gaps and the padding of the wire are zero again, as the polar iteration keeps zero matrices: it
-        # can carry the next gradients as it is.
+        # The polar iteration maps zero matrices to zero, so the gaps and the padding of the wire are still
+        # zero, and the next gradients can be written without clearing it.
         muon_apply(
             [part.param for part in parts],
             [part.wire for part in parts],
@@ -199,9 +203,9 @@ class BankMuon:
         self._momentum.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of the whole momentum, `momentum.<bank>` `(B, m, n)`, at any world size.
+        """Return copies of the momentum of all ranks, `momentum.<bank>` `(B, m, n)`, at any world size.
 
-        A collective: every rank calls it.
+        This is a collective: every rank must call it.
         """
         state = {f"momentum.{name}": bank.momentum.clone() for name, bank in self._banks.items()}
         if not self._parts:
@@ -214,7 +218,7 @@ class BankMuon:
         return state
 
     def shards(self) -> dict[str, Shard]:
-        """Return the live momentum of this rank's matrices by the names of `state`, without padding."""
+        """Return the live momentum of this rank's matrices, without padding, under the names of `state`."""
         found = {}
         for name, bank in self._banks.items():
             size, total = bank.momentum.shape[0], bank.param.shape[0]
@@ -225,11 +229,11 @@ class BankMuon:
         return found
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shape of each bank by name."""
+        """Return the shapes of the banks by name."""
         return {name: bank.param.shape for name, bank in self._banks.items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take this rank's share of a momentum that `state` gave, at any world size."""
+        """Load this rank's part of a momentum that `state` returned, at any world size."""
         for name, bank in self._banks.items():
             first = self._dist.rank * bank.momentum.shape[0]
             mine = state[f"momentum.{name}"][first : first + bank.momentum.shape[0]]
@@ -238,5 +242,5 @@ class BankMuon:
 
 
 def _whole(bank: _Bank) -> MuonBank:
-    """Return all of a bank, which one process owns, for a step in one call."""
+    """Return the whole bank, with parameters and averages, for a step of a single process."""
     return MuonBank(bank.shard, bank.momentum, bank.update, bank.param, bank.average, bank.scale)

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, in float32.
 
-The decay comes from `schedule.ema_decay`, which ties the horizon to the length of the run; there is no bias
-correction: the average starts at the initial weights, and by the end nothing is left of them.
+`schedule.ema_decay` computes the decay from the length of the run. There is no bias correction: the average
+starts as the initial weights, whose share in it is negligible by the end of a run.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class Ema:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Start the averages as copies of `tensors`, which are watched in place from now on."""
+        """Start the averages as copies of `tensors`; later updates read the same tensors again."""
         self._live = {name: t.detach() for name, t in tensors.items()}
         self._average = {name: t.to(torch.float32, copy=True) for name, t in self._live.items()}
 
     @torch.no_grad()
     def update(self, decay: float) -> None:
-        """Move the averages towards the tensors; a few launches for all of them, no synchronization.
+        """Move the averages towards the present values of the tensors, without synchronization.
 
         Raises:
             ValueError: decay is outside [0, 1].
@@ -36,7 +36,7 @@ class Ema:
             torch._foreach_lerp_(list(self._average.values()), live, 1 - decay)
 
     def check_update(self, decay: float) -> None:
-        """Raise what `update` raises; for an optimizer that moves the averages itself."""
+        """Raise the errors of `update` without moving anything; for optimizers that move the averages."""
         if not 0 <= decay <= 1:
             raise ValueError(f"ema: decay must be in [0, 1], got {decay}")
 
@@ -47,13 +47,13 @@ class Ema:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Start again from the present values of the tensors, as after warm-up."""
+        """Set the averages to the present values of the tensors; used after the warm-up."""
         for name, average in self._average.items():
             average.copy_(self._live[name])
 
     @torch.no_grad()
     def copy_to(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write the averages into `tensors` (the same names; cast to their dtype).
+        """Write the averages into `tensors`, which have the same names, cast to the dtype of each tensor.
 
         Raises:
             ValueError: names or shapes differ.
@@ -67,7 +67,7 @@ class Ema:
         return {name: t.clone() for name, t in self._average.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averages by name.
+        """Load averages by name, in place.
 
         Raises:
             ValueError: names or shapes differ.
@@ -80,8 +80,8 @@ class Ema:
 def _check_like(own: Mapping[str, Tensor], other: Mapping[str, Tensor], what: str) -> None:
     if own.keys() != other.keys():
         raise ValueError(
-            f"{what}: names differ; missing {sorted(own.keys() - other.keys())}, "
-            f"unknown {sorted(other.keys() - own.keys())}"
+            f"{what}: the tensors must have the names of the averages; missing "
+            f"{sorted(own.keys() - other.keys())}, unknown {sorted(other.keys() - own.keys())}"
         )
     for name, tensor in own.items():
         if tensor.shape != other[name].shape:

@@ -1,4 +1,4 @@
-"""Many tensors in one buffer: one launch zeroes, scales, reduces or measures them all."""
+"""Many tensors in one buffer, so that one launch can zero, scale, reduce or measure all of them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Elements; 128 bytes of float32, 64 of bfloat16: vector loads and TMA need 16.
+# In elements: 128 bytes of float32 or 64 bytes of bfloat16. Vector loads and TMA need a multiple of 16 bytes.
 ALIGN = 32
 
 
 def flat_views(
     shapes: Mapping[str, tuple[int, ...]], *, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return one zeroed 1-D buffer and contiguous views into it with the given shapes, in order.
+    """Return one zeroed 1-D buffer and contiguous views into it of the given shapes, in order.
 
-    Each view starts at a multiple of `ALIGN` elements. The gaps are zero and stay zero under scaling and
-    averaging, so the norm of the buffer is the norm of the views.
+    Each view starts at a multiple of `ALIGN` elements. The gaps between views are zero, and scaling and
+    averaging the buffer keeps them zero, so the norm of the buffer is the norm of all views together.
     """
     starts: dict[str, int] = {}
     total = 0

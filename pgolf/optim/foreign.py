@@ -1,7 +1,8 @@
-"""What a saved optimizer state must be before the drop-in Muon takes it over.
+"""Checks of a saved optimizer state before `pgolf.optim.Muon` loads it.
 
-`torch.optim.Optimizer.load_state_dict` takes what it is given: settings of another optimizer rule the group,
-its state lies under names that nobody reads. Here all of it is checked before anything is loaded.
+`torch.optim.Optimizer.load_state_dict` loads any state: with the state of another optimizer, foreign settings
+replace those of a group, and the moments are stored under names that are never read. The checks here cover
+the whole state before any of it is loaded.
 """
 
 from __future__ import annotations
@@ -18,68 +19,79 @@ MUON_STATE, ADAMW_STATE = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
 
 
 def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError unless a state_dict is one of ours, torch.optim.Muon's or AdamW's that fits `groups`.
+    """Raise ValueError unless a state_dict fits `groups`.
 
-    Groups and parameters must be as many, in the same order and of the same kind (Muon or AdamW), the state
-    of each parameter be that of its kind, complete and of its shape.
+    It may come from `pgolf.optim.Muon`, `torch.optim.Muon` or `torch.optim.AdamW`. It must have the same
+    number of groups and of parameters per group, in the same order, and each group must be of the same kind
+    (Muon or AdamW). The state of a parameter must be empty, or complete for its kind and of its shape.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
-            "Muon: a state_dict has the keys 'state' and 'param_groups'; pass what state_dict() gave"
+            "Muon: expected a state_dict with the keys 'state' and 'param_groups'; pass the value that "
+            "state_dict() returned"
         )
     saved, states = state_dict["param_groups"], dict(state_dict["state"])
     sizes, ours = ([len(g["params"]) for g in found] for found in (saved, groups))
     if sizes != ours:
         raise ValueError(
-            "Muon: the saved state has a different number of parameter groups or of parameters in them: "
-            f"{sizes}, this optimizer {ours}; build it with the groups that it was saved with"
+            f"Muon: the saved state has groups of {sizes} parameters, this optimizer has groups of {ours}; "
+            "build the optimizer with the same groups as the one that was saved"
         )
     for i, (group, own) in enumerate(zip(saved, groups, strict=True)):
         muon = _is_muon(group, i)
         if muon != own["use_muon"]:
             kinds = [("AdamW", "Muon")[kind] for kind in (muon, own["use_muon"])]
             raise ValueError(
-                f"Muon: group {i} of the saved state is of {kinds[0]}, here it is of {kinds[1]}; set "
-                f"use_muon={muon} for it, or begin with a fresh state"
+                f"Muon: group {i} was saved by {kinds[0]}, but uses {kinds[1]} in this optimizer; set "
+                f"use_muon={muon} for it, or do not load this state"
             )
         names = own.get("param_names") or range(len(own["params"]))
         for name, key, p in zip(names, group["params"], own["params"], strict=True):
             _check_state(f"Muon: parameter {name} of group {i}", states.pop(key, {}), p, muon=muon)
     if states:
-        raise ValueError(f"Muon: the saved state has entries {sorted(map(str, states))[:5]} of no parameter")
+        raise ValueError(
+            f"Muon: the saved state has entries {sorted(map(str, states))[:5]} that belong to no parameter"
+        )
 
 
 def _is_muon(group: Mapping[str, Any], i: int) -> bool:
-    """Return the kind of a saved group: whether Muon, else AdamW."""
+    """Return whether a saved group belongs to Muon (True) or to AdamW (False).
+
+    Raises:
+        ValueError: it belongs to another optimizer, or uses an option that is not supported here.
+    """
     keys = group.keys()
     if group.get("maximize"):
-        raise ValueError(f"Muon: group {i} of the saved state has maximize=True, which is not supported")
+        raise ValueError(
+            f"Muon: group {i} of the saved state has maximize=True, which is not supported; negate the loss"
+        )
     if "use_muon" in keys or keys >= TORCH_MUON:
         return bool(group.get("use_muon", True))
     if not keys >= TORCH_ADAMW:
         raise ValueError(
-            f"Muon: group {i} of the saved state is of another optimizer, with the settings "
+            f"Muon: group {i} of the saved state belongs to another optimizer, with the settings "
             f"{sorted(set(keys) - {'params'})}; only states of this class, torch.optim.Muon and "
-            "torch.optim.AdamW load"
+            "torch.optim.AdamW can be loaded"
         )
     unsupported = [name for name in ("amsgrad", "differentiable") if group.get(name)]
     if not group.get("decoupled_weight_decay", True) and group["weight_decay"]:
         unsupported.append("weight decay as torch.optim.Adam has it (not decoupled)")
     if unsupported:
         raise ValueError(
-            f"Muon: group {i} of the saved state has {' and '.join(unsupported)}; AdamW here has not"
+            f"Muon: group {i} of the saved state uses {' and '.join(unsupported)}, which the AdamW groups of "
+            "this optimizer do not support"
         )
     return False
 
 
 def _check_state(what: str, state: Any, p: Tensor, *, muon: bool) -> None:
-    """Raise ValueError unless `state` is empty, or what a step of this kind leaves behind for `p`."""
+    """Raise ValueError unless `state` is empty or has all entries of its kind, of the shape of `p`."""
     wanted = MUON_STATE if muon else ADAMW_STATE
     found = set(state) if isinstance(state, Mapping) else {f"a {type(state).__name__}"}
     if found and found != wanted:
         raise ValueError(
-            f"{what}: the saved state has {sorted(map(str, found))}, where {'Muon' if muon else 'AdamW'} has "
-            f"{sorted(wanted)}"
+            f"{what}: the saved state has the entries {sorted(map(str, found))}, expected those of "
+            f"{'Muon' if muon else 'AdamW'}: {sorted(wanted)}"
         )
     for name in found:
         value, shape = state[name], torch.Size() if name == "step" else p.shape
@@ -88,4 +100,4 @@ def _check_state(what: str, state: Any, p: Tensor, *, muon: bool) -> None:
         fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
         if not fits and not (isinstance(value, Tensor) and value.is_complex() and p.is_complex()):
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{what}: the saved {name} is {got}, expected {tuple(shape)} of floats")
+            raise ValueError(f"{what}: the saved {name} is {got}, expected floats of shape {tuple(shape)}")

@@ -1,7 +1,7 @@
-"""Which parameter belongs to which optimizer; every trained parameter has exactly one home.
+"""Assignment of parameters to optimizers; every trained parameter belongs to exactly one group.
 
-Banks are stacks of matrices (Muon), the embedding has its own AdamW settings, all the rest are scalars
-(AdamW). Parameters that hang on the model's root are found like any other.
+Banks, which are stacks of matrices, go to Muon. The embedding goes to AdamW with its own settings. All other
+parameters, called scalars, go to AdamW with theirs.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Groups:
-    """Trained parameters by optimizer, in `named_parameters` order; keys are the full dotted names."""
+    """Trained parameters by optimizer, in the order of `named_parameters`; keys are the full dotted names."""
 
     banks: dict[str, nn.Parameter]
     """`(matrices, rows, cols)` float32, for Muon."""
     embed: dict[str, nn.Parameter]
     """Embeddings, float32, for AdamW with the embedding's learning rate."""
     scalars: dict[str, nn.Parameter]
-    """Gains, gates, scales: everything else, float32, for AdamW with the scalars' learning rate."""
+    """All other parameters (gains, gates, mixes), float32, for AdamW with the scalars' learning rate."""
 
 
 def split_parameters(model: nn.Module) -> Groups:
     """Put each parameter with requires_grad into one group by the model's `bank_names` and `embed_names`.
 
     Raises:
-        TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (a
-            bfloat16 master loses small updates).
+        TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (bfloat16
+            weights would lose small updates).
         ValueError: a name is not a trained parameter of the model or is listed twice, or a bank is not 3-D.
     """
     names: dict[str, tuple[str, ...]] = {}
@@ -45,13 +45,15 @@ def split_parameters(model: nn.Module) -> Groups:
     listed = names["bank_names"] + names["embed_names"]
     twice = sorted({name for name in listed if listed.count(name) > 1})
     if twice:
-        raise ValueError(f"parameters listed twice in bank_names + embed_names: {', '.join(twice)}")
+        raise ValueError(
+            f"each parameter may be named once in bank_names and embed_names; named twice: {', '.join(twice)}"
+        )
     unknown = [name for name in listed if name not in trained]
     if unknown:
         raise ValueError(
             f"not trained parameters of {type(model).__name__}: {', '.join(unknown)}; "
             "bank_names and embed_names must name parameters with requires_grad "
-            "(a tied parameter counts under its first name)"
+            "(name a tied parameter by its first name)"
         )
     groups = Groups(
         banks={name: trained[name] for name in names["bank_names"]},

@@ -1,9 +1,10 @@
-"""Muon as a `torch.optim.Optimizer`: one changed line in a program that uses `torch.optim.Muon`.
+"""Muon as a `torch.optim.Optimizer`, for any model; it replaces `torch.optim.Muon` by changing one line.
 
-Owns the optimizer for other people's models. The trainer's own, on banks and flat buffers, is
-`pgolf.optim.bank_muon.BankMuon`; the iteration is `pgolf.ops.newton_schulz`, the tables `pgolf.optim.polar`.
-Differs from torch's: matrices of one shape are iterated in one call, coefficients per iteration, row
-normalization, stacks, convolutions and fused projections, AdamW groups, and matrices shared out over ranks.
+The trainer of this package uses another class, `pgolf.optim.bank_muon.BankMuon`, which works on banks and
+flat buffers. The iteration is `pgolf.ops.newton_schulz`; coefficient tables are in `pgolf.optim.polar`.
+Compared with `torch.optim.Muon`, this class iterates all matrices of one shape in one call, and adds one
+coefficient triple per iteration, row normalization, stacks of matrices, convolutions, fused projections,
+AdamW groups, and a division of the matrices among ranks.
 
 Legend: `m` rows (output features as stored), `n` columns of one matrix.
 """
@@ -31,8 +32,8 @@ from pgolf.optim.polar import JORDAN, Coefficients, check_converges, coefficient
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
 
 ADJUST = (None, "original", "match_rms_adamw")
-ADAM_EPS = 1e-8  # torch.optim.AdamW's; Muon's own eps, 1e-7, guards a norm instead
-MAX_STEPS = 10  # what newton_schulz takes
+ADAM_EPS = 1e-8  # the default of torch.optim.AdamW; Muon's eps, 1e-7, is added to a norm instead
+MAX_STEPS = 10  # iterations that newton_schulz accepts
 SETTINGS = {
     "lr",
     "weight_decay",
@@ -50,7 +51,7 @@ SETTINGS = {
 
 
 class Muon(Optimizer):
-    """Muon on matrices, AdamW on the rest; takes all that `torch.optim.Muon` takes.
+    """Muon on matrices and AdamW on other parameters, with the arguments of `torch.optim.Muon`.
 
         buf <- mu buf + (1 - mu) g
         u = mu buf + (1 - mu) g (nesterov) or buf
@@ -58,30 +59,32 @@ class Muon(Optimizer):
         r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
         p <- p (1 - lr wd) - lr r O
 
-    Equals `torch.optim.Muon` with the same arguments up to the rounding of the iteration (bfloat16 there;
-    here bfloat16 on CUDA, float32 on CPU) and up to eps, added to the norm here, a lower bound of it there.
-    Its state_dict loads here, and one of 2-D parameters with a coefficient triple loads there.
+    Equals `torch.optim.Muon` with the same arguments except for two roundings: torch iterates in bfloat16,
+    this class in bfloat16 on CUDA and in float32 on the CPU; and torch takes eps as the smallest norm, where
+    this class adds eps to the norm. The class loads a state_dict of `torch.optim.Muon`; torch loads one of
+    this class if all parameters are 2-D and the coefficients are one triple.
 
-    Shapes: 2-D is a matrix; 3-D `(b, m, n)` is a stack of b matrices (so a Conv1d weight is not for a Muon
-    group); 4-D and 5-D, convolutions, count as `(out, the rest)`. A group may set every argument that is not
-    marked, and:
+    Shapes: 2-D is a matrix. 3-D `(b, m, n)` is a stack of b matrices, so the weight of a Conv1d does not
+    belong in a Muon group. 4-D and 5-D, convolutions, are matrices `(out, product of the other sizes)`. A
+    group may set every argument except for those marked "not in a group", and in addition:
 
-    - `use_muon`: False makes it an AdamW group for embeddings, heads, gains and biases, with `lr`,
-      `weight_decay`, `betas` and `eps` (default 1e-8), equal to `torch.optim.AdamW`, whose `capturable`
-      and `fused` it takes. Its state is AdamW's, so the states of such groups are interchangeable.
-    - `split_sizes`: rows of the matrices that are fused in each parameter of the group, as `(d, k, k)` for
-      QKV; each is iterated by itself.
+    - `use_muon`: False makes it an AdamW group, for embeddings, heads, gains and biases, with the settings
+      `lr`, `weight_decay`, `betas`, `eps` (default 1e-8), `capturable` and `fused`. It equals
+      `torch.optim.AdamW` and has the same state, so states can be exchanged in both directions.
+    - `split_sizes`: numbers of rows of the matrices that are fused in each parameter of the group, for
+      example `(d, k, k)` for QKV; each of these matrices is iterated separately.
 
-    `lr`, `weight_decay`, `momentum` are read from the groups at each step, so schedulers work. A zero
-    direction has a zero update; an empty parameter is passed over. A gradient that is not finite spoils its
-    own matrix and momentum, as in torch.optim: skip the step where `clip_grad_norm_` returns such a norm.
+    `lr`, `weight_decay` and `momentum` are read from the groups at each step, so schedulers work. The update
+    of a zero direction is zero, and an empty parameter is skipped. A gradient that is not finite makes its
+    own matrix and momentum non-finite, as in torch.optim: skip the step if `clip_grad_norm_` returns a norm
+    that is not finite.
     """
 
-    # What a copied or unpickled optimizer falls back to: a process group cannot be copied.
+    # The values that a copied or unpickled optimizer has, because a process group cannot be copied.
     _sharded = False
     _process_group: td.ProcessGroup | None = None
     _host_group: td.ProcessGroup | None = None
-    # Whether the ranks' parameters and state were compared since they were last set.
+    # Whether parameters and state were compared between ranks since they were last loaded.
     _compared = False
 
     def __init__(
@@ -102,27 +105,33 @@ class Muon(Optimizer):
         sharded: bool = False,
         process_group: td.ProcessGroup | None = None,
     ) -> None:
-        """Take parameters or groups; the order of the arguments is that of `torch.optim.Muon`.
+        """Take parameters or groups; the arguments have the order of `torch.optim.Muon`.
 
         Args:
-            ns_coefficients: (a, b, c) for every iteration, one triple for each of `ns_steps` iterations, or
-                the name of a table in `pgolf.optim.polar`, for example "polar_express_golf".
-            ns_steps: iterations, 1 to 10.
-            adjust_lr_fn: None or "original", or "match_rms_adamw".
-            row_normalize: divide each row of u by its norm first (MuonEq-R, arXiv 2603.28254).
-            betas: of AdamW groups.
+            params: parameters, named parameters or groups of them, as in `torch.optim.Optimizer`.
+            lr: learning rate, >= 0.
+            weight_decay: decoupled weight decay, multiplied by lr.
+            momentum: mu, in [0, 1].
+            nesterov: whether u is mu buf + (1 - mu) g or buf.
+            ns_coefficients: one triple (a, b, c) for all iterations, a list of `ns_steps` triples, or the
+                name of a table in `pgolf.optim.polar`, for example "polar_express_golf".
+            eps: added to the norm of each matrix.
+            ns_steps: number of iterations, 1 to 10.
+            adjust_lr_fn: how r is computed: None or "original" for sqrt(max(1, m / n)), or "match_rms_adamw".
+            row_normalize: divide each row of u by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
+            betas: decays of the two moments in AdamW groups.
             maximize: must be False.
-            sharded: (not in a group) each rank of `process_group` iterates its share of the matrices,
-                balanced by cost, and the updates are gathered. Gradients must be the same on every rank and
-                present for the same parameters (DDP sees to both), else `step` raises on each of them, see
-                `pgolf.optim.ranks`; ranks that start equal stay equal bit for bit. Momentum is kept whole on
-                each rank, so checkpoints move between world sizes. Without torch.distributed it changes
-                nothing.
-            process_group: (not in a group) the ranks that share; None is all of them.
+            sharded: (not in a group) each rank of `process_group` iterates a part of the matrices, chosen so
+                that the cost is balanced, and the updates are gathered. Every rank must hold the same
+                gradients for the same parameters, as with DDP; otherwise `step` raises on each rank (see
+                `pgolf.optim.ranks`). Ranks that start equal stay equal bit for bit. Every rank keeps the
+                whole momentum, so a checkpoint can be loaded at another world size. Without torch.distributed
+                the option has no effect.
+            process_group: (not in a group) the ranks that share the matrices; None means all ranks.
 
         Raises:
-            ValueError: a number, name or shape that does not fit.
-            TypeError: a parameter that is no plain real tensor, a setting that is no number.
+            ValueError: a number, name or shape does not fit.
+            TypeError: a parameter is complex or a DTensor, or a setting is not a number.
         """
         if params is None or isinstance(params, str | int | float):
             raise TypeError(
@@ -132,7 +141,7 @@ class Muon(Optimizer):
         if maximize:
             raise ValueError("Muon: maximize is not supported; negate the loss")
         self._sharded, self._process_group = sharded, process_group
-        # Not among the defaults: where those have betas, OneCycleLR and CyclicLR leave the momentum alone.
+        # Not among the defaults: if those contain betas, OneCycleLR and CyclicLR do not set the momentum.
         self._betas = betas
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -150,14 +159,14 @@ class Muon(Optimizer):
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copied or pickled optimizer keeps."""
+        """Return the state of a copied or pickled optimizer."""
         return {**super().__getstate__(), "_betas": self._betas}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`, and check it.
 
         Raises:
-            ValueError, TypeError: see the constructor; the group is then not added.
+            ValueError, TypeError: as in the constructor; the group is then not added.
         """
         if not param_group.get("use_muon", True):
             param_group = {"eps": ADAM_EPS, "betas": self._betas, **param_group}
@@ -170,14 +179,15 @@ class Muon(Optimizer):
             raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state_dict of this class or `torch.optim.Muon`; of `torch.optim.AdamW` in AdamW groups.
+        """Load a state_dict of this class, of `torch.optim.Muon`, or of `torch.optim.AdamW` (AdamW groups).
 
-        What the saved groups say holds; options that they do not know stay as they are here.
+        The settings of the saved groups replace those of this optimizer; settings that are missing in the
+        saved groups stay as they are.
 
         Raises:
-            ValueError: see `pgolf.optim.foreign.check_saved`, and the constructor for the settings; then
-                nothing is loaded.
-            TypeError: settings that are no numbers.
+            ValueError: the state does not fit (see `pgolf.optim.foreign.check_saved`), or a saved setting is
+                out of range as in the constructor; nothing is loaded then.
+            TypeError: a saved setting is not a number.
         """
         check_saved(state_dict, self.param_groups)
         saved = [
@@ -190,7 +200,7 @@ class Muon(Optimizer):
         self._compared = False
         for group in self.param_groups:
             for p in group["params"]:
-                if isinstance(self.state.get(p, {}).get("step"), int | float):  # of torch before 1.12
+                if isinstance(self.state.get(p, {}).get("step"), int | float):  # saved by torch before 1.12
                     self.state[p]["step"] = _step_of(p, group) + self.state[p]["step"]
 
     @overload
@@ -201,11 +211,15 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Apply the gradients; return what `closure`, called first with gradients enabled, returned.
+        """Apply the gradients, and return the value of `closure` if there is one.
+
+        Args:
+            closure: called before the step, with gradients enabled; returns the loss.
 
         Raises:
-            RuntimeError: a sparse gradient, shared-out parameters on several devices, or ranks of a sharded
-                optimizer that differ: on CPU before anything changes, on CUDA after the step was queued.
+            RuntimeError: a gradient is sparse, the matrices of a sharded optimizer are on several devices, or
+                its ranks hold different gradients, parameters or settings. The last of these is raised before
+                anything changes on the CPU, and after the step was queued on CUDA.
         """
         loss = None
         if closure is not None:
@@ -232,13 +246,13 @@ class Muon(Optimizer):
         return loss
 
     def _compare_ranks(self) -> Comparison | None:
-        """Raise where ranks of a sharded optimizer differ; return the part that is still on the device."""
+        """Raise if the ranks of a sharded optimizer differ; on CUDA, return the comparison under way."""
         if not self._sharded or not td.is_initialized() or td.get_world_size(self._process_group) == 1:
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None  # a graph can wait for nobody
+            return None  # a captured graph cannot wait for the host
         self._host_group = self._host_group or host_group(self._process_group)
-        # Matrices first: theirs is the device that the ranks exchange on.
+        # Matrices first: the ranks exchange on the device of the first tensor.
         groups = sorted(enumerate(self.param_groups), key=lambda group: not group[1]["use_muon"])
         named = [
             (f"parameter {name}" if "param_names" in group else f"parameter {name} of group {i}", p)
@@ -266,7 +280,7 @@ class Muon(Optimizer):
         return None
 
     def _facts(self, named: list[tuple[str, Tensor]]) -> list[Fact]:
-        """Return what every rank must have alike and the host knows."""
+        """Return the facts that must be the same on every rank and that the host knows."""
         facts = []
         for name, p in named:
             kind = (
@@ -287,7 +301,7 @@ class Muon(Optimizer):
         return facts
 
     def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Bucket]:
-        """Update the momentum; return what to iterate, matrices of one shape together."""
+        """Update the momentum and return the directions to iterate, matrices of one shape in one bucket."""
         grads = [p.grad for p in params if p.grad is not None]
         buffers = []
         for p, grad in zip(params, grads, strict=True):
@@ -337,29 +351,29 @@ class Muon(Optimizer):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Matrices of one shape, dtype and device in one group."""
+    """The matrices of one group that have the same shape, dtype and device."""
 
     group: dict[str, Any]
     table: tuple[Coefficients, ...]
     targets: list[Tensor] = field(default_factory=list)  # views of parameters, m * n elements each
-    directions: list[Tensor] = field(default_factory=list)  # (m, n) what the polar iteration gets
+    directions: list[Tensor] = field(default_factory=list)  # (m, n), input of the polar iteration
 
     @property
     def cost(self) -> int:
-        """Multiply-adds to iterate one matrix: per step two products of the Gram matrix, one square."""
+        """Multiply-adds to iterate one matrix; each iteration computes X X^T, A^2 and a product with X."""
         short, long = sorted(self.directions[0].shape)
         return len(self.table) * short * short * (2 * long + short)
 
 
 def _step_of(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return the number of steps of a parameter without any, where `torch.optim.AdamW` keeps it."""
+    """Return a step count of 0 in the dtype and on the device that `torch.optim.AdamW` would use."""
     wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
     device = p.device if group.get("fused") or group.get("capturable") else None
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _matrices(tensor: Tensor, split_sizes: Sequence[int] | None) -> list[Tensor]:
-    """Return views of the matrices in a parameter; those of convolutions keep their dimensions."""
+    """Return views of the matrices in a parameter; the weight of a convolution keeps its dimensions."""
     stack = tensor.unbind() if tensor.dim() == 3 else (tensor,)
     if split_sizes is None:
         return list(stack)
@@ -387,9 +401,10 @@ def _apply(bucket: _Bucket, updates: Sequence[Tensor]) -> None:
 
 @functools.lru_cache(maxsize=16)
 def owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return which rank iterates each matrix: the costliest first, each to the rank with the least so far.
+    """Return the rank that iterates each matrix, so that the ranks' costs are balanced.
 
-    The same on every rank. The largest sum is at most 4/3 of the best possible one (Graham 1969).
+    The most expensive matrix comes first, and each goes to the rank with the lowest cost so far. The largest
+    cost of a rank is then at most 4/3 of the best possible one (Graham 1969). All ranks get the same result.
     """
     loads = [(0, rank) for rank in range(ranks)]
     chosen = [0] * len(costs)
@@ -400,19 +415,19 @@ def owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:
-    """Iterate this rank's matrices and gather everyone's; the same bits on every rank."""
+    """Iterate this rank's matrices and gather the updates of all ranks, the same bits on every rank."""
     devices = {bucket.targets[0].device for bucket in buckets}
     if len(devices) > 1:
         raise RuntimeError(
             f"Muon: sharded=True needs all matrices of a rank on one device, got "
-            f"{sorted(map(str, devices))}; use sharded=False or one optimizer a device"
+            f"{sorted(map(str, devices))}; use sharded=False or one optimizer per device"
         )
     rank, world = td.get_rank(process_group), td.get_world_size(process_group)
     remaining = iter(owners(tuple(b.cost for b in buckets for _ in b.targets), world))
     chosen = [[next(remaining) for _ in bucket.targets] for bucket in buckets]
     sizes = [bucket.directions[0].numel() for bucket in buckets]
     loads = [sum(n * ranks.count(r) for n, ranks in zip(sizes, chosen, strict=True)) for r in range(world)]
-    # Every rank sends its updates bucket by bucket, and zeros up to the longest row.
+    # Every rank sends its updates, bucket by bucket, and then zeros up to the length of the largest share.
     device = next(iter(devices))
     mine = torch.zeros(max(loads), dtype=_dtype(device), device=device)
     start = 0
@@ -434,7 +449,7 @@ def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """Return what updates are iterated and sent in."""
+    """Return the dtype in which updates are iterated and sent."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -453,7 +468,7 @@ def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
         )
     if len(rows) != steps:
         raise ValueError(
-            f"Muon: ns_coefficients has {len(rows)} triples for ns_steps={steps}; pass ns_steps={len(rows)}"
+            f"Muon: ns_coefficients has {len(rows)} triples, but ns_steps={steps}; pass ns_steps={len(rows)}"
         )
     table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
     check_converges(table)
@@ -461,7 +476,7 @@ def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
 
 
 def _check_numbers(settings: dict[str, Any]) -> None:
-    """Raise unless each is one finite number that is not negative, or a tensor of one."""
+    """Raise unless each setting is a finite number >= 0, or a tensor with one such element."""
     for name, value in settings.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Muon: a tensor {name} must have one element, got shape {tuple(value.shape)}")
@@ -473,7 +488,7 @@ def _check_numbers(settings: dict[str, Any]) -> None:
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    """Raise for settings or parameters that a step could not use."""
+    """Raise ValueError or TypeError if a setting or a parameter of the group cannot be used."""
     _check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
     if group.get("maximize"):
         raise ValueError("Muon: maximize is not supported; negate the loss")
@@ -495,14 +510,17 @@ def _check_group(group: dict[str, Any]) -> None:
 
 def _check_matrix(what: str, p: Tensor, split_sizes: Sequence[int] | None) -> None:
     if p.is_complex():
-        raise TypeError(f"{what} is {p.dtype}; put it in a group with use_muon=False")
+        raise TypeError(f"{what} is {p.dtype}, expected a real dtype; put it in a group with use_muon=False")
     if hasattr(p, "device_mesh"):
-        raise TypeError(f"{what} is a DTensor, of which a rank holds no whole matrices; use DDP, not FSDP2")
+        raise TypeError(f"{what} is a DTensor, so no rank holds the whole matrix; use DDP instead of FSDP2")
     if not 2 <= p.dim() <= 5:
         raise ValueError(
-            f"{what} is no matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D convolutions; "
-            "put it in a group with use_muon=False"
+            f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
+            "convolutions; put it in a group with use_muon=False"
         )
     rows = p.shape[1] if p.dim() == 3 else p.shape[0]
     if split_sizes is not None and (sum(split_sizes) != rows or min(split_sizes) < 1):
-        raise ValueError(f"{what} has {rows} rows, which split_sizes={list(split_sizes)} must add up to")
+        raise ValueError(
+            f"{what} has {rows} rows; split_sizes must be numbers >= 1 that add up to it, got "
+            f"{list(split_sizes)}"
+        )

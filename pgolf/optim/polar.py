@@ -1,10 +1,11 @@
-"""Coefficients of the polar iteration: published tables, and the minimax generator that reproduces them.
+"""Coefficients of the polar iteration: published tables, and the generator that reproduces them.
 
-One step maps every singular value s of X to p(s) = a s + b s^3 + c s^5 (X <- aX + bAX + cA^2 X, A = XX^T);
-a table is the list of (a, b, c), first step first. A good table takes [lower, 1] close to 1 in few
-steps. This file owns every coefficient in the package and knows nothing of tensors.
+One iteration maps every singular value s of X to p(s) = a s + b s^3 + c s^5 (X <- aX + bAX + cA^2 X with
+A = XX^T). A table is the list of the triples (a, b, c), first iteration first. A good table moves all
+singular values in [lower, 1] close to 1 in few iterations. All coefficients of the package are in this file,
+which uses plain numbers only, no tensors. "steps" in names and messages are iterations.
 
-Sources: Polar Express, arXiv 2505.16932, and its reference code; tables as cited beside them.
+Sources: Polar Express, arXiv 2505.16932, and its reference code; each table names its own source.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pgolf.errors import UserError
 
 Coefficients = tuple[float, float, float]
 
-# Keller Jordan, "Muon" (https://kellerjordan.github.io/posts/muon/); not convergent by design, same every
-# step.
+# Keller Jordan, "Muon" (https://kellerjordan.github.io/posts/muon/); the same triple in every iteration, not
+# convergent by design.
 JORDAN: Coefficients = (3.4445, -4.7750, 2.0315)
 
 # You Jiacheng (https://x.com/YouJiacheng/status/1893704552689303901), as used by modded-nanogpt and dion.
@@ -40,9 +41,9 @@ CANS: tuple[Coefficients, ...] = (
     (2.2737, -1.6447, 0.4162),
 )
 
-# modded-nanogpt, "num_iters=5, safety_factor=2e-2, cushion=2"; the table of every record run that uses Polar
-# Express. Equals polar_express(1e-3, 5, cushion=0.02, safety=1.02) to 1e-12 (tested); kept as literals, so
-# that a record run is repeated bit for bit.
+# modded-nanogpt, "num_iters=5, safety_factor=2e-2, cushion=2"; used by every published record run that has
+# Polar Express. Equals polar_express(1e-3, 5, cushion=0.02, safety=1.02) to 1e-12 (tested); written out so
+# that such a run can be repeated bit for bit.
 POLAR_EXPRESS_GOLF: tuple[Coefficients, ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -51,7 +52,7 @@ POLAR_EXPRESS_GOLF: tuple[Coefficients, ...] = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-# Tables that exist for one number of steps only.
+# Tables that exist for one number of iterations only.
 _FIXED = {"you": YOU, "cans": CANS}
 NAMES = (
     "jordan",
@@ -66,22 +67,23 @@ NAMES = (
 
 @functools.lru_cache(maxsize=64)
 def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
-    """Return the table `name` for `steps` polar iterations, first step first.
+    """Return the table `name` for `steps` iterations, first iteration first.
 
-    - `jordan`: one quintic repeated.
-    - `you`, `cans`: published lists of five; other step counts are refused.
-    - `polar_express`: the paper's recipe (lower 1e-3, its cushion, no safety factor), any number of steps.
-    - `polar_express_golf`: PR #1855's table for five steps. For other counts the same recipe (cushion 0.02,
-      safety 1.02, last step unscaled) is solved for that many steps on the interval that they can serve
-      (`golf_lower`): the published list cut short leaves singular values in [0.42, 1.58].
-    - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; above five
-      steps it still gives five.
-    - `polar_express_refit`: the golf recipe solved for [3e-3, 1] from five steps on, where 1e-3 spends
-      accuracy on singular values that hardly occur: RMS deviation 0.005 instead of 0.094. Below five as
-      `polar_express_golf`.
+    - `jordan`: one triple repeated, for any number of iterations.
+    - `you`, `cans`: published lists for five iterations only.
+    - `polar_express`: the recipe of the paper (lower 1e-3, its cushion, no safety factor), for any number.
+    - `polar_express_golf`: the table of PR #1855 for five iterations. For other numbers the same recipe
+      (cushion 0.02, safety 1.02, last iteration unscaled) is solved on an interval that so many iterations
+      can map close to 1 (`golf_lower`); cutting the published list short would leave singular values
+      anywhere in [0.42, 1.58].
+    - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; it has five
+      iterations at most.
+    - `polar_express_refit`: as `polar_express_golf` below five iterations. From five on it is the same
+      recipe solved on [3e-3, 1], because smaller singular values are rare: the RMS deviation from 1 on that
+      interval is 0.005, compared with 0.094 if it is solved on [1e-3, 1].
 
     Raises:
-        ValueError: unknown name, steps < 1, or a list of fixed length asked for another number of steps.
+        ValueError: the name is unknown, steps < 1, or the table does not exist for this number of steps.
     """
     if steps < 1:
         raise UserError(f"polar coefficients: steps must be >= 1, got {steps}")
@@ -91,7 +93,7 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
         table = _FIXED[name]
         if steps != len(table):
             raise UserError(
-                f"polar coefficients {name!r} are a list for {len(table)} steps, got steps={steps}; "
+                f"polar coefficients {name!r} exist for {len(table)} steps only, got steps={steps}; "
                 "use 'polar_express_golf', which is solved for any number"
             )
         return table
@@ -109,16 +111,16 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
 
 
 def named_tables(steps: int) -> dict[str, tuple[Coefficients, ...]]:
-    """Return every named table for `steps` iterations; lists of fixed length as they are."""
+    """Return all tables by name for `steps` iterations; tables of fixed length keep their length."""
     return {name: coefficients(name, len(_FIXED.get(name, ())) or steps) for name in NAMES}
 
 
 def golf_lower(steps: int) -> float:
-    """Return the lower end of the interval that `polar_express_golf` is solved on.
+    """Return the lower end of the interval on which `polar_express_golf` is solved for `steps` iterations.
 
-    From five steps on it is the published 1e-3. The greedy recipe makes a shorter table from the same lower
-    end differ from a cut one only in its last polynomial, which is no cure; raising the lower end is. The
-    values minimize the RMS deviation from 1 over log-uniform s in [3e-3, 1] (see `quality`).
+    From five iterations on it is the published 1e-3. Fewer iterations cannot serve that interval, and a table
+    solved for it would differ from the published list only in its last polynomial; so the lower end is
+    raised. The values minimize the RMS deviation from 1 over log-uniform s in [3e-3, 1] (see `quality`).
     """
     return {1: 0.087, 2: 0.033, 3: 0.0115, 4: 0.005}.get(steps, 1e-3)
 
@@ -126,20 +128,24 @@ def golf_lower(steps: int) -> float:
 def polar_express(
     lower: float, steps: int, *, cushion: float = 0.02407327424182761, safety: float = 1.0
 ) -> list[Coefficients]:
-    """Return the greedy minimax composition of `steps` odd quintics that takes [lower, 1] towards 1.
+    """Return the greedy minimax composition of `steps` odd quintics that maps [lower, 1] close to 1.
 
-    Step t takes the interval [l, u] that step t-1 leaves, solves min over (a,b,c) of max |1 - p(x)| on
-    [max(l, cushion * u), u] (narrower intervals crush their interior and amplify rounding), then scales p by
-    2 / (p(l) + p(u)) so that the true interval is centred on 1 again: l <- p(l), u <- 2 - l. All but the last
-    polynomial become p(x / safety), inside the recursion, which tolerates inputs above u by that factor.
+    Iteration t starts with the interval [l, u] that iteration t - 1 leaves. It minimizes max |1 - p(x)| over
+    (a, b, c) on [max(l, cushion * u), u]; a wider interval would make p small inside it and amplify rounding
+    errors. Then p is scaled by 2 / (p(l) + p(u)), which centres the image of [l, u] on 1: l <- p(l),
+    u <- 2 - l. All polynomials except for the last become p(x / safety), so that values up to safety * u are
+    tolerated; the next interval takes that into account.
 
     Args:
-        lower: smallest singular value to serve after normalization, in (0, 1).
-        cushion: smallest l / u that a polynomial is solved for.
+        lower: smallest singular value after normalization that should be mapped close to 1, in (0, 1).
+        steps: number of iterations, >= 1.
+        cushion: smallest l / u for which a polynomial is solved, in [0, 1).
         safety: factor >= 1; PR #1855 uses 1.02.
+
     Raises:
         ValueError: an argument is out of range.
-    Source: Polar Express (arXiv 2505.16932), algorithm 2 and its code; defaults give the paper's table.
+
+    Source: Polar Express (arXiv 2505.16932), algorithm 2 and its code; the defaults give the paper's table.
     """
     if not 0 < lower < 1:
         raise UserError(f"polar_express: lower must be in (0, 1), got {lower}")
@@ -162,24 +168,24 @@ def polar_express(
 
 
 def scalar_map(table: Sequence[Coefficients], s: float) -> float:
-    """Return what the polar iteration with `table` makes of the singular value `s`, in exact arithmetic."""
+    """Return the value to which the iterations of `table` map the singular value `s`, without rounding."""
     for poly in table:
         s = _value(poly, s)
     return s
 
 
 DIVERGES_ABOVE = 10.0
-"""From a singular value beyond it the next step, of degree five, goes to thousands. Tables in use stay below
-2; one that overshoots near 1, where few singular values lie, passes. (Where singular values do lie there, the
-Gram form's float16 products hold up to 8.)"""
+"""Largest singular value that an iteration may produce. From a larger one the next polynomial, of degree
+five, would reach thousands. Common tables stay below 2; the limit is wide because few singular values are
+near 1, where a table may overshoot. (The float16 products of the Gram form are accurate up to 8.)"""
 
 
 @functools.lru_cache(maxsize=64)
 def check_converges(table: tuple[Coefficients, ...]) -> None:
-    """Raise unless every step of `table` keeps all singular values of [0, 1] bounded.
+    """Check that the iterations of `table` keep all singular values of [0, 1] below `DIVERGES_ABOVE`.
 
     Raises:
-        ValueError: a step takes some s of 2,001 in [0, 1] beyond it, or a coefficient is not finite.
+        ValueError: an iteration maps one of 2,001 values in [0, 1] above it, or a coefficient is not finite.
     """
     values = [i / 2000 for i in range(2001)]
     for step, poly in enumerate(table):
@@ -187,33 +193,36 @@ def check_converges(table: tuple[Coefficients, ...]) -> None:
         worst = max(values, key=abs) if all(map(math.isfinite, values)) else math.nan
         if not abs(worst) <= DIVERGES_ABOVE:
             raise UserError(
-                f"polar coefficients diverge: step {step}, {poly}, takes a singular value of [0, 1] to "
+                f"polar coefficients diverge: iteration {step}, {poly}, maps a singular value of [0, 1] to "
                 f"{worst:.4g}, more than {DIVERGES_ABOVE:g}; use a table of pgolf.optim.polar"
             )
 
 
 def slope(table: Sequence[Coefficients]) -> float:
-    """Return the derivative of the scalar map at 0: what it multiplies the smallest singular values by."""
+    """Return the derivative of the scalar map at 0, which is the factor on the smallest singular values."""
     return math.prod(a for a, _, _ in table)
 
 
 class Quality(NamedTuple):
-    """What a table makes of an interval of singular values."""
+    """Statistics of the values to which a table maps an interval of singular values."""
 
     low: float
-    """Smallest output."""
+    """Smallest value."""
     high: float
-    """Largest output."""
+    """Largest value."""
     rms: float
-    """Root mean square deviation from 1."""
+    """Root mean square deviation from 1; lower is better."""
     mean: float
-    """Mean output; another one is another learning rate."""
+    """Mean value; a change of it acts like a change of the learning rate."""
     variation: float
-    """Standard deviation over mean: the deviation that no learning rate makes up for."""
+    """Standard deviation / mean: the deviation that no learning rate corrects; lower is better."""
 
 
 def quality(table: Sequence[Coefficients], lower: float = 3e-3, *, points: int = 20_001) -> Quality:
-    """Return how near to 1 the scalar map is over log-uniform s in [lower, 1], in exact arithmetic.
+    """Return how close to 1 the scalar map is over log-uniform s in [lower, 1], without rounding.
+
+    Args:
+        points: number of values of s.
 
     Raises:
         ValueError: lower is not in (0, 1).
@@ -234,7 +243,7 @@ def _value(poly: Coefficients, x: float) -> float:
 
 
 def _minimax_quintic(low: float, high: float) -> Coefficients:
-    """Best odd quintic for the constant 1 on [low, high], by the Remez exchange (four alternation points)."""
+    """Return the best odd quintic for the constant 1 on [low, high], by the Remez exchange on four points."""
     if low / high > 1 - 5e-6:  # the linear system degenerates; the limit is the Taylor polynomial at high
         return (15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5)
     q, r = (3 * low + high) / 4, (low + 3 * high) / 4
@@ -251,7 +260,7 @@ def _minimax_quintic(low: float, high: float) -> Coefficients:
 
 
 def _solve(rows: list[list[float]]) -> list[float]:
-    """Solve the augmented linear system by elimination with partial pivoting."""
+    """Return the solution of the augmented linear system, by elimination with partial pivoting."""
     n = len(rows)
     for i in range(n):
         pivot = max(range(i, n), key=lambda k: abs(rows[k][i]))

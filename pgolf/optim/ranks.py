@@ -1,12 +1,15 @@
-"""Whether the ranks that share an optimizer step hold the same things; an error on each of them where not.
+"""Checks that the ranks which share an optimizer step hold the same values; if not, every rank raises.
 
-Two looks a step. The host's comes first, over CPU tensors: which parameters have gradients, of what shape,
-under which settings; ranks that differ there would wait for each other for ever. It costs one exchange of 24
-bytes a rank, not a wait for the device. The device's compares four numbers of every gradient, and of
-parameters and state in the first step and after they were loaded: norm, largest element, and two sums with
-fixed random weights, which a permutation, a sign or a small element changes too. That is six multi-tensor
-passes and one gather of 32 bytes a tensor, queued before the iterations. On CUDA its answer is awaited at
-the end of the step, while the device has the iterations to do: the host cannot run ahead by more than those.
+There are two checks per step. The first one compares on the host what the host knows: which parameters have
+gradients, their shapes, and the settings. Ranks that differ there would wait for each other forever. It costs
+one exchange of 24 bytes per rank and does not wait for the device.
+
+The second one compares on the device four numbers per gradient, and in the first step and after loading also
+of each parameter and state tensor: the norm, the largest element, and two sums with fixed random weights,
+which also change with a permutation, a sign or a small element. That takes six multi-tensor passes and one
+gather of 32 bytes per tensor, queued before the iterations. On CUDA the host waits for the result at the end
+of the step, while the device is still busy with the iterations; so the host can be ahead of the device by one
+step's iterations at most.
 """
 
 from __future__ import annotations
@@ -24,20 +27,20 @@ ADVICE = (
     "model in DistributedDataParallel, or average the gradients over the ranks before the step"
 )
 _AT_ONCE = 1 << 26  # elements
-TOLERANCE = 1e-12  # of norms in float64, whose order of summation may depend on how memory is aligned
+TOLERANCE = 1e-12  # relative, of float64 norms; their order of summation may depend on the memory's alignment
 
 
 class Fact(NamedTuple):
-    """One thing that must be the same on every rank."""
+    """One value that must be the same on every rank, and what it is called in an error message."""
 
     what: str
     value: object
 
 
 def host_group(process_group: td.ProcessGroup | None) -> td.ProcessGroup | None:
-    """Return the group, or one of the same ranks over gloo where it cannot exchange CPU tensors.
+    """Return a group of the same ranks that can exchange CPU tensors: the given one, or a new one over gloo.
 
-    A collective: each rank of the group calls it.
+    This is a collective: every rank of the group must call it.
     """
     if "cpu:" in td.get_backend_config(process_group):
         return process_group
@@ -47,10 +50,15 @@ def host_group(process_group: td.ProcessGroup | None) -> td.ProcessGroup | None:
 
 
 def compare_facts(facts: Sequence[Fact], fresh: bool, group: td.ProcessGroup | None) -> bool:
-    """Raise RuntimeError on every rank where `facts` differ between ranks; return whether any is `fresh`.
+    """Raise RuntimeError on every rank if `facts` differ between ranks.
 
     Args:
-        group: exchanges CPU tensors.
+        facts: what this rank holds.
+        fresh: whether this rank has not compared its parameters and state yet.
+        group: ranks that can exchange CPU tensors.
+
+    Returns:
+        Whether `fresh` is true on any rank.
     """
     rows = _gather(torch.tensor([zlib.crc32(repr(facts).encode()), len(facts), int(fresh)]), group)
     if not bool((rows[:, :2] == rows[0, :2]).all()):
@@ -77,12 +85,12 @@ def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup 
 
 
 class Comparison:
-    """The device's look, begun: `finish` waits for it and raises on every rank where tensors differ."""
+    """A comparison of tensors that runs on the device; `finish` raises on every rank if they differ."""
 
     def __init__(
         self, names: Sequence[str], tensors: Sequence[Tensor], group: td.ProcessGroup | None
     ) -> None:
-        """Queue the comparison of non-empty tensors; a collective on the device of the first."""
+        """Queue the comparison of non-empty tensors; this is a collective on the device of the first one."""
         self._names, self._group = names, group
         mine = fingerprint(tensors)
         rows = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
@@ -100,7 +108,7 @@ class Comparison:
             self._differing = differing
 
     def finish(self) -> None:
-        """Raise RuntimeError where the ranks differ; waits for the device to have compared, not for more."""
+        """Wait until the device has compared (not for later work), and raise RuntimeError if ranks differ."""
         if self._event is not None:
             self._event.synchronize()
         columns = self._differing.any(0).nonzero().flatten().tolist()
@@ -114,10 +122,10 @@ class Comparison:
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
-    """Return four numbers of each tensor, `(4, n)` float64 on the first's device; NaN as -1.
+    """Return four numbers per tensor, `(4, n)` float64 on the device of the first tensor; NaN becomes -1.
 
-    Norm, largest element, sum w |x| and sum w max(x, 0), with w fixed, random and in [1, 2): the sums depend
-    on the place and the sign of every element.
+    They are the norm, the largest element, sum w |x| and sum w max(x, 0), with fixed random weights w in
+    [1, 2), so that the sums depend on the position and the sign of every element.
     """
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     devices = list(dict.fromkeys(t.device for t in real))
@@ -130,14 +138,14 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _measure(tensors: list[Tensor]) -> Tensor:
-    """Return what `fingerprint` does for tensors of one device."""
+    """Return the `fingerprint` of tensors that are all on one device."""
     norms = torch._foreach_norm(tensors, 2, dtype=torch.float64)
     rows = [norms, torch._foreach_max(tensors), *_weighted_sums(tensors)]
     return torch.stack([torch.stack(list(row)).double() for row in rows]).nan_to_num_(nan=-1.0)
 
 
 def _weighted_sums(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return sum w |x| and sum w max(x, 0) of each tensor; a few tensors at once, to bound the memory."""
+    """Return sum w |x| and sum w max(x, 0) of each tensor, a few tensors at a time to limit the memory."""
     random = torch.Generator().manual_seed(0)
     weights = 1 + torch.rand(max(t.numel() for t in tensors), generator=random)
     weights = weights.to(tensors[0].device, non_blocking=True)
@@ -157,7 +165,7 @@ def _weighted_sums(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _gather(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:
-    """Return the int64 vectors of all ranks, a row each."""
+    """Return the int64 vectors of all ranks, one per row."""
     rows = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
     td.all_gather(rows, mine, group=group)
     return torch.stack(rows)

@@ -1,8 +1,8 @@
-"""What a run does at which fraction of itself: pure functions of `frac`, 0 at the start and 1 at the end.
+"""Schedules as functions of `frac`, the fraction of the run: 0 at its start and 1 at its end.
 
-Keyed on the fraction of the budget, not on the step: in a run that the clock stops, a schedule keyed on steps
-never reaches its end. All ranks must pass the same `frac` (see `Dist.share`). A `frac` a little outside
-[0, 1], which a clock can give, counts as the nearer end.
+The fraction is that of the budget, not of a number of steps, because a run that the clock stops does not know
+its number of steps. All ranks must pass the same `frac` (see `Dist.share`). A clock can give a `frac` a
+little outside [0, 1], which is replaced by the nearer end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pgolf.config import MuonConfig, OptimConfig
 def lr_multiplier(frac: float, config: OptimConfig) -> float:
     """Return the factor on every learning rate.
 
-    1 before the warm-down starts at 1 - warmdown, then max((1 - frac) / warmdown, min_lr). No warm-up.
+    It is 1 until the warm-down starts at 1 - warmdown, then max((1 - frac) / warmdown, min_lr). There is no
+    warm-up of the learning rate.
     """
     frac = _clamp(frac)
     if config.warmdown == 0 or frac < 1 - config.warmdown:
@@ -24,7 +25,7 @@ def lr_multiplier(frac: float, config: OptimConfig) -> float:
 
 
 def muon_momentum(frac: float, config: MuonConfig) -> float:
-    """Return Muon's momentum: linear from momentum_start to momentum over momentum_warmup, then constant."""
+    """Return Muon's momentum, linear from momentum_start to momentum over momentum_warmup, then constant."""
     frac = _clamp(frac)
     if frac >= config.momentum_warmup:
         return config.momentum
@@ -40,9 +41,9 @@ def loop_on(frac: float, config: OptimConfig) -> bool:
 def ema_decay(delta_frac: float, config: OptimConfig) -> float:
     """Return the decay of the weight average for a step that took `delta_frac` of the run.
 
-    exp(-delta_frac / ema_horizon), so that the average spans the same part of a short and of a long run;
-    steps of 1 / 4,931 and the horizon 0.058 give PR #1855's 0.9965. 0 (the average is the weights) if
-    ema_horizon is 0.
+    It is exp(-delta_frac / ema_horizon), so that the average covers the same fraction of a short and of a
+    long run; steps of 1 / 4,931 of the run and the horizon 0.058 give the 0.9965 of PR #1855. If ema_horizon
+    is 0, the decay is 0 and the average equals the weights.
 
     Raises:
         ValueError: delta_frac is negative or NaN.

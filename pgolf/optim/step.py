@@ -1,13 +1,13 @@
-"""The optimizer of a run: reduce, clip, AdamW, Muon, average, zero - one call, no host synchronization.
+"""The optimizer of a run: one call reduces, clips, applies AdamW and Muon, averages and zeroes the gradients.
 
-Gradients live in two flat float32 buffers that `Parameter.grad` points into: the banks, and everything that
-is replicated (embedding and scalars, reduced in one all-reduce). Backward passes accumulate into them;
-nothing is reallocated. The norm is taken of the averaged gradient, the same on every rank, and every element
-counts once. The clip is a factor on the device that AdamW and Muon apply as they read the gradients; where
-the norm is not finite, the factor is not, and the whole step is skipped there.
+Gradients are in two flat float32 buffers, of which each `Parameter.grad` is a view: one for the banks, one
+for embedding and scalars, which need a single all-reduce. Backward passes add to them; nothing is allocated
+again. The norm is that of the gradient averaged over the ranks, the same on every rank. The clip is a factor
+on the device, which AdamW and Muon apply as they read the gradients. If the norm is not finite, neither is
+the factor, and the device skips the whole step. The host is never synchronized.
 
-What a schedule changes is one small tensor on the device, so that one process on CUDA replays the step as a
-CUDA graph: ten kernels on Hopper.
+The numbers that a schedule changes are in one small tensor on the device, so a single process on CUDA
+replays the step as a CUDA graph; it has ten kernels on Hopper GPUs.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ from pgolf.optim.schedule import lr_multiplier, muon_momentum
 
 
 class Optimizer:
-    """Muon on the banks, AdamW on embedding and scalars, with one clip, one schedule and one average.
+    """Muon on the banks and AdamW on embedding and scalars, with a common clip, schedule and average.
 
-    Replicas that start equal stay equal bit for bit: every rank applies the same gathered updates and reduced
-    gradients with the same `frac`.
+    Ranks that start equal stay equal bit for bit, because every rank applies the same gathered updates and
+    reduced gradients with the same `frac`.
 
     Attributes:
-        grad_norm: `()` float32 on the device; norm of the last step's averaged gradient before clipping. Not
-            finite if an element is not, or if the norm exceeds about 1e19, whose square float32 cannot hold.
-        skipped: `()` float32 on the device; steps since the start or `reset` whose norm was not finite. Such
-            a step changes nothing (parameters, momentum, moments, averages) but zeroes the gradients.
+        grad_norm: `()` float32 on the device; norm of the last step's averaged gradient before clipping. It
+            is not finite if an element is not, or if the norm exceeds about 1e19, so that its square
+            overflows float32.
+        skipped: `()` float32 on the device; number of steps since the start or `reset` whose norm was not
+            finite. Such a step zeroes the gradients and changes nothing else: parameters, momentum, moments
+            and averages keep their values.
     """
 
     def __init__(
@@ -53,16 +55,17 @@ class Optimizer:
         ema: Ema | None = None,
         capture: bool = True,
     ) -> None:
-        """Take over the gradients of `model`, which must already be on `dist.device`.
+        """Allocate the gradients of `model`, which must already be on `dist.device`.
 
         Args:
-            ema: averages of all trained parameters of `model`, which `step` moves.
-            capture: replay the step as a CUDA graph where there is one process and it has CUDA; the first
-                call captures.
+            ema: averages of all trained parameters of `model`, which `step` moves; None if there are none.
+            capture: replay the step as a CUDA graph if there is one process and it uses CUDA; the first call
+                of `step` captures the graph.
 
         Raises:
-            ValueError, TypeError: see `split_parameters`. ValueError: a parameter is on another device or has
-                no average in `ema`, or an unknown coefficient table.
+            ValueError, TypeError: as in `split_parameters`.
+            ValueError: a parameter is on another device or has no average in `ema`, or the coefficient table
+                is unknown.
         """
         groups = split_parameters(model)
         banks, replicated = groups.banks, {**groups.embed, **groups.scalars}
@@ -96,14 +99,17 @@ class Optimizer:
     def step(self, frac: float, *, ema_decay: float | None = None) -> None:
         """Apply and zero the accumulated gradients, with the schedules at `frac` of the run.
 
-        Every rank calls it with the same arguments. With `ema_decay` the averages move by it, as in
-        `Ema.update`; with None they stay. A gradient that is not finite skips the step on the device and is
-        counted in `skipped`.
+        Every rank must call it with the same arguments. If a gradient is not finite, the device skips the
+        step and adds 1 to `skipped`.
+
+        Args:
+            frac: fraction of the run, 0 to 1.
+            ema_decay: decay of the averages in this step, as in `Ema.update`; None does not move them.
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
-                gradients would be lost.
-            ValueError: an `ema_decay` outside [0, 1], or one without `ema`.
+                that its gradients would be lost.
+            ValueError: `ema_decay` is outside [0, 1], or was given without `ema`.
         """
         self._check_attached()
         self._set(frac, ema_decay)
@@ -115,7 +121,10 @@ class Optimizer:
             self._capture()
 
     def _set(self, frac: float, ema_decay: float | None) -> None:
-        """Send this step's numbers to the device; a copy from unpinned memory is staged at once."""
+        """Send this step's numbers to the device.
+
+        The source is unpinned memory, which CUDA copies before it returns, so it may be freed at once.
+        """
         if ema_decay is not None:
             if self._ema is None:
                 raise ValueError("ema_decay needs averages; pass ema=Ema(...) to Optimizer")
@@ -126,7 +135,7 @@ class Optimizer:
             factor * muon.lr,
             muon_momentum(frac, muon),
             muon.weight_decay,
-            1.0,  # grad_scale: `_clip` computes it on the device
+            1.0,  # grad_scale, which `_clip` computes on the device
             0.0 if ema_decay is None else 1 - ema_decay,
             factor * adam.embed_lr,
             factor * adam.scalar_lr,
@@ -134,8 +143,8 @@ class Optimizer:
         self._hyper.copy_(torch.tensor(numbers), non_blocking=True)
 
     def _launch(self) -> None:
-        """Queue all of a step but the numbers."""
-        # The all-reduce first: it runs beside the copies that `reduce` begins with.
+        """Queue the work of a step, which reads the numbers that `_set` sent."""
+        # The all-reduce comes first, so that it overlaps the copies with which `reduce` begins.
         waiting = [self._dist.all_reduce_avg(self._rest_grad), *self._muon.reduce()]
         for pending in waiting:
             pending.wait()
@@ -143,14 +152,14 @@ class Optimizer:
         self._muon.step(self._hyper[:HYPER], meanwhile=self._launch_rest)
 
     def _launch_rest(self) -> None:
-        """Queue what neither reads nor writes the banks' weights."""
+        """Queue the part of a step that neither reads nor writes the weights of the banks."""
         hyper, rates = self._hyper[:HYPER], self._hyper[HYPER:]
         self._embed.step(rates[0], hyper, self._corrections)
         self._scalars.step(rates[1], hyper, self._corrections)
         self._bank_grad.zero_()
 
     def _clip(self) -> None:
-        """Measure the reduced gradient, write the clip's factor into the hyperparameters, count the step."""
+        """Measure the averaged gradient, write the clip factor into the hyperparameters, count the step."""
         shard, rest = self._muon.shard, self._rest_grad
         if shard.dtype == rest.dtype:
             sums = square_sums([shard, rest])
@@ -168,15 +177,18 @@ class Optimizer:
         )
 
     def _capture(self) -> None:
-        """Record a step, without running it, for the following calls to replay."""
+        """Record a step as a CUDA graph, without running it; the following calls replay the graph."""
         self._capture_next = False
         graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, like the loader's, go on using CUDA meanwhile.
+            # Other threads, such as the loader's, may use CUDA during the capture.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._launch()
         except RuntimeError as e:
-            warnings.warn(f"the optimizer step is launched, not replayed: {e}", stacklevel=3)
+            warnings.warn(
+                f"the optimizer step could not be captured as a CUDA graph, so its kernels are launched: {e}",
+                stacklevel=3,
+            )
             return
         self._graph = graph
 
@@ -186,7 +198,7 @@ class Optimizer:
         self._rest_grad.zero_()
 
     def reset(self) -> None:
-        """Forget everything, as after warm-up: momentum, moments, counts, and gradients become zero."""
+        """Set momentum, moments, counts and gradients to zero; used after the warm-up."""
         self._muon.reset()
         self._embed.reset()
         self._scalars.reset()
@@ -196,16 +208,16 @@ class Optimizer:
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of all state as a flat dict of tensors, the same on every rank and at any world size.
 
-        Keys: `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.` and `scalars.` with `mean.<name>` and
-        `square.<name>`, `counts` `(3,)` of `clip_scale`. A collective (the momentum is gathered): every rank
-        calls it, one may save it.
+        The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
+        `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`.
+        This is a collective, because the momentum is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
         state.update({key: t.clone() for key, t in self._replicated_state().items()})
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what `state_dict` returned, on any number of ranks; no collective.
+        """Load a state that `state_dict` returned, with any number of ranks; this is not a collective.
 
         Raises:
             ValueError: names or shapes are not those of this model.
@@ -215,7 +227,7 @@ class Optimizer:
         expected.update({f"muon.momentum.{name}": shape for name, shape in self._muon.shapes().items()})
         if expected.keys() != state.keys():
             raise ValueError(
-                f"optimizer state has other names than this model: missing "
+                f"the optimizer state does not belong to this model: missing "
                 f"{sorted(expected.keys() - state.keys())}, unknown {sorted(state.keys() - expected.keys())}"
             )
         for key, shape in expected.items():
@@ -230,7 +242,8 @@ class Optimizer:
     def live_state(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
         """Return the live tensors of `state_dict`: those that every rank holds, and this rank's momentum.
 
-        No collective and no copy: what a checkpoint reads, each rank its own part. Names as in `state_dict`.
+        A checkpoint reads them, each rank its own part. Nothing is copied or communicated. The names are
+        those of `state_dict`.
         """
         return self._replicated_state(), {f"muon.{k}": shard for k, shard in self._muon.shards().items()}
 
@@ -253,7 +266,7 @@ def _check_placed(params: Mapping[str, Tensor], device: torch.device, ema: Ema |
         if p.device.type != device.type:
             raise ValueError(f"parameter {name} must be on {device}, got {p.device}; move the model first")
         if ema is not None and name not in ema.tensors:
-            raise ValueError(f"parameter {name} has no average; make the Ema of all trained parameters")
+            raise ValueError(f"parameter {name} has no average; create the Ema from all trained parameters")
 
 
 def _gradients(params: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The `pgolf` command beside its verbs: versions, readers that go away, consoles of all kinds, odd files."""
+"""The `pgolf` command apart from its verbs: versions, closed pipes, console encodings, bad files."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def test_version_names_package_commit_and_torch(capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    """Also where all the text fits into one buffer, which Python would hand over at its very end."""
+    """This is also true if the whole text fits into one buffer, which Python would write only at exit."""
     for command in ("pgolf --help", "pgolf train --help"):
         done = shell(f"{command} | true; echo ${{PIPESTATUS[0]}}")
         assert done.stdout in (b"0\n", b"141\n") and done.stderr == b""
@@ -49,14 +49,14 @@ def test_output_that_cannot_be_written_is_an_error():
 def test_closed_streams_are_no_traceback():
     done = shell("pgolf --help >&-")
     assert done.returncode == 0
-    assert done.stderr == b"pgolf: standard output is closed; what would be printed is lost\n"
+    assert done.stderr == b"pgolf: standard output is closed, so nothing will be printed\n"
     done = shell("pgolf nonsense 2>&-")
     assert (done.returncode, done.stdout) == (2, b"")
     assert shell("pgolf --help <&- | tail -1").stdout.startswith(b"`pgolf VERB ... --debug`")
 
 
 def test_what_is_opened_does_not_become_a_stream_that_was_closed(tmp_path):
-    """A file with the number of standard output gets what native code prints."""
+    """A file with the number of standard output would receive the output of native code."""
     program = (
         "import sys; from pgolf.cli import main; main._open_closed_streams(); "
         f"file = open({str(tmp_path / 'data')!r}, 'wb'); file.flush(); import os; os.write(1, b'x'); "
@@ -126,9 +126,12 @@ def test_an_unknown_table_of_coefficients_is_refused_before_anything_runs(capsys
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "pgolf config: there is not enough memory for it; ask for less"),
-        (MemoryError("Unable to allocate 7 TiB"), "for it (Unable to allocate 7 TiB); ask for less"),
-        (OverflowError("int too big to convert"), "a number is too large (int too big to convert); ask for"),
+        (MemoryError(), "pgolf config: there is not enough memory for it; use smaller settings"),
+        (MemoryError("Unable to allocate 7 TiB"), "for it (Unable to allocate 7 TiB); use smaller settings"),
+        (
+            OverflowError("int too big to convert"),
+            "a number is too large (int too big to convert); use smaller",
+        ),
     ],
 )
 def test_what_is_too_large_for_the_machine_is_one_sentence(monkeypatch, capsys, error, message):

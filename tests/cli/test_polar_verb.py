@@ -1,4 +1,4 @@
-"""`pgolf polar`: what it prints is what the package computes, and the plot is a file."""
+"""`pgolf polar` prints what the package computes, and writes the plot to a file."""
 
 import ast
 import sys
@@ -11,7 +11,7 @@ from pgolf.report.polar_plot import plot_scalar_maps
 
 
 def printed(capsys, *arguments):
-    """Return the title, the table and the numbers by name of one run."""
+    """Return the title, the table, and the numbers by name that one run of the command prints."""
     assert main(["polar", *arguments]) == 0
     text = capsys.readouterr().out
     title, rest = text.split("\n", 1)
@@ -51,7 +51,7 @@ def test_named_table_is_printed_digit_for_digit(capsys):
     ("arguments", "message"),
     [
         (["--table", "polar"], "pgolf polar: --table must be solved or one of ('jordan', "),
-        (["--table", "cans", "--steps", "4"], "'cans' are a list for 5 steps, got steps=4"),
+        (["--table", "cans", "--steps", "4"], "'cans' exist for 5 steps only, got steps=4"),
         (["--lower", "1"], "lower must be in (0, 1), got 1.0"),
         (["--steps", "0"], "expected steps >= 1"),
         (["--steps", "1000000000"], "--steps must be at most 100, got 1000000000"),

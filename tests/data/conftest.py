@@ -1,4 +1,4 @@
-"""Made once for the data tests: a tokenizer trained on the bundled sample, and shards of the sample."""
+"""Fixtures of the data tests: a tokenizer that is trained on the sample text, and shards of the sample."""
 
 from pathlib import Path
 

@@ -241,7 +241,7 @@ def test_inspect_reads_other_tools_shards_and_reports_damage(
     write_shard(tmp_path / "f_val_000000.bin", np.array([1, 5]))
     assert main(["inspect", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for part in ("3 tokens, 1 documents, largest id 600", "bytes: unknown", "shards of another tool"):
+    for part in ("3 tokens, 1 documents, largest id 600", "bytes: unknown", "another tool made the shards"):
         assert part in printed
     assert main(["inspect", str(tmp_path / "f_val_000000.bin")]) == 0
     (tmp_path / "f_val_000000.bin").write_bytes(b"xx")
@@ -274,7 +274,7 @@ def test_a_validation_text_without_a_byte_is_refused_before_the_training_text_is
 
 
 def refused(folder: Path, command: str) -> None:
-    """Every way to open a folder refuses it, with the command that finishes it."""
+    """Every function that opens such a folder refuses it, and names the command that finishes it."""
     for use in (
         lambda: find_shards(folder, "train"),
         lambda: load_validation(folder),
@@ -295,7 +295,7 @@ def test_a_build_that_failed_is_no_data_set_until_it_is_done_again(
     made = job(tmp_path, tokenizer, name="odd name", train_texts=[*TRAIN, VAL[0]])
     with pytest.raises(ValueError, match="is in both splits"):
         build_shards(made, report=lines.append)
-    assert "is unfinished and marked so" in lines[-1]
+    assert "is marked as unfinished" in lines[-1]
     assert find_files(made.out), "some shards were written"
     command = command_of(made)
     refused(made.out, command)
@@ -377,7 +377,7 @@ def test_a_mark_that_cannot_be_written_leaves_the_old_shards_a_data_set(
 
 
 def test_the_mark_holds_any_path(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """As Python gives paths that the locale cannot spell."""
+    """Python represents bytes of paths that are not valid in the locale's encoding by surrogates."""
     folder = tmp_path / b"\xc3\xa4 \xff".decode("ascii", "surrogateescape")
     folder.mkdir()
     made = job(folder, tokenizer, train_texts=[*TRAIN, VAL[0]])
@@ -407,7 +407,7 @@ def test_links_to_nothing_are_no_other_tools_folder(tmp_path: Path, tokenizer: T
     build(made)
     (made.out / "manifest.json").unlink()
     (made.out / "manifest.json").symlink_to(tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match=r"manifest\.json is no file \(a link to one that is gone"):
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json is not a file \(perhaps a broken link"):
         verify_folder(made.out)
     (made.out / "UNFINISHED").symlink_to(tmp_path / "gone")
     refused(made.out, "pgolf data shards --train TEXT")
@@ -424,7 +424,7 @@ def test_text_that_is_no_good_does_not_cost_the_old_shards(tmp_path: Path, token
     again = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=[*TRAIN[:50], VAL[0]])
     with pytest.raises(ValueError, match="is in both splits"):
         build_shards(again, report=lines.append)
-    assert lines[-1] == f"{made.out} holds what it held before"
+    assert lines[-1] == f"{made.out} is unchanged"
     assert verify_folder(made.out, training=True) == manifest
     assert {p.name for p in made.out.iterdir()} == before
     good = job(tmp_path, tokenizer, overwrite=True, name="new", train_texts=TRAIN[:50])

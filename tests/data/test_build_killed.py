@@ -1,4 +1,4 @@
-"""A shard build that loses processes: it ends, leaves none behind, and is finished afterwards."""
+"""A shard build of which processes are killed: it ends, leaves no process behind, and can be finished."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from pgolf.data.tokenizer import Tokenizer
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks into /proc")
 
 BOUND_S = 20.0
-"""Seconds in which a build must end; it takes a fraction of one."""
+"""Seconds within which a build must end; it takes less than one."""
 SLOW = """
 import sys, time
 from pathlib import Path
@@ -39,7 +39,7 @@ if __name__ == "__main__":
 
 
 def state(process: int) -> tuple[str, int] | None:
-    """Return the state and the parent of a process, None if it is gone."""
+    """Return the state and the parent of a process, or None if it has ended."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()
     except OSError:
@@ -70,7 +70,7 @@ def files(tmp_path: Path, tokenizer: Tokenizer) -> dict[str, Path]:
 
 @pytest.fixture
 def running(files: dict[str, Path], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A build that would take minutes, with its workers at work."""
+    """A build that would take minutes, with running worker processes."""
     command = [sys.executable, str(tmp_path / "slow.py"), *map(str, files.values())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -82,7 +82,7 @@ def running(files: dict[str, Path], tmp_path: Path) -> Iterator[subprocess.Popen
 
 
 def finish(files: dict[str, Path]) -> None:
-    """The folder is refused; the same job again makes what an undisturbed one makes."""
+    """The folder is refused; doing the same job again gives the same result as a build without a kill."""
     with pytest.raises(ValueError, match=r"unfinished build of shards.*pgolf data shards --train"):
         find_shards(files["out"], "train")
     split = {name: (files[name],) for name in ("train", "val")}

@@ -1,4 +1,4 @@
-"""Compressed text is read whole or refused: several streams, what may stand between them, and damage."""
+"""Compressed text is read completely or refused: several streams, data between them, and damage."""
 
 import bz2
 import gzip
@@ -49,14 +49,14 @@ def test_several_streams_and_padding_are_one_text(tmp_path: Path, suffix: str) -
 @pytest.mark.parametrize("tail", [b"\x01", b"\0\0tail", b"tail of something else", SKIPPED[:3]])
 def test_a_foreign_tail_is_refused(tmp_path: Path, suffix: str, tail: bytes) -> None:
     with pytest.raises(
-        ValueError, match=rf"a\.jsonl\.{suffix}: .*(behind (stream 1|a stream)).*copy it again"
+        ValueError, match=rf"a\.jsonl\.{suffix}: .*(after (stream 1|a stream)).*copy it again"
     ):
         read(tmp_path, suffix, PACK[suffix](b"".join(LINES)) + tail)
 
 
 def test_xz_padding_is_a_multiple_of_four(tmp_path: Path) -> None:
     for zeros in (1, 2, 3, 5, 70_001):
-        with pytest.raises(ValueError, match=f"{zeros} zero bytes behind a stream, .* multiple of 4"):
+        with pytest.raises(ValueError, match=f"{zeros} zero bytes after a stream, .* multiple of 4"):
             read(tmp_path, "xz", lzma.compress(LINES[0]) + bytes(zeros))
 
 

@@ -1,4 +1,4 @@
-"""Tiny made-up shards: document d of n tokens is BOS, then n - 1 copies of an id that only d has."""
+"""The loader on small artificial shards: a document is BOS and copies of an id that only it has."""
 
 import itertools
 import threading

@@ -1,4 +1,4 @@
-"""The manifest is the law of a folder: what it says otherwise is refused, by file and remedy."""
+"""A folder that differs from its manifest is refused; the error names the file and how to correct it."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def moved(tokens: np.ndarray) -> np.ndarray:
 
 
 def more(number: int, *keys: str) -> Callable[[dict[str, Any]], None]:
-    """Add to a number in the manifest and to the total of its split, so that both agree."""
+    """Add `number` to entries of the manifest and to the totals of the split, so that both agree."""
 
     def edit(data: dict[str, Any]) -> None:
         for name in ("text_val_000000.bin", "text_val_bytes_000000.bin"):
@@ -82,19 +82,19 @@ def another_tokenizer(folder: Path) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a validation shard is missing": (
         lambda folder: [p.unlink() for p in sorted(folder.glob("*_val_*"))[:1]],
-        r"lists .*text_val_000000\.bin, which is not there; copy the folder again",
+        r"lists .*text_val_000000\.bin, which does not exist; copy the folder again",
     ),
     "a sidecar is missing": (
         lambda folder: (folder / "text_val_bytes_000001.bin").unlink(),
-        r"lists .*text_val_bytes_000001\.bin, which is not there",
+        r"lists .*text_val_bytes_000001\.bin, which does not exist",
     ),
     "a training shard is missing": (
         lambda folder: (folder / "text_train_000001.bin").unlink(),
-        r"lists .*text_train_000001\.bin, which is not there",
+        r"lists .*text_train_000001\.bin, which does not exist",
     ),
     "the tokenizer is missing": (
         lambda folder: (folder / "tokenizer.model").rename(folder / "t.model"),
-        r"lists .*tokenizer\.model, which is not there",
+        r"lists .*tokenizer\.model, which does not exist",
     ),
     "a stray shard": (
         copy("text_train_000000.bin", "other_train_000000.bin"),
@@ -115,7 +115,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "ids in another order": (change("text_val_000000.bin", moved), r"text_val_000000\.bin: SHA-256 is"),
     "shorter training shard": (
         change("text_train_000000.bin", lambda tokens: tokens[:-1]),
-        r"text_train_000000\.bin: \d+ tokens, manifest\.json says",
+        r"text_train_000000\.bin: \d+ tokens, but manifest\.json says",
     ),
     "swapped shards": (
         lambda folder: [
@@ -128,19 +128,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "another tokenizer": (another_tokenizer, r"tokenizer\.model: SHA-256 is .*changed, damaged or swapped"),
     "other documents": (
         manifest(more(1, "documents")),
-        r"text_val_000000\.bin: documents \d+, manifest\.json says",
+        r"text_val_000000\.bin: documents \d+, but manifest\.json says",
     ),
     "other bytes": (
         manifest(more(-1, "bytes")),
-        r"text_val_bytes_000000\.bin: bytes \d+, manifest\.json says",
+        r"text_val_bytes_000000\.bin: bytes \d+, but manifest\.json says",
     ),
     "other totals": (
         manifest(lambda data: data["splits"]["val"].update(tokens=5)),
-        r"damaged manifest \(its files of val sum to .*'tokens': \d+",
+        r"damaged manifest \(the files of val sum to .*'tokens': \d+",
     ),
     "other vocabulary": (
         manifest(lambda data: data.update(vocab_size=2048)),
-        r"tokenizer\.model: vocab_size 1,024, manifest\.json says 2,048",
+        r"tokenizer\.model: vocab_size 1,024, but manifest\.json says 2,048",
     ),
     "other BOS": (manifest(lambda data: data.update(bos_id=2)), r"tokenizer\.model: bos_id 1, .* says 2"),
     "a number that is none": (
@@ -151,7 +151,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         manifest(
             lambda data: data["files"].update({"../a_train_0.bin": data["files"]["text_train_000000.bin"]})
         ),
-        r"damaged manifest \('\.\./a_train_0\.bin' is no file of split 'train'",
+        r"damaged manifest \('\.\./a_train_0\.bin' cannot be the name of a file of split 'train'",
     ),
     "a sidecar that is not listed": (
         manifest(lambda data: data["files"].pop("text_val_bytes_000000.bin")),
@@ -173,7 +173,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another name": (
         manifest(lambda data: data.update(name="other")),
-        r"'text_train_000000\.bin' is no file of a set that is named 'other'",
+        r"'text_train_000000\.bin' does not begin with the name of the shards, 'other'",
     ),
     "a hash that is none": (
         manifest(lambda data: data["files"]["text_train_000000.bin"].update(sha256=[1])),
@@ -181,11 +181,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a split with letters of patterns": (
         manifest(lambda data: data["files"]["text_train_000000.bin"].update(split="train(")),
-        r"'text_train_000000\.bin' is no file of split 'train\('",
+        r"'text_train_000000\.bin' cannot be the name of a file of split 'train\('",
     ),
     "a split that is a list": (
         manifest(lambda data: data["files"]["text_train_000000.bin"].update(split=["train"])),
-        r"'text_train_000000\.bin' is no file of split \['train'\]",
+        r"'text_train_000000\.bin' cannot be the name of a file of split \['train'\]",
     ),
     "more documents than tokens": (
         manifest(
@@ -231,7 +231,7 @@ def test_other_tools_folders_have_no_manifest_and_their_gaps_are_found_where_the
     assert verify_folder(folder, training=True) is None
     assert load_validation(folder).bytes.sum() == sum(len(f"val {text}") for text in TEXTS)
     (folder / "text_val_000001.bin").unlink()
-    with pytest.raises(ValueError, match=r"text_val_bytes_000001\.bin has no shard beside it"):
+    with pytest.raises(ValueError, match=r"text_val_bytes_000001\.bin has no shard next to it"):
         load_validation(folder)
 
 

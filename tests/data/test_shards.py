@@ -57,7 +57,7 @@ def header(magic: int = 20240520, version: int = 1, count: int = 3) -> bytes:
         (b"", "the file has 0"),
         (header()[:1023], "header of 1024 bytes, the file has 1023"),
         (header(magic=7) + b"\0" * 6, "not a token shard: magic 7, expected 20240520"),
-        (header(version=2) + b"\0" * 6, "shard version 2, this reader knows version 1"),
+        (header(version=2) + b"\0" * 6, "shard version 2, but this program reads version 1 only"),
         (header(count=0), "announces 0 tokens"),
         (header(count=-1), "announces -1 tokens"),
         (header() + b"\0" * 5, "truncated: 3 tokens need 1030 bytes, the file has 1029"),
@@ -162,7 +162,7 @@ def test_verify_names_the_changed_and_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.model: SHA-256 is"):
         verify_manifest(tmp_path, manifest)
     (tmp_path / "x_train_000000.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lists .*x_train_000000\.bin, which is not there"):
+    with pytest.raises(FileNotFoundError, match=r"lists .*x_train_000000\.bin, which does not exist"):
         verify_manifest(tmp_path, manifest)
 
 

@@ -109,7 +109,7 @@ def test_byte_table_agrees_with_exact_counts_on_ordinary_text(tokenizer: Tokeniz
 
 @pytest.fixture(scope="module")
 def normalizing(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A tokenizer with the challenge's settings: nmt_nfkc, extra white space removed."""
+    """A tokenizer with the settings of the challenge: nmt_nfkc, extra white space removed."""
     prefix = tmp_path_factory.mktemp("foreign") / "foreign"
     lines = [d.text[:4000] for d in list(iterate_documents(sample_paths().train))[:60]]
     sentencepiece.SentencePieceTrainer.train(
@@ -204,7 +204,7 @@ def test_find_tokenizer_prefers_the_named_one(tmp_path: Path, tokenizer: Tokeniz
 
 
 def spaceless(folder: Path, **changes: object) -> Tokenizer:
-    """Train as `train_tokenizer` does, but for what `changes` says; of text without a space."""
+    """Train as `train_tokenizer` does except for `changes`, on text without a space."""
     settings: dict[str, object] = {
         "model_prefix": str(folder / "made"),
         "vocab_size": 300,
@@ -257,7 +257,7 @@ def test_a_space_that_comes_back_as_another_character_is_not_lossless(tmp_path: 
         ({"add_dummy_prefix": True}, "puts a space before the text"),
         ({"remove_extra_whitespaces": True}, "removes spaces"),
         ({"normalization_rule_name": "nfkc"}, "its normalizer replaces characters"),
-        # One character of a million that no text to try would hold.
+        # One of a million characters; no trial text contains it.
         ({"rule": "13A60\t41\n"}, "its normalizer replaces characters"),
         ({"rule_back": "41\t42\n"}, "its normalizer replaces characters"),
     ],
@@ -281,5 +281,5 @@ def test_more_ids_than_a_shard_can_hold_are_refused(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "vocab_size", lambda self: 65_537)
-    with pytest.raises(ValueError, match="has 65537 ids, shards hold uint16, at most 65536"):
+    with pytest.raises(ValueError, match="has 65537 ids, but shards hold uint16, so at most 65536"):
         Tokenizer(tokenizer.path)

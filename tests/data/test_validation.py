@@ -61,14 +61,14 @@ def test_every_target_is_scored_once_with_its_bytes(sample_shards: Path) -> None
         assert BOS not in segment[0][1:], "two documents in one segment"
 
 
-# 128 is one segment a buffer, 333 leaves padding in each, 10**6 puts everything in one.
+# 128 is one segment per buffer, 333 leaves padding in each, 10**6 puts everything in one.
 @pytest.mark.parametrize("batch_tokens", [128, 333, 10**6])
 def test_segments_do_not_depend_on_the_buffer(sample_shards: Path, batch_tokens: int) -> None:
     reference = [s for b in batches(sample_shards) for s in scored(b)]
     got = batches(sample_shards, batch_tokens=batch_tokens)
     assert [s for b in got for s in scored(b)] == reference
     for number, batch in enumerate(got, start=1):
-        # The last ends with the text, rounded up; nobody pays for a million tokens of padding.
+        # The last buffer ends with the text, rounded up, so a million tokens of padding are not computed.
         size = batch_tokens if number < len(got) else min(batch_tokens, -(-batch.tokens // 64) * 64)
         assert batch.inputs.shape == batch.targets.shape == batch.target_bytes.shape == (size,)
         assert (batch.targets[batch.tokens :] == -100).all()
@@ -164,7 +164,7 @@ def test_wrong_sidecars_are_named(tmp_path: Path) -> None:
     write(tmp_path, "x_val_0.bin", [BOS, 5, 6])
     write(tmp_path, "x_val_1.bin", [7, BOS, 8])
     write(tmp_path, "x_val_bytes_0.bin", [0, 2])
-    with pytest.raises(ValueError, match=r"x_val_bytes_1\.bin is missing while other shards"):
+    with pytest.raises(ValueError, match=r"x_val_bytes_1\.bin is missing, but other shards"):
         validation_totals(tmp_path)
     write(tmp_path, "x_val_bytes_1.bin", [0, 2, 3])
     with pytest.raises(ValueError, match=r"x_val_bytes_0\.bin: 2 entries for the 3 tokens of x_val_0\.bin"):

@@ -1,4 +1,4 @@
-"""What each rank of the distributed tests runs; writes what it saw to files, asserts nothing.
+"""The program that each rank of the distributed tests runs; it writes its results and asserts nothing.
 
 torchrun ... rank_program.py FOLDER DEVICE: reads resume.safetensors and writes rank<r>.json and
 rank<r>.safetensors in FOLDER.
@@ -16,7 +16,7 @@ from pgolf.config import MuonConfig, OptimConfig
 from pgolf.dist import Dist
 from pgolf.optim.step import Optimizer
 
-# Momentum rises and the rate falls within the run; clipping is active in every step.
+# Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
 STEPS = 4
 RESUME_AT = 2
@@ -39,7 +39,7 @@ class Toy(nn.Module):
 
 
 def accumulate(model, step, rank, world_size):
-    """Give this rank its own gradient: one that all share, plus a larger part that cancels in the mean."""
+    """Set this rank's gradient: a part that all ranks share, and a larger part that cancels in the mean."""
     rng = torch.Generator().manual_seed(1000 + step)
     for p in model.parameters():
         shared, own = (torch.randn(p.shape, generator=rng) for _ in range(2))
@@ -101,7 +101,7 @@ def collectives(dist, dtype):
 
 
 def replica_messages(dist):
-    """Return what assert_replicas_equal says of equal and of slightly different replicas."""
+    """Return the messages of assert_replicas_equal for equal and for slightly different replicas."""
     same = {"a": torch.ones(3, 2), "b": torch.tensor(float("nan")), "c": torch.ones(4, dtype=torch.bfloat16)}
     flipped = {k: v.clone() for k, v in same.items()}
     permuted = {"a": torch.tensor([1.0, 2.0] if dist.rank else [2.0, 1.0])}

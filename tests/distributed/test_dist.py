@@ -1,4 +1,4 @@
-"""Two and four ranks (gloo; NCCL with two GPUs) against one process; one launch each, many looks."""
+"""Two and four ranks (gloo; NCCL with two GPUs) compared with one process, in one launch each."""
 
 import json
 import socket
@@ -21,7 +21,7 @@ PROGRAM = Path(rank_program.__file__)
 
 @pytest.fixture(scope="module")
 def alone():
-    """The same training on one process: all steps, and the first ones only."""
+    """The same training on one process: all steps, and only the first steps."""
     dist = Dist.start("cpu")
     return rank_program.train(dist, 0, rank_program.STEPS), rank_program.train(
         dist, 0, rank_program.RESUME_AT
@@ -34,7 +34,7 @@ def alone():
     ids=str,
 )
 def ranks(request, alone, tmp_path_factory):
-    """What each rank saw: a list of (json, tensors)."""
+    """The results of all ranks: a list of (json, tensors)."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param[1]
     save_file(alone[1][0], folder / "resume.safetensors")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
@@ -53,7 +53,7 @@ def ranks(request, alone, tmp_path_factory):
 
 
 def assert_like_alone(seen, tensors, expected, prefix):
-    """Compare with one process: the polar map amplifies rounding by up to 990."""
+    """Compare with one process; the polar map amplifies rounding by up to 990."""
     close = {"rtol": 2e-4, "atol": 2e-5}
     if seen["device"] == "cuda":  # bfloat16 on the wire and in the momentum; parameters moved by 0.2
         close = {"rtol": 2e-2, "atol": 2e-2}
@@ -122,7 +122,7 @@ def test_replica_check_names_tensor_and_ranks_on_every_rank(ranks):
     for rank, (seen, _) in enumerate(ranks):
         said = seen["replicas"]
         assert said["same"] is None
-        assert said["flipped"] == f"replicas differ from rank 0 in 1 of 3 tensors: c (ranks [{world - 1}])"
+        assert said["flipped"] == f"ranks differ from rank 0 in 1 of 3 tensors: c (ranks [{world - 1}])"
         assert f"in 1 of 1 tensors: a (ranks {list(range(1, world))})" in said["permuted"]
         assert "a (ranks" in said["shaped"]
         assert f"different numbers of tensors; rank {rank}: {rank + 1}" in said["counts"]

@@ -1,7 +1,7 @@
-"""The drop-in Muon shared out over ranks that do not hold the same things: an error on each, in that step.
+"""Sharded `pgolf.optim.Muon` on ranks that hold different values: every rank raises in the same step.
 
-One launch of three ranks over gloo. As a program (torchrun ... FILE FOLDER) it is what each rank runs: it
-writes rank<r>.json in FOLDER, case -> [steps that went through, error], and asserts nothing.
+There is one launch of three ranks over gloo. Each rank runs this file as a program (torchrun ... FILE
+FOLDER), which writes rank<r>.json in FOLDER, by case [number of complete steps, error], and asserts nothing.
 """
 
 import json
@@ -44,7 +44,7 @@ def make(rank, case, params, group=None):
 
 
 def disturb(case, params, optimizer):
-    """Change what the odd rank holds before its last step."""
+    """Change a value on the rank ODD before its last step."""
     wide = params["wide"]
     if case == "no gradient":
         wide.grad = None
@@ -119,7 +119,7 @@ def run(rank, case, group=None):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank met, case by case."""
+    """The results of each rank by case."""
     folder = tmp_path_factory.mktemp("differ")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""The drop-in Muon with matrices shared out over ranks (gloo) against one process.
+"""Sharded `pgolf.optim.Muon` on several ranks (gloo) compared with one process.
 
-One launch of four ranks: all four share, then two pairs do. As a program (torchrun ... FILE FOLDER) it is
-what each rank runs: it writes rank<r>.safetensors in FOLDER and asserts nothing.
+There is one launch of four ranks: first all four share the matrices, then two pairs do. Each rank runs this
+file as a program (torchrun ... FILE FOLDER), which writes rank<r>.safetensors in FOLDER and asserts nothing.
 """
 
 import functools
@@ -20,7 +20,7 @@ import pgolf.optim
 from pgolf.optim import muon
 
 WORLD, STEPS, BATCH = 4, 3, 16
-# 11 matrices of five shapes, so that neither 2 nor 4 ranks divide them, then what AdamW takes.
+# 11 matrices of five shapes, a number that neither 2 nor 4 divides, and then the parameters of AdamW.
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7)]
 
 
@@ -30,7 +30,7 @@ def tensors(shapes, seed):
 
 
 def train_matrices(shapes, **sharing):
-    """Train on gradients that every rank has alike; return parameters and optimizer state."""
+    """Train on gradients that are the same on every rank; return parameters and optimizer state."""
     params = [nn.Parameter(t) for t in tensors([*shapes, (4,)], 0)]
     matrices = params[:-1]
     groups = [
@@ -51,7 +51,7 @@ def train_matrices(shapes, **sharing):
 
 
 def train_ddp(rank, world, **sharing):
-    """Train a network on this rank's part of each batch, gradients averaged by DDP."""
+    """Train a network on this rank's part of each batch, with gradients averaged by DDP."""
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 2))
     for p, value in zip(net.parameters(), tensors([p.shape for p in net.parameters()], 5), strict=True):
         p.data.copy_(0.4 * value)
@@ -99,7 +99,7 @@ def cases(rank=0, world=1, pair=None):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each rank ended with."""
+    """The tensors of each rank at the end."""
     folder = tmp_path_factory.mktemp("dropin")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces of this machine: torchrun --nnodes 2 over gloo; one that is lost."""
+"""Two hosts, as two network namespaces of this machine: torchrun --nnodes 2 over gloo, and a lost host."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[tuple[str, str]]:
-    """Two namespaces with a cable between them."""
+    """Two network namespaces with a virtual cable between them."""
     made: list[str] = []
     try:
         for name in NAMES:

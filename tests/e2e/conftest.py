@@ -1,4 +1,4 @@
-"""A small corpus and a small run, made once for the end-to-end tests."""
+"""Fixtures of the end-to-end tests: a small data folder and a small run."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from pgolf.data.text import sample_paths
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of the bundled sample with a 512-piece tokenizer."""
+    """Shards of the sample text with a tokenizer of 512 tokens."""
     folder = tmp_path_factory.mktemp("corpus")
     train, val = (str(p) for p in sample_paths())
     model = str(folder / "tokenizer.model")
@@ -39,7 +39,7 @@ SMALL = [
     "--seconds=0",
     "--steps=6",
 ]
-"""Overrides of `tiny` that make a run of a few seconds."""
+"""Changes to the preset `tiny` for a run of a few seconds."""
 
 
 @pytest.fixture(scope="session")

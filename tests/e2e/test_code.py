@@ -1,4 +1,4 @@
-"""The counted code reads and scores an artifact, with nothing else of pgolf but its extension."""
+"""The counted code reads and scores an artifact, with nothing else of pgolf except for its extension."""
 
 import json
 import os

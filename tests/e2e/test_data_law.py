@@ -1,4 +1,4 @@
-"""No verb takes a data folder that is not as its manifest says, and results on folders without one say so."""
+"""All verbs refuse a data folder that differs from its manifest; results on a folder without one say so."""
 
 import json
 import shutil

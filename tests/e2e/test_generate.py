@@ -1,4 +1,4 @@
-"""`pgolf generate` and `pgolf.load`: on a small run, its checkpoints, and what does not belong together."""
+"""`pgolf generate` and `pgolf.load` on a small run, on its checkpoints, and on files that do not fit."""
 
 import re
 import shlex
@@ -23,14 +23,14 @@ CPU = ["--device", "cpu"]
 
 @pytest.fixture
 def alone(run: Path, tmp_path: Path) -> Path:
-    """The run's artifact in a folder without a tokenizer and a configuration."""
+    """The artifact of the run in a folder that has neither a tokenizer nor a configuration."""
     (tmp_path / "alone").mkdir()
     return Path(shutil.copy(run / "model.pgolf", tmp_path / "alone"))
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another tokenizer of the run's size."""
+    """Another tokenizer of the same size as the run's."""
     path = tmp_path_factory.mktemp("other") / "other.model"
     words = ["--inputs", str(sample_paths().train), "--vocab-size", "512", "--out", str(path)]
     assert main(["data", "tokenizer", *words]) == 0
@@ -144,7 +144,7 @@ def test_parts_of_the_package_come_on_first_use():
 
 
 def test_the_page_runs_as_printed(run, shards, tmp_path, monkeypatch, capsys):
-    """In a folder that has what it names."""
+    """Run a command in a folder that has the files that it names."""
     shutil.copytree(run, tmp_path / "runs" / "RUN")
     for name in ("model.pgolf", "tokenizer.model"):
         shutil.copy(run / name, tmp_path)

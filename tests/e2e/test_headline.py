@@ -1,4 +1,4 @@
-"""bench/headline.sh: its commands at any number of GPUs, noted by a stand-in for Python; and a tiny run."""
+"""bench/headline.sh: its commands for several numbers of GPUs, recorded by a fake Python; and a tiny run."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def script(words: list[str], **tools: str) -> None:
 
 
 def calls(tmp_path: Path, gpus: int, **settings: str) -> list[str]:
-    """Run the script and return the commands it gave to Python."""
+    """Run the script and return the commands that it gave to Python."""
     python = tmp_path / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)

@@ -20,7 +20,7 @@ from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, torchrun
 
 STILL = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
-"""Rates with which training moves nothing."""
+"""Learning rates of 0, with which training changes nothing."""
 
 
 def train(folder: Path, shards: Path, *words: str) -> Path:

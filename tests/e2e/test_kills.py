@@ -1,4 +1,4 @@
-"""The short form of `python -m bench.kills`: a few random kills of builds and runs, other ones each time."""
+"""The short form of `python -m bench.kills`: a few random kills of builds and runs, different every time."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or lose a rank: named in time, nothing lost, taken up bit for bit."""
+"""Runs that are killed, stopped or lose a rank: the rank is named, and the run resumes bit for bit."""
 
 import json
 import os
@@ -34,7 +34,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture(scope="module")
 def whole(shards, tmp_path_factory) -> Path:
-    """The run that nothing interrupts, in a process like those that are killed."""
+    """The run without interruption, in a process like those that are killed."""
     out = tmp_path_factory.mktemp("whole")
     assert start(["train", "tiny", "--data", str(shards), "--out", str(out), *SETTINGS]).wait(120) == 0
     (folder,) = out.iterdir()
@@ -52,7 +52,7 @@ def start(words: list[str], **place: object) -> "subprocess.Popen[str]":
 
 
 def two_ranks(words: list[str]) -> "list[subprocess.Popen[str]]":
-    """Start two ranks without torchrun: nobody ends one because the other did."""
+    """Start two ranks without torchrun, which would end one rank when the other ends."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         place = {"MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
@@ -60,7 +60,7 @@ def two_ranks(words: list[str]) -> "list[subprocess.Popen[str]]":
 
 
 def hit(process: "subprocess.Popen[str]", number: int, at_step: int) -> None:
-    """Send a signal once the log shows a step."""
+    """Send a signal when the log shows a step."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(f"step {at_step:5d}"):
@@ -184,12 +184,12 @@ def test_a_killed_rank_ends_the_other_in_seconds_with_its_number(shards, tmp_pat
     assert time.monotonic() - began < 10.0
     assert ranks[1 - victim].returncode == 2
     (folder,) = tmp_path.iterdir()
-    reason = f"failed during train: rank {victim} ended without a word (killed?)"
+    reason = f"failed during train: rank {victim} ended without a message (killed?)"
     assert (folder / "log.txt").read_text().count(reason) == 1
     if victim == 1:
         assert load_weights(folder / "raw.safetensors")[2]["steps"] >= 4
         sessions = json.loads((folder / PROGRESS).read_text())["sessions"]
-        assert sessions[-1]["end"] == "failed: rank 1 ended without a word (killed?)"
+        assert sessions[-1]["end"] == "failed: rank 1 ended without a message (killed?)"
     ranks[victim].wait()
 
 
@@ -316,7 +316,7 @@ def saves(count: int, number: int, monkeypatch) -> None:
 
 
 def test_weights_of_two_moments_are_no_pair(whole, tmp_path, monkeypatch):
-    """A process that ends between the two files leaves raw weights of now beside an average of before."""
+    """A process that ends between the two files leaves new raw weights next to an older average."""
     settings = ["--out", str(tmp_path), "--train.checkpoint-every=0.01"]
     with monkeypatch.context() as patch:
         saves(2, signal.SIGTERM, patch)

@@ -30,7 +30,7 @@ def summary(folder: Path) -> Summary:
 
 
 def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the command line on `world` ranks; a hang fails by the timeout."""
+    """Run the command line on `world` ranks; if it hangs, the timeout makes the test fail."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
@@ -109,7 +109,7 @@ def test_quantizing_on_what_cannot_be_right_is_refused_before_the_work(run, shar
     assert main([*words, str(other), "--out", str(out)]) == 2
     assert "was trained with another tokenizer" in capsys.readouterr().err and not out.exists()
     assert main([*words, str(shards), "--out", str(tmp_path / "none" / "again.pgolf")]) == 2
-    assert re.search(r"no folder .*none for --out .*; make it first", capsys.readouterr().err)
+    assert re.search(r"no folder .*none for --out .*; create it first", capsys.readouterr().err)
 
 
 def test_saved_config_reproduces_the_run_bit_for_bit(run, shards, tmp_path):

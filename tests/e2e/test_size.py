@@ -29,7 +29,7 @@ SPREAD = [
 
 
 def test_prediction_of_an_artifact_with_steps_by_spread_is_near(run, shards, tmp_path):
-    """Six steps on a width of 32: matrices as random as any, without what long training makes alike.
+    """Six steps at width 32: the matrices are almost random, and have no similar rows as after long training.
 
     Steps by loss give such a model bits as its few gradients say; those of `pr1855` are in test_predict.
     """
@@ -66,7 +66,7 @@ def test_a_damaged_artifact_has_no_size(run, tmp_path, capsys):
 
 
 def test_the_estimate_of_a_checkpoint_follows_the_fit(run, capsys):
-    """It took the configured steps, though the run had filled as much of the limit as it could: 16 % off."""
+    """The prediction used the configured scales, although the fit had changed them, and was wrong by 16 %."""
     said = json.loads((run / "summary.json").read_text())["bytes"]
     assert said["clip_scale"] == 0.5
     assert main(["size", str(run / "ema.safetensors")]) == 0
@@ -81,7 +81,7 @@ def test_the_estimate_of_a_checkpoint_follows_the_fit(run, capsys):
 
 
 def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
-    """The README's example: more bits than fit at these settings, but the steps are scaled until they do."""
+    """With these settings the codes take more bits than fit, but the scales are changed until they fit."""
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6"]) == 0
     text = capsys.readouterr().out
     assert re.search(

@@ -1,4 +1,4 @@
-"""`pgolf submit`: the folder of real, small runs; what it refuses; and that it scores with nothing else."""
+"""`pgolf submit`: the folder of small runs, what is refused, and that the folder alone can be scored."""
 
 import ast
 import json
@@ -138,7 +138,7 @@ def summary_with(change: Callable[[dict], object]) -> Callable[[Path], object]:
 
 
 def rescaled(score: dict, **changes: int) -> None:
-    """Change what a score is over, as somebody would who makes its figures agree."""
+    """Change the text that a score is about, and all figures that depend on it, so that they agree."""
     score.update(changes)
     score["bpb"] = score["nats"] / math.log(2) / score["bytes"]
     score["loss"] = score["nats"] / score["tokens"]
@@ -426,7 +426,7 @@ def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
     assert "91,100 bytes, the manifest's text has 91,101" in kept(
         lambda s: s["data"]["validation"].update(bytes=91101)
     )
-    # The folder that the run names holds another text by now.
+    # The folder that the run names has another text now.
     monkeypatch.setattr(submit, "_shards", lambda *_: other)
     assert "that the runs checked" in kept(lambda s: None)
     assert "the run rested on no manifest" in kept(lambda s: s.pop("data"))

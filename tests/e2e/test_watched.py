@@ -1,4 +1,4 @@
-"""Runs that are watched: their report, their records in TensorBoard and Weights & Biases, and what breaks."""
+"""Reports of runs, their records in TensorBoard and Weights & Biases, and faults of these packages."""
 
 import json
 import signal
@@ -84,7 +84,7 @@ def test_a_broken_package_is_refused_before_there_is_a_folder(shards, tmp_path, 
 
 
 def test_a_record_that_fails_does_not_end_the_run(shards, tmp_path, monkeypatch):
-    # A package that can be imported and does nothing right.
+    # A package that can be imported, but whose functions all fail.
     for name in [m for m in sys.modules if m.split(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "wandb.py").write_text(

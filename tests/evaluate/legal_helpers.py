@@ -1,4 +1,4 @@
-"""A small model, made-up documents, and the loss of every single token in each way to score."""
+"""Helpers: a small model, artificial documents, and the loss of every token in each way of scoring."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from pgolf.presets import tiny
 BOS, VOCAB, CONTEXT = 1, 24, 32
 MODES = ("plain", "sliding", "ttt")
 TTT = TttConfig(rank=4, alpha=8.0, lr=0.02, chunk=8, chunk_growth=1, chunk_max=16, batch_tokens=128)
-"""A rate at which a few chunks change the model visibly, and chunks that grow within a test's documents."""
+"""Settings with which a few chunks change the model visibly, and chunks grow within short documents."""
 
 
 def small_config(**changes) -> ModelConfig:
@@ -26,7 +26,7 @@ def small_config(**changes) -> ModelConfig:
 
 
 def small_model(seed: int = 0, shape: ModelConfig | None = None) -> GPT:
-    """A model whose zero-initialized parts are random, so that every path carries signal."""
+    """A model in which the parts that start at zero are random, so that every path has an effect."""
     model = GPT(shape or small_config(), seed=seed).prepare(torch.device("cpu"))
     rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():

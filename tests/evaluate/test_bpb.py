@@ -18,7 +18,7 @@ class FakeBatch:
 
 
 class Table(nn.Module):
-    """A bigram table as the model: the loss of each target is one look-up, so float64 can follow."""
+    """A bigram table as the model: each loss is one look-up, so it can be computed in float64 too."""
 
     def __init__(self, vocab=13, seed=0):
         super().__init__()
@@ -55,7 +55,7 @@ def split(count, tokens=21, vocab=13, seed=1):
         ids = torch.randint(0, vocab, (tokens + 1,), generator=g)
         targets, sizes = ids[1:].clone(), torch.randint(0, 9, (tokens,), generator=g)
         targets[torch.rand(tokens, generator=g) < 0.2] = -100
-        # Bytes of ignored targets are left in on purpose: they must not be counted.
+        # Ignored targets have bytes here, which must not be counted.
         cu = torch.tensor([0, 8, tokens], dtype=torch.int32)
         result.append(FakeBatch(ids[:-1], targets, cu, sizes))
     return result
@@ -134,7 +134,7 @@ def test_score_does_not_depend_on_the_number_of_ranks(world_size):
     [
         ("tokens", -3, r"scored [0-9]+ tokens, expected [0-9]+ \(\+3\)"),
         ("tokens", 5, r"scored [0-9]+ tokens, expected [0-9]+ \(-5\)"),
-        ("bytes", 1, r"scored [0-9]+ bytes, expected [0-9]+ \(-1\); every rank must get its own share"),
+        ("bytes", 1, r"scored [0-9]+ bytes, expected [0-9]+ \(-1\); the batches of all ranks together"),
     ],
 )
 def test_missing_and_doubled_tokens_are_errors(what, off, message):
@@ -157,7 +157,7 @@ def test_broken_losses_name_the_first_bad_batch_on_every_rank(value):
     for b in batches[0], batches[1], batches[3], batches[5]:
         b.inputs[b.inputs == 5] = 4
     dist = FakeDist(rank=1, world_size=3)
-    with pytest.raises(RuntimeError, match=r"NaN or infinite, first in batch 2 of rank 1; the weights"):
+    with pytest.raises(RuntimeError, match=r"NaN or infinite, first in batch 2 of rank 1; these weights"):
         evaluate_bpb(model, batches, dist, **want)
     sums, bad = dist.seen
     healthy = FakeDist(rank=0, world_size=3, others=[sums, bad])

@@ -1,6 +1,6 @@
 """The four conditions of a valid submission, for every way to score (C1 to C4 of the challenge's issue 1017).
 
-Losses are compared, not argued about: change the text, see which losses move.
+Each test changes the text or the scoring, and checks which losses change.
 """
 
 from dataclasses import replace
@@ -55,7 +55,7 @@ def changed(text: ValidationText, at: int, token: int) -> ValidationText:
 @pytest.mark.parametrize("inside", [1, 40, 73, 99])
 @pytest.mark.parametrize("what", ["token", "end"])
 def test_c1_a_changed_token_changes_no_earlier_score(model, text, before, mode, inside, what):
-    """`end` puts a BOS there: how long a document is must not show in the scores of its beginning either."""
+    """`end` puts a BOS there, as the length of a document must not influence the scores before its end."""
     at = int(STARTS[1]) + inside
     token = BOS if what == "end" else 2 + (int(text.tokens[at]) - 1) % (VOCAB - 2)
     after = token_losses(mode, model, changed(text, at, token))
@@ -131,7 +131,7 @@ def test_c3_scores_are_handed_out_before_the_update_and_carry_no_graph(model, te
 
 @pytest.mark.parametrize("mode", MODES)
 def test_c4_one_pass_scores_every_token_once(before, mode):
-    """`token_losses` fails on a token that is scored twice; here none may be left over."""
+    """`token_losses` fails on a token that is scored twice; this test finds tokens that are not scored."""
     assert np.isnan(before[mode][0]) and np.isfinite(before[mode][1:]).all()
 
 

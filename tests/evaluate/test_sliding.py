@@ -1,4 +1,4 @@
-"""Windows: which token is scored where, and with what context."""
+"""Sliding windows: which window scores a token, and with how much context."""
 
 import functools
 import re
@@ -66,7 +66,7 @@ def test_each_loss_is_that_of_its_window_alone(text, stride):
         np.testing.assert_allclose(got[first + 1 : end + 1], nats[first - begin :], atol=2e-5)
 
 
-@pytest.mark.parametrize("size", [32, 33, 100, 1000])  # one window a buffer, one and a bit, several, all
+@pytest.mark.parametrize("size", [32, 33, 100, 1000])  # windows per buffer: one, one and a part, several, all
 def test_the_buffer_size_does_not_change_the_score(text, size):
     model = small_model()
     settings = {"bos_id": BOS, "context": CONTEXT, "stride": 5}

@@ -1,4 +1,4 @@
-"""Test-time training: plans, the optimizer, and that adapting to a document helps with the rest of it."""
+"""Test-time training: chunks, batches, the optimizer, and that learning helps with the rest of a document."""
 
 from dataclasses import replace
 
@@ -185,7 +185,7 @@ def patterned(count: int, seed: int) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def trained():
-    """A model trained for a moment on such documents; it cannot know those of the tests."""
+    """A model that was trained shortly on such documents, but not on those of the tests."""
     model = small_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for step in range(40):
@@ -199,7 +199,7 @@ def trained():
 
 
 def test_adapting_helps_on_documents_that_repeat_themselves(trained):
-    """The pattern is longer than the window, so only what the adapters keep can help."""
+    """The pattern is longer than the window, so only the adapters can improve the prediction."""
     text = make_text(patterned(4, seed=0))
     fixed = token_losses("ttt", trained, text, config=replace(TTT, lr=0.0))
     adapted = token_losses("ttt", trained, text)
@@ -230,7 +230,7 @@ def test_bad_settings_are_refused(change, message):
 
 @requires_gpu
 def test_cuda_scores_as_the_cpu_does():
-    """bfloat16 there, float32 here: single losses differ by its rounding, their mean hardly."""
+    """CUDA computes in bfloat16, the CPU in float32: losses differ by the rounding, their mean hardly."""
     shape = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)
     text = make_text(random_documents(LENGTHS))
     # A small rate: the first steps have the size of the rate whatever the gradient's, so signs that rounding

@@ -1,4 +1,4 @@
-"""flash-attn-4's wrapper, on a stand-in for the package and, on a Hopper GPU, on what is installed."""
+"""The wrapper of flash-attn-4, on a fake package and, on a Hopper GPU, on the installed package."""
 
 import sys
 import warnings
@@ -46,7 +46,7 @@ def _flash_attn_bwd(q, k, v, out, dout, lse, {varlen}, dq=None, dk=None, dv=None
 
 @pytest.fixture
 def stand_in(monkeypatch, tmp_path):
-    """Return what puts a flash_attn in place and forgets what was imported of another one."""
+    """Return a function that installs a fake flash_attn and removes the imported modules of another one."""
 
     def install(extra=0, named=", out=None, lse=None", source=SOURCE):
         for name in [n for n in sys.modules if n.split(".")[0] == "flash_attn"]:
@@ -114,7 +114,7 @@ def test_a_version_without_the_arguments_is_not_usable_and_says_so(stand_in):
     stand_in(named=", result=None, lse=None")
     assert find_fa4().problem == (
         "not usable: ImportError: _flash_attn_fwd of this flash-attn-4 has no argument out; "
-        "pip install 'pgolf[fa4]' installs a version that has"
+        "install a version that has it: pip install 'pgolf[fa4]'"
     )
 
 
@@ -126,7 +126,7 @@ def test_the_counted_code_of_an_artifact_holds_the_wrapper():
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A CUDA device of compute capability 9.0, as far as choosing an attention goes."""
+    """A device that looks like CUDA with compute capability 9.0 to the choice of the attention kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     return torch.device("cuda")
 

@@ -1,4 +1,4 @@
-"""Writing text: logits equal those of whole forwards, drawing obeys its formulas, characters come whole."""
+"""Generation: logits equal those of whole passes, drawing follows its formulas, characters are whole."""
 
 import lzma
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.model.test_gpt import BOS, SWITCHES, packed, randomized, small
 
 
 def whole(model: GPT, ids: list[int]) -> torch.Tensor:
-    """Logits `(T, V)` of one forward pass over `ids`, a segment of its own, by the formula."""
+    """Logits `(T, V)` of one forward pass over `ids`, as one segment, by the formula."""
     device = model.tok_emb.device
     cu = torch.tensor([0, len(ids)], dtype=torch.int32, device=device)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_every_part_of_the_record_is_exact_too():
 
 
 def test_it_is_the_same_in_the_dtype_of_each_device(device):
-    """On CUDA in bfloat16, whose kernels for one token and for many round differently."""
+    """On CUDA in bfloat16, where the kernels for one token and for many tokens round differently."""
     config = replace(small(), width=256, rope_dims=16, max_context=40)
     model, ids = randomized(config).prepare(device), packed([40], 96)[0].tolist()
     got, expected = (f(model, ids).float() for f in (fed, whole))
@@ -68,7 +68,7 @@ def test_several_tokens_at_once_are_as_one_by_one():
 
 @pytest.mark.parametrize("context", [1, 2, 7, 24])
 def test_beyond_max_context_the_window_begins_anew(context):
-    """At every length, the logits are those of a forward over the window alone, however the tokens came."""
+    """At every length, the logits are those of a forward pass over the window alone."""
     model = randomized(replace(small(), max_context=context))
     ids = packed([60], 96)[0].tolist()
     expected = torch.stack([whole(model, ids[window_start(n, context) : n])[-1] for n in range(1, 61)])
@@ -179,7 +179,7 @@ def test_the_end_of_the_document_ends_the_text():
 
 
 def test_another_vocabulary_is_refused(tokenizer):
-    with pytest.raises(ValueError, match=r"400 pieces, the model has 96"):
+    with pytest.raises(ValueError, match=r"400 tokens, the model has 96"):
         generate(randomized(small()), tokenizer)
 
 

@@ -25,7 +25,7 @@ def logits(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool) -> to
 
 
 def randomized(config: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose zero-initialized parts are random, so that every path carries signal."""
+    """A model in which the parts that start at zero are random, so that every path has an effect."""
     model = GPT(config, seed=seed)
     rng = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -35,7 +35,7 @@ def randomized(config: ModelConfig, seed: int = 0) -> GPT:
 
 
 def packed(lengths: list[int], vocab: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents of the given lengths, each opened by BOS, and their cu_seqlens."""
+    """Documents of the given lengths, each of which starts with BOS, and their cu_seqlens."""
     rng = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocab, (sum(lengths),), generator=rng)
     starts = torch.tensor([0, *lengths]).cumsum(0)

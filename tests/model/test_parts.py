@@ -1,4 +1,4 @@
-"""The parts of the model against their formulas in float64."""
+"""The parts of the model compared with their formulas in float64."""
 
 import math
 

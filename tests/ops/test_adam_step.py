@@ -1,4 +1,4 @@
-"""adam_step, clip_scale and square_sums against their references, and what they refuse."""
+"""adam_step, clip_scale and square_sums compared with their references, and their errors."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Every way of asking an operator for a derivative gives the right one or an error, never a zero."""
+"""Every way to differentiate an operator gives the right derivative or an error, but not a wrong zero."""
 
 from collections.abc import Callable
 
@@ -39,7 +39,7 @@ def randn(*shape: int, seed: int, device: torch.device) -> Tensor:
 
 
 def losses(device: torch.device) -> dict[str, tuple[Function, Function, Tensor]]:
-    """Name -> (the operator as a scalar function, its reference, where to differentiate)."""
+    """By name: the operator as a scalar function, its reference, and where to differentiate."""
     target = torch.tensor([1, 4, 0], device=device)
     logits, hidden, weight = (
         randn(3, 5, seed=1, device=device),
@@ -75,7 +75,7 @@ def losses(device: torch.device) -> dict[str, tuple[Function, Function, Tensor]]
 
 
 def without_derivative(device: torch.device) -> dict[str, tuple[Function, Tensor]]:
-    """Name -> (an operator that has none, as a scalar function, where to differentiate)."""
+    """By name: an operator without a derivative, as a scalar function, and where to differentiate."""
     x = randn(4, 8, seed=4, device=device)
     packed = quantize_pack(x, torch.ones(4, dtype=torch.float16, device=device), 6)
     return {
@@ -113,7 +113,7 @@ def twice_backward(f: Function, x: Tensor) -> Tensor | None:
 
 
 def through_upstream(f: Function, x: Tensor) -> Tensor:
-    """Differentiate a gradient by the upstream one, as the double-backward form of jvp does."""
+    """Differentiate a gradient with respect to the upstream gradient, as the double-backward jvp does."""
     leaf, upstream = x.clone().requires_grad_(), torch.ones((), device=x.device, requires_grad=True)
     (grad,) = torch.autograd.grad(f(leaf), leaf, upstream, create_graph=True)
     return torch.autograd.grad(grad.sum(), upstream, allow_unused=True)[0]
@@ -227,7 +227,7 @@ def test_a_loss_may_be_scaled_in_place_before_backward(name: str, device) -> Non
 
 
 def in_place(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
-    """Name -> an operator that works in place, called with one tensor that may require grad."""
+    """By name: an operator that works in place, called with one tensor that may require grad."""
     one = torch.ones(1, 4, 4, device=device)
     hyper, rest = torch.ones(5, device=device), torch.ones(3, device=device)
     return {
@@ -251,7 +251,7 @@ def in_place(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
 @pytest.mark.parametrize("name", list(in_place(torch.device("cpu"))))
 def test_operators_in_place_refuse_tensors_that_are_differentiated(name: str, device) -> None:
     step, p = in_place(device)[name], torch.ones(1, 4, 4, device=device)
-    with pytest.raises(RuntimeError, match=f"{name}: works in place .* requires grad; call it under"):
+    with pytest.raises(RuntimeError, match=f"{name}: .* works in place .* requires grad; call it under"):
         step(p.clone().requires_grad_())
     with pytest.raises(RuntimeError, match=f"{name}: forward-mode derivatives"), forward_ad.dual_level():
         step(forward_ad.make_dual(p.clone(), p))

@@ -1,4 +1,4 @@
-"""The compiled extension tells what it is, and its absence is one clear error."""
+"""The compiled extension describes its build, and an error explains how to build it if it is missing."""
 
 import subprocess
 import sys

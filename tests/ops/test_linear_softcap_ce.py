@@ -1,4 +1,4 @@
-"""linear_softcap_ce against float64 and eager, at the edges of its input, compiled, captured, and refused."""
+"""linear_softcap_ce compared with float64 and eager code, at extreme inputs, compiled, in CUDA graphs."""
 
 import importlib.util
 import itertools
@@ -34,7 +34,7 @@ def make_inputs(
 
 
 def run(fn, hidden: Tensor, weight: Tensor, target: Tensor, cap: float | None, **options):
-    """Return loss and both gradients; with "none", for an upstream gradient of its own in every row."""
+    """Return loss and both gradients; with "none", every row has a different upstream gradient."""
     x, w = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
     loss = fn(x, w, target, cap, **options)
     g = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""muon_step and muon_apply against their references, and what they do when there is nothing good to do."""
+"""muon_step and muon_apply compared with their references, with zero and non-finite gradients, and errors."""
 
 import itertools
 import math
@@ -55,7 +55,7 @@ def clone(banks: list[MuonBank]) -> list[MuonBank]:
 
 
 def assert_banks_close(got: list[MuonBank], want: list[MuonBank], rounding: float, polar: float) -> None:
-    """`rounding` bounds what is one rounding away, `polar` what went through the iteration."""
+    """`rounding` is the tolerance of values with one rounding, `polar` that of outputs of the iteration."""
     for index, (a, b) in enumerate(zip(got, want, strict=True)):
         for name, bound in (
             ("grad", 0.0),
@@ -312,7 +312,7 @@ def test_step_does_not_wait_for_the_gpu() -> None:
 
 
 def change(index: int, **fields: object):
-    """Return what replaces fields of one bank."""
+    """Return a function that replaces fields of one bank."""
     return lambda banks: [b._replace(**fields) if i == index else b for i, b in enumerate(banks)]
 
 

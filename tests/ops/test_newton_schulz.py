@@ -1,4 +1,4 @@
-"""newton_schulz against float64 and against the same iteration in eager low precision."""
+"""newton_schulz compared with float64 and with the same iteration in eager low precision."""
 
 import math
 

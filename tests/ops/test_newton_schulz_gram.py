@@ -1,4 +1,4 @@
-"""newton_schulz(algorithm="gram"): why it is built as it is (CPU); that it is right (Hopper)."""
+"""newton_schulz(algorithm="gram"): an emulation that justifies its design (CPU), and the kernel (Hopper)."""
 
 import math
 import subprocess
@@ -27,9 +27,9 @@ def mirrored(x: Tensor) -> Tensor:
 
 
 def gram_in_float16(x: Tensor, chains: list[list[tuple[float, float, float]]], few: bool = False) -> Tensor:
-    """What the kernel computes: each chain takes its steps on R = X X^T, then X is multiplied once.
+    """Compute what the kernel computes: each chain iterates on R = X X^T, then X is multiplied once.
 
-    few: by the polynomials one after another, as the kernel does where it has few matrices.
+    few: multiply X by the polynomials one after another, as the kernel does for few matrices.
     """
     norm = x.double().norm().item()
     scale = 2.0 ** (4 - math.floor(math.log2(norm)))
@@ -106,7 +106,7 @@ def test_unknown_algorithm_is_named(device) -> None:
         newton_schulz(torch.zeros(8, 8, device=device), TABLE, algorithm="fast")  # type: ignore[arg-type]
 
 
-# A kernel that waits for flags can hang or fault: each check has a process of its own, and a time limit.
+# A kernel that waits for flags can hang or fault: each check runs in a separate process with a time limit.
 def run_check(call: str) -> None:
     program = f"import tests.ops.test_newton_schulz_gram as t; t.{call}"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""encode_codes and decode_codes: golden bytes, kernel and reference on each other's streams, damage."""
+"""encode_codes and decode_codes: golden bytes, kernel and reference on the other's streams, damage."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,8 @@ def predictable(rows, cols):
     return np.clip(np.round(values), -31, 31).astype(np.int8)
 
 
-# 1 x 1; tall enough to be predicted; a column that is constant; wide codes; the ends of int8; one hot.
+# 1 x 1; tall enough for prediction; a constant column; a wide range of codes; the ends of int8; one code not
+# 0.
 CASES = {
     "single": np.full((1, 1), -5, np.int8),
     "gaussian": gaussian(19, 23),
@@ -99,7 +100,7 @@ def test_kernel_and_reference_agree_when_rows_lean_on_a_pool(shape):
 def test_leaning_on_a_pool_and_on_own_rows_saves_what_the_correlation_says():
     pool, codes = alike(64, 512)
     alone, leaning = len(encode_codes(codes)), len(encode_codes(codes, pool=pool))
-    saved = -0.5 * np.log2(1 - 0.6**2) * codes.size / 8  # half the log of 1 - r^2 bits a code
+    saved = -0.5 * np.log2(1 - 0.6**2) * codes.size / 8  # half the log of 1 - r^2 bits per code
     assert encode_codes(codes, pool=pool)[0] == 2
     assert 0.85 * saved < alone - leaning < 1.05 * saved
     own = np.concatenate([pool, codes])

@@ -1,4 +1,4 @@
-"""softcap_ce against float64, at the edges of its input, under autograd, torch.compile and CUDA graphs."""
+"""softcap_ce compared with float64, at the edges of its input, under autograd, torch.compile, CUDA graphs."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ from tests.conftest import requires_gpu
 CAP = 30.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # 1 and 7: rows shorter than a 16-byte load. 129, 1031: odd rows, so every row has another alignment. 4096:
-# several loads a thread. The real vocabulary is the case below.
+# several loads per thread. The real vocabulary is the case below.
 SHAPES = [(1, 1), (3, 7), (5, 129), (4, 1031), (3, 4096)]
 # Relative error of a gradient rounded once to the dtype, with a little room for the arithmetic before it.
 GRAD_RTOL = {torch.float32: 2e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}

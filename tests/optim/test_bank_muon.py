@@ -1,4 +1,4 @@
-"""Muon against a dull reference: one matrix at a time, float64."""
+"""BankMuon compared with a simple reference: one matrix at a time, in float64."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def reference_step(params, grads, buffers, config, momentum):
 
 
 def hyper(momentum, weight_decay, device="cpu"):
-    """What a step reads on the device: no clip, no average."""
+    """The hyperparameters of a step on the device, without clip and average."""
     return torch.tensor([LR, momentum, weight_decay, 1.0, 0.0], device=device)
 
 

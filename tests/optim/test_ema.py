@@ -1,4 +1,4 @@
-"""Weight averaging against the recurrence written out."""
+"""Weight averaging compared with its formula."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_state_round_trip_and_copy_to_keep_the_bits():
 
 def test_errors_name_what_differs():
     ema = Ema(tensors(0))
-    with pytest.raises(ValueError, match=r"copy_to: names differ; missing \['b'\], unknown \['x'\]"):
+    with pytest.raises(ValueError, match=r"copy_to: .* names .*; missing \['b'\], unknown \['x'\]"):
         ema.copy_to({"w": torch.zeros(3, 5), "x": torch.zeros(())})
     with pytest.raises(ValueError, match=r"load_state_dict: w must have shape \(3, 5\), got \(5, 3\)"):
         ema.load_state_dict({"w": torch.zeros(5, 3), "b": torch.zeros(())})

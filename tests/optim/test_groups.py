@@ -1,4 +1,4 @@
-"""Every trained parameter in exactly one group, or an error that names it."""
+"""Every trained parameter is in exactly one group, or an error names it."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def test_split_rejects_unknown_frozen_and_doubled_names():
     with pytest.raises(ValueError, match="not trained parameters of Toy: frozen, typo; bank_names and"):
         split_parameters(model)
     model.bank_names = ("bank", "emb")
-    with pytest.raises(ValueError, match=r"listed twice in bank_names \+ embed_names: emb"):
+    with pytest.raises(ValueError, match=r"once in bank_names and embed_names; named twice: emb"):
         split_parameters(model)
 
 

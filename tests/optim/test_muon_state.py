@@ -1,4 +1,4 @@
-"""States that the drop-in Muon takes over, and those that it refuses without loading any of them."""
+"""States that `pgolf.optim.Muon` loads, and states that it refuses without loading anything."""
 
 import copy
 
@@ -65,7 +65,8 @@ def test_states_of_other_optimizers_are_refused_for_muon_groups(name, fresh):
     saved = stepped(FOREIGN[name], steps=0 if fresh else 2)[1].state_dict()
     optimizer = stepped(muon)[1]
     message = (
-        "is of AdamW, here it is of Muon; set use_muon=False|is of another optimizer, with the settings|not"
+        "was saved by AdamW, but uses Muon in this optimizer; set use_muon=False|belongs to another "
+        "optimizer, with the settings|not"
     )
     unchanged(optimizer, lambda: optimizer.load_state_dict(saved), ValueError, f"Muon: group 0 .*({message})")
     assert optimizer.param_groups[0]["lr"] == 0.02
@@ -89,7 +90,10 @@ def test_states_that_are_not_adamws_are_refused_for_adamw_groups(make):
     optimizer = stepped(adamw_groups)[1]
     if saved["param_groups"][0].get("use_muon"):  # ours says its kind, but a group keeps its own
         unchanged(
-            optimizer, lambda: optimizer.load_state_dict(saved), ValueError, "is of Muon, here .* of AdamW"
+            optimizer,
+            lambda: optimizer.load_state_dict(saved),
+            ValueError,
+            "was saved by Muon, but uses AdamW in this",
         )
     else:
         unchanged(
@@ -115,7 +119,7 @@ def damage(saved, how):
             muon,
             lambda s, g: s.update(momentum_buffer=[0.0]),
             ValueError,
-            r"momentum_buffer is list, expected \(4",
+            r"momentum_buffer is list, expected floats of shape \(4",
         ),
         (
             muon,
@@ -127,18 +131,18 @@ def damage(saved, how):
             muon,
             lambda s, g: s.update(extra=torch.zeros(4, 3)),
             ValueError,
-            r"has \['extra', 'momentum_buffer'\]",
+            r"has the entries \['extra', 'momentum_buffer'\]",
         ),
         (muon, lambda s, g: g.update(lr=float("nan")), ValueError, "lr must be >= 0, got nan"),
         (muon, lambda s, g: g.update(lr=torch.ones(2)), ValueError, r"tensor lr must have one element"),
         (muon, lambda s, g: g.update(ns_steps=99), ValueError, r"ns_steps must be in \[1, 10\]"),
         (muon, lambda s, g: g.update(momentum=2.0), ValueError, r"momentum must be in \[0, 1\]"),
-        (muon, lambda s, g: g.update(split_sizes=(1, 1)), ValueError, "which split_sizes=.* must add up to"),
+        (muon, lambda s, g: g.update(split_sizes=(1, 1)), ValueError, "split_sizes must be .* add up to"),
         (
             adamw_groups,
             lambda s, g: s.pop("exp_avg_sq"),
             ValueError,
-            r"has \['exp_avg', 'step'\], where AdamW",
+            r"has the entries \['exp_avg', 'step'\], expected those of AdamW",
         ),
         (adamw_groups, lambda s, g: s.update(step=torch.zeros(2)), ValueError, r"step is \(2,\) torch"),
         (adamw_groups, lambda s, g: g.update(betas=(0.9, 1.5)), ValueError, r"betas must be two numbers"),
@@ -153,11 +157,11 @@ def test_damaged_states_are_refused(make, how, error, message):
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ({}, "has the keys 'state' and 'param_groups'"),
-        (None, "has the keys 'state' and 'param_groups'"),
+        ({}, "with the keys 'state' and 'param_groups'"),
+        (None, "with the keys 'state' and 'param_groups'"),
         (
             {"state": {}, "param_groups": []},
-            r"different number of parameter groups .*\[\], this optimizer \[1\]",
+            r"has groups of \[\] parameters, this optimizer has groups of \[1\]",
         ),
     ],
 )
@@ -166,12 +170,12 @@ def test_what_is_no_state_is_refused(saved, message):
         muon(parameters()).load_state_dict(saved)
     state = muon(parameters()).state_dict()
     state["state"][7] = {"momentum_buffer": torch.zeros(4, 3)}
-    with pytest.raises(ValueError, match=r"entries \['7'\] of no parameter"):
+    with pytest.raises(ValueError, match=r"entries \['7'\] that belong to no parameter"):
         muon(parameters()).load_state_dict(state)
 
 
 def continues(make_first, make_second, shapes=((4, 3), (5,))):
-    """Whether the second takes over the first's state and steps on like it, bit for bit."""
+    """The second optimizer loads the state of the first one and continues like it, bit for bit."""
     params, first = stepped(make_first, shapes)
     others = [nn.Parameter(p.detach().clone()) for p in params]
     second = make_second(others)

@@ -202,7 +202,7 @@ def test_coefficients_rejects_what_it_does_not_have():
         coefficients("polar", 5)
     with pytest.raises(ValueError, match=r"steps must be >= 1, got 0"):
         coefficients("jordan", 0)
-    with pytest.raises(ValueError, match=r"'you' are a list for 5 steps, got steps=4; use"):
+    with pytest.raises(ValueError, match=r"'you' exist for 5 steps only, got steps=4; use"):
         coefficients("you", 4)
 
 
@@ -225,9 +225,9 @@ def test_named_tables_converge(steps):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (((3.4445, 4.7750, 2.0315),), r"step 0, .* to 10.25, more than 10"),
-        (((1.5, -0.5, 0.0), (-12.0, 0.0, 0.0)), r"step 1, .* to -12, more than 10"),
-        (((1.0, float("nan"), 0.0),), "diverge: step 0, .* to nan"),
+        (((3.4445, 4.7750, 2.0315),), r"iteration 0, .* to 10.25, more than 10"),
+        (((1.5, -0.5, 0.0), (-12.0, 0.0, 0.0)), r"iteration 1, .* to -12, more than 10"),
+        (((1.0, float("nan"), 0.0),), "diverge: iteration 0, .* to nan"),
     ],
 )
 def test_diverging_table_is_refused_and_names_the_step(table, message):

@@ -1,4 +1,4 @@
-"""Schedules at their corners, by hand-computed values."""
+"""Schedules at their corners, compared with values computed by hand."""
 
 import math
 
