@@ -32,7 +32,7 @@ MOST = {
     "model.width": 65_536,
     "model.mlp_mult": 256,
     "model.max_context": 2**24,
-    "model.loops": 64,
+    "model.recurrence_repeats": 64,
     "data.prefetch": 1024,
     "train.warmup_steps": 1000,
     "train.seed": 2**63 - 1,
@@ -109,11 +109,11 @@ class ModelConfig:
     """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
     """First layer with attention and MLP on two parallel lanes, 1 to layers; layers = no such layer."""
-    loop_start: int = 3
+    recurrence_start: int = 3
     """First layer of the segment that depth recurrence repeats."""
-    loop_end: int = 5
+    recurrence_end: int = 5
     """Last layer of the repeated segment, inclusive; it must be below parallel_from."""
-    loops: int = 2
+    recurrence_repeats: int = 2
     """Additional passes through the segment once the loop is on, >= 0; 0 = no depth recurrence."""
     softcap: float = 30.0
     """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
@@ -125,7 +125,10 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
-        _require(self.loops >= 0, f"model.loops must be >= 0, got {self.loops}")
+        _require(
+            self.recurrence_repeats >= 0,
+            f"model.recurrence_repeats must be >= 0, got {self.recurrence_repeats}",
+        )
         _require(
             self.width % self.heads == 0,
             f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
@@ -139,13 +142,13 @@ class ModelConfig:
             f"model.rope_dims must be even and in [0, head_dim={self.head_dim}], got {self.rope_dims}",
         )
         _require(
-            0 <= self.loop_start <= self.loop_end < self.layers or self.loops == 0,
-            f"model.loop_start..loop_end must lie in [0, layers={self.layers}), "
-            f"got {self.loop_start}..{self.loop_end}",
+            0 <= self.recurrence_start <= self.recurrence_end < self.layers or self.recurrence_repeats == 0,
+            f"model.recurrence_start..recurrence_end must lie in [0, layers={self.layers}), "
+            f"got {self.recurrence_start}..{self.recurrence_end}",
         )
         _require(
-            self.loops == 0 or self.loop_end < self.parallel_from,
-            f"model.loop_end must be below model.parallel_from={self.parallel_from}, got {self.loop_end}",
+            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
+            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, got {self.recurrence_end}",
         )
         _require(
             0 <= self.xsa_layers <= self.layers,
@@ -301,13 +304,13 @@ class OptimConfig:
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
     ema_horizon: float = 0.058
     """Horizon 1 / (1 - decay) of the average, fraction of the run (PR #1855: 286 of 4,931 steps); 0 = off."""
-    loop_at: float = 0.35
+    recurrence_at: float = 0.35
     """Fraction of the run, 0 to 1, at which depth recurrence is switched on."""
 
     def __post_init__(self) -> None:
         _check_finite("optim", self)
         _require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
-        for name in ("warmdown", "min_lr", "ema_horizon", "loop_at"):
+        for name in ("warmdown", "min_lr", "ema_horizon", "recurrence_at"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
 
@@ -383,12 +386,12 @@ class QuantConfig:
     """How weights become codes: a weight is stored as a small whole number times a quantization scale."""
 
     matrix_bits: int = 8
-    """Width of the codes of the attention and MLP matrices, 4 to 8 bits. With row_steps=loss it only bounds
-    the codes, and mean_bits sets their size; lower it with row_steps=spread."""
+    """Width of the codes of the attention and MLP matrices, 4 to 8 bits. With row_scales=loss it only bounds
+    the codes, and mean_bits sets their size; lower it with row_scales=spread."""
     embed_bits: int = 8
     """The same for the codes of the token embedding, 4 to 8 bits."""
     mlp_clip: float = 11.5
-    """With row_steps=spread: how many standard deviations of its row the largest code of an MLP matrix means,
+    """With row_scales=spread: how many standard deviations of its row the largest code of an MLP matrix means,
     above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
     attn_clip: float = 13.0
     """The same for the attention matrices, standard deviations."""
@@ -397,14 +400,14 @@ class QuantConfig:
     damp: float = 0.01
     """What GPTQ adds to the diagonal of a Hessian, as a fraction of the diagonal's mean, above 0. It grows
     tenfold by itself where that is not enough, so there is rarely a reason to touch it."""
-    row_steps: Literal["spread", "loss"] = "loss"
+    row_scales: Literal["spread", "loss"] = "loss"
     """What the scale of a row follows: loss = how much the training loss minds an error in the row; spread =
     the standard deviation of its weights (SDClip), which published stacks use."""
-    column_steps: bool = True
+    column_scales: bool = True
     """Give columns factors on the scales, by what is left of an input once the inputs that are rounded later
     are known. Turn it off to repeat a published stack."""
     mean_bits: float = 3.45
-    """With row_steps=loss: bits per code, averaged over the model, from which artifact.fit starts, 0.5 to 8.
+    """With row_scales=loss: bits per code, averaged over the model, from which artifact.fit starts, 0.5 to 8.
     It sets the size of the file where artifact.fit is off."""
     rate: float = 1 / 12
     """Weight of the bits of a code against its squared error in rounding, 0 to 1. 0 rounds to the nearest
@@ -414,7 +417,7 @@ class QuantConfig:
     """Round the weights of a column together, along a trellis: less error in as many bits, for more time. A
     bank of fewer than 2 bits per code is rounded without a trellis all the same."""
     row_floor: float = 0.02
-    """With row_steps=loss: least weight of a row, as a fraction of its matrix's mean, 0 to 1. Raise it where
+    """With row_scales=loss: least weight of a row, as a fraction of its matrix's mean, 0 to 1. Raise it where
     little calibration text lets rows look unimportant by chance."""
     embed_floor: float = 0.02
     """The same for the rows of the token embedding, 0 to 1. Tokens that do not occur in the calibration text
@@ -427,7 +430,7 @@ class QuantConfig:
     lqer_top: int = 3
     """How many matrices are corrected, at least 1."""
     gradient_batches: int = 8
-    """With row_steps=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows, at
+    """With row_scales=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows, at
     least 1. The time that they take is on the clock."""
     calibration_batches: int = 16
     """Micro-batches of training text, over all ranks, on which the inputs of the matrices are measured, at

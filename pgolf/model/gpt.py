@@ -38,12 +38,16 @@ Observe = Callable[[str, int, Tensor], None]
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
     """Return the physical layers of the encoder half and of the decoder half, in execution order.
 
-    With the loop on, the layers loop_start to loop_end run loops + 1 times in a row.
+    With the loop on, the layers recurrence_start to recurrence_end run recurrence_repeats + 1 times in a row.
     """
     order = list(range(config.layers))
-    if loop and config.loops:
-        segment = order[config.loop_start : config.loop_end + 1]
-        order = order[: config.loop_start] + segment * (config.loops + 1) + order[config.loop_end + 1 :]
+    if loop and config.recurrence_repeats:
+        segment = order[config.recurrence_start : config.recurrence_end + 1]
+        order = (
+            order[: config.recurrence_start]
+            + segment * (config.recurrence_repeats + 1)
+            + order[config.recurrence_end + 1 :]
+        )
     half = len(order) // 2
     return order[:half], order[half:]
 

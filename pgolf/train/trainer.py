@@ -70,7 +70,7 @@ class Trainer:
         began = time.perf_counter()
         weights = clone_parameters(self._model)
         # Each mode has its own graphs. The second is compiled now too, not at the step that switches it on.
-        modes = (False, True) if self._config.model.loops else (False,)
+        modes = (False, True) if self._config.model.recurrence_repeats else (False,)
         for loop in modes:
             for _ in range(self._config.train.warmup_steps):
                 self._accumulate(loop=loop)
@@ -159,7 +159,7 @@ class Trainer:
                 if tick.signal or tick.stop:
                     break
                 tick = self._pause(tick, clock, validate)
-                loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
+                loop = loop_on(tick.frac, config.optim) and config.model.recurrence_repeats > 0
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 numbers.send(self._accumulate(loop=loop), optimizer.grad_norm, optimizer.skipped)

@@ -80,7 +80,7 @@ def test_estimate_is_near_every_committed_peak_on_a_gpu(path):
     summary = json.loads(path.read_text())
     saved = json.loads((path.parent / "config.json").read_text())
     # Runs without this section measured no curvature.
-    old = "row_steps" not in saved["quant"]
+    old = "row_scales" not in saved["quant"]
     config = replace(
         Config(),
         model=from_dict(ModelConfig, saved["model"]),
@@ -89,7 +89,7 @@ def test_estimate_is_near_every_committed_peak_on_a_gpu(path):
             batch_tokens=saved["data"]["batch_tokens"],
             micro_tokens=saved["data"]["micro_tokens"],
         ),
-        quant=replace(Config().quant, row_steps="spread" if old else "loss"),
+        quant=replace(Config().quant, row_scales="spread" if old else "loss"),
     )
     found = estimate_memory(
         config, device_type="cuda", world_size=summary["world_size"], attention=summary["attention"]
@@ -126,8 +126,8 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"skip": "none"},
         {"skip": "weighted"},
         {"parallel_from": 4},
-        {"loops": 0},
-        {"loops": 3},
+        {"recurrence_repeats": 0},
+        {"recurrence_repeats": 3},
         {"kv_heads": 4},
         {"mlp_mult": 6},
         {"layers": 6, "parallel_from": 4},
