@@ -48,14 +48,14 @@ class Setting:
 
 
 SPREAD = {
-    "row_steps": "spread",
-    "column_steps": False,
+    "row_scales": "spread",
+    "column_scales": False,
     "matrix_bits": 6,
     "embed_bits": 7,
     "rate": 0.0,
     "trellis": False,
 }
-LOSS = SPREAD | {"row_steps": "loss", "column_steps": True, "matrix_bits": 8, "embed_bits": 8}
+LOSS = SPREAD | {"row_scales": "loss", "column_scales": True, "matrix_bits": 8, "embed_bits": 8}
 TRELLIS = LOSS | {"trellis": True}
 SETTINGS = [
     Setting("gptq", SPREAD, size=0.0),

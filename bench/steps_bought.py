@@ -165,7 +165,7 @@ class Setting:
     """What all variants share."""
 
     seconds: float
-    loop_at: float
+    recurrence_at: float
     world: int
     micro_steps: float
     forward_backward: tuple[Value, Value]
@@ -174,7 +174,9 @@ class Setting:
     def steps(self, tail: Value) -> Value:
         """Return the steps that fit, for `tail` ms of optimizer and communication a step."""
         total = Value(0.0)
-        for share, pass_ms in zip((self.loop_at, 1 - self.loop_at), self.forward_backward, strict=True):
+        for share, pass_ms in zip(
+            (self.recurrence_at, 1 - self.recurrence_at), self.forward_backward, strict=True
+        ):
             step = pass_ms.scaled(self.micro_steps) + tail
             count = 1000 * self.seconds * share / step.value
             total = total + Value(count, count * step.error / step.value)
@@ -392,7 +394,7 @@ def main() -> None:
             continue
         setting = Setting(
             seconds=args.seconds - args.reserve,
-            loop_at=pr1855().optim.loop_at,
+            recurrence_at=pr1855().optim.recurrence_at,
             world=world,
             micro_steps=args.batch_tokens / args.micro_tokens / world,
             forward_backward=pass_ms,

@@ -32,7 +32,7 @@ MOST = {
     "model.width": 65_536,
     "model.mlp_mult": 256,
     "model.max_context": 2**24,
-    "model.loops": 64,
+    "model.recurrence_repeats": 64,
     "data.prefetch": 1024,
     "train.warmup_steps": 1000,
     "train.seed": 2**63 - 1,
@@ -109,12 +109,13 @@ class ModelConfig:
     """U-Net skips from encoder to decoder: x + w * s, or the gated lerp w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
     """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
-    loop_start: int = 3
-    """First physical layer of the repeated segment (depth recurrence)."""
-    loop_end: int = 5
-    """Last physical layer of the repeated segment, inclusive."""
-    loops: int = 2
-    """Extra passes through the segment once the loop is on; 0 = no recurrence."""
+    recurrence_start: int = 3
+    """First physical layer of the segment that depth recurrence repeats, from 0."""
+    recurrence_end: int = 5
+    """Last physical layer of that segment, inclusive; below parallel_from."""
+    recurrence_repeats: int = 2
+    """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
+    the network deeper at the same bytes, and the steps slower."""
     softcap: float = 30.0
     """Logits are softcap * tanh(z / softcap)."""
     embed_init_std: float = 0.005
@@ -125,7 +126,8 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
-        _require(self.loops >= 0, f"model.loops must be >= 0, got {self.loops}")
+        for name in ("recurrence_repeats", "sparse_gate_scale"):
+            _require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
         _require(
             self.width % self.heads == 0,
             f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
@@ -139,13 +141,14 @@ class ModelConfig:
             f"model.rope_dims must be even and in [0, head_dim={self.head_dim}], got {self.rope_dims}",
         )
         _require(
-            0 <= self.loop_start <= self.loop_end < self.layers or self.loops == 0,
-            f"model.loop_start..loop_end must lie in [0, layers={self.layers}), "
-            f"got {self.loop_start}..{self.loop_end}",
+            0 <= self.recurrence_start <= self.recurrence_end < self.layers or self.recurrence_repeats == 0,
+            f"model.recurrence_start..recurrence_end must lie in [0, layers={self.layers}), "
+            f"got {self.recurrence_start}..{self.recurrence_end}",
         )
         _require(
-            self.loops == 0 or self.loop_end < self.parallel_from,
-            f"model.loop_end must be below model.parallel_from={self.parallel_from}, got {self.loop_end}",
+            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
+            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
+            f"got {self.recurrence_end}",
         )
         _require(
             0 <= self.xsa_layers <= self.layers,
@@ -161,9 +164,6 @@ class ModelConfig:
         )
         for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
             _require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
-        _require(
-            self.sparse_gate_scale >= 0, f"model.sparse_gate_scale must be >= 0, got {self.sparse_gate_scale}"
-        )
         _require(
             8 <= self.vocab_size <= 65536,
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
@@ -301,13 +301,13 @@ class OptimConfig:
     """Floor of the learning rate as a fraction of its peak."""
     ema_horizon: float = 0.058
     """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
-    loop_at: float = 0.35
-    """Fraction of the run at which depth recurrence is switched on."""
+    recurrence_at: float = 0.35
+    """Fraction of the run at which depth recurrence is switched on, 0 to 1; steps are slower from then on."""
 
     def __post_init__(self) -> None:
         _check_finite("optim", self)
         _require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
-        for name in ("warmdown", "min_lr", "ema_horizon", "loop_at"):
+        for name in ("warmdown", "min_lr", "ema_horizon", "recurrence_at"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
 
@@ -339,7 +339,7 @@ class TrainConfig:
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes flash-attn-4 where it works, else torch varlen on CUDA, SDPA elsewhere."""
     warmup_steps: int = 3
-    """Untimed steps per loop mode before the clock; all state is restored after them."""
+    """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")
     """Run folders are made here; with several hosts, on a disk that all of them share."""
     checkpoint_every: float = 60.0
@@ -383,13 +383,13 @@ class QuantConfig:
     """How weights become codes: a weight is stored as a small whole number times a quantization scale."""
 
     matrix_bits: int = 8
-    """Width of the codes of the attention and MLP matrices, 4 to 8 bits. With row_steps=loss it only bounds
-    the codes, and mean_bits sets their size; lower it with row_steps=spread."""
+    """Width of the codes of the attention and MLP matrices, 4 to 8 bits. With row_scales=loss it only bounds
+    the codes, and mean_bits sets their size; lower it with row_scales=spread."""
     embed_bits: int = 8
     """The same for the codes of the token embedding, 4 to 8 bits."""
     mlp_clip: float = 11.5
-    """With row_steps=spread: how many standard deviations of its row the largest code of an MLP matrix means,
-    above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
+    """With row_scales=spread: how many standard deviations of its row the largest code of an MLP matrix
+    means, above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
     attn_clip: float = 13.0
     """The same for the attention matrices, standard deviations."""
     embed_clip: float = 14.0
@@ -397,14 +397,14 @@ class QuantConfig:
     damp: float = 0.01
     """What GPTQ adds to the diagonal of a Hessian, as a fraction of the diagonal's mean, above 0. It grows
     tenfold by itself where that is not enough, so there is rarely a reason to touch it."""
-    row_steps: Literal["spread", "loss"] = "loss"
+    row_scales: Literal["spread", "loss"] = "loss"
     """What the scale of a row follows: loss = how much the training loss minds an error in the row; spread =
     the standard deviation of its weights (SDClip), which published stacks use."""
-    column_steps: bool = True
+    column_scales: bool = True
     """Give columns factors on the scales, by what is left of an input once the inputs that are rounded later
     are known. Turn it off to repeat a published stack."""
     mean_bits: float = 3.45
-    """With row_steps=loss: bits per code, averaged over the model, from which artifact.fit starts, 0.5 to 8.
+    """With row_scales=loss: bits per code, averaged over the model, from which artifact.fit starts, 0.5 to 8.
     It sets the size of the file where artifact.fit is off."""
     rate: float = 1 / 12
     """Weight of the bits of a code against its squared error in rounding, 0 to 1. 0 rounds to the nearest
@@ -414,7 +414,7 @@ class QuantConfig:
     """Round the weights of a column together, along a trellis: less error in as many bits, for more time. A
     bank of fewer than 2 bits per code is rounded without a trellis all the same."""
     row_floor: float = 0.02
-    """With row_steps=loss: least weight of a row, as a fraction of its matrix's mean, 0 to 1. Raise it where
+    """With row_scales=loss: least weight of a row, as a fraction of its matrix's mean, 0 to 1. Raise it where
     little calibration text lets rows look unimportant by chance."""
     embed_floor: float = 0.02
     """The same for the rows of the token embedding, 0 to 1. Tokens that do not occur in the calibration text
@@ -427,8 +427,8 @@ class QuantConfig:
     lqer_top: int = 3
     """How many matrices are corrected, at least 1."""
     gradient_batches: int = 8
-    """With row_steps=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows, at
-    least 1. The time that they take is on the clock."""
+    """With row_scales=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows,
+    at least 1. The time that they take is on the clock."""
     calibration_batches: int = 16
     """Micro-batches of training text, over all ranks, on which the inputs of the matrices are measured, at
     least 1. The time that they take is on the clock."""
@@ -444,10 +444,9 @@ class QuantConfig:
         for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("row_floor", "embed_floor"):
+        for name in ("row_floor", "embed_floor", "rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
-        _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")
         _require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 
 

@@ -40,7 +40,7 @@ def naive() -> Config:
             ln_scale=False,
             skip="weighted",
             parallel_from=9,
-            loops=0,
+            recurrence_repeats=0,
         ),
         data=DataConfig(batch_tokens=524_288, micro_tokens=65_536),
         optim=OptimConfig(
@@ -67,8 +67,8 @@ def naive() -> Config:
             mlp_clip=20.0,
             attn_clip=20.0,
             embed_clip=20.0,
-            row_steps="spread",
-            column_steps=False,
+            row_scales="spread",
+            column_scales=False,
             rate=0.0,
         ),
     )
@@ -93,9 +93,9 @@ def tiny() -> Config:
             rope_dims=8,
             xsa_layers=4,
             parallel_from=3,
-            loop_start=1,
-            loop_end=2,
-            loops=1,
+            recurrence_start=1,
+            recurrence_end=2,
+            recurrence_repeats=1,
         ),
         data=DataConfig(batch_tokens=2048, micro_tokens=2048),
         # A few hundred small steps want a shorter memory and larger steps than the thousands of `pr1855`.

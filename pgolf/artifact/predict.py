@@ -66,7 +66,7 @@ def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
 
     Where scales follow the loss, the clip is the one that gives Gaussian rows as many bits per code.
     """
-    if config.row_steps == "loss":
+    if config.row_scales == "loss":
         bits = config.embed_bits if name == "tok_emb" else config.matrix_bits
         return bits, max_code(bits) / 2 ** (config.mean_bits + LOSS_EXCESS[config.trellis] - GAUSSIAN_BITS)
     if name == "tok_emb":
@@ -117,12 +117,14 @@ def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int) -> Led
 def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     """Return the directory of the model's parameters, in the order of `write.py`."""
     matrices, gates, small = [], [], []
-    logarithmic = quant.row_steps == "loss" or quant.column_steps
+    logarithmic = quant.row_scales == "loss" or quant.column_scales
     form: ScaleForm = "log" if logarithmic else "float16"
     for name, shape in parameter_shapes(model).items():
         if name in matrix_shapes(model):
             bits = family_grid(name, quant)[0]
-            matrices.append(TensorEntry(name, "matrix", shape, bits, form, quant.column_steps, quant.trellis))
+            matrices.append(
+                TensorEntry(name, "matrix", shape, bits, form, quant.column_scales, quant.trellis)
+            )
         elif is_gate(name, shape):
             gates.append(TensorEntry(name, "gate", shape, 8, "float16", False))
         else:

@@ -96,5 +96,5 @@ def check(ledger: Ledger, limit: int) -> None:
     raise ArtifactError(
         f"artifact is {ledger.total:_} bytes, limit {limit:_}, {ledger.total - limit:_} too many; largest "
         f"sections: {largest}; set artifact.fit, or make the scales coarser (lower quant.mean_bits; with "
-        f"quant.row_steps=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
+        f"quant.row_scales=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
     )

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.errors import UserError
 from pgolf.model.attention import (
     AttentionKernel,
     AttentionName,
@@ -29,7 +30,6 @@ from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
-from pgolf.errors import UserError
 
 Observe = Callable[[str, int, Tensor], None]
 
@@ -37,12 +37,12 @@ Observe = Callable[[str, int, Tensor], None]
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
     """Return the physical layers of the encoder and of the decoder half, in execution order.
 
-    With the loop on, layers loop_start..loop_end run loops + 1 times in a row.
+    With recurrence on, layers recurrence_start..recurrence_end run recurrence_repeats + 1 times in a row.
     """
     order = list(range(config.layers))
-    if loop and config.loops:
-        segment = order[config.loop_start : config.loop_end + 1]
-        order = order[: config.loop_start] + segment * (config.loops + 1) + order[config.loop_end + 1 :]
+    if loop and config.recurrence_repeats:
+        start, end = config.recurrence_start, config.recurrence_end + 1
+        order = order[:start] + order[start:end] * (config.recurrence_repeats + 1) + order[end:]
     half = len(order) // 2
     return order[:half], order[half:]
 

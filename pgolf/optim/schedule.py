@@ -33,8 +33,8 @@ def muon_momentum(frac: float, config: MuonConfig) -> float:
 
 
 def loop_on(frac: float, config: OptimConfig) -> bool:
-    """Return whether depth recurrence is on: frac >= loop_at."""
-    return _clamp(frac) >= config.loop_at
+    """Return whether depth recurrence is on: frac >= recurrence_at."""
+    return _clamp(frac) >= config.recurrence_at
 
 
 def ema_decay(delta_frac: float, config: OptimConfig) -> float:

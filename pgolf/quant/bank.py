@@ -60,8 +60,8 @@ class Bank:
         if self.row_weight is not None:
             mean = d.mean(-1, keepdim=True)
             equal = balanced_grid(self.row_weight * mean, None, common)
-            return self._inside(balanced_grid(self.row_weight, d, common) if config.column_steps else equal)
-        if not config.column_steps:
+            return self._inside(balanced_grid(self.row_weight, d, common) if config.column_scales else equal)
+        if not config.column_scales:
             return Grid(sdclip_scales(self.weight, bits=self.bits, clip=self.clip * common))
         columns, _ = column_factors(d)
         scales = sdclip_scales(
@@ -142,9 +142,9 @@ def prepare(
     family = kind.split("_")[0]
     stack = weight.detach().to(hessian.device).reshape(hessian.shape[0], -1, weight.shape[-1]).float()
     g = None
-    if config.row_steps == "loss":
+    if config.row_scales == "loss":
         if curvature is None:
-            raise ValueError("quant.row_steps=loss needs the curvature of collect_curvature, got none")
+            raise ValueError("quant.row_scales=loss needs the curvature of collect_curvature, got none")
         # The gradients' gram matrix weighs the x x^T of a token by how much the loss minds that token: exact
         # for a tied embedding, whose rows are inputs too, and a noisier estimate than H for all others.
         hessian = unit_trace(curvature.gram.to(hessian.device) if family == "head" else hessian)

@@ -49,7 +49,7 @@ class Quantizer:
     """From `collect_hessians`; the work runs on their device."""
     config: QuantConfig
     curvature: dict[str, Curvature] | None = None
-    """From `collect_curvature`; needed where config.row_steps is "loss"."""
+    """From `collect_curvature`; needed where config.row_scales is "loss"."""
 
     @classmethod
     def calibrated(
@@ -76,7 +76,7 @@ class Quantizer:
         inputs = model.quant_inputs()
         hessians = collect_hessians(model, share(config.calibration_batches), dist)
         curvature = None
-        if config.row_steps == "loss":
+        if config.row_scales == "loss":
             curvature = collect_curvature(model, share(config.gradient_batches), inputs, dist)
         if weights is None:
             weights = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -105,7 +105,7 @@ class Quantizer:
                     result.gates[name] = quantize_gate_rows(weight.detach()).to("cpu")
                 else:
                     result.small[name] = _to_half(weight)
-        common = common_scale(list(banks.values()), self.config) if self.config.row_steps == "loss" else 1.0
+        common = common_scale(list(banks.values()), self.config) if self.config.row_scales == "loss" else 1.0
         for name, bank in banks.items():
             with _blame(name):
                 codes = bank.quantize(common * factor, self.config)

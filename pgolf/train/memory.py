@@ -127,7 +127,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     calibrating = rounding = 0
     if config.train.quantize:
         hessians, grams, largest = _hessians(model)
-        blending = config.quant.row_steps == "loss"
+        blending = config.quant.row_scales == "loss"
         known = hessians + (grams if blending else 0)
         # With the curvature the backward pass runs beside all that; the Hessians need a forward pass only.
         calibrating = kept + known + transient + activations + loss if blending else 0

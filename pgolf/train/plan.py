@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf.config import Config, config_hash, from_dict, read_json, to_dict
+from pgolf.config_versions import present
 from pgolf.optim.polar import coefficients
 from pgolf.errors import UserError, UserTypeError
 
@@ -246,6 +247,7 @@ def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Co
         ValueError: an unknown setting (with the nearest known one), one of the plan's, or a bad value.
         TypeError: a value of the wrong type.
     """
+    changes = present(changes, where)
     before = to_dict(config)
     data = json.loads(json.dumps(before))
     for key, value in changes.items():

@@ -49,7 +49,7 @@ def rehearse(
     seconds = per_rank(config.calibration_batches) * _seconds(
         lambda: collect_hessians(model, [next(batches)], dist), dist
     )
-    if config.row_steps == "loss":
+    if config.row_scales == "loss":
         seconds += per_rank(config.gradient_batches) * _seconds(
             lambda: collect_curvature(model, [next(batches)], names, dist), dist
         )

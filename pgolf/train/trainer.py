@@ -243,7 +243,7 @@ class Trainer:
         """Compile and run steps of both loop modes, then restore all state; return the seconds."""
         began = time.perf_counter()
         weights = clone_parameters(self._model)
-        modes = (False, True) if self._config.model.loops else (False,)
+        modes = (False, True) if self._config.model.recurrence_repeats else (False,)
         for loop in modes:
             for _ in range(self._config.train.warmup_steps):
                 self._accumulate(loop=loop)
@@ -323,7 +323,7 @@ class Trainer:
                 tick = clock.tick(
                     result.steps, last_loss=seen.loss, signal=saver.signals.requested, writer=saver.state
                 )
-                loop = loop_on(tick.frac, config.optim) and config.model.loops > 0
+                loop = loop_on(tick.frac, config.optim) and config.model.recurrence_repeats > 0
                 log_rows.finish(seen.grad_norm, seen.skipped, result)
                 if previous is not None:
                     self._report(*previous, tick, result, log_rows)

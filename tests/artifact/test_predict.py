@@ -33,7 +33,7 @@ def entropy_bytes(model, quant, *, noise):
     return (total + bits(model.vocab_size * d, 63, quant.embed_clip)) / 8
 
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7, rate=0.0)
+SPREAD = QuantConfig(row_scales="spread", column_scales=False, matrix_bits=6, embed_bits=7, rate=0.0)
 OLDER = replace(SPREAD, mlp_clip=12.0, attn_clip=13.0, embed_clip=15.0)
 
 

@@ -136,8 +136,8 @@ def test_parameters_of_another_network_are_refused(tmp_path, state):
     write(tmp_path / "b", less)
     with pytest.raises(ArtifactError, match=r'parameters do not fit.*"q_gain"'):
         load_model(tmp_path / "b", "cpu")
-    with pytest.raises(ValueError, match=r"model\.loops must be at most 64, got 1000000000"):
-        ModelConfig(**{**vars(CONFIG), "loops": 10**9})
+    with pytest.raises(ValueError, match=r"model\.recurrence_repeats must be at most 64, got 1000000000"):
+        ModelConfig(**{**vars(CONFIG), "recurrence_repeats": 10**9})
 
 
 def test_reading_and_scoring_never_import_the_trainer():

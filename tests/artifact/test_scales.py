@@ -81,7 +81,7 @@ def test_a_model_on_the_trellis_comes_back_from_its_file_nearer_to_its_weights(t
     hessians = {key: torch.eye(size) for key, size in keys.items()}
     errors = {}
     for trellis in (False, True):
-        quant = QuantConfig(row_steps="spread", trellis=trellis)
+        quant = QuantConfig(row_scales="spread", trellis=trellis)
         state = Quantizer(weights, model.quant_inputs(), hessians, quant).quantize(3.0)
         write(tmp_path / "a", state)
         header, back = read_state(tmp_path / "a")

@@ -30,7 +30,7 @@ def test_over_the_limit_is_refused_with_the_ledger_and_touches_nothing(tmp_path,
     assert text.startswith("artifact is ") and "limit 20_000" in text
     assert "largest sections: tok_emb" in text or "largest sections: " in text
     # The default scales follow the loss, where clips and bits change nothing.
-    assert "lower quant.mean_bits; with quant.row_steps=spread raise quant.mlp_clip)" in text
+    assert "lower quant.mean_bits; with quant.row_scales=spread raise quant.mlp_clip)" in text
     assert f"{total:,} bytes" in text
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["model.pgolf"]
 

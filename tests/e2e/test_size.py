@@ -19,8 +19,8 @@ def total(text):
 
 
 SPREAD = [
-    "--quant.row-steps=spread",
-    "--quant.no-column-steps",
+    "--quant.row-scales=spread",
+    "--quant.no-column-scales",
     "--quant.matrix-bits=6",
     "--quant.embed-bits=7",
     "--quant.rate=0",
@@ -38,7 +38,7 @@ def test_prediction_of_an_artifact_with_steps_by_spread_is_near(run, shards, tmp
     assert main(["quantize", checkpoint, *where, *SPREAD]) == 0
     real = make_ledger(read_state(out)[0], file_bytes=out.stat().st_size)
     config = load_base(str(run / "config.json"))
-    spread = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7, rate=0.0)
+    spread = QuantConfig(row_scales="spread", column_scales=False, matrix_bits=6, embed_bits=7, rate=0.0)
     parts = dict(predict_ledger(config.model, spread, limit=config.artifact.limit).parts)
     banks = {name for name in parts if name.endswith("bank")}
     assert len(banks) == 4
@@ -84,7 +84,8 @@ def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
     """The README's example: more bits than fit at these settings, but the steps are scaled until they do."""
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6"]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"16,\d{3},\d{3} bytes at these settings; artifact.fit multiplies the scales by 1.0\d+", text)
+    says = r"16,\d{3},\d{3} bytes at these settings; artifact.fit multiplies the scales by 1.0\d+"
+    assert re.search(says, text)
     assert 15_984_000 <= total(text) <= 16_000_000
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
     assert "bytes too many" in capsys.readouterr().out

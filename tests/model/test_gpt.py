@@ -15,7 +15,7 @@ BOS = 1
 
 def small(**changes) -> ModelConfig:
     sizes = {"vocab_size": 96, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4, "max_context": 24}
-    layers = {"layers": 5, "xsa_layers": 5, "parallel_from": 4, "loop_start": 1, "loop_end": 2}
+    layers = {"layers": 5, "xsa_layers": 5, "parallel_from": 4, "recurrence_start": 1, "recurrence_end": 2}
     return replace(tiny().model, **sizes, **layers, **changes)
 
 
@@ -120,8 +120,8 @@ SWITCHES = [
     {"xsa_layers": 2},
     {"rope_dims": 0},
     {"rope_dims": 8},
-    {"loops": 0},
-    {"loops": 2},
+    {"recurrence_repeats": 0},
+    {"recurrence_repeats": 2},
     {"parallel_from": 5},
 ]
 

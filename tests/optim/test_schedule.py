@@ -52,7 +52,7 @@ def test_momentum_without_warmup_is_constant():
 
 def test_loop_switches_at_its_fraction():
     assert [loop_on(f, RECORD) for f in (0, 0.3499, 0.35, 1)] == [False, False, True, True]
-    assert loop_on(0.0, OptimConfig(loop_at=0.0))
+    assert loop_on(0.0, OptimConfig(recurrence_at=0.0))
 
 
 def test_ema_decay_gives_the_records_value_for_its_step():

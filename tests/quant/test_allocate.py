@@ -14,8 +14,8 @@ from pgolf.quant.grid import from_exponents, log_scales, scale_exponents, sdclip
 from pgolf.quant.sensitivity import Curvature
 from tests.quant.quant_helpers import hessian_error, round_to_grid
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, mlp_clip=11.5, rate=0.0)
-LOSS = QuantConfig(row_steps="loss", column_steps=True, matrix_bits=8, embed_bits=8, row_floor=0.0)
+SPREAD = QuantConfig(row_scales="spread", column_scales=False, matrix_bits=6, mlp_clip=11.5, rate=0.0)
+LOSS = QuantConfig(row_scales="loss", column_scales=True, matrix_bits=8, embed_bits=8, row_floor=0.0)
 
 
 def problem(b, r, c, *, seed=0, spread=1.0):
@@ -88,7 +88,7 @@ def test_balanced_scales_beat_sdclip_at_equal_entropy():
 
     def cost_and_bits(config):
         bank = prepare(w, h, "mlp_in", config, curvature)
-        scale = common_scale([bank], config) if config.row_steps == "loss" else 1.0
+        scale = common_scale([bank], config) if config.row_scales == "loss" else 1.0
         q = bank.quantize(scale, config)
         p = torch.unique(q.codes.reshape(2, -1), return_counts=True)[1].double()
         cost = float((row_errors(w, q.dequantize(), h) * weight).sum())
@@ -198,6 +198,6 @@ def test_gptq_of_one_column_rounds_to_the_cheaper_of_two_codes():
 def test_missing_curvature_is_explained():
     w, h, _ = problem(1, 3, 4)
     with pytest.raises(
-        ValueError, match=r"row_steps=loss needs the curvature of collect_curvature, got none"
+        ValueError, match=r"row_scales=loss needs the curvature of collect_curvature, got none"
     ):
         prepare(w, h, "mlp_in", LOSS, None)

@@ -21,13 +21,13 @@ CONFIG = ModelConfig(
     xsa_layers=4,
     gate_window=11,
     parallel_from=3,
-    loop_start=1,
-    loop_end=2,
-    loops=1,
+    recurrence_start=1,
+    recurrence_end=2,
+    recurrence_repeats=1,
 )
 
 
-SPREAD = QuantConfig(row_steps="spread", column_steps=False, matrix_bits=6, embed_bits=7, rate=0.0)
+SPREAD = QuantConfig(row_scales="spread", column_scales=False, matrix_bits=6, embed_bits=7, rate=0.0)
 
 
 @dataclass
