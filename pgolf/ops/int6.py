@@ -77,14 +77,14 @@ def unpack_int6_ref(packed: Tensor, n: int) -> Tensor:
 
 
 def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """Quantize rows on given steps and pack the codes, in one pass over the weights.
+    """Quantize rows with given scales and pack the codes, in one pass over the weights.
 
     q = clamp(round(w / s), -Q, Q), ties to even, Q = 2^(bits-1) - 1; packed as `bits` bits each.
     For 6 bits equals `pack_int6(pgolf.quant.grid.quantize(weight, scales, bits=6))`.
 
     Args:
         weight: `(..., n)` float32, finite (NaN becomes Q).
-        scales: `(...)` float16, steps > 0, one a row.
+        scales: `(...)` float16, > 0, one per row.
         bits: 4 to 8.
 
     Returns:
@@ -102,14 +102,14 @@ def quantize_pack(weight: Tensor, scales: Tensor, bits: int) -> Tensor:
 
 
 def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor, Tensor]:
-    """Quantize and pack rows on steps that end at `clip` standard deviations of the row (SDClip).
+    """Quantize and pack rows; the largest code means `clip` standard deviations of the row (SDClip).
 
     s = float16(clamp(clip * std(w) / Q, 2^-24, 65504)), std unbiased: `pgolf.quant.grid.sdclip_scales` but
     for the last bit, as the sums here are sums of integers (weights to 14 bits of the row's largest), which
     are the same in any order. Then as `quantize_pack`.
 
     Args:
-        weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the step NaN.
+        weight: `(..., n)` float32, 2 <= n <= 2^20; a row that is not finite gets the scale NaN.
         clip: > 0.
         bits: 4 to 8.
 
@@ -128,7 +128,7 @@ def quantize_pack_sdclip(weight: Tensor, clip: float, bits: int) -> tuple[Tensor
 
 
 def unpack_dequantize(packed: Tensor, scales: Tensor, n: int, bits: int) -> Tensor:
-    """Unpack codes and multiply them by their row's step.
+    """Unpack codes and multiply them by the scales of their rows.
 
     w = bfloat16(q * s), the product in float32, rounded to nearest even.
 
@@ -175,8 +175,8 @@ def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Te
     x = (weight.double() * torch.exp2(shift)).round()
     n, total, squares = weight.shape[-1], x.sum(-1), x.square().sum(-1)
     deviation = ((squares - total * total / n) / (n - 1)).clamp(min=0).sqrt() * torch.exp2(-shift[..., 0])
-    step = float(torch.tensor(clip, dtype=torch.float32)) * deviation / (2 ** (bits - 1) - 1)
-    scales = step.clamp(2.0**-24, 65504.0).float().half()
+    exact = float(torch.tensor(clip, dtype=torch.float32)) * deviation / (2 ** (bits - 1) - 1)
+    scales = exact.clamp(2.0**-24, 65504.0).float().half()
     return quantize_pack_ref(weight, scales, bits), scales
 
 
