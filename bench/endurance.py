@@ -23,7 +23,10 @@ from pgolf.cli.main import main as pgolf
 from pgolf.data.text import sample_paths
 from pgolf.env import commit_name
 
-MODEL = "width=16 layers=3 heads=1 kv-heads=1 rope-dims=4 xsa-layers=3 parallel-from=2 recurrence-start=1 recurrence-end=1"
+MODEL = (
+    "width=16 layers=3 heads=1 kv-heads=1 rope-dims=4 xsa-layers=3 parallel-from=2 "
+    "recurrence-start=1 recurrence-end=1"
+)
 GROWTH_MB = 20.0
 
 
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         pgolf(["data", "shards", "--train", train, "--val", val, "--tokenizer", model, "--out", shards])
         words = ["train", "tiny", "--data", shards, "--out", str(base / "runs"), "--train.device=cpu"]
         words += ["--model.vocab-size=512", "--model.max-context=32"]
-        words += [f"--model.{setting}" for setting in f"{MODEL} recurrence-start=1 recurrence-end=1".split()]
+        words += [f"--model.{setting}" for setting in MODEL.split()]
         words += ["--data.batch-tokens=64", "--data.micro-tokens=64", "--quant.calibration-batches=2"]
         words += ["--seconds=0", f"--steps={args.steps}", "--train.checkpoint-every=0.5"]
         samples, checkpoints, done = list[dict[str, float]](), set[str](), threading.Event()

@@ -108,13 +108,14 @@ class ModelConfig:
     skip: Literal["none", "weighted", "gated"] = "gated"
     """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
-    """First layer with attention and MLP on two parallel lanes, 1 to layers; layers = no such layer."""
+    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
     recurrence_start: int = 3
-    """First layer of the segment that depth recurrence repeats."""
+    """First physical layer of the segment that depth recurrence repeats, from 0."""
     recurrence_end: int = 5
-    """Last layer of the repeated segment, inclusive; it must be below parallel_from."""
+    """Last physical layer of that segment, inclusive; below parallel_from."""
     recurrence_repeats: int = 2
-    """Additional passes through the segment once the loop is on, >= 0; 0 = no depth recurrence."""
+    """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
+    the network deeper at the same bytes, and the steps slower."""
     softcap: float = 30.0
     """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
     embed_init_std: float = 0.005
@@ -125,10 +126,8 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             _require(value >= 1, f"model.{name} must be >= 1, got {value}")
-        _require(
-            self.recurrence_repeats >= 0,
-            f"model.recurrence_repeats must be >= 0, got {self.recurrence_repeats}",
-        )
+        for name in ("recurrence_repeats", "sparse_gate_scale"):
+            _require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
         _require(
             self.width % self.heads == 0,
             f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
@@ -148,7 +147,8 @@ class ModelConfig:
         )
         _require(
             self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
-            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, got {self.recurrence_end}",
+            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
+            f"got {self.recurrence_end}",
         )
         _require(
             0 <= self.xsa_layers <= self.layers,
@@ -164,9 +164,6 @@ class ModelConfig:
         )
         for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
             _require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
-        _require(
-            self.sparse_gate_scale >= 0, f"model.sparse_gate_scale must be >= 0, got {self.sparse_gate_scale}"
-        )
         _require(
             8 <= self.vocab_size <= 65536,
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
@@ -303,9 +300,9 @@ class OptimConfig:
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
     ema_horizon: float = 0.058
-    """Horizon 1 / (1 - decay) of the average, fraction of the run (PR #1855: 286 of 4,931 steps); 0 = off."""
+    """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
     recurrence_at: float = 0.35
-    """Fraction of the run, 0 to 1, at which depth recurrence is switched on."""
+    """Fraction of the run at which depth recurrence is switched on, 0 to 1; steps are slower from then on."""
 
     def __post_init__(self) -> None:
         _check_finite("optim", self)
@@ -342,7 +339,7 @@ class TrainConfig:
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
     warmup_steps: int = 3
-    """Untimed steps before the clock, with the loop on and off each; all state is restored after them."""
+    """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")
     """Folder in which run folders are made; with several hosts, on a disk that all of them share."""
     checkpoint_every: float = 60.0
@@ -391,8 +388,8 @@ class QuantConfig:
     embed_bits: int = 8
     """The same for the codes of the token embedding, 4 to 8 bits."""
     mlp_clip: float = 11.5
-    """With row_scales=spread: how many standard deviations of its row the largest code of an MLP matrix means,
-    above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
+    """With row_scales=spread: how many standard deviations of its row the largest code of an MLP matrix
+    means, above 0. A larger value makes coarser codes and a smaller file; artifact.fit scales it."""
     attn_clip: float = 13.0
     """The same for the attention matrices, standard deviations."""
     embed_clip: float = 14.0
@@ -430,8 +427,8 @@ class QuantConfig:
     lqer_top: int = 3
     """How many matrices are corrected, at least 1."""
     gradient_batches: int = 8
-    """With row_scales=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows, at
-    least 1. The time that they take is on the clock."""
+    """With row_scales=loss: micro-batches of training text, over all ranks, whose gradients weigh the rows,
+    at least 1. The time that they take is on the clock."""
     calibration_batches: int = 16
     """Micro-batches of training text, over all ranks, on which the inputs of the matrices are measured, at
     least 1. The time that they take is on the clock."""
@@ -447,10 +444,9 @@ class QuantConfig:
         for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("row_floor", "embed_floor"):
+        for name in ("row_floor", "embed_floor", "rate"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
-        _require(0 <= self.rate <= 1, f"quant.rate must be in [0, 1], got {self.rate}")
         _require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 
 

@@ -1,8 +1,8 @@
-"""The meaning of settings that are missing in a saved configuration.
+"""What saved settings meant to the code that wrote them: those that are missing, renamed or gone.
 
 Every configuration that a run saves is complete, so a missing key is one that its writer did not know (then
 the table says what that code did) or one that somebody took out (then it has the default of that version).
-A new setting, a new default of an old one, or a setting that is gone, is one more `Change` at the end of
+A setting that is new, has another default or another name, or is gone, is one more `Change` at the end of
 `CHANGES`; the version is their number. Files older than the version field are placed by the newest setting
 that they name.
 """
@@ -26,6 +26,8 @@ class Change(NamedTuple):
     """Dotted settings whose default changed, and the default before."""
     removed: dict[str, Any] = {}  # noqa: RUF012 - never written to
     """Dotted settings that are gone, each with the value at which it did what the code does now."""
+    renamed: dict[str, str] = {}  # noqa: RUF012 - never written to
+    """Dotted settings that have another name since: old name -> new name."""
 
 
 CHANGES: tuple[Change, ...] = (
@@ -97,7 +99,7 @@ CHANGES: tuple[Change, ...] = (
     Change("8ab5e69", {}, {"name": "record"}),
     Change("98b7c24", {"train.track": "none"}),
     Change(
-        "682baef",
+        "e8d26c6",
         {},
         removed={
             "quant.act_order": True,
@@ -105,13 +107,24 @@ CHANGES: tuple[Change, ...] = (
             "quant.embed_gram": 1.0,
             "quant.matrix_gram": 0.0,
         },
+        renamed={
+            "model.loop_start": "model.recurrence_start",
+            "model.loop_end": "model.recurrence_end",
+            "model.loops": "model.recurrence_repeats",
+            "optim.loop_at": "optim.recurrence_at",
+            "quant.row_steps": "quant.row_scales",
+            "quant.column_steps": "quant.column_scales",
+        },
     ),
 )
-"""All changes since the first run, in order; a default that existed only between two runs is left out."""
+"""From the first run on, in order, settings by the names of their time. Defaults that came and went between
+two runs are not told apart."""
 VERSION = len(CHANGES)
 """Of the settings, written into every saved configuration."""
 REMOVED: dict[str, Any] = {key: value for change in CHANGES for key, value in change.removed.items()}
 """Dotted settings that are gone; a file that has one loads if it has this value."""
+RENAMED: dict[str, str] = {old: new for change in CHANGES for old, new in change.renamed.items()}
+"""Old dotted names of settings; files that have them load, and so do command lines until version 0.3."""
 NAMED = 20
 """Largest number of settings that a note on missing settings names."""
 WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
@@ -119,37 +132,53 @@ WHOLE = ("name", "model", "data", "optim", "train", "quant", "artifact")
 
 
 def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a saved configuration with the missing settings added as its writer had them.
+    """Return a saved configuration with today's names, and with what was missing as its writer had it.
 
-    The version number is removed. Missing settings whose meaning has not changed are not added, because their
-    defaults are right. In a file that was written by hand (without a version number and some sections),
-    missing settings have today's defaults.
+    It has no version. Settings that have the same meaning today are left to their defaults. A file written by
+    hand (no version, not all sections) means today's.
 
     Raises:
-        ValueError: the version is no whole number from 0 to `VERSION`, or a setting that is gone has another
-            value than the one at which it did what the code does now.
+        ValueError: the version is no whole number from 0 to `VERSION`, a setting is given under its old and
+            its new name, or one that is gone asks for something else than what the code does now.
     """
     version = writer_version(data, where)
     result = {k: copy.deepcopy(v) for k, v in data.items() if k != "version"}
+    for key, new in RENAMED.items():
+        (node, last), (_, now) = _place(result, key), _place(result, new)
+        if last in node:
+            if now in node:
+                raise UserError(f"{where}: {key} is the old name of {new}, which is given too; take one out")
+            node[now] = node.pop(last)
     for key in REMOVED:
-        *sections, last = key.split(".")
-        inner: Any = result
-        for section in sections:
-            inner = inner.get(section) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and last in inner:
-            check_removed(key, inner.pop(last), where)
+        node, last = _place(result, key)
+        if last in node:
+            check_removed(key, node.pop(last), where)
     if version is None:
         return result
     train = result.get("train")
     if version == 0 and isinstance(train, dict) and isinstance(train.get("compile"), bool):
         train["compile"] = "blocks" if train["compile"] else "off"  # it was a bool then
     for key, value in _meanings(version).items():
-        *sections, last = key.split(".")
-        node: Any = result
-        for section in sections:
-            node = node.setdefault(section, {}) if isinstance(node, dict) else None
-        if isinstance(node, dict):
-            node.setdefault(last, value)
+        node, last = _place(result, key)
+        node.setdefault(last, value)
+    return result
+
+
+def present(changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return dotted settings under today's names, without those that are gone and asked for what is done now.
+
+    Raises:
+        ValueError: one that is gone asks for something else; a setting is given under both its names.
+    """
+    result: dict[str, Any] = {}
+    for key, value in changes.items():
+        if key in REMOVED:
+            check_removed(key, value, where)
+            continue
+        name = RENAMED.get(key, key)
+        if name in result or (name != key and name in changes):
+            raise UserError(f"{where}: {key} is the old name of {name}, which is given too; take one out")
+        result[name] = value
     return result
 
 
@@ -177,7 +206,7 @@ def missing_note(data: Any, complete: dict[str, Any], where: str) -> str:
     """
     if not isinstance(data, dict):
         return ""
-    before, now = _leaves(data), _leaves(complete)
+    before, now = {RENAMED.get(key, key) for key in _leaves(data)}, _leaves(complete)
     missing = [f"{key}={value}" for key, value in now.items() if key not in before and key != "version"]
     if not missing:
         return ""
@@ -219,8 +248,21 @@ def _meanings(version: int) -> dict[str, Any]:
     for change in CHANGES[version:]:
         for key, value in {**change.added, **change.defaults}.items():
             if key not in REMOVED:
-                meanings.setdefault(key, value)
+                meanings.setdefault(RENAMED.get(key, key), value)
     return meanings
+
+
+def _place(data: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Return the section of a dotted setting, made if it is missing, and the setting's name in it.
+
+    What stands in the place of a section and is none (the reader refuses it) is left as it is.
+    """
+    *sections, last = key.split(".")
+    node = data
+    for section in sections:
+        inner = node.setdefault(section, {})
+        node = inner if isinstance(inner, dict) else {}
+    return node, last
 
 
 def _leaves(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,11 +5,22 @@ import json
 from pathlib import Path
 
 import pytest
+from pgolf.train.plan import read_plan
 from safetensors.torch import save_file
 
+from pgolf.artifact.header import (
+    ArtifactError,
+    Header,
+    encode_header,
+    parse_header,
+    place_sections,
+    plan_sections,
+)
 from pgolf.cli.main import main
+from pgolf.cli.overrides import load_base
+from pgolf.cli.quantize import parse as parse_quantize
 from pgolf.config import Config, from_dict, to_dict
-from pgolf.config_versions import CHANGES, REMOVED, VERSION, missing_note, writer_version
+from pgolf.config_versions import CHANGES, REMOVED, RENAMED, VERSION, missing_note, present, writer_version
 from pgolf.errors import UserError
 from pgolf.presets import PRESETS
 from pgolf.train.weights import load_weights
@@ -115,10 +126,10 @@ def test_every_setting_is_in_the_table_or_of_the_first_version():
     now = {key for key, _ in leaves(to_dict(Config()))} - {"version"}
     added = [key for change in CHANGES for key in change.added]
     assert len(added) == len(set(added))
-    assert now == {*FIRST, *added} - REMOVED.keys()
-    assert REMOVED.keys() <= {*FIRST, *added}
+    assert REMOVED.keys() | RENAMED.keys() <= {*FIRST, *added}
+    assert now == {RENAMED.get(key, key) for key in {*FIRST, *added} - REMOVED.keys()}
     for change in CHANGES:
-        assert set(change.defaults) <= now
+        assert {RENAMED.get(key, key) for key in change.defaults} <= now
 
 
 def test_what_is_saved_says_its_version_and_loads_as_it_was():
@@ -137,14 +148,15 @@ def test_committed_configurations_load_with_what_they_have(path):
         if key in REMOVED:
             assert key not in loaded and value == REMOVED[key]
         else:
-            assert loaded[key] == ("blocks" if value is True and key == "train.compile" else value), key
+            meant = "blocks" if value is True and key == "train.compile" else value
+            assert loaded[RENAMED.get(key, key)] == meant, key
 
 
 MEANT = {
-    "20261122_record_120s_1gpu": {"quant.row_steps": "spread", "quant.trellis": False, "quant.rate": 0.0},
+    "20261122_record_120s_1gpu": {"quant.row_scales": "spread", "quant.trellis": False, "quant.rate": 0.0},
     "20261123_record_600s_1gpu_196k": {
-        "quant.row_steps": "spread",
-        "quant.column_steps": False,
+        "quant.row_scales": "spread",
+        "quant.column_scales": False,
         "quant.trellis": False,
         "quant.rate": 0.0,
         "quant.lqer": "off",
@@ -197,6 +209,105 @@ def test_a_setting_that_is_gone_is_read_where_it_asked_for_what_is_done_now(vers
     assert from_dict(Config, {"quant": {"block": 128}}) == Config()
     with pytest.raises(UserError, match=r"quant\.block does not exist any more"):
         from_dict(Config, {"quant": {"block": 64}})
+
+
+SHAPE = {"layers": 6, "parallel_from": 5, "xsa_layers": 6}
+OLD = {
+    "model": {**SHAPE, "loop_start": 1, "loop_end": 2, "loops": 3},
+    "optim": {"loop_at": 0.5},
+    "quant": {"row_steps": "spread", "column_steps": False},
+}
+"""Settings under the names that they had until version 16."""
+NEW = {
+    "model": {**SHAPE, "recurrence_start": 1, "recurrence_end": 2, "recurrence_repeats": 3},
+    "optim": {"recurrence_at": 0.5},
+    "quant": {"row_scales": "spread", "column_scales": False},
+}
+
+
+def old_file(**changes):
+    """Return a complete configuration as version 16 saved it."""
+    old_names = {new.split(".")[-1]: old.split(".")[-1] for old, new in RENAMED.items()}
+    data = to_dict(from_dict(Config, NEW))
+    for section in ("model", "optim", "quant"):
+        data[section] = {old_names.get(key, key): value for key, value in data[section].items()}
+    data["quant"] |= {"act_order": True, "block": 128, "embed_gram": 1.0, "matrix_gram": 0.0}
+    return {**data, "version": 16, **changes}
+
+
+def test_settings_under_old_names_are_read():
+    assert {key for section in OLD for key in OLD[section]} >= {key.split(".")[1] for key in RENAMED}
+    assert from_dict(Config, OLD) == from_dict(Config, NEW)
+    saved = old_file()
+    assert set(dict(leaves(saved))) >= {*RENAMED, *REMOVED}
+    assert from_dict(Config, saved) == from_dict(Config, NEW)
+    unversioned = {key: value for key, value in saved.items() if key != "version"}
+    assert from_dict(Config, unversioned) == from_dict(Config, NEW)
+    assert missing_note(saved, to_dict(from_dict(Config, saved)), "x") == ""
+    # One that its writer left out means what it meant to the writer, under the new name.
+    older = without({**saved, "version": 1}, "quant.row_steps")
+    assert from_dict(Config, older).quant.row_scales == "spread"
+    with pytest.raises(UserError, match=r"x: optim\.loop_at is the old name of optim\.recurrence_at, which"):
+        from_dict(Config, {"optim": {"loop_at": 0.5, "recurrence_at": 0.4}}, where="x")
+
+
+def test_a_checkpoint_with_old_names_is_read(tmp_path):
+    path = tmp_path / "ema.safetensors"
+    save_file({}, path, {"config": json.dumps(old_file())})
+    _, config, facts = load_weights(path)
+    assert config == from_dict(Config, NEW) and "note" not in facts
+
+
+def test_a_plan_with_old_names_is_read(tmp_path):
+    def plan(overrides, arms):
+        words = {"name": "x", "base": "tiny", "data": "d", "steps": 5, "baseline": "a", "seeds": [1]}
+        path = tmp_path / "plan.json"
+        path.write_text(json.dumps({**words, "overrides": overrides, "arms": arms}))
+        return read_plan(path, load_base)
+
+    old = plan({"model.loops": 0, "quant.block": 128}, {"a": {}, "b": {"optim.loop_at": 0.5}})
+    new = plan({"model.recurrence_repeats": 0}, {"a": {}, "b": {"optim.recurrence_at": 0.5}})
+    assert old.arms == new.arms and old.arms["b"].optim.recurrence_at == 0.5
+    assert old.arms["a"].model.recurrence_repeats == 0
+    with pytest.raises(UserError, match=r"overrides: the setting quant\.block does not exist any more"):
+        plan({"quant.block": 64}, {"a": {}, "b": {"train.steps": 6}})
+    with pytest.raises(UserError, match=r"model\.loops is the old name of model\.recurrence_repeats"):
+        present({"model.loops": 0, "model.recurrence_repeats": 0}, "x")
+
+
+def test_old_names_on_a_command_line_work_with_a_notice(capsys, tmp_path):
+    words = ["--model.loop-start=1", "--model.loop_end", "1", "--optim.loop-at", "0.5", "--seed", "3"]
+    assert main(["config", "tiny", *words, "--quant.no-column-steps", "--quant.row-steps=spread"]) == 0
+    said = capsys.readouterr()
+    shown = json.loads(said.out[: said.out.index("\n}\n") + 3])
+    assert shown["model"]["recurrence_start"] == shown["model"]["recurrence_end"] == 1
+    assert shown["optim"]["recurrence_at"] == 0.5 and shown["train"]["seed"] == 3
+    assert shown["quant"]["column_scales"] is False and shown["quant"]["row_scales"] == "spread"
+    for old, new in (
+        ("--model.loop-start", "--model.recurrence-start"),
+        ("--model.loop_end", "--model.recurrence-end"),
+        ("--quant.no-column-steps", "--quant.no-column-scales"),
+    ):
+        notice = f"note: the setting {old} is now called {new}; the old name works until version 0.3"
+        assert said.err.count(notice) == 1
+    assert main(["config", "tiny", "--quant.block", "64"]) == 2
+    assert "--quant.block does not exist any more" in capsys.readouterr().err
+    path = tmp_path / "ema.safetensors"
+    save_file({}, path, {"config": json.dumps(to_dict(Config()))})
+    asked = parse_quantize([str(path), "--data", "d", "--quant.row-steps=spread", "--quant.no-column-steps"])
+    assert asked.quant.row_scales == "spread" and not asked.quant.column_scales and str(asked.data) == "d"
+
+
+def test_an_artifact_keeps_the_names_of_its_format():
+    plans = plan_sections(())
+    sections = place_sections(plans, [b""] * len(plans))
+    header = Header(from_dict(Config, NEW).model, "0" * 64, "0" * 16, 10**6, (), (), sections)
+    fields = json.loads(encode_header(header))
+    assert {"loop_start", "loop_end", "loops"} < fields["model"].keys()
+    assert parse_header(json.dumps(fields).encode()) == header
+    fields["model"]["recurrence_start"] = 1
+    with pytest.raises(ArtifactError, match="the model has the key recurrence_start, which format 4 has not"):
+        parse_header(json.dumps(fields).encode())
 
 
 def test_one_that_was_written_by_hand_has_todays_defaults():

@@ -19,6 +19,13 @@ from pgolf.errors import UserError
 MAX_RAW_BYTES = 1 << 30
 MAX_SECTIONS = 4096
 
+MODEL_KEYS = {
+    "recurrence_start": "loop_start",
+    "recurrence_end": "loop_end",
+    "recurrence_repeats": "loops",
+}
+"""Settings of the model that have other names in format 4, which is older than the names."""
+
 TensorKind = Literal["matrix", "gate", "small"]
 ScaleForm = Literal["none", "float16", "log"]
 _BITS = {"matrix": range(4, 9), "gate": range(8, 9), "small": range(16, 17)}
@@ -195,7 +202,7 @@ def place_sections(plans: list[SectionPlan], streams: list[bytes]) -> tuple[Sect
 def encode_header(header: Header) -> bytes:
     """Return the header's JSON, UTF-8, keys as in the docstring of `format.py`."""
     fields = {
-        "model": to_dict(header.model),
+        "model": {MODEL_KEYS.get(key, key): value for key, value in to_dict(header.model).items()},
         "tokenizer_sha256": header.tokenizer_sha256,
         "config_hash": header.config_hash,
         "limit": header.limit,
@@ -246,13 +253,19 @@ def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
 def _parse_model(value: object) -> ModelConfig:
     if not isinstance(value, dict):
         raise ArtifactError(f"artifact header: model must be an object, got {type(value).__name__}")
-    missing = sorted(vars(ModelConfig()).keys() - value.keys())
+    names = {MODEL_KEYS.get(f.name, f.name): f.name for f in dataclass_fields(ModelConfig)}
+    missing = sorted(names.keys() - value.keys())
     if missing:
         raise ArtifactError(
             f"artifact header: the model lacks {', '.join(missing)}; its writer left none out"
         )
+    newer = sorted(MODEL_KEYS.keys() & value.keys())
+    if newer:
+        raise ArtifactError(f"artifact header: the model has the key {newer[0]}, which format 4 has not")
     try:
-        return from_dict(ModelConfig, value, where="artifact model")
+        return from_dict(
+            ModelConfig, {names.get(str(k), str(k)): v for k, v in value.items()}, where="artifact model"
+        )
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ArtifactError(f"artifact header: bad model configuration: {e}") from e
 

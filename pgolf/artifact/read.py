@@ -36,8 +36,8 @@ from pgolf.quant.grid import LEAST_EXPONENT, MOST_EXPONENT, QuantizedTensor, fro
 from pgolf.quant.lqer import Correction
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 
-MAX_LOOPS = 64
-"""The layer order is built in memory from `recurrence_repeats`; PR #1855 uses 2."""
+MAX_REPEATS = 64
+"""Most repeats of the recurrent layers: the order of the layers is built in memory. PR #1855 has 2."""
 
 
 THREADS_PAY = 1 << 20
@@ -278,9 +278,10 @@ def _split(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 def _check_shapes(artifact: Artifact) -> None:
     """Refuse a configuration that would build another, perhaps enormous, network than the file holds."""
     config = artifact.model_config
-    if config.recurrence_repeats > MAX_LOOPS:
+    repeats = config.recurrence_repeats
+    if repeats > MAX_REPEATS:
         raise ArtifactError(
-            f"artifact model: loops must be at most {MAX_LOOPS}, got {config.recurrence_repeats}"
+            f"artifact model: recurrence_repeats must be at most {MAX_REPEATS}, got {repeats}"
         )
     for name, shape in matrix_shapes(config).items():
         got = tuple(artifact.state[name].shape) if name in artifact.state else None

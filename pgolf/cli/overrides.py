@@ -9,7 +9,7 @@ from pathlib import Path
 import tyro
 
 from pgolf.config import Config, from_dict, read_json, to_dict
-from pgolf.config_versions import missing_note
+from pgolf.config_versions import REMOVED, RENAMED, missing_note
 from pgolf.env import launch
 from pgolf.errors import UserError
 from pgolf.presets import OLD_NAMES, PRESETS
@@ -99,10 +99,37 @@ def parse_config(verb: str, args: list[str]) -> Config:
     return override(verb, args[0], args[1:], base)
 
 
+def present_words(words: list[str]) -> list[str]:
+    """Return the words of a command line with today's names of settings; says so on stderr of old ones.
+
+    Raises:
+        ValueError: a setting that is gone.
+    """
+    result = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        section, _, last = name.rpartition(".")
+        plain = f"{section}.{last.removeprefix('no_')}"  # --quant.no-trellis switches quant.trellis off
+        if not flag.startswith("--") or (plain not in RENAMED and name not in REMOVED):
+            result.append(word)
+            continue
+        if name in REMOVED:
+            raise UserError(
+                f"{flag} does not exist any more: what pgolf does now is what the value {REMOVED[name]!r} of "
+                "that setting did; take it out of the command"
+            )
+        now = RENAMED[plain].rpartition(".")[2]
+        now = f"--{section}.{'no-' if plain != name else ''}{now}".replace("_", "-")
+        say(f"the setting {flag} is now called {now}; the old name works until version 0.3")
+        result.append(now + equals + value)
+    return result
+
+
 def override(verb: str, name: str, words: list[str], base: Config) -> Config:
     """Return `base`, which the user called `name`, with the settings in `words` changed."""
     rest = []
-    for word in words:
+    for word in present_words(words):
         flag, equals, value = word.partition("=")
         rest.append(SHORT.get(flag, flag) + equals + value)
     return tyro.cli(Config, prog=f"pgolf {verb} {name}", default=base, args=rest)

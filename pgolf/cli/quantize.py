@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from pgolf.cli.overrides import check_output, say
+from pgolf.cli.overrides import check_output, present_words, say
 from pgolf.config import ArtifactConfig, QuantConfig
 
 
@@ -43,7 +43,7 @@ def parse(argv: list[str]) -> Quantize:
             saved = load_config(Path(word))
             default = replace(default, quant=saved.quant, artifact=saved.artifact)
             break
-    return tyro.cli(Quantize, prog="pgolf quantize", args=argv, default=default)
+    return tyro.cli(Quantize, prog="pgolf quantize", args=present_words(argv), default=default)
 
 
 def main(argv: list[str]) -> int:

@@ -38,16 +38,12 @@ Observe = Callable[[str, int, Tensor], None]
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
     """Return the physical layers of the encoder half and of the decoder half, in execution order.
 
-    With the loop on, the layers recurrence_start to recurrence_end run recurrence_repeats + 1 times in a row.
+    With recurrence on, layers recurrence_start..recurrence_end run recurrence_repeats + 1 times in a row.
     """
     order = list(range(config.layers))
     if loop and config.recurrence_repeats:
-        segment = order[config.recurrence_start : config.recurrence_end + 1]
-        order = (
-            order[: config.recurrence_start]
-            + segment * (config.recurrence_repeats + 1)
-            + order[config.recurrence_end + 1 :]
-        )
+        start, end = config.recurrence_start, config.recurrence_end + 1
+        order = order[:start] + order[start:end] * (config.recurrence_repeats + 1) + order[end:]
     half = len(order) // 2
     return order[:half], order[half:]
 

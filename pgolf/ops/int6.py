@@ -176,8 +176,8 @@ def quantize_pack_sdclip_ref(weight: Tensor, clip: float, bits: int) -> tuple[Te
     x = (weight.double() * torch.exp2(shift)).round()
     n, total, squares = weight.shape[-1], x.sum(-1), x.square().sum(-1)
     deviation = ((squares - total * total / n) / (n - 1)).clamp(min=0).sqrt() * torch.exp2(-shift[..., 0])
-    step = float(torch.tensor(clip, dtype=torch.float32)) * deviation / (2 ** (bits - 1) - 1)
-    scales = step.clamp(2.0**-24, 65504.0).float().half()
+    exact = float(torch.tensor(clip, dtype=torch.float32)) * deviation / (2 ** (bits - 1) - 1)
+    scales = exact.clamp(2.0**-24, 65504.0).float().half()
     return quantize_pack_ref(weight, scales, bits), scales
 
 

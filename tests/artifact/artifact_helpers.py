@@ -23,15 +23,8 @@ CONFIG = ModelConfig(
     recurrence_end=1,
     recurrence_repeats=1,
 )
-FEW = {
-    "vocab_size": 32,
-    "layers": 2,
-    "xsa_layers": 2,
-    "parallel_from": 1,
-    "recurrence_start": 0,
-    "recurrence_end": 0,
-}
-TOY = replace(CONFIG, width=16, heads=4, **FEW)
+FEW = {"vocab_size": 32, "layers": 2, "xsa_layers": 2, "parallel_from": 1}
+TOY = replace(CONFIG, width=16, heads=4, recurrence_start=0, recurrence_end=0, **FEW)
 """The smallest network that has a section of every kind."""
 MATRICES = ("tok_emb", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
 FACTS = {"tokenizer_sha256": "ab" * 32, "config_hash": "0123456789abcdef"}

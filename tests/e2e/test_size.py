@@ -84,9 +84,8 @@ def test_what_fit_would_bring_below_the_limit_is_no_error(capsys):
     """With these settings the codes take more bits than fit, but the scales are changed until they fit."""
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6"]) == 0
     text = capsys.readouterr().out
-    assert re.search(
-        r"16,\d{3},\d{3} bytes at these settings; artifact.fit multiplies the scales by 1.0\d+", text
-    )
+    says = r"16,\d{3},\d{3} bytes at these settings; artifact.fit multiplies the scales by 1.0\d+"
+    assert re.search(says, text)
     assert 15_984_000 <= total(text) <= 16_000_000
     assert main(["size", "pr1855", "--quant.mean-bits", "3.6", "--artifact.no-fit"]) == 1
     assert "bytes too many" in capsys.readouterr().out

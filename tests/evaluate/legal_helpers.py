@@ -21,15 +21,9 @@ TTT = TttConfig(rank=4, alpha=8.0, lr=0.02, chunk=8, chunk_growth=1, chunk_max=1
 
 def small_config(**changes) -> ModelConfig:
     sizes = {"vocab_size": VOCAB, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4}
-    layers = {
-        "layers": 4,
-        "xsa_layers": 4,
-        "parallel_from": 3,
-        "recurrence_start": 1,
-        "recurrence_end": 2,
-        "recurrence_repeats": 1,
-    }
-    return replace(tiny().model, max_context=CONTEXT, **sizes, **layers, **changes)
+    layers = {"layers": 4, "xsa_layers": 4, "parallel_from": 3}
+    recurrence = {"recurrence_start": 1, "recurrence_end": 2, "recurrence_repeats": 1}
+    return replace(tiny().model, max_context=CONTEXT, **sizes, **layers, **recurrence, **changes)
 
 
 def small_model(seed: int = 0, shape: ModelConfig | None = None) -> GPT:

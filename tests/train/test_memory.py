@@ -76,20 +76,15 @@ COMMITTED = sorted(
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda p: p.parent.name)
 def test_estimate_is_near_every_committed_peak_on_a_gpu(path):
-    """Older runs have another form of config.json: what the estimate depends on is taken from it."""
+    """What the estimate depends on is taken from the configuration of the run."""
     summary = json.loads(path.read_text())
-    saved = json.loads((path.parent / "config.json").read_text())
-    # Runs without this section measured no curvature.
-    old = "row_scales" not in saved["quant"]
+    saved = from_dict(Config, json.loads((path.parent / "config.json").read_text()))
+    tokens = {"batch_tokens": saved.data.batch_tokens, "micro_tokens": saved.data.micro_tokens}
     config = replace(
         Config(),
-        model=from_dict(ModelConfig, saved["model"]),
-        data=replace(
-            Config().data,
-            batch_tokens=saved["data"]["batch_tokens"],
-            micro_tokens=saved["data"]["micro_tokens"],
-        ),
-        quant=replace(Config().quant, row_scales="spread" if old else "loss"),
+        model=saved.model,
+        data=replace(Config().data, **tokens),
+        quant=replace(Config().quant, row_scales=saved.quant.row_scales),
     )
     found = estimate_memory(
         config, device_type="cuda", world_size=summary["world_size"], attention=summary["attention"]
