@@ -15,6 +15,9 @@ namespace pgolf {
 
 inline constexpr int kNewtonSchulzMaxSteps = 10;
 
+// How the iteration is computed: the operators' `algorithm`. pgolf/ops/newton_schulz.py has the names.
+enum NsAlgorithm : int64_t { kNsAuto, kNsStandard, kNsGram };
+
 struct NewtonSchulzShape {
   int64_t batch;
   int64_t rows;

@@ -11,7 +11,7 @@ Legend: `B` matrices of a bank, `m` rows, `n` columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_recording
-from pgolf.ops.newton_schulz import newton_schulz_ref
+from pgolf.ops.newton_schulz import Algorithm, algorithm_number, newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
 """Places in `hyper`, which is `(HYPER,)` float32."""
@@ -58,7 +58,7 @@ class MuonRule(NamedTuple):
     """Divide each row of the direction by its L2 norm (MuonEq-R)."""
     eps: float = 1e-7
     """Added to the Frobenius norm of a direction."""
-    algorithm: Literal["auto", "standard", "gram"] = "auto"
+    algorithm: Algorithm = "auto"
     """The polar iteration: "gram" is Hopper's kernel for all banks at once (sides that are multiples of 8),
     "standard" the portable one; "auto" takes what has proven itself fastest."""
 
@@ -117,7 +117,7 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         rule.nesterov,
         rule.lerp,
         rule.row_normalize,
-        rule.algorithm,
+        algorithm_number("muon_step", rule.algorithm),
     )
     # What a backward pass still needs it must miss, as it does after torch's own in-place operators.
     increment_version([*params, *momenta, *updates, *averages])
@@ -221,7 +221,7 @@ def _fake_step(
     _nesterov: bool,
     _lerp: bool,
     _row_normalize: bool,
-    _algorithm: str = "auto",
+    _algorithm: int = 0,
 ) -> None:
     return None
 
