@@ -29,9 +29,6 @@ namespace {
 
 using OptionalCap = std::optional<double>;
 
-// The one switch of the Hopper path.
-[[maybe_unused]] constexpr bool kHopper = true;
-
 // Logits alive at a time where they are not kept. On the CPU 8 MiB, more than the threads of a chunk cost; on
 // a GPU 256 MiB keep all three products near their full speed, and below 2048 rows accumulating grad_weight
 // in memory would cost more than its product.
@@ -102,7 +99,7 @@ bool aligned(const at::Tensor& tensor) {
 // Whether the Hopper kernels take the problem. Rows of a factor are 16-byte aligned for every eighth vocab.
 bool use_hopper([[maybe_unused]] const Problem& problem, [[maybe_unused]] bool wants_factor) {
 #ifdef PGOLF_WITH_CUDA
-  return kHopper && problem.hidden.is_cuda() && problem.hidden.scalar_type() == at::kBFloat16 &&
+  return problem.hidden.is_cuda() && problem.hidden.scalar_type() == at::kBFloat16 &&
          problem.shape.rows > 0 && !std::isinf(problem.shape.cap) &&
          (!wants_factor || problem.shape.vocab % 8 == 0) && aligned(problem.hidden) &&
          aligned(problem.weight) && linear_softcap_ce_sm90_supports(hopper_shape(problem));
@@ -222,7 +219,7 @@ void hidden_product(const at::Tensor& grad_loss, const at::Tensor& scale, const 
                     at::Tensor& scaled) {
 #ifdef PGOLF_WITH_CUDA
   const LinearSoftcapCeShape shape{hidden.size(0), weight.size(0), hidden.size(1), 0.0f, 0, 0.0f};
-  if (kHopper && product.defined() && hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 &&
+  if (product.defined() && hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 &&
       factor.is_contiguous() && aligned(factor) && aligned(weight) && aligned(hidden) && aligned(product) &&
       linear_softcap_ce_hidden_sm90_supports(shape)) {
     const at::Tensor w = weight.contiguous();

@@ -210,12 +210,10 @@ std::vector<NsBank> hopper_banks(at::TensorList updates, const std::vector<Newto
                     shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  if (count > 0 && algorithm == "gram") {
-    TORCH_CHECK(newton_schulz_sm90_can_run(list.data(), count), "muon_step: algorithm 'gram' needs a Hopper ",
-                "GPU and banks with sides that are multiples of 8; use 'auto'");
-    return list;
-  }
-  if (count == 0 || !newton_schulz_sm90_supports(list.data(), count)) list.clear();
+  const bool can_run = count > 0 && newton_schulz_sm90_can_run(list.data(), count);
+  TORCH_CHECK(can_run || count == 0 || algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper ",
+              "GPU and banks with sides that are multiples of 8; use 'auto'");
+  if (!can_run) list.clear();
   return list;
 }
 

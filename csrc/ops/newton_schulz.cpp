@@ -94,9 +94,7 @@ std::vector<at::Tensor> run_banks_cuda(at::TensorList banks, at::ArrayRef<double
     list.push_back({in[i].const_data_ptr(), nullptr, type, shapes[i].batch, shapes[i].rows, shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  const bool gram = algorithm == "gram"
-                        ? newton_schulz_sm90_can_run(list.data(), count)
-                        : algorithm == "auto" && newton_schulz_sm90_supports(list.data(), count);
+  const bool gram = algorithm != "standard" && newton_schulz_sm90_can_run(list.data(), count);
   TORCH_CHECK(gram || algorithm != "gram",
               "newton_schulz: algorithm 'gram' needs a Hopper GPU and sides that are multiples of 8, got ",
               banks[0].sizes(), "; use 'auto'");
