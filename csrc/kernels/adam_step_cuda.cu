@@ -19,8 +19,7 @@ int64_t sum_blocks(const SquareSum& tensor) {
   return std::max<int64_t>((tensor.count + kSumRun - 1) / kSumRun, 1);
 }
 
-// ---- square_sums: a block a partial sum; a tensor's last block to finish adds them in order
-// --------------------------------------------------------------------------
+// ---- square_sums: one partial sum per block; the last block of a tensor to finish adds them in order
 
 struct SumArgs {
   Runs<SquareSum, kMaxSums> runs;
@@ -81,8 +80,7 @@ __global__ void clip_scale_kernel(const float* sums, int count, float* state, fl
   corrections[1] = static_cast<float>(1.0 / (1.0 - pow(rule.beta2, steps)));
 }
 
-// ---- adam_step: a block a run of elements
-// --------------------------------------------------------------------------
+// ---- adam_step: one run of elements per block
 
 struct AdamArgs {
   Runs<AdamTarget, kMaxTargets> runs;

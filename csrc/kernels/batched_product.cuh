@@ -190,8 +190,9 @@ __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kB
   for (int slice = 0; slice < kStages - 1; ++slice) start_slice(slice);
   for (int slice = 0; slice < slices; ++slice) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // slice has arrived for all, and all have finished reading slice - 1, whose place is
-                      // refilled
+    // The slice has arrived for all threads, and all have finished reading slice - 1, whose place is
+    // refilled.
+    __syncthreads();
     start_slice(slice + kStages - 1);
     const uint32_t at_a = ring + slice % kStages * S::kSliceBytes;
     const uint32_t at_b = at_a + S::SliceA::kElements * sizeof(D);

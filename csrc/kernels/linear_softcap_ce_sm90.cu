@@ -34,7 +34,6 @@ constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
 constexpr float kMinCap = 1e-6f;
 constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
-constexpr bool kEnabled = true;   // false: callers take the path for any GPU
 
 template <int TileColumns, int Parts, bool Resident, bool Permuted, bool Factor>
 struct Config {
@@ -44,7 +43,6 @@ struct Config {
   static constexpr int kThreads = (1 + kTurns * Parts) * kGroup;
   static constexpr int kConsumerRegisters = Parts == 2 ? 112 : 240;
   static constexpr int kColumns = TileColumns;
-  static constexpr int kBlocks = kCluster;
   static constexpr bool kResident = Resident;
   // The thread of lane 4 g + t holds columns 2 t, 2 t + 1 of every eight. Where vocab is a multiple of 32 the
   // copy engine permutes the weight's rows so that these are columns 8 t .. 8 t + 7 of every 32: 16 bytes of
@@ -64,7 +62,7 @@ struct Config {
 struct KernelArgs : epilogue::Args {
   const int64_t* target;
   int64_t ignore_index;
-  int row_tiles;  // of kBlocks row blocks each
+  int row_tiles;  // of kCluster row blocks each
   int slices;     // of k
 };
 
@@ -79,13 +77,13 @@ struct Walk {
   int row, column;
   uint32_t at;  // resident: tiles left; else the index in that order
 
-  __device__ __forceinline__ static uint32_t clusters() { return gridDim.x / C::kBlocks; }
+  __device__ __forceinline__ static uint32_t clusters() { return gridDim.x / kCluster; }
   __device__ __forceinline__ static uint32_t all(const KernelArgs& args) {
     return static_cast<uint32_t>(args.row_tiles) * static_cast<uint32_t>(args.column_tiles);
   }
 
   __device__ __forceinline__ explicit Walk(const KernelArgs& args) {
-    const uint32_t cluster = blockIdx.x / C::kBlocks;
+    const uint32_t cluster = blockIdx.x / kCluster;
     if constexpr (C::kResident) {
       const auto first = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * cluster / clusters());
       at = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * (cluster + 1) / clusters() - first);
@@ -169,18 +167,14 @@ struct RingPosition {
 template <typename C>
 __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full, int slice, int column,
                              uint32_t rank) {
-  constexpr int kShare = C::kColumns / C::kBlocks;
-  constexpr uint16_t kAll = (1u << C::kBlocks) - 1;
+  constexpr int kShare = C::kColumns / kCluster;
+  constexpr uint16_t kAll = (1u << kCluster) - 1;
   to += rank * kShare * kDepth * 2;
   const int first = column + static_cast<int>(rank) * kShare;
   if constexpr (C::kPermuted) {
-    if constexpr (C::kBlocks == 1) tma_load_5d(to, map, full, slice * kDepth, first / 32);
-    if constexpr (C::kBlocks > 1) {
-      tma_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
-    }
+    tma_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
   } else {
-    if constexpr (C::kBlocks == 1) tma_load_2d(to, map, full, slice * kDepth, first);
-    if constexpr (C::kBlocks > 1) tma_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
+    tma_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
   }
 }
 
@@ -191,7 +185,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   int row_block = -1;
   uint32_t row_blocks = 0;  // loaded so far
   for (; tile.more_than(args, 0); tile.advance(args, 1)) {
-    const int first_row = (tile.row * C::kBlocks + static_cast<int>(rank)) * kTileRows;
+    const int first_row = (tile.row * kCluster + static_cast<int>(rank)) * kTileRows;
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
       if (C::kResident && new_rows) {
@@ -291,7 +285,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
     wgmma_commit();
     if (slice > 0) {
       wgmma_wait<1>();
-      if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
+      if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
       if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
     }
     previous = shared.empty(at.stage());
@@ -300,7 +294,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
   wgmma_wait<0>();
   PGOLF_UNROLL
   for (int f = 0; f < C::kFragments; ++f) wgmma_keep_order(c[f]);
-  if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
+  if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
   if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
 }
 
@@ -329,7 +323,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   }
   int target[2 * C::kFragments];  // of rows +0, +8, +64, +72
   for (; tile.more_than(args, 0); tile.advance(args, kTurns)) {
-    const int row = tile.row * (C::kBlocks * kTileRows) + offset;
+    const int row = tile.row * (kCluster * kTileRows) + offset;
     if (new_rows || !C::kResident) {
       PGOLF_UNROLL
       for (int r = 0; r < 2 * C::kFragments; ++r) target[r] = load_target(args, row + r / 2 * 64 + r % 2 * 8);
@@ -362,11 +356,11 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                    const __grid_constant__ KernelArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   const Shared<C> shared(shared_address(shared_bytes));
-  const uint32_t rank = C::kBlocks > 1 ? cluster_rank() : 0;
+  const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * C::kParts * C::kBlocks);  // the warps of a tile in each block
+      mbarrier_init(shared.empty(stage), 4 * C::kParts * kCluster);  // the warps of a tile in each block
     }
     for (int slice = 0; slice < kMaxSlices; ++slice) {
       mbarrier_init(shared.rows_full(slice), 1);
@@ -376,7 +370,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     tma_prefetch(&hidden);
     tma_prefetch(&weight);
   }
-  if constexpr (C::kBlocks > 1) cluster_sync();
+  cluster_sync();
   __syncthreads();
 
   const Walk<C> tiles(args);
@@ -389,7 +383,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     consume<C>(args, shared, tiles, rank);
   }
   // Shared memory must outlive the copies and arrivals that come from the other blocks.
-  if constexpr (C::kBlocks > 1) cluster_sync();
+  cluster_sync();
 }
 
 // Launcher.
@@ -412,7 +406,7 @@ TensorShape permuted_map(int64_t rows, int64_t width, int box_rows) {
 
 template <typename C>
 void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
-  const int64_t cluster_rows = C::kBlocks * kTileRows;
+  const int64_t cluster_rows = kCluster * kTileRows;
   const double cap = shape.cap;
   KernelArgs args{};
   args.target = in.target;
@@ -429,24 +423,24 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
   args.slope = static_cast<float>(-2.0 * epilogue::kLog2e * cap);
 
-  constexpr int kShare = C::kColumns / C::kBlocks;
+  constexpr int kShare = C::kColumns / kCluster;
   const CUtensorMap hidden =
       tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.hidden, plain_map(shape.rows, shape.width, kTileRows));
   const CUtensorMap weight = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.weight,
                                         C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
                                                      : plain_map(shape.vocab, shape.width, kShare));
   const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
-  const int64_t clusters = multiprocessor_count() / C::kBlocks;
+  const int64_t clusters = multiprocessor_count() / kCluster;
 
   auto kernel = forward_kernel<C>;
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = C::kBlocks;
+  cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * C::kBlocks));
+  config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * kCluster));
   config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;
@@ -483,10 +477,9 @@ Form choose(const LinearSoftcapCeShape& shape) {
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
   constexpr int64_t kMaxRows = int64_t{1} << 30, kMaxVocab = int64_t{1} << 30;
   constexpr int64_t kMaxTiles = int64_t{1} << 30;  // of 128 x 128; their indices have 32 bits
-  return kEnabled && shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab &&
-         shape.rows < kMaxRows && (shape.rows / 128 + 2) * (shape.vocab / 128 + 1) < kMaxTiles &&
-         shape.cap >= kMinCap && shape.cap <= kMaxCap &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  return shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab && shape.rows < kMaxRows &&
+         (shape.rows / 128 + 2) * (shape.vocab / 128 + 1) < kMaxTiles && shape.cap >= kMinCap &&
+         shape.cap <= kMaxCap && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape) {

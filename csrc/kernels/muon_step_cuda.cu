@@ -15,8 +15,7 @@ constexpr int64_t kRun = kThreads * kVector;  // elements of a block in muon_app
 constexpr int kMaxBanks = 64;
 constexpr int kMaxTargets = 80;
 
-// ---- muon_direction: a warp a row
-// --------------------------------------------------------------------------
+// ---- muon_direction: one row per warp
 
 struct DirectionArgs {
   Runs<MuonDirection, kMaxBanks> banks;
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- muon_apply: a block a run of elements
-// -----------------------------------------------------------------
+// ---- muon_apply: one run of elements per block
 
 struct ApplyArgs {
   Runs<MuonTarget, kMaxTargets> runs;

@@ -26,17 +26,9 @@ struct NsBank {
   int64_t batch, rows, cols;
 };
 
-// Whether callers that let the kernels choose get this one; false sends them all to the portable kernel.
-inline constexpr bool kNewtonSchulzSm90IsDefault = true;
-
 // Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are
 // multiples of 8.
 bool newton_schulz_sm90_can_run(const NsBank* banks, int count);
-
-// Whether a caller without a wish of its own should take this kernel.
-inline bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
-  return kNewtonSchulzSm90IsDefault && newton_schulz_sm90_can_run(banks, count);
-}
 
 // Bytes of scratch memory, to be 256-byte aligned: the banks in 16 bits, once more where `out` is float32,
 // and of each matrix a square of the short side; two squares from 1 : 2 to below 1 : 3, where two steps are

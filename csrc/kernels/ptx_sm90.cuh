@@ -127,16 +127,7 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t shared, const CUt
       : "memory");
 }
 
-// Coordinates (x, 0, 0, 0, y).
-__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map, uint32_t bar, int x,
-                                            int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, "
-      "%5, %4}], [%2];" ::"r"(shared),
-      "l"(map), "r"(bar), "r"(x), "r"(y), "r"(0)
-      : "memory");
-}
-
+// The same at coordinates (x, 0, 0, 0, y) of a rank-5 tensor map.
 __device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap* map, uint32_t bar,
                                                       int x, int y, uint16_t blocks) {
   asm volatile(

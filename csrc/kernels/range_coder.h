@@ -1,6 +1,6 @@
 // Entropy coder for the int8 codes of one matrix: arithmetic coding under a Gaussian whose scale follows the
-// columns and whose mean leans on an earlier row. Integers only: every machine reads and writes the same
-// bytes.
+// columns and whose mean leans on an earlier row. All arithmetic is on integers, so that every machine reads
+// and writes the same bytes.
 //
 // Stream: byte 0 is the mode; whatever follows depends on it.
 //   0 raw        rows * cols bytes, the codes row-major
@@ -33,15 +33,14 @@
 //             65536 - T(k + 1/2) * 2^16 / T(k - 1/2), where U and L are the tails above and below c +- 1/2.
 //             Each but the sign of mode 1 is averaged with an adaptive correction (class Correction).
 //   choice    before a row, of n earlier ones: bit "the row after the last choice?" (if there is one; the
-//   last
-//             choice moves on by one in any case), else bit "any?", else its number in bit_width(n - 1) bits
-//             of p = 32768, highest first. The first two follow their past: class Habit.
-//   learning  w[j][k] += ((256 q - b) * (40265318 / E) >> 16) x[k] with E = max(16, (sum of q^2 of earlier
-//   rows
-//             + 7 cols) / (i + 1)): normalised least mean squares with step 0.15
-//   coder     [low, high] of 64 bits, split at low + (range * p >> 16), bit 1 below; equal top bytes leave.
-//   The
-//             end is the fewest bytes that, followed by zeros, lie inside; a decoder accepts these only.
+//             last choice moves on by one in any case), else bit "any?", else its number in
+//             bit_width(n - 1) bits of p = 32768, highest first. The first two follow their past: class
+//             Habit.
+//   learning  w[j][k] += ((256 q - b) * (40265318 / E) >> 16) x[k] with E = max(16, (sum of q^2 of
+//             earlier rows + 7 cols) / (i + 1)): normalised least mean squares with step 0.15
+//   coder     [low, high] of 64 bits, split at low + (range * p >> 16), bit 1 below; equal top bytes
+//             leave. The end is the fewest bytes that, followed by zeros, lie inside; a decoder accepts
+//             these only.
 #pragma once
 
 #include <vector>

@@ -109,6 +109,13 @@ Return call_operator(const char* name, const char* overload, const Args&... args
   return torch::stable::detail::to<Return>(stack[0]);
 }
 
+// The same of an operator that returns nothing.
+template <typename... Args>
+void call_operator_void(const char* name, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+}
+
 // Its arguments are a copy of the handle: torch's own takes a reference that is not const.
 inline Tensor narrow(Tensor tensor, int64_t dim, int64_t begin, int64_t count) {
   return torch::stable::narrow(tensor, dim, begin, count);

@@ -91,9 +91,7 @@ std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, doubl
     list.push_back({in[i].const_data_ptr(), nullptr, type, shapes[i].batch, shapes[i].rows, shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  const bool gram = algorithm == kNsGram
-                        ? newton_schulz_sm90_can_run(list.data(), count)
-                        : algorithm == kNsAuto && newton_schulz_sm90_supports(list.data(), count);
+  const bool gram = algorithm != kNsStandard && newton_schulz_sm90_can_run(list.data(), count);
   PGOLF_CHECK(gram || algorithm != kNsGram,
               "newton_schulz: algorithm 'gram' needs a Hopper GPU and sides that are multiples of 8, got ",
               banks[0].sizes(), "; use 'auto'");
