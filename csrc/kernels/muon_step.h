@@ -1,4 +1,4 @@
-// The two halves of a Muon step around the polar iteration, each one pass over all banks.
+// A Muon step: two halves around the polar iteration of newton_schulz.h, each one pass over all banks.
 //
 // muon_direction:  m = mu m + s g, u = s g + mu m  (heavy ball)  or  m = mu m + (1 - mu) s g,
 //                  u = (1 - mu) s g + mu m  (lerp); without nesterov u = m; with row_normalize each row of u
@@ -12,6 +12,7 @@
 #pragma once
 
 #include "kernels/common.h"
+#include "kernels/newton_schulz.h"
 #include "kernels/newton_schulz_sm90.h"
 
 namespace pgolf {
@@ -51,6 +52,26 @@ struct MuonOptions {
   bool row_normalize;
 };
 
+// One bank of muon_step, none of whose sizes is 0.
+struct MuonBank {
+  const void* grad;  // (matrices, rows, cols) row-major, G
+  void* momentum;    // the same shape, M, in place
+  void* update;      // the same shape, X, out: the iterated direction; must not alias the others
+  int64_t matrices, rows, cols;
+};
+
+enum class MuonAlgorithm { kAuto, kStandard, kGram };  // kGram: the Hopper kernel or an error
+
+// muon_direction and the iteration of all banks.
+struct MuonStep {
+  const MuonBank* banks;
+  int count;
+  const float* hyper;  // (kMuonHyper,), on the device for the CUDA form
+  MuonOptions options;
+  MuonAlgorithm algorithm;
+  NewtonSchulzShape iteration;  // its batch, rows and cols are not read
+};
+
 // One tensor of muon_apply.
 struct MuonTarget {
   float* param;        // (count,), in place
@@ -74,6 +95,33 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyp
 template <typename G, typename M>
 void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepared& prepared, float eps,
                          const float* hyper, MuonOptions options, CUstream_st* stream);
+
+// Bytes of scratch memory for muon_step_cpu: the directions of all banks.
+template <typename X>
+int64_t muon_step_workspace_cpu(const MuonStep& step);
+
+template <typename G, typename M, typename X>
+void muon_step_cpu(const MuonStep& step, void* workspace, int threads);
+
+// Which kernels muon_step_cuda takes on the current device.
+enum class MuonKernels {
+  kNone,         // there are no banks
+  kPortable,     // muon_direction_cuda, then newton_schulz_cuda for one bank after the other
+  kHopper,       // muon_direction_cuda, then newton_schulz_sm90 for all banks
+  kHopperFused,  // muon_direction_sm90, which writes to where the products of newton_schulz_sm90 start
+};
+
+struct MuonPlan {
+  MuonKernels kernels;
+  int64_t workspace;  // bytes of scratch memory, to be 256-byte aligned
+};
+
+template <typename X>
+MuonPlan muon_step_plan_cuda(const MuonStep& step);
+
+// `plan` is that of this step on the current device.
+template <typename G, typename M, typename X>
+void muon_step_cuda(const MuonStep& step, const MuonPlan& plan, void* workspace, CUstream_st* stream);
 
 template <typename X>
 void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads);

@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/muon_directions.h"
 #include "kernels/muon_step.h"
 #include "kernels/parallel.h"
 
@@ -77,6 +78,21 @@ void muon_direction_cpu(const MuonDirection* banks, int count, const float* hype
 }
 
 template <typename X>
+int64_t muon_step_workspace_cpu(const MuonStep& step) {
+  return direction_bytes<X>(step);
+}
+
+template <typename G, typename M, typename X>
+void muon_step_cpu(const MuonStep& step, void* workspace, int threads) {
+  const std::vector<MuonDirection> directions = directions_in<X>(step, workspace);
+  muon_direction_cpu<G, M, X>(directions.data(), step.count, step.hyper, step.options, threads);
+  for (int i = 0; i < step.count; ++i) {
+    newton_schulz_cpu(static_cast<const X*>(directions[static_cast<size_t>(i)].direction),
+                      static_cast<X*>(step.banks[i].update), iteration_of(step, i), threads);
+  }
+}
+
+template <typename X>
 void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads) {
   if (!std::isfinite(hyper[kMuonGradScale])) return;
   for (int i = 0; i < count; ++i) {
@@ -100,6 +116,16 @@ template void muon_direction_cpu<bf16, float, bf16>(const MuonDirection*, int, c
 template void muon_direction_cpu<bf16, bf16, float>(const MuonDirection*, int, const float*, MuonOptions,
                                                     int);
 template void muon_direction_cpu<bf16, bf16, bf16>(const MuonDirection*, int, const float*, MuonOptions, int);
+template int64_t muon_step_workspace_cpu<float>(const MuonStep&);
+template int64_t muon_step_workspace_cpu<bf16>(const MuonStep&);
+template void muon_step_cpu<float, float, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, float, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, bf16, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, bf16, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, float, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, float, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, bf16, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, bf16, bf16>(const MuonStep&, void*, int);
 template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, int);
 template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, int);
 

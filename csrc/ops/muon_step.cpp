@@ -1,25 +1,23 @@
-// Binding of muon_step and muon_apply: schema, checks, scratch memory, dispatch. Maths: kernels/muon_step.h
-// around kernels/newton_schulz.h.
+// Binding of muon_step and muon_apply: schema, checks, scratch memory, dispatch. Maths, and which kernels are
+// launched: kernels/muon_step.h around kernels/newton_schulz.h.
 #include "kernels/muon_step.h"
 
 #include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
 #include <string_view>
 #include <vector>
 
-#include "kernels/newton_schulz.h"
-#include "kernels/newton_schulz_sm90.h"
 #include "ops/checks.h"
 
 namespace pgolf {
 namespace {
 
-constexpr int64_t kAlign = 64;  // elements between the directions of two banks
-
 using Doubles = at::ArrayRef<double>;
+
+at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloat : list[0].scalar_type(); }
 
 // Calls body(T{}) for float32 and bfloat16; TypeError otherwise.
 template <typename Body>
@@ -28,6 +26,16 @@ void dispatch_state(const char* what, at::ScalarType type, const Body& body) {
                    " must be float32 or bfloat16, got ", type);
   if (type == at::kFloat) return body(float{});
   body(bf16{});
+}
+
+// Calls body(G{}, M{}, X{}) with the types of the three lists.
+template <typename Body>
+void dispatch_states(at::TensorList grads, at::TensorList momenta, at::TensorList updates, const Body& body) {
+  dispatch_state("grads", first_type(grads), [&](auto g) {
+    dispatch_state("momenta", first_type(momenta), [&](auto m) {
+      dispatch_state("updates", first_type(updates), [&](auto x) { body(g, m, x); });
+    });
+  });
 }
 
 void check_hyper(const at::Tensor& hyper) {
@@ -59,8 +67,6 @@ void check_counts(size_t got, size_t want, const char* what) {
   TORCH_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one a tensor, got ", got);
 }
 
-at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloat : list[0].scalar_type(); }
-
 // What muon_apply works on; `averages` may be empty.
 std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList updates, at::TensorList averages,
                                       const at::Tensor& hyper, Doubles lr_scales) {
@@ -85,17 +91,16 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
   return targets;
 }
 
-std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
-                                           at::TensorList updates, const at::Tensor& hyper,
-                                           Doubles coefficients, double eps, std::string_view algorithm) {
-  check_hyper(hyper);
+MuonAlgorithm check_algorithm(std::string_view algorithm) {
   TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
                     "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
-  check_counts(momenta.size(), grads.size(), "momenta");
-  check_counts(updates.size(), grads.size(), "updates");
-  check_list(grads, "grad", first_type(grads), hyper);
-  check_list(momenta, "momentum", first_type(momenta), hyper);
-  check_list(updates, "update", first_type(updates), hyper);
+  return algorithm == "auto"       ? MuonAlgorithm::kAuto
+         : algorithm == "standard" ? MuonAlgorithm::kStandard
+                                   : MuonAlgorithm::kGram;
+}
+
+// The iteration without the shape of a bank.
+NewtonSchulzShape check_iteration(Doubles coefficients, double eps) {
   const auto count = static_cast<int64_t>(coefficients.size());
   TORCH_CHECK_VALUE(count % 3 == 0 && count >= 3 && count <= 3 * kNewtonSchulzMaxSteps,
                     "muon_step: coefficients must be 1 to ", kNewtonSchulzMaxSteps,
@@ -110,198 +115,98 @@ std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList 
                       " in triple ", i / 3);
     shape.coefficients[i / 3][i % 3] = static_cast<float>(value);
   }
-  std::vector<NewtonSchulzShape> shapes;
+  return shape;
+}
+
+// The banks that have elements.
+std::vector<MuonBank> check_banks(at::TensorList grads, at::TensorList momenta, at::TensorList updates,
+                                  const at::Tensor& hyper) {
+  check_counts(momenta.size(), grads.size(), "momenta");
+  check_counts(updates.size(), grads.size(), "updates");
+  check_list(grads, "grad", first_type(grads), hyper);
+  check_list(momenta, "momentum", first_type(momenta), hyper);
+  check_list(updates, "update", first_type(updates), hyper);
+  std::vector<MuonBank> banks;
   for (size_t i = 0; i < grads.size(); ++i) {
     TORCH_CHECK_VALUE(grads[i].dim() == 3, "muon_step: grad ", i,
                       " must be a bank (matrices, rows, cols), got ", grads[i].sizes());
     check_like(momenta[i], grads[i], "momentum", i);
     check_like(updates[i], grads[i], "update", i);
-    shape.batch = grads[i].size(0);
-    shape.rows = grads[i].size(1);
-    shape.cols = grads[i].size(2);
-    shapes.push_back(shape);
-  }
-  return shapes;
-}
-
-// Directions of all banks in one scratch buffer: element offsets, the total last.
-std::vector<int64_t> direction_offsets(at::TensorList updates) {
-  std::vector<int64_t> offsets{0};
-  for (const at::Tensor& update : updates)
-    offsets.push_back(offsets.back() + (update.numel() + kAlign - 1) / kAlign * kAlign);
-  return offsets;
-}
-
-template <typename X>
-std::vector<MuonDirection> directions(at::TensorList grads, at::TensorList momenta, X* scratch,
-                                      const std::vector<int64_t>& offsets) {
-  std::vector<MuonDirection> banks;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    banks.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), scratch + offsets[i],
-                     grads[i].size(0) * grads[i].size(1), grads[i].size(2)});
+    if (grads[i].numel() == 0) continue;
+    banks.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), updates[i].mutable_data_ptr(),
+                     grads[i].size(0), grads[i].size(1), grads[i].size(2)});
   }
   return banks;
-}
-
-void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList averages,
-               const at::Tensor& hyper, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
-  dispatch_state("updates", first_type(updates), [&](auto tag) {
-    muon_apply_cpu<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                  const_pointer<float>(hyper), at::get_num_threads());
-  });
-}
-
-void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-              at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
-              double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
-  TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
-              "use 'auto'");
-  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
-  const std::vector<int64_t> offsets = direction_offsets(updates);
-  const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
-  dispatch_state("grads", first_type(grads), [&](auto g) {
-    dispatch_state("momenta", first_type(momenta), [&](auto m) {
-      dispatch_state("updates", first_type(updates), [&](auto x) {
-        using X = decltype(x);
-        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
-        const int threads = at::get_num_threads();
-        muon_direction_cpu<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
-                                                        const_pointer<float>(hyper),
-                                                        {nesterov, lerp, row_normalize}, threads);
-        for (size_t i = 0; i < shapes.size(); ++i) {
-          newton_schulz_cpu(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
-                            shapes[i], threads);
-        }
-      });
-    });
-  });
-  if (!params.empty()) apply_cpu(params, updates, averages, hyper, lr_scales);
-}
-
-#ifdef PGOLF_WITH_CUDA
-void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList averages,
-                const at::Tensor& hyper, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
-  const c10::cuda::CUDAGuard guard(hyper.device());
-  dispatch_state("updates", first_type(updates), [&](auto tag) {
-    muon_apply_cuda<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                   const_pointer<float>(hyper), c10::cuda::getCurrentCUDAStream().stream());
-  });
 }
 
 at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
   return at::empty({bytes}, like.options().dtype(at::kByte));
 }
 
-NsType ns_type(float) { return NsType::kFloat32; }
-NsType ns_type(bf16) { return NsType::kBfloat16; }
-
-// The banks, where all are to be iterated by the Hopper kernel, else nothing. Their X is written in place.
-template <typename X>
-std::vector<NsBank> hopper_banks(at::TensorList updates, const std::vector<NewtonSchulzShape>& shapes,
-                                 std::string_view algorithm) {
-  std::vector<NsBank> list;
-  if (algorithm == "standard") return list;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    if (updates[i].numel() == 0) continue;
-    list.push_back({nullptr, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch, shapes[i].rows,
-                    shapes[i].cols});
-  }
-  const int count = static_cast<int>(list.size());
-  const bool can_run = count > 0 && newton_schulz_sm90_can_run(list.data(), count);
-  TORCH_CHECK(can_run || count == 0 || algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper ",
-              "GPU and banks with sides that are multiples of 8; use 'auto'");
-  if (!can_run) list.clear();
-  return list;
+template <typename G, typename M, typename X>
+void run_cpu(const MuonStep& step, const at::Tensor& hyper) {
+  TORCH_CHECK(step.algorithm != MuonAlgorithm::kGram,
+              "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; use 'auto'");
+  const at::Tensor workspace = scratch_bytes(muon_step_workspace_cpu<X>(step), hyper);
+  muon_step_cpu<G, M, X>(step, workspace.mutable_data_ptr(), at::get_num_threads());
 }
 
-bool aligned(at::TensorList list) {
-  return std::all_of(list.begin(), list.end(), [](const at::Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  });
-}
-
-// The directions go straight to where the products of the Hopper kernel start.
-template <typename G, typename M>
-void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std::vector<NsBank>& hopper,
-                        const NewtonSchulzShape& shape, const at::Tensor& hyper, MuonOptions options,
-                        cudaStream_t stream) {
-  std::vector<MuonPolarInput> inputs;
-  for (size_t i = 0; i < static_cast<size_t>(grads.size()); ++i) {
-    if (grads[i].numel() == 0) continue;
-    inputs.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), nullptr, grads[i].size(0),
-                      grads[i].size(1), grads[i].size(2)});
-  }
-  const int count = static_cast<int>(hopper.size());
-  const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
-  for (int first = 0, here = 0; first < count; first += here) {
-    NsPrepared prepared{};
-    here = newton_schulz_sm90_prepare(hopper.data() + first, count - first, shape.steps,
-                                      scratch.mutable_data_ptr(), &prepared);
-    for (int i = 0; i < here; ++i) inputs[static_cast<size_t>(first + i)].x = prepared.x[i];
-    muon_direction_sm90<G, M>(inputs.data() + first, here, prepared, shape.eps, const_pointer<float>(hyper),
-                              options, stream);
-    newton_schulz_sm90_prepared(hopper.data() + first, here, shape.coefficients, shape.steps,
-                                scratch.mutable_data_ptr(), stream);
-  }
-}
-
-// The same of directions that are written out, where gradients or momenta are not aligned.
-void iterate_hopper(const std::vector<MuonDirection>& directions, std::vector<NsBank>& hopper,
-                    const NewtonSchulzShape& shape, const at::Tensor& hyper, cudaStream_t stream) {
-  size_t next = 0;
-  for (const MuonDirection& bank : directions) {
-    if (bank.rows * bank.cols > 0) hopper[next++].in = bank.direction;
-  }
-  const int count = static_cast<int>(hopper.size());
-  const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
-  newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, shape.eps,
-                     scratch.mutable_data_ptr(), stream);
-}
-
-void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-               at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
-               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
-  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
-  const c10::cuda::CUDAGuard guard(hyper.device());
-  const MuonOptions options{nesterov, lerp, row_normalize};
-  dispatch_state("grads", first_type(grads), [&](auto g) {
-    dispatch_state("momenta", first_type(momenta), [&](auto m) {
-      dispatch_state("updates", first_type(updates), [&](auto x) {
-        using G = decltype(g);
-        using M = decltype(m);
-        using X = decltype(x);
-        const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-        std::vector<NsBank> hopper = hopper_banks<X>(updates, shapes, algorithm);
-        if (!hopper.empty() && aligned(grads) && aligned(momenta)) {
-          direct_and_iterate<G, M>(grads, momenta, hopper, shapes[0], hyper, options, stream);
-          return;
-        }
-        const std::vector<int64_t> offsets = direction_offsets(updates);
-        const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
-        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
-        muon_direction_cuda<G, M, X>(banks.data(), static_cast<int>(banks.size()),
-                                     const_pointer<float>(hyper), options, stream);
-        if (!hopper.empty()) {
-          iterate_hopper(banks, hopper, shapes[0], hyper, stream);
-          return;
-        }
-        for (size_t i = 0; i < shapes.size(); ++i) {
-          const at::Tensor space = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
-          newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
-                             space.mutable_data_ptr(), shapes[i], stream);
-        }
-      });
-    });
-  });
-  if (!params.empty()) apply_cuda(params, updates, averages, hyper, lr_scales);
+#ifdef PGOLF_WITH_CUDA
+template <typename G, typename M, typename X>
+void run_cuda(const MuonStep& step, const at::Tensor& hyper) {
+  const MuonPlan plan = muon_step_plan_cuda<X>(step);
+  TORCH_CHECK(step.algorithm != MuonAlgorithm::kGram || plan.kernels != MuonKernels::kPortable,
+              "muon_step: algorithm 'gram' needs a Hopper GPU and banks with sides that are multiples of 8; "
+              "use 'auto'");
+  const at::Tensor workspace = scratch_bytes(plan.workspace, hyper);
+  muon_step_cuda<G, M, X>(step, plan, workspace.mutable_data_ptr(),
+                          c10::cuda::getCurrentCUDAStream().stream());
 }
 #endif
+
+void apply(at::TensorList params, at::TensorList updates, at::TensorList averages, const at::Tensor& hyper,
+           Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
+  const int count = static_cast<int>(targets.size());
+  const c10::DeviceGuard guard(hyper.device());
+  dispatch_state("updates", first_type(updates), [&](auto tag) {
+    using X = decltype(tag);
+#ifdef PGOLF_WITH_CUDA
+    if (hyper.is_cuda()) {
+      muon_apply_cuda<X>(targets.data(), count, const_pointer<float>(hyper),
+                         c10::cuda::getCurrentCUDAStream().stream());
+      return;
+    }
+#endif
+    muon_apply_cpu<X>(targets.data(), count, const_pointer<float>(hyper), at::get_num_threads());
+  });
+}
+
+void step(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
+          at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
+          double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
+  check_hyper(hyper);
+  const MuonAlgorithm chosen = check_algorithm(algorithm);
+  const std::vector<MuonBank> banks = check_banks(grads, momenta, updates, hyper);
+  const MuonStep step{banks.data(),
+                      static_cast<int>(banks.size()),
+                      const_pointer<float>(hyper),
+                      {nesterov, lerp, row_normalize},
+                      chosen,
+                      check_iteration(coefficients, eps)};
+  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
+  const c10::DeviceGuard guard(hyper.device());
+  dispatch_states(grads, momenta, updates, [&](auto g, auto m, auto x) {
+    using G = decltype(g);
+    using M = decltype(m);
+    using X = decltype(x);
+#ifdef PGOLF_WITH_CUDA
+    if (hyper.is_cuda()) return run_cuda<G, M, X>(step, hyper);
+#endif
+    run_cpu<G, M, X>(step, hyper);
+  });
+  if (!params.empty()) apply(params, updates, averages, hyper, lr_scales);
+}
 
 }  // namespace
 }  // namespace pgolf
@@ -319,13 +224,13 @@ TORCH_LIBRARY_FRAGMENT(pgolf, m) {
 }
 
 TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
-  m.impl("muon_step", &pgolf::step_cpu);
-  m.impl("muon_apply", &pgolf::apply_cpu);
+  m.impl("muon_step", &pgolf::step);
+  m.impl("muon_apply", &pgolf::apply);
 }
 
 #ifdef PGOLF_WITH_CUDA
 TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
-  m.impl("muon_step", &pgolf::step_cuda);
-  m.impl("muon_apply", &pgolf::apply_cuda);
+  m.impl("muon_step", &pgolf::step);
+  m.impl("muon_apply", &pgolf::apply);
 }
 #endif
