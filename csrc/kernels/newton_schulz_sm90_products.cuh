@@ -154,7 +154,7 @@ __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, 
     if (job.counter < 0) continue;
     tma_store_wait();
     fence_proxy();
-    release_add(plan.done + job.counter, job.tiles);
+    release_add(plan.queue.done + job.counter, job.tiles);
   }
 }
 
@@ -318,23 +318,23 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
     }
     // Tiles of 256x128: 128 rows each. Spread: 64 rows of the tile each. Otherwise tiles in turn, so that one
     // group stores while the other multiplies; each lets go of A with its last tile.
-    const bool together = task.spread || task.tall;
+    const bool together = task.shared_tile || task.tall_tiles;
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile * kTile;
       const bool diagonal = operands_coincide(task, column);
       if (together || alone % kGroups == group) {
         Part part{a_index, 1, 0, 1, b_index, 1, diagonal, 0, task.depth, 0, added_blocks(task, column)};
         int row = task.row, blocks = 4;
-        if (task.tall) {
+        if (task.tall_tiles) {
           part.a_index += group, part.a_stride = 2, part.a_other = 1u - 2u * group, row += group * kTile;
-        } else if (task.spread) {
+        } else if (task.shared_tile) {
           part.a_offset = group * kBoxBytes, row += group * kBox, blocks = 2;
         } else {
           part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
           part.b_releases = 2, part.passed = passed(group);
         }
         part.first = first_depth(task, task.column);
-        part.a_mirrored = mirrored_from(task.a_lower, task.tall ? row : task.row);
+        part.a_mirrored = mirrored_from(task.a_lower, task.tall_tiles ? row : task.row);
         part.b_mirrored = mirrored_from(task.b_lower, column);
         catch_up();
         float sum[2][64];
@@ -344,7 +344,7 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
       b_index += diagonal ? 0 : task.depth;
       alone += together ? 0 : 1;
     }
-    a_index += task.tall ? 2 * task.depth : task.depth;
+    a_index += task.tall_tiles ? 2 * task.depth : task.depth;
     mbarrier_arrive(RingTask::free(base, n), 1);
   }
 }
@@ -370,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
     registers_raise<232>();
-    work(plan.done, base, shared, role - 1);
+    work(plan.queue.done, base, shared, role - 1);
   }
 #endif
 }

@@ -2,13 +2,14 @@
 #pragma once
 
 #include "kernels/matrix_scale.cuh"
+#include "kernels/newton_schulz_sm90.h"
 #include "kernels/ptx_sm90.cuh"
 #include "kernels/reduce.cuh"
 
 namespace pgolf {
 namespace ns90 {
 
-constexpr int kParts = 8;  // blocks of a cluster, which share a matrix
+constexpr int kParts = kNsParts;  // blocks of a cluster, which share a matrix
 
 // The scale of the matrix that the blocks of this cluster share, from the squares of each one's part; the
 // same in all threads. `partials` has 3 * kParts places for the matrix.

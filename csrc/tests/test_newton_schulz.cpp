@@ -2,34 +2,10 @@
 #include "kernels/gemm.h"
 #include "kernels/newton_schulz.h"
 #include "tests/check.h"
+#include "tests/matrix.h"
 
 namespace pgolf::test {
 namespace {
-
-using Matrix = std::vector<double>;  // row-major
-
-// C = alpha * A B^T + beta * D with A (m, k), B (n, k).
-Matrix product(const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k) {
-  Matrix c(static_cast<size_t>(m * n));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0.0;
-      for (int64_t p = 0; p < k; ++p)
-        sum += a[static_cast<size_t>(i * k + p)] * b[static_cast<size_t>(j * k + p)];
-      c[static_cast<size_t>(i * n + j)] = sum;
-    }
-  }
-  return c;
-}
-
-Matrix transposed(const Matrix& x, int64_t rows, int64_t cols) {
-  Matrix out(x.size());
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j)
-      out[static_cast<size_t>(j * rows + i)] = x[static_cast<size_t>(i * cols + j)];
-  }
-  return out;
-}
 
 void test_gemm(int64_t m, int64_t n, int64_t k, int threads) {
   const std::vector<float> a = normal_values(m * k, 1), b = normal_values(n * k, 2),
