@@ -22,12 +22,12 @@ template <typename D>
 struct ProductArgs {
   const D* a;
   const D* b;
-  const D* d;  // null: beta is 0
+  const D* d = nullptr;  // null: beta is 0
   D* c;
-  int64_t a_batch, b_batch, d_batch, c_batch;  // elements from one matrix of the batch to the next
-  int64_t a_ld, b_ld, d_ld, c_ld;              // leading dimensions, elements
+  int64_t a_batch, b_batch, d_batch = 0, c_batch;  // elements from one matrix of the batch to the next
+  int64_t a_ld, b_ld, d_ld = 0, c_ld;              // leading dimensions, elements
   int64_t m, n, k;
-  float alpha, beta;
+  float alpha = 1.0f, beta = 0.0f;
 };
 
 namespace product {

@@ -30,7 +30,11 @@ std::vector<MuonDirection> directions_in(const MuonStep& step, void* workspace) 
   X* next = static_cast<X*>(workspace);
   for (int i = 0; i < step.count; ++i) {
     const MuonBank& bank = step.banks[i];
-    directions.push_back({bank.grad, bank.momentum, next, bank.matrices * bank.rows, bank.cols});
+    directions.push_back({.grad = bank.grad,
+                          .momentum = bank.momentum,
+                          .direction = next,
+                          .rows = bank.matrices * bank.rows,
+                          .cols = bank.cols});
     next += direction_room(bank);
   }
   return directions;

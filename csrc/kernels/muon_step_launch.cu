@@ -3,8 +3,9 @@
 #include <vector>
 
 #include "kernels/cuda_check.cuh"
+#include "kernels/muon_direction_sm90.h"
 #include "kernels/muon_directions.h"
-#include "kernels/muon_step.h"
+#include "kernels/newton_schulz_sm90.h"
 
 namespace pgolf {
 namespace {
@@ -20,7 +21,12 @@ std::vector<NsBank> hopper_banks(const MuonStep& step) {
   std::vector<NsBank> banks;
   for (int i = 0; i < step.count; ++i) {
     const MuonBank& bank = step.banks[i];
-    banks.push_back({nullptr, bank.update, kNsType<X>, bank.matrices, bank.rows, bank.cols});
+    banks.push_back({.in = nullptr,
+                     .out = bank.update,
+                     .type = kNsType<X>,
+                     .batch = bank.matrices,
+                     .rows = bank.rows,
+                     .cols = bank.cols});
   }
   return banks;
 }
@@ -42,7 +48,12 @@ void run_fused(const MuonStep& step, const std::vector<NsBank>& banks, void* wor
     std::vector<MuonPolarInput> inputs;
     for (int i = 0; i < here; ++i) {
       const MuonBank& bank = step.banks[first + i];
-      inputs.push_back({bank.grad, bank.momentum, prepared.x[i], bank.matrices, bank.rows, bank.cols});
+      inputs.push_back({.grad = bank.grad,
+                        .momentum = bank.momentum,
+                        .x = prepared.x[i],
+                        .matrices = bank.matrices,
+                        .rows = bank.rows,
+                        .cols = bank.cols});
     }
     muon_direction_sm90<G, M>(inputs.data(), here, prepared, step.iteration.eps, step.hyper, step.options,
                               stream);

@@ -43,8 +43,9 @@ __device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType 
   if (type == NsType::kFloat32) {
     const float4 lo = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at));
     const float4 hi = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at) + 1);
-    value[0] = lo.x, value[1] = lo.y, value[2] = lo.z, value[3] = lo.w;
-    value[4] = hi.x, value[5] = hi.y, value[6] = hi.z, value[7] = hi.w;
+    const float both[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    PGOLF_UNROLL
+    for (int i = 0; i < 8; ++i) value[i] = both[i];
     return;
   }
   const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in) + at));
@@ -56,7 +57,8 @@ __device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType 
       value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     } else {
       const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+      value[2 * i] = pair.x;
+      value[2 * i + 1] = pair.y;
     }
   }
 }
@@ -83,7 +85,9 @@ __global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_cons
   const float high = block_sum<kCastThreads>(squares.high, staged[2]);
   if (threadIdx.x == 0) {
     float* partials = plan.partials + 3 * block;
-    partials[0] = sum, partials[1] = low, partials[2] = high;
+    partials[0] = sum;
+    partials[1] = low;
+    partials[2] = high;
   }
 }
 
@@ -140,12 +144,13 @@ unsigned char* address_of(const NsBank& bank, const BufferLayout& buffer, unsign
 
 BufferView view(const NsBank& bank, const BankLayout& layout, int buffer, unsigned char* workspace) {
   const BufferLayout found = find_buffer(bank, layout, buffer);
-  return {address_of(bank, found, workspace),
-          {3,
-           {static_cast<cuuint64_t>(found.cols), static_cast<cuuint64_t>(found.rows),
-            static_cast<cuuint64_t>(bank.batch)},
-           {static_cast<cuuint64_t>(2 * found.cols), static_cast<cuuint64_t>(2 * found.stride)},
-           {kBox, kBox, 1}}};
+  const TensorShape shape{
+      .rank = 3,
+      .sizes = {static_cast<cuuint64_t>(found.cols), static_cast<cuuint64_t>(found.rows),
+                static_cast<cuuint64_t>(bank.batch)},
+      .strides = {static_cast<cuuint64_t>(2 * found.cols), static_cast<cuuint64_t>(2 * found.stride)},
+      .box = {kBox, kBox, 1}};
+  return {address_of(bank, found, workspace), shape};
 }
 
 void encode_maps(const NsBank& bank, const BankLayout& layout, unsigned char* workspace, int first_map,
@@ -196,13 +201,13 @@ void launch_normalise(const NsBank* banks, int count, const WorkspaceLayout& lay
   int matrices = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
-    plan.banks[i] = {bank.in,
-                     first_x(bank, layout.banks[i], workspace),
-                     bank.type,
-                     bank.rows * bank.cols,
-                     static_cast<int>(chunks_of(bank)),
-                     blocks,
-                     matrices};
+    plan.banks[i] = {.in = bank.in,
+                     .x = first_x(bank, layout.banks[i], workspace),
+                     .type = bank.type,
+                     .count = bank.rows * bank.cols,
+                     .chunks = static_cast<int>(chunks_of(bank)),
+                     .first_block = blocks,
+                     .first_matrix = matrices};
     blocks += static_cast<int>(bank.batch * chunks_of(bank));
     matrices += static_cast<int>(bank.batch);
   }

@@ -52,19 +52,31 @@ __device__ Task decode(const Plan& plan, int index, int& run) {
   const float sigma = p.alpha_power + p.beta_power > 0 ? queue.sigma[p.first_matrix + matrix] : 1.0f;
   Task task;
   task.direct = p.type == NsType::kFloat32 ? p.direct + int64_t{matrix} * p.rows * p.cols : nullptr;
-  task.alpha = p.alpha * power(sigma, p.alpha_power), task.beta = p.beta * power(sigma, p.beta_power);
+  task.alpha = p.alpha * power(sigma, p.alpha_power);
+  task.beta = p.beta * power(sigma, p.beta_power);
   task.gamma = p.gamma;
-  task.product = tiles.product, task.matrix = matrix, task.out = p.out;
+  task.product = tiles.product;
+  task.matrix = matrix;
+  task.out = p.out;
   task.waits = p.first_matrix + matrix + (p.waits_second ? queue.matrices : 0);
   task.signals = p.first_matrix + matrix + (p.signals_second ? queue.matrices : 0);
-  task.row = tiles.panel * (p.tall_tiles ? 2 * kTile : kTile), task.column = tiles.column * kTile;
+  task.row = tiles.panel * (p.tall_tiles ? 2 * kTile : kTile);
+  task.column = tiles.column * kTile;
   task.count = min(tiles.left, p.chunk);
-  task.rows = p.rows, task.cols = p.cols, task.depth = p.depth;
-  task.layout = p.layout, task.symmetric = p.symmetric, task.tall_tiles = p.tall_tiles;
+  task.rows = p.rows;
+  task.cols = p.cols;
+  task.depth = p.depth;
+  task.layout = p.layout;
+  task.symmetric = p.symmetric;
+  task.tall_tiles = p.tall_tiles;
   task.shared_tile = p.shared_tile && task.count == 1;
-  task.need = p.need, task.b = p.b;
-  task.a_lower = p.a_lower, task.b_lower = p.b_lower;
-  task.added = p.added, task.same = p.symmetric && p.a == p.b, task.bfloat16 = p.type == NsType::kBfloat16;
+  task.need = p.need;
+  task.b = p.b;
+  task.a_lower = p.a_lower;
+  task.b_lower = p.b_lower;
+  task.added = p.added;
+  task.same = p.symmetric && p.a == p.b;
+  task.bfloat16 = p.type == NsType::kBfloat16;
   return task;
 }
 
@@ -92,7 +104,7 @@ __device__ __forceinline__ int first_depth(const Task& task, int column) {
 }
 
 // A staged box on its way out.
-struct Job {
+struct StoreJob {
   int map, row, column, matrix;
   int counter;  // to add `tiles` to when all of this group's boxes are stored; negative: not yet
   int tiles;
@@ -112,7 +124,7 @@ constexpr int kTaskOffset = kBarrierOffset + 8 * kBarriers;
 static_assert(kTaskOffset % 8 == 0, "barriers and tasks are aligned");
 constexpr int kJobOffset = kTaskOffset + kTaskSlots * static_cast<int>(sizeof(Task));
 constexpr int kSharedBytes =
-    kJobOffset + kGroups * kStagedPerGroup * static_cast<int>(sizeof(Job)) + 1024;  // alignment
+    kJobOffset + kGroups * kStagedPerGroup * static_cast<int>(sizeof(StoreJob)) + 1024;  // alignment
 static_assert(kSharedBytes <= 232448, "more than a block of sm_90 can have");
 
 // Ring of slots with a barrier for "filled" and one for "free"; `index` counts uses from 0, unsigned and with
@@ -189,7 +201,10 @@ struct Cursor {
       tma_load_3d(at, map, filled, origin, depth, matrix);
       tma_load_3d(at + kBoxBytes, map, filled, origin + kBox, depth, matrix);
     }
-    if (++slot == Slots) slot = 0, parity ^= 1;
+    if (++slot == Slots) {
+      slot = 0;
+      parity ^= 1;
+    }
   }
 };
 

@@ -21,7 +21,9 @@ __device__ __forceinline__ Scale cluster_scale(const Squares& squares, float* pa
   const float low = block_sum<Threads>(squares.low, staged[1]);
   const float high = block_sum<Threads>(squares.high, staged[2]);
   if (threadIdx.x == 0) {
-    partials[3 * part] = sum, partials[3 * part + 1] = low, partials[3 * part + 2] = high;
+    partials[3 * part] = sum;
+    partials[3 * part + 1] = low;
+    partials[3 * part + 2] = high;
   }
   cluster_sync();
   if (threadIdx.x == 0) {

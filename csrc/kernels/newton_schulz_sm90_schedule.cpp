@@ -275,7 +275,13 @@ std::vector<Strand> make_strands(const std::vector<std::vector<Product>>& chains
     for (int part = 0; part < parts; ++part) {
       const auto from = static_cast<int>(int64_t{batch} * part / parts);
       const auto to = static_cast<int>(int64_t{batch} * (part + 1) / parts);
-      Strand strand{&chains[i], products, from, to - from, 0, 0.0, 0.0};
+      Strand strand{.chain = &chains[i],
+                    .first_product = products,
+                    .first_matrix = from,
+                    .count = to - from,
+                    .next = 0,
+                    .ready = 0.0,
+                    .left = 0.0};
       for (const Product& p : chains[i]) strand.left += strand.work(p, multiprocessors) + latency_of(p);
       strands.push_back(strand);
     }
@@ -306,8 +312,9 @@ int queue_strands(std::vector<Strand> strands, int multiprocessors, ProductQueue
     const Product& p = best->product();
     const double work = best->work(p, multiprocessors);
     if (queue.run_count == kMaxRuns) throw std::logic_error("newton_schulz: more runs than a launch takes");
-    queue.runs[queue.run_count++] = {tasks, static_cast<uint32_t>(best->first_matrix),
-                                     static_cast<uint32_t>(best->first_product + best->next)};
+    queue.runs[queue.run_count++] = {.first_task = tasks,
+                                     .first_matrix = static_cast<uint32_t>(best->first_matrix),
+                                     .product = static_cast<uint32_t>(best->first_product + best->next)};
     tasks += best->count * p.tasks;
     now = start + work;
     if (!p.off_chain) best->ready = now + latency_of(p);
@@ -376,18 +383,25 @@ BufferLayout find_buffer(const NsBank& bank, const BankLayout& layout, int buffe
   const int64_t size = bank.rows * bank.cols, side = short_side(bank), square = side * side;
   const bool out_is_half = bank.type != NsType::kFloat32;
   const size_t out = out_is_half ? 0 : layout.half_out;
-  if (buffer == kOut) return {out_is_half, out, size, bank.rows, bank.cols};
-  if (buffer == kX) return {false, layout.x, size, bank.rows, bank.cols};
-  if (buffer == kFactor) return {false, layout.factor, square, side, side};
-  if (buffer == kSpare) return {false, layout.spare, square, side, side};
+  const auto whole = [&](bool in_output, size_t offset) {
+    return BufferLayout{
+        .in_output = in_output, .offset = offset, .stride = size, .rows = bank.rows, .cols = bank.cols};
+  };
+  const auto squares = [&](bool in_output, size_t offset, int64_t stride) {
+    return BufferLayout{
+        .in_output = in_output, .offset = offset, .stride = stride, .rows = side, .cols = side};
+  };
+  if (buffer == kOut) return whole(out_is_half, out);
+  if (buffer == kX) return whole(false, layout.x);
+  if (buffer == kFactor) return squares(false, layout.factor, square);
+  if (buffer == kSpare) return squares(false, layout.spare, square);
   const auto index = static_cast<size_t>((buffer - kSquaresOut) % 3);
   const auto square_bytes = static_cast<size_t>(square) * 2;
   if (layout.short_chain) {
-    return {false, layout.factor + index * static_cast<size_t>(bank.batch) * square_bytes, square, side,
-            side};
+    return squares(false, layout.factor + index * static_cast<size_t>(bank.batch) * square_bytes, square);
   }
   const bool around_out = buffer < kSquaresX;
-  return {around_out && out_is_half, (around_out ? out : layout.x) + index * square_bytes, size, side, side};
+  return squares(around_out && out_is_half, (around_out ? out : layout.x) + index * square_bytes, size);
 }
 
 int schedule(const NsBank* banks, int count, const float (*table)[3], int steps,

@@ -63,11 +63,11 @@ ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::T
                     const at::Tensor& corrections, double clip, double beta1, double beta2) {
   check_vector(sums, "clip_scale", "sums", sums.numel(), sums.device());
   check_vector(state, "clip_scale", "state", kClipState, sums.device());
-  check_vector(hyper, "clip_scale", "hyper", kMuonHyper, sums.device());
+  check_vector(hyper, "clip_scale", "hyper", kHyperCount, sums.device());
   check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
   TORCH_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
   check_betas("clip_scale", beta1, beta2);
-  return {clip, beta1, beta2};
+  return {.clip = clip, .beta1 = beta1, .beta2 = beta2};
 }
 
 void clip_scale_on_cpu(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
@@ -82,7 +82,7 @@ std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, 
                                    const at::Tensor& hyper, const at::Tensor& corrections) {
   const at::Device device = lr.device();
   check_vector(lr, "adam_step", "lr", 1, device);
-  check_vector(hyper, "adam_step", "hyper", kMuonHyper, device);
+  check_vector(hyper, "adam_step", "hyper", kHyperCount, device);
   check_vector(corrections, "adam_step", "corrections", 2, device);
   const auto take = [&](at::TensorList list, const char* what, size_t i) {
     TORCH_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
@@ -94,9 +94,12 @@ std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, 
   };
   std::vector<AdamTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
-    targets.push_back({take(params, "params", i), take(grads, "grads", i), take(means, "means", i),
-                       take(squares, "squares", i),
-                       averages.empty() ? nullptr : take(averages, "averages", i), params[i].numel()});
+    targets.push_back({.param = take(params, "params", i),
+                       .grad = take(grads, "grads", i),
+                       .mean = take(means, "means", i),
+                       .square = take(squares, "squares", i),
+                       .average = averages.empty() ? nullptr : take(averages, "averages", i),
+                       .count = params[i].numel()});
   }
   return targets;
 }
@@ -106,9 +109,15 @@ AdamRule make_rule(const at::Tensor& lr, const at::Tensor& hyper, const at::Tens
   check_betas("adam_step", beta1, beta2);
   TORCH_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
                     " and ", weight_decay);
-  return {const_pointer<float>(lr),         const_pointer<float>(hyper),   const_pointer<float>(corrections),
-          static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
-          static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
+  return {.lr = const_pointer<float>(lr),
+          .hyper = const_pointer<float>(hyper),
+          .corrections = const_pointer<float>(corrections),
+          .weight_decay = static_cast<float>(weight_decay),
+          .beta1 = static_cast<float>(beta1),
+          .beta2 = static_cast<float>(beta2),
+          .eps = static_cast<float>(eps),
+          .rest1 = static_cast<float>(1 - beta1),
+          .rest2 = static_cast<float>(1 - beta2)};
 }
 
 void adam_step_on_cpu(at::TensorList params, at::TensorList grads, at::TensorList means,

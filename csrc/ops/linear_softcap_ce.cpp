@@ -88,7 +88,12 @@ CUstream_st* current_stream() { return c10::cuda::getCurrentCUDAStream().stream(
 
 LinearSoftcapCeShape hopper_shape(const Problem& problem) {
   const SoftcapCeShape& shape = problem.shape;
-  return {shape.rows, shape.vocab, problem.hidden.size(1), shape.cap, shape.ignore_index, shape.z_loss};
+  return {.rows = shape.rows,
+          .vocab = shape.vocab,
+          .width = problem.hidden.size(1),
+          .cap = shape.cap,
+          .ignore_index = shape.ignore_index,
+          .z_loss = shape.z_loss};
 }
 
 bool aligned(const at::Tensor& tensor) {
@@ -165,9 +170,13 @@ void write_hopper(const Problem& chunk, at::Tensor& loss, at::Tensor& scale, con
   const at::Tensor target_logit = empty_rows(loss, shape.rows);
   bf16* stored = factor.defined() ? mutable_pointer<bf16>(factor) : nullptr;
   const int64_t stride = factor.defined() ? shape.vocab : round_up(shape.vocab, 8);
-  linear_softcap_ce_forward_sm90({const_pointer<bf16>(chunk.hidden), const_pointer<bf16>(chunk.weight),
-                                  const_pointer<int64_t>(chunk.target), stored, stride,
-                                  mutable_pointer<float>(sums), mutable_pointer<float>(target_logit)},
+  linear_softcap_ce_forward_sm90({.hidden = const_pointer<bf16>(chunk.hidden),
+                                  .weight = const_pointer<bf16>(chunk.weight),
+                                  .target = const_pointer<int64_t>(chunk.target),
+                                  .factor = stored,
+                                  .factor_ld = stride,
+                                  .partial_sums = mutable_pointer<float>(sums),
+                                  .target_logit = mutable_pointer<float>(target_logit)},
                                  shape, current_stream());
   linear_softcap_ce_loss_cuda(const_pointer<float>(sums), tiles, const_pointer<float>(target_logit),
                               const_pointer<int64_t>(chunk.target), stored, stride,
@@ -189,9 +198,12 @@ at::Tensor row_scale(const at::Tensor& grad_loss, const at::Tensor& scale, const
   if (hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16) {
     at::Tensor v = empty_rows(scale, scale.size(0));
     linear_softcap_ce_factor_cuda(
-        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
-         const_pointer<bf16>(hidden), mutable_pointer<float>(v),
-         scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        {.grad_loss = const_pointer<float>(grad_loss),
+         .grad_stride = row_stride(grad_loss),
+         .scale = const_pointer<float>(scale),
+         .hidden = const_pointer<bf16>(hidden),
+         .row_scale = mutable_pointer<float>(v),
+         .scaled_hidden = scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
         hidden.size(0), hidden.size(1), current_stream());
     return v;
   }
@@ -218,15 +230,27 @@ void hidden_product(const at::Tensor& grad_loss, const at::Tensor& scale, const 
                     const at::Tensor& weight, const at::Tensor& hidden, const at::Tensor& product,
                     at::Tensor& scaled) {
 #ifdef PGOLF_WITH_CUDA
-  const LinearSoftcapCeShape shape{hidden.size(0), weight.size(0), hidden.size(1), 0.0f, 0, 0.0f};
+  // The kernel below needs no cap, ignored target or z-loss: those are in factor and scale.
+  const LinearSoftcapCeShape shape{.rows = hidden.size(0),
+                                   .vocab = weight.size(0),
+                                   .width = hidden.size(1),
+                                   .cap = 0.0f,
+                                   .ignore_index = 0,
+                                   .z_loss = 0.0f};
   if (product.defined() && hidden.is_cuda() && hidden.scalar_type() == at::kBFloat16 &&
       factor.is_contiguous() && aligned(factor) && aligned(weight) && aligned(hidden) && aligned(product) &&
       linear_softcap_ce_hidden_sm90_supports(shape)) {
     const at::Tensor w = weight.contiguous();
     linear_softcap_ce_hidden_sm90(
-        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
-         const_pointer<bf16>(factor), factor.size(1), const_pointer<bf16>(w), const_pointer<bf16>(hidden),
-         mutable_pointer<bf16>(product), scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        {.grad_loss = const_pointer<float>(grad_loss),
+         .grad_stride = row_stride(grad_loss),
+         .scale = const_pointer<float>(scale),
+         .factor = const_pointer<bf16>(factor),
+         .factor_ld = factor.size(1),
+         .weight = const_pointer<bf16>(w),
+         .hidden = const_pointer<bf16>(hidden),
+         .product = mutable_pointer<bf16>(product),
+         .scaled_hidden = scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
         shape, current_stream());
     return;
   }

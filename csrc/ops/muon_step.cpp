@@ -41,8 +41,8 @@ void dispatch_states(at::TensorList grads, at::TensorList momenta, at::TensorLis
 void check_hyper(const at::Tensor& hyper) {
   TORCH_CHECK_TYPE(hyper.scalar_type() == at::kFloat, "muon_step: hyper must be float32, got ",
                    hyper.scalar_type());
-  TORCH_CHECK_VALUE(hyper.dim() == 1 && hyper.size(0) == kMuonHyper && hyper.is_contiguous(),
-                    "muon_step: hyper must be (", int{kMuonHyper}, ",) contiguous, got ", hyper.sizes());
+  TORCH_CHECK_VALUE(hyper.dim() == 1 && hyper.size(0) == kHyperCount && hyper.is_contiguous(),
+                    "muon_step: hyper must be (", int{kHyperCount}, ",) contiguous, got ", hyper.sizes());
 }
 
 // `tensor` of list `what` at `index` must have the shape of `model`; check_list sees to the rest.
@@ -80,8 +80,11 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
   std::vector<MuonTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
     check_like(updates[i], params[i], "update", i);
-    MuonTarget target{mutable_pointer<float>(params[i]), updates[i].const_data_ptr(), nullptr,
-                      params[i].numel(), static_cast<float>(lr_scales[i])};
+    MuonTarget target{.param = mutable_pointer<float>(params[i]),
+                      .update = updates[i].const_data_ptr(),
+                      .average = nullptr,
+                      .count = params[i].numel(),
+                      .lr_scale = static_cast<float>(lr_scales[i])};
     if (!averages.empty()) {
       check_like(averages[i], params[i], "average", i);
       target.average = mutable_pointer<float>(averages[i]);
@@ -133,8 +136,12 @@ std::vector<MuonBank> check_banks(at::TensorList grads, at::TensorList momenta, 
     check_like(momenta[i], grads[i], "momentum", i);
     check_like(updates[i], grads[i], "update", i);
     if (grads[i].numel() == 0) continue;
-    banks.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), updates[i].mutable_data_ptr(),
-                     grads[i].size(0), grads[i].size(1), grads[i].size(2)});
+    banks.push_back({.grad = grads[i].const_data_ptr(),
+                     .momentum = momenta[i].mutable_data_ptr(),
+                     .update = updates[i].mutable_data_ptr(),
+                     .matrices = grads[i].size(0),
+                     .rows = grads[i].size(1),
+                     .cols = grads[i].size(2)});
   }
   return banks;
 }
@@ -188,12 +195,12 @@ void step(at::TensorList params, at::TensorList grads, at::TensorList momenta, a
   check_hyper(hyper);
   const MuonAlgorithm chosen = check_algorithm(algorithm);
   const std::vector<MuonBank> banks = check_banks(grads, momenta, updates, hyper);
-  const MuonStep step{banks.data(),
-                      static_cast<int>(banks.size()),
-                      const_pointer<float>(hyper),
-                      {nesterov, lerp, row_normalize},
-                      chosen,
-                      check_iteration(coefficients, eps)};
+  const MuonStep step{.banks = banks.data(),
+                      .count = static_cast<int>(banks.size()),
+                      .hyper = const_pointer<float>(hyper),
+                      .options = {.nesterov = nesterov, .lerp = lerp, .row_normalize = row_normalize},
+                      .algorithm = chosen,
+                      .iteration = check_iteration(coefficients, eps)};
   if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
   const c10::DeviceGuard guard(hyper.device());
   dispatch_states(grads, momenta, updates, [&](auto g, auto m, auto x) {

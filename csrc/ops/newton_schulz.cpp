@@ -91,7 +91,12 @@ std::vector<at::Tensor> run_banks_cuda(at::TensorList banks, at::ArrayRef<double
     const NsType type = type_of(banks[i].scalar_type());
     in.push_back(banks[i].contiguous());
     if (banks[i].numel() == 0) continue;
-    list.push_back({in[i].const_data_ptr(), nullptr, type, shapes[i].batch, shapes[i].rows, shapes[i].cols});
+    list.push_back({.in = in[i].const_data_ptr(),
+                    .out = nullptr,
+                    .type = type,
+                    .batch = shapes[i].batch,
+                    .rows = shapes[i].rows,
+                    .cols = shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
   const bool gram = algorithm != "standard" && newton_schulz_sm90_can_run(list.data(), count);

@@ -28,7 +28,11 @@ struct SoftcapCeOptions {
     TORCH_CHECK_VALUE(z_loss >= 0 && z_loss <= kLargest, op, ": z_loss must be finite and >= 0, got ",
                       z_loss);
     const float limit = cap ? static_cast<float>(*cap) : std::numeric_limits<float>::infinity();
-    return {rows, vocab, limit, ignore_index, static_cast<float>(z_loss)};
+    return {.rows = rows,
+            .vocab = vocab,
+            .cap = limit,
+            .ignore_index = ignore_index,
+            .z_loss = static_cast<float>(z_loss)};
   }
 };
 

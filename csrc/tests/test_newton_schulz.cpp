@@ -11,7 +11,19 @@ void test_gemm(int64_t m, int64_t n, int64_t k, int threads) {
   const std::vector<float> a = normal_values(m * k, 1), b = normal_values(n * k, 2),
                            d = normal_values(m * n, 3);
   std::vector<float> c(static_cast<size_t>(m * n));
-  gemm_cpu({m, n, k, a.data(), k, b.data(), 1, k, 0.5f, -2.0f, d.data(), c.data(), false}, threads);
+  gemm_cpu({.m = m,
+            .n = n,
+            .k = k,
+            .a = a.data(),
+            .a_stride = k,
+            .b = b.data(),
+            .b_row_stride = 1,
+            .b_col_stride = k,
+            .alpha = 0.5f,
+            .beta = -2.0f,
+            .d = d.data(),
+            .c = c.data()},
+           threads);
   const Matrix want = product({a.begin(), a.end()}, {b.begin(), b.end()}, m, n, k);
   for (size_t i = 0; i < c.size(); ++i) {
     check_close(c[i], 0.5 * want[i] - 2.0 * d[i], 1e-5, 1e-6 * static_cast<double>(k), "gemm");
@@ -20,8 +32,12 @@ void test_gemm(int64_t m, int64_t n, int64_t k, int threads) {
 
 void test_iteration(int64_t rows, int64_t cols, int threads) {
   const float abc[3] = {3.4445f, -4.7750f, 2.0315f};
-  const NewtonSchulzShape shape{2,    rows, cols, 2, {{abc[0], abc[1], abc[2]}, {abc[0], abc[1], abc[2]}},
-                                1e-7f};
+  const NewtonSchulzShape shape{.batch = 2,
+                                .rows = rows,
+                                .cols = cols,
+                                .steps = 2,
+                                .coefficients = {{abc[0], abc[1], abc[2]}, {abc[0], abc[1], abc[2]}},
+                                .eps = 1e-7f};
   const std::vector<float> values = normal_values(2 * rows * cols, 4);
   std::vector<float> out(values.size());
   newton_schulz_cpu(values.data(), out.data(), shape, threads);
