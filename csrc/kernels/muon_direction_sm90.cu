@@ -52,6 +52,39 @@ struct MatrixPart {
   }
 };
 
+// Places the spans of the rows that a warp takes at once: at[h] is this thread's first element of span h,
+// from the first row on, or -1. Returns the set of spans that start a row, one bit each.
+__device__ __forceinline__ unsigned int place_spans(int (&at)[kHeld], int rows, int spans, int cols,
+                                                    int lane) {
+  int of_row = 0, of_span = 0;
+  unsigned int starts = 0;
+  PGOLF_UNROLL
+  for (int h = 0; h < kHeld; ++h) {
+    const int column = of_span * kSpan + lane;
+    at[h] = of_row < rows && column < cols ? of_row * cols + column : -1;
+    starts |= (of_span == 0 ? 1u : 0u) << h;
+    if (++of_span == spans) {
+      of_span = 0;
+      ++of_row;
+    }
+  }
+  return starts;
+}
+
+// Makes the sums of spans the sums of whole rows, in all lanes: over the lanes, then over the spans of a row,
+// forth and back.
+__device__ __forceinline__ void sum_rows(float (&sums)[kHeld], unsigned int starts) {
+  PGOLF_UNROLL
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    PGOLF_UNROLL
+    for (int h = 0; h < kHeld; ++h) sums[h] += __shfl_xor_sync(kAllLanes, sums[h], offset);
+  }
+  PGOLF_UNROLL
+  for (int h = 1; h < kHeld; ++h) sums[h] += (starts >> h & 1u) != 0 ? 0.0f : sums[h - 1];
+  PGOLF_UNROLL
+  for (int h = kHeld - 2; h >= 0; --h) sums[h] = (starts >> (h + 1) & 1u) != 0 ? sums[h] : sums[h + 1];
+}
+
 // Rows are normalised, so the norm of the matrix is nearly known beforehand and x is written at once, in one
 // pass. A warp takes as many rows as it can hold; each thread keeps its u in shared memory, so that registers
 // are free for loads under way.
@@ -68,19 +101,8 @@ __device__ __forceinline__ Squares normalized_rows(const MatrixPart<G, M>& part,
     M* const momentum = part.momentum + row * cols;
     const int rows = static_cast<int>(min(part.end - row, static_cast<int64_t>(rows_at_once)));
     float sums[kHeld];
-    int at[kHeld];  // element of the span from the first row on, or -1
-    int of_row = 0, of_span = 0;
-    unsigned int starts = 0;  // spans that start a row
-    PGOLF_UNROLL
-    for (int h = 0; h < kHeld; ++h) {
-      const int column = of_span * kSpan + lane;
-      at[h] = of_row < rows && column < cols ? of_row * cols + column : -1;
-      starts |= (of_span == 0 ? 1u : 0u) << h;
-      if (++of_span == spans) {
-        of_span = 0;
-        ++of_row;
-      }
-    }
+    int at[kHeld];
+    const unsigned int starts = place_spans(at, rows, spans, cols, lane);
     PGOLF_UNROLL
     for (int batch = 0; batch < kHeld; batch += kBatch) {
       Raw8<G> grads[kBatch];
@@ -106,16 +128,7 @@ __device__ __forceinline__ Squares normalized_rows(const MatrixPart<G, M>& part,
         held[(2 * h + 1) * kThreads + threadIdx.x] = make_float4(u[4], u[5], u[6], u[7]);
       }
     }
-    // Sums of whole rows, in all lanes: over the lanes, then over the spans of a row, forth and back.
-    PGOLF_UNROLL
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      PGOLF_UNROLL
-      for (int h = 0; h < kHeld; ++h) sums[h] += __shfl_xor_sync(kAllLanes, sums[h], offset);
-    }
-    PGOLF_UNROLL
-    for (int h = 1; h < kHeld; ++h) sums[h] += (starts >> h & 1u) != 0 ? 0.0f : sums[h - 1];
-    PGOLF_UNROLL
-    for (int h = kHeld - 2; h >= 0; --h) sums[h] = (starts >> (h + 1) & 1u) != 0 ? sums[h] : sums[h + 1];
+    sum_rows(sums, starts);
     PGOLF_UNROLL
     for (int h = 0; h < kHeld; ++h) {
       if (at[h] < 0) continue;

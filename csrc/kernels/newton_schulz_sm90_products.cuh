@@ -204,17 +204,22 @@ struct Writer {
   }
 };
 
-// Stores `blocks` / 2 times 64 rows from `row` on, and columns `column` .. + 127.
-__device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& writer, const Operands& slots,
-                                       uint32_t* done, const Task& task, int row, int column, int tiles) {
-  const auto lane = static_cast<int>(writer.thread() % kLanes),
-             warp = static_cast<int>(writer.thread() / kLanes);
-  const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
+// A warpgroup's part of an output tile: `blocks` blocks of 64x64, two across.
+struct OutputPart {
+  int row, column;  // the first, elements
+  int blocks;       // 2 or 4
+  int tiles;        // what the counter gets when all are stored
+};
+
+// sum = alpha sum + beta C, where the slots of A that wait for this hold C.
+__device__ __forceinline__ void add_operand(float (&sum)[2][64], int blocks, uint32_t base,
+                                            const Operands& slots, float alpha, float beta, int lane,
+                                            int warp) {
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
     const uint32_t from = slots.a_index + (slots.depth - slots.held + half) * slots.a_stride;
     const uint32_t r = warp * 16 + lane % 16;
-    const uint32_t box = RingA::slot(writer.base, from) + slots.a_offset + r * 128;
+    const uint32_t box = RingA::slot(base, from) + slots.a_offset + r * 128;
     PGOLF_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (2 * i >= blocks) continue;
@@ -238,54 +243,77 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
     }
     if (half < slots.held) {
       __syncwarp();
-      if (lane == 0) release_a(writer.base, slots, from);
+      if (lane == 0) release_a(base, slots, from);
     }
   }
+}
+
+// Adds gamma I to a block of the diagonal.
+// Element 4 n + 2 h + e of v: row 16 warp + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e.
+__device__ __forceinline__ void add_to_diagonal(float* v, float gamma, int lane, int warp) {
+  PGOLF_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    PGOLF_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      if (n / 2 == warp && lane / 4 == lane % 4 * 2 + e) v[4 * n + n % 2 * 2 + e] += gamma;
+    }
+  }
+}
+
+// Writes a block as float32 past the copy engine; (r, c) is this thread's first element.
+__device__ __forceinline__ void store_direct(const float* v, float* direct, int r, int c, int rows,
+                                             int cols) {
+  float* at = direct + int64_t{r} * cols + c;
+  PGOLF_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    if (r + i % 2 * 8 < rows && c + i / 2 * 8 < cols)
+      *reinterpret_cast<float2*>(at + i % 2 * 8 * cols + i / 2 * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+  }
+}
+
+__device__ __forceinline__ void pack_block(uint32_t (&packed)[16], const float* v, bool bfloat16) {
+  if (bfloat16) {
+    PGOLF_UNROLL
+    for (int i = 0; i < 16; ++i) packed[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
+  } else {
+    PGOLF_UNROLL
+    for (int i = 0; i < 16; ++i) packed[i] = pack_half(v[2 * i], v[2 * i + 1]);
+  }
+}
+
+// Makes the output of the sums of a part and hands it over to be stored.
+__device__ __forceinline__ void finish(float (&sum)[2][64], Writer& writer, const Operands& slots,
+                                       uint32_t* done, const Task& task, const OutputPart& part) {
+  const auto lane = static_cast<int>(writer.thread() % kLanes),
+             warp = static_cast<int>(writer.thread() / kLanes);
+  const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
+  add_operand(sum, part.blocks, writer.base, slots, alpha, beta, lane, warp);
   const int rows = task.rows, cols = task.cols;
   const bool symmetric = task.symmetric, bfloat16 = task.bfloat16;
   float* const direct = task.direct;
   auto stored = [&](int block) {
-    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
-    return block < blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
+    const int r0 = part.row + block / 2 * kBox, c0 = part.column + block % 2 * kBox;
+    return block < part.blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
   };
   int left = 0;
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) left += stored(block);
-  if (left == 0 && writer.thread() == 0) release_add(done + task.signals, tiles);
-  StoreJob job{.map = task.out, .row = 0, .column = 0, .matrix = task.matrix, .counter = -1, .tiles = tiles};
+  if (left == 0 && writer.thread() == 0) release_add(done + task.signals, part.tiles);
+  StoreJob job{
+      .map = task.out, .row = 0, .column = 0, .matrix = task.matrix, .counter = -1, .tiles = part.tiles};
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) {
     if (!stored(block)) continue;
     --left;
-    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
+    const int r0 = part.row + block / 2 * kBox, c0 = part.column + block % 2 * kBox;
     float* v = &sum[block / 2][block % 2 * 32];
-    if (r0 == c0) {  // element 4 n + 2 h + e: row 16 warp + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e
-      PGOLF_UNROLL
-      for (int n = 0; n < 8; ++n) {
-        PGOLF_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          if (n / 2 == warp && lane / 4 == lane % 4 * 2 + e) v[4 * n + n % 2 * 2 + e] += gamma;
-        }
-      }
-    }
+    if (r0 == c0) add_to_diagonal(v, gamma, lane, warp);
     if (direct != nullptr) {
-      const int r = r0 + warp * 16 + lane / 4, c = c0 + lane % 4 * 2;
-      float* at = direct + int64_t{r} * cols + c;
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        if (r + i % 2 * 8 < rows && c + i / 2 * 8 < cols)
-          *reinterpret_cast<float2*>(at + i % 2 * 8 * cols + i / 2 * 8) = make_float2(v[2 * i], v[2 * i + 1]);
-      }
+      store_direct(v, direct, r0 + warp * 16 + lane / 4, c0 + lane % 4 * 2, rows, cols);
       continue;
     }
     uint32_t packed[16];
-    if (bfloat16) {
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) packed[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
-    } else {
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) packed[i] = pack_half(v[2 * i], v[2 * i + 1]);
-    }
+    pack_block(packed, v, bfloat16);
     const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
     job.row = r0;
     job.column = c0;
@@ -300,7 +328,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
   if (writer.waiting != 0) writer.hand_over();
 }
 
-__device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
+__device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int group) {
   Writer writer{base, shared, group};
   uint32_t a_index = 0, b_index = 0;
   // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot again it
@@ -360,7 +388,8 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
         catch_up();
         float sum[2][64];
         multiply_runs(sum, blocks, task.layout, base, slots);
-        finish(sum, blocks, writer, slots, done, task, row, column, together ? 1 : 2);
+        finish(sum, writer, slots, done, task,
+               {.row = row, .column = column, .blocks = blocks, .tiles = together ? 1 : 2});
       }
       b_index += diagonal ? 0 : task.depth;
       alone += together ? 0 : 1;
@@ -391,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
     registers_raise<232>();
-    work(plan.queue.done, base, shared, role - 1);
+    multiply_tasks(plan.queue.done, base, shared, role - 1);
   }
 #endif
 }
