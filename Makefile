@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/kernels/* csrc/ops/*)
 TEST_BUILD := build/tests
 
-.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench docs figures clean size todo
+.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench docs figures wheel clean size todo
 
 setup: $(VENV)/built.stamp
 
@@ -65,6 +65,10 @@ docs: setup
 # The pictures of README and docs/, from the committed result files.
 figures: setup
 	$(BIN)/python -m bench.figures
+
+# One wheel for every torch from 2.11 and every Python from 3.10, audited and tested; TORCHES="2.11.0 2.15.0".
+wheel: setup
+	TORCHES="$(TORCHES)" bash .ci/wheel
 
 clean:
 	rm -rf build dist pgolf/_C*.so pgolf/_build_info.json *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,13 @@
 // `#pragma unroll` in the form that clang-format leaves in its place. Device code only.
 #define PGOLF_UNROLL _Pragma("unroll")
 
+// Marks functions that host and device code share; nothing where CUDA is not compiled.
+#ifdef __CUDACC__
+#define PGOLF_HOST_DEVICE __host__ __device__
+#else
+#define PGOLF_HOST_DEVICE
+#endif
+
 // The bridge headers name CUDA streams without including CUDA.
 struct CUstream_st;
 

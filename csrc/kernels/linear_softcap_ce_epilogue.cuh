@@ -14,8 +14,12 @@ namespace pgolf::epilogue {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kOffset = 2.0f;
-constexpr int kNowhere = -1, kIgnored = -2;            // of a target
-constexpr uint32_t kNotHere = 255, kIgnoredRow = 254;  // of a target within a tile
+// In place of a target's column in the matrix.
+constexpr int kInvalidTarget = -1;  // outside [0, vocab)
+constexpr int kIgnoredTarget = -2;  // ignore_index, or no such row
+// In place of a target's column in a tile.
+constexpr uint32_t kOtherTile = 255;
+constexpr uint32_t kIgnoredRow = 254;
 
 struct Args {
   bf16* factor;
@@ -107,11 +111,12 @@ struct Row {
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // The target's column within the tile, kNotHere or kIgnoredRow. `target` is a column of the whole matrix,
-  // kNowhere or kIgnored.
+  // The target's column within the tile, kOtherTile or kIgnoredRow. `target` is a column of the whole matrix,
+  // kInvalidTarget or kIgnoredTarget.
   __device__ __forceinline__ static uint32_t own_column(int target, int column_tile) {
     const uint32_t own = static_cast<uint32_t>(target) - static_cast<uint32_t>(column_tile * C::kColumns);
-    return target == kIgnored ? kIgnoredRow : target >= 0 && own < C::kColumns ? own : kNotHere;
+    if (target == kIgnoredTarget) return kIgnoredRow;
+    return target >= 0 && own < C::kColumns ? own : kOtherTile;
   }
 
   // `target` as own_column gives it.

@@ -208,10 +208,10 @@ int64_t cluster_tiles(int64_t rows, int64_t width) {
 }
 
 TensorShape matrix(int64_t rows, int64_t columns, int64_t ld, cuuint32_t box_rows) {
-  return {2,
-          {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-          {static_cast<cuuint64_t>(ld) * 2},
-          {kDepth, box_rows}};
+  return {.rank = 2,
+          .sizes = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+          .strides = {static_cast<cuuint64_t>(ld) * 2},
+          .box = {kDepth, box_rows}};
 }
 
 }  // namespace

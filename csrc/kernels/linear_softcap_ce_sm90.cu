@@ -209,14 +209,14 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   }
 }
 
-// The target's column, epilogue::kNowhere or epilogue::kIgnored; the logits of both are written here.
+// The target's column, or one of epilogue's kInvalidTarget and kIgnoredTarget, whose logits are written here.
 __device__ __forceinline__ int load_target(const KernelArgs& args, int row) {
-  if (row >= args.rows) return epilogue::kIgnored;
+  if (row >= args.rows) return epilogue::kIgnoredTarget;
   const int64_t label = args.target[row];
   if (label != args.ignore_index && label >= 0 && label < args.vocab) return static_cast<int>(label);
   const bool ignored = label == args.ignore_index;
   args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
-  return ignored ? epilogue::kIgnored : epilogue::kNowhere;
+  return ignored ? epilogue::kIgnoredTarget : epilogue::kInvalidTarget;
 }
 
 // Read anew where it is needed: a register less in the epilogue, which needs all.
@@ -233,7 +233,9 @@ __device__ __forceinline__ void finish_row(const KernelArgs& args, const float (
   float value[C::kColumns / 4];
   PGOLF_UNROLL
   for (int i = 0; i < C::kColumns / 4; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
-  epilogue::Row<C>{args, value, row, column_tile, lane_index() % 4}.run(own & 255u);
+  epilogue::Row<C>{
+      .args = args, .value = value, .row = row, .column_tile = column_tile, .t = lane_index() % 4}
+      .run(own & 255u);
 }
 
 template <typename C>
@@ -258,20 +260,28 @@ __device__ __forceinline__ void multiply_add(float (&c)[C::kAccumulators], uint6
   }
 }
 
+// What a warpgroup has to know of a tile to multiply it.
+struct Turn {
+  int turn;             // 0 or 1: which of the tiles in work
+  int part;             // of the tile's rows, where two warpgroups share them
+  bool await_rows;      // the resident rows are new
+  uint32_t rows_phase;  // of the barriers that say that they have arrived
+  bool release_rows;    // no later tile of this turn needs the resident rows
+  bool last_tile;       // no tile of the other turn follows
+};
+
 // A tile's product, once this group's turn has come.
 template <typename C>
 __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>& shared, RingPosition<C>& at,
-                                         float (&c)[C::kFragments][C::kAccumulators], int turn, int part,
-                                         bool await_rows, uint32_t rows_phase, bool release_rows,
-                                         bool last_tile) {
+                                         float (&c)[C::kFragments][C::kAccumulators], const Turn& turn) {
   const int lane = lane_index();
   uint32_t previous = 0;
   for (int slice = 0; slice < args.slices; ++slice) {
-    if (C::kResident && await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), rows_phase);
+    if (C::kResident && turn.await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), turn.rows_phase);
     mbarrier_wait_or_trap(shared.full(at.stage()), at.phase());
     // All of this group's copies have arrived: the other group's waits are at most one phase ahead.
-    if (slice == args.slices - 1 && !last_tile) named_arrive(2 - turn, kTurns * C::kParts * kGroup);
-    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage(), slice) + part * 64 * kDepth * 2);
+    if (slice == args.slices - 1 && !turn.last_tile) named_arrive(2 - turn.turn, kTurns * C::kParts * kGroup);
+    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage(), slice) + turn.part * 64 * kDepth * 2);
     const uint64_t b = wgmma_descriptor<16>(shared.columns(at.stage()));
     wgmma_fence();
     PGOLF_UNROLL
@@ -286,7 +296,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
     if (slice > 0) {
       wgmma_wait<1>();
       if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
-      if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
+      if (C::kResident && turn.release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
     }
     previous = shared.empty(at.stage());
     at.advance();
@@ -295,7 +305,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
   PGOLF_UNROLL
   for (int f = 0; f < C::kFragments; ++f) wgmma_keep_order(c[f]);
   if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
-  if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
+  if (C::kResident && turn.release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
 }
 
 template <typename C>
@@ -339,8 +349,13 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
     float c[C::kFragments][C::kAccumulators];
     // Tiles take turns on the tensor cores.
     if (wait) named_sync(1 + turn, kTurns * C::kParts * kGroup);
-    multiply<C>(args, shared, at, c, turn, part, new_rows, rows_phase, release_rows,
-                !tile.more_than(args, 1));
+    multiply<C>(args, shared, at, c,
+                {.turn = turn,
+                 .part = part,
+                 .await_rows = new_rows,
+                 .rows_phase = rows_phase,
+                 .release_rows = release_rows,
+                 .last_tile = !tile.more_than(args, 1)});
     wait = true;
     at.skip(args.slices);
 
@@ -389,19 +404,19 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 // Launcher.
 TensorShape plain_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
-  return {2,
-          {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
-          {row_bytes},
-          {kDepth, static_cast<cuuint32_t>(box_rows)}};
+  return {.rank = 2,
+          .sizes = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
+          .strides = {row_bytes},
+          .box = {kDepth, static_cast<cuuint32_t>(box_rows)}};
 }
 
 // Row 32 m + 8 t + 2 j + e of the matrix becomes row 32 m + 8 j + 2 t + e of the copy.
 TensorShape permuted_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
-  return {5,
-          {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
-          {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
-          {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
+  return {.rank = 5,
+          .sizes = {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
+          .strides = {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
+          .box = {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
 }
 
 template <typename C>

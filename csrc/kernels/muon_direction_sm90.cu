@@ -1,12 +1,12 @@
-// muon_direction_sm90 of muon_step.h: the directions go straight to where newton_schulz_sm90 starts from, so
-// that nothing between the gradient and the first product passes through memory a second time.
+// muon_direction_sm90: the directions go straight to where newton_schulz_sm90 starts from, so that nothing
+// between the gradient and the first product passes through memory a second time.
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "kernels/cuda_check.cuh"
+#include "kernels/muon_direction_sm90.h"
 #include "kernels/muon_momentum.cuh"
-#include "kernels/muon_step.h"
 #include "kernels/newton_schulz_sm90_scale.cuh"
 
 namespace pgolf {
@@ -35,7 +35,7 @@ struct InputArgs {
 
 // A block's part of one matrix, and what turns gradients into directions.
 template <typename G, typename M>
-struct Part {
+struct MatrixPart {
   const G* grad;
   M* momentum;
   __half* x;
@@ -52,11 +52,44 @@ struct Part {
   }
 };
 
+// Places the spans of the rows that a warp takes at once: at[h] is this thread's first element of span h,
+// from the first row on, or -1. Returns the set of spans that start a row, one bit each.
+__device__ __forceinline__ unsigned int place_spans(int (&at)[kHeld], int rows, int spans, int cols,
+                                                    int lane) {
+  int of_row = 0, of_span = 0;
+  unsigned int starts = 0;
+  PGOLF_UNROLL
+  for (int h = 0; h < kHeld; ++h) {
+    const int column = of_span * kSpan + lane;
+    at[h] = of_row < rows && column < cols ? of_row * cols + column : -1;
+    starts |= (of_span == 0 ? 1u : 0u) << h;
+    if (++of_span == spans) {
+      of_span = 0;
+      ++of_row;
+    }
+  }
+  return starts;
+}
+
+// Makes the sums of spans the sums of whole rows, in all lanes: over the lanes, then over the spans of a row,
+// forth and back.
+__device__ __forceinline__ void sum_rows(float (&sums)[kHeld], unsigned int starts) {
+  PGOLF_UNROLL
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    PGOLF_UNROLL
+    for (int h = 0; h < kHeld; ++h) sums[h] += __shfl_xor_sync(kAllLanes, sums[h], offset);
+  }
+  PGOLF_UNROLL
+  for (int h = 1; h < kHeld; ++h) sums[h] += (starts >> h & 1u) != 0 ? 0.0f : sums[h - 1];
+  PGOLF_UNROLL
+  for (int h = kHeld - 2; h >= 0; --h) sums[h] = (starts >> (h + 1) & 1u) != 0 ? sums[h] : sums[h + 1];
+}
+
 // Rows are normalised, so the norm of the matrix is nearly known beforehand and x is written at once, in one
 // pass. A warp takes as many rows as it can hold; each thread keeps its u in shared memory, so that registers
 // are free for loads under way.
 template <typename G, typename M>
-__device__ __forceinline__ Squares normalized_rows(const Part<G, M>& part, int spans,
+__device__ __forceinline__ Squares normalized_rows(const MatrixPart<G, M>& part, int spans,
                                                    const PowerOfTwo& power) {
   const int rows_at_once = kHeld / spans, cols = static_cast<int>(part.cols);
   const int lane = threadIdx.x % kWarp * kVector;
@@ -68,16 +101,8 @@ __device__ __forceinline__ Squares normalized_rows(const Part<G, M>& part, int s
     M* const momentum = part.momentum + row * cols;
     const int rows = static_cast<int>(min(part.end - row, static_cast<int64_t>(rows_at_once)));
     float sums[kHeld];
-    int at[kHeld];  // element of the span from the first row on, or -1
-    int of_row = 0, of_span = 0;
-    unsigned int starts = 0;  // spans that start a row
-    PGOLF_UNROLL
-    for (int h = 0; h < kHeld; ++h) {
-      const int column = of_span * kSpan + lane;
-      at[h] = of_row < rows && column < cols ? of_row * cols + column : -1;
-      starts |= (of_span == 0 ? 1u : 0u) << h;
-      if (++of_span == spans) of_span = 0, ++of_row;
-    }
+    int at[kHeld];
+    const unsigned int starts = place_spans(at, rows, spans, cols, lane);
     PGOLF_UNROLL
     for (int batch = 0; batch < kHeld; batch += kBatch) {
       Raw8<G> grads[kBatch];
@@ -103,16 +128,7 @@ __device__ __forceinline__ Squares normalized_rows(const Part<G, M>& part, int s
         held[(2 * h + 1) * kThreads + threadIdx.x] = make_float4(u[4], u[5], u[6], u[7]);
       }
     }
-    // Sums of whole rows, in all lanes: over the lanes, then over the spans of a row, forth and back.
-    PGOLF_UNROLL
-    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-      PGOLF_UNROLL
-      for (int h = 0; h < kHeld; ++h) sums[h] += __shfl_xor_sync(kAllLanes, sums[h], offset);
-    }
-    PGOLF_UNROLL
-    for (int h = 1; h < kHeld; ++h) sums[h] += (starts >> h & 1u) != 0 ? 0.0f : sums[h - 1];
-    PGOLF_UNROLL
-    for (int h = kHeld - 2; h >= 0; --h) sums[h] = (starts >> (h + 1) & 1u) != 0 ? sums[h] : sums[h + 1];
+    sum_rows(sums, starts);
     PGOLF_UNROLL
     for (int h = 0; h < kHeld; ++h) {
       if (at[h] < 0) continue;
@@ -134,7 +150,7 @@ __device__ __forceinline__ Squares normalized_rows(const Part<G, M>& part, int s
 // Two passes over rows of any length: their squares, that of a row after normalization; then x, for which the
 // gradient and the new momentum are read again.
 template <typename G, typename M>
-__device__ __forceinline__ float row_scale(const Part<G, M>& part, int64_t row, bool normalize,
+__device__ __forceinline__ float row_scale(const MatrixPart<G, M>& part, int64_t row, bool normalize,
                                            Squares& squares) {
   const int64_t lane = threadIdx.x % kWarp * kVector;
   Squares mine;
@@ -161,7 +177,7 @@ __device__ __forceinline__ float row_scale(const Part<G, M>& part, int64_t row, 
 }
 
 template <typename G, typename M>
-__device__ __forceinline__ void write_row(const Part<G, M>& part, int64_t row, float scale, bool finite,
+__device__ __forceinline__ void write_row(const MatrixPart<G, M>& part, int64_t row, float scale, bool finite,
                                           const PowerOfTwo& power) {
   const int64_t lane = threadIdx.x % kWarp * kVector;
 #pragma unroll 4
@@ -190,18 +206,18 @@ __global__ void __cluster_dims__(ns90::kParts, 1, 1) __launch_bounds__(kThreads,
   const MuonPolarInput& bank = args.banks[which].bank;
   const int in_bank = cluster - args.banks[which].first_cluster;
   const int matrix = args.banks[which].first_matrix + in_bank;
-  const float mu = args.hyper[kMuonMomentum], grad_scale = args.hyper[kMuonGradScale];
+  const float mu = args.hyper[kHyperMomentum], grad_scale = args.hyper[kHyperGradScale];
   const bool finite = isfinite(grad_scale), normalize = args.options.row_normalize && finite;
   const int64_t start = static_cast<int64_t>(in_bank) * bank.rows * bank.cols;
-  const Part<G, M> part{static_cast<const G*>(bank.grad) + start,
-                        static_cast<M*>(bank.momentum) + start,
-                        static_cast<__half*>(bank.x) + start,
-                        bank.cols,
-                        bank.rows * index / ns90::kParts,
-                        bank.rows * (index + 1) / ns90::kParts,
-                        mu,
-                        grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f),
-                        args.options.nesterov};
+  const MatrixPart<G, M> part{.grad = static_cast<const G*>(bank.grad) + start,
+                              .momentum = static_cast<M*>(bank.momentum) + start,
+                              .x = static_cast<__half*>(bank.x) + start,
+                              .cols = bank.cols,
+                              .begin = bank.rows * index / ns90::kParts,
+                              .end = bank.rows * (index + 1) / ns90::kParts,
+                              .mu = mu,
+                              .gain = grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f),
+                              .nesterov = args.options.nesterov};
   const int64_t spans = (bank.cols + kSpan - 1) / kSpan, first = part.begin + threadIdx.x / kWarp;
   // Rows of norm 1 make a matrix of norm sqrt(rows), less where some are zero.
   int expected;
@@ -240,7 +256,7 @@ void muon_direction_sm90(const MuonPolarInput* banks, int count, const NsPrepare
   args.eps = eps;
   int64_t matrices = 0;
   for (int i = 0; i < count; ++i) {
-    args.banks[i] = {banks[i], 0, static_cast<int>(matrices)};
+    args.banks[i] = {.bank = banks[i], .first_cluster = 0, .first_matrix = static_cast<int>(matrices)};
     matrices += banks[i].matrices;
   }
   std::stable_sort(args.banks, args.banks + count, [](const InputBank& a, const InputBank& b) {

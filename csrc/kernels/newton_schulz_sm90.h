@@ -36,12 +36,13 @@ bool newton_schulz_sm90_can_run(const NsBank* banks, int count);
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps);
 
 inline constexpr int kNsMaxBanks = 6;  // of one launch
+inline constexpr int kNsParts = 8;     // partial sums per matrix, of a caller that writes X itself
 
 // Places in the workspace for a caller that writes X itself.
 struct NsPrepared {
   void* x[kNsMaxBanks];  // float16, each matrix times a power of two 2^e that brings its norm near [16, 32)
   float* sigma;          // 1 / ((norm + eps) 2^e) of all matrices, in the order of the banks
-  float* partials;       // scratch, 24 a matrix
+  float* partials;       // scratch, 3 * kNsParts per matrix
   uint32_t* counters;    // to be zeroed
   int counter_count;
 };

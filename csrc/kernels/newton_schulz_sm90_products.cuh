@@ -15,7 +15,7 @@ namespace ns90 {
 // ---- The multiplying warpgroups
 
 // Where a warpgroup's part of a tile lies in the rings.
-struct Part {
+struct Operands {
   uint32_t a_index, a_stride;  // first use of ring A and the step per block of k
   uint32_t a_offset;           // bytes, of the group's rows within a slot
   uint32_t a_releases;         // arrivals of each warp when it has read a slot; 0: another tile needs it
@@ -29,9 +29,9 @@ struct Part {
   int a_mirrored, b_mirrored;  // see mirrored_from
 };
 
-__device__ __forceinline__ void release_a(uint32_t base, const Part& part, uint32_t index) {
-  if (part.a_releases) mbarrier_arrive(RingA::free(base, index), part.a_releases);
-  if (part.a_other) mbarrier_arrive(RingA::free(base, index + part.a_other), part.a_releases);
+__device__ __forceinline__ void release_a(uint32_t base, const Operands& slots, uint32_t index) {
+  if (slots.a_releases) mbarrier_arrive(RingA::free(base, index), slots.a_releases);
+  if (slots.a_other) mbarrier_arrive(RingA::free(base, index + slots.a_other), slots.a_releases);
 }
 
 // The low half of wgmma_descriptor(shared), to which sixteenths of bytes can be added; the high half is
@@ -51,21 +51,21 @@ __device__ __forceinline__ void set_zero(float (&sum)[64]) {
 
 // Adds blocks `from` to `to` - 1 of k, in the order of the rings.
 template <int Rows, bool AAlongK, bool BAlongK>
-__device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Part& part, int from,
+__device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Operands& slots, int from,
                                          int to) {
   const bool leader = threadIdx.x % kLanes == 0;
   const uint32_t low_a = descriptor_low(RingA::slot(base, 0)), low_b = descriptor_low(RingB::slot(base, 0));
-  const uint32_t mine = part.a_offset >> 4;
-  uint32_t a = part.a_index + from * part.a_stride, b = part.b_index + from;
+  const uint32_t mine = slots.a_offset >> 4;
+  uint32_t a = slots.a_index + from * slots.a_stride, b = slots.b_index + from;
 #pragma unroll 1
   for (int k = from; k < to; ++k) {
     RingA::wait_filled(base, a);
     // A parity tells a phase from the next only, so neither group may skip a use of a slot.
-    if (part.a_other) RingA::wait_filled(base, a + part.a_other);
-    if (!part.diagonal) RingB::wait_filled(base, b);
-    if (k + 1 == part.depth && part.passed && leader) mbarrier_arrive(part.passed, 1);
+    if (slots.a_other) RingA::wait_filled(base, a + slots.a_other);
+    if (!slots.diagonal) RingB::wait_filled(base, b);
+    if (k + 1 == slots.depth && slots.passed && leader) mbarrier_arrive(slots.passed, 1);
     const uint32_t at_a = low_a + a % kASlots * (kSlotBytes >> 4);
-    const uint32_t at_b = part.diagonal ? at_a : low_b + b % kBSlots * (kSlotBytes >> 4);
+    const uint32_t at_b = slots.diagonal ? at_a : low_b + b % kBSlots * (kSlotBytes >> 4);
     wgmma_fence();
     PGOLF_UNROLL
     for (int depth = 0; depth < kBox / 16; ++depth) {
@@ -81,59 +81,60 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
     if (k > from) {
       wgmma_wait<1>();
       if (leader) {
-        if (k - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
-        if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+        if (k - 1 + slots.held < slots.depth) release_a(base, slots, a - slots.a_stride);
+        if (!slots.diagonal) mbarrier_arrive(RingB::free(base, b - 1), slots.b_releases);
       }
     }
-    a += part.a_stride, ++b;
+    a += slots.a_stride;
+    ++b;
   }
   wgmma_wait<0>();
   PGOLF_UNROLL
   for (int i = 0; i < Rows; ++i) wgmma_keep_order(sum[i]);
   if (leader) {
-    if (to - 1 + part.held < part.depth) release_a(base, part, a - part.a_stride);
-    if (!part.diagonal) mbarrier_arrive(RingB::free(base, b - 1), part.b_releases);
+    if (to - 1 + slots.held < slots.depth) release_a(base, slots, a - slots.a_stride);
+    if (!slots.diagonal) mbarrier_arrive(RingB::free(base, b - 1), slots.b_releases);
   }
 }
 
 // One loop for each layout: with a branch around the products ptxas waits for each block of k.
 __device__ __forceinline__ void multiply(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
-                                         const Part& part, int from, int to) {
+                                         const Operands& slots, int from, int to) {
   if (blocks == 2) {
     if (layout == kRowsRows) {
-      multiply<1, true, true>(sum, base, part, from, to);
+      multiply<1, true, true>(sum, base, slots, from, to);
     } else if (layout == kRowsColumns) {
-      multiply<1, true, false>(sum, base, part, from, to);
+      multiply<1, true, false>(sum, base, slots, from, to);
     } else {
-      multiply<1, false, false>(sum, base, part, from, to);
+      multiply<1, false, false>(sum, base, slots, from, to);
     }
   } else if (layout == kRowsRows) {
-    multiply<2, true, true>(sum, base, part, from, to);
+    multiply<2, true, true>(sum, base, slots, from, to);
   } else if (layout == kRowsColumns) {
-    multiply<2, true, false>(sum, base, part, from, to);
+    multiply<2, true, false>(sum, base, slots, from, to);
   } else {
-    multiply<2, false, false>(sum, base, part, from, to);
+    multiply<2, false, false>(sum, base, slots, from, to);
   }
 }
 
 // All blocks of k, in runs of the same layout.
 __device__ __forceinline__ void multiply_runs(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
-                                              const Part& part) {
+                                              const Operands& slots) {
   set_zero(sum[0]);
   set_zero(sum[1]);
-  int k = part.first;
+  int k = slots.first;
 #pragma unroll 1
-  for (int from = 0; from < part.depth;) {
-    int end = part.depth;
-    if (k < part.a_mirrored) end = min(end, part.a_mirrored);
-    if (k < part.b_mirrored) end = min(end, part.b_mirrored);
-    const int to = min(part.depth, from + end - k);
-    const bool a_along = layout != kColumnsColumns && k < part.a_mirrored;
-    const bool b_along = layout == kRowsRows && k < part.b_mirrored;
+  for (int from = 0; from < slots.depth;) {
+    int end = slots.depth;
+    if (k < slots.a_mirrored) end = min(end, slots.a_mirrored);
+    if (k < slots.b_mirrored) end = min(end, slots.b_mirrored);
+    const int to = min(slots.depth, from + end - k);
+    const bool a_along = layout != kColumnsColumns && k < slots.a_mirrored;
+    const bool b_along = layout == kRowsRows && k < slots.b_mirrored;
     // A^T B^T comes only above the diagonal, where a tall task drops what it computes.
     const Layout here = b_along ? kRowsRows : a_along ? kRowsColumns : kColumnsColumns;
-    multiply(sum, blocks, here, base, part, from, to);
-    k = end == part.depth ? 0 : end;
+    multiply(sum, blocks, here, base, slots, from, to);
+    k = end == slots.depth ? 0 : end;
     from = to;
   }
 }
@@ -145,7 +146,7 @@ __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, 
     const uint32_t box = group * kStagedPerGroup + n % kStagedPerGroup;
     const uint32_t filled = staged_barrier(base, group, n % kStagedPerGroup);
     mbarrier_wait(filled, n / kStagedPerGroup & 1);
-    const Job job = reinterpret_cast<const Job*>(shared + kJobOffset)[box];
+    const StoreJob job = reinterpret_cast<const StoreJob*>(shared + kJobOffset)[box];
     if (job.map == kEnd) return;
     tma_store(plan.maps + job.map, base + kStagedOffset + box * kBoxBytes, job.column, job.row, job.matrix);
     tma_store_commit();
@@ -154,7 +155,7 @@ __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, 
     if (job.counter < 0) continue;
     tma_store_wait();
     fence_proxy();
-    release_add(plan.done + job.counter, job.tiles);
+    release_add(plan.queue.done + job.counter, job.tiles);
   }
 }
 
@@ -169,12 +170,12 @@ struct Writer {
   __device__ __forceinline__ static uint32_t thread() { return threadIdx.x % kGroupThreads; }
 
   // The next box, once it is free.
-  __device__ __forceinline__ uint32_t open(const Job& job) {
+  __device__ __forceinline__ uint32_t open(const StoreJob& job) {
     if (waiting == kStagedPerGroup) hand_over();
     const uint32_t n = jobs + waiting++, box = n % kStagedPerGroup;
     mbarrier_wait(staged_barrier(base, group, box) + 8 * kGroups * kStagedPerGroup,
                   (n / kStagedPerGroup & 1) ^ 1);
-    if (thread() == 0) reinterpret_cast<Job*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
+    if (thread() == 0) reinterpret_cast<StoreJob*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
     return base + kStagedOffset + (group * kStagedPerGroup + box) * kBoxBytes;
   }
 
@@ -190,7 +191,7 @@ struct Writer {
 
   // A 64x64 block of which v[4 j ..] are eight columns j as wgmma_64x128x16 leaves them.
   template <bool Mirror>
-  __device__ __forceinline__ void store(const uint32_t (&v)[16], const Job& job) {
+  __device__ __forceinline__ void store(const uint32_t (&v)[16], const StoreJob& job) {
     const uint32_t lane = thread() % kLanes, warp = thread() / kLanes;
     const uint32_t at = open(job);
     PGOLF_UNROLL
@@ -203,17 +204,22 @@ struct Writer {
   }
 };
 
-// Stores `blocks` / 2 times 64 rows from `row` on, and columns `column` .. + 127.
-__device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& writer, const Part& part,
-                                       uint32_t* done, const Task& task, int row, int column, int tiles) {
-  const auto lane = static_cast<int>(writer.thread() % kLanes),
-             warp = static_cast<int>(writer.thread() / kLanes);
-  const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
+// A warpgroup's part of an output tile: `blocks` blocks of 64x64, two across.
+struct OutputPart {
+  int row, column;  // the first, elements
+  int blocks;       // 2 or 4
+  int tiles;        // what the counter gets when all are stored
+};
+
+// sum = alpha sum + beta C, where the slots of A that wait for this hold C.
+__device__ __forceinline__ void add_operand(float (&sum)[2][64], int blocks, uint32_t base,
+                                            const Operands& slots, float alpha, float beta, int lane,
+                                            int warp) {
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const uint32_t from = part.a_index + (part.depth - part.held + half) * part.a_stride;
+    const uint32_t from = slots.a_index + (slots.depth - slots.held + half) * slots.a_stride;
     const uint32_t r = warp * 16 + lane % 16;
-    const uint32_t box = RingA::slot(writer.base, from) + part.a_offset + r * 128;
+    const uint32_t box = RingA::slot(base, from) + slots.a_offset + r * 128;
     PGOLF_UNROLL
     for (int i = 0; i < 2; ++i) {
       if (2 * i >= blocks) continue;
@@ -222,7 +228,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
         PGOLF_UNROLL
         for (int q = 0; q < 32; ++q) v[q] *= alpha;
       }
-      if (half >= part.held) continue;
+      if (half >= slots.held) continue;
       PGOLF_UNROLL
       for (int q = 0; q < 4; ++q) {
         uint32_t bits[4];
@@ -235,67 +241,94 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], int blocks, Writer& 
         }
       }
     }
-    if (half < part.held) {
+    if (half < slots.held) {
       __syncwarp();
-      if (lane == 0) release_a(writer.base, part, from);
+      if (lane == 0) release_a(base, slots, from);
     }
   }
+}
+
+// Adds gamma I to a block of the diagonal.
+// Element 4 n + 2 h + e of v: row 16 warp + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e.
+__device__ __forceinline__ void add_to_diagonal(float* v, float gamma, int lane, int warp) {
+  PGOLF_UNROLL
+  for (int n = 0; n < 8; ++n) {
+    PGOLF_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      if (n / 2 == warp && lane / 4 == lane % 4 * 2 + e) v[4 * n + n % 2 * 2 + e] += gamma;
+    }
+  }
+}
+
+// Writes a block as float32 past the copy engine; (r, c) is this thread's first element.
+__device__ __forceinline__ void store_direct(const float* v, float* direct, int r, int c, int rows,
+                                             int cols) {
+  float* at = direct + int64_t{r} * cols + c;
+  PGOLF_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    if (r + i % 2 * 8 < rows && c + i / 2 * 8 < cols)
+      *reinterpret_cast<float2*>(at + i % 2 * 8 * cols + i / 2 * 8) = make_float2(v[2 * i], v[2 * i + 1]);
+  }
+}
+
+__device__ __forceinline__ void pack_block(uint32_t (&packed)[16], const float* v, bool bfloat16) {
+  if (bfloat16) {
+    PGOLF_UNROLL
+    for (int i = 0; i < 16; ++i) packed[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
+  } else {
+    PGOLF_UNROLL
+    for (int i = 0; i < 16; ++i) packed[i] = pack_half(v[2 * i], v[2 * i + 1]);
+  }
+}
+
+// Makes the output of the sums of a part and hands it over to be stored.
+__device__ __forceinline__ void finish(float (&sum)[2][64], Writer& writer, const Operands& slots,
+                                       uint32_t* done, const Task& task, const OutputPart& part) {
+  const auto lane = static_cast<int>(writer.thread() % kLanes),
+             warp = static_cast<int>(writer.thread() / kLanes);
+  const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
+  add_operand(sum, part.blocks, writer.base, slots, alpha, beta, lane, warp);
   const int rows = task.rows, cols = task.cols;
   const bool symmetric = task.symmetric, bfloat16 = task.bfloat16;
   float* const direct = task.direct;
   auto stored = [&](int block) {
-    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
-    return block < blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
+    const int r0 = part.row + block / 2 * kBox, c0 = part.column + block % 2 * kBox;
+    return block < part.blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
   };
   int left = 0;
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) left += stored(block);
-  if (left == 0 && writer.thread() == 0) release_add(done + task.signals, tiles);
-  Job job{task.out, 0, 0, task.matrix, -1, tiles};
+  if (left == 0 && writer.thread() == 0) release_add(done + task.signals, part.tiles);
+  StoreJob job{
+      .map = task.out, .row = 0, .column = 0, .matrix = task.matrix, .counter = -1, .tiles = part.tiles};
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) {
     if (!stored(block)) continue;
     --left;
-    const int r0 = row + block / 2 * kBox, c0 = column + block % 2 * kBox;
+    const int r0 = part.row + block / 2 * kBox, c0 = part.column + block % 2 * kBox;
     float* v = &sum[block / 2][block % 2 * 32];
-    if (r0 == c0) {  // element 4 n + 2 h + e: row 16 warp + 8 h + lane / 4, column 8 n + 2 (lane % 4) + e
-      PGOLF_UNROLL
-      for (int n = 0; n < 8; ++n) {
-        PGOLF_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          if (n / 2 == warp && lane / 4 == lane % 4 * 2 + e) v[4 * n + n % 2 * 2 + e] += gamma;
-        }
-      }
-    }
+    if (r0 == c0) add_to_diagonal(v, gamma, lane, warp);
     if (direct != nullptr) {
-      const int r = r0 + warp * 16 + lane / 4, c = c0 + lane % 4 * 2;
-      float* at = direct + int64_t{r} * cols + c;
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) {
-        if (r + i % 2 * 8 < rows && c + i / 2 * 8 < cols)
-          *reinterpret_cast<float2*>(at + i % 2 * 8 * cols + i / 2 * 8) = make_float2(v[2 * i], v[2 * i + 1]);
-      }
+      store_direct(v, direct, r0 + warp * 16 + lane / 4, c0 + lane % 4 * 2, rows, cols);
       continue;
     }
     uint32_t packed[16];
-    if (bfloat16) {
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) packed[i] = pack_bfloat16(v[2 * i], v[2 * i + 1]);
-    } else {
-      PGOLF_UNROLL
-      for (int i = 0; i < 16; ++i) packed[i] = pack_half(v[2 * i], v[2 * i + 1]);
-    }
+    pack_block(packed, v, bfloat16);
     const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
-    job.row = r0, job.column = c0, job.counter = left == 0 && !mirror ? task.signals : -1;
+    job.row = r0;
+    job.column = c0;
+    job.counter = left == 0 && !mirror ? task.signals : -1;
     writer.store<false>(packed, job);
     if (!mirror) continue;
-    job.row = c0, job.column = r0, job.counter = left == 0 ? task.signals : -1;
+    job.row = c0;
+    job.column = r0;
+    job.counter = left == 0 ? task.signals : -1;
     writer.store<true>(packed, job);
   }
   if (writer.waiting != 0) writer.hand_over();
 }
 
-__device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
+__device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int group) {
   Writer writer{base, shared, group};
   uint32_t a_index = 0, b_index = 0;
   // Tiles that one group multiplies alone go to the groups in turn. Before a group waits for a slot again it
@@ -312,39 +345,56 @@ __device__ void work(uint32_t* done, uint32_t base, char* shared, int group) {
     RingTask::wait_filled(base, n);
     const Task& task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     if (task.product < 0) {
-      writer.open({kEnd, 0, 0, 0, -1, 0});
+      writer.open({.map = kEnd, .row = 0, .column = 0, .matrix = 0, .counter = -1, .tiles = 0});
       writer.hand_over();
       return;
     }
     // Tiles of 256x128: 128 rows each. Spread: 64 rows of the tile each. Otherwise tiles in turn, so that one
     // group stores while the other multiplies; each lets go of A with its last tile.
-    const bool together = task.spread || task.tall;
+    const bool together = task.shared_tile || task.tall_tiles;
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile * kTile;
       const bool diagonal = operands_coincide(task, column);
       if (together || alone % kGroups == group) {
-        Part part{a_index, 1, 0, 1, b_index, 1, diagonal, 0, task.depth, 0, added_blocks(task, column)};
+        Operands slots{.a_index = a_index,
+                       .a_stride = 1,
+                       .a_offset = 0,
+                       .a_releases = 1,
+                       .b_index = b_index,
+                       .b_releases = 1,
+                       .diagonal = diagonal,
+                       .a_other = 0,
+                       .depth = task.depth,
+                       .passed = 0,
+                       .held = added_blocks(task, column)};
         int row = task.row, blocks = 4;
-        if (task.tall) {
-          part.a_index += group, part.a_stride = 2, part.a_other = 1u - 2u * group, row += group * kTile;
-        } else if (task.spread) {
-          part.a_offset = group * kBoxBytes, row += group * kBox, blocks = 2;
+        if (task.tall_tiles) {
+          slots.a_index += group;
+          slots.a_stride = 2;
+          slots.a_other = 1u - 2u * group;
+          row += group * kTile;
+        } else if (task.shared_tile) {
+          slots.a_offset = group * kBoxBytes;
+          row += group * kBox;
+          blocks = 2;
         } else {
-          part.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
-          part.b_releases = 2, part.passed = passed(group);
+          slots.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
+          slots.b_releases = 2;
+          slots.passed = passed(group);
         }
-        part.first = first_depth(task, task.column);
-        part.a_mirrored = mirrored_from(task.a_lower, task.tall ? row : task.row);
-        part.b_mirrored = mirrored_from(task.b_lower, column);
+        slots.first = first_depth(task, task.column);
+        slots.a_mirrored = mirrored_from(task.a_lower, task.tall_tiles ? row : task.row);
+        slots.b_mirrored = mirrored_from(task.b_lower, column);
         catch_up();
         float sum[2][64];
-        multiply_runs(sum, blocks, task.layout, base, part);
-        finish(sum, blocks, writer, part, done, task, row, column, together ? 1 : 2);
+        multiply_runs(sum, blocks, task.layout, base, slots);
+        finish(sum, writer, slots, done, task,
+               {.row = row, .column = column, .blocks = blocks, .tiles = together ? 1 : 2});
       }
       b_index += diagonal ? 0 : task.depth;
       alone += together ? 0 : 1;
     }
-    a_index += task.tall ? 2 * task.depth : task.depth;
+    a_index += task.tall_tiles ? 2 * task.depth : task.depth;
     mbarrier_arrive(RingTask::free(base, n), 1);
   }
 }
@@ -370,7 +420,7 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
     registers_raise<232>();
-    work(plan.done, base, shared, role - 1);
+    multiply_tasks(plan.queue.done, base, shared, role - 1);
   }
 #endif
 }

@@ -485,7 +485,8 @@ void softcap_ce_gradient_cuda(const T* logits, const int64_t* target, const floa
   using D = typename DeviceType<T>::type;
   const D* x = reinterpret_cast<const D*>(logits);
   D* grad = reinterpret_cast<D*>(grad_logits);
-  const GradientArgs args{grad_loss, grad_stride, target, loss, lse};
+  const GradientArgs args{
+      .grad_losses = grad_loss, .grad_stride = grad_stride, .targets = target, .losses = loss, .lses = lse};
   if (shape.cap <= kFixedOffsetCap) {
     launch_gradient<D, FixedSum>(x, grad, args, shape, stream);
   } else {

@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(kStates)
     for (int offset = 16; offset > 0; offset /= 2) {
       const float other = __shfl_down_sync(0xffffffffu, least, offset);
       const int at = __shfl_down_sync(0xffffffffu, best, offset);
-      if (other < least) least = other, best = at;
+      if (other < least) {
+        least = other;
+        best = at;
+      }
     }
     if (state == 0) {
       for (int t = length - 1; t >= 0; --t) {

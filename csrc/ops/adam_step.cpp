@@ -2,7 +2,6 @@
 // kernels/adam_step.h.
 #include "kernels/adam_step.h"
 
-
 #include <vector>
 
 #include "ops/checks.h"
@@ -39,8 +38,7 @@ Tensor square_sums(TensorList tensors, const Sum& sum) {
                       " on ", tensor.device());
     list.push_back({tensor.const_data_ptr(), tensor.numel()});
   }
-  const Tensor out =
-      torch::stable::new_empty(tensors[0], {static_cast<int64_t>(list.size())}, kFloat);
+  const Tensor out = torch::stable::new_empty(tensors[0], {static_cast<int64_t>(list.size())}, kFloat);
   if (type == kFloat) {
     sum(float{}, list, out);
   } else {
@@ -56,15 +54,15 @@ Tensor square_sums_on_cpu(TensorList tensors) {
   });
 }
 
-ClipRule check_clip(const Tensor& sums, const Tensor& state, const Tensor& hyper,
-                    const Tensor& corrections, double clip, double beta1, double beta2) {
+ClipRule check_clip(const Tensor& sums, const Tensor& state, const Tensor& hyper, const Tensor& corrections,
+                    double clip, double beta1, double beta2) {
   check_vector(sums, "clip_scale", "sums", sums.numel(), sums.device());
   check_vector(state, "clip_scale", "state", kClipState, sums.device());
-  check_vector(hyper, "clip_scale", "hyper", kMuonHyper, sums.device());
+  check_vector(hyper, "clip_scale", "hyper", kHyperCount, sums.device());
   check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
   PGOLF_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
   check_betas("clip_scale", beta1, beta2);
-  return {clip, beta1, beta2};
+  return {.clip = clip, .beta1 = beta1, .beta2 = beta2};
 }
 
 void clip_scale_on_cpu(const Tensor& sums, const Tensor& state, const Tensor& hyper,
@@ -74,44 +72,52 @@ void clip_scale_on_cpu(const Tensor& sums, const Tensor& state, const Tensor& hy
                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule);
 }
 
-std::vector<AdamTarget> check_adam(TensorList params, TensorList grads, TensorList means,
-                                   TensorList squares, TensorList averages, const Tensor& lr,
-                                   const Tensor& hyper, const Tensor& corrections) {
+std::vector<AdamTarget> check_adam(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                                   TensorList averages, const Tensor& lr, const Tensor& hyper,
+                                   const Tensor& corrections) {
   const Device device = lr.device();
   check_vector(lr, "adam_step", "lr", 1, device);
-  check_vector(hyper, "adam_step", "hyper", kMuonHyper, device);
+  check_vector(hyper, "adam_step", "hyper", kHyperCount, device);
   check_vector(corrections, "adam_step", "corrections", 2, device);
   const auto take = [&](TensorList list, const char* what, size_t i) {
     PGOLF_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
                       ", one a parameter, got ", list.size());
-    PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i, " must have shape ",
-                      params[i].sizes(), ", got ", list[i].sizes());
+    PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i,
+                      " must have shape ", params[i].sizes(), ", got ", list[i].sizes());
     check_vector(list[i], "adam_step", what, params[i].numel(), device);
     return mutable_pointer<float>(list[i]);
   };
   std::vector<AdamTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
-    targets.push_back({take(params, "params", i), take(grads, "grads", i), take(means, "means", i),
-                       take(squares, "squares", i),
-                       averages.empty() ? nullptr : take(averages, "averages", i), params[i].numel()});
+    targets.push_back({.param = take(params, "params", i),
+                       .grad = take(grads, "grads", i),
+                       .mean = take(means, "means", i),
+                       .square = take(squares, "squares", i),
+                       .average = averages.empty() ? nullptr : take(averages, "averages", i),
+                       .count = params[i].numel()});
   }
   return targets;
 }
 
-AdamRule make_rule(const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
-                   double weight_decay, double beta1, double beta2, double eps) {
+AdamRule make_rule(const Tensor& lr, const Tensor& hyper, const Tensor& corrections, double weight_decay,
+                   double beta1, double beta2, double eps) {
   check_betas("adam_step", beta1, beta2);
   PGOLF_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
                     " and ", weight_decay);
-  return {const_pointer<float>(lr),         const_pointer<float>(hyper), const_pointer<float>(corrections),
-          static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
-          static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
+  return {.lr = const_pointer<float>(lr),
+          .hyper = const_pointer<float>(hyper),
+          .corrections = const_pointer<float>(corrections),
+          .weight_decay = static_cast<float>(weight_decay),
+          .beta1 = static_cast<float>(beta1),
+          .beta2 = static_cast<float>(beta2),
+          .eps = static_cast<float>(eps),
+          .rest1 = static_cast<float>(1 - beta1),
+          .rest2 = static_cast<float>(1 - beta2)};
 }
 
-void adam_step_on_cpu(TensorList params, TensorList grads, TensorList means,
-                      TensorList squares, TensorList averages, const Tensor& lr,
-                      const Tensor& hyper, const Tensor& corrections, double weight_decay,
-                      double beta1, double beta2, double eps) {
+void adam_step_on_cpu(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                      TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
+                      double weight_decay, double beta1, double beta2, double eps) {
   const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
   adam_step_cpu(targets.data(), static_cast<int>(targets.size()),
                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), num_threads());
@@ -134,19 +140,16 @@ void clip_scale_on_cuda(const Tensor& sums, const Tensor& state, const Tensor& h
   const ClipRule rule = check_clip(sums, state, hyper, corrections, clip, beta1, beta2);
   const DeviceGuard guard(sums);
   clip_scale_cuda(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
-                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule,
-                  current_stream());
+                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule, current_stream());
 }
 
-void adam_step_on_cuda(TensorList params, TensorList grads, TensorList means,
-                       TensorList squares, TensorList averages, const Tensor& lr,
-                       const Tensor& hyper, const Tensor& corrections, double weight_decay,
-                       double beta1, double beta2, double eps) {
+void adam_step_on_cuda(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                       TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
+                       double weight_decay, double beta1, double beta2, double eps) {
   const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
   const DeviceGuard guard(lr);
   adam_step_cuda(targets.data(), static_cast<int>(targets.size()),
-                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps),
-                 current_stream());
+                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), current_stream());
 }
 #endif
 

@@ -21,6 +21,7 @@
 #include <string>
 
 #include "kernels/common.h"
+#include "kernels/newton_schulz.h"
 
 namespace pgolf {
 
@@ -59,10 +60,10 @@ std::string text(const Parts&... parts) {
   return std::move(out).str();
 }
 
-#define PGOLF_CHECK_AS_(Error, condition, ...)                                    \
-  do {                                                                            \
-    if (!(condition)) [[unlikely]]                                                \
-      throw Error(::pgolf::text(__VA_ARGS__));                                    \
+#define PGOLF_CHECK_AS_(Error, condition, ...) \
+  do {                                         \
+    if (!(condition)) [[unlikely]]             \
+      throw Error(::pgolf::text(__VA_ARGS__)); \
   } while (false)
 #define PGOLF_CHECK(condition, ...) PGOLF_CHECK_AS_(std::runtime_error, condition, __VA_ARGS__)
 #define PGOLF_CHECK_VALUE(condition, ...) PGOLF_CHECK_AS_(::pybind11::value_error, condition, __VA_ARGS__)
@@ -81,6 +82,13 @@ auto dispatch_float(const char* op, ScalarType type, const Body& body) {
     default:
       throw pybind11::type_error(text(op, ": dtype must be float32, bfloat16 or float16, got ", type));
   }
+}
+
+// An operator's `algorithm` is a number: the stable ABI of torch 2.11 to 2.13 leaks a string at every call.
+inline NsAlgorithm check_algorithm(const char* op, int64_t number) {
+  PGOLF_CHECK_VALUE(number >= 0 && number <= 2, op,
+                    ": algorithm must be 0 (auto), 1 (standard) or 2 (gram), got ", number);
+  return static_cast<NsAlgorithm>(number);
 }
 
 // ---- tensors
@@ -116,9 +124,9 @@ void call_operator_void(const char* name, const Args&... args) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
 }
 
-// Its arguments are a copy of the handle: torch's own takes a reference that is not const.
-inline Tensor narrow(Tensor tensor, int64_t dim, int64_t begin, int64_t count) {
-  return torch::stable::narrow(tensor, dim, begin, count);
+// Rows [begin, begin + count), as a view. The copy of the handle is for torch, which takes no constant one.
+inline Tensor rows_of(Tensor tensor, int64_t begin, int64_t count) {
+  return torch::stable::narrow(tensor, 0, begin, count);
 }
 
 // ---- devices

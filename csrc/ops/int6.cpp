@@ -1,7 +1,6 @@
 // Binding of int6: schema, checks, allocation, dispatch. Bit layout: kernels/int6.h.
 #include "kernels/int6.h"
 
-
 #include <limits>
 #include <tuple>
 #include <vector>
@@ -19,8 +18,7 @@ struct Rows {
 };
 
 Rows check_codes(const Tensor& codes) {
-  PGOLF_CHECK_TYPE(codes.scalar_type() == kChar, "pack_int6: codes must be int8, got ",
-                   codes.scalar_type());
+  PGOLF_CHECK_TYPE(codes.scalar_type() == kChar, "pack_int6: codes must be int8, got ", codes.scalar_type());
   PGOLF_CHECK_VALUE(codes.dim() >= 1, "pack_int6: codes must be (..., n) with at least one dimension, got ",
                     codes.sizes());
   Rows result{1, codes.size(-1), codes.sizes().vec()};
@@ -90,8 +88,7 @@ void check_bits(const char* op, int64_t bits) {
 }
 
 void check_scales(const char* op, const Tensor& scales, const Tensor& rows_of) {
-  PGOLF_CHECK_TYPE(scales.scalar_type() == kHalf, op, ": scales must be float16, got ",
-                   scales.scalar_type());
+  PGOLF_CHECK_TYPE(scales.scalar_type() == kHalf, op, ": scales must be float16, got ", scales.scalar_type());
   PGOLF_CHECK_VALUE(same(scales.sizes(), rows_of.sizes().slice(0, rows_of.dim() - 1)), op,
                     ": scales must have one step a row ", rows_of.sizes().slice(0, rows_of.dim() - 1),
                     ", got ", scales.sizes());
@@ -112,8 +109,7 @@ Rows check_weight(const char* op, const Tensor& weight, int64_t bits) {
 }
 
 // Either device's quantize_pack: `scales` are given, or with clip > 0 computed into it.
-Tensor quantize_into(const char* op, const Tensor& weight, const Tensor& scales, int64_t bits,
-                         double clip) {
+Tensor quantize_into(const char* op, const Tensor& weight, const Tensor& scales, int64_t bits, double clip) {
   const Rows shape = check_weight(op, weight, bits);
   check_scales(op, scales, weight);
   const Tensor in = torch::stable::contiguous(weight);
@@ -123,8 +119,7 @@ Tensor quantize_into(const char* op, const Tensor& weight, const Tensor& scales,
   if (weight.is_cuda()) {
     const DeviceGuard guard(weight);
     quantize_pack_cuda(const_pointer<float>(in), steps, mutable_pointer<uint8_t>(out), shape.rows, shape.n,
-                       static_cast<int>(bits), static_cast<float>(clip),
-                       current_stream());
+                       static_cast<int>(bits), static_cast<float>(clip), current_stream());
     return out;
   }
 #endif
@@ -168,8 +163,7 @@ Tensor unpack_dequantize(const Tensor& packed, const Tensor& scales, int64_t n, 
   if (packed.is_cuda()) {
     const DeviceGuard guard(packed);
     unpack_dequantize_cuda(const_pointer<uint8_t>(in), const_pointer<f16>(steps), mutable_pointer<bf16>(out),
-                           steps.numel(), n, static_cast<int>(bits),
-                           current_stream());
+                           steps.numel(), n, static_cast<int>(bits), current_stream());
     return out;
   }
 #endif

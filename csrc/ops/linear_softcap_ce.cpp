@@ -8,7 +8,6 @@
 // Nothing here waits for the device.
 #include "kernels/linear_softcap_ce.h"
 
-
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -37,8 +36,8 @@ struct Problem {
   SoftcapCeShape shape;
 };
 
-// ---- products and elementwise operators of torch. Those that write into a tensor that is given: autocast has
-// no rule for them, so that of the caller cannot change their dtypes.
+// ---- products and elementwise operators of torch. Those that write into a tensor that is given: autocast
+// has no rule for them, so that of the caller cannot change their dtypes.
 
 Tensor transposed(const Tensor& matrix) { return torch::stable::transpose(matrix, 0, 1); }
 
@@ -46,8 +45,9 @@ void mm_out(const Tensor& out, const Tensor& left, const Tensor& right) {
   call_operator<Tensor>("aten::mm", "out", left, right, out);
 }
 
-// sum (float32) (+)= left right, accumulated in float32. Adding goes through an operator that Python registers
-// (pgolf/ops/linear_softcap_ce.py): torch's own takes two numbers that the stable ABI does not convert.
+// sum (float32) (+)= left right, accumulated in float32. Adding goes through an operator that Python
+// registers (pgolf/ops/linear_softcap_ce.py): torch's own takes two numbers that the stable ABI does not
+// convert.
 void float_product(const Tensor& sum, const Tensor& left, const Tensor& right, bool first) {
   if (!first) {
     call_operator_void("pgolf::_add_product_", sum, left, right);
@@ -97,34 +97,35 @@ Problem make_problem(const Tensor& hidden, const Tensor& weight, const Tensor& t
   check_matrices(op, hidden, weight);
   check_target_tensor(op, "hidden", hidden, target);
   const Tensor cast = torch::stable::to(weight, hidden.scalar_type());
-  Problem problem{torch::stable::contiguous(hidden), torch::stable::contiguous(cast), torch::stable::contiguous(target),
-                  options.shape(op, hidden.size(0), weight.size(0))};
+  Problem problem{torch::stable::contiguous(hidden), torch::stable::contiguous(cast),
+                  torch::stable::contiguous(target), options.shape(op, hidden.size(0), weight.size(0))};
   check_target_values(op, problem.target, problem.shape, check_targets);
   return problem;
 }
 
-Tensor empty_rows(const Tensor& like, int64_t rows) {
-  return torch::stable::new_empty(like, {rows}, kFloat);
-}
+Tensor empty_rows(const Tensor& like, int64_t rows) { return torch::stable::new_empty(like, {rows}, kFloat); }
 
 #ifdef PGOLF_WITH_CUDA
 LinearSoftcapCeShape hopper_shape(const Problem& problem) {
   const SoftcapCeShape& shape = problem.shape;
-  return {shape.rows, shape.vocab, problem.hidden.size(1), shape.cap, shape.ignore_index, shape.z_loss};
+  return {.rows = shape.rows,
+          .vocab = shape.vocab,
+          .width = problem.hidden.size(1),
+          .cap = shape.cap,
+          .ignore_index = shape.ignore_index,
+          .z_loss = shape.z_loss};
 }
 
-bool aligned(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-}
+bool aligned(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0; }
 #endif
 
 // Whether the Hopper kernels take the problem. Rows of a factor are 16-byte aligned for every eighth vocab.
 bool use_hopper([[maybe_unused]] const Problem& problem, [[maybe_unused]] bool wants_factor) {
 #ifdef PGOLF_WITH_CUDA
-  return problem.hidden.is_cuda() && problem.hidden.scalar_type() == kBFloat16 &&
-         problem.shape.rows > 0 && !std::isinf(problem.shape.cap) &&
-         (!wants_factor || problem.shape.vocab % 8 == 0) && aligned(problem.hidden) &&
-         aligned(problem.weight) && linear_softcap_ce_sm90_supports(hopper_shape(problem));
+  return problem.hidden.is_cuda() && problem.hidden.scalar_type() == kBFloat16 && problem.shape.rows > 0 &&
+         !std::isinf(problem.shape.cap) && (!wants_factor || problem.shape.vocab % 8 == 0) &&
+         aligned(problem.hidden) && aligned(problem.weight) &&
+         linear_softcap_ce_sm90_supports(hopper_shape(problem));
 #else
   return false;
 #endif
@@ -148,7 +149,7 @@ int64_t chunk_rows(const Problem& problem) {
 Problem slice(const Problem& problem, int64_t begin, int64_t count) {
   SoftcapCeShape shape = problem.shape;
   shape.rows = count;
-  return {narrow(problem.hidden, 0, begin, count), problem.weight, narrow(problem.target, 0, begin, count),
+  return {rows_of(problem.hidden, begin, count), problem.weight, rows_of(problem.target, begin, count),
           shape};
 }
 
@@ -163,7 +164,7 @@ void for_chunks(const Problem& problem, int64_t rows_each, const Tensor& kept, c
       buffer = torch::stable::new_empty(problem.hidden, {chunk.shape.rows, chunk.shape.vocab});
     }
     body(chunk, begin,
-         kept.defined() ? narrow(kept, 0, begin, chunk.shape.rows) : narrow(buffer, 0, 0, chunk.shape.rows));
+         kept.defined() ? rows_of(kept, begin, chunk.shape.rows) : rows_of(buffer, 0, chunk.shape.rows));
   }
 }
 
@@ -187,9 +188,13 @@ void write_hopper(const Problem& chunk, Tensor& loss, Tensor& scale, const Tenso
   const Tensor target_logit = empty_rows(loss, shape.rows);
   bf16* stored = factor.defined() ? mutable_pointer<bf16>(factor) : nullptr;
   const int64_t stride = factor.defined() ? shape.vocab : round_up(shape.vocab, 8);
-  linear_softcap_ce_forward_sm90({const_pointer<bf16>(chunk.hidden), const_pointer<bf16>(chunk.weight),
-                                  const_pointer<int64_t>(chunk.target), stored, stride,
-                                  mutable_pointer<float>(sums), mutable_pointer<float>(target_logit)},
+  linear_softcap_ce_forward_sm90({.hidden = const_pointer<bf16>(chunk.hidden),
+                                  .weight = const_pointer<bf16>(chunk.weight),
+                                  .target = const_pointer<int64_t>(chunk.target),
+                                  .factor = stored,
+                                  .factor_ld = stride,
+                                  .partial_sums = mutable_pointer<float>(sums),
+                                  .target_logit = mutable_pointer<float>(target_logit)},
                                  shape, current_stream());
   linear_softcap_ce_loss_cuda(const_pointer<float>(sums), tiles, const_pointer<float>(target_logit),
                               const_pointer<int64_t>(chunk.target), stored, stride,
@@ -205,21 +210,24 @@ void write_hopper(const Problem& chunk, Tensor& loss, Tensor& scale, const Tenso
 
 // Returns v (rows,), what multiplies the rows of the factor, for grad_loss, one number or (rows,), and writes
 // v hidden where `scaled` is defined. Rows without a gradient (scale 0) stay without, whatever grad_loss is.
-Tensor row_scale(const Tensor& grad_loss, const Tensor& scale, const Tensor& hidden,
-                     Tensor& scaled) {
+Tensor row_scale(const Tensor& grad_loss, const Tensor& scale, const Tensor& hidden, Tensor& scaled) {
 #ifdef PGOLF_WITH_CUDA
   if (hidden.is_cuda() && hidden.scalar_type() == kBFloat16) {
     Tensor v = empty_rows(scale, scale.size(0));
     linear_softcap_ce_factor_cuda(
-        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
-         const_pointer<bf16>(hidden), mutable_pointer<float>(v),
-         scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        {.grad_loss = const_pointer<float>(grad_loss),
+         .grad_stride = row_stride(grad_loss),
+         .scale = const_pointer<float>(scale),
+         .hidden = const_pointer<bf16>(hidden),
+         .row_scale = mutable_pointer<float>(v),
+         .scaled_hidden = scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
         hidden.size(0), hidden.size(1), current_stream());
     return v;
   }
 #endif
   Tensor v = call_operator<Tensor>("aten::mul", "Tensor", grad_loss, scale);
-  call_operator<Tensor>("aten::masked_fill_", "Tensor", v, compare("aten::eq", scale, 0.0f), number(0.0f, kFloat));
+  call_operator<Tensor>("aten::masked_fill_", "Tensor", v, compare("aten::eq", scale, 0.0f),
+                        number(0.0f, kFloat));
   if (scaled.defined()) {
     call_operator<Tensor>("aten::mul", "out", hidden, torch::stable::unsqueeze(v, 1), scaled);
   }
@@ -239,19 +247,30 @@ void scale_rows(const Tensor& product, const Tensor& v) {
 }
 
 // Writes v (factor weight) to `product` where that is defined, and v hidden to `scaled` where that is.
-void hidden_product(const Tensor& grad_loss, const Tensor& scale, const Tensor& factor,
-                    const Tensor& weight, const Tensor& hidden, const Tensor& product,
-                    Tensor& scaled) {
+void hidden_product(const Tensor& grad_loss, const Tensor& scale, const Tensor& factor, const Tensor& weight,
+                    const Tensor& hidden, const Tensor& product, Tensor& scaled) {
 #ifdef PGOLF_WITH_CUDA
-  const LinearSoftcapCeShape shape{hidden.size(0), weight.size(0), hidden.size(1), 0.0f, 0, 0.0f};
-  if (product.defined() && hidden.is_cuda() && hidden.scalar_type() == kBFloat16 &&
-      factor.is_contiguous() && aligned(factor) && aligned(weight) && aligned(hidden) && aligned(product) &&
+  // The kernel below needs no cap, ignored target or z-loss: those are in factor and scale.
+  const LinearSoftcapCeShape shape{.rows = hidden.size(0),
+                                   .vocab = weight.size(0),
+                                   .width = hidden.size(1),
+                                   .cap = 0.0f,
+                                   .ignore_index = 0,
+                                   .z_loss = 0.0f};
+  if (product.defined() && hidden.is_cuda() && hidden.scalar_type() == kBFloat16 && factor.is_contiguous() &&
+      aligned(factor) && aligned(weight) && aligned(hidden) && aligned(product) &&
       linear_softcap_ce_hidden_sm90_supports(shape)) {
     const Tensor w = torch::stable::contiguous(weight);
     linear_softcap_ce_hidden_sm90(
-        {const_pointer<float>(grad_loss), row_stride(grad_loss), const_pointer<float>(scale),
-         const_pointer<bf16>(factor), factor.size(1), const_pointer<bf16>(w), const_pointer<bf16>(hidden),
-         mutable_pointer<bf16>(product), scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
+        {.grad_loss = const_pointer<float>(grad_loss),
+         .grad_stride = row_stride(grad_loss),
+         .scale = const_pointer<float>(scale),
+         .factor = const_pointer<bf16>(factor),
+         .factor_ld = factor.size(1),
+         .weight = const_pointer<bf16>(w),
+         .hidden = const_pointer<bf16>(hidden),
+         .product = mutable_pointer<bf16>(product),
+         .scaled_hidden = scaled.defined() ? mutable_pointer<bf16>(scaled) : nullptr},
         shape, current_stream());
     return;
   }
@@ -292,8 +311,8 @@ Tensor loss_only(const Problem& problem) {
   Tensor lse = empty_rows(loss, problem.shape.rows);
   for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, Tensor logits) {
     write_logits(chunk, logits);
-    Tensor part = narrow(loss, 0, begin, chunk.shape.rows);
-    Tensor part_lse = narrow(lse, 0, begin, chunk.shape.rows);
+    Tensor part = rows_of(loss, begin, chunk.shape.rows);
+    Tensor part_lse = rows_of(lse, begin, chunk.shape.rows);
     softcap_ce_forward(logits, chunk.target, part, part_lse, chunk.shape);
   });
   return loss;
@@ -320,10 +339,11 @@ Kept loss_and_factor(const Problem& problem) {
   // On the CPU in chunks all the same: the loss then finds most of the logits in the cache.
   const int64_t rows_each = factor.is_cpu() ? chunk_rows(problem) : std::max<int64_t>(rows, 1);
   for_chunks(problem, rows_each, factor, [&](const Problem& chunk, int64_t begin, Tensor logits) {
-    Tensor part = narrow(loss, 0, begin, chunk.shape.rows);
+    Tensor part = rows_of(loss, begin, chunk.shape.rows);
     write_factor(chunk, one, part, logits);
   });
-  return {loss, factor, torch::stable::to(compare("aten::ne", problem.target, problem.shape.ignore_index), kFloat)};
+  return {loss, factor,
+          torch::stable::to(compare("aten::ne", problem.target, problem.shape.ignore_index), kFloat)};
 }
 
 // Where a sweep over chunks puts its gradients; undefined where not wanted.
@@ -333,12 +353,12 @@ struct Gradients {
   Tensor grad_weight;  // (vocab, width) float32
 };
 
-void add_chunk(const Problem& chunk, int64_t begin, const Tensor& grad_loss, Tensor& factor,
-               Gradients& out, [[maybe_unused]] bool hopper) {
+void add_chunk(const Problem& chunk, int64_t begin, const Tensor& grad_loss, Tensor& factor, Gradients& out,
+               [[maybe_unused]] bool hopper) {
   const int64_t count = chunk.shape.rows;
-  Tensor loss = narrow(out.loss, 0, begin, count);
+  Tensor loss = rows_of(out.loss, begin, count);
   Tensor scaled = chunk.hidden;
-  Tensor part = out.grad_hidden.defined() ? narrow(out.grad_hidden, 0, begin, count) : Tensor();
+  Tensor part = out.grad_hidden.defined() ? rows_of(out.grad_hidden, begin, count) : Tensor();
   if (!hopper) {
     write_factor(chunk, grad_loss, loss, factor);
     if (part.defined()) mm_out(part, factor, chunk.weight);
@@ -354,11 +374,10 @@ void add_chunk(const Problem& chunk, int64_t begin, const Tensor& grad_loss, Ten
   if (out.grad_weight.defined()) float_product(out.grad_weight, transposed(factor), scaled, begin == 0);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden,
-                                                                   const Tensor& weight,
-                                                                   const Tensor& target, OptionalCap cap,
-                                                                   int64_t ignore_index, double z_loss,
-                                                                   bool keep, bool check_targets) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden, const Tensor& weight,
+                                                   const Tensor& target, OptionalCap cap,
+                                                   int64_t ignore_index, double z_loss, bool keep,
+                                                   bool check_targets) {
   const DeviceGuard guard(hidden);
   const Problem problem = make_problem(hidden, weight, target, {cap, ignore_index, z_loss}, check_targets);
   const Tensor none = torch::stable::new_empty(hidden, {0});
@@ -368,10 +387,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& hidden,
   return {kept.loss, kept.factor, kept.scale, cast ? problem.weight : none};
 }
 
-std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& hidden,
-                                            const Tensor& weight, const Tensor& factor,
-                                            const Tensor& scale, ScalarType weight_dtype,
-                                            bool need_hidden, bool need_weight) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& hidden, const Tensor& weight,
+                                    const Tensor& factor, const Tensor& scale, ScalarType weight_dtype,
+                                    bool need_hidden, bool need_weight) {
   const char* op = "linear_softcap_ce_backward";
   check_matrices(op, hidden, weight);
   PGOLF_CHECK_TYPE(weight.scalar_type() == hidden.scalar_type(), op, ": weight must be ",
@@ -380,9 +398,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& hidde
                         factor.size(1) == weight.size(0) && factor.scalar_type() == hidden.scalar_type(),
                     op, ": factor must be (rows, vocab)=(", hidden.size(0), ", ", weight.size(0), ") ",
                     hidden.scalar_type(), ", got ", factor.sizes(), " ", factor.scalar_type());
-  PGOLF_CHECK_VALUE(same(grad_loss.sizes(), scale.sizes()) && scale.dim() == 1 && scale.size(0) == hidden.size(0),
-                    op, ": grad_loss and scale must be (rows,)=(", hidden.size(0), ",), got ",
-                    grad_loss.sizes(), " and ", scale.sizes());
+  PGOLF_CHECK_VALUE(
+      same(grad_loss.sizes(), scale.sizes()) && scale.dim() == 1 && scale.size(0) == hidden.size(0), op,
+      ": grad_loss and scale must be (rows,)=(", hidden.size(0), ",), got ", grad_loss.sizes(), " and ",
+      scale.sizes());
   PGOLF_CHECK_TYPE(grad_loss.scalar_type() == kFloat && scale.scalar_type() == kFloat, op,
                    ": grad_loss and scale must be float32, got ", grad_loss.scalar_type(), " and ",
                    scale.scalar_type());
@@ -401,12 +420,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad_loss, const Tensor& hidde
 }
 
 // sum_i grad_loss_i loss_i and its gradients, in one sweep over chunks; grad_weight stays float32.
-std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_loss,
-                                                         const Tensor& hidden, const Tensor& weight,
-                                                         const Tensor& target, OptionalCap cap,
-                                                         int64_t ignore_index, double z_loss,
-                                                         bool need_hidden, bool need_weight,
-                                                         bool check_targets) {
+std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_loss, const Tensor& hidden,
+                                             const Tensor& weight, const Tensor& target, OptionalCap cap,
+                                             int64_t ignore_index, double z_loss, bool need_hidden,
+                                             bool need_weight, bool check_targets) {
   const DeviceGuard guard(hidden);
   const Problem problem = make_problem(hidden, weight, target, {cap, ignore_index, z_loss}, check_targets);
   const int64_t rows = problem.shape.rows;
@@ -422,10 +439,11 @@ std::tuple<Tensor, Tensor, Tensor> gradients(const Tensor& grad_loss,
   if (need_weight && rows == 0) torch::stable::zero_(out.grad_weight);
   const bool hopper = use_hopper(problem, true);
   for_chunks(problem, chunk_rows(problem), {}, [&](const Problem& chunk, int64_t begin, Tensor factor) {
-    const Tensor g = upstream.dim() == 0 ? upstream : narrow(upstream, 0, begin, chunk.shape.rows);
+    const Tensor g = upstream.dim() == 0 ? upstream : rows_of(upstream, begin, chunk.shape.rows);
     add_chunk(chunk, begin, g, factor, out, hopper);
   });
-  return {torch::stable::sum(call_operator<Tensor>("aten::mul", "Tensor", out.loss, upstream)), need_hidden ? out.grad_hidden : torch::stable::new_empty(hidden, {0}),
+  return {torch::stable::sum(call_operator<Tensor>("aten::mul", "Tensor", out.loss, upstream)),
+          need_hidden ? out.grad_hidden : torch::stable::new_empty(hidden, {0}),
           need_weight ? out.grad_weight : torch::stable::new_empty(hidden, {0}, kFloat)};
 }
 

@@ -160,10 +160,12 @@ PyObject* build_info(PyObject*, PyObject*) {
 
 PyMethodDef kMethods[] = {
     {"build_info", build_info, METH_NOARGS,
-     "What was built: torch_headers (version), cxx_compiler, cuda_compiler, cuda_archs (separated by commas), "
+     "What was built: torch_headers (version), cxx_compiler, cuda_compiler, cuda_archs (separated by "
+     "commas), "
      "cuda_reason (why CUDA kernels are missing, or empty)."},
     {"encode_codes", guarded<encode>, METH_VARARGS,
-     "encode_codes(codes, rows, cols, pool, fast): the entropy-coded stream of (rows, cols) int8 codes, row-major."},
+     "encode_codes(codes, rows, cols, pool, fast): the entropy-coded stream of (rows, cols) int8 codes, "
+     "row-major."},
     {"decode_codes", guarded<decode>, METH_VARARGS,
      "decode_codes(data, rows, cols, pool): the (rows, cols) int8 codes of a stream, row-major."},
     {nullptr, nullptr, 0, nullptr},

@@ -1,7 +1,6 @@
 // Binding of newton_schulz: schema, checks, allocation, dispatch. Maths: kernels/newton_schulz.h.
 #include "kernels/newton_schulz.h"
 
-
 #include <cmath>
 #include <vector>
 
@@ -11,10 +10,7 @@
 namespace pgolf {
 namespace {
 
-NewtonSchulzShape check_inputs(const Tensor& x, Doubles coefficients, double eps,
-                               int64_t algorithm) {
-  PGOLF_CHECK_VALUE(algorithm >= kNsAuto && algorithm <= kNsGram,
-                    "newton_schulz: algorithm must be 0 (auto), 1 (standard) or 2 (gram), got ", algorithm);
+NewtonSchulzShape check_inputs(const Tensor& x, Doubles coefficients, double eps) {
   PGOLF_CHECK_VALUE(x.dim() == 2 || x.dim() == 3, "newton_schulz: x must be (m, n) or (b, m, n), got ",
                     x.sizes());
   const auto count = static_cast<int64_t>(coefficients.size());
@@ -37,11 +33,11 @@ NewtonSchulzShape check_inputs(const Tensor& x, Doubles coefficients, double eps
   return shape;
 }
 
-Tensor run_cpu(const Tensor& x, Doubles coefficients, double eps,
-                   int64_t algorithm) {
-  const NewtonSchulzShape shape = check_inputs(x, coefficients, eps, algorithm);
-  PGOLF_CHECK(algorithm != kNsGram, "newton_schulz: algorithm 'gram' needs a Hopper GPU, got a CPU tensor; ",
-              "use 'auto'");
+Tensor run_cpu(const Tensor& x, Doubles coefficients, double eps, int64_t algorithm) {
+  const NsAlgorithm chosen = check_algorithm("newton_schulz", algorithm);
+  const NewtonSchulzShape shape = check_inputs(x, coefficients, eps);
+  PGOLF_CHECK(chosen != NsAlgorithm::kGram,
+              "newton_schulz: algorithm 'gram' needs a Hopper GPU, got a CPU tensor; ", "use 'auto'");
   const Tensor in = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(in, in.sizes());
   dispatch_float("newton_schulz", in.scalar_type(), [&](auto tag) {
@@ -51,8 +47,7 @@ Tensor run_cpu(const Tensor& x, Doubles coefficients, double eps,
   return out;
 }
 
-std::vector<Tensor> run_banks_cpu(TensorList banks, Doubles coefficients, double eps,
-                                      int64_t algorithm) {
+std::vector<Tensor> run_banks_cpu(TensorList banks, Doubles coefficients, double eps, int64_t algorithm) {
   std::vector<Tensor> out;
   for (const Tensor& x : banks) out.push_back(run_cpu(x, coefficients, eps, algorithm));
   return out;
@@ -66,8 +61,7 @@ NsType type_of(ScalarType type) {
 
 Tensor run_portable(const Tensor& in, const NewtonSchulzShape& shape) {
   Tensor out = torch::stable::new_empty(in, in.sizes());
-  const Tensor workspace =
-      torch::stable::new_empty(in, {newton_schulz_workspace_bytes(shape)}, kByte);
+  const Tensor workspace = torch::stable::new_empty(in, {newton_schulz_workspace_bytes(shape)}, kByte);
   dispatch_float("newton_schulz", in.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     newton_schulz_cuda(const_pointer<T>(in), mutable_pointer<T>(out), workspace.mutable_data_ptr(), shape,
@@ -76,11 +70,11 @@ Tensor run_portable(const Tensor& in, const NewtonSchulzShape& shape) {
   return out;
 }
 
-std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, double eps,
-                                       int64_t algorithm) {
+std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, double eps, int64_t algorithm) {
+  const NsAlgorithm chosen = check_algorithm("newton_schulz", algorithm);
   std::vector<Tensor> in, out;
   std::vector<NewtonSchulzShape> shapes;
-  for (const Tensor& x : banks) shapes.push_back(check_inputs(x, coefficients, eps, algorithm));
+  for (const Tensor& x : banks) shapes.push_back(check_inputs(x, coefficients, eps));
   if (banks.empty()) return out;
   const DeviceGuard guard(banks[0]);
   std::vector<NsBank> list;
@@ -88,11 +82,16 @@ std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, doubl
     const NsType type = type_of(banks[i].scalar_type());
     in.push_back(torch::stable::contiguous(banks[i]));
     if (banks[i].numel() == 0) continue;
-    list.push_back({in[i].const_data_ptr(), nullptr, type, shapes[i].batch, shapes[i].rows, shapes[i].cols});
+    list.push_back({.in = in[i].const_data_ptr(),
+                    .out = nullptr,
+                    .type = type,
+                    .batch = shapes[i].batch,
+                    .rows = shapes[i].rows,
+                    .cols = shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  const bool gram = algorithm != kNsStandard && newton_schulz_sm90_can_run(list.data(), count);
-  PGOLF_CHECK(gram || algorithm != kNsGram,
+  const bool gram = chosen != NsAlgorithm::kStandard && newton_schulz_sm90_can_run(list.data(), count);
+  PGOLF_CHECK(gram || chosen != NsAlgorithm::kGram,
               "newton_schulz: algorithm 'gram' needs a Hopper GPU and sides that are multiples of 8, got ",
               banks[0].sizes(), "; use 'auto'");
   if (!gram) {
@@ -113,8 +112,7 @@ std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, doubl
   return out;
 }
 
-Tensor run_cuda(const Tensor& x, Doubles coefficients, double eps,
-                    int64_t algorithm) {
+Tensor run_cuda(const Tensor& x, Doubles coefficients, double eps, int64_t algorithm) {
   return run_banks_cuda(x, coefficients, eps, algorithm)[0];
 }
 #endif

@@ -2,7 +2,6 @@
 // Python.
 #include "ops/softcap_ce.h"
 
-
 #include <tuple>
 #include <vector>
 
@@ -11,8 +10,7 @@ namespace {
 
 using OptionalCap = std::optional<double>;
 
-SoftcapCeShape check_inputs(const Tensor& logits, const Tensor& target,
-                            const SoftcapCeOptions& options) {
+SoftcapCeShape check_inputs(const Tensor& logits, const Tensor& target, const SoftcapCeOptions& options) {
   PGOLF_CHECK_VALUE(logits.dim() == 2 && logits.size(1) > 0,
                     "softcap_ce: logits must be (rows, vocab) with vocab > 0, got ", logits.sizes());
   check_target_tensor("softcap_ce", "logits", logits, target);
@@ -20,9 +18,7 @@ SoftcapCeShape check_inputs(const Tensor& logits, const Tensor& target,
 }
 
 // Float32 statistics of each row: loss and lse, or checks that those given fit.
-Tensor empty_rows(const Tensor& logits) {
-  return torch::stable::new_empty(logits, {logits.size(0)}, kFloat);
-}
+Tensor empty_rows(const Tensor& logits) { return torch::stable::new_empty(logits, {logits.size(0)}, kFloat); }
 
 Tensor checked_rows(const Tensor& rows, const Tensor& logits, const char* name) {
   PGOLF_CHECK_VALUE(rows.dim() == 1 && rows.size(0) == logits.size(0) && rows.scalar_type() == kFloat &&
@@ -32,9 +28,8 @@ Tensor checked_rows(const Tensor& rows, const Tensor& logits, const char* name) 
   return torch::stable::contiguous(rows);
 }
 
-std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& target,
-                                               OptionalCap cap, int64_t ignore_index, double z_loss,
-                                               bool check_targets) {
+std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& target, OptionalCap cap,
+                                       int64_t ignore_index, double z_loss, bool check_targets) {
   const SoftcapCeShape shape = check_inputs(logits, target, {cap, ignore_index, z_loss});
   const DeviceGuard guard(logits);
   const Tensor y = torch::stable::contiguous(target);
@@ -45,9 +40,8 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& logits, const Tensor& targe
   return {loss, lse};
 }
 
-Tensor run_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                        const Tensor& loss, const Tensor& lse, OptionalCap cap, int64_t ignore_index,
-                        double z_loss) {
+Tensor run_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target, const Tensor& loss,
+                    const Tensor& lse, OptionalCap cap, int64_t ignore_index, double z_loss) {
   const SoftcapCeShape shape = check_inputs(logits, target, {cap, ignore_index, z_loss});
   const DeviceGuard guard(logits);
   const Tensor x = torch::stable::contiguous(logits);
@@ -60,8 +54,8 @@ Tensor run_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor&
 }
 
 // Loss of each row, and the gradient written into `grad`, which may be `x`.
-Tensor run_gradient(const Tensor& x, const Tensor& target, const Tensor& grad_loss,
-                        Tensor& grad, const SoftcapCeShape& shape, bool check_targets) {
+Tensor run_gradient(const Tensor& x, const Tensor& target, const Tensor& grad_loss, Tensor& grad,
+                    const SoftcapCeShape& shape, bool check_targets) {
   PGOLF_CHECK_VALUE(
       grad_loss.numel() == 1 && grad_loss.scalar_type() == kFloat && grad_loss.device() == x.device(),
       "softcap_ce_gradient: grad_loss must be one float32 on ", x.device(), ", got ", grad_loss.sizes(), " ",
@@ -75,17 +69,17 @@ Tensor run_gradient(const Tensor& x, const Tensor& target, const Tensor& grad_lo
   return loss;
 }
 
-std::tuple<Tensor, Tensor> gradient(const Tensor& logits, const Tensor& target,
-                                            const Tensor& grad_loss, OptionalCap cap,
-                                            int64_t ignore_index, double z_loss, bool check_targets) {
+std::tuple<Tensor, Tensor> gradient(const Tensor& logits, const Tensor& target, const Tensor& grad_loss,
+                                    OptionalCap cap, int64_t ignore_index, double z_loss,
+                                    bool check_targets) {
   const SoftcapCeShape shape = check_inputs(logits, target, {cap, ignore_index, z_loss});
   const Tensor x = torch::stable::contiguous(logits);
   Tensor grad = torch::stable::empty_like(x);
   return {run_gradient(x, target, grad_loss, grad, shape, check_targets), grad};
 }
 
-Tensor gradient_(Tensor& logits, const Tensor& target, const Tensor& grad_loss,
-                     OptionalCap cap, int64_t ignore_index, double z_loss, bool check_targets) {
+Tensor gradient_(Tensor& logits, const Tensor& target, const Tensor& grad_loss, OptionalCap cap,
+                 int64_t ignore_index, double z_loss, bool check_targets) {
   const SoftcapCeShape shape = check_inputs(logits, target, {cap, ignore_index, z_loss});
   PGOLF_CHECK_VALUE(logits.is_contiguous(),
                     "softcap_ce: logits must be contiguous to be overwritten by their gradient; call "
@@ -97,10 +91,9 @@ Tensor gradient_(Tensor& logits, const Tensor& target, const Tensor& grad_loss,
 void rescale_(Tensor& grad, const Tensor& factor) {
   PGOLF_CHECK_VALUE(grad.dim() == 2 && grad.is_contiguous(),
                     "softcap_ce_rescale_: grad must be contiguous (rows, vocab), got ", grad.sizes());
-  PGOLF_CHECK_VALUE(
-      factor.numel() == 1 && factor.scalar_type() == kFloat && factor.device() == grad.device(),
-      "softcap_ce_rescale_: factor must be one float32 on ", grad.device(), ", got ", factor.sizes(), " ",
-      factor.scalar_type(), " on ", factor.device());
+  PGOLF_CHECK_VALUE(factor.numel() == 1 && factor.scalar_type() == kFloat && factor.device() == grad.device(),
+                    "softcap_ce_rescale_: factor must be one float32 on ", grad.device(), ", got ",
+                    factor.sizes(), " ", factor.scalar_type(), " on ", factor.device());
 #ifdef PGOLF_WITH_CUDA
   if (grad.is_cuda()) {
     const DeviceGuard guard(grad);
@@ -143,8 +136,7 @@ void softcap_ce_forward(const Tensor& logits, const Tensor& target, Tensor& loss
 }
 
 void softcap_ce_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                         const Tensor& loss, const Tensor& lse, Tensor& grad,
-                         const SoftcapCeShape& shape) {
+                         const Tensor& loss, const Tensor& lse, Tensor& grad, const SoftcapCeShape& shape) {
   dispatch_float("softcap_ce_backward", logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     call_kernel(
@@ -155,8 +147,8 @@ void softcap_ce_backward(const Tensor& grad_loss, const Tensor& logits, const Te
   });
 }
 
-void softcap_ce_gradient(const Tensor& logits, const Tensor& target, const Tensor& grad_loss,
-                         Tensor& loss, Tensor& lse, Tensor& grad, const SoftcapCeShape& shape) {
+void softcap_ce_gradient(const Tensor& logits, const Tensor& target, const Tensor& grad_loss, Tensor& loss,
+                         Tensor& lse, Tensor& grad, const SoftcapCeShape& shape) {
   const int64_t stride = grad_loss.dim() == 1 && grad_loss.size(0) == shape.rows ? 1 : 0;
   dispatch_float("softcap_ce", logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);

@@ -28,7 +28,11 @@ struct SoftcapCeOptions {
     PGOLF_CHECK_VALUE(z_loss >= 0 && z_loss <= kLargest, op, ": z_loss must be finite and >= 0, got ",
                       z_loss);
     const float limit = cap ? static_cast<float>(*cap) : std::numeric_limits<float>::infinity();
-    return {rows, vocab, limit, ignore_index, static_cast<float>(z_loss)};
+    return {.rows = rows,
+            .vocab = vocab,
+            .cap = limit,
+            .ignore_index = ignore_index,
+            .z_loss = static_cast<float>(z_loss)};
   }
 };
 
@@ -37,8 +41,7 @@ inline void check_target_tensor(const char* op, const char* name, const Tensor& 
                                 const Tensor& target) {
   PGOLF_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows_of.size(0), op, ": target must be (rows,)=(",
                     rows_of.size(0), ",), got ", target.sizes());
-  PGOLF_CHECK_TYPE(target.scalar_type() == kLong, op, ": target must be int64, got ",
-                   target.scalar_type());
+  PGOLF_CHECK_TYPE(target.scalar_type() == kLong, op, ": target must be int64, got ", target.scalar_type());
   PGOLF_CHECK_VALUE(target.device() == rows_of.device(), op, ": target must be on ", rows_of.device(), " as ",
                     name, " is, got ", target.device());
 }
@@ -62,8 +65,8 @@ void softcap_ce_forward(const Tensor& logits,  // (rows, vocab)
 
 // Writes the gradient of sum_i grad_loss_i loss_i.
 void softcap_ce_backward(const Tensor& grad_loss,  // (rows,)
-                         const Tensor& logits, const Tensor& target, const Tensor& loss,
-                         const Tensor& lse, Tensor& grad, const SoftcapCeShape& shape);
+                         const Tensor& logits, const Tensor& target, const Tensor& loss, const Tensor& lse,
+                         Tensor& grad, const SoftcapCeShape& shape);
 
 // Writes all three in one pass; `grad` may be `logits`.
 void softcap_ce_gradient(const Tensor& logits, const Tensor& target,

@@ -1,7 +1,6 @@
 // Operators of kernels/trellis.h for torch.
 #include "kernels/trellis.h"
 
-
 #include "ops/checks.h"
 
 namespace pgolf {
@@ -17,8 +16,7 @@ Tensor round(const Tensor& x) {
 #ifdef PGOLF_WITH_CUDA
   if (in.is_cuda()) {
     const DeviceGuard guard(in);
-    trellis_round_cuda(const_pointer<float>(in), mutable_pointer<float>(out), rows, n,
-                       current_stream());
+    trellis_round_cuda(const_pointer<float>(in), mutable_pointer<float>(out), rows, n, current_stream());
     return out;
   }
 #endif

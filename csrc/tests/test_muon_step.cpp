@@ -10,7 +10,7 @@ namespace pgolf::test {
 namespace {
 
 void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads) {
-  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
+  const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
   const std::vector<float> grad = normal_values(rows * cols, 1), before = normal_values(rows * cols, 2);
   std::vector<float> momentum = before;
   std::vector<float> direction(grad.size());
@@ -37,7 +37,7 @@ void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads
 }
 
 void test_apply(int64_t count, float weight, int threads) {
-  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
+  const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
   const std::vector<float> start = normal_values(count, 3), update = normal_values(count, 4),
                            average = normal_values(count, 5);
   std::vector<float> param = start, moved = average;
@@ -52,7 +52,7 @@ void test_apply(int64_t count, float weight, int threads) {
 
 void test_skip() {
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
+    const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
     const std::vector<float> grad = normal_values(6, 1), before = normal_values(6, 2);
     std::vector<float> momentum = before, direction = before, param = before, average = grad;
     const MuonDirection bank{grad.data(), momentum.data(), direction.data(), 2, 3};
