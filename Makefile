@@ -16,7 +16,7 @@ setup: $(VENV)/built.stamp
 $(VENV)/tools.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q "setuptools>=64" wheel "cmake>=3.25" ninja "pybind11>=2.12"
+	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.12"
 	touch $@
 
 $(VENV)/built.stamp: $(VENV)/tools.stamp $(NATIVE)

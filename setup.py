@@ -55,9 +55,9 @@ def query_torch() -> dict[str, str]:
 
 
 def find_tool(name: str) -> str:
-    """Return the path of a build tool, looking beside this interpreter when PATH lacks it."""
-    beside = Path(sys.executable).parent / name
-    found = shutil.which(name) or (str(beside) if beside.is_file() else None)
+    """Return the path of a build tool: the one of this interpreter's environment, or else the one on PATH."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.is_file() else shutil.which(name)
     if found is None:
         raise SystemExit(f"pgolf: {name} not found; install it with: pip install {name}")
     return found

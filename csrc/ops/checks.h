@@ -2,7 +2,7 @@
 //
 // Only torch/csrc/stable, torch/headeronly and the C shims may be included here and in the bindings: with
 // TORCH_TARGET_VERSION set, ATen and c10 are an #error. That is what lets one binary run on every torch from
-// 2.11 (docs/contributing: "One binary for every torch").
+// 2.11 (CONTRIBUTING.md, "One binary for every PyTorch").
 #pragma once
 
 #include <pybind11/detail/common.h>
