@@ -226,8 +226,8 @@ void launch_normalise(const NsBank* banks, int count, const WorkspaceLayout& lay
   plan.counters = head.counters;
   plan.counter_count = layout.counter_count;
   plan.eps = eps;
-  // Two kernels, because the cast needs the norm of the whole matrix. One with a cluster per matrix was 0.15
-  // ms slower on 66 matrices (docs/findings.md, 2026-11-23).
+  // Two kernels, because the cast needs the norm of the whole matrix. One kernel with a cluster per matrix
+  // was 0.15 ms slower (docs/findings.md, 2026-11-23).
   squares_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
   PGOLF_LAUNCH_CHECK();
   cast_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
