@@ -6,10 +6,10 @@
 // product on the tensor cores, the other computes its epilogue. The blocks of a cluster work on neighbouring
 // row blocks and the same columns, and multicast their share of the weight to each other.
 //
-// Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident); the epilogue
-// then takes longer than the product, and two warpgroups share a tile. For large widths tiles are 128 x 192,
-// which read less for each product (and, at the power limit, so leave a higher clock), and whose accumulators
-// fill a warpgroup's registers.
+// Where a row block of `hidden` fits shared memory, it stays there for all its tiles (kResident). The
+// epilogue then takes longer than the product, and two warpgroups share a tile. For large widths tiles are
+// 128 x 192. They read less per product, which at the power limit leaves a higher clock rate
+// (docs/findings.md, 2026-11-24), and their accumulators fill a warpgroup's registers.
 #include <cuda.h>
 
 #include "kernels/cuda_check.cuh"
@@ -85,6 +85,8 @@ struct Walk {
   __device__ __forceinline__ explicit Walk(const KernelArgs& args) {
     const uint32_t cluster = blockIdx.x / kCluster;
     if constexpr (C::kResident) {
+      // Tiles [all c / clusters, all (c + 1) / clusters) for cluster c: shares that differ by at most one
+      // tile.
       const auto first = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * cluster / clusters());
       at = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * (cluster + 1) / clusters() - first);
       row = static_cast<int>(first / args.column_tiles);
@@ -103,6 +105,7 @@ struct Walk {
 
   __device__ __forceinline__ void advance(const KernelArgs& args, int steps) {
     if constexpr (C::kResident) {
+      // A subtraction instead of a division: steps are 1 or 2.
       at -= steps;
       column += steps;
       while (column >= args.column_tiles) {
@@ -169,6 +172,8 @@ __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full,
                              uint32_t rank) {
   constexpr int kShare = C::kColumns / kCluster;
   constexpr uint16_t kAll = (1u << kCluster) - 1;
+  // Each block loads its share of the columns and sends it to the same place in all blocks of the cluster, so
+  // a slice of the weight crosses from L2 once per cluster.
   to += rank * kShare * kDepth * 2;
   const int first = column + static_cast<int>(rank) * kShare;
   if constexpr (C::kPermuted) {
@@ -186,6 +191,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   uint32_t row_blocks = 0;  // loaded so far
   for (; tile.more_than(args, 0); tile.advance(args, 1)) {
     const int first_row = (tile.row * kCluster + static_cast<int>(rank)) * kTileRows;
+    // Resident rows are loaded once per row block; their barriers count row blocks instead of stages.
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
       if (C::kResident && new_rows) {
@@ -193,6 +199,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
         mbarrier_expect_bytes(shared.rows_full(slice), kSliceBytes);
         tma_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
       }
+      // Free in all blocks of the cluster: this block's copy writes into the others' stage, too.
       mbarrier_wait_or_trap(shared.empty(at.stage()), at.phase() ^ 1);
       const uint32_t full = shared.full(at.stage());
       mbarrier_expect_bytes(full, C::kStageBytes);
@@ -219,7 +226,7 @@ __device__ __forceinline__ int load_target(const KernelArgs& args, int row) {
   return ignored ? epilogue::kIgnoredTarget : epilogue::kInvalidTarget;
 }
 
-// Read anew where it is needed: a register less in the epilogue, which needs all.
+// Read anew where it is needed: one register less in the epilogue, which needs all.
 __device__ __forceinline__ int lane_index() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -294,6 +301,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
     }
     wgmma_commit();
     if (slice > 0) {
+      // The slice before has been read: lane r of each warp tells block r, whose copies fill this stage.
       wgmma_wait<1>();
       if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
       if (C::kResident && turn.release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
@@ -302,6 +310,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
     at.advance();
   }
   wgmma_wait<0>();
+  // Without this the compiler may move the epilogue's reads before the wait.
   PGOLF_UNROLL
   for (int f = 0; f < C::kFragments; ++f) wgmma_keep_order(c[f]);
   if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
@@ -310,6 +319,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
 
 template <typename C>
 __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C> tile, uint32_t rank) {
+  // From lane 0, so that the compiler knows it to be the same in the warp and keeps it in uniform registers.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
   const int turn = group / C::kParts, part = group % C::kParts;
   const int lane = threadIdx.x % 32;
@@ -338,7 +348,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
       PGOLF_UNROLL
       for (int r = 0; r < 2 * C::kFragments; ++r) target[r] = load_target(args, row + r / 2 * 64 + r % 2 * 8);
     }
-    uint32_t own = 0;  // a byte for each
+    uint32_t own = 0;  // one byte per row
     PGOLF_UNROLL
     for (int r = 0; r < 2 * C::kFragments; ++r) {
       own |= epilogue::Row<C>::own_column(target[r], tile.column) << 8 * r;
@@ -357,6 +367,7 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
                  .release_rows = release_rows,
                  .last_tile = !tile.more_than(args, 1)});
     wait = true;
+    // The other turn's tile comes next in the ring.
     at.skip(args.slices);
 
     finish_tile<C>(args, c, own, row, tile.column);
@@ -373,6 +384,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   const Shared<C> shared(shared_address(shared_bytes));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
+    // Full: one arrival, which announces the bytes of all copies into the stage, also those from other
+    // blocks.
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
       mbarrier_init(shared.empty(stage), 4 * C::kParts * kCluster);  // the warps of a tile in each block
@@ -385,6 +398,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     tma_prefetch(&hidden);
     tma_prefetch(&weight);
   }
+  // No block may copy into another or arrive there before that one's barriers exist.
   cluster_sync();
   __syncthreads();
 
@@ -438,6 +452,7 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
   args.slope = static_cast<float>(-2.0 * epilogue::kLog2e * cap);
 
+  // What one block of the cluster loads of a tile's columns; see load_columns.
   constexpr int kShare = C::kColumns / kCluster;
   const CUtensorMap hidden =
       tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.hidden, plain_map(shape.rows, shape.width, kTileRows));
@@ -445,6 +460,8 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
                                         C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
                                                      : plain_map(shape.vocab, shape.width, kShare));
   const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
+  // One block per multiprocessor, as its shared memory allows no second one; each takes tiles until none is
+  // left.
   const int64_t clusters = multiprocessor_count() / kCluster;
 
   auto kernel = forward_kernel<C>;
@@ -505,6 +522,7 @@ int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape) {
 void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
                                     CUstream_st* stream) {
   if (shape.rows == 0) return;
+  // One kernel template in four sizes; see Config.
   switch (choose(shape)) {
     case Form::kResident:
       return launch_factor<kTileColumns, 2, true, true>(args, shape, stream);

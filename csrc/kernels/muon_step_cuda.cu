@@ -1,7 +1,7 @@
 // CUDA kernels of muon_step.h: one launch for all banks (for every kMaxBanks or kMaxTargets of them). Both
-// are bound by memory: each tensor is read and written once, 16 bytes at a time, with all loads of a thread
-// under way before its first store, and what nobody reads soon (gradients, momentum, parameters, averages) is
-// marked to leave L2 first, so that the directions stay there for the polar iteration.
+// are bound by memory: each tensor is read and written once, 16 bytes at a time, and all loads of a thread
+// are under way before its first store. What is not read again soon (gradients, momentum, parameters,
+// averages) is marked to leave L2 first, so that the directions stay there for the polar iteration.
 #include "kernels/muon_momentum.cuh"
 #include "kernels/muon_step.h"
 

@@ -1,4 +1,4 @@
-// CPU kernel of newton_schulz.h: three float32 products a step, one matrix of the batch at a time.
+// CPU kernel of newton_schulz.h: three float32 products per iteration, one matrix of the batch at a time.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,6 +1,6 @@
-// CUDA kernels of newton_schulz.h: two kernels for the norm, then three batched products a step, the middle
-// one with A's polynomial and the last with aX in its epilogue. A and B are symmetric: half their tiles are
-// computed.
+// CUDA kernels of newton_schulz.h: two kernels for the norm, then three batched products per iteration. The
+// middle product has A's polynomial in its epilogue, the last one aX. A and B are symmetric, so only half of
+// their tiles are computed.
 #include <algorithm>
 #include <type_traits>
 

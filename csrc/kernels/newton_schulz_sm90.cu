@@ -43,11 +43,13 @@ __device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType 
   if (type == NsType::kFloat32) {
     const float4 lo = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at));
     const float4 hi = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at) + 1);
+    // Two loads of 16 bytes each.
     const float both[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
     PGOLF_UNROLL
     for (int i = 0; i < 8; ++i) value[i] = both[i];
     return;
   }
+  // Eight 16-bit elements; bfloat16 is the upper half of a float32, so a shift or a mask widens it.
   const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in) + at));
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
   PGOLF_UNROLL
@@ -70,6 +72,7 @@ __global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_cons
   const int local = block - bank.first_block;
   const int matrix = local / bank.chunks;
   const int64_t begin = static_cast<int64_t>(local - matrix * bank.chunks) * kChunk;
+  // Three sums at three scales: one of them neither overflows nor underflows, whatever the matrix.
   Squares squares;
   PGOLF_UNROLL
   for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
@@ -83,6 +86,7 @@ __global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_cons
   const float sum = block_sum<kCastThreads>(squares.sum, staged[0]);
   const float low = block_sum<kCastThreads>(squares.low, staged[1]);
   const float high = block_sum<kCastThreads>(squares.high, staged[2]);
+  // Partial sums instead of atomics: the order of the additions, and so the result, stays the same.
   if (threadIdx.x == 0) {
     float* partials = plan.partials + 3 * block;
     partials[0] = sum;
@@ -95,6 +99,7 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   __shared__ float staged[3][kCastThreads / kWarp];
   __shared__ Scale shared_scale;
   const int block = static_cast<int>(blockIdx.x);
+  // The products start after this kernel, so that one block may zero their counters.
   if (block == 0) {
     for (int i = threadIdx.x; i < plan.counter_count; i += kCastThreads) plan.counters[i] = 0;
   }
@@ -102,6 +107,7 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   const int local = block - bank.first_block;
   const int matrix = local / bank.chunks;
   const int chunk = local - matrix * bank.chunks;
+  // Every block of a matrix adds the same numbers in the same order, and so finds the same scale.
   float sums[3] = {0.0f, 0.0f, 0.0f};
   const float* partials = plan.partials + 3 * static_cast<int64_t>(block - chunk);
   for (int i = threadIdx.x; i < bank.chunks; i += kCastThreads) {
@@ -115,6 +121,7 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
     if (chunk == 0) plan.sigma[bank.first_matrix + matrix] = shared_scale.sigma;
   }
   __syncthreads();
+  // A power of two keeps bfloat16 and float16 input exact; the rest of 1 / (norm + eps) is sigma.
   const PowerOfTwo power(shared_scale.exponent);
   PGOLF_UNROLL
   for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
@@ -155,6 +162,7 @@ BufferView view(const NsBank& bank, const BankLayout& layout, int buffer, unsign
 
 void encode_maps(const NsBank& bank, const BankLayout& layout, unsigned char* workspace, int first_map,
                  Plan& plan) {
+  // Every buffer has two maps of the same memory, as it may be read along its rows and along its columns.
   for (int buffer = 0; buffer < kMapsPerBank; ++buffer) {
     if (!has_buffer(bank, layout, buffer)) continue;
     BufferView seen = view(bank, layout, buffer, workspace);
@@ -198,6 +206,7 @@ void launch_normalise(const NsBank* banks, int count, const WorkspaceLayout& lay
                       unsigned char* workspace, cudaStream_t stream) {
   const Head head(workspace, layout);
   NormalizePlan plan{};
+  // Blocks are numbered through all banks; a block finds its bank by first_block.
   int matrices = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
@@ -217,6 +226,8 @@ void launch_normalise(const NsBank* banks, int count, const WorkspaceLayout& lay
   plan.counters = head.counters;
   plan.counter_count = layout.counter_count;
   plan.eps = eps;
+  // Two kernels, because the cast needs the norm of the whole matrix. One kernel with a cluster per matrix
+  // was 0.15 ms slower (docs/findings.md, 2026-11-23).
   squares_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
   PGOLF_LAUNCH_CHECK();
   cast_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
@@ -233,9 +244,11 @@ void launch_products(const NsBank* banks, int count, const float (*table)[3], in
       schedule(banks, count, table, steps, layout, launch.tuning, launch.multiprocessors, plan.queue);
   plan.queue.sigma = head.sigma;
   plan.queue.done = head.counters;
+  // The head of the queue is the last counter, which is zeroed with the others.
   plan.queue.next = head.counters + layout.counter_count - 1;
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(products_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  // One block per multiprocessor; each takes tasks until the queue is empty.
   products_kernel<<<std::min(tasks, launch.multiprocessors), kThreads, kSharedBytes, stream>>>(plan, tasks);
   PGOLF_LAUNCH_CHECK();
 }
@@ -244,6 +257,7 @@ void launch_products(const NsBank* banks, int count, const float (*table)[3], in
 
 bool newton_schulz_sm90_can_run(const NsBank* banks, int count) {
   int device = 0, major = 0;
+  // No exception where there is no device: the caller takes other kernels.
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   if (major != 9) return false;

@@ -44,11 +44,13 @@ __device__ __forceinline__ float power(float x, int n) {
   return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
 }
 
+// What the task at `index` is; `run` as in find_tiles. One thread decodes for all roles.
 __device__ Task decode(const Plan& plan, int index, int& run) {
   const ProductQueue& queue = plan.queue;
   const TaskTiles tiles = find_tiles(queue, index, run);
   const int matrix = tiles.matrix;
   const Product& p = queue.products[tiles.product];
+  // sigma is written before this kernel starts; most products do not need it.
   const float sigma = p.alpha_power + p.beta_power > 0 ? queue.sigma[p.first_matrix + matrix] : 1.0f;
   Task task;
   task.direct = p.type == NsType::kFloat32 ? p.direct + int64_t{matrix} * p.rows * p.cols : nullptr;
@@ -69,6 +71,7 @@ __device__ Task decode(const Plan& plan, int index, int& run) {
   task.layout = p.layout;
   task.symmetric = p.symmetric;
   task.tall_tiles = p.tall_tiles;
+  // The last task of a panel may have fewer tiles than the others.
   task.shared_tile = p.shared_tile && task.count == 1;
   task.need = p.need;
   task.b = p.b;
@@ -160,6 +163,7 @@ __device__ __forceinline__ uint32_t staged_barrier(uint32_t base, uint32_t group
 }
 
 __device__ __forceinline__ void init_barriers(uint32_t base) {
+  // One arrival fills a slot, that of the feeding thread; the bytes of the copies count on the barrier, too.
   for (int i = 0; i < kASlots; ++i) {
     mbarrier_init(RingA::filled(base, i), 1);
     mbarrier_init(RingA::free(base, i), kReleases);
@@ -193,11 +197,13 @@ struct Cursor {
   __device__ __forceinline__ void load(uint32_t base, const CUtensorMap* map, bool along_k, int origin,
                                        int depth, int matrix) {
     const uint32_t filled = Ring::filled(base, 0) + 8 * slot, at = Ring::slot(base, 0) + slot * kSlotBytes;
+    // parity starts at 1, so that the first use of each slot does not wait for a reader that never was.
     mbarrier_wait(filled + 8 * Slots, parity);
     mbarrier_expect_bytes(filled, kSlotBytes);
     if (along_k) {
       tma_load_3d(at, map, filled, depth, origin, matrix);
     } else {
+      // 64 columns are 128 bytes, the width of the swizzle, so 128 columns take two boxes.
       tma_load_3d(at, map, filled, origin, depth, matrix);
       tma_load_3d(at + kBoxBytes, map, filled, origin + kBox, depth, matrix);
     }
@@ -208,6 +214,8 @@ struct Cursor {
   }
 };
 
+// Waits until the tiles that a task needs are in memory. Polls, as the flag comes from other blocks. The
+// fence orders the copies that follow, which go through another proxy, after the acquiring load.
 __device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
   for (uint32_t polls = 0; load_acquire(done) < need; ++polls) {
     if (polls == kMaxPolls) give_up();
@@ -218,18 +226,21 @@ __device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
 __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks) {
   Cursor<RingA, kASlots> cursor;
   int run = 0;
+  // The index of the next task is fetched while this one is fed, which hides the latency of the atomic.
   int next = static_cast<int>(atomicAdd(plan.queue.next, 1u));
   for (uint32_t n = 0;; ++n) {
     const int task_index = next;
     RingTask::wait_free(base, n);
     Task* slot = reinterpret_cast<Task*>(shared + kTaskOffset) + n % kTaskSlots;
     if (task_index >= tasks) {
+      // Every role sees the end in its turn: what was taken before is finished first.
       slot->product = -1;
       mbarrier_arrive(RingTask::filled(base, n), 1);
       return;
     }
     next = static_cast<int>(atomicAdd(plan.queue.next, 1u));
     const Task task = decode(plan, task_index, run);
+    // The other roles learn of the task before its operands are there: B's thread waits for the flag itself.
     *slot = task;
     mbarrier_arrive(RingTask::filled(base, n), 1);
     const CUtensorMap* map = plan.maps + plan.queue.products[task.product].a;
@@ -238,7 +249,10 @@ __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks)
     int k = first_depth(task, task.column) * kBox;
     const int end = task.depth * kBox;
     for (int step = 0; step < task.depth; ++step) {
+      // A tall tile takes two slots per block of k, one for each group.
       for (int row = task.row; row <= task.row + (task.tall_tiles ? kTile : 0); row += kTile) {
+        // Above the diagonal's tiles nothing is stored: the same rows are read as columns, by the map with
+        // boxes of 64 rows, which lies kFirstTallMap before the other.
         const bool mirrored = k >= kBox * mirrored_from(task.a_lower, row);
         cursor.load(base, mirrored ? map - kFirstTallMap : map, along_k && !mirrored, row, k, task.matrix);
       }
@@ -252,6 +266,7 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
   Cursor<RingB, kBSlots> cursor;
   for (uint32_t n = 0;; ++n) {
     RingTask::wait_filled(base, n);
+    // A copy, so that the slot can be refilled while this task is fed.
     const Task task = reinterpret_cast<const Task*>(shared + kTaskOffset)[n % kTaskSlots];
     mbarrier_arrive(RingTask::free(base, n), 1);
     if (task.product < 0) return;
@@ -261,6 +276,7 @@ __device__ void feed_b(const Plan& plan, uint32_t base, const char* shared) {
     const int end = task.depth * kBox;
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile * kTile;
+      // Where B is A the multiplying groups read A's slots for both.
       if (operands_coincide(task, column)) continue;
       int k = first_depth(task, column) * kBox;
       for (int step = 0; step < task.depth; ++step) {

@@ -96,11 +96,13 @@ PGOLF_HOST_DEVICE inline TaskTiles find_tiles(const ProductQueue& queue, int ind
   while (run + 1 < queue.run_count && index >= queue.runs[run + 1].first_task) ++run;
   const auto product = static_cast<int>(queue.runs[run].product);
   const Product& p = queue.products[product];
+  // Within a run the tasks of a matrix are consecutive.
   const int local = index - queue.runs[run].first_task;
   const int before = local / p.tasks;
   const int matrix = static_cast<int>(queue.runs[run].first_matrix) + before;
   int left = local - before * p.tasks;
-  int panel = p.panels - 1;  // the longest panels of a symmetric product come first
+  // The longest panels of a symmetric product come first.
+  int panel = p.panels - 1;
   for (;; --panel) {
     const int tasks = tasks_in_panel(p, panel);
     if (left < tasks) break;

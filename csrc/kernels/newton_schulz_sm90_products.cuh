@@ -1,10 +1,13 @@
 // The kernel of newton_schulz_sm90 that runs every product of every matrix.
 //
-// It is persistent. A queue of tasks (one or more 128x128 tiles of one product of one matrix) lies in an
-// order in which every task follows those it needs; blocks take tasks from its head, so the oldest unfinished
-// task can always run, whatever is resident. A task waits until a counter of its matrix says that all tiles
-// of the products that it needs are stored. Two threads feed operands through shared memory with the copy
-// engine, two warpgroups multiply, and a warp for each of them stores.
+// It is persistent. The tasks (one or more 128x128 tiles of one product of one matrix) lie in a queue in an
+// order in which every task follows those that it needs. Blocks take tasks from the head of the queue, so the
+// oldest unfinished task can always run, whatever is resident. A task waits until a counter of its matrix
+// says that all tiles of the products that it needs are stored. Two threads feed operands through shared
+// memory with the copy engine, two warpgroups multiply, and one warp per warpgroup stores.
+//
+// What bounds it on an H100 (docs/findings.md, 2026-11-28): with 66 matrices the connection between the two
+// halves of the L2 cache, which is 94 % busy; with ten matrices the length of the chain of products.
 #pragma once
 
 #include "kernels/newton_schulz_sm90_feed.cuh"
@@ -14,11 +17,11 @@ namespace ns90 {
 
 // ---- The multiplying warpgroups
 
-// Where a warpgroup's part of a tile lies in the rings.
+// Where the operands of a warpgroup's part of a tile lie in the rings.
 struct Operands {
   uint32_t a_index, a_stride;  // first use of ring A and the step per block of k
   uint32_t a_offset;           // bytes, of the group's rows within a slot
-  uint32_t a_releases;         // arrivals of each warp when it has read a slot; 0: another tile needs it
+  uint32_t a_releases;  // arrivals of each warp when it has read a slot of A; 0: a later tile needs the slot
   uint32_t b_index, b_releases;
   bool diagonal;     // B is A
   uint32_t a_other;  // step from our slot of A to the other group's; 0: they are the same
@@ -54,6 +57,7 @@ template <int Rows, bool AAlongK, bool BAlongK>
 __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, const Operands& slots, int from,
                                          int to) {
   const bool leader = threadIdx.x % kLanes == 0;
+  // Only the low halves of descriptors change, in sixteenths of bytes: the loop adds 32-bit numbers.
   const uint32_t low_a = descriptor_low(RingA::slot(base, 0)), low_b = descriptor_low(RingB::slot(base, 0));
   const uint32_t mine = slots.a_offset >> 4;
   uint32_t a = slots.a_index + from * slots.a_stride, b = slots.b_index + from;
@@ -79,8 +83,11 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
     }
     wgmma_commit();
     if (k > from) {
+      // All but the newest group are done: the slots of block k - 1 have been read. One group stays under
+      // way, so that the tensor cores do not wait for this bookkeeping.
       wgmma_wait<1>();
       if (leader) {
+        // The last blocks of A may hold C, too: finish() reads them and lets go of them.
         if (k - 1 + slots.held < slots.depth) release_a(base, slots, a - slots.a_stride);
         if (!slots.diagonal) mbarrier_arrive(RingB::free(base, b - 1), slots.b_releases);
       }
@@ -89,6 +96,7 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
     ++b;
   }
   wgmma_wait<0>();
+  // Without this the compiler may move reads of the sums before the wait.
   PGOLF_UNROLL
   for (int i = 0; i < Rows; ++i) wgmma_keep_order(sum[i]);
   if (leader) {
@@ -97,10 +105,12 @@ __device__ __forceinline__ void multiply(float (&sum)[2][64], uint32_t base, con
   }
 }
 
-// One loop for each layout: with a branch around the products ptxas waits for each block of k.
+// One loop for each layout: with a branch around the products ptxas commits an empty group, and wgmma_wait<1>
+// then waits for the group that was just issued (docs/findings.md, 2026-11-23).
 __device__ __forceinline__ void multiply(float (&sum)[2][64], int blocks, Layout layout, uint32_t base,
                                          const Operands& slots, int from, int to) {
   if (blocks == 2) {
+    // A shared tile: 64 rows for each warpgroup, one product per step of k instead of two.
     if (layout == kRowsRows) {
       multiply<1, true, true>(sum, base, slots, from, to);
     } else if (layout == kRowsColumns) {
@@ -122,6 +132,8 @@ __device__ __forceinline__ void multiply_runs(float (&sum)[2][64], int blocks, L
                                               const Operands& slots) {
   set_zero(sum[0]);
   set_zero(sum[1]);
+  // The order of k starts at slots.first and goes on at 0. A run ends where an operand changes from rows
+  // along k to its mirror image, which lies along columns, or where k starts again.
   int k = slots.first;
 #pragma unroll 1
   for (int from = 0; from < slots.depth;) {
@@ -143,6 +155,7 @@ __device__ __forceinline__ void multiply_runs(float (&sum)[2][64], int blocks, L
 
 __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, int group) {
   for (uint32_t n = 0;; ++n) {
+    // The boxes are filled in turn, so their order is that of the jobs.
     const uint32_t box = group * kStagedPerGroup + n % kStagedPerGroup;
     const uint32_t filled = staged_barrier(base, group, n % kStagedPerGroup);
     mbarrier_wait(filled, n / kStagedPerGroup & 1);
@@ -150,9 +163,12 @@ __device__ void store_jobs(const Plan& plan, uint32_t base, const char* shared, 
     if (job.map == kEnd) return;
     tma_store(plan.maps + job.map, base + kStagedOffset + box * kBoxBytes, job.column, job.row, job.matrix);
     tma_store_commit();
+    // The box may be filled again once it has been read; the write to memory may still be under way.
     tma_store_wait_read<0>();
     mbarrier_arrive(filled + 8 * kGroups * kStagedPerGroup, 1);
     if (job.counter < 0) continue;
+    // The counter tells other blocks that these tiles are in memory: all stores of this thread must be
+    // complete, and ordered before the release, which the copy engine's proxy does not do by itself.
     tma_store_wait();
     fence_proxy();
     release_add(plan.queue.done + job.counter, job.tiles);
@@ -173,6 +189,7 @@ struct Writer {
   __device__ __forceinline__ uint32_t open(const StoreJob& job) {
     if (waiting == kStagedPerGroup) hand_over();
     const uint32_t n = jobs + waiting++, box = n % kStagedPerGroup;
+    // The storing warp frees a box when the copy engine has read it.
     mbarrier_wait(staged_barrier(base, group, box) + 8 * kGroups * kStagedPerGroup,
                   (n / kStagedPerGroup & 1) ^ 1);
     if (thread() == 0) reinterpret_cast<StoreJob*>(shared + kJobOffset)[group * kStagedPerGroup + box] = job;
@@ -181,6 +198,7 @@ struct Writer {
 
   // One fence for all boxes that wait: fences and barriers take longer than what fills a box.
   __device__ __forceinline__ void hand_over() {
+    // The copy engine reads through another proxy: each lane's writes to the box come before the arrival.
     fence_proxy_shared();
     __syncwarp();
     for (uint32_t end = jobs + waiting; jobs != end; ++jobs) {
@@ -194,6 +212,8 @@ struct Writer {
   __device__ __forceinline__ void store(const uint32_t (&v)[16], const StoreJob& job) {
     const uint32_t lane = thread() % kLanes, warp = thread() / kLanes;
     const uint32_t at = open(job);
+    // Rows of the box are 128 bytes, and its 16-byte chunks are swizzled as the copy engine expects them:
+    // chunk c of row r lies at c ^ r % 8, so that the eight rows of a store hit different banks.
     PGOLF_UNROLL
     for (int q = 0; q < 4; ++q) {
       const uint32_t r = Mirror ? (2 * q + lane / 16) * 8 + lane % 8 : warp * 16 + lane % 16;
@@ -217,6 +237,9 @@ __device__ __forceinline__ void add_operand(float (&sum)[2][64], int blocks, uin
                                             int warp) {
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
+    // C is A, and first_depth() has put the blocks of k that hold this tile's columns last, so that C is
+    // still in the ring: loading C apart took 33,000 of 41,000 clocks of a tile (docs/findings.md,
+    // 2026-11-23).
     const uint32_t from = slots.a_index + (slots.depth - slots.held + half) * slots.a_stride;
     const uint32_t r = warp * 16 + lane % 16;
     const uint32_t box = RingA::slot(base, from) + slots.a_offset + r * 128;
@@ -224,7 +247,7 @@ __device__ __forceinline__ void add_operand(float (&sum)[2][64], int blocks, uin
     for (int i = 0; i < 2; ++i) {
       if (2 * i >= blocks) continue;
       float* v = &sum[i][half * 32];
-      if (alpha != 1.0f) {
+      if (alpha != 1.0f) {  // only polynomials and first updates have another
         PGOLF_UNROLL
         for (int q = 0; q < 32; ++q) v[q] *= alpha;
       }
@@ -242,6 +265,7 @@ __device__ __forceinline__ void add_operand(float (&sum)[2][64], int blocks, uin
       }
     }
     if (half < slots.held) {
+      // All lanes have read the slot before one of them lets go of it.
       __syncwarp();
       if (lane == 0) release_a(base, slots, from);
     }
@@ -288,6 +312,7 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], Writer& writer, cons
              warp = static_cast<int>(writer.thread() / kLanes);
   const float alpha = task.alpha, beta = task.beta, gamma = task.gamma;
   add_operand(sum, part.blocks, writer.base, slots, alpha, beta, lane, warp);
+  // The task lies in shared memory: what is read only here needs no registers before.
   const int rows = task.rows, cols = task.cols;
   const bool symmetric = task.symmetric, bfloat16 = task.bfloat16;
   float* const direct = task.direct;
@@ -295,6 +320,8 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], Writer& writer, cons
     const int r0 = part.row + block / 2 * kBox, c0 = part.column + block % 2 * kBox;
     return block < part.blocks && r0 < rows && c0 < cols && (!symmetric || r0 >= c0);
   };
+  // The counter is raised with the last block that is stored, and at once where none is: products that wait
+  // for it count all tiles, also those of which a group has only what lies outside or above the diagonal.
   int left = 0;
   PGOLF_UNROLL
   for (int block = 0; block < 4; ++block) left += stored(block);
@@ -314,7 +341,8 @@ __device__ __forceinline__ void finish(float (&sum)[2][64], Writer& writer, cons
     }
     uint32_t packed[16];
     pack_block(packed, v, bfloat16);
-    const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;  // whole diagonal tiles
+    // Of a symmetric product readers mirror whole tiles, so a tile of the diagonal is stored whole.
+    const bool mirror = symmetric && r0 > c0 && r0 / kTile == c0 / kTile;
     job.row = r0;
     job.column = c0;
     job.counter = left == 0 && !mirror ? task.signals : -1;
@@ -351,6 +379,7 @@ __device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int 
     }
     // Tiles of 256x128: 128 rows each. Spread: 64 rows of the tile each. Otherwise tiles in turn, so that one
     // group stores while the other multiplies; each lets go of A with its last tile.
+    // Tiles of 256x128: 128 rows for each group. A shared tile: 64 rows for each.
     const bool together = task.shared_tile || task.tall_tiles;
     for (int tile = 0; tile < task.count; ++tile) {
       const int column = task.column + tile * kTile;
@@ -378,6 +407,8 @@ __device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int 
           row += group * kBox;
           blocks = 2;
         } else {
+          // A slot is free after kReleases arrivals: both groups', or twice those of the only reader. A group
+          // that has several tiles of a task needs A again until its last.
           slots.a_releases = task.count == 1 ? 2 : tile + kGroups >= task.count ? 1 : 0;
           slots.b_releases = 2;
           slots.passed = passed(group);
@@ -391,6 +422,7 @@ __device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int 
         finish(sum, writer, slots, done, task,
                {.row = row, .column = column, .blocks = blocks, .tiles = together ? 1 : 2});
       }
+      // Both groups count all tiles, so that they agree on the slots and on whose turn it is.
       b_index += diagonal ? 0 : task.depth;
       alone += together ? 0 : 1;
     }
@@ -402,6 +434,7 @@ __device__ void multiply_tasks(uint32_t* done, uint32_t base, char* shared, int 
 __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_constant__ Plan plan, int tasks) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ char unaligned[];
+  // Swizzled boxes repeat every 1024 bytes, so the base must be a multiple of that.
   const uint32_t start = shared_address(unaligned);
   const uint32_t base = (start + 1023) / 1024 * 1024;
   char* shared = unaligned + (base - start);
@@ -413,6 +446,8 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
   // A warp-uniform value: the compiler must see that each role is taken by whole warps.
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
+    // 3 * 168 registers per thread of three warpgroups become 40 + 2 * 232: the multiplying ones hold 128
+    // sums.
     registers_lower<40>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
     if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);

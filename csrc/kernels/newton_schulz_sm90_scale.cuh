@@ -25,8 +25,10 @@ __device__ __forceinline__ Scale cluster_scale(const Squares& squares, float* pa
     partials[3 * part + 1] = low;
     partials[3 * part + 2] = high;
   }
+  // Release and acquire at the scope of the cluster: the other blocks' partial sums are visible after it.
   cluster_sync();
   if (threadIdx.x == 0) {
+    // Past the L1, which may hold what was there before.
     float sums[3] = {0.0f, 0.0f, 0.0f};
     for (int i = 0; i < 3 * kParts; ++i) sums[i % 3] += __ldcg(partials + i);
     scale = scale_of(sums[0], sums[1], sums[2], eps);

@@ -76,8 +76,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   }
 }
 
-// The same, ending in a trap, which says more than an illegal address; only where ptxas keeps setmaxnreg
-// beside it (see give_up): check the SASS for USETMAXREG.
+// The same, ending in a trap, which says more than an illegal address; only where ptxas keeps setmaxnreg next
+// to it (see give_up): check the SASS for USETMAXREG.
 __device__ __forceinline__ void mbarrier_wait_or_trap(uint32_t barrier, uint32_t parity) {
   constexpr uint32_t kPolls = 1u << 26;  // each lasts up to the hardware's suspension time
   for (uint32_t polls = 0;; ++polls) {

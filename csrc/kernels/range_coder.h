@@ -49,7 +49,7 @@
 
 namespace pgolf {
 
-// A matrix, and the rows of the same width that its rows may lean on besides each other.
+// A matrix, and the rows of the same width that its rows may lean on in addition to each other.
 struct Shape {
   int64_t rows, cols;
   int64_t pool_rows = 0;
@@ -61,7 +61,7 @@ std::vector<uint8_t> encode_codes_cpu(const int8_t* codes,  // (rows, cols) row-
                                       const Shape& shape, bool fast = false);
 
 // Fills codes and returns nullptr, or returns what is wrong with the stream (codes are then undefined). Never
-// reads past data + size; takes at most 257 steps a code and gives up within a row of the stream's end;
+// reads past data + size; takes at most 257 steps per code and gives up within a row of the stream's end;
 // allocates at most 25 MiB, and 2 bytes for each code of the matrix and the pool.
 const char* decode_codes_cpu(const uint8_t* data, int64_t size,
                              const int8_t* pool,  // (pool_rows, cols) row-major

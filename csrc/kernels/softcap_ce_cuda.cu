@@ -27,7 +27,7 @@ constexpr int kReadUnroll = 4, kStoreUnroll = 2;
 // Caps the kernels at 64 registers: 32 warps to hide the special-function latency behind.
 constexpr int kBlocksPerSm = 4;
 constexpr int kWideThreads = 512;  // of two_pass_kernel
-// gradient_kernel: elements a thread holds, and threads on one multiprocessor.
+// gradient_kernel: elements that a thread holds, and threads per multiprocessor.
 template <typename D>
 constexpr int kHeld = sizeof(D) == 2 ? 32 : 16;
 constexpr int kHeldThreads = 1024;
@@ -35,7 +35,7 @@ constexpr float kFixedOffsetCap = 40.0f;  // exp(-80) = 1.8e-35
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNan = __builtin_nanf("");
 
-// 16 bytes that nobody reads again.
+// 16 bytes that are not read again.
 template <typename D>
 __device__ __forceinline__ Pack<D> load_streaming(const Pack<D>* from) {
   const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
@@ -376,7 +376,7 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
     for (int i = 0; i < kCount; ++i) {
       held[p * kCount + i] = sum.add_and_hold(load_float(loaded[p].value[i]), shape.cap, rate);
     }
-    if (pack == target_pack) {  // the same sum without the target, rather than a comparison an element
+    if (pack == target_pack) {  // the same sum without the target, rather than a comparison per element
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (i != target_place) before.add(load_float(loaded[p].value[i]), shape.cap, rate);

@@ -23,7 +23,7 @@ void check_betas(const char* op, double beta1, double beta2) {
     PGOLF_CHECK_VALUE(beta >= 0 && beta < 1, op, ": betas must be in [0, 1), got ", beta);
 }
 
-// Float32 or bfloat16, all alike; at least one, by which the dispatcher has chosen the device.
+// The tensors are all float32 or all bfloat16. There is at least one: by it the dispatcher chose the device.
 template <typename Sum>
 Tensor square_sums(TensorList tensors, const Sum& sum) {
   const ScalarType type = tensors[0].scalar_type();

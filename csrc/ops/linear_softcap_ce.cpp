@@ -1,9 +1,10 @@
 // Binding of linear_softcap_ce: cross-entropy of capped logits = hidden weight^T, from hidden states.
 //
-// Generic path, any device: logits by a matrix product, softcap_ce in place on them, gradients by two more
-// products. Hopper path (kernels/linear_softcap_ce.h): the first product writes exp(z - cap) (1 - tanh^2) and
-// its sums instead of logits, so nothing is read between the products. In both, `factor` is the logits'
-// gradient but for a number per row, `scale`, that multiplies the upstream gradient:
+// The generic path runs on any device: a matrix product writes the logits, softcap_ce works on them in place,
+// and two more products make the gradients. On the Hopper path (kernels/linear_softcap_ce.h) the first
+// product writes exp(z - cap) (1 - tanh^2) and its sums instead of logits, so nothing is read between the
+// products. In both, `factor` is the gradient of the logits except for one number per row, `scale`, which
+// multiplies the upstream gradient:
 //   v_i = grad_loss_i scale_i      grad_hidden = v (factor weight)      grad_weight = factor^T (v hidden)
 // Nothing here waits for the device.
 #include "kernels/linear_softcap_ce.h"
@@ -19,9 +20,9 @@ namespace {
 
 using OptionalCap = std::optional<double>;
 
-// Logits alive at a time where they are not kept. On the CPU 8 MiB, more than the threads of a chunk cost; on
-// a GPU 256 MiB keep all three products near their full speed, and below 2048 rows accumulating grad_weight
-// in memory would cost more than its product.
+// How many bytes of logits exist at a time where they are not kept. On the CPU 8 MiB: starting the threads of
+// a chunk costs less than its work. On a GPU 256 MiB: all three products run near their full speed. Chunks of
+// fewer than 2048 rows would spend more time on adding to grad_weight in memory than on its product.
 constexpr int64_t kCpuChunkBytes = int64_t{8} << 20;
 constexpr int64_t kCpuMinRows = 64;
 constexpr int64_t kGpuChunkBytes = int64_t{256} << 20;

@@ -11,7 +11,7 @@
 
 namespace pgolf {
 
-// What every cross-entropy takes besides tensors.
+// What every cross-entropy takes in addition to tensors.
 struct SoftcapCeOptions {
   std::optional<double> cap;
   int64_t ignore_index;
