@@ -87,7 +87,7 @@ MuonPlan muon_step_plan_cuda(const MuonStep& step) {
   if (step.count == 0) return {MuonKernels::kNone, 0};
   const std::vector<NsBank> banks = hopper_banks<X>(step);
   const int64_t directions = round_up(direction_bytes<X>(step));
-  if (step.algorithm == MuonAlgorithm::kStandard || !newton_schulz_sm90_can_run(banks.data(), step.count)) {
+  if (step.algorithm == NsAlgorithm::kStandard || !newton_schulz_sm90_can_run(banks.data(), step.count)) {
     int64_t most = 0;
     for (int i = 0; i < step.count; ++i)
       most = std::max(most, newton_schulz_workspace_bytes(iteration_of(step, i)));
