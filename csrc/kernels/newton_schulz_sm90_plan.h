@@ -28,9 +28,9 @@ enum Layout : uint8_t { kRowsRows, kRowsColumns, kColumnsColumns };  // A B^T, A
 // apart, in the place of kSquaresX.
 enum Buffer : uint8_t { kOut, kX, kSquaresOut, kSquaresX = kSquaresOut + 3, kFactor = kSquaresX + 3, kSpare };
 inline constexpr int kMapsPerBank = kSpare + 1;
-inline constexpr int kFirstTallMap =
-    kMaxBanks * kMapsPerBank;                        // index of the first map with boxes of 128 rows
-inline constexpr int kMapCount = 2 * kFirstTallMap;  // maps with boxes of 64 rows come first
+// Each buffer has two maps: with boxes of 64 rows, and from kFirstTallMap on with boxes of 128 rows.
+inline constexpr int kFirstTallMap = kMaxBanks * kMapsPerBank;
+inline constexpr int kMapCount = 2 * kFirstTallMap;
 
 // out = alpha sigma^alpha_power A B + beta sigma^beta_power C + gamma I, for each matrix of a bank.
 struct Product {
