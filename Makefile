@@ -8,7 +8,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 NATIVE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/kernels/* csrc/ops/*)
 TEST_BUILD := build/tests
 
-.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench docs figures clean size todo
+.PHONY: setup demo test test-gpu lint sanitize sanitize-gpu fuzz bench docs figures wheel clean size todo
 
 setup: $(VENV)/built.stamp
 
@@ -16,7 +16,7 @@ setup: $(VENV)/built.stamp
 $(VENV)/tools.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q "setuptools>=64" wheel "cmake>=3.25" ninja "pybind11>=2.12"
+	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja "pybind11>=2.12"
 	touch $@
 
 $(VENV)/built.stamp: $(VENV)/tools.stamp $(NATIVE)
@@ -65,6 +65,10 @@ docs: setup
 # The pictures of README and docs/, from the committed result files.
 figures: setup
 	$(BIN)/python -m bench.figures
+
+# One wheel for every torch from 2.11 and every Python from 3.10, audited and tested; TORCHES="2.11.0 2.15.0".
+wheel: setup
+	TORCHES="$(TORCHES)" bash .ci/wheel
 
 clean:
 	rm -rf build dist pgolf/_C*.so pgolf/_build_info.json *.egg-info $(VENV)/built.stamp .mypy_cache .pytest_cache .ruff_cache .hypothesis

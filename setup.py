@@ -1,8 +1,9 @@
 """Builds `pgolf._C` by handing over to CMake and ninja; CMakeLists.txt is the one description of the build.
 
-The torch to build against is the one of this environment, never one that pip fetched into an isolated build.
-The build tree is build/<python>-torch<version>, so that two environments never share a stale cache. In the
-edit loop call `cmake --build` on that tree directly and copy the module, or reinstall.
+The module runs on every torch from 2.11 and every Python from 3.10: torch's stable ABI, Python's limited API.
+The torch whose headers are read is the one of this environment, never one that pip fetched into an isolated
+build. The build tree is build/<python>-torch<version>, so that two environments never share a stale cache. In
+the edit loop call `cmake --build` on that tree directly and copy the module, or reinstall.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
+MODULE = "_C.abi3.so"
 
 TORCH_QUERY = """
 import json, pathlib, torch
@@ -30,8 +32,6 @@ print(json.dumps({
     "libstdcxx": next((path for path in mapped if "/libstdc++.so" in path), ""),
     "root": str(pathlib.Path(torch.__file__).parent),
     "version": torch.__version__,
-    "cuda": torch.version.cuda or "",
-    "cxx11_abi": int(torch.compiled_with_cxx11_abi()),
 }))
 """
 
@@ -55,9 +55,9 @@ def query_torch() -> dict[str, str]:
 
 
 def find_tool(name: str) -> str:
-    """Return the path of a build tool, looking beside this interpreter when PATH lacks it."""
-    beside = Path(sys.executable).parent / name
-    found = shutil.which(name) or (str(beside) if beside.is_file() else None)
+    """Return the path of a build tool: the one of this interpreter's environment, or else the one on PATH."""
+    own = Path(sys.executable).parent / name
+    found = str(own) if own.is_file() else shutil.which(name)
     if found is None:
         raise SystemExit(f"pgolf: {name} not found; install it with: pip install {name}")
     return found
@@ -84,13 +84,10 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_MAKE_PROGRAM": find_tool("ninja"),
             "PGOLF_BUILD_MODULE": "ON",
-            "PGOLF_MODULE_SUFFIX": sysconfig.get_config_var("EXT_SUFFIX"),
             "PGOLF_PYTHON_INCLUDE": sysconfig.get_path("include"),
             "PGOLF_PYBIND11_INCLUDE": pybind11_include(),
             "PGOLF_TORCH_ROOT": torch["root"],
             "PGOLF_TORCH_VERSION": torch["version"],
-            "PGOLF_TORCH_CUDA": torch["cuda"],
-            "PGOLF_TORCH_CXX11_ABI": torch["cxx11_abi"],
             "PGOLF_LIBSTDCXX": torch["libstdcxx"],
         }
         cmake = find_tool("cmake")
@@ -99,10 +96,11 @@ class CMakeBuild(build_ext):
         self.call([cmake, "--build", str(tree), "--target", "pgolf_all"])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = tree / f"_C{facts['PGOLF_MODULE_SUFFIX']}"
-        # A new inode: overwriting a module that a running process has mapped would crash that process.
-        target.unlink(missing_ok=True)
-        shutil.copy2(built, target)
+        # Those of earlier builds, too, which Python would prefer. And a new inode: overwriting a module that a
+        # running process has mapped would crash that process.
+        for old in target.parent.glob("_C.*.so"):
+            old.unlink()
+        shutil.copy2(tree / MODULE, target)
 
     def call(self, command: list[str]) -> None:
         """Run one build command; its own output says what failed."""
@@ -145,6 +143,7 @@ class SdistWithCommit(sdist):
 
 
 setup(
-    ext_modules=[Extension("pgolf._C", sources=[])],
+    ext_modules=[Extension("pgolf._C", sources=[], py_limited_api=True)],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildWithCommit, "sdist": SdistWithCommit},
 )

@@ -7,11 +7,11 @@
 //               p <- p (1 - lr wd) - lr c1 m / (sqrt(c2 v) + eps);  average <- lerp(average, p, weight);
 //               grad <- 0. Where s is not finite only the gradient is zeroed.
 //
-// s and the average's weight stand where muon_step.h has them, so that one tensor tells all of a step.
+// clip_scale writes s to the tensor of hyper.h; adam_step reads s and the weight of the average there.
 #pragma once
 
 #include "kernels/common.h"
-#include "kernels/muon_step.h"
+#include "kernels/hyper.h"
 
 namespace pgolf {
 
@@ -38,7 +38,7 @@ struct AdamTarget {
 // The same for all tensors of a call. Pointers are device memory for the CUDA form.
 struct AdamRule {
   const float* lr;           // (1,)
-  const float* hyper;        // (kMuonHyper,): grad_scale and average_weight
+  const float* hyper;        // (kHyperCount,): grad_scale and average_weight
   const float* corrections;  // (2,): c1, c2
   float weight_decay, beta1, beta2, eps;
   float rest1, rest2;  // 1 - beta, rounded once

@@ -21,7 +21,7 @@ double square_sum(const T* data, int64_t count) {
 }
 
 void adam_range(const AdamTarget& t, const AdamRule& rule, int64_t begin, int64_t end) {
-  const float lr = *rule.lr, scale = rule.hyper[kMuonGradScale];
+  const float lr = *rule.lr, scale = rule.hyper[kHyperGradScale];
   const float keep = 1.0f - lr * rule.weight_decay, step = lr * rule.corrections[0];
   const float correction = rule.corrections[1];
   for (int64_t i = begin; i < end; ++i) {
@@ -34,7 +34,7 @@ void adam_range(const AdamTarget& t, const AdamRule& rule, int64_t begin, int64_
   }
   if (t.average == nullptr) return;
   // Two forms, as torch.lerp: exact at both ends of the weight.
-  const float weight = rule.hyper[kMuonAverageWeight];
+  const float weight = rule.hyper[kHyperAverageWeight];
   for (int64_t i = begin; i < end; ++i) {
     const float gap = t.param[i] - t.average[i];
     t.average[i] = weight < 0.5f ? t.average[i] + weight * gap : t.param[i] - gap * (1.0f - weight);
@@ -68,7 +68,7 @@ void clip_scale_cpu(const float* sums, int count, float* state, float* hyper, fl
   const bool finite = std::isfinite(norm);
   const float scale =
       rule.clip > 0 ? std::min(static_cast<float>(rule.clip) / (norm + kClipEps), 1.0f) : 1.0f;
-  hyper[kMuonGradScale] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
+  hyper[kHyperGradScale] = finite ? scale : std::numeric_limits<float>::quiet_NaN();
   state[kClipNorm] = norm;
   state[finite ? kClipSteps : kClipSkipped] += 1.0f;
   const double steps = std::max(state[kClipSteps], 1.0f);
@@ -77,7 +77,7 @@ void clip_scale_cpu(const float* sums, int count, float* state, float* hyper, fl
 }
 
 void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int threads) {
-  const bool skip = !std::isfinite(rule.hyper[kMuonGradScale]);
+  const bool skip = !std::isfinite(rule.hyper[kHyperGradScale]);
   for (int i = 0; i < count; ++i) {
     const AdamTarget& t = targets[i];
     parallel_for(t.count, kGrain, threads, [&](int64_t begin, int64_t end) {

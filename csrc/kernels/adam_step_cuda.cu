@@ -19,8 +19,7 @@ int64_t sum_blocks(const SquareSum& tensor) {
   return std::max<int64_t>((tensor.count + kSumRun - 1) / kSumRun, 1);
 }
 
-// ---- square_sums: a block a partial sum; a tensor's last block to finish adds them in order
-// --------------------------------------------------------------------------
+// ---- square_sums: one partial sum per block; the last block of a tensor to finish adds them in order
 
 struct SumArgs {
   Runs<SquareSum, kMaxSums> runs;
@@ -73,7 +72,7 @@ __global__ void clip_scale_kernel(const float* sums, int count, float* state, fl
   const float norm = sqrtf(sum);
   const bool finite = isfinite(norm);
   const float scale = rule.clip > 0 ? fminf(static_cast<float>(rule.clip) / (norm + kClipEps), 1.0f) : 1.0f;
-  hyper[kMuonGradScale] = finite ? scale : __int_as_float(0x7fffffff);  // NaN
+  hyper[kHyperGradScale] = finite ? scale : __int_as_float(0x7fffffff);  // NaN
   state[kClipNorm] = norm;
   state[finite ? kClipSteps : kClipSkipped] += 1.0f;
   const double steps = fmaxf(state[kClipSteps], 1.0f);
@@ -81,8 +80,7 @@ __global__ void clip_scale_kernel(const float* sums, int count, float* state, fl
   corrections[1] = static_cast<float>(1.0 / (1.0 - pow(rule.beta2, steps)));
 }
 
-// ---- adam_step: a block a run of elements
-// --------------------------------------------------------------------------
+// ---- adam_step: one run of elements per block
 
 struct AdamArgs {
   Runs<AdamTarget, kMaxTargets> runs;
@@ -98,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) adam_step_kernel(const __grid_consta
   if (valid <= 0) return;
   const bool aligned = args.runs.aligned[which] && valid >= kVector;
   const AdamRule& rule = args.rule;
-  const float scale = rule.hyper[kMuonGradScale], weight = rule.hyper[kMuonAverageWeight];
+  const float scale = rule.hyper[kHyperGradScale], weight = rule.hyper[kHyperAverageWeight];
   if (!isfinite(scale)) {
     zero8(t.grad + at, valid, aligned);
     return;
@@ -143,10 +141,12 @@ void square_sums_cuda(const SquareSum* tensors, int count, float* out, void* wor
   launch_runs<kMaxSums>(
       tensors, count, "square_sums", sum_blocks, [](const SquareSum& t) { return aligned16(t.data); },
       [&](const Runs<SquareSum, kMaxSums>& runs, unsigned int blocks) {
-        square_sums_kernel<typename DeviceType<T>::type>
-            <<<blocks, kSumThreads, 0, stream>>>(SumArgs{runs, blocks, out, counters, partial});
+        square_sums_kernel<typename DeviceType<T>::type><<<blocks, kSumThreads, 0, stream>>>(
+            SumArgs{.runs = runs, .blocks = blocks, .out = out, .counters = counters, .partial = partial});
         PGOLF_LAUNCH_CHECK();
-        out += runs.count, counters += runs.count, partial += blocks;
+        out += runs.count;
+        counters += runs.count;
+        partial += blocks;
       });
 }
 

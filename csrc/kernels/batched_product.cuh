@@ -22,12 +22,12 @@ template <typename D>
 struct ProductArgs {
   const D* a;
   const D* b;
-  const D* d;  // null: beta is 0
+  const D* d = nullptr;  // null: beta is 0
   D* c;
-  int64_t a_batch, b_batch, d_batch, c_batch;  // elements from one matrix of the batch to the next
-  int64_t a_ld, b_ld, d_ld, c_ld;              // leading dimensions, elements
+  int64_t a_batch, b_batch, d_batch = 0, c_batch;  // elements from one matrix of the batch to the next
+  int64_t a_ld, b_ld, d_ld = 0, c_ld;              // leading dimensions, elements
   int64_t m, n, k;
-  float alpha, beta;
+  float alpha = 1.0f, beta = 0.0f;
 };
 
 namespace product {
@@ -162,6 +162,67 @@ __device__ __forceinline__ TilePlace tile_place(int64_t m, int64_t n) {
   return {i * Tile, (i + index) * Tile, batch};
 }
 
+// One warp's sums of a tile: rows and columns of 16x8 products.
+template <typename S>
+using Sums = float[S::kMmaRows][S::kMmaColumns][4];
+
+// Where a warp's part of the tile starts.
+struct WarpPlace {
+  int row, column, lane;
+};
+
+// Calls body(row, column, x, y) for each two neighbouring sums of this thread; (row, column) in the tile.
+template <typename S, typename Body>
+__device__ __forceinline__ void for_each_pair(Sums<S>& sum, WarpPlace warp, const Body& body) {
+  PGOLF_UNROLL
+  for (int i = 0; i < S::kMmaRows; ++i) {
+    PGOLF_UNROLL
+    for (int j = 0; j < S::kMmaColumns; ++j) {
+      PGOLF_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp.row + i * 16 + warp.lane / 4 + half * 8;
+        const int column = warp.column + j * 8 + warp.lane % 4 * 2;
+        body(row, column, sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
+      }
+    }
+  }
+}
+
+// alpha sum + beta D goes out through shared memory, so that D and C move in whole 16-byte chunks; where
+// `mirror` is set, its transpose goes to the mirrored place, too.
+template <typename D, typename S>
+__device__ __forceinline__ void store_tile(const ProductArgs<D>& args, TilePlace place, bool mirror,
+                                           D* staged, Sums<S>& sum, WarpPlace warp) {
+  D* c = args.c + place.batch * args.c_batch;
+  if (args.d != nullptr) {
+    S::Stage::load(staged, args.d + place.batch * args.d_batch, args.d_ld, place.row, place.column, args.m);
+    cp_async_commit();
+    cp_async_wait<0>();
+    __syncthreads();
+  }
+  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+    D* at = staged + row * S::Stage::kStride + column;
+    x *= args.alpha;
+    y *= args.alpha;
+    if (args.d != nullptr) {
+      x = fmaf(args.beta, load_float(at[0]), x);
+      y = fmaf(args.beta, load_float(at[1]), y);
+    }
+    at[0] = store_float<D>(x);
+    at[1] = store_float<D>(y);
+  });
+  __syncthreads();
+  S::Stage::store(staged, c, args.c_ld, place.row, place.column, args.m);
+  if (!mirror) return;
+  __syncthreads();
+  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+    staged[column * S::Stage::kStride + row] = store_float<D>(x);
+    staged[(column + 1) * S::Stage::kStride + row] = store_float<D>(y);
+  });
+  __syncthreads();
+  S::Stage::store(staged, c, args.c_ld, place.column, place.row, args.n);
+}
+
 template <typename D, int Tile, bool AAlongK, bool BAlongK, bool Symmetric>
 __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kBlocksPerSm)
     product_kernel(ProductArgs<D> args) {
@@ -169,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kB
   extern __shared__ __align__(128) unsigned char shared_bytes[];
   const uint32_t ring = shared_address(shared_bytes);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int warp_row = warp / 2 * S::kWarpTile, warp_column = warp % 2 * S::kWarpTile;
+  const WarpPlace mine{warp / 2 * S::kWarpTile, warp % 2 * S::kWarpTile, lane};
   const TilePlace place = tile_place<Tile, Symmetric>(args.m, args.n);
   const D* a = args.a + place.batch * args.a_batch;
   const D* b = args.b + place.batch * args.b_batch;
@@ -186,12 +247,13 @@ __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kB
     cp_async_commit();  // empty groups keep the count of groups equal to the count of slices
   };
 
-  float sum[S::kMmaRows][S::kMmaColumns][4] = {};
+  Sums<S> sum = {};
   for (int slice = 0; slice < kStages - 1; ++slice) start_slice(slice);
   for (int slice = 0; slice < slices; ++slice) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // slice has arrived for all, and all have finished reading slice - 1, whose place is
-                      // refilled
+    // The slice has arrived for all threads, and all have finished reading slice - 1, whose place is
+    // refilled.
+    __syncthreads();
     start_slice(slice + kStages - 1);
     const uint32_t at_a = ring + slice % kStages * S::kSliceBytes;
     const uint32_t at_b = at_a + S::SliceA::kElements * sizeof(D);
@@ -200,11 +262,11 @@ __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kB
       uint32_t fa[S::kMmaRows][4], fb[S::kMmaColumns / 2][4];
       PGOLF_UNROLL
       for (int i = 0; i < S::kMmaRows; ++i) {
-        load_a<typename S::SliceA, AAlongK>(fa[i], at_a, warp_row + i * 16, depth, lane);
+        load_a<typename S::SliceA, AAlongK>(fa[i], at_a, mine.row + i * 16, depth, mine.lane);
       }
       PGOLF_UNROLL
       for (int j = 0; j < S::kMmaColumns / 2; ++j) {
-        load_b<typename S::SliceB, BAlongK>(fb[j], at_b, warp_column + j * 16, depth, lane);
+        load_b<typename S::SliceB, BAlongK>(fb[j], at_b, mine.column + j * 16, depth, mine.lane);
       }
       PGOLF_UNROLL
       for (int i = 0; i < S::kMmaRows; ++i) {
@@ -216,53 +278,9 @@ __global__ void __launch_bounds__(kThreads, Shape<D, Tile, AAlongK, BAlongK>::kB
     }
   }
   cp_async_wait<0>();
-  __syncthreads();
-
-  // Epilogue through shared memory, so that D and C move in whole 16-byte chunks.
-  D* staged = reinterpret_cast<D*>(shared_bytes);
-  D* c = args.c + place.batch * args.c_batch;
-  if (args.d != nullptr) {
-    S::Stage::load(staged, args.d + place.batch * args.d_batch, args.d_ld, place.row, place.column, args.m);
-    cp_async_commit();
-    cp_async_wait<0>();
-    __syncthreads();
-  }
-  const bool mirror = Symmetric && place.row != place.column;
-  auto for_each_pair = [&](auto&& body) {
-    PGOLF_UNROLL
-    for (int i = 0; i < S::kMmaRows; ++i) {
-      PGOLF_UNROLL
-      for (int j = 0; j < S::kMmaColumns; ++j) {
-        PGOLF_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp_row + i * 16 + lane / 4 + half * 8;
-          const int column = warp_column + j * 8 + lane % 4 * 2;
-          body(row, column, sum[i][j][half * 2], sum[i][j][half * 2 + 1]);
-        }
-      }
-    }
-  };
-  for_each_pair([&](int row, int column, float& x, float& y) {
-    D* at = staged + row * S::Stage::kStride + column;
-    x *= args.alpha;
-    y *= args.alpha;
-    if (args.d != nullptr) {
-      x = fmaf(args.beta, load_float(at[0]), x);
-      y = fmaf(args.beta, load_float(at[1]), y);
-    }
-    at[0] = store_float<D>(x);
-    at[1] = store_float<D>(y);
-  });
-  __syncthreads();
-  S::Stage::store(staged, c, args.c_ld, place.row, place.column, args.m);
-  if (!mirror) return;
-  __syncthreads();
-  for_each_pair([&](int row, int column, float& x, float& y) {
-    staged[column * S::Stage::kStride + row] = store_float<D>(x);
-    staged[(column + 1) * S::Stage::kStride + row] = store_float<D>(y);
-  });
-  __syncthreads();
-  S::Stage::store(staged, c, args.c_ld, place.column, place.row, args.n);
+  __syncthreads();  // the epilogue reuses the ring
+  store_tile<D, S>(args, place, Symmetric && place.row != place.column, reinterpret_cast<D*>(shared_bytes),
+                   sum, mine);
 }
 
 template <typename D, int Tile, bool AAlongK, bool BAlongK, bool Symmetric>

@@ -7,6 +7,13 @@
 // `#pragma unroll` in the form that clang-format leaves in its place. Device code only.
 #define PGOLF_UNROLL _Pragma("unroll")
 
+// Marks functions that host and device code share; nothing where CUDA is not compiled.
+#ifdef __CUDACC__
+#define PGOLF_HOST_DEVICE __host__ __device__
+#else
+#define PGOLF_HOST_DEVICE
+#endif
+
 // The bridge headers name CUDA streams without including CUDA.
 struct CUstream_st;
 
@@ -40,7 +47,7 @@ inline float to_float(float value) { return value; }
 
 inline float to_float(bf16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
 
-// Branch-free so that loops over it vectorise: the multiplication rescales normals and denormals alike.
+// Without branches, so that loops over it vectorise: the multiplication rescales both normals and denormals.
 inline float to_float(f16 value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fffu) << 13;

@@ -12,10 +12,11 @@ struct GemmArgs {
   const float* b;        // (k, n), element (p, j) at b[p * b_row_stride + j * b_col_stride]
   int64_t b_row_stride;  // elements
   int64_t b_col_stride;  // elements; b_row_stride = 1 reads a stored (n, k) matrix as its transpose
-  float alpha, beta;
-  const float* d;  // (m, n) row-major, contiguous; may be null when beta is 0; must not alias c
-  float* c;        // (m, n) row-major, contiguous, out
-  bool symmetric;  // the result is symmetric (m == n): only tiles on and above the diagonal are computed
+  float alpha = 1.0f, beta = 0.0f;
+  const float* d = nullptr;  // (m, n) row-major, contiguous; may be null when beta is 0; must not alias c
+  float* c;                  // (m, n) row-major, contiguous, out
+  bool symmetric =
+      false;  // the result is symmetric (m == n): only tiles on and above the diagonal are computed
 };
 
 // Deterministic: the order of summation does not depend on `threads`.

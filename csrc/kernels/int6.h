@@ -12,7 +12,7 @@
 // share groups.
 //
 // The fused kernels do the same for grids of b = 4 to 8 bits: the codes' low b bits, first code lowest, form
-// one little-endian stream of bits a row, in groups of 2, 8, 4, 8, 1 codes (1, 5, 3, 7, 1 bytes) for b = 4,
+// one little-endian stream of bits per row, in groups of 2, 8, 4, 8, 1 codes (1, 5, 3, 7, 1 bytes) for b = 4,
 // 5, 6, 7, 8; the last group of a row is filled with zeros. Q = 2^(b-1) - 1 is the largest code they write.
 #pragma once
 

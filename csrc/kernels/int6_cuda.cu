@@ -1,7 +1,7 @@
 // CUDA kernels of int6.h. Codes outside [-32, 31] wrap to their low six bits: checking them would need a
 // sync.
 //
-// Aligned kernels: a block turns 4096 codes into 3072 bytes. Both sides move 16 bytes a thread, coalesced;
+// Aligned kernels: a block turns 4096 codes into 3072 bytes. Both sides move 16 bytes per thread, coalesced;
 // the 4:3 change of width happens in shared memory. General kernels: one thread per group of four codes, byte
 // by byte.
 #include "kernels/cuda_check.cuh"

@@ -3,7 +3,7 @@
 // Tiles: 256 threads hold 4096 weights, 16 each, in registers; a row belongs to n / 16 neighbouring threads,
 // so its step costs one reduction and no second read. Four codes make a group of 4 * b bits; groups become
 // words (and words groups) in shared memory, where the widths differ, and both ends move coalesced. One read
-// and one write of each byte; the bound is device memory. General kernels: a block a row, eight codes a
+// and one write of each byte; the bound is device memory. General kernels: one block per row, eight codes per
 // thread. Floating-point operations that could contract are spelled as intrinsics: the CPU rounds each one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -120,7 +120,7 @@ struct RowReduce {
   }
 };
 
-// Rows of 16 * kRowThreads weights, 256 / kRowThreads of them a block.
+// Rows of 16 * kRowThreads weights, 256 / kRowThreads of them per block.
 template <int kBits, int kRowThreads, bool kSdclip>
 __global__ void __launch_bounds__(kThreads)
     quantize_pack_tile(const float4* weight, f16* scales, uint32_t* packed, int64_t rows, float clip) {
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Any n and any alignment, a block a row: its step by SDClip.
+// Any n and any alignment, one block per row: the row's step by SDClip.
 __global__ void __launch_bounds__(kThreads)
     row_steps(const float* weight, f16* scales, int64_t n, float clip, int q_max) {
   __shared__ uint32_t maxima[kWarps];
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) scales[row] = step_from(m, largest, shift, n, clip, q_max);
 }
 
-// Any n and any alignment, a block a row: its codes on the given step.
+// Any n and any alignment, one block per row: the row's codes on the given step.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
     quantize_pack_row(const float* weight, const f16* scales, uint8_t* packed, int64_t n) {

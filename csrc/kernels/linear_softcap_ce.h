@@ -12,7 +12,7 @@
 //   grad_weight = F^T (v hidden)
 //
 // Order of calls: forward, loss; then, when grad_loss is known, factor, the two products, scale_rows, or
-// hidden (which does all of these but grad_weight) and the other product; none of these changes F.
+// hidden (which does all of these except for grad_weight) and the other product; none of these changes F.
 // Deterministic. Rows whose target is ignore_index: loss, scale, F and v are 0. NaN in a row makes its loss
 // NaN. Targets outside [0, vocab): loss, scale and v are NaN.
 #pragma once

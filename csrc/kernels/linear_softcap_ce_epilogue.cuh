@@ -2,9 +2,10 @@
 // logit.
 //
 // With E = exp(2 x / cap) and q = 1 / (1 + E): z - cap = -2 cap q and 1 - t^2 = 4 E q^2, so nothing cancels
-// where t is near 1 or -1. Two elements share a reciprocal, which makes 2.5 special functions an element. A
-// polynomial for tanh needs one, but fourteen other instructions, and they slow the other group's wgmma: both
-// want the registers.
+// where t is near 1 or -1. Two elements share a reciprocal, which makes 2.5 special functions per element. A
+// polynomial for tanh needs one special function, but fourteen other instructions, and those slow the other
+// warpgroup's wgmma: eight slices took 5,967 clocks with the polynomial and 4,427 with special functions
+// (docs/findings.md, 2026-11-23).
 #pragma once
 
 #include "kernels/common.h"
@@ -14,8 +15,12 @@ namespace pgolf::epilogue {
 
 constexpr double kLog2e = 1.4426950408889634;
 constexpr float kOffset = 2.0f;
-constexpr int kNowhere = -1, kIgnored = -2;            // of a target
-constexpr uint32_t kNotHere = 255, kIgnoredRow = 254;  // of a target within a tile
+// In place of a target's column in the matrix.
+constexpr int kInvalidTarget = -1;  // outside [0, vocab)
+constexpr int kIgnoredTarget = -2;  // ignore_index, or no such row
+// In place of a target's column in a tile.
+constexpr uint32_t kOtherTile = 255;
+constexpr uint32_t kIgnoredRow = 254;
 
 struct Args {
   bf16* factor;
@@ -57,6 +62,8 @@ __device__ __forceinline__ Element capped_exponential(const Args& args, float x,
 __device__ __forceinline__ void transpose_quad(uint32_t (&word)[4], int t) {
   PGOLF_UNROLL
   for (int bit = 1; bit < 4; bit *= 2) {
+    // Lanes whose numbers differ in `bit` swap the words whose indices differ in it: one shuffle for two
+    // words.
     PGOLF_UNROLL
     for (int j = 0; j < 4; ++j) {
       if ((j & bit) != 0) continue;
@@ -107,11 +114,12 @@ struct Row {
     return column / 2 % 4 == t ? column / 8 * 2 + column % 2 : -1;
   }
 
-  // The target's column within the tile, kNotHere or kIgnoredRow. `target` is a column of the whole matrix,
-  // kNowhere or kIgnored.
+  // The target's column within the tile, kOtherTile or kIgnoredRow. `target` is a column of the whole matrix,
+  // kInvalidTarget or kIgnoredTarget.
   __device__ __forceinline__ static uint32_t own_column(int target, int column_tile) {
     const uint32_t own = static_cast<uint32_t>(target) - static_cast<uint32_t>(column_tile * C::kColumns);
-    return target == kIgnored ? kIgnoredRow : target >= 0 && own < C::kColumns ? own : kNotHere;
+    if (target == kIgnoredTarget) return kIgnoredRow;
+    return target >= 0 && own < C::kColumns ? own : kOtherTile;
   }
 
   // `target` as own_column gives it.
@@ -119,9 +127,10 @@ struct Row {
     bool whole = (late(column_tile) + 1) * C::kColumns <= args.vocab;
     const bool ignored = target == kIgnoredRow;
     const int own = index(static_cast<int>(target));
-    // No registers are left beside a wide tile to take a target out of it; it seldom has one.
+    // The sums of a wide tile leave no registers to take a target out of it; few tiles have one.
     if constexpr (kWide) whole = whole && !__any_sync(0xffffffffu, own >= 0 || ignored);
     float sum = whole ? inside(own, ignored) : anywhere(own, ignored);
+    // Four neighbouring lanes hold one row.
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     if (t == 0 && row < args.rows) {
@@ -148,6 +157,7 @@ struct Row {
         sums[0] = -capped_exponential<false>(args, -INFINITY, offset).e;
       }
     }
+    // This thread's first element of F; rows past the end are computed like others and not stored.
     bf16* const to = args.factor + static_cast<int64_t>(late(row)) * args.factor_ld +
                      (column_tile * C::kColumns + column(0));
     PGOLF_UNROLL
@@ -159,6 +169,7 @@ struct Row {
         const float low_big = double_exponential(args, value[i]);
         const float high_big = double_exponential(args, value[i + 1]);
         const float low_sum = 1.0f + low_big, high_sum = 1.0f + high_big;
+        // One reciprocal for two elements: 1 / low = high / (low high).
         const float q = rcp_approx(low_sum * high_sum);
         const Element low = finish_element<C::kFactor>(args, low_big, q * high_sum, offset);
         const Element high = finish_element<C::kFactor>(args, high_big, q * low_sum, offset);

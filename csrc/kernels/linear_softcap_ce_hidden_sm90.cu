@@ -74,10 +74,13 @@ __device__ void produce(const HiddenArgs& args, Ring ring, const CUtensorMap* fa
     const int row = tile / args.column_pairs * kTileRows + static_cast<int>(rank) * (kTileRows / 2);
     const int column = (tile % args.column_pairs * kCluster + static_cast<int>(rank)) * kTileColumns;
     for (int slice = 0; slice < args.slices; ++slice) {
+      // Free in both blocks: the multicast below writes half of the factor's rows into the other's stage,
+      // too.
       mbarrier_wait_or_trap(ring.empty(ring.stage), ring.phase ^ 1);
       const uint32_t full = ring.full(ring.stage), slot = ring.slot();
       mbarrier_expect_bytes(full, kStageBytes);
       tma_load_2d_multicast(slot + rank * (kFactorBytes / 2), factor, full, slice * kDepth, row, 3);
+      // Columns of the weight are this block's own. A box is 64 columns wide, the width of the swizzle.
       tma_load_2d(slot + kFactorBytes, weight, full, column, slice * kDepth);
       tma_load_2d(slot + kFactorBytes + kBoxBytes, weight, full, column + 64, slice * kDepth);
       ring.advance();
@@ -88,6 +91,7 @@ __device__ void produce(const HiddenArgs& args, Ring ring, const CUtensorMap* fa
 // This thread's share of scaled_hidden = v hidden.
 __device__ void scale_hidden(const HiddenArgs& args, int index, int count) {
   const int per_row = args.width / 8;
+  // Consecutive threads take consecutive chunks of 16 bytes, so that loads and stores coalesce.
   const int64_t step = static_cast<int64_t>(gridDim.x) * count;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * count + index; i < args.chunks; i += step) {
     const float v = row_scale(args, static_cast<int>(i / per_row));
@@ -107,6 +111,7 @@ __device__ __forceinline__ void store(const HiddenArgs& args, const float (&sum)
                                       int first_column, int t) {
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
+    // A thread holds rows r and r + 8 of 64; see wgmma_64x128x16.
     const int row = first_row + 8 * half;
     const float v = row < args.rows ? row_scale(args, row) : 0.0f;
     PGOLF_UNROLL
@@ -117,6 +122,7 @@ __device__ __forceinline__ void store(const HiddenArgs& args, const float (&sum)
         const int at = (block * 4 + j) * 4 + half * 2;
         word[j] = pack_bfloat16(v * sum[at], v * sum[at + 1]);
       }
+      // A thread has two columns of every eight; after the exchange it has eight of every 32, 16 bytes.
       epilogue::transpose_quad(word, t);
       const int column = first_column + block * 32 + t * 8;
       if (row < args.rows && column < args.width) {
@@ -130,6 +136,7 @@ __device__ __forceinline__ void store(const HiddenArgs& args, const float (&sum)
 __device__ void consume(const HiddenArgs& args, Ring ring, uint32_t rank) {
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  // All blocks walk the tiles in the same order, a grid apart: those at work at one time share rows in L2.
   for (int tile = blockIdx.x / kCluster; tile < args.tiles; tile += gridDim.x / kCluster) {
     float sum[2][64];
     uint32_t previous = 0;
@@ -140,6 +147,7 @@ __device__ void consume(const HiddenArgs& args, Ring ring, uint32_t rank) {
       wgmma_fence();
       PGOLF_UNROLL
       for (int k = 0; k < kDepth / 16; ++k) {
+        // The first product of a tile overwrites the sums, which saves setting them to zero.
         const int accumulate = slice > 0 || k > 0;
         PGOLF_UNROLL
         for (int i = 0; i < 2; ++i) {
@@ -149,6 +157,7 @@ __device__ void consume(const HiddenArgs& args, Ring ring, uint32_t rank) {
       }
       wgmma_commit();
       if (slice > 0) {
+        // The slice before has been read; lanes 0 and 1 of each warp tell the producers of both blocks.
         wgmma_wait<1>();
         if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
       }
@@ -174,6 +183,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Ring ring(shared_address(shared_bytes));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
+    // Full: one arrival, which announces the bytes of all copies into the stage, also those of the other
+    // block.
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(ring.full(stage), 1);
       mbarrier_init(ring.empty(stage), 8 * kCluster);  // the consuming warps of both blocks
@@ -182,6 +193,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     tma_prefetch(&factor);
     tma_prefetch(&weight);
   }
+  // No block may copy into the other or arrive there before that one's barriers exist.
   cluster_sync();
 
   if (threadIdx.x < kGroup) {
@@ -208,10 +220,10 @@ int64_t cluster_tiles(int64_t rows, int64_t width) {
 }
 
 TensorShape matrix(int64_t rows, int64_t columns, int64_t ld, cuuint32_t box_rows) {
-  return {2,
-          {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-          {static_cast<cuuint64_t>(ld) * 2},
-          {kDepth, box_rows}};
+  return {.rank = 2,
+          .sizes = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+          .strides = {static_cast<cuuint64_t>(ld) * 2},
+          .box = {kDepth, box_rows}};
 }
 
 }  // namespace
@@ -224,6 +236,8 @@ bool linear_softcap_ce_hidden_sm90_supports(const LinearSoftcapCeShape& shape) {
     return false;
   }
   const int64_t tiles = cluster_tiles(shape.rows, shape.width), clusters = multiprocessor_count() / kCluster;
+  // Clusters take tiles in rounds. Where more than an eighth of them would be idle in the average round, the
+  // caller takes torch's product instead.
   const int64_t rounds = (tiles + clusters - 1) / clusters;
   return tiles < kMax && tiles * 8 >= rounds * clusters * 7;
 }
@@ -243,11 +257,14 @@ void linear_softcap_ce_hidden_sm90(const LinearSoftcapCeHidden& in, const Linear
   args.chunks = shape.rows * (shape.width / 8);
   args.column_pairs = static_cast<int>(column_pairs(shape.width));
   args.tiles = static_cast<int>(cluster_tiles(shape.rows, shape.width));
+  // The sum runs over the vocabulary; past its end the copy engine fills in zeros.
   args.slices = static_cast<int>((shape.vocab + kDepth - 1) / kDepth);
   const CUtensorMap factor = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.factor,
                                         matrix(shape.rows, shape.vocab, in.factor_ld, kTileRows / 2));
   const CUtensorMap weight = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.weight,
                                         matrix(shape.vocab, shape.width, shape.width, kDepth));
+  // One block per multiprocessor, as its shared memory allows no second one; each takes tiles until none is
+  // left.
   const int clusters = multiprocessor_count() / kCluster;
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(hidden_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));

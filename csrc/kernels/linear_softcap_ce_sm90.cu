@@ -6,10 +6,10 @@
 // product on the tensor cores, the other computes its epilogue. The blocks of a cluster work on neighbouring
 // row blocks and the same columns, and multicast their share of the weight to each other.
 //
-// Where a row block of `hidden` fits shared memory it stays there for all its tiles (kResident); the epilogue
-// then takes longer than the product, and two warpgroups share a tile. For large widths tiles are 128 x 192,
-// which read less for each product (and, at the power limit, so leave a higher clock), and whose accumulators
-// fill a warpgroup's registers.
+// Where a row block of `hidden` fits shared memory, it stays there for all its tiles (kResident). The
+// epilogue then takes longer than the product, and two warpgroups share a tile. For large widths tiles are
+// 128 x 192. They read less per product, which at the power limit leaves a higher clock rate
+// (docs/findings.md, 2026-11-24), and their accumulators fill a warpgroup's registers.
 #include <cuda.h>
 
 #include "kernels/cuda_check.cuh"
@@ -34,7 +34,6 @@ constexpr int kMaxSlices = 8;         // of a resident row block
 constexpr int kSliceBytes = kTileRows * kDepth * 2;
 constexpr float kMinCap = 1e-6f;
 constexpr float kMaxCap = 40.0f;  // exp(-80) = 1.8e-35
-constexpr bool kEnabled = true;   // false: callers take the path for any GPU
 
 template <int TileColumns, int Parts, bool Resident, bool Permuted, bool Factor>
 struct Config {
@@ -44,7 +43,6 @@ struct Config {
   static constexpr int kThreads = (1 + kTurns * Parts) * kGroup;
   static constexpr int kConsumerRegisters = Parts == 2 ? 112 : 240;
   static constexpr int kColumns = TileColumns;
-  static constexpr int kBlocks = kCluster;
   static constexpr bool kResident = Resident;
   // The thread of lane 4 g + t holds columns 2 t, 2 t + 1 of every eight. Where vocab is a multiple of 32 the
   // copy engine permutes the weight's rows so that these are columns 8 t .. 8 t + 7 of every 32: 16 bytes of
@@ -64,7 +62,7 @@ struct Config {
 struct KernelArgs : epilogue::Args {
   const int64_t* target;
   int64_t ignore_index;
-  int row_tiles;  // of kBlocks row blocks each
+  int row_tiles;  // of kCluster row blocks each
   int slices;     // of k
 };
 
@@ -79,14 +77,16 @@ struct Walk {
   int row, column;
   uint32_t at;  // resident: tiles left; else the index in that order
 
-  __device__ __forceinline__ static uint32_t clusters() { return gridDim.x / C::kBlocks; }
+  __device__ __forceinline__ static uint32_t clusters() { return gridDim.x / kCluster; }
   __device__ __forceinline__ static uint32_t all(const KernelArgs& args) {
     return static_cast<uint32_t>(args.row_tiles) * static_cast<uint32_t>(args.column_tiles);
   }
 
   __device__ __forceinline__ explicit Walk(const KernelArgs& args) {
-    const uint32_t cluster = blockIdx.x / C::kBlocks;
+    const uint32_t cluster = blockIdx.x / kCluster;
     if constexpr (C::kResident) {
+      // Tiles [all c / clusters, all (c + 1) / clusters) for cluster c: shares that differ by at most one
+      // tile.
       const auto first = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * cluster / clusters());
       at = static_cast<uint32_t>(static_cast<uint64_t>(all(args)) * (cluster + 1) / clusters() - first);
       row = static_cast<int>(first / args.column_tiles);
@@ -105,6 +105,7 @@ struct Walk {
 
   __device__ __forceinline__ void advance(const KernelArgs& args, int steps) {
     if constexpr (C::kResident) {
+      // A subtraction instead of a division: steps are 1 or 2.
       at -= steps;
       column += steps;
       while (column >= args.column_tiles) {
@@ -169,18 +170,16 @@ struct RingPosition {
 template <typename C>
 __device__ void load_columns(uint32_t to, const CUtensorMap* map, uint32_t full, int slice, int column,
                              uint32_t rank) {
-  constexpr int kShare = C::kColumns / C::kBlocks;
-  constexpr uint16_t kAll = (1u << C::kBlocks) - 1;
+  constexpr int kShare = C::kColumns / kCluster;
+  constexpr uint16_t kAll = (1u << kCluster) - 1;
+  // Each block loads its share of the columns and sends it to the same place in all blocks of the cluster, so
+  // a slice of the weight crosses from L2 once per cluster.
   to += rank * kShare * kDepth * 2;
   const int first = column + static_cast<int>(rank) * kShare;
   if constexpr (C::kPermuted) {
-    if constexpr (C::kBlocks == 1) tma_load_5d(to, map, full, slice * kDepth, first / 32);
-    if constexpr (C::kBlocks > 1) {
-      tma_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
-    }
+    tma_load_5d_multicast(to, map, full, slice * kDepth, first / 32, kAll);
   } else {
-    if constexpr (C::kBlocks == 1) tma_load_2d(to, map, full, slice * kDepth, first);
-    if constexpr (C::kBlocks > 1) tma_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
+    tma_load_2d_multicast(to, map, full, slice * kDepth, first, kAll);
   }
 }
 
@@ -191,7 +190,8 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   int row_block = -1;
   uint32_t row_blocks = 0;  // loaded so far
   for (; tile.more_than(args, 0); tile.advance(args, 1)) {
-    const int first_row = (tile.row * C::kBlocks + static_cast<int>(rank)) * kTileRows;
+    const int first_row = (tile.row * kCluster + static_cast<int>(rank)) * kTileRows;
+    // Resident rows are loaded once per row block; their barriers count row blocks instead of stages.
     const bool new_rows = tile.row != row_block;
     for (int slice = 0; slice < args.slices; ++slice) {
       if (C::kResident && new_rows) {
@@ -199,6 +199,7 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
         mbarrier_expect_bytes(shared.rows_full(slice), kSliceBytes);
         tma_load_2d(shared.rows(0, slice), hidden, shared.rows_full(slice), slice * kDepth, first_row);
       }
+      // Free in all blocks of the cluster: this block's copy writes into the others' stage, too.
       mbarrier_wait_or_trap(shared.empty(at.stage()), at.phase() ^ 1);
       const uint32_t full = shared.full(at.stage());
       mbarrier_expect_bytes(full, C::kStageBytes);
@@ -215,17 +216,17 @@ __device__ void produce(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   }
 }
 
-// The target's column, epilogue::kNowhere or epilogue::kIgnored; the logits of both are written here.
+// The target's column, or one of epilogue's kInvalidTarget and kIgnoredTarget, whose logits are written here.
 __device__ __forceinline__ int load_target(const KernelArgs& args, int row) {
-  if (row >= args.rows) return epilogue::kIgnored;
+  if (row >= args.rows) return epilogue::kIgnoredTarget;
   const int64_t label = args.target[row];
   if (label != args.ignore_index && label >= 0 && label < args.vocab) return static_cast<int>(label);
   const bool ignored = label == args.ignore_index;
   args.target_logit[row] = ignored ? 0.0f : __int_as_float(0x7fffffff);
-  return ignored ? epilogue::kIgnored : epilogue::kNowhere;
+  return ignored ? epilogue::kIgnoredTarget : epilogue::kInvalidTarget;
 }
 
-// Read anew where it is needed: a register less in the epilogue, which needs all.
+// Read anew where it is needed: one register less in the epilogue, which needs all.
 __device__ __forceinline__ int lane_index() {
   int lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
@@ -239,7 +240,9 @@ __device__ __forceinline__ void finish_row(const KernelArgs& args, const float (
   float value[C::kColumns / 4];
   PGOLF_UNROLL
   for (int i = 0; i < C::kColumns / 4; ++i) value[i] = c[i / 2 * 4 + Half * 2 + i % 2];
-  epilogue::Row<C>{args, value, row, column_tile, lane_index() % 4}.run(own & 255u);
+  epilogue::Row<C>{
+      .args = args, .value = value, .row = row, .column_tile = column_tile, .t = lane_index() % 4}
+      .run(own & 255u);
 }
 
 template <typename C>
@@ -264,20 +267,28 @@ __device__ __forceinline__ void multiply_add(float (&c)[C::kAccumulators], uint6
   }
 }
 
+// What a warpgroup has to know of a tile to multiply it.
+struct Turn {
+  int turn;             // 0 or 1: which of the tiles in work
+  int part;             // of the tile's rows, where two warpgroups share them
+  bool await_rows;      // the resident rows are new
+  uint32_t rows_phase;  // of the barriers that say that they have arrived
+  bool release_rows;    // no later tile of this turn needs the resident rows
+  bool last_tile;       // no tile of the other turn follows
+};
+
 // A tile's product, once this group's turn has come.
 template <typename C>
 __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>& shared, RingPosition<C>& at,
-                                         float (&c)[C::kFragments][C::kAccumulators], int turn, int part,
-                                         bool await_rows, uint32_t rows_phase, bool release_rows,
-                                         bool last_tile) {
+                                         float (&c)[C::kFragments][C::kAccumulators], const Turn& turn) {
   const int lane = lane_index();
   uint32_t previous = 0;
   for (int slice = 0; slice < args.slices; ++slice) {
-    if (C::kResident && await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), rows_phase);
+    if (C::kResident && turn.await_rows) mbarrier_wait_or_trap(shared.rows_full(slice), turn.rows_phase);
     mbarrier_wait_or_trap(shared.full(at.stage()), at.phase());
     // All of this group's copies have arrived: the other group's waits are at most one phase ahead.
-    if (slice == args.slices - 1 && !last_tile) named_arrive(2 - turn, kTurns * C::kParts * kGroup);
-    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage(), slice) + part * 64 * kDepth * 2);
+    if (slice == args.slices - 1 && !turn.last_tile) named_arrive(2 - turn.turn, kTurns * C::kParts * kGroup);
+    const uint64_t a = wgmma_descriptor<16>(shared.rows(at.stage(), slice) + turn.part * 64 * kDepth * 2);
     const uint64_t b = wgmma_descriptor<16>(shared.columns(at.stage()));
     wgmma_fence();
     PGOLF_UNROLL
@@ -290,22 +301,25 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Shared<C>
     }
     wgmma_commit();
     if (slice > 0) {
+      // The slice before has been read: lane r of each warp tells block r, whose copies fill this stage.
       wgmma_wait<1>();
-      if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
-      if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
+      if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
+      if (C::kResident && turn.release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(slice - 1));
     }
     previous = shared.empty(at.stage());
     at.advance();
   }
   wgmma_wait<0>();
+  // Without this the compiler may move the epilogue's reads before the wait.
   PGOLF_UNROLL
   for (int f = 0; f < C::kFragments; ++f) wgmma_keep_order(c[f]);
-  if (lane < C::kBlocks) mbarrier_arrive_cluster(previous, lane);
-  if (C::kResident && release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
+  if (lane < kCluster) mbarrier_arrive_cluster(previous, lane);
+  if (C::kResident && turn.release_rows && lane == 0) mbarrier_arrive(shared.rows_empty(args.slices - 1));
 }
 
 template <typename C>
 __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C> tile, uint32_t rank) {
+  // From lane 0, so that the compiler knows it to be the same in the warp and keeps it in uniform registers.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroup - 1, 0);
   const int turn = group / C::kParts, part = group % C::kParts;
   const int lane = threadIdx.x % 32;
@@ -329,12 +343,12 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
   }
   int target[2 * C::kFragments];  // of rows +0, +8, +64, +72
   for (; tile.more_than(args, 0); tile.advance(args, kTurns)) {
-    const int row = tile.row * (C::kBlocks * kTileRows) + offset;
+    const int row = tile.row * (kCluster * kTileRows) + offset;
     if (new_rows || !C::kResident) {
       PGOLF_UNROLL
       for (int r = 0; r < 2 * C::kFragments; ++r) target[r] = load_target(args, row + r / 2 * 64 + r % 2 * 8);
     }
-    uint32_t own = 0;  // a byte for each
+    uint32_t own = 0;  // one byte per row
     PGOLF_UNROLL
     for (int r = 0; r < 2 * C::kFragments; ++r) {
       own |= epilogue::Row<C>::own_column(target[r], tile.column) << 8 * r;
@@ -345,9 +359,15 @@ __device__ void consume(const KernelArgs& args, const Shared<C>& shared, Walk<C>
     float c[C::kFragments][C::kAccumulators];
     // Tiles take turns on the tensor cores.
     if (wait) named_sync(1 + turn, kTurns * C::kParts * kGroup);
-    multiply<C>(args, shared, at, c, turn, part, new_rows, rows_phase, release_rows,
-                !tile.more_than(args, 1));
+    multiply<C>(args, shared, at, c,
+                {.turn = turn,
+                 .part = part,
+                 .await_rows = new_rows,
+                 .rows_phase = rows_phase,
+                 .release_rows = release_rows,
+                 .last_tile = !tile.more_than(args, 1)});
     wait = true;
+    // The other turn's tile comes next in the ring.
     at.skip(args.slices);
 
     finish_tile<C>(args, c, own, row, tile.column);
@@ -362,11 +382,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
                    const __grid_constant__ KernelArgs args) {
   extern __shared__ unsigned char shared_bytes[];
   const Shared<C> shared(shared_address(shared_bytes));
-  const uint32_t rank = C::kBlocks > 1 ? cluster_rank() : 0;
+  const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
+    // Full: one arrival, which announces the bytes of all copies into the stage, also those from other
+    // blocks.
     for (int stage = 0; stage < C::kStages; ++stage) {
       mbarrier_init(shared.full(stage), 1);
-      mbarrier_init(shared.empty(stage), 4 * C::kParts * C::kBlocks);  // the warps of a tile in each block
+      mbarrier_init(shared.empty(stage), 4 * C::kParts * kCluster);  // the warps of a tile in each block
     }
     for (int slice = 0; slice < kMaxSlices; ++slice) {
       mbarrier_init(shared.rows_full(slice), 1);
@@ -376,7 +398,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     tma_prefetch(&hidden);
     tma_prefetch(&weight);
   }
-  if constexpr (C::kBlocks > 1) cluster_sync();
+  // No block may copy into another or arrive there before that one's barriers exist.
+  cluster_sync();
   __syncthreads();
 
   const Walk<C> tiles(args);
@@ -389,30 +412,30 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     consume<C>(args, shared, tiles, rank);
   }
   // Shared memory must outlive the copies and arrivals that come from the other blocks.
-  if constexpr (C::kBlocks > 1) cluster_sync();
+  cluster_sync();
 }
 
 // Launcher.
 TensorShape plain_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
-  return {2,
-          {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
-          {row_bytes},
-          {kDepth, static_cast<cuuint32_t>(box_rows)}};
+  return {.rank = 2,
+          .sizes = {static_cast<cuuint64_t>(width), static_cast<cuuint64_t>(rows)},
+          .strides = {row_bytes},
+          .box = {kDepth, static_cast<cuuint32_t>(box_rows)}};
 }
 
 // Row 32 m + 8 t + 2 j + e of the matrix becomes row 32 m + 8 j + 2 t + e of the copy.
 TensorShape permuted_map(int64_t rows, int64_t width, int box_rows) {
   const auto row_bytes = static_cast<cuuint64_t>(width) * 2;
-  return {5,
-          {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
-          {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
-          {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
+  return {.rank = 5,
+          .sizes = {static_cast<cuuint64_t>(width), 2, 4, 4, static_cast<cuuint64_t>(rows) / 32},
+          .strides = {row_bytes, 8 * row_bytes, 2 * row_bytes, 32 * row_bytes},
+          .box = {kDepth, 2, 4, 4, static_cast<cuuint32_t>(box_rows / 32)}};
 }
 
 template <typename C>
 void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape, cudaStream_t stream) {
-  const int64_t cluster_rows = C::kBlocks * kTileRows;
+  const int64_t cluster_rows = kCluster * kTileRows;
   const double cap = shape.cap;
   KernelArgs args{};
   args.target = in.target;
@@ -429,24 +452,27 @@ void launch(const LinearSoftcapCeForward& in, const LinearSoftcapCeShape& shape,
   args.rate = static_cast<float>(2.0 * epilogue::kLog2e / cap);
   args.slope = static_cast<float>(-2.0 * epilogue::kLog2e * cap);
 
-  constexpr int kShare = C::kColumns / C::kBlocks;
+  // What one block of the cluster loads of a tile's columns; see load_columns.
+  constexpr int kShare = C::kColumns / kCluster;
   const CUtensorMap hidden =
       tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.hidden, plain_map(shape.rows, shape.width, kTileRows));
   const CUtensorMap weight = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.weight,
                                         C::kPermuted ? permuted_map(shape.vocab, shape.width, kShare)
                                                      : plain_map(shape.vocab, shape.width, kShare));
   const int64_t tiles = static_cast<int64_t>(args.row_tiles) * args.column_tiles;
-  const int64_t clusters = multiprocessor_count() / C::kBlocks;
+  // One block per multiprocessor, as its shared memory allows no second one; each takes tiles until none is
+  // left.
+  const int64_t clusters = multiprocessor_count() / kCluster;
 
   auto kernel = forward_kernel<C>;
   PGOLF_CUDA_CHECK(
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kSharedBytes));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = C::kBlocks;
+  cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * C::kBlocks));
+  config.gridDim = dim3(static_cast<unsigned int>((tiles < clusters ? tiles : clusters) * kCluster));
   config.blockDim = dim3(C::kThreads);
   config.dynamicSmemBytes = C::kSharedBytes;
   config.stream = stream;
@@ -483,10 +509,9 @@ Form choose(const LinearSoftcapCeShape& shape) {
 bool linear_softcap_ce_sm90_supports(const LinearSoftcapCeShape& shape) {
   constexpr int64_t kMaxRows = int64_t{1} << 30, kMaxVocab = int64_t{1} << 30;
   constexpr int64_t kMaxTiles = int64_t{1} << 30;  // of 128 x 128; their indices have 32 bits
-  return kEnabled && shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab &&
-         shape.rows < kMaxRows && (shape.rows / 128 + 2) * (shape.vocab / 128 + 1) < kMaxTiles &&
-         shape.cap >= kMinCap && shape.cap <= kMaxCap &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+  return shape.width % 8 == 0 && shape.width > 0 && shape.vocab < kMaxVocab && shape.rows < kMaxRows &&
+         (shape.rows / 128 + 2) * (shape.vocab / 128 + 1) < kMaxTiles && shape.cap >= kMinCap &&
+         shape.cap <= kMaxCap && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
 }
 
 int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape) {
@@ -497,6 +522,7 @@ int64_t linear_softcap_ce_sm90_tiles(const LinearSoftcapCeShape& shape) {
 void linear_softcap_ce_forward_sm90(const LinearSoftcapCeForward& args, const LinearSoftcapCeShape& shape,
                                     CUstream_st* stream) {
   if (shape.rows == 0) return;
+  // One kernel template in four sizes; see Config.
   switch (choose(shape)) {
     case Form::kResident:
       return launch_factor<kTileColumns, 2, true, true>(args, shape, stream);

@@ -31,9 +31,11 @@ __device__ inline Scale scale_of(float sum, float low, float high, float eps) {
   float root = sqrtf(sum);
   int shift = 0;
   if (!(sum < 1e37f)) {
-    root = sqrtf(low), shift = 64;
+    root = sqrtf(low);
+    shift = 64;
   } else if (sum < 1e-30f) {
-    root = sqrtf(high), shift = -64;
+    root = sqrtf(high);
+    shift = -64;
   }
   if (root == 0.0f) return {0, 0.0f};
   if (!(root < 3e38f)) return {0, __int_as_float(0x7fffffff)};  // infinities and NaN become NaN everywhere
@@ -50,7 +52,8 @@ struct PowerOfTwo {
   float first, rest;
   __device__ __forceinline__ explicit PowerOfTwo(int exponent) {
     const int near = min(max(exponent, -126), 127);
-    first = power_of_two(near), rest = power_of_two(min(max(exponent - near, -126), 127));
+    first = power_of_two(near);
+    rest = power_of_two(min(max(exponent - near, -126), 127));
   }
   __device__ __forceinline__ float operator()(float x) const { return x * first * rest; }
 };

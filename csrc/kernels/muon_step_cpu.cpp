@@ -3,6 +3,7 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/muon_directions.h"
 #include "kernels/muon_step.h"
 #include "kernels/parallel.h"
 
@@ -15,9 +16,9 @@ constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 template <typename G, typename M>
 void momentum_row(const G* grad, M* momentum, float* u, int64_t cols, const float* hyper,
                   MuonOptions options) {
-  const float mu = hyper[kMuonMomentum];
+  const float mu = hyper[kHyperMomentum];
   const float share = options.lerp ? 1.0f - mu : 1.0f;
-  const float scale = hyper[kMuonGradScale] * share;
+  const float scale = hyper[kHyperGradScale] * share;
   for (int64_t j = 0; j < cols; ++j) {
     const float g = to_float(grad[j]) * scale;
     momentum[j] = from_float<M>(mu * to_float(momentum[j]) + g);
@@ -33,14 +34,14 @@ float row_scale(const float* u, int64_t cols) {
 
 template <typename X>
 void apply_range(const MuonTarget& t, const float* hyper, int64_t begin, int64_t end) {
-  const float lr = hyper[kMuonLr];
-  const float keep = 1.0f - lr * hyper[kMuonWeightDecay];
+  const float lr = hyper[kHyperLr];
+  const float keep = 1.0f - lr * hyper[kHyperWeightDecay];
   const float step = lr * t.lr_scale;
   const X* update = static_cast<const X*>(t.update);
   for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
   if (t.average == nullptr) return;
   // Two forms, as torch.lerp: exact at both ends of the weight.
-  const float weight = hyper[kMuonAverageWeight];
+  const float weight = hyper[kHyperAverageWeight];
   if (weight < 0.5f) {
     for (int64_t i = begin; i < end; ++i) t.average[i] += weight * (t.param[i] - t.average[i]);
   } else {
@@ -54,7 +55,7 @@ void apply_range(const MuonTarget& t, const float* hyper, int64_t begin, int64_t
 template <typename G, typename M, typename X>
 void muon_direction_cpu(const MuonDirection* banks, int count, const float* hyper, MuonOptions options,
                         int threads) {
-  const bool skip = !std::isfinite(hyper[kMuonGradScale]);
+  const bool skip = !std::isfinite(hyper[kHyperGradScale]);
   for (int i = 0; i < count; ++i) {
     const MuonDirection& bank = banks[i];
     const int64_t cols = bank.cols;
@@ -77,8 +78,23 @@ void muon_direction_cpu(const MuonDirection* banks, int count, const float* hype
 }
 
 template <typename X>
+int64_t muon_step_workspace_cpu(const MuonStep& step) {
+  return direction_bytes<X>(step);
+}
+
+template <typename G, typename M, typename X>
+void muon_step_cpu(const MuonStep& step, void* workspace, int threads) {
+  const std::vector<MuonDirection> directions = directions_in<X>(step, workspace);
+  muon_direction_cpu<G, M, X>(directions.data(), step.count, step.hyper, step.options, threads);
+  for (int i = 0; i < step.count; ++i) {
+    newton_schulz_cpu(static_cast<const X*>(directions[static_cast<size_t>(i)].direction),
+                      static_cast<X*>(step.banks[i].update), iteration_of(step, i), threads);
+  }
+}
+
+template <typename X>
 void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads) {
-  if (!std::isfinite(hyper[kMuonGradScale])) return;
+  if (!std::isfinite(hyper[kHyperGradScale])) return;
   for (int i = 0; i < count; ++i) {
     parallel_for(targets[i].count, kGrain, threads,
                  [&](int64_t begin, int64_t end) { apply_range<X>(targets[i], hyper, begin, end); });
@@ -100,6 +116,16 @@ template void muon_direction_cpu<bf16, float, bf16>(const MuonDirection*, int, c
 template void muon_direction_cpu<bf16, bf16, float>(const MuonDirection*, int, const float*, MuonOptions,
                                                     int);
 template void muon_direction_cpu<bf16, bf16, bf16>(const MuonDirection*, int, const float*, MuonOptions, int);
+template int64_t muon_step_workspace_cpu<float>(const MuonStep&);
+template int64_t muon_step_workspace_cpu<bf16>(const MuonStep&);
+template void muon_step_cpu<float, float, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, float, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, bf16, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<float, bf16, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, float, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, float, bf16>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, bf16, float>(const MuonStep&, void*, int);
+template void muon_step_cpu<bf16, bf16, bf16>(const MuonStep&, void*, int);
 template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, int);
 template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, int);
 

@@ -1,7 +1,7 @@
 // CUDA kernels of muon_step.h: one launch for all banks (for every kMaxBanks or kMaxTargets of them). Both
-// are bound by memory: each tensor is read and written once, 16 bytes at a time, with all loads of a thread
-// under way before its first store, and what nobody reads soon (gradients, momentum, parameters, averages) is
-// marked to leave L2 first, so that the directions stay there for the polar iteration.
+// are bound by memory: each tensor is read and written once, 16 bytes at a time, and all loads of a thread
+// are under way before its first store. What is not read again soon (gradients, momentum, parameters,
+// averages) is marked to leave L2 first, so that the directions stay there for the polar iteration.
 #include "kernels/muon_momentum.cuh"
 #include "kernels/muon_step.h"
 
@@ -15,8 +15,7 @@ constexpr int64_t kRun = kThreads * kVector;  // elements of a block in muon_app
 constexpr int kMaxBanks = 64;
 constexpr int kMaxTargets = 80;
 
-// ---- muon_direction: a warp a row
-// --------------------------------------------------------------------------
+// ---- muon_direction: one row per warp
 
 struct DirectionArgs {
   Runs<MuonDirection, kMaxBanks> banks;
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
   const G* grad = static_cast<const G*>(bank.grad) + start;
   M* momentum = static_cast<M*>(bank.momentum) + start;
   X* direction = static_cast<X*>(bank.direction) + start;
-  const float mu = args.hyper[kMuonMomentum], grad_scale = args.hyper[kMuonGradScale];
+  const float mu = args.hyper[kHyperMomentum], grad_scale = args.hyper[kHyperGradScale];
   const float scale = grad_scale * (args.options.lerp ? 1.0f - mu : 1.0f);
   const int64_t lane = threadIdx.x % kWarp * kVector;
 
@@ -86,8 +85,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- muon_apply: a block a run of elements
-// -----------------------------------------------------------------
+// ---- muon_apply: one run of elements per block
 
 struct ApplyArgs {
   Runs<MuonTarget, kMaxTargets> runs;
@@ -97,7 +95,7 @@ static_assert(sizeof(ApplyArgs) <= 4096, "kernel arguments hold 4 KB on every dr
 
 template <typename X>
 __global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_constant__ ApplyArgs args) {
-  if (!isfinite(args.hyper[kMuonGradScale])) return;
+  if (!isfinite(args.hyper[kHyperGradScale])) return;
   const int which = args.runs.of_block(blockIdx.x);
   const MuonTarget& t = args.runs.targets[which];
   const X* update = static_cast<const X*>(t.update);
@@ -109,14 +107,14 @@ __global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_const
   load8(p, t.param + at, valid, aligned);
   load8(o, update + at, valid, aligned);
   if (t.average != nullptr) load8(average, t.average + at, valid, aligned);
-  const float lr = args.hyper[kMuonLr];
-  const float keep = 1.0f - lr * args.hyper[kMuonWeightDecay];
+  const float lr = args.hyper[kHyperLr];
+  const float keep = 1.0f - lr * args.hyper[kHyperWeightDecay];
   const float step = lr * t.lr_scale;
   PGOLF_UNROLL
   for (int i = 0; i < kVector; ++i) p[i] = fmaf(p[i], keep, -step * o[i]);
   store8<true>(t.param + at, p, valid, aligned);
   if (t.average == nullptr) return;
-  lerp8(average, p, args.hyper[kMuonAverageWeight]);
+  lerp8(average, p, args.hyper[kHyperAverageWeight]);
   store8<true>(t.average + at, average, valid, aligned);
 }
 
@@ -134,8 +132,8 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyp
       },
       [&](const Runs<MuonDirection, kMaxBanks>& runs, unsigned int blocks) {
         muon_direction_kernel<typename DeviceType<G>::type, typename DeviceType<M>::type,
-                              typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(DirectionArgs{runs, hyper, options});
+                              typename DeviceType<X>::type><<<blocks, kThreads, 0, stream>>>(
+            DirectionArgs{.banks = runs, .hyper = hyper, .options = options});
         PGOLF_LAUNCH_CHECK();
       });
 }
@@ -147,7 +145,7 @@ void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, C
       [](const MuonTarget& t) { return aligned16(t.param) && aligned16(t.update) && aligned16(t.average); },
       [&](const Runs<MuonTarget, kMaxTargets>& runs, unsigned int blocks) {
         muon_apply_kernel<typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{runs, hyper});
+            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{.runs = runs, .hyper = hyper});
         PGOLF_LAUNCH_CHECK();
       });
 }

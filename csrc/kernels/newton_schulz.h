@@ -15,6 +15,9 @@ namespace pgolf {
 
 inline constexpr int kNewtonSchulzMaxSteps = 10;
 
+// How the iteration is computed: kGram is the Hopper kernel or an error. pgolf/ops/newton_schulz.py has the names.
+enum class NsAlgorithm : int64_t { kAuto, kStandard, kGram };
+
 struct NewtonSchulzShape {
   int64_t batch;
   int64_t rows;

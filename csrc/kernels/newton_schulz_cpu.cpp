@@ -1,4 +1,4 @@
-// CPU kernel of newton_schulz.h: three float32 products a step, one matrix of the batch at a time.
+// CPU kernel of newton_schulz.h: three float32 products per iteration, one matrix of the batch at a time.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -57,12 +57,44 @@ void iterate(const NewtonSchulzShape& shape, Scratch& s, int threads) {
   for (int step = 0; step < shape.steps; ++step) {
     const auto& [a, b, c] = shape.coefficients[step];
     // A = X X^T: the right factor reads X's rows as columns.
-    gemm_cpu({m, m, n, s.x.data(), n, s.x.data(), 1, n, 1.0f, 0.0f, nullptr, s.gram.data(), true}, threads);
+    gemm_cpu({.m = m,
+              .n = m,
+              .k = n,
+              .a = s.x.data(),
+              .a_stride = n,
+              .b = s.x.data(),
+              .b_row_stride = 1,
+              .b_col_stride = n,
+              .c = s.gram.data(),
+              .symmetric = true},
+             threads);
     // B = b A + c A^2
-    gemm_cpu({m, m, m, s.gram.data(), m, s.gram.data(), m, 1, c, b, s.gram.data(), s.poly.data(), true},
+    gemm_cpu({.m = m,
+              .n = m,
+              .k = m,
+              .a = s.gram.data(),
+              .a_stride = m,
+              .b = s.gram.data(),
+              .b_row_stride = m,
+              .b_col_stride = 1,
+              .alpha = c,
+              .beta = b,
+              .d = s.gram.data(),
+              .c = s.poly.data(),
+              .symmetric = true},
              threads);
     // X = a X + B X
-    gemm_cpu({m, n, m, s.poly.data(), m, s.x.data(), n, 1, 1.0f, a, s.x.data(), s.next.data(), false},
+    gemm_cpu({.m = m,
+              .n = n,
+              .k = m,
+              .a = s.poly.data(),
+              .a_stride = m,
+              .b = s.x.data(),
+              .b_row_stride = n,
+              .b_col_stride = 1,
+              .beta = a,
+              .d = s.x.data(),
+              .c = s.next.data()},
              threads);
     std::swap(s.x, s.next);
   }

@@ -1,6 +1,6 @@
-// CUDA kernels of newton_schulz.h: two kernels for the norm, then three batched products a step, the middle
-// one with A's polynomial and the last with aX in its epilogue. A and B are symmetric: half their tiles are
-// computed.
+// CUDA kernels of newton_schulz.h: two kernels for the norm, then three batched products per iteration. The
+// middle product has A's polynomial in its epilogue, the last one aX. A and B are symmetric, so only half of
+// their tiles are computed.
 #include <algorithm>
 #include <type_traits>
 
@@ -89,7 +89,9 @@ __global__ void __launch_bounds__(kThreads)
   Squares squares;
   for (int64_t p = 0; p < partials; ++p) {
     const Squares& part = partial[matrix * partials + p];
-    squares.sum += part.sum, squares.low += part.low, squares.high += part.high;
+    squares.sum += part.sum;
+    squares.low += part.low;
+    squares.high += part.high;
   }
   const Scale scale = scale_of(squares.sum, squares.low, squares.high, eps);
   const PowerOfTwo power(scale.exponent);
@@ -124,27 +126,61 @@ void launch_step(const NewtonSchulzShape& shape, const Workspace& w, const float
                  Buffers<D> buffers, int multiprocessors, cudaStream_t stream) {
   const int64_t x_batch = shape.rows * w.x_ld, gram_batch = w.small * w.gram_ld;
   const bool wide = shape.rows <= shape.cols;
-  ProductArgs<D> gram{buffers.x, buffers.x,  nullptr, buffers.gram, x_batch, x_batch,
-                      0,         gram_batch, w.x_ld,  w.x_ld,       0,       w.gram_ld,
-                      w.small,   w.small,    w.large, 1.0f,         0.0f};
+  const ProductArgs<D> gram{.a = buffers.x,
+                            .b = buffers.x,
+                            .c = buffers.gram,
+                            .a_batch = x_batch,
+                            .b_batch = x_batch,
+                            .c_batch = gram_batch,
+                            .a_ld = w.x_ld,
+                            .b_ld = w.x_ld,
+                            .c_ld = w.gram_ld,
+                            .m = w.small,
+                            .n = w.small,
+                            .k = w.large};
   if (wide) {
     launch_product<true, true, true>(gram, shape.batch, multiprocessors, stream);
   } else {
     launch_product<false, false, true>(gram, shape.batch, multiprocessors, stream);
   }
-  const ProductArgs<D> poly{buffers.gram, buffers.gram, buffers.gram, buffers.poly, gram_batch, gram_batch,
-                            gram_batch,   gram_batch,   w.gram_ld,    w.gram_ld,    w.gram_ld,  w.gram_ld,
-                            w.small,      w.small,      w.small,      abc[2],       abc[1]};
+  const ProductArgs<D> poly{.a = buffers.gram,
+                            .b = buffers.gram,
+                            .d = buffers.gram,
+                            .c = buffers.poly,
+                            .a_batch = gram_batch,
+                            .b_batch = gram_batch,
+                            .d_batch = gram_batch,
+                            .c_batch = gram_batch,
+                            .a_ld = w.gram_ld,
+                            .b_ld = w.gram_ld,
+                            .d_ld = w.gram_ld,
+                            .c_ld = w.gram_ld,
+                            .m = w.small,
+                            .n = w.small,
+                            .k = w.small,
+                            .alpha = abc[2],
+                            .beta = abc[1]};
   launch_product<true, true, true>(poly, shape.batch, multiprocessors, stream);
-  ProductArgs<D> update{nullptr, nullptr, buffers.x, buffers.next, 0,          0,       x_batch, x_batch, 0,
-                        0,       w.x_ld,  w.x_ld,    shape.rows,   shape.cols, w.small, 1.0f,    abc[0]};
-  if (wide) {  // B x
-    update.a = buffers.poly, update.a_batch = gram_batch, update.a_ld = w.gram_ld;
-    update.b = buffers.x, update.b_batch = x_batch, update.b_ld = w.x_ld;
+  // B x, or x B where x is tall.
+  const ProductArgs<D> update{.a = wide ? buffers.poly : buffers.x,
+                              .b = wide ? buffers.x : buffers.poly,
+                              .d = buffers.x,
+                              .c = buffers.next,
+                              .a_batch = wide ? gram_batch : x_batch,
+                              .b_batch = wide ? x_batch : gram_batch,
+                              .d_batch = x_batch,
+                              .c_batch = x_batch,
+                              .a_ld = wide ? w.gram_ld : w.x_ld,
+                              .b_ld = wide ? w.x_ld : w.gram_ld,
+                              .d_ld = w.x_ld,
+                              .c_ld = w.x_ld,
+                              .m = shape.rows,
+                              .n = shape.cols,
+                              .k = w.small,
+                              .beta = abc[0]};
+  if (wide) {
     launch_product<true, false, false>(update, shape.batch, multiprocessors, stream);
-  } else {  // x B, and B is its own transpose
-    update.a = buffers.x, update.a_batch = x_batch, update.a_ld = w.x_ld;
-    update.b = buffers.poly, update.b_batch = gram_batch, update.b_ld = w.gram_ld;
+  } else {  // B is its own transpose
     launch_product<true, true, false>(update, shape.batch, multiprocessors, stream);
   }
 }

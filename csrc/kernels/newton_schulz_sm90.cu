@@ -1,13 +1,11 @@
 // Launches of newton_schulz_sm90.h: two kernels that normalise, then one that runs every product.
 #include <algorithm>
-#include <stdexcept>
-#include <vector>
 
 #include "kernels/convert.cuh"
 #include "kernels/cuda_check.cuh"
 #include "kernels/newton_schulz_sm90_products.cuh"
-#include "kernels/newton_schulz_sm90_queue.h"
 #include "kernels/newton_schulz_sm90_scale.cuh"
+#include "kernels/newton_schulz_sm90_schedule.h"
 #include "kernels/tensor_map.cuh"
 
 namespace pgolf {
@@ -29,8 +27,9 @@ struct NormalizeBank {
 struct NormalizePlan {
   NormalizeBank banks[kMaxBanks];
   int bank_count;
-  Words words;
-  int counters;
+  float *partials, *sigma;
+  uint32_t* counters;
+  int counter_count;
   float eps;
 };
 
@@ -44,10 +43,13 @@ __device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType 
   if (type == NsType::kFloat32) {
     const float4 lo = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at));
     const float4 hi = __ldg(reinterpret_cast<const float4*>(static_cast<const float*>(in) + at) + 1);
-    value[0] = lo.x, value[1] = lo.y, value[2] = lo.z, value[3] = lo.w;
-    value[4] = hi.x, value[5] = hi.y, value[6] = hi.z, value[7] = hi.w;
+    // Two loads of 16 bytes each.
+    const float both[8] = {lo.x, lo.y, lo.z, lo.w, hi.x, hi.y, hi.z, hi.w};
+    PGOLF_UNROLL
+    for (int i = 0; i < 8; ++i) value[i] = both[i];
     return;
   }
+  // Eight 16-bit elements; bfloat16 is the upper half of a float32, so a shift or a mask widens it.
   const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(in) + at));
   const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
   PGOLF_UNROLL
@@ -57,7 +59,8 @@ __device__ __forceinline__ void load8(float (&value)[8], const void* in, NsType 
       value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     } else {
       const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
-      value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+      value[2 * i] = pair.x;
+      value[2 * i + 1] = pair.y;
     }
   }
 }
@@ -69,6 +72,7 @@ __global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_cons
   const int local = block - bank.first_block;
   const int matrix = local / bank.chunks;
   const int64_t begin = static_cast<int64_t>(local - matrix * bank.chunks) * kChunk;
+  // Three sums at three scales: one of them neither overflows nor underflows, whatever the matrix.
   Squares squares;
   PGOLF_UNROLL
   for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
@@ -82,9 +86,12 @@ __global__ void __launch_bounds__(kCastThreads) squares_kernel(const __grid_cons
   const float sum = block_sum<kCastThreads>(squares.sum, staged[0]);
   const float low = block_sum<kCastThreads>(squares.low, staged[1]);
   const float high = block_sum<kCastThreads>(squares.high, staged[2]);
+  // Partial sums instead of atomics: the order of the additions, and so the result, stays the same.
   if (threadIdx.x == 0) {
-    float* partials = plan.words.partials + 3 * block;
-    partials[0] = sum, partials[1] = low, partials[2] = high;
+    float* partials = plan.partials + 3 * block;
+    partials[0] = sum;
+    partials[1] = low;
+    partials[2] = high;
   }
 }
 
@@ -92,15 +99,17 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   __shared__ float staged[3][kCastThreads / kWarp];
   __shared__ Scale shared_scale;
   const int block = static_cast<int>(blockIdx.x);
+  // The products start after this kernel, so that one block may zero their counters.
   if (block == 0) {
-    for (int i = threadIdx.x; i < plan.counters; i += kCastThreads) plan.words.done[i] = 0;
+    for (int i = threadIdx.x; i < plan.counter_count; i += kCastThreads) plan.counters[i] = 0;
   }
   const NormalizeBank& bank = bank_of(plan, block);
   const int local = block - bank.first_block;
   const int matrix = local / bank.chunks;
   const int chunk = local - matrix * bank.chunks;
+  // Every block of a matrix adds the same numbers in the same order, and so finds the same scale.
   float sums[3] = {0.0f, 0.0f, 0.0f};
-  const float* partials = plan.words.partials + 3 * static_cast<int64_t>(block - chunk);
+  const float* partials = plan.partials + 3 * static_cast<int64_t>(block - chunk);
   for (int i = threadIdx.x; i < bank.chunks; i += kCastThreads) {
     PGOLF_UNROLL
     for (int l = 0; l < 3; ++l) sums[l] += partials[3 * i + l];
@@ -109,9 +118,10 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
   for (int l = 0; l < 3; ++l) sums[l] = block_sum<kCastThreads>(sums[l], staged[l]);
   if (threadIdx.x == 0) {
     shared_scale = scale_of(sums[0], sums[1], sums[2], plan.eps);
-    if (chunk == 0) plan.words.sigma[bank.first_matrix + matrix] = shared_scale.sigma;
+    if (chunk == 0) plan.sigma[bank.first_matrix + matrix] = shared_scale.sigma;
   }
   __syncthreads();
+  // A power of two keeps bfloat16 and float16 input exact; the rest of 1 / (norm + eps) is sigma.
   const PowerOfTwo power(shared_scale.exponent);
   PGOLF_UNROLL
   for (int i = 0; i < kChunk / (kCastThreads * 8); ++i) {
@@ -129,133 +139,139 @@ __global__ void __launch_bounds__(kCastThreads) cast_kernel(const __grid_constan
 
 // ---- Products
 
-TensorShape shape_of(const Place& place, int64_t batch, int box_rows) {
-  return {3,
-          {static_cast<cuuint64_t>(place.cols), static_cast<cuuint64_t>(place.rows),
-           static_cast<cuuint64_t>(batch)},
-          {static_cast<cuuint64_t>(2 * place.cols), static_cast<cuuint64_t>(2 * place.batch)},
-          {kBox, static_cast<cuuint32_t>(box_rows), 1}};
+// A buffer of a bank as the copy engine sees it, and where it starts.
+struct BufferView {
+  const void* first;
+  TensorShape shape;  // with boxes of 64 rows
+};
+
+unsigned char* address_of(const NsBank& bank, const BufferLayout& buffer, unsigned char* workspace) {
+  return (buffer.in_output ? static_cast<unsigned char*>(bank.out) : workspace) + buffer.offset;
 }
 
-// How many of the banks one launch takes.
-int banks_of_launch(const NsBank* banks, int count, int steps) {
-  int here = 0, products = 0;
-  while (here < std::min(count, kMaxBanks) && products + product_count(banks[here], steps) <= kMaxProducts) {
-    products += product_count(banks[here++], steps);
+BufferView view(const NsBank& bank, const BankLayout& layout, int buffer, unsigned char* workspace) {
+  const BufferLayout found = find_buffer(bank, layout, buffer);
+  const TensorShape shape{
+      .rank = 3,
+      .sizes = {static_cast<cuuint64_t>(found.cols), static_cast<cuuint64_t>(found.rows),
+                static_cast<cuuint64_t>(bank.batch)},
+      .strides = {static_cast<cuuint64_t>(2 * found.cols), static_cast<cuuint64_t>(2 * found.stride)},
+      .box = {kBox, kBox, 1}};
+  return {address_of(bank, found, workspace), shape};
+}
+
+void encode_maps(const NsBank& bank, const BankLayout& layout, unsigned char* workspace, int first_map,
+                 Plan& plan) {
+  // Every buffer has two maps of the same memory, as it may be read along its rows and along its columns.
+  for (int buffer = 0; buffer < kMapsPerBank; ++buffer) {
+    if (!has_buffer(bank, layout, buffer)) continue;
+    BufferView seen = view(bank, layout, buffer, workspace);
+    plan.maps[first_map + buffer] = tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, seen.first, seen.shape);
+    seen.shape.box[1] = kTile;
+    plan.maps[kFirstTallMap + first_map + buffer] =
+        tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, seen.first, seen.shape);
   }
-  return here;
 }
 
-// Tiles of a task, and the length of the chains. Two tiles of a row share an operand (66 matrices on one
-// H100: 0.583 ms, 0.604 with single tiles, 0.613 with four of an update). With few tiles single ones make
-// each matrix' chain of products shorter; the warpgroups share a tile only where most multiprocessors would
-// have none (ten matrices in long chains: 0.195 ms, 0.202 with shared tiles). Short chains take more work,
-// which needs idle multiprocessors (products of those ten: 0.1755 ms, 0.1836 in long chains; with four steps
-// instead of five 0.1362 and 0.1449).
-Tuning tune(const NsBank* banks, int count) {
-  const int multiprocessors = multiprocessor_count();
-  int64_t panels = 0;
-  for (int i = 0; i < count; ++i) {
-    panels += banks[i].batch * tiles_of(std::min(banks[i].rows, banks[i].cols), kTile);
-  }
-  const int chunk = panels < multiprocessors ? 1 : 2;
-  return {chunk, chunk, panels * 4 < multiprocessors, panels * 3 < multiprocessors};
+// Where the products of a bank start from.
+__half* first_x(const NsBank& bank, const BankLayout& layout, unsigned char* workspace) {
+  const BufferLayout found = find_buffer(bank, layout, layout.starts_in_out ? kOut : kX);
+  return reinterpret_cast<__half*>(address_of(bank, found, workspace));
 }
 
-void launch_products(const Plan& plan, int tasks, int multiprocessors, cudaStream_t stream) {
-  PGOLF_CUDA_CHECK(
-      cudaFuncSetAttribute(products_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  const int blocks = std::min(tasks, multiprocessors);
-  products_kernel<<<blocks, kThreads, kSharedBytes, stream>>>(plan, tasks);
-  PGOLF_LAUNCH_CHECK();
-}
+// Addresses of what lies at the head of the workspace.
+struct Head {
+  float *partials, *sigma;
+  uint32_t* counters;
 
-void run_banks(const NsBank* banks, int count, const float (*table)[3], int steps, bool prepared, float eps,
-               unsigned char* workspace, cudaStream_t stream) {
-  const int multiprocessors = multiprocessor_count();
-  const Tuning tuning = tune(banks, count);
-  Plan plan{};
-  NormalizePlan scale{};
-  std::vector<std::vector<Product>> chains;
-  std::vector<int> batches;
-  size_t at = words_bytes(banks, count);
+  Head(unsigned char* workspace, const WorkspaceLayout& layout)
+      : partials(reinterpret_cast<float*>(workspace + layout.partials)),
+        sigma(reinterpret_cast<float*>(workspace + layout.sigma)),
+        counters(reinterpret_cast<uint32_t*>(workspace + layout.counters)) {}
+};
+
+// How the current device runs the banks of one launch.
+struct Launch {
+  int multiprocessors;
+  Tuning tuning;
+  WorkspaceLayout layout;
+
+  Launch(const NsBank* banks, int count, int steps)
+      : multiprocessors(multiprocessor_count()),
+        tuning(tune(banks, count, multiprocessors)),
+        layout(banks, count, steps, tuning) {}
+};
+
+void launch_normalise(const NsBank* banks, int count, const WorkspaceLayout& layout, float eps,
+                      unsigned char* workspace, cudaStream_t stream) {
+  const Head head(workspace, layout);
+  NormalizePlan plan{};
+  // Blocks are numbered through all banks; a block finds its bank by first_block.
   int matrices = 0, blocks = 0;
   for (int i = 0; i < count; ++i) {
     const NsBank& bank = banks[i];
-    const BankSpace space(bank, steps, tuning, at);
-    at = space.end;
-    const int first_map = i * kMapsPerBank;
-    for (int buffer = 0; buffer < kMapsPerBank; ++buffer) {
-      const bool square = buffer >= kSquaresOut && buffer < kFactor;
-      const int64_t fitting =
-          space.brief ? 3 : std::max(bank.rows, bank.cols) / std::min(bank.rows, bank.cols);
-      if (square && (buffer - kSquaresOut) % 3 >= fitting) continue;  // no product names it
-      const Place place = place_of(bank, workspace, space, buffer);
-      plan.maps[first_map + buffer] =
-          tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, place.first, shape_of(place, bank.batch, kBox));
-      plan.maps[kTallBoxes + first_map + buffer] =
-          tensor_map(CU_TENSOR_MAP_DATA_TYPE_UINT16, place.first, shape_of(place, bank.batch, kTile));
-    }
-    Chain chain(bank, workspace, space, first_map, matrices, tuning);
-    chains.push_back(chain.run(table, steps));
-    batches.push_back(static_cast<int>(bank.batch));
-    scale.banks[i] = {bank.in,
-                      first_x(bank, steps, workspace, space),
-                      bank.type,
-                      bank.rows * bank.cols,
-                      static_cast<int>(chunks_of(bank)),
-                      blocks,
-                      matrices};
+    plan.banks[i] = {.in = bank.in,
+                     .x = first_x(bank, layout.banks[i], workspace),
+                     .type = bank.type,
+                     .count = bank.rows * bank.cols,
+                     .chunks = static_cast<int>(chunks_of(bank)),
+                     .first_block = blocks,
+                     .first_matrix = matrices};
     blocks += static_cast<int>(bank.batch * chunks_of(bank));
     matrices += static_cast<int>(bank.batch);
   }
-  const Words words(workspace, banks, count);
-  plan.matrices = matrices;
-  plan.sigma = words.sigma;
-  plan.done = words.done;
-  plan.queue = words.queue;
+  plan.bank_count = count;
+  plan.partials = head.partials;
+  plan.sigma = head.sigma;
+  plan.counters = head.counters;
+  plan.counter_count = layout.counter_count;
+  plan.eps = eps;
+  // Two kernels, because the cast needs the norm of the whole matrix. One kernel with a cluster per matrix
+  // was 0.15 ms slower (docs/findings.md, 2026-11-23).
+  squares_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
+  PGOLF_LAUNCH_CHECK();
+  cast_kernel<<<blocks, kCastThreads, 0, stream>>>(plan);
+  PGOLF_LAUNCH_CHECK();
+}
 
-  const int tasks = queue_products(plan, chains, batches, multiprocessors);
-  if (!prepared) {
-    scale.bank_count = count;
-    scale.words = words;
-    scale.counters = counter_count(matrices);
-    scale.eps = eps;
-    squares_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
-    PGOLF_LAUNCH_CHECK();
-    cast_kernel<<<blocks, kCastThreads, 0, stream>>>(scale);
-    PGOLF_LAUNCH_CHECK();
-  }
-  launch_products(plan, tasks, multiprocessors, stream);
+void launch_products(const NsBank* banks, int count, const float (*table)[3], int steps, const Launch& launch,
+                     unsigned char* workspace, cudaStream_t stream) {
+  const WorkspaceLayout& layout = launch.layout;
+  const Head head(workspace, layout);
+  Plan plan{};
+  for (int i = 0; i < count; ++i) encode_maps(banks[i], layout.banks[i], workspace, i * kMapsPerBank, plan);
+  const int tasks =
+      schedule(banks, count, table, steps, layout, launch.tuning, launch.multiprocessors, plan.queue);
+  plan.queue.sigma = head.sigma;
+  plan.queue.done = head.counters;
+  // The head of the queue is the last counter, which is zeroed with the others.
+  plan.queue.next = head.counters + layout.counter_count - 1;
+  PGOLF_CUDA_CHECK(
+      cudaFuncSetAttribute(products_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
+  // One block per multiprocessor; each takes tasks until the queue is empty.
+  products_kernel<<<std::min(tasks, launch.multiprocessors), kThreads, kSharedBytes, stream>>>(plan, tasks);
+  PGOLF_LAUNCH_CHECK();
 }
 
 }  // namespace
 
 bool newton_schulz_sm90_can_run(const NsBank* banks, int count) {
   int device = 0, major = 0;
+  // No exception where there is no device: the caller takes other kernels.
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) return false;
   if (major != 9) return false;
-  for (int i = 0; i < count; ++i) {
-    const NsBank& bank = banks[i];
-    if (bank.batch < 1 || bank.rows < 8 || bank.cols < 8 || bank.rows % 8 != 0 || bank.cols % 8 != 0)
-      return false;
-    if (bank.batch * chunks_of(bank) >= (1 << 24)) return false;
-    if (bank.batch >= (1 << 20) || bank.rows > (1 << 16) || bank.cols > (1 << 16)) return false;
-    if (reinterpret_cast<uintptr_t>(bank.in) % 16 != 0 || reinterpret_cast<uintptr_t>(bank.out) % 16 != 0)
-      return false;
-  }
-  return true;
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return std::all_of(banks, banks + count, [&](const NsBank& bank) {
+    return shape_fits(bank) && aligned(bank.in) && aligned(bank.out);
+  });
 }
 
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
   size_t most = 0;
   for (int first = 0, here = 0; first < count; first += here) {
     here = banks_of_launch(banks + first, count - first, steps);
-    const Tuning tuning = tune(banks + first, here);
-    size_t at = words_bytes(banks + first, here);
-    for (int i = 0; i < here; ++i) at = BankSpace(banks[first + i], steps, tuning, at).end;
-    most = std::max(most, at);
+    most = std::max(most, Launch(banks + first, here, steps).layout.bytes);
   }
   return most;
 }
@@ -263,35 +279,32 @@ size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps) {
 int newton_schulz_sm90_prepare(const NsBank* banks, int count, int steps, void* workspace,
                                NsPrepared* prepared) {
   const int here = banks_of_launch(banks, count, steps);
-  const Tuning tuning = tune(banks, here);
-  auto* bytes = static_cast<unsigned char*>(workspace);
-  size_t at = words_bytes(banks, here);
-  int matrices = 0;
-  for (int i = 0; i < here; ++i) {
-    const BankSpace space(banks[i], steps, tuning, at);
-    at = space.end;
-    prepared->x[i] = first_x(banks[i], steps, bytes, space);
-    matrices += static_cast<int>(banks[i].batch);
-  }
-  const Words words(bytes, banks, here);
-  prepared->sigma = words.sigma;
-  prepared->partials = words.partials;
-  prepared->counters = words.done;
-  prepared->counter_count = counter_count(matrices);
+  const WorkspaceLayout layout = Launch(banks, here, steps).layout;
+  auto* const bytes = static_cast<unsigned char*>(workspace);
+  for (int i = 0; i < here; ++i) prepared->x[i] = first_x(banks[i], layout.banks[i], bytes);
+  const Head head(bytes, layout);
+  prepared->sigma = head.sigma;
+  prepared->partials = head.partials;
+  prepared->counters = head.counters;
+  prepared->counter_count = layout.counter_count;
   return here;
 }
 
 void newton_schulz_sm90_prepared(const NsBank* banks, int count, const float (*coefficients)[3], int steps,
                                  void* workspace, CUstream_st* stream) {
-  run_banks(banks, count, coefficients, steps, true, 0.0f, static_cast<unsigned char*>(workspace), stream);
+  launch_products(banks, count, coefficients, steps, Launch(banks, count, steps),
+                  static_cast<unsigned char*>(workspace), stream);
 }
 
 void newton_schulz_sm90(const NsBank* banks, int count, const float (*coefficients)[3], int steps, float eps,
                         void* workspace, CUstream_st* stream) {
+  auto* const bytes = static_cast<unsigned char*>(workspace);
   for (int first = 0, here = 0; first < count; first += here) {
-    here = banks_of_launch(banks + first, count - first, steps);
-    run_banks(banks + first, here, coefficients, steps, false, eps, static_cast<unsigned char*>(workspace),
-              stream);
+    const NsBank* const some = banks + first;
+    here = banks_of_launch(some, count - first, steps);
+    const Launch launch(some, here, steps);
+    launch_normalise(some, here, launch.layout, eps, bytes, stream);
+    launch_products(some, here, coefficients, steps, launch, bytes, stream);
   }
 }
 

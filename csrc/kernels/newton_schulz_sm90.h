@@ -3,12 +3,13 @@
 // Per matrix, exactly the iteration of newton_schulz.h, on the short side. Tensor-core products of float16
 // operands with float32 accumulation. The input is scaled by a power of two that brings its Frobenius norm to
 // [16, 32), exactly for bfloat16 and float16 input; the rest of 1 / (norm + eps) is folded, in float32, into
-// the first polynomial. Nearly square matrices take each step as R = X X^T, Z = a I + b R + c R^2, X = Z X.
-// Longer ones take two steps at once (the first alone where the number of steps is odd):
+// the first polynomial. Nearly square matrices take each iteration as R = X X^T, Z = a I + b R + c R^2, X = Z
+// X. Longer ones take two iterations at once (the first alone where the number of iterations is odd):
 //   R = X X^T,  Z = p(R),  R1 = Z (R Z),  Q = p1(R1) Z,  X = Q X
 // and then start from X again: longer chains in float16 lose the small singular values (up to 0.2 on
-// power-law and rank-deficient input), pairs stay within 0.01 of the exact map. Few matrices take Y = Z X
-// beside R1 and p1(R1), then X = p1(R1) Y: a product less to wait for. Deterministic.
+// power-law and rank-deficient input), while pairs stay within 0.01 of the exact map (docs/findings.md,
+// 2026-11-23). Few matrices take Y = Z X at the same time as R1 and p1(R1), then X = p1(R1) Y: one product
+// less to wait for. Deterministic.
 #pragma once
 
 #include <cstddef>
@@ -26,30 +27,23 @@ struct NsBank {
   int64_t batch, rows, cols;
 };
 
-// Whether callers that let the kernels choose get this one; false sends them all to the portable kernel.
-inline constexpr bool kNewtonSchulzSm90IsDefault = true;
-
 // Whether the current device is Hopper and every bank has 16-byte aligned pointers and sides that are
 // multiples of 8.
 bool newton_schulz_sm90_can_run(const NsBank* banks, int count);
 
-// Whether a caller without a wish of its own should take this kernel.
-inline bool newton_schulz_sm90_supports(const NsBank* banks, int count) {
-  return kNewtonSchulzSm90IsDefault && newton_schulz_sm90_can_run(banks, count);
-}
-
-// Bytes of scratch memory, to be 256-byte aligned: the banks in 16 bits, once more where `out` is float32,
-// and of each matrix a square of the short side; two squares from 1 : 2 to below 1 : 3, where two steps are
-// taken at once, and three of few matrices from 1 : 2 on.
+// Bytes of scratch memory, to be 256-byte aligned. It holds the banks in 16 bits, once more where `out` is
+// float32, and one square of the short side per matrix; two squares where the sides are 1 : 2 to below 1 : 3
+// and two iterations are taken at once; three where the matrices are few and the sides are 1 : 2 or longer.
 size_t newton_schulz_sm90_workspace(const NsBank* banks, int count, int steps);
 
 inline constexpr int kNsMaxBanks = 6;  // of one launch
+inline constexpr int kNsParts = 8;     // partial sums per matrix, of a caller that writes X itself
 
 // Places in the workspace for a caller that writes X itself.
 struct NsPrepared {
   void* x[kNsMaxBanks];  // float16, each matrix times a power of two 2^e that brings its norm near [16, 32)
   float* sigma;          // 1 / ((norm + eps) 2^e) of all matrices, in the order of the banks
-  float* partials;       // scratch, 24 a matrix
+  float* partials;       // scratch, 3 * kNsParts per matrix
   uint32_t* counters;    // to be zeroed
   int counter_count;
 };

@@ -12,7 +12,7 @@
 namespace pgolf {
 
 // Calls body(begin, end) on disjoint chunks that cover [0, count), on at most `threads` threads and with at
-// least `grain` items a chunk. The caller's thread takes the first chunk, and those for which no thread can
+// least `grain` items per chunk. The caller's thread takes the first chunk, and those for which no thread can
 // be started. The first exception of a chunk is rethrown.
 template <typename Body>
 void parallel_for(int64_t count, int64_t grain, int threads, const Body& body) {

@@ -76,8 +76,8 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   }
 }
 
-// The same, ending in a trap, which says more than an illegal address; only where ptxas keeps setmaxnreg
-// beside it (see give_up): check the SASS for USETMAXREG.
+// The same, ending in a trap, which says more than an illegal address; only where ptxas keeps setmaxnreg next
+// to it (see give_up): check the SASS for USETMAXREG.
 __device__ __forceinline__ void mbarrier_wait_or_trap(uint32_t barrier, uint32_t parity) {
   constexpr uint32_t kPolls = 1u << 26;  // each lasts up to the hardware's suspension time
   for (uint32_t polls = 0;; ++polls) {
@@ -127,16 +127,7 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t shared, const CUt
       : "memory");
 }
 
-// Coordinates (x, 0, 0, 0, y).
-__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map, uint32_t bar, int x,
-                                            int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, "
-      "%5, %4}], [%2];" ::"r"(shared),
-      "l"(map), "r"(bar), "r"(x), "r"(y), "r"(0)
-      : "memory");
-}
-
+// The same at coordinates (x, 0, 0, 0, y) of a rank-5 tensor map.
 __device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap* map, uint32_t bar,
                                                       int x, int y, uint16_t blocks) {
   asm volatile(

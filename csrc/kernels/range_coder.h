@@ -1,6 +1,6 @@
 // Entropy coder for the int8 codes of one matrix: arithmetic coding under a Gaussian whose scale follows the
-// columns and whose mean leans on an earlier row. Integers only: every machine reads and writes the same
-// bytes.
+// columns and whose mean leans on an earlier row. All arithmetic is on integers, so that every machine reads
+// and writes the same bytes.
 //
 // Stream: byte 0 is the mode; whatever follows depends on it.
 //   0 raw        rows * cols bytes, the codes row-major
@@ -33,15 +33,14 @@
 //             65536 - T(k + 1/2) * 2^16 / T(k - 1/2), where U and L are the tails above and below c +- 1/2.
 //             Each but the sign of mode 1 is averaged with an adaptive correction (class Correction).
 //   choice    before a row, of n earlier ones: bit "the row after the last choice?" (if there is one; the
-//   last
-//             choice moves on by one in any case), else bit "any?", else its number in bit_width(n - 1) bits
-//             of p = 32768, highest first. The first two follow their past: class Habit.
-//   learning  w[j][k] += ((256 q - b) * (40265318 / E) >> 16) x[k] with E = max(16, (sum of q^2 of earlier
-//   rows
-//             + 7 cols) / (i + 1)): normalised least mean squares with step 0.15
-//   coder     [low, high] of 64 bits, split at low + (range * p >> 16), bit 1 below; equal top bytes leave.
-//   The
-//             end is the fewest bytes that, followed by zeros, lie inside; a decoder accepts these only.
+//             last choice moves on by one in any case), else bit "any?", else its number in
+//             bit_width(n - 1) bits of p = 32768, highest first. The first two follow their past: class
+//             Habit.
+//   learning  w[j][k] += ((256 q - b) * (40265318 / E) >> 16) x[k] with E = max(16, (sum of q^2 of
+//             earlier rows + 7 cols) / (i + 1)): normalised least mean squares with step 0.15
+//   coder     [low, high] of 64 bits, split at low + (range * p >> 16), bit 1 below; equal top bytes
+//             leave. The end is the fewest bytes that, followed by zeros, lie inside; a decoder accepts
+//             these only.
 #pragma once
 
 #include <vector>
@@ -50,7 +49,7 @@
 
 namespace pgolf {
 
-// A matrix, and the rows of the same width that its rows may lean on besides each other.
+// A matrix, and the rows of the same width that its rows may lean on in addition to each other.
 struct Shape {
   int64_t rows, cols;
   int64_t pool_rows = 0;
@@ -62,7 +61,7 @@ std::vector<uint8_t> encode_codes_cpu(const int8_t* codes,  // (rows, cols) row-
                                       const Shape& shape, bool fast = false);
 
 // Fills codes and returns nullptr, or returns what is wrong with the stream (codes are then undefined). Never
-// reads past data + size; takes at most 257 steps a code and gives up within a row of the stream's end;
+// reads past data + size; takes at most 257 steps per code and gives up within a row of the stream's end;
 // allocates at most 25 MiB, and 2 bytes for each code of the matrix and the pool.
 const char* decode_codes_cpu(const uint8_t* data, int64_t size,
                              const int8_t* pool,  // (pool_rows, cols) row-major

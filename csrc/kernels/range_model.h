@@ -50,7 +50,7 @@ constexpr uint64_t square_root(uint64_t value) {
   return root;
 }
 
-// 2^21 / standard deviation for variances (in 1/256) of 32 mantissas an octave, at the middle of each.
+// 2^21 / standard deviation for variances (in 1/256) of 32 mantissas per octave, at the middle of each.
 constexpr std::array<uint32_t, 25 * 32> inverse_table() {
   std::array<uint32_t, 25 * 32> table{};
   for (size_t i = 0; i < table.size(); ++i) {

@@ -2,9 +2,12 @@
 //
 // With e = exp(-2|x| / cap) and q = 1 / (1 + e), both in full precision:
 //   z - cap = -2 cap r,  r = x > 0 ? e q : q          1 - tanh^2 = 4 e q^2
-// For cap <= kFixedOffsetCap the sum needs no running maximum: |z| <= cap, so exp(z - cap) is at least exp(-2
-// cap), a normal float32. Three special-function instructions an element, 0.65 ms at 98304 x 8192 on an H100
-// (KERNELS D.2), beside the 1.07 ms that one read and one write take.
+// For cap <= kFixedOffsetCap the sum needs no running maximum: |z| <= cap, so exp(z - cap) is at least
+// exp(-2 cap), a normal float32. Each element costs three special-function instructions. A multiprocessor of
+// an H100 runs 16 of them per clock (CUDA C++ Programming Guide, table of arithmetic throughput), so 98304 x
+// 8192 elements take 0.65 ms on 132 multiprocessors at 1.755 GHz. That is less than the 1.07 ms of a copy,
+// one read and one write (bench/results/20261123_nvidia-h100-80gb-hbm3_kernels/linear_softcap_ce.log), so
+// the memory decides.
 //
 // Loss and gradient at once: a row of up to 32768 16-bit elements waits in registers between the sum and the
 // gradient (gradient_kernel); a longer or misaligned one is read twice, the second time mostly from L2
@@ -24,7 +27,7 @@ constexpr int kReadUnroll = 4, kStoreUnroll = 2;
 // Caps the kernels at 64 registers: 32 warps to hide the special-function latency behind.
 constexpr int kBlocksPerSm = 4;
 constexpr int kWideThreads = 512;  // of two_pass_kernel
-// gradient_kernel: elements a thread holds, and threads on one multiprocessor.
+// gradient_kernel: elements that a thread holds, and threads per multiprocessor.
 template <typename D>
 constexpr int kHeld = sizeof(D) == 2 ? 32 : 16;
 constexpr int kHeldThreads = 1024;
@@ -32,7 +35,7 @@ constexpr float kFixedOffsetCap = 40.0f;  // exp(-80) = 1.8e-35
 constexpr float kLog2e = 1.44269504f;
 constexpr float kNan = __builtin_nanf("");
 
-// 16 bytes that nobody reads again.
+// 16 bytes that are not read again.
 template <typename D>
 __device__ __forceinline__ Pack<D> load_streaming(const Pack<D>* from) {
   const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(from));
@@ -373,7 +376,7 @@ __global__ void __launch_bounds__(Threads, kHeldThreads / Threads)
     for (int i = 0; i < kCount; ++i) {
       held[p * kCount + i] = sum.add_and_hold(load_float(loaded[p].value[i]), shape.cap, rate);
     }
-    if (pack == target_pack) {  // the same sum without the target, rather than a comparison an element
+    if (pack == target_pack) {  // the same sum without the target, rather than a comparison per element
       PGOLF_UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (i != target_place) before.add(load_float(loaded[p].value[i]), shape.cap, rate);
@@ -482,7 +485,8 @@ void softcap_ce_gradient_cuda(const T* logits, const int64_t* target, const floa
   using D = typename DeviceType<T>::type;
   const D* x = reinterpret_cast<const D*>(logits);
   D* grad = reinterpret_cast<D*>(grad_logits);
-  const GradientArgs args{grad_loss, grad_stride, target, loss, lse};
+  const GradientArgs args{
+      .grad_losses = grad_loss, .grad_stride = grad_stride, .targets = target, .losses = loss, .lses = lse};
   if (shape.cap <= kFixedOffsetCap) {
     launch_gradient<D, FixedSum>(x, grad, args, shape, stream);
   } else {

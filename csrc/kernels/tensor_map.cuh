@@ -38,7 +38,7 @@ inline EncodeTiled encode_tiled() {
   return function;
 }
 
-// Gives this thread a context, which it has not until its first call of the runtime that needs one; a
+// Gives this thread a context, which it lacks until its first call of the runtime that needs one; a
 // backward pass may start with a tensor map.
 inline void bind_context() {
   thread_local const bool bound = [] {

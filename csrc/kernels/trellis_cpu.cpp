@@ -15,7 +15,7 @@ constexpr int kStates = kTrellisStates, kHalf = kStates / 2;
 constexpr float kUnreached = 1e30f;  // of the states that no path has come to yet
 
 struct Machine {
-  std::array<uint32_t, kHalf> side{};   // of states p and p + 128 alike
+  std::array<uint32_t, kHalf> side{};   // of both states p and p + 128
   std::array<uint32_t, kHalf> input{};  // parity(p & kTrellisInput); of p + 128 it is the other one
 };
 

@@ -1,6 +1,6 @@
-// CUDA kernel of trellis.h: one block a chain, one thread a state. Each step reads two metrics from shared
-// memory and writes one; the 256 decisions of a step are eight ballots. The path is then read back by one
-// thread, and every thread turns its place of the path into a value.
+// CUDA kernel of trellis.h: one block per chain, one thread per state. Each step reads two metrics from
+// shared memory and writes one; the 256 decisions of a step are eight ballots. The path is then read back by
+// one thread, and every thread turns its place of the path into a value.
 #include "kernels/cuda_check.cuh"
 #include "kernels/trellis.h"
 
@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(kStates)
     for (int offset = 16; offset > 0; offset /= 2) {
       const float other = __shfl_down_sync(0xffffffffu, least, offset);
       const int at = __shfl_down_sync(0xffffffffu, best, offset);
-      if (other < least) least = other, best = at;
+      if (other < least) {
+        least = other;
+        best = at;
+      }
     }
     if (state == 0) {
       for (int t = length - 1; t >= 0; --t) {
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kStates)
   }
 }
 
-// One thread a chain: neighbours read neighbouring columns.
+// One thread per chain: neighbours read neighbouring columns.
 __global__ void __launch_bounds__(kStates) trellis_values(const int8_t* codes, float* value, int64_t total,
                                                           int64_t chains, int64_t rows, int64_t columns) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kStates + threadIdx.x;

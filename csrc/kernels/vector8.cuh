@@ -9,7 +9,7 @@
 
 namespace pgolf {
 
-inline constexpr int kVector = 8;  // elements a thread handles at once
+inline constexpr int kVector = 8;  // elements that a thread handles at once
 
 // Eight elements as they are in memory, to have many loads under way before the first is needed.
 template <typename T>

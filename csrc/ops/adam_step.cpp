@@ -2,10 +2,6 @@
 // kernels/adam_step.h.
 #include "kernels/adam_step.h"
 
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
-
 #include <vector>
 
 #include "ops/checks.h"
@@ -13,38 +9,37 @@
 namespace pgolf {
 namespace {
 
-void check_vector(const at::Tensor& tensor, const char* op, const char* what, int64_t length,
-                  const at::Device& device) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == at::kFloat, op, ": ", what, " must be float32, got ",
+void check_vector(const Tensor& tensor, const char* op, const char* what, int64_t length,
+                  const Device& device) {
+  PGOLF_CHECK_TYPE(tensor.scalar_type() == kFloat, op, ": ", what, " must be float32, got ",
                    tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.numel() == length && tensor.is_contiguous() && tensor.device() == device, op, ": ",
+  PGOLF_CHECK_VALUE(tensor.numel() == length && tensor.is_contiguous() && tensor.device() == device, op, ": ",
                     what, " must have ", length, " contiguous elements on ", device, ", got ", tensor.sizes(),
                     " on ", tensor.device());
 }
 
 void check_betas(const char* op, double beta1, double beta2) {
   for (double beta : {beta1, beta2})
-    TORCH_CHECK_VALUE(beta >= 0 && beta < 1, op, ": betas must be in [0, 1), got ", beta);
+    PGOLF_CHECK_VALUE(beta >= 0 && beta < 1, op, ": betas must be in [0, 1), got ", beta);
 }
 
-// Float32 or bfloat16, all alike; at least one, by which the dispatcher has chosen the device.
+// The tensors are all float32 or all bfloat16. There is at least one: by it the dispatcher chose the device.
 template <typename Sum>
-at::Tensor square_sums(at::TensorList tensors, const Sum& sum) {
-  const at::ScalarType type = tensors[0].scalar_type();
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16,
+Tensor square_sums(TensorList tensors, const Sum& sum) {
+  const ScalarType type = tensors[0].scalar_type();
+  PGOLF_CHECK_TYPE(type == kFloat || type == kBFloat16,
                    "square_sums: tensors must be float32 or bfloat16, got ", type);
   std::vector<SquareSum> list;
-  for (const at::Tensor& tensor : tensors) {
-    TORCH_CHECK_TYPE(tensor.scalar_type() == type, "square_sums: tensors must have one dtype, got ", type,
+  for (const Tensor& tensor : tensors) {
+    PGOLF_CHECK_TYPE(tensor.scalar_type() == type, "square_sums: tensors must have one dtype, got ", type,
                      " and ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(tensor.is_contiguous() && tensor.device() == tensors[0].device(),
+    PGOLF_CHECK_VALUE(tensor.is_contiguous() && tensor.device() == tensors[0].device(),
                       "square_sums: tensors must be contiguous on one device, got strides ", tensor.strides(),
                       " on ", tensor.device());
     list.push_back({tensor.const_data_ptr(), tensor.numel()});
   }
-  const at::Tensor out =
-      at::empty({static_cast<int64_t>(list.size())}, tensors[0].options().dtype(at::kFloat));
-  if (type == at::kFloat) {
+  const Tensor out = torch::stable::new_empty(tensors[0], {static_cast<int64_t>(list.size())}, kFloat);
+  if (type == kFloat) {
     sum(float{}, list, out);
   } else {
     sum(bf16{}, list, out);
@@ -52,134 +47,137 @@ at::Tensor square_sums(at::TensorList tensors, const Sum& sum) {
   return out;
 }
 
-at::Tensor square_sums_on_cpu(at::TensorList tensors) {
-  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const at::Tensor& out) {
+Tensor square_sums_on_cpu(TensorList tensors) {
+  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const Tensor& out) {
     square_sums_cpu<decltype(tag)>(list.data(), static_cast<int>(list.size()), mutable_pointer<float>(out),
-                                   at::get_num_threads());
+                                   num_threads());
   });
 }
 
-ClipRule check_clip(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
-                    const at::Tensor& corrections, double clip, double beta1, double beta2) {
+ClipRule check_clip(const Tensor& sums, const Tensor& state, const Tensor& hyper, const Tensor& corrections,
+                    double clip, double beta1, double beta2) {
   check_vector(sums, "clip_scale", "sums", sums.numel(), sums.device());
   check_vector(state, "clip_scale", "state", kClipState, sums.device());
-  check_vector(hyper, "clip_scale", "hyper", kMuonHyper, sums.device());
+  check_vector(hyper, "clip_scale", "hyper", kHyperCount, sums.device());
   check_vector(corrections, "clip_scale", "corrections", 2, sums.device());
-  TORCH_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
+  PGOLF_CHECK_VALUE(clip >= 0, "clip_scale: clip must be >= 0 (0: none), got ", clip);
   check_betas("clip_scale", beta1, beta2);
-  return {clip, beta1, beta2};
+  return {.clip = clip, .beta1 = beta1, .beta2 = beta2};
 }
 
-void clip_scale_on_cpu(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
-                       const at::Tensor& corrections, double clip, double beta1, double beta2) {
+void clip_scale_on_cpu(const Tensor& sums, const Tensor& state, const Tensor& hyper,
+                       const Tensor& corrections, double clip, double beta1, double beta2) {
   const ClipRule rule = check_clip(sums, state, hyper, corrections, clip, beta1, beta2);
   clip_scale_cpu(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule);
 }
 
-std::vector<AdamTarget> check_adam(at::TensorList params, at::TensorList grads, at::TensorList means,
-                                   at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                                   const at::Tensor& hyper, const at::Tensor& corrections) {
-  const at::Device device = lr.device();
+std::vector<AdamTarget> check_adam(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                                   TensorList averages, const Tensor& lr, const Tensor& hyper,
+                                   const Tensor& corrections) {
+  const Device device = lr.device();
   check_vector(lr, "adam_step", "lr", 1, device);
-  check_vector(hyper, "adam_step", "hyper", kMuonHyper, device);
+  check_vector(hyper, "adam_step", "hyper", kHyperCount, device);
   check_vector(corrections, "adam_step", "corrections", 2, device);
-  const auto take = [&](at::TensorList list, const char* what, size_t i) {
-    TORCH_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
+  const auto take = [&](TensorList list, const char* what, size_t i) {
+    PGOLF_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
                       ", one a parameter, got ", list.size());
-    TORCH_CHECK_VALUE(list[i].sizes() == params[i].sizes(), "adam_step: ", what, " ", i, " must have shape ",
-                      params[i].sizes(), ", got ", list[i].sizes());
+    PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i,
+                      " must have shape ", params[i].sizes(), ", got ", list[i].sizes());
     check_vector(list[i], "adam_step", what, params[i].numel(), device);
     return mutable_pointer<float>(list[i]);
   };
   std::vector<AdamTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
-    targets.push_back({take(params, "params", i), take(grads, "grads", i), take(means, "means", i),
-                       take(squares, "squares", i),
-                       averages.empty() ? nullptr : take(averages, "averages", i), params[i].numel()});
+    targets.push_back({.param = take(params, "params", i),
+                       .grad = take(grads, "grads", i),
+                       .mean = take(means, "means", i),
+                       .square = take(squares, "squares", i),
+                       .average = averages.empty() ? nullptr : take(averages, "averages", i),
+                       .count = params[i].numel()});
   }
   return targets;
 }
 
-AdamRule make_rule(const at::Tensor& lr, const at::Tensor& hyper, const at::Tensor& corrections,
-                   double weight_decay, double beta1, double beta2, double eps) {
+AdamRule make_rule(const Tensor& lr, const Tensor& hyper, const Tensor& corrections, double weight_decay,
+                   double beta1, double beta2, double eps) {
   check_betas("adam_step", beta1, beta2);
-  TORCH_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
+  PGOLF_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
                     " and ", weight_decay);
-  return {const_pointer<float>(lr),         const_pointer<float>(hyper),   const_pointer<float>(corrections),
-          static_cast<float>(weight_decay), static_cast<float>(beta1),     static_cast<float>(beta2),
-          static_cast<float>(eps),          static_cast<float>(1 - beta1), static_cast<float>(1 - beta2)};
+  return {.lr = const_pointer<float>(lr),
+          .hyper = const_pointer<float>(hyper),
+          .corrections = const_pointer<float>(corrections),
+          .weight_decay = static_cast<float>(weight_decay),
+          .beta1 = static_cast<float>(beta1),
+          .beta2 = static_cast<float>(beta2),
+          .eps = static_cast<float>(eps),
+          .rest1 = static_cast<float>(1 - beta1),
+          .rest2 = static_cast<float>(1 - beta2)};
 }
 
-void adam_step_on_cpu(at::TensorList params, at::TensorList grads, at::TensorList means,
-                      at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                      const at::Tensor& hyper, const at::Tensor& corrections, double weight_decay,
-                      double beta1, double beta2, double eps) {
+void adam_step_on_cpu(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                      TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
+                      double weight_decay, double beta1, double beta2, double eps) {
   const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
   adam_step_cpu(targets.data(), static_cast<int>(targets.size()),
-                make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), at::get_num_threads());
+                make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), num_threads());
 }
 
 #ifdef PGOLF_WITH_CUDA
-at::Tensor square_sums_on_cuda(at::TensorList tensors) {
-  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const at::Tensor& out) {
-    const c10::cuda::CUDAGuard guard(out.device());
+Tensor square_sums_on_cuda(TensorList tensors) {
+  return square_sums(tensors, [](auto tag, const std::vector<SquareSum>& list, const Tensor& out) {
+    const DeviceGuard guard(out);
     const int count = static_cast<int>(list.size());
-    const at::Tensor workspace =
-        at::zeros({square_sums_workspace(list.data(), count)}, out.options().dtype(at::kByte));
+    const Tensor workspace =
+        torch::stable::new_zeros(out, {square_sums_workspace(list.data(), count)}, kByte);
     square_sums_cuda<decltype(tag)>(list.data(), count, mutable_pointer<float>(out),
-                                    workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+                                    workspace.mutable_data_ptr(), current_stream());
   });
 }
 
-void clip_scale_on_cuda(const at::Tensor& sums, const at::Tensor& state, const at::Tensor& hyper,
-                        const at::Tensor& corrections, double clip, double beta1, double beta2) {
+void clip_scale_on_cuda(const Tensor& sums, const Tensor& state, const Tensor& hyper,
+                        const Tensor& corrections, double clip, double beta1, double beta2) {
   const ClipRule rule = check_clip(sums, state, hyper, corrections, clip, beta1, beta2);
-  const c10::cuda::CUDAGuard guard(sums.device());
+  const DeviceGuard guard(sums);
   clip_scale_cuda(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
-                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule,
-                  c10::cuda::getCurrentCUDAStream().stream());
+                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule, current_stream());
 }
 
-void adam_step_on_cuda(at::TensorList params, at::TensorList grads, at::TensorList means,
-                       at::TensorList squares, at::TensorList averages, const at::Tensor& lr,
-                       const at::Tensor& hyper, const at::Tensor& corrections, double weight_decay,
-                       double beta1, double beta2, double eps) {
+void adam_step_on_cuda(TensorList params, TensorList grads, TensorList means, TensorList squares,
+                       TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
+                       double weight_decay, double beta1, double beta2, double eps) {
   const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
-  const c10::cuda::CUDAGuard guard(lr.device());
+  const DeviceGuard guard(lr);
   adam_step_cuda(targets.data(), static_cast<int>(targets.size()),
-                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps),
-                 c10::cuda::getCurrentCUDAStream().stream());
+                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), current_stream());
 }
 #endif
 
 }  // namespace
 }  // namespace pgolf
 
-TORCH_LIBRARY_FRAGMENT(pgolf, m) {
-  m.def("square_sums(Tensor[] tensors) -> Tensor", {at::Tag::pt2_compliant_tag});
+STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
+  m.def("square_sums(Tensor[] tensors) -> Tensor");
   m.def(
       "clip_scale(Tensor sums, Tensor(a!) state, Tensor(b!) hyper, Tensor(c!) corrections, float clip, "
-      "float beta1, float beta2) -> ()",
-      {at::Tag::pt2_compliant_tag});
+      "float beta1, float beta2) -> ()");
   m.def(
       "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] means, Tensor(d!)[] squares, "
       "Tensor(e!)[] averages, Tensor lr, Tensor hyper, Tensor corrections, float weight_decay, float "
       "beta1, "
-      "float beta2, float eps) -> ()",
-      {at::Tag::pt2_compliant_tag});
+      "float beta2, float eps) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
-  m.impl("square_sums", &pgolf::square_sums_on_cpu);
-  m.impl("clip_scale", &pgolf::clip_scale_on_cpu);
-  m.impl("adam_step", &pgolf::adam_step_on_cpu);
+STABLE_TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
+  m.impl("square_sums", TORCH_BOX(&pgolf::square_sums_on_cpu));
+  m.impl("clip_scale", TORCH_BOX(&pgolf::clip_scale_on_cpu));
+  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step_on_cpu));
 }
 
 #ifdef PGOLF_WITH_CUDA
-TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
-  m.impl("square_sums", &pgolf::square_sums_on_cuda);
-  m.impl("clip_scale", &pgolf::clip_scale_on_cuda);
-  m.impl("adam_step", &pgolf::adam_step_on_cuda);
+STABLE_TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
+  m.impl("square_sums", TORCH_BOX(&pgolf::square_sums_on_cuda));
+  m.impl("clip_scale", TORCH_BOX(&pgolf::clip_scale_on_cuda));
+  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step_on_cuda));
 }
 #endif

@@ -1,47 +1,188 @@
 // The Python module `pgolf._C`: what was built, and the host codec. Loading it registers the operators of the
-// other files here.
-#include <pybind11/pybind11.h>
+// other files here with torch. In Python's limited API, so that one binary serves every Python from 3.10 on;
+// pybind11 has no limited API.
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
 
-#include <sstream>
+#include <new>
 #include <string>
+#include <vector>
 
-namespace pgolf {
-void bind_range_coder(pybind11::module_& m);  // range_coder.cpp
-}
+#include "kernels/range_coder.h"
 
 namespace {
 
-pybind11::list split(const std::string& text) {
-  pybind11::list parts;
-  std::istringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) parts.append(part);
-  return parts;
+using pgolf::Shape;
+
+// A reference that is given up at the end of the scope.
+class Owned {
+ public:
+  explicit Owned(PyObject* object) : object_(object) {}
+  ~Owned() { Py_XDECREF(object_); }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+
+ private:
+  PyObject* object_;
+};
+
+// Lets other Python threads run while it lives.
+class Unlocked {
+ public:
+  Unlocked() : state_(PyEval_SaveThread()) {}
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
+// The bytes of an object with a buffer: a copy, unless it is a `bytes`. Null where it has none.
+struct Bytes {
+  explicit Bytes(PyObject* object) : owner(PyBytes_FromObject(object)) {
+    if (owner.get() != nullptr && PyBytes_AsStringAndSize(owner.get(), &data, &size) != 0) data = nullptr;
+  }
+  Owned owner;
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+};
+
+PyObject* value_error(const std::string& message) {
+  PyErr_SetString(PyExc_ValueError, message.c_str());
+  return nullptr;
 }
 
-pybind11::dict build_info() {
-#ifdef PGOLF_WITH_CUDA
-  const bool linked = true;
-#else
-  const bool linked = false;
-#endif
-  pybind11::dict info;
-  info["torch_version"] = PGOLF_TORCH_VERSION;
-  info["torch_cuda"] = PGOLF_TORCH_CUDA;
-  info["cuda_compiled"] = static_cast<bool>(PGOLF_CUDA_COMPILED);
-  info["cuda_linked"] = linked;
-  info["cuda_archs"] = split(PGOLF_CUDA_ARCHS);
-  info["cxx_compiler"] = PGOLF_CXX_COMPILER;
-  info["cuda_compiler"] = PGOLF_CUDA_COMPILER;
-  info["cuda_reason"] = PGOLF_CUDA_REASON;
-  return info;
+bool check_shape(const char* op, long long rows, long long cols) {
+  constexpr long long kMost = 1LL << 31;
+  if (rows >= 0 && cols >= 0 && rows <= kMost && cols <= kMost && rows * cols <= kMost) return true;
+  value_error(std::string(op) + ": shape must be (rows, cols) of at most 2^31 codes, got (" +
+              std::to_string(rows) + ", " + std::to_string(cols) + ")");
+  return false;
 }
+
+// Fills in the matrix's shape with its pool's, which must be whole rows.
+bool shape_of(const char* op, long long rows, long long cols, const Bytes& pool, Shape* shape) {
+  if (!check_shape(op, rows, cols)) return false;
+  const long long pool_rows = cols > 0 ? pool.size / cols : 0;
+  if (pool_rows * cols != pool.size) {
+    value_error(std::string(op) + ": the pool's " + std::to_string(pool.size) +
+                " codes are no whole rows of " + std::to_string(cols) + " columns");
+    return false;
+  }
+  if (!check_shape(op, rows + pool_rows, cols)) return false;
+  *shape = {rows, cols, pool_rows};
+  return true;
+}
+
+PyObject* encode(PyObject*, PyObject* arguments) {
+  PyObject *codes = nullptr, *earlier = nullptr;
+  long long rows = 0, cols = 0;
+  int fast = 0;
+  if (PyArg_ParseTuple(arguments, "OLLOp:encode_codes", &codes, &rows, &cols, &earlier, &fast) == 0) {
+    return nullptr;
+  }
+  const Bytes view(codes), pool(earlier);
+  Shape shape{};
+  if (view.data == nullptr || pool.data == nullptr) return nullptr;
+  if (!shape_of("encode_codes", rows, cols, pool, &shape)) return nullptr;
+  if (view.size != rows * cols) {
+    return value_error("encode_codes: expected " + std::to_string(rows * cols) + " codes, got " +
+                       std::to_string(view.size));
+  }
+  std::vector<uint8_t> stream;
+  {
+    const Unlocked unlocked;
+    stream = pgolf::encode_codes_cpu(reinterpret_cast<const int8_t*>(view.data),
+                                     reinterpret_cast<const int8_t*>(pool.data), shape, fast != 0);
+  }
+  return PyBytes_FromStringAndSize(reinterpret_cast<const char*>(stream.data()),
+                                   static_cast<Py_ssize_t>(stream.size()));
+}
+
+PyObject* decode(PyObject*, PyObject* arguments) {
+  PyObject *data = nullptr, *earlier = nullptr;
+  long long rows = 0, cols = 0;
+  if (PyArg_ParseTuple(arguments, "OLLO:decode_codes", &data, &rows, &cols, &earlier) == 0) return nullptr;
+  const Bytes view(data), pool(earlier);
+  Shape shape{};
+  if (view.data == nullptr || pool.data == nullptr) return nullptr;
+  if (!shape_of("decode_codes", rows, cols, pool, &shape)) return nullptr;
+  Owned codes(PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(rows * cols)));
+  if (codes.get() == nullptr) return nullptr;
+  auto* out = reinterpret_cast<int8_t*>(PyByteArray_AsString(codes.get()));
+  const char* error = nullptr;
+  {
+    const Unlocked unlocked;
+    error = pgolf::decode_codes_cpu(reinterpret_cast<const uint8_t*>(view.data), view.size,
+                                    reinterpret_cast<const int8_t*>(pool.data), out, shape);
+  }
+  if (error != nullptr) {
+    return value_error("decode_codes: expected the codes of a " + std::to_string(rows) + " x " +
+                       std::to_string(cols) + " matrix, but in " + std::to_string(view.size) + " bytes " +
+                       error);
+  }
+  return codes.release();
+}
+
+// Calls a function of Python; what C++ throws in it becomes a Python exception.
+template <PyObject* (*function)(PyObject*, PyObject*)>
+PyObject* guarded(PyObject* self, PyObject* arguments) {
+  try {
+    return function(self, arguments);
+  } catch (const std::bad_alloc&) {
+    return PyErr_NoMemory();
+  } catch (const std::exception& e) {
+    PyErr_SetString(PyExc_RuntimeError, e.what());
+    return nullptr;
+  }
+}
+
+PyObject* build_info(PyObject*, PyObject*) {
+#ifdef PGOLF_WITH_CUDA
+  const char* cuda_compiler = PGOLF_CUDA_COMPILER;
+  const char* cuda_archs = PGOLF_CUDA_ARCHS;
+#else
+  const char *cuda_compiler = "", *cuda_archs = "";
+#endif
+  return Py_BuildValue("{s:s,s:s,s:s,s:s,s:s}", "torch_headers", PGOLF_TORCH_VERSION, "cxx_compiler",
+                       PGOLF_CXX_COMPILER, "cuda_compiler", cuda_compiler, "cuda_archs", cuda_archs,
+                       "cuda_reason", PGOLF_CUDA_REASON);
+}
+
+PyMethodDef kMethods[] = {
+    {"build_info", build_info, METH_NOARGS,
+     "What was built: torch_headers (version), cxx_compiler, cuda_compiler, cuda_archs (separated by "
+     "commas), "
+     "cuda_reason (why CUDA kernels are missing, or empty)."},
+    {"encode_codes", guarded<encode>, METH_VARARGS,
+     "encode_codes(codes, rows, cols, pool, fast): the entropy-coded stream of (rows, cols) int8 codes, "
+     "row-major."},
+    {"decode_codes", guarded<decode>, METH_VARARGS,
+     "decode_codes(data, rows, cols, pool): the (rows, cols) int8 codes of a stream, row-major."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef kModule = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "Compiled half of pgolf: build information, the host codec, and the operators of torch.ops.pgolf.",
+    -1,
+    kMethods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled half of pgolf: build information, the host codec, and the operators of torch.ops.pgolf";
-  m.def("build_info", &build_info,
-        "What was built: torch_version, torch_cuda, cuda_compiled, cuda_linked, cuda_archs, cxx_compiler, "
-        "cuda_compiler, cuda_reason (why CUDA kernels are missing, or empty).");
-  pgolf::bind_range_coder(m);
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&kModule); }

@@ -1,81 +1,83 @@
-// Binding of muon_step and muon_apply: schema, checks, scratch memory, dispatch. Maths: kernels/muon_step.h
-// around kernels/newton_schulz.h.
+// Binding of muon_step and muon_apply: schema, checks, scratch memory, dispatch. Maths, and which kernels are
+// launched: kernels/muon_step.h around kernels/newton_schulz.h.
 #include "kernels/muon_step.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
-#include <algorithm>
 #include <cmath>
-#include <string_view>
 #include <vector>
 
-#include "kernels/newton_schulz.h"
-#include "kernels/newton_schulz_sm90.h"
 #include "ops/checks.h"
 
 namespace pgolf {
 namespace {
 
-constexpr int64_t kAlign = 64;  // elements between the directions of two banks
-
-using Doubles = at::ArrayRef<double>;
+ScalarType first_type(TensorList list) { return list.empty() ? kFloat : list[0].scalar_type(); }
 
 // Calls body(T{}) for float32 and bfloat16; TypeError otherwise.
 template <typename Body>
-void dispatch_state(const char* what, at::ScalarType type, const Body& body) {
-  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16, "muon_step: ", what,
+void dispatch_state(const char* what, ScalarType type, const Body& body) {
+  PGOLF_CHECK_TYPE(type == kFloat || type == kBFloat16, "muon_step: ", what,
                    " must be float32 or bfloat16, got ", type);
-  if (type == at::kFloat) return body(float{});
+  if (type == kFloat) return body(float{});
   body(bf16{});
 }
 
-void check_hyper(const at::Tensor& hyper) {
-  TORCH_CHECK_TYPE(hyper.scalar_type() == at::kFloat, "muon_step: hyper must be float32, got ",
+// Calls body(G{}, M{}, X{}) with the types of the three lists.
+template <typename Body>
+void dispatch_states(TensorList grads, TensorList momenta, TensorList updates, const Body& body) {
+  dispatch_state("grads", first_type(grads), [&](auto g) {
+    dispatch_state("momenta", first_type(momenta), [&](auto m) {
+      dispatch_state("updates", first_type(updates), [&](auto x) { body(g, m, x); });
+    });
+  });
+}
+
+void check_hyper(const Tensor& hyper) {
+  PGOLF_CHECK_TYPE(hyper.scalar_type() == kFloat, "muon_step: hyper must be float32, got ",
                    hyper.scalar_type());
-  TORCH_CHECK_VALUE(hyper.dim() == 1 && hyper.size(0) == kMuonHyper && hyper.is_contiguous(),
-                    "muon_step: hyper must be (", int{kMuonHyper}, ",) contiguous, got ", hyper.sizes());
+  PGOLF_CHECK_VALUE(hyper.dim() == 1 && hyper.size(0) == kHyperCount && hyper.is_contiguous(),
+                    "muon_step: hyper must be (", int{kHyperCount}, ",) contiguous, got ", hyper.sizes());
 }
 
 // `tensor` of list `what` at `index` must have the shape of `model`; check_list sees to the rest.
-void check_like(const at::Tensor& tensor, const at::Tensor& model, const char* what, size_t index) {
-  TORCH_CHECK_VALUE(tensor.sizes() == model.sizes(), "muon_step: ", what, " ", index, " must have shape ",
+void check_like(const Tensor& tensor, const Tensor& model, const char* what, size_t index) {
+  PGOLF_CHECK_VALUE(same(tensor.sizes(), model.sizes()), "muon_step: ", what, " ", index, " must have shape ",
                     model.sizes(), ", got ", tensor.sizes());
 }
 
-void check_list(at::TensorList list, const char* what, at::ScalarType type, const at::Tensor& hyper) {
+void check_list(TensorList list, const char* what, ScalarType type, const Tensor& hyper) {
   for (size_t i = 0; i < list.size(); ++i) {
-    TORCH_CHECK_TYPE(list[i].scalar_type() == type, "muon_step: ", what, " ", i, " must be ", type, ", got ",
+    PGOLF_CHECK_TYPE(list[i].scalar_type() == type, "muon_step: ", what, " ", i, " must be ", type, ", got ",
                      list[i].scalar_type());
-    TORCH_CHECK_VALUE(list[i].device() == hyper.device(), "muon_step: ", what, " ", i, " must be on ",
+    PGOLF_CHECK_VALUE(list[i].device() == hyper.device(), "muon_step: ", what, " ", i, " must be on ",
                       hyper.device(), " like the hyper, got ", list[i].device());
-    TORCH_CHECK_VALUE(list[i].is_contiguous(), "muon_step: ", what, " ", i,
+    PGOLF_CHECK_VALUE(list[i].is_contiguous(), "muon_step: ", what, " ", i,
                       " must be contiguous, got strides ", list[i].strides(),
                       "; it is read and written in place");
   }
 }
 
 void check_counts(size_t got, size_t want, const char* what) {
-  TORCH_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one a tensor, got ", got);
+  PGOLF_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one a tensor, got ", got);
 }
 
-at::ScalarType first_type(at::TensorList list) { return list.empty() ? at::kFloat : list[0].scalar_type(); }
-
 // What muon_apply works on; `averages` may be empty.
-std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList updates, at::TensorList averages,
-                                      const at::Tensor& hyper, Doubles lr_scales) {
+std::vector<MuonTarget> check_targets(TensorList params, TensorList updates, TensorList averages,
+                                      const Tensor& hyper, Doubles lr_scales) {
   check_hyper(hyper);
   check_counts(updates.size(), params.size(), "updates");
   check_counts(lr_scales.size(), params.size(), "lr_scales");
   if (!averages.empty()) check_counts(averages.size(), params.size(), "averages");
-  check_list(params, "param", at::kFloat, hyper);
+  check_list(params, "param", kFloat, hyper);
   check_list(updates, "update", first_type(updates), hyper);
-  check_list(averages, "average", at::kFloat, hyper);
+  check_list(averages, "average", kFloat, hyper);
   std::vector<MuonTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
     check_like(updates[i], params[i], "update", i);
-    MuonTarget target{mutable_pointer<float>(params[i]), updates[i].const_data_ptr(), nullptr,
-                      params[i].numel(), static_cast<float>(lr_scales[i])};
+    MuonTarget target{.param = mutable_pointer<float>(params[i]),
+                      .update = updates[i].const_data_ptr(),
+                      .average = nullptr,
+                      .count = params[i].numel(),
+                      .lr_scale = static_cast<float>(lr_scales[i])};
     if (!averages.empty()) {
       check_like(averages[i], params[i], "average", i);
       target.average = mutable_pointer<float>(averages[i]);
@@ -85,249 +87,138 @@ std::vector<MuonTarget> check_targets(at::TensorList params, at::TensorList upda
   return targets;
 }
 
-std::vector<NewtonSchulzShape> check_banks(at::TensorList grads, at::TensorList momenta,
-                                           at::TensorList updates, const at::Tensor& hyper,
-                                           Doubles coefficients, double eps, std::string_view algorithm) {
-  check_hyper(hyper);
-  TORCH_CHECK_VALUE(algorithm == "auto" || algorithm == "standard" || algorithm == "gram",
-                    "muon_step: algorithm must be 'auto', 'standard' or 'gram', got '", algorithm, "'");
-  check_counts(momenta.size(), grads.size(), "momenta");
-  check_counts(updates.size(), grads.size(), "updates");
-  check_list(grads, "grad", first_type(grads), hyper);
-  check_list(momenta, "momentum", first_type(momenta), hyper);
-  check_list(updates, "update", first_type(updates), hyper);
+// The iteration without the shape of a bank.
+NewtonSchulzShape check_iteration(Doubles coefficients, double eps) {
   const auto count = static_cast<int64_t>(coefficients.size());
-  TORCH_CHECK_VALUE(count % 3 == 0 && count >= 3 && count <= 3 * kNewtonSchulzMaxSteps,
+  PGOLF_CHECK_VALUE(count % 3 == 0 && count >= 3 && count <= 3 * kNewtonSchulzMaxSteps,
                     "muon_step: coefficients must be 1 to ", kNewtonSchulzMaxSteps,
                     " triples (a, b, c), got ", count, " numbers");
-  TORCH_CHECK_VALUE(eps >= 0, "muon_step: eps must be >= 0, got ", eps);
+  PGOLF_CHECK_VALUE(eps >= 0, "muon_step: eps must be >= 0, got ", eps);
   NewtonSchulzShape shape{};
   shape.steps = static_cast<int>(count / 3);
   shape.eps = static_cast<float>(eps);
   for (int64_t i = 0; i < count; ++i) {
     const double value = coefficients[static_cast<size_t>(i)];
-    TORCH_CHECK_VALUE(std::isfinite(value), "muon_step: coefficients must be finite, got ", value,
+    PGOLF_CHECK_VALUE(std::isfinite(value), "muon_step: coefficients must be finite, got ", value,
                       " in triple ", i / 3);
     shape.coefficients[i / 3][i % 3] = static_cast<float>(value);
   }
-  std::vector<NewtonSchulzShape> shapes;
+  return shape;
+}
+
+// The banks that have elements.
+std::vector<MuonBank> check_banks(TensorList grads, TensorList momenta, TensorList updates,
+                                  const Tensor& hyper) {
+  check_counts(momenta.size(), grads.size(), "momenta");
+  check_counts(updates.size(), grads.size(), "updates");
+  check_list(grads, "grad", first_type(grads), hyper);
+  check_list(momenta, "momentum", first_type(momenta), hyper);
+  check_list(updates, "update", first_type(updates), hyper);
+  std::vector<MuonBank> banks;
   for (size_t i = 0; i < grads.size(); ++i) {
-    TORCH_CHECK_VALUE(grads[i].dim() == 3, "muon_step: grad ", i,
+    PGOLF_CHECK_VALUE(grads[i].dim() == 3, "muon_step: grad ", i,
                       " must be a bank (matrices, rows, cols), got ", grads[i].sizes());
     check_like(momenta[i], grads[i], "momentum", i);
     check_like(updates[i], grads[i], "update", i);
-    shape.batch = grads[i].size(0);
-    shape.rows = grads[i].size(1);
-    shape.cols = grads[i].size(2);
-    shapes.push_back(shape);
-  }
-  return shapes;
-}
-
-// Directions of all banks in one scratch buffer: element offsets, the total last.
-std::vector<int64_t> direction_offsets(at::TensorList updates) {
-  std::vector<int64_t> offsets{0};
-  for (const at::Tensor& update : updates)
-    offsets.push_back(offsets.back() + (update.numel() + kAlign - 1) / kAlign * kAlign);
-  return offsets;
-}
-
-template <typename X>
-std::vector<MuonDirection> directions(at::TensorList grads, at::TensorList momenta, X* scratch,
-                                      const std::vector<int64_t>& offsets) {
-  std::vector<MuonDirection> banks;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    banks.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), scratch + offsets[i],
-                     grads[i].size(0) * grads[i].size(1), grads[i].size(2)});
+    if (grads[i].numel() == 0) continue;
+    banks.push_back({.grad = grads[i].const_data_ptr(),
+                     .momentum = momenta[i].mutable_data_ptr(),
+                     .update = updates[i].mutable_data_ptr(),
+                     .matrices = grads[i].size(0),
+                     .rows = grads[i].size(1),
+                     .cols = grads[i].size(2)});
   }
   return banks;
 }
 
-void apply_cpu(at::TensorList params, at::TensorList updates, at::TensorList averages,
-               const at::Tensor& hyper, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
-  dispatch_state("updates", first_type(updates), [&](auto tag) {
-    muon_apply_cpu<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                  const_pointer<float>(hyper), at::get_num_threads());
-  });
+Tensor scratch_bytes(int64_t bytes, const Tensor& like) {
+  return torch::stable::new_empty(like, {bytes}, kByte);
 }
 
-void step_cpu(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-              at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
-              double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
-  TORCH_CHECK(algorithm != "gram", "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; ",
-              "use 'auto'");
-  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
-  const std::vector<int64_t> offsets = direction_offsets(updates);
-  const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
-  dispatch_state("grads", first_type(grads), [&](auto g) {
-    dispatch_state("momenta", first_type(momenta), [&](auto m) {
-      dispatch_state("updates", first_type(updates), [&](auto x) {
-        using X = decltype(x);
-        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
-        const int threads = at::get_num_threads();
-        muon_direction_cpu<decltype(g), decltype(m), X>(banks.data(), static_cast<int>(banks.size()),
-                                                        const_pointer<float>(hyper),
-                                                        {nesterov, lerp, row_normalize}, threads);
-        for (size_t i = 0; i < shapes.size(); ++i) {
-          newton_schulz_cpu(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
-                            shapes[i], threads);
-        }
-      });
-    });
-  });
-  if (!params.empty()) apply_cpu(params, updates, averages, hyper, lr_scales);
+template <typename G, typename M, typename X>
+void run_cpu(const MuonStep& step, const Tensor& hyper) {
+  PGOLF_CHECK(step.algorithm != NsAlgorithm::kGram,
+              "muon_step: algorithm 'gram' needs a Hopper GPU, got CPU tensors; use 'auto'");
+  const Tensor workspace = scratch_bytes(muon_step_workspace_cpu<X>(step), hyper);
+  muon_step_cpu<G, M, X>(step, workspace.mutable_data_ptr(), num_threads());
 }
 
 #ifdef PGOLF_WITH_CUDA
-void apply_cuda(at::TensorList params, at::TensorList updates, at::TensorList averages,
-                const at::Tensor& hyper, Doubles lr_scales) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
-  const c10::cuda::CUDAGuard guard(hyper.device());
-  dispatch_state("updates", first_type(updates), [&](auto tag) {
-    muon_apply_cuda<decltype(tag)>(targets.data(), static_cast<int>(targets.size()),
-                                   const_pointer<float>(hyper), c10::cuda::getCurrentCUDAStream().stream());
-  });
-}
-
-at::Tensor scratch_bytes(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte));
-}
-
-NsType ns_type(float) { return NsType::kFloat32; }
-NsType ns_type(bf16) { return NsType::kBfloat16; }
-
-// The banks, where all are to be iterated by the Hopper kernel, else nothing. Their X is written in place.
-template <typename X>
-std::vector<NsBank> hopper_banks(at::TensorList updates, const std::vector<NewtonSchulzShape>& shapes,
-                                 std::string_view algorithm) {
-  std::vector<NsBank> list;
-  if (algorithm == "standard") return list;
-  for (size_t i = 0; i < shapes.size(); ++i) {
-    if (updates[i].numel() == 0) continue;
-    list.push_back({nullptr, mutable_pointer<X>(updates[i]), ns_type(X{}), shapes[i].batch, shapes[i].rows,
-                    shapes[i].cols});
-  }
-  const int count = static_cast<int>(list.size());
-  if (count > 0 && algorithm == "gram") {
-    TORCH_CHECK(newton_schulz_sm90_can_run(list.data(), count), "muon_step: algorithm 'gram' needs a Hopper ",
-                "GPU and banks with sides that are multiples of 8; use 'auto'");
-    return list;
-  }
-  if (count == 0 || !newton_schulz_sm90_supports(list.data(), count)) list.clear();
-  return list;
-}
-
-bool aligned(at::TensorList list) {
-  return std::all_of(list.begin(), list.end(), [](const at::Tensor& tensor) {
-    return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
-  });
-}
-
-// The directions go straight to where the products of the Hopper kernel start.
-template <typename G, typename M>
-void direct_and_iterate(at::TensorList grads, at::TensorList momenta, const std::vector<NsBank>& hopper,
-                        const NewtonSchulzShape& shape, const at::Tensor& hyper, MuonOptions options,
-                        cudaStream_t stream) {
-  std::vector<MuonPolarInput> inputs;
-  for (size_t i = 0; i < static_cast<size_t>(grads.size()); ++i) {
-    if (grads[i].numel() == 0) continue;
-    inputs.push_back({grads[i].const_data_ptr(), momenta[i].mutable_data_ptr(), nullptr, grads[i].size(0),
-                      grads[i].size(1), grads[i].size(2)});
-  }
-  const int count = static_cast<int>(hopper.size());
-  const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
-  for (int first = 0, here = 0; first < count; first += here) {
-    NsPrepared prepared{};
-    here = newton_schulz_sm90_prepare(hopper.data() + first, count - first, shape.steps,
-                                      scratch.mutable_data_ptr(), &prepared);
-    for (int i = 0; i < here; ++i) inputs[static_cast<size_t>(first + i)].x = prepared.x[i];
-    muon_direction_sm90<G, M>(inputs.data() + first, here, prepared, shape.eps, const_pointer<float>(hyper),
-                              options, stream);
-    newton_schulz_sm90_prepared(hopper.data() + first, here, shape.coefficients, shape.steps,
-                                scratch.mutable_data_ptr(), stream);
-  }
-}
-
-// The same of directions that are written out, where gradients or momenta are not aligned.
-void iterate_hopper(const std::vector<MuonDirection>& directions, std::vector<NsBank>& hopper,
-                    const NewtonSchulzShape& shape, const at::Tensor& hyper, cudaStream_t stream) {
-  size_t next = 0;
-  for (const MuonDirection& bank : directions) {
-    if (bank.rows * bank.cols > 0) hopper[next++].in = bank.direction;
-  }
-  const int count = static_cast<int>(hopper.size());
-  const at::Tensor scratch = scratch_bytes(
-      static_cast<int64_t>(newton_schulz_sm90_workspace(hopper.data(), count, shape.steps)), hyper);
-  newton_schulz_sm90(hopper.data(), count, shape.coefficients, shape.steps, shape.eps,
-                     scratch.mutable_data_ptr(), stream);
-}
-
-void step_cuda(at::TensorList params, at::TensorList grads, at::TensorList momenta, at::TensorList updates,
-               at::TensorList averages, const at::Tensor& hyper, Doubles lr_scales, Doubles coefficients,
-               double eps, bool nesterov, bool lerp, bool row_normalize, c10::string_view algorithm) {
-  const auto shapes = check_banks(grads, momenta, updates, hyper, coefficients, eps, algorithm);
-  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
-  const c10::cuda::CUDAGuard guard(hyper.device());
-  const MuonOptions options{nesterov, lerp, row_normalize};
-  dispatch_state("grads", first_type(grads), [&](auto g) {
-    dispatch_state("momenta", first_type(momenta), [&](auto m) {
-      dispatch_state("updates", first_type(updates), [&](auto x) {
-        using G = decltype(g);
-        using M = decltype(m);
-        using X = decltype(x);
-        const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
-        std::vector<NsBank> hopper = hopper_banks<X>(updates, shapes, algorithm);
-        if (!hopper.empty() && aligned(grads) && aligned(momenta)) {
-          direct_and_iterate<G, M>(grads, momenta, hopper, shapes[0], hyper, options, stream);
-          return;
-        }
-        const std::vector<int64_t> offsets = direction_offsets(updates);
-        const at::Tensor scratch = at::empty({offsets.back()}, hyper.options().dtype(first_type(updates)));
-        const auto banks = directions(grads, momenta, mutable_pointer<X>(scratch), offsets);
-        muon_direction_cuda<G, M, X>(banks.data(), static_cast<int>(banks.size()),
-                                     const_pointer<float>(hyper), options, stream);
-        if (!hopper.empty()) {
-          iterate_hopper(banks, hopper, shapes[0], hyper, stream);
-          return;
-        }
-        for (size_t i = 0; i < shapes.size(); ++i) {
-          const at::Tensor space = scratch_bytes(newton_schulz_workspace_bytes(shapes[i]), updates[i]);
-          newton_schulz_cuda(static_cast<const X*>(banks[i].direction), mutable_pointer<X>(updates[i]),
-                             space.mutable_data_ptr(), shapes[i], stream);
-        }
-      });
-    });
-  });
-  if (!params.empty()) apply_cuda(params, updates, averages, hyper, lr_scales);
+template <typename G, typename M, typename X>
+void run_cuda(const MuonStep& step, const Tensor& hyper) {
+  const MuonPlan plan = muon_step_plan_cuda<X>(step);
+  PGOLF_CHECK(step.algorithm != NsAlgorithm::kGram || plan.kernels != MuonKernels::kPortable,
+              "muon_step: algorithm 'gram' needs a Hopper GPU and banks with sides that are multiples of 8; "
+              "use 'auto'");
+  const Tensor workspace = scratch_bytes(plan.workspace, hyper);
+  muon_step_cuda<G, M, X>(step, plan, workspace.mutable_data_ptr(), current_stream());
 }
 #endif
+
+void apply(TensorList params, TensorList updates, TensorList averages, const Tensor& hyper,
+           Doubles lr_scales) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
+  const int count = static_cast<int>(targets.size());
+  const DeviceGuard guard(hyper);
+  dispatch_state("updates", first_type(updates), [&](auto tag) {
+    using X = decltype(tag);
+#ifdef PGOLF_WITH_CUDA
+    if (hyper.is_cuda()) {
+      muon_apply_cuda<X>(targets.data(), count, const_pointer<float>(hyper), current_stream());
+      return;
+    }
+#endif
+    muon_apply_cpu<X>(targets.data(), count, const_pointer<float>(hyper), num_threads());
+  });
+}
+
+void step(TensorList params, TensorList grads, TensorList momenta, TensorList updates, TensorList averages,
+          const Tensor& hyper, Doubles lr_scales, Doubles coefficients, double eps, bool nesterov, bool lerp,
+          bool row_normalize, int64_t algorithm) {
+  check_hyper(hyper);
+  const NsAlgorithm chosen = check_algorithm("muon_step", algorithm);
+  const std::vector<MuonBank> banks = check_banks(grads, momenta, updates, hyper);
+  const MuonStep step{.banks = banks.data(),
+                      .count = static_cast<int>(banks.size()),
+                      .hyper = const_pointer<float>(hyper),
+                      .options = {.nesterov = nesterov, .lerp = lerp, .row_normalize = row_normalize},
+                      .algorithm = chosen,
+                      .iteration = check_iteration(coefficients, eps)};
+  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
+  const DeviceGuard guard(hyper);
+  dispatch_states(grads, momenta, updates, [&](auto g, auto m, auto x) {
+    using G = decltype(g);
+    using M = decltype(m);
+    using X = decltype(x);
+#ifdef PGOLF_WITH_CUDA
+    if (hyper.is_cuda()) return run_cuda<G, M, X>(step, hyper);
+#endif
+    run_cpu<G, M, X>(step, hyper);
+  });
+  if (!params.empty()) apply(params, updates, averages, hyper, lr_scales);
+}
 
 }  // namespace
 }  // namespace pgolf
 
-TORCH_LIBRARY_FRAGMENT(pgolf, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
       "Tensor(d!)[] averages, Tensor hyper, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize, str algorithm=\"auto\") -> ()",
-      {at::Tag::pt2_compliant_tag});
+      "bool nesterov, bool lerp, bool row_normalize, int algorithm=0) -> ()");
   m.def(
       "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor hyper, "
-      "float[] lr_scales) -> ()",
-      {at::Tag::pt2_compliant_tag});
+      "float[] lr_scales) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
-  m.impl("muon_step", &pgolf::step_cpu);
-  m.impl("muon_apply", &pgolf::apply_cpu);
+STABLE_TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
+  m.impl("muon_step", TORCH_BOX(&pgolf::step));
+  m.impl("muon_apply", TORCH_BOX(&pgolf::apply));
 }
 
 #ifdef PGOLF_WITH_CUDA
-TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
-  m.impl("muon_step", &pgolf::step_cuda);
-  m.impl("muon_apply", &pgolf::apply_cuda);
+STABLE_TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
+  m.impl("muon_step", TORCH_BOX(&pgolf::step));
+  m.impl("muon_apply", TORCH_BOX(&pgolf::apply));
 }
 #endif

@@ -22,9 +22,9 @@ void test_sums(int64_t count) {
 }
 
 void test_clip(float sum, float clip, float want) {
-  float state[kClipState] = {0.0f, 2.0f, 0.0f}, hyper[kMuonHyper] = {}, corrections[2];
+  float state[kClipState] = {0.0f, 2.0f, 0.0f}, hyper[kHyperCount] = {}, corrections[2];
   clip_scale_cpu(&sum, 1, state, hyper, corrections, {clip, 0.9, 0.99});
-  check_close(hyper[kMuonGradScale], want, 1e-6, 0.0, "factor");
+  check_close(hyper[kHyperGradScale], want, 1e-6, 0.0, "factor");
   check_close(state[kClipNorm], std::sqrt(sum), 1e-6, 0.0, "norm");
   check(state[kClipSteps] == 3.0f && state[kClipSkipped] == 0.0f, "the step was not counted");
   check_close(corrections[0], 1 / (1 - std::pow(0.9, 3)), 1e-6, 0.0, "first correction");
@@ -33,7 +33,7 @@ void test_clip(float sum, float clip, float want) {
 
 void test_step(int64_t count, float weight, int threads) {
   const float lr = 0.1f, corrections[2] = {2.0f, 3.0f};
-  const float hyper[kMuonHyper] = {0.0f, 0.0f, 0.0f, 0.5f, weight};
+  const float hyper[kHyperCount] = {0.0f, 0.0f, 0.0f, 0.5f, weight};
   const AdamRule rule{&lr, hyper, corrections, 0.2f, 0.9f, 0.99f, 1e-8f, 0.1f, 0.01f};
   const std::vector<float> p = normal_values(count, 1), g = normal_values(count, 2),
                            m = normal_values(count, 3), a = normal_values(count, 4);
@@ -54,9 +54,9 @@ void test_step(int64_t count, float weight, int threads) {
 
 void test_skip() {
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    float state[kClipState] = {}, hyper[kMuonHyper] = {}, corrections[2];
+    float state[kClipState] = {}, hyper[kHyperCount] = {}, corrections[2];
     clip_scale_cpu(&bad, 1, state, hyper, corrections, {0.3, 0.9, 0.99});
-    check(std::isnan(hyper[kMuonGradScale]), "a norm that is not finite gave a factor");
+    check(std::isnan(hyper[kHyperGradScale]), "a norm that is not finite gave a factor");
     check(state[kClipSteps] == 0.0f && state[kClipSkipped] == 1.0f, "a skipped step was counted as taken");
     check(std::isfinite(corrections[0]) && std::isfinite(corrections[1]), "corrections are not finite");
     const float lr = 0.1f;

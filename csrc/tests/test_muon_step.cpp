@@ -1,5 +1,5 @@
 // The CPU kernels of muon_step.h against plain float64 loops: rows around the grain of a thread, both kinds
-// of momentum, and the step that is skipped.
+// of momentum, the step that is skipped, and a whole step of banks of different shapes.
 #include <algorithm>
 #include <limits>
 
@@ -10,7 +10,7 @@ namespace pgolf::test {
 namespace {
 
 void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads) {
-  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
+  const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
   const std::vector<float> grad = normal_values(rows * cols, 1), before = normal_values(rows * cols, 2);
   std::vector<float> momentum = before;
   std::vector<float> direction(grad.size());
@@ -37,7 +37,7 @@ void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads
 }
 
 void test_apply(int64_t count, float weight, int threads) {
-  const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
+  const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
   const std::vector<float> start = normal_values(count, 3), update = normal_values(count, 4),
                            average = normal_values(count, 5);
   std::vector<float> param = start, moved = average;
@@ -52,7 +52,7 @@ void test_apply(int64_t count, float weight, int threads) {
 
 void test_skip() {
   for (float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
-    const float hyper[kMuonHyper] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
+    const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, bad, 0.25f};
     const std::vector<float> grad = normal_values(6, 1), before = normal_values(6, 2);
     std::vector<float> momentum = before, direction = before, param = before, average = grad;
     const MuonDirection bank{grad.data(), momentum.data(), direction.data(), 2, 3};
@@ -61,6 +61,57 @@ void test_skip() {
     muon_apply_cpu<float>(&target, 1, hyper, 1);
     check(direction == std::vector<float>(6), "a skipped step left a direction");
     check(momentum == before && param == before && average == grad, "a skipped step changed something");
+  }
+}
+
+// A whole step is the directions of all banks, each iterated.
+void test_step() {
+  const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, 0.25f};
+  const MuonOptions options{.nesterov = true, .lerp = false, .row_normalize = true};
+  const int64_t shapes[][3] = {{2, 3, 5}, {1, 7, 4}, {3, 1, 1}};
+  std::vector<std::vector<float>> grads, momenta, updates;
+  std::vector<MuonBank> banks;
+  for (const auto& [matrices, rows, cols] : shapes) {
+    const int64_t count = matrices * rows * cols;
+    grads.push_back(normal_values(count, 6));
+    momenta.push_back(normal_values(count, 7));
+    updates.emplace_back(static_cast<size_t>(count));
+    banks.push_back({.grad = grads.back().data(),
+                     .momentum = momenta.back().data(),
+                     .update = updates.back().data(),
+                     .matrices = matrices,
+                     .rows = rows,
+                     .cols = cols});
+  }
+  const std::vector<std::vector<float>> before = momenta;
+  MuonStep step{.banks = banks.data(),
+                .count = static_cast<int>(banks.size()),
+                .hyper = hyper,
+                .options = options,
+                .algorithm = MuonAlgorithm::kAuto,
+                .iteration = {}};
+  step.iteration.steps = 2;
+  step.iteration.eps = 1e-7f;
+  for (int i = 0; i < 2; ++i) {
+    const float abc[3] = {3.4445f, -4.7750f, 2.0315f};
+    std::copy(abc, abc + 3, step.iteration.coefficients[i]);
+  }
+  std::vector<unsigned char> workspace(static_cast<size_t>(muon_step_workspace_cpu<float>(step)));
+  muon_step_cpu<float, float, float>(step, workspace.data(), 2);
+  for (size_t i = 0; i < banks.size(); ++i) {
+    std::vector<float> momentum = before[i], direction(momentum.size()), want(momentum.size());
+    const MuonDirection bank{.grad = banks[i].grad,
+                             .momentum = momentum.data(),
+                             .direction = direction.data(),
+                             .rows = banks[i].matrices * banks[i].rows,
+                             .cols = banks[i].cols};
+    muon_direction_cpu<float, float, float>(&bank, 1, hyper, options, 1);
+    NewtonSchulzShape shape = step.iteration;
+    shape.batch = banks[i].matrices;
+    shape.rows = banks[i].rows;
+    shape.cols = banks[i].cols;
+    newton_schulz_cpu(direction.data(), want.data(), shape, 1);
+    check(momenta[i] == momentum && updates[i] == want, "bank " + std::to_string(i) + " of a step");
   }
 }
 
@@ -77,5 +128,6 @@ int main() {
     for (float weight : {0.0f, 0.25f, 0.75f, 1.0f}) test_apply(100003, weight, 3);
     test_apply(0, 0.5f, 2);
     test_skip();
+    test_step();
   });
 }

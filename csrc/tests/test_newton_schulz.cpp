@@ -2,40 +2,28 @@
 #include "kernels/gemm.h"
 #include "kernels/newton_schulz.h"
 #include "tests/check.h"
+#include "tests/matrix.h"
 
 namespace pgolf::test {
 namespace {
-
-using Matrix = std::vector<double>;  // row-major
-
-// C = alpha * A B^T + beta * D with A (m, k), B (n, k).
-Matrix product(const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k) {
-  Matrix c(static_cast<size_t>(m * n));
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0.0;
-      for (int64_t p = 0; p < k; ++p)
-        sum += a[static_cast<size_t>(i * k + p)] * b[static_cast<size_t>(j * k + p)];
-      c[static_cast<size_t>(i * n + j)] = sum;
-    }
-  }
-  return c;
-}
-
-Matrix transposed(const Matrix& x, int64_t rows, int64_t cols) {
-  Matrix out(x.size());
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < cols; ++j)
-      out[static_cast<size_t>(j * rows + i)] = x[static_cast<size_t>(i * cols + j)];
-  }
-  return out;
-}
 
 void test_gemm(int64_t m, int64_t n, int64_t k, int threads) {
   const std::vector<float> a = normal_values(m * k, 1), b = normal_values(n * k, 2),
                            d = normal_values(m * n, 3);
   std::vector<float> c(static_cast<size_t>(m * n));
-  gemm_cpu({m, n, k, a.data(), k, b.data(), 1, k, 0.5f, -2.0f, d.data(), c.data(), false}, threads);
+  gemm_cpu({.m = m,
+            .n = n,
+            .k = k,
+            .a = a.data(),
+            .a_stride = k,
+            .b = b.data(),
+            .b_row_stride = 1,
+            .b_col_stride = k,
+            .alpha = 0.5f,
+            .beta = -2.0f,
+            .d = d.data(),
+            .c = c.data()},
+           threads);
   const Matrix want = product({a.begin(), a.end()}, {b.begin(), b.end()}, m, n, k);
   for (size_t i = 0; i < c.size(); ++i) {
     check_close(c[i], 0.5 * want[i] - 2.0 * d[i], 1e-5, 1e-6 * static_cast<double>(k), "gemm");
@@ -44,8 +32,12 @@ void test_gemm(int64_t m, int64_t n, int64_t k, int threads) {
 
 void test_iteration(int64_t rows, int64_t cols, int threads) {
   const float abc[3] = {3.4445f, -4.7750f, 2.0315f};
-  const NewtonSchulzShape shape{2,    rows, cols, 2, {{abc[0], abc[1], abc[2]}, {abc[0], abc[1], abc[2]}},
-                                1e-7f};
+  const NewtonSchulzShape shape{.batch = 2,
+                                .rows = rows,
+                                .cols = cols,
+                                .steps = 2,
+                                .coefficients = {{abc[0], abc[1], abc[2]}, {abc[0], abc[1], abc[2]}},
+                                .eps = 1e-7f};
   const std::vector<float> values = normal_values(2 * rows * cols, 4);
   std::vector<float> out(values.size());
   newton_schulz_cpu(values.data(), out.data(), shape, threads);

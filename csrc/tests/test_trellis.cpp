@@ -19,7 +19,7 @@ void test_round_trip(int64_t rows, int64_t n, int threads) {
   trellis_round_cpu(x.data(), values.data(), rows, n, threads);
   trellis_round_cpu(x.data(), serial.data(), rows, n, 1);
   check(values == serial, "any number of threads gives the same values");
-  std::vector<int8_t> codes(x.size());  // (n, rows): a chain a column
+  std::vector<int8_t> codes(x.size());  // (n, rows): one chain per column
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t i = 0; i < n; ++i) {
       const float value = values[static_cast<size_t>(r * n + i)];

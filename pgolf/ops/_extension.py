@@ -16,9 +16,8 @@ try:
     from pgolf import _C
 except ImportError as e:
     raise ImportError(
-        f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing or was built "
-        f"for another Python or torch (this is torch {torch.__version__}); in the repository's root run: "
-        f"{BUILD_COMMAND}"
+        f"pgolf's compiled extension pgolf._C could not be loaded ({e}); it is missing, or this torch "
+        f"({torch.__version__}) is older than 2.11; in the repository's root run: {BUILD_COMMAND}"
     ) from e
 
 OPERATORS = (
@@ -65,13 +64,15 @@ def kernel_table() -> list[KernelRow]:
     """Return, for each operator, which kernels this build has and why one is missing.
 
     The answer comes from torch's dispatcher, so it describes the kernels that a call would run. The facts of
-    the build itself (torch version, GPU architectures, compilers) are in `pgolf._C.build_info()`.
+    the build itself (GPU architectures, compilers) are in `pgolf._C.build_info()`.
     """
-    reason = _C.build_info()["cuda_reason"]
+    no_cuda = f"torch {torch.__version__} is a CPU build" if torch.version.cuda is None else ""
+    reason = _C.build_info()["cuda_reason"] or no_cuda
     rows: list[KernelRow] = []
     for op in OPERATORS:
         cpu, cuda = (
             torch._C._dispatch_has_kernel_for_dispatch_key(f"pgolf::{op}", key) for key in ("CPU", "CUDA")
         )
+        cuda = cuda and not no_cuda
         rows.append({"op": op, "cpu": cpu, "cuda": cuda, "reason": "" if cuda else reason})
     return rows

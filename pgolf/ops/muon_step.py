@@ -12,7 +12,7 @@ Legend: `B` matrices of a bank, `m` rows, `n` columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_recording
-from pgolf.ops.newton_schulz import newton_schulz_ref
+from pgolf.ops.newton_schulz import Algorithm, algorithm_number, newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
 """Indices into `hyper`, which is `(HYPER,)` float32."""
@@ -64,7 +64,7 @@ class MuonRule(NamedTuple):
     """Divide each row of the direction by its L2 norm (MuonEq-R)."""
     eps: float = 1e-7
     """Added to the Frobenius norm of a direction."""
-    algorithm: Literal["auto", "standard", "gram"] = "auto"
+    algorithm: Algorithm = "auto"
     """Implementation of the polar iteration: "gram" is the Hopper kernel for all banks at once (sides must be
     multiples of 8), "standard" the portable one; "auto" chooses the one that was measured to be faster."""
 
@@ -124,7 +124,7 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         rule.nesterov,
         rule.lerp,
         rule.row_normalize,
-        rule.algorithm,
+        algorithm_number("muon_step", rule.algorithm),
     )
     # The operator changed these tensors in place. With a higher version, a backward pass that saved one of
     # them before raises an error instead of using the new values, as after torch's own in-place operators.
@@ -229,7 +229,7 @@ def _fake_step(
     _nesterov: bool,
     _lerp: bool,
     _row_normalize: bool,
-    _algorithm: str = "auto",
+    _algorithm: int = 0,
 ) -> None:
     return None
 

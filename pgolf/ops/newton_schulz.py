@@ -20,6 +20,10 @@ from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 
 Algorithm = Literal["auto", "standard", "gram"]
 
+ALGORITHMS: tuple[Algorithm, ...] = ("auto", "standard", "gram")
+"""In the order of `NsAlgorithm` (csrc/kernels/newton_schulz.h): the operators take the place in this tuple.
+The stable ABI of torch 2.11 to 2.13 leaks a string's memory at every call, so they take a number."""
+
 
 def newton_schulz(
     x: Tensor,
@@ -74,7 +78,9 @@ def newton_schulz(
     Source: Muon, https://kellerjordan.github.io/posts/muon; Polar Express, arXiv 2505.16932.
     """
     refuse_transforms("newton_schulz", x)
-    out: Tensor = torch.ops.pgolf.newton_schulz(x, _flat(coefficients), eps, algorithm)
+    out: Tensor = torch.ops.pgolf.newton_schulz(
+        x, _flat(coefficients), eps, algorithm_number("newton_schulz", algorithm)
+    )
     return out
 
 
@@ -107,7 +113,9 @@ def newton_schulz_banks(
             "call it once per device"
         )
     refuse_transforms("newton_schulz_banks", *banks)
-    out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(list(banks), _flat(coefficients), eps, algorithm)
+    out: list[Tensor] = torch.ops.pgolf.newton_schulz_banks(
+        list(banks), _flat(coefficients), eps, algorithm_number("newton_schulz", algorithm)
+    )
     return out
 
 
@@ -116,6 +124,17 @@ def newton_schulz_banks_ref(
 ) -> list[Tensor]:
     """Compute `newton_schulz_banks` with PyTorch operators, see `newton_schulz_ref`."""
     return [newton_schulz_ref(x, coefficients, eps=eps) for x in banks]
+
+
+def algorithm_number(op: str, algorithm: str) -> int:
+    """Return the number by which the operators know an algorithm.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"{op}: algorithm must be 'auto', 'standard' or 'gram', got {algorithm!r}")
+    return ALGORITHMS.index(algorithm)
 
 
 def _flat(coefficients: Sequence[tuple[float, float, float]]) -> list[float]:
@@ -141,12 +160,12 @@ def newton_schulz_ref(
     return out.to(x.dtype)
 
 
-def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float, _algorithm: str = "auto") -> Tensor:
+def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float, _algorithm: int = 0) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_banks(
-    banks: Sequence[Tensor], coefficients: Sequence[float], eps: float, algorithm: str = "auto"
+    banks: Sequence[Tensor], coefficients: Sequence[float], eps: float, algorithm: int = 0
 ) -> list[Tensor]:
     return [_fake(x, coefficients, eps, algorithm) for x in banks]
 
