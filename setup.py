@@ -96,8 +96,8 @@ class CMakeBuild(build_ext):
         self.call([cmake, "--build", str(tree), "--target", "pgolf_all"])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Those of earlier builds, too, which Python would prefer. And a new inode: overwriting a module that a
-        # running process has mapped would crash that process.
+        # Also those of earlier builds, which Python would prefer. And a new inode: overwriting a module that
+        # a running process has mapped would crash that process.
         for old in target.parent.glob("_C.*.so"):
             old.unlink()
         shutil.copy2(tree / MODULE, target)

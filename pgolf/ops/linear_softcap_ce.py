@@ -273,7 +273,7 @@ def _needed(
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `total`, in float32: what the C++ operators cannot call (see float_product there)."""
+    """Add left @ right to `total` in float32, for the C++ operators (see `float_product` there)."""
     if left.is_cuda and left.dtype != torch.float32:
         torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
     else:
@@ -284,9 +284,8 @@ def _second_order(_ctx: Any, *_grads: Tensor) -> None:
     raise second_order_error("linear_softcap_ce")
 
 
-_LIBRARY = torch.library.Library("pgolf", "FRAGMENT")
-_LIBRARY.define("_add_product_(Tensor(a!) total, Tensor left, Tensor right) -> ()")
-_LIBRARY.impl("_add_product_", _add_product_, "CompositeExplicitAutograd")
+torch.library.define("pgolf::_add_product_", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+torch.library.impl("pgolf::_add_product_", "default", _add_product_)
 torch.library.register_fake("pgolf::linear_softcap_ce", _forward_fake)
 torch.library.register_fake("pgolf::linear_softcap_ce_backward", _backward_fake)
 torch.library.register_fake("pgolf::linear_softcap_ce_gradients", _gradients_fake)
