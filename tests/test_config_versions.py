@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from pgolf.train.plan import read_plan
+from pgolf.ablate.plan import read_plan
 from safetensors.torch import save_file
 
 from pgolf.artifact.header import (
