@@ -201,7 +201,7 @@ class DataConfig:
     """Number of micro-batches that the loader's thread prepares ahead of time, >= 1."""
     verify: bool = False
     """Compare the SHA-256 of the training shards with manifest.json before the run, which reads all of them.
-    Everything else in manifest.json is always checked, of training shards the size."""
+    Everything else in manifest.json is always checked, including the sizes of the training shards."""
 
     def __post_init__(self) -> None:
         _check_finite("data", self)

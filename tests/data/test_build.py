@@ -230,7 +230,12 @@ def test_commands_train_build_and_inspect(tmp_path: Path, capsys: pytest.Capture
     assert main(["inspect", str(out)]) == 0
     printed = capsys.readouterr().out
     size = sum(len(t.encode()) for t in VAL)
-    for part in ("200 documents", "begins: 'training document 0", f"{size:,} bytes", "have their SHA-256"):
+    for part in (
+        "200 documents",
+        "begins: 'training document 0",
+        f"{size:,} bytes",
+        "have the listed SHA-256",
+    ):
         assert part in printed
 
 

@@ -33,7 +33,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "doubled sidecar": (double, f"{SIDE}: SHA-256 is"),
     "missing shard": (
         lambda f: [p.unlink() for p in f.glob("*_val_*")],
-        "text_val_000000.bin, which is not th",
+        "text_val_000000.bin, which does not ex",
     ),
     "stray shard": (
         lambda f: shutil.copyfile(f / "text_train_000000.bin", f / "x_train_000007.bin"),
@@ -131,7 +131,7 @@ def test_documents_without_bytes_are_refused_before_they_are_scored(
     assert main(["data", "shards", *paths, *model]) == 0
     score = command("evaluate", run, tmp_path / "out", tmp_path)
     assert main([*score, "--documents", "1"]) == 2
-    assert "the 1 tokens to score hold no bytes" in capsys.readouterr().err
+    assert "the 1 tokens to score have no bytes" in capsys.readouterr().err
     assert main([*score, "--documents", "2", "--tokens", "2048"]) == 0
 
 

@@ -176,7 +176,7 @@ def test_a_batch_that_does_not_divide_fails_on_every_rank(shards, tmp_path):
 
 
 BAD = [
-    (["--model.vocab-size=500"], r"has 512 pieces, model.vocab_size is 500"),
+    (["--model.vocab-size=500"], r"has 512 tokens, but model.vocab_size is 500"),
     (["--data.micro-tokens=500"], r"data.batch_tokens=2048 must be a multiple of"),
     (["--data=/nowhere"], r"/nowhere"),
     (["--optim.muon.coefficients=jordon"], r"must be one of .*jordan.*got 'jordon'"),
