@@ -183,6 +183,7 @@ def time_launched(
         seconds = time.perf_counter() - began
         if seconds > SLOW_START:
             print(f"{name}: first calls took {seconds:.0f} s", file=sys.stderr, flush=True)
+    # One measurement of each, then again: whatever changes meanwhile changes for all.
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, function in contenders.items():
@@ -192,6 +193,7 @@ def time_launched(
 
 def capture(function: Callable[[], object], device: torch.device) -> Callable[[], None]:
     """Record `function` into a CUDA graph and return what replays it."""
+    # Some calls on another stream first, as torch wants it before a capture: they compile and allocate.
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -218,6 +220,7 @@ def time_graph(
         try:
             graphs[name] = capture(function, device)
         except Exception as e:
+            # A peer that cannot be captured is left out; of ours only what the capture itself refuses is.
             if name.startswith("pgolf") and not isinstance(e, RuntimeError):
                 raise
             print(f"{name}: not captured: {describe(e)}")
@@ -228,7 +231,7 @@ def peak_mib(function: Callable[[], object], device: torch.device) -> Sample | N
     """Return the memory that a call takes beyond what is allocated before it, MiB; None without CUDA."""
     if device.type != "cuda":
         return None
-    function()
+    function()  # what the first call allocates for good is not counted
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)

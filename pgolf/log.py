@@ -43,6 +43,7 @@ class RunLog:
         """
         if not self._is_main:
             return
+        # Each value by itself, so that the error can name the one that is wrong.
         for name, value in fields.items():
             try:
                 json.dumps(value)
@@ -74,6 +75,7 @@ class RunLog:
         data = text.encode(errors="backslashreplace")  # the name of a file need not be valid text
         try:
             with path.open("ab", buffering=0) as file:
+                # Unbuffered, so that the write says how much of the line the disk took.
                 end = file.seek(0, os.SEEK_END)
                 if file.write(data) != len(data):
                     file.truncate(end)

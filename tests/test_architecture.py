@@ -36,7 +36,7 @@ LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
 NATIVE_SUFFIXES = {".cpp", ".h", ".cu", ".cuh"}
 SOURCE_SUFFIXES = NATIVE_SUFFIXES | {".py", ".pyi", ".md", ".toml", ".txt", ""}
 FILE_WARN, FILE_LIMIT = 500, 600
-FUNCTION_WARN, FUNCTION_LIMIT = 40, 80
+FUNCTION_WARN, FUNCTION_LIMIT = 40, 60
 TODO_LIMIT = 5
 
 

@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 import pytest
-from pgolf.ablate.plan import read_plan
 from safetensors.torch import save_file
 
+from pgolf.ablate.plan import read_plan
 from pgolf.artifact.header import (
     ArtifactError,
     Header,

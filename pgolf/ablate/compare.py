@@ -57,12 +57,14 @@ def compare_arms(ablation: Ablation) -> list[Comparison]:
     base = ablation.of(ablation.baseline)
     rows: list[tuple[str, tuple[int, ...], list[float], Paired]] = []
     for arm in (a for a in ablation.arms if a != ablation.baseline):
+        # In pairs only: what the seed does to both runs cancels in their difference.
         mine = ablation.of(arm)
         seeds = tuple(s for s in ablation.seeds if s in mine and s in base)
         ours = [mine[s].values[ablation.metric] for s in seeds]
         theirs = [base[s].values[ablation.metric] for s in seeds]
         differences = [a - b for a, b in zip(ours, theirs, strict=True)]
         rows.append((arm, seeds, differences, compare_paired(ours, theirs)))
+    # An arm with too few pairs is not tested, so it takes no share of the error rate of the others.
     tested = [row[0] for row in rows if row[3].n >= MIN_PAIRS]
     adjusted = dict(zip(tested, holm([r[3].p_t for r in rows if r[0] in tested]), strict=True))
     return [_compare(ablation, *row, p=adjusted.get(row[0], float("nan"))) for row in rows]
@@ -124,6 +126,7 @@ def training_gaps(ablation: Ablation) -> Gaps:
     }
     found: dict[str, list[list[float]]] = {}
     for (arm, seed), losses in curves.items():
+        # Runs of fixed seconds have different numbers of steps, and so no parts in common.
         base = curves.get((ablation.baseline, seed), [])
         if arm != ablation.baseline and len(base) == len(losses) >= PARTS:
             found.setdefault(arm, []).append(_by_part([a - b for a, b in zip(losses, base, strict=True)]))

@@ -65,6 +65,7 @@ def _curve(cell: CellResult) -> dict[str, list[float]]:
     rows = [r for r in read_metrics(cell.metrics) if r.get("loss") is not None]
     losses = [row["loss"] for row in rows]
     smooth = smoothed(losses, loss_ceiling(losses))
+    # Smoothed first and thinned then: single steps of a thinned curve would be noise.
     every = max(1, -(-len(rows) // MAX_POINTS))
     picked = range(0, len(rows), every)
     curve = {key: [rows[i][key] for i in picked] for key in ("step", "elapsed")}

@@ -211,6 +211,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     arms = {}
     for arm, change in changes.items():
         arms[arm], idle = override(shared, change, where=f"{path}: arm {arm!r}")
+        # Raises for a table that does not exist, which the configuration itself does not know.
         coefficients(arms[arm].optim.muon.coefficients, arms[arm].optim.muon.ns_steps)
         warnings += idle
     warnings += _twins(arms)
@@ -248,6 +249,7 @@ def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Co
         TypeError: a value of the wrong type.
     """
     changes = present(changes, where)
+    # On the saved form of the configuration, so that a plan is checked exactly as a config.json is.
     before = to_dict(config)
     data = json.loads(json.dumps(before))
     for key, value in changes.items():
@@ -309,6 +311,7 @@ def _overrides(value: object, where: str) -> dict[str, Any]:
 def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict) or len(value) < 2:
         raise UserError(f"{path}: arms must be an object of at least two arms, the baseline one of them")
+    # Each arm has a folder, and there are file systems on which `Base` and `base` are one.
     lower = [arm.lower() for arm in value]
     for arm in value:
         _check_name(arm, f"{path}: arm {arm!r}")

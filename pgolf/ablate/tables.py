@@ -28,6 +28,7 @@ def tables(ablation: Ablation) -> list[Table]:
         Table("What each arm sets", ("arm", "overrides"), _changes(ablation)),
         *_trunks(ablation),
     ]
+    # A cell that diverged is a result too, but of no number: it is listed with its reason.
     open_cells = [c for c in ablation.cells if c.status != "finished"]
     if open_cells:
         rows: list[tuple[str, ...]] = [(c.arm, str(c.seed), c.status, c.message) for c in open_cells]

@@ -143,6 +143,7 @@ def blurb(runs: Sequence[FinishedRun], entry: Entry) -> str:
 
 def day(runs: Sequence[FinishedRun], entry: Entry) -> str:
     """Return yyyy-mm-dd: as given, of the last run's start, or of its folder's name; "" if none says."""
+    # Summaries of earlier versions do not say when they began, but the names of their folders do.
     found = [run.summary.started[:10] for run in runs]
     for run in runs:
         stamp = re.match(r"(\d{4})(\d\d)(\d\d)-\d{6}-", run.folder.resolve().name)
@@ -157,6 +158,7 @@ def hardware(run: FinishedRun) -> str:
 
 def _in_track(run: FinishedRun) -> bool:
     """Tell whether the run kept to the track's seconds, bytes and machine (or to fewer of its GPUs)."""
+    # The track gives eight H100; a run on fewer of them kept to it all the more.
     seconds, s = run.config.train.seconds, run.summary
     within = 0 < seconds <= BUDGET_S and run.ledger.total <= LIMIT_BYTES
     within = within and evaluation_seconds(run) <= BUDGET_S
@@ -242,6 +244,7 @@ def results_table(runs: Sequence[FinishedRun]) -> str:
         known = [v for v in values if v is not None]
         if not known:
             continue
+        # A mean over some of the seeds would not be comparable with the means above and below it.
         whole = several and len(known) == len(values)
         ends = [format(mean(known), form), format(stdev(known), form)] if whole else ["-"] * 2 * several
         rows.append([words, *_cells(values, form), *ends])

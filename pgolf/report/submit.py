@@ -191,6 +191,7 @@ def _whole_folder(out: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        # Two renames: between them there is no folder of that name, but a whole old one next to it.
         if out.exists():
             out.rename(old)
         try:

@@ -205,6 +205,7 @@ class Summary:
 
     def seconds(self) -> dict[str, float]:
         """Return the seconds by name as the file has them: phases in order, and `NOT_PHASES` among them."""
+        # Each of the three stands behind the phases that it belongs to, as runs have always written it.
         after: dict[Where, tuple[str, float | None]] = {
             "before": ("reserve", self.reserve),
             "inside": ("clock", self.clock),
@@ -313,6 +314,7 @@ class Summary:
 
 
 def _phase(name: str, seconds: float) -> Phase:
+    # A name that is not known comes from another version; inside the clock there is nothing else to measure.
     return Phase(name, PHASES[name].where if name in PHASES else "after", seconds)
 
 
@@ -335,6 +337,7 @@ def _kind(value: Any, name: str, where: str) -> Any:
         UserError: it is not.
     """
     kind, words = _KINDS[name]
+    # For Python true and false are whole numbers, too.
     if not isinstance(value, kind) or isinstance(value, bool):
         raise UserError(
             f"{where} is {value!r:.60}, expected {words}, as a run writes it; use the summary that the run "
@@ -353,6 +356,7 @@ def _simple(cls: type, data: dict[str, Any], where: str) -> dict[str, Any]:
 
     Entries that the class does not know are left out: a newer version may write more.
     """
+    # Annotations are read as text ("float | None"): compiling them would import what they name.
     values = {}
     for known in dataclasses.fields(cls):
         name, _, rest = str(known.type).partition(" | ")

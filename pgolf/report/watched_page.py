@@ -141,6 +141,7 @@ def _loss(runs: Sequence[Watched], x: str, label: str) -> str:
     for run, color in _colored(runs):
         at, losses = run.curve(x, "loss")
         first = first_shown(losses)
+        # From where the fast fall has ended, or the rest of the curve would be a flat line.
         smooth, at, shown = smoothed(losses, loss_ceiling(losses))[first:], at[first:], losses[first:]
         if not shown:
             continue
