@@ -41,7 +41,6 @@ struct MuonBank {
   int64_t matrices, rows, cols;
 };
 
-
 // muon_direction and the iteration of all banks.
 struct MuonStep {
   const MuonBank* banks;

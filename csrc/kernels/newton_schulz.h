@@ -15,7 +15,8 @@ namespace pgolf {
 
 inline constexpr int kNewtonSchulzMaxSteps = 10;
 
-// How the iteration is computed: kGram is the Hopper kernel or an error. pgolf/ops/newton_schulz.py has the names.
+// How the iteration is computed: kGram is the Hopper kernel or an error. pgolf/ops/_algorithm.py has the
+// names.
 enum class NsAlgorithm : int64_t { kAuto, kStandard, kGram };
 
 struct NewtonSchulzShape {

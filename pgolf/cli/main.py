@@ -87,10 +87,11 @@ def explain(verb: str, error: Exception, *, debug: bool = False) -> str:
     """Return what a failed verb tells its user: a line, or a traceback where a line would hide a fault."""
     if isinstance(error, OverflowError):
         # The C library's error has a number before its words.
-        text = f"pgolf {verb}: a number is too large ({error.args[-1] if error.args else ''}); ask for less"
+        detail = f" ({error.args[-1]})" if error.args else ""
+        text = f"pgolf {verb}: a number is too large{detail}; use smaller settings"
     elif is_checked(error):
         # A checked error says by itself what to do.
-        advice = "; ask for less" if lacks_memory(error) and not isinstance(error, Checked) else ""
+        advice = "; use smaller settings" if lacks_memory(error) and not isinstance(error, Checked) else ""
         text = f"pgolf {verb}: {brief(error)}{advice}"
     else:
         what = f"pgolf {verb}: {type(error).__name__}: {error}"

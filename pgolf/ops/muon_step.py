@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._algorithm import Algorithm, algorithm_number
 from pgolf.ops._derivatives import refuse_recording
-from pgolf.ops.newton_schulz import Algorithm, algorithm_number, newton_schulz_ref
+from pgolf.ops.newton_schulz import newton_schulz_ref
 
 LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
 """Indices into `hyper`, which is `(HYPER,)` float32."""

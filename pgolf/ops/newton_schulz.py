@@ -10,19 +10,13 @@ Legend: `b` batch, `m` rows, `n` columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._algorithm import Algorithm, algorithm_number
 from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
-
-Algorithm = Literal["auto", "standard", "gram"]
-
-ALGORITHMS: tuple[Algorithm, ...] = ("auto", "standard", "gram")
-"""In the order of `NsAlgorithm` (csrc/kernels/newton_schulz.h): the operators take the place in this tuple.
-The stable ABI of torch 2.11 to 2.13 leaks a string's memory at every call, so they take a number."""
 
 
 def newton_schulz(
@@ -124,17 +118,6 @@ def newton_schulz_banks_ref(
 ) -> list[Tensor]:
     """Compute `newton_schulz_banks` with PyTorch operators, see `newton_schulz_ref`."""
     return [newton_schulz_ref(x, coefficients, eps=eps) for x in banks]
-
-
-def algorithm_number(op: str, algorithm: str) -> int:
-    """Return the number by which the operators know an algorithm.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"{op}: algorithm must be 'auto', 'standard' or 'gram', got {algorithm!r}")
-    return ALGORITHMS.index(algorithm)
 
 
 def _flat(coefficients: Sequence[tuple[float, float, float]]) -> list[float]:

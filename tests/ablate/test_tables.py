@@ -125,7 +125,10 @@ def test_results_on_data_without_a_manifest_are_said_to_be_so(tmp_path):
     assert "manifest" not in markdown(whole)
     cells = [replace(c, manifest=None if c.arm == "good" else "ab" * 32) for c in whole.cells]
     page = markdown(make_ablation(tmp_path, cells=tuple(cells)))
-    assert "WARNING: 6 of 24 runs rested on data without a manifest: no manifest.json" in page
+    assert (
+        "WARNING: 6 of 24 runs rested on data without a manifest: the data folder has no manifest.json"
+        in page
+    )
     assert "different manifests" not in page
     cells[0] = replace(cells[0], manifest="cd" * 32)
     page = html_page(make_ablation(tmp_path, cells=tuple(cells)))

@@ -247,7 +247,7 @@ def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, mon
         raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "calibrate", stop)
+        patch.setattr(run_module.Quantizer, "calibrated", stop)
         assert main(["train", str(whole / "config.json"), "--out", str(tmp_path)]) == 143
     (folder,) = tmp_path.iterdir()
     assert "stopped by SIGTERM during calibrate" in (folder / "log.txt").read_text()
