@@ -205,7 +205,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
       "Tensor(d!)[] averages, Tensor hyper, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize, int algorithm=0) -> ()");
+      "bool nesterov, bool lerp, bool row_normalize, int algorithm) -> ()");
   m.def(
       "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor hyper, "
       "float[] lr_scales) -> ()");

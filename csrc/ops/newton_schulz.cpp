@@ -121,9 +121,9 @@ Tensor run_cuda(const Tensor& x, Doubles coefficients, double eps, int64_t algor
 }  // namespace pgolf
 
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
-  m.def("newton_schulz(Tensor x, float[] coefficients, float eps, int algorithm=0) -> Tensor");
+  m.def("newton_schulz(Tensor x, float[] coefficients, float eps, int algorithm) -> Tensor");
   m.def(
-      "newton_schulz_banks(Tensor[] banks, float[] coefficients, float eps, int algorithm=0) -> "
+      "newton_schulz_banks(Tensor[] banks, float[] coefficients, float eps, int algorithm) -> "
       "Tensor[]");
 }
 

@@ -230,7 +230,7 @@ def _fake_step(
     _nesterov: bool,
     _lerp: bool,
     _row_normalize: bool,
-    _algorithm: int = 0,
+    _algorithm: int,
 ) -> None:
     return None
 

@@ -143,12 +143,12 @@ def newton_schulz_ref(
     return out.to(x.dtype)
 
 
-def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float, _algorithm: int = 0) -> Tensor:
+def _fake(x: Tensor, _coefficients: Sequence[float], _eps: float, _algorithm: int) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_banks(
-    banks: Sequence[Tensor], coefficients: Sequence[float], eps: float, algorithm: int = 0
+    banks: Sequence[Tensor], coefficients: Sequence[float], eps: float, algorithm: int
 ) -> list[Tensor]:
     return [_fake(x, coefficients, eps, algorithm) for x in banks]
 

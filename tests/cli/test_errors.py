@@ -26,8 +26,8 @@ CHECKED = [
     (RunError("no such GPU; use device cpu"), "no such GPU; use device cpu"),
     (FileNotFoundError(2, "No such file or directory", "a"), "a: No such file or directory"),
     (MemoryError(), "there is not enough memory for it; use smaller settings"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB); ask"),
-    (OverflowError(34, "Numerical result out of range"), "too large (Numerical result out of range); ask"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB); use"),
+    (OverflowError(34, "Numerical result out of range"), "too large (Numerical result out of range); use"),
 ]
 
 

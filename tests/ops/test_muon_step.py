@@ -243,7 +243,7 @@ def op_arguments(device: torch.device) -> tuple[object, ...]:
     banks = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
     names = ("param", "grad", "momentum", "update", "average")
     lists = [[getattr(bank, name) for bank in banks] for name in names]
-    return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True)
+    return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True, 0)
 
 
 def test_opcheck_accepts_both_operators(device) -> None:

@@ -170,7 +170,7 @@ def test_result_is_the_same_on_every_call(device) -> None:
 
 def test_opcheck_accepts_the_operator(device) -> None:
     x = make_input((2, 9, 17), torch.float32, device)
-    torch.library.opcheck(torch.ops.pgolf.newton_schulz, (x, [3.4445, -4.7750, 2.0315], 1e-7))
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz, (x, [3.4445, -4.7750, 2.0315], 1e-7, 0))
 
 
 def test_compile_in_one_graph_matches_eager(device) -> None:

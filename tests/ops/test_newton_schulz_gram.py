@@ -98,7 +98,7 @@ def test_banks_on_several_devices_are_named() -> None:
 
 def test_opcheck_accepts_banks(device) -> None:
     banks = [torch.randn(2, 9, 17, device=device), torch.randn(8, 8, device=device)]
-    torch.library.opcheck(torch.ops.pgolf.newton_schulz_banks, (banks, [3.4445, -4.7750, 2.0315], 1e-7))
+    torch.library.opcheck(torch.ops.pgolf.newton_schulz_banks, (banks, [3.4445, -4.7750, 2.0315], 1e-7, 0))
 
 
 def test_unknown_algorithm_is_named(device) -> None:
