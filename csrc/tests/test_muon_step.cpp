@@ -88,7 +88,7 @@ void test_step() {
                 .count = static_cast<int>(banks.size()),
                 .hyper = hyper,
                 .options = options,
-                .algorithm = MuonAlgorithm::kAuto,
+                .algorithm = NsAlgorithm::kAuto,
                 .iteration = {}};
   step.iteration.steps = 2;
   step.iteration.eps = 1e-7f;
