@@ -1,6 +1,7 @@
 """Fixtures that every test shares."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before torch is loaded, because threads that spin at barriers slow down other processes, also of the
@@ -52,3 +53,15 @@ def devices() -> list[object]:
 @pytest.fixture(params=devices())
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Run torch with one thread, as a process does whose result must be equal bit for bit.
+
+    Sums that several threads share are rounded differently.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -42,7 +42,7 @@ print(json.dumps([found, whole, pgolf.__file__, rest]))
 """
 
 
-def test_counted_code_reads_and_scores_as_the_package_does(run, shards, tmp_path, capsys):
+def test_counted_code_reads_and_scores_as_the_package_does(run, shards, tmp_path, capsys, one_thread):
     folder = tmp_path / "code"
     assert main(["artifact", "code", str(folder)]) == 0
     assert "bytes counted" in capsys.readouterr().out

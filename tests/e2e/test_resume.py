@@ -242,7 +242,7 @@ def test_a_signal_while_scoring_leaves_what_another_process_finishes(shards, who
     assert s.train.steps == STEPS and [x.end for x in s.sessions] == ["SIGINT", "finished"]
 
 
-def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, monkeypatch):
+def test_a_signal_during_calibration_leaves_trained_weights(whole, tmp_path, monkeypatch, one_thread):
     def stop(*_: object, **__: object) -> None:
         raise Stopped(signal.SIGTERM)
 
