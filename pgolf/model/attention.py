@@ -22,7 +22,6 @@ from pgolf.config import ModelConfig
 from pgolf.env import launch
 from pgolf.errors import RunError
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
-from pgolf.model.lora import LayerLora
 from pgolf.model.rope import rotate
 from pgolf.peers import Peer, describe, try_peer
 
@@ -185,10 +184,10 @@ def select_attention(
 class AttentionWeights(NamedTuple):
     """The attention weights of one layer in the compute dtype."""
 
-    qkv: Tensor  # (D + 2 * G * K, D)
-    out: Tensor  # (D, D)
+    qkv: Tensor  # (D + 2 * G * K, D), times the scale of the norm before it
+    out: Tensor  # (D, D), its rows times the scale of the attention
     q_gain: Tensor  # (H,)
-    gate: Tensor | None  # (H, W) or (H, D)
+    gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it
 
 
 def attention_branch(
@@ -200,32 +199,31 @@ def attention_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: LayerLora | None = None,
+    lora: tuple[Tensor, Tensor] | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
 
-    The steps are, in the order of PR #1855: QK-norm, partial RoPE, learned gain on q, causal attention within
-    each segment, exclusive self-attention, head gate, output projection. Adapters add to q, k and v before
-    the norm, and to the output (as a bypass with the input n).
+    The steps are those of PR #1855: QK-norm, learned gain on q and partial RoPE (in either order, the result
+    is the same), causal attention within each segment, exclusive self-attention, head gate, output
+    projection. Adapters add to q, k and v before the norm, and to the output.
 
     Args:
         kernel: attention kernel.
         exclusive: whether this layer uses exclusive self-attention.
         rope: cosines and sines, `(T, 1, R / 2)` each.
         cu_seqlens: as in `sdpa_attention`.
-        lora: adapters of this execution of the layer, or None.
-        observe: called with ("attn_in", n) and ("attn_out", input of the output projection).
+        lora: what adapters add to q, k and v, `(T, D + 2 * G * K)`, and to the output, `(T, D)`.
+        observe: called with ("attn_out", input of the output projection).
     """
     qkv = F.linear(n, weights.qkv)
     if lora is not None:
-        extra, bypass = lora.attention(n)
-        qkv = qkv + extra
+        qkv = qkv + lora[0]
     q, k, v = (
         part.view(n.shape[0], -1, config.head_dim)
         for part in torch.split(qkv, [config.width, config.kv_width, config.kv_width], dim=-1)
     )
-    q = rotate(rms_norm(q), *rope) * weights.q_gain[:, None]
+    q = rotate(rms_norm(q) * weights.q_gain[:, None], *rope)
     k = rotate(rms_norm(k), *rope)
     y = kernel(q, k, v, cu_seqlens, config.max_context)
     if exclusive:
@@ -235,7 +233,6 @@ def attention_branch(
         y = y * head_gate(config.head_gate, n, weights.gate, scale=config.sparse_gate_scale)
     y = y.flatten(1)
     if observe is not None:
-        observe("attn_in", n)
         observe("attn_out", y)
     out = F.linear(y, weights.out)
-    return out if lora is None else out + bypass
+    return out if lora is None else out + lora[1]

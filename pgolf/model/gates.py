@@ -7,13 +7,15 @@ sparse head gate #1787, dense gate #1736, output gate #1667, gated U-Net skips #
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 EPS = torch.finfo(torch.float32).eps
+SMALLEST_SQUARE = 1e-24
+"""Smallest |v|^2 by which `exclude_self` divides (as in F.normalize): a value of zeros removes nothing."""
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -48,10 +50,13 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
         y: `(T, H, K)` attention output.
         v: `(T, G, K)` values; group g has the query heads g * H/G to (g + 1) * H/G - 1.
     """
-    unit = F.normalize(v.float(), dim=-1).unsqueeze(2)  # (T, G, 1, K)
     grouped = y.view(y.shape[0], v.shape[1], -1, y.shape[2]).float()  # (T, G, H/G, K)
-    along = (grouped * unit).sum(-1, keepdim=True)
-    return (grouped - along * unit).view(y.shape).to(y.dtype)
+    # Expanded to the query heads before both products, so that the compiler makes one kernel of them and
+    # does not store v in float32.
+    values = v.unsqueeze(2).expand(grouped.shape).float()
+    square = values.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SQUARE)
+    along = (grouped * values).sum(-1, keepdim=True) / square
+    return (grouped - along * values).view(y.shape).to(y.dtype)
 
 
 def head_gate(kind: Literal["sparse", "dense", "out"], n: Tensor, weight: Tensor, *, scale: float) -> Tensor:
@@ -71,14 +76,36 @@ def head_gate(kind: Literal["sparse", "dense", "out"], n: Tensor, weight: Tensor
     return torch.sigmoid(logit) if kind == "dense" else 2 * torch.sigmoid(logit)
 
 
-def skip_mix(x: Tensor, saved: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-    """Add a U-Net skip: return s + sigmoid(gate) * (x - s), s = weight * saved, or x + s without a gate.
+class Skip(NamedTuple):
+    """A skip of the U-Net into a layer of the decoder half."""
+
+    saved: Tensor  # (T, D), output of the mirrored layer of the encoder half
+    weight: Tensor  # (D,) float32
+    gate: Tensor | None  # (D,) float32
+
+
+def mix_streams(x: Tensor, skip: Skip | None, x0: Tensor, mix: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the stream with the skip joined, y = k x + a s, and the layer's input u = m_0 y + m_1 x0.
+
+    A gated skip has k = sigmoid(gate) and a = (1 - k) * weight, a skip without a gate k = 1 and a = weight;
+    without a skip y = x, without a mix u = y. Coefficients are multiplied channel by channel before they meet
+    a stream, so u is one sum of three streams and each gradient of a coefficient is one sum over tokens.
 
     Args:
-        x: `(T, D)` decoder stream.
-        saved: `(T, D)` output of the mirrored encoder layer.
-        weight: `(D,)`.
-        gate: `(D,)` or None.
+        x: `(T, D)` residual stream.
+        skip: into this layer.
+        x0: `(T, D)` input of the first layer.
+        mix: `(2, D)`, m_0 and m_1.
     """
-    s = weight * saved
-    return x + s if gate is None else torch.lerp(s, x, torch.sigmoid(gate))
+    if skip is None:
+        return x, x if mix is None else mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
+    keep, add = torch.ones_like(skip.weight), skip.weight
+    if skip.gate is not None:
+        keep = torch.sigmoid(skip.gate)
+        add = (1 - keep) * skip.weight
+
+    def joined(k: Tensor, a: Tensor) -> Tensor:
+        return k.to(x.dtype) * x + a.to(x.dtype) * skip.saved
+
+    y = joined(keep, add)
+    return y, y if mix is None else joined(mix[0] * keep, mix[0] * add) + mix[1].to(x.dtype) * x0

@@ -26,7 +26,7 @@ from pgolf.model.attention import (
     attention_branch,
     select_attention,
 )
-from pgolf.model.gates import rms_norm, skip_mix, smear
+from pgolf.model.gates import Skip, mix_streams, rms_norm, smear
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables
@@ -54,18 +54,71 @@ def skip_count(config: ModelConfig) -> int:
 
 
 class LayerWeights(NamedTuple):
-    """The weights of one layer in the compute dtype, cut from the banks once per forward pass."""
+    """The weights of one layer, cut from what `fold` returns once per forward pass."""
 
     attn: AttentionWeights
-    up: Tensor  # (M, D)
-    down: Tensor  # (D, M)
-    attn_scale: Tensor  # (D,)
-    mlp_scale: Tensor  # (D,)
-    mix: Tensor | None  # (2, D)
-    ln_scale: Tensor  # ()
+    up: Tensor  # (M, D), times ln_scale
+    down: Tensor  # (D, M), its rows times mlp_scale
+    mix: Tensor | None  # (2, D) float32
     lane_post: Tensor | None  # (2, 2), [branch, destination lane]
     lane_resid: Tensor | None  # (2,)
+    scales: Scales
     lora: LayerLora | None = None
+
+
+class Scales(NamedTuple):
+    """The scales that `fold` has multiplied into a layer's matrices, for adapters and observers."""
+
+    ln: Tensor  # ()
+    attn: Tensor  # (D,)
+    mlp: Tensor  # (D,)
+
+
+class Folded(NamedTuple):
+    """The matrices of all layers in the compute dtype, with the scales next to them multiplied in."""
+
+    qkv: Tensor  # (L, D + 2 * G * K, D), times ln_scale
+    out: Tensor  # (L, D, D), rows times attn_scale
+    up: Tensor  # (L, M, D), times ln_scale
+    down: Tensor  # (L, D, M), rows times mlp_scale
+    gate: Tensor | None  # (L, H, W) or (L, H, D), times ln_scale
+    ln: Tensor  # (L,)
+
+
+def fold(
+    qo: Tensor,
+    kv: Tensor,
+    up: Tensor,
+    down: Tensor,
+    gate: Tensor | None,
+    attn_scale: Tensor,
+    mlp_scale: Tensor,
+    ln_scale: bool,
+    dtype: torch.dtype,
+) -> Folded:
+    """Multiply each scale that stands next to a matrix into that matrix, in float32; return them in `dtype`.
+
+    A scale on activations `(T, D)` costs a pass over them, and its gradient, a sum over tokens, several. Here
+    it costs a pass over the weights, and its gradient is that of the matrix, multiplied by the matrix and
+    summed over columns. Source: modded-nanogpt, record 47.
+
+    Args:
+        qo, kv, up, down, gate, attn_scale, mlp_scale: parameters, see `parameter_shapes`.
+        ln_scale: whether the norms of layer i are multiplied by 1 / sqrt(i + 1); otherwise by 1.
+    """
+    layers = up.shape[0]
+    depth = torch.arange(1, layers + 1, device=up.device, dtype=torch.float32)
+    ln = depth.rsqrt() if ln_scale else torch.ones_like(depth)
+    column = ln[:, None, None]
+    qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1)
+    return Folded(
+        (column * qkv).to(dtype),
+        (attn_scale[:, :, None] * qo[layers:]).to(dtype),
+        (column * up).to(dtype),
+        (mlp_scale[:, :, None] * down).to(dtype),
+        None if gate is None else (column * gate).to(dtype),
+        ln,
+    )
 
 
 class Context(NamedTuple):
@@ -82,47 +135,55 @@ Tap = Callable[[str, Tensor], None] | None
 def attend(
     config: ModelConfig,
     kernel: AttentionKernel,
-    x: Tensor,
+    u: Tensor,
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
     tap: Tap,
-) -> tuple[Tensor, Tensor]:
-    """Return the mixed input u of a layer and its scaled attention, both `(T, D)`."""
-    u = x if w.mix is None else w.mix[0] * x + w.mix[1] * ctx.x0
-    a = attention_branch(
+) -> Tensor:
+    """Return the scaled attention `(T, D)` of a layer on its mixed input `u` `(T, D)`."""
+    n = rms_norm(u)
+    lora = None
+    if w.lora is not None:
+        extra, bypass = w.lora.attention(n * w.scales.ln)
+        lora = extra, bypass * w.scales.attn
+    if tap is not None:
+        tap("attn_in", n * w.scales.ln)
+    return attention_branch(
         config,
         kernel,
-        rms_norm(u) * w.ln_scale,
+        n,
         w.attn,
         exclusive=exclusive,
         rope=ctx.rope,
         cu_seqlens=ctx.cu_seqlens,
-        lora=w.lora,
+        lora=lora,
         observe=tap,
     )
-    return u, w.attn_scale * a
 
 
 def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> Tensor:
     """Return the scaled output `(T, D)` of a layer's MLP on the residual stream `x`."""
-    n = rms_norm(x) * w.ln_scale
+    n = rms_norm(x)
+    if tap is not None:
+        tap("mlp_in", n * w.scales.ln)
     m = mlp(n, w.up, w.down, activation=config.activation, observe=tap)
-    return w.mlp_scale * (m if w.lora is None else m + w.lora.mlp(n))
+    return m if w.lora is None else m + w.scales.mlp * w.lora.mlp(n * w.scales.ln)
 
 
 def serial_block(
     config: ModelConfig,
     kernel: AttentionKernel,
     x: Tensor,
+    skip: Skip | None,
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
     tap: Tap,
 ) -> Tensor:
-    """Run attention, then the MLP, on one residual stream `x` `(T, D)`."""
-    u, a = attend(config, kernel, x, w, ctx, exclusive, tap)
-    x = u + a
+    """Join the skip, mix in x0, and run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+    _, u = mix_streams(x, skip, ctx.x0, w.mix)
+    x = u + attend(config, kernel, u, w, ctx, exclusive, tap)
     return x + feed_forward(config, x, w, tap)
 
 
@@ -130,6 +191,7 @@ def parallel_block(
     config: ModelConfig,
     kernel: AttentionKernel,
     lanes: tuple[Tensor, Tensor],
+    skip: Skip | None,
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
@@ -137,10 +199,11 @@ def parallel_block(
 ) -> tuple[Tensor, Tensor]:
     """Run attention on lane 0 and the MLP on lane 1, and add both outputs to both lanes.
 
-    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp.
+    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp; the skip joins lane 0 before.
     """
     lane0, lane1 = lanes
-    _, a = attend(config, kernel, lane0, w, ctx, exclusive, tap)
+    lane0, u = mix_streams(lane0, skip, ctx.x0, w.mix)
+    a = attend(config, kernel, u, w, ctx, exclusive, tap)
     m = feed_forward(config, lane1, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None
     post, keep = w.lane_post, w.lane_resid
@@ -173,6 +236,10 @@ class GPT(nn.Module):
     tok_emb: nn.Parameter
     qo_bank: nn.Parameter
     kv_bank: nn.Parameter
+    mlp_up_bank: nn.Parameter
+    mlp_down_bank: nn.Parameter
+    attn_scale: nn.Parameter
+    mlp_scale: nn.Parameter
     skip_weights: nn.Parameter
     skip_gates: nn.Parameter
     smear_weight: nn.Parameter
@@ -192,7 +259,7 @@ class GPT(nn.Module):
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
         self._stem: Callable[..., Tensor] = stem
-        self._skip: Callable[..., Tensor] = skip_mix
+        self._fold: Callable[..., Folded] = fold
         self._join: Callable[..., Tensor] = join_lanes
         self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
@@ -227,9 +294,9 @@ class GPT(nn.Module):
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
-            self._stem, self._skip, self._join = jit(stem), jit(skip_mix), jit(join_lanes)
+            self._stem, self._fold, self._join = jit(stem), jit(fold), jit(join_lanes)
         elif compile == "model":
-            self._stem, self._compiled_layers = jit(stem), jit(self.layers)
+            self._stem, self._fold, self._compiled_layers = jit(stem), jit(fold), jit(self.layers)
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -328,17 +395,19 @@ class GPT(nn.Module):
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
         for slot, i in enumerate(encoder):
-            x = self._run_serial(x, i, _adapt(weights[i], adapters, slot), ctx, observe)
+            x = self._run_serial(x, None, i, _adapt(weights[i], adapters, slot), ctx, observe)
             saved.append(x)
-        lanes = (x, x)
+        # Views for the same reason: the last saved output is the decoder's first input, and the lanes start
+        # as one.
+        lanes = (x, x.view(x.shape))
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
-            s = saved.pop().view(x.shape) if saved else None
+            skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
             if i < config.parallel_from:
-                x = self._run_serial(self._join_skip(x, s, j), i, w, ctx, observe)
-                lanes = (x, x)
+                x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
+                lanes = (x, x.view(x.shape))
             else:
-                lanes = self._run_parallel((self._join_skip(lanes[0], s, j), lanes[1]), i, w, ctx, observe)
+                lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
         return self._join(*lanes)
 
     def embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -351,36 +420,39 @@ class GPT(nn.Module):
         return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
 
     def layer_weights(self) -> list[LayerWeights]:
-        """Return the weights of each layer, cut from the banks and cast; q, k and v become one matrix."""
+        """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
-        qo, kv = self.qo_bank.to(dtype), self.kv_bank.to(dtype)
-        qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1).unbind()
+        small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
+        folded = self._fold(
+            self.qo_bank,
+            self.kv_bank,
+            self.mlp_up_bank,
+            self.mlp_down_bank,
+            small["head_gate"],
+            self.attn_scale,
+            self.mlp_scale,
+            config.ln_scale,
+            dtype,
+        )
 
-        def cut(name: str) -> Any:
+        def cut(tensor: Tensor | None) -> Any:
+            return [None] * layers if tensor is None else tensor.unbind()
+
+        def cast(name: str) -> Any:
             tensor = getattr(self, name, None)
-            return [None] * layers if tensor is None else tensor.to(dtype).unbind()
+            return cut(None if tensor is None else tensor.to(dtype))
 
-        out = qo[layers:].unbind()
-        up, down = cut("mlp_up_bank"), cut("mlp_down_bank")
-        gain, gate = cut("q_gain"), cut("head_gate")
-        attn_scale, mlp_scale, mix = cut("attn_scale"), cut("mlp_scale"), cut("resid_mix")
-        post, keep = cut("lane_post"), cut("lane_resid")
-        depth = torch.arange(1, layers + 1, device=qo.device, dtype=torch.float32)
-        ln = (depth.rsqrt() if config.ln_scale else torch.ones_like(depth)).unbind()
-        return [
-            LayerWeights(
-                AttentionWeights(qkv[i], out[i], gain[i], gate[i]),
-                up[i],
-                down[i],
-                attn_scale[i],
-                mlp_scale[i],
-                mix[i],
-                ln[i],
-                post[i],
-                keep[i],
-            )
-            for i in range(layers)
-        ]
+        rows = zip(
+            map(AttentionWeights, cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
+            cut(folded.up),
+            cut(folded.down),
+            cut(small["resid_mix"]),
+            cast("lane_post"),
+            cast("lane_resid"),
+            map(Scales, cut(folded.ln), cast("attn_scale"), cast("mlp_scale")),
+            strict=True,
+        )
+        return [LayerWeights(*row) for row in rows]
 
     def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""
@@ -400,31 +472,31 @@ class GPT(nn.Module):
         return self._attention
 
     def _run_serial(
-        self, x: Tensor, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
+        self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
     ) -> Tensor:
         block = self._serial if observe is None else serial_block
-        return block(self.config, self._kernel(), x, w, ctx, self._exclusive(i), _tap(observe, i))
+        return block(self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), _tap(observe, i))
 
     def _run_parallel(
         self,
         lanes: tuple[Tensor, Tensor],
+        skip: Skip | None,
         i: int,
         w: LayerWeights,
         ctx: Context,
         observe: Observe | None,
     ) -> tuple[Tensor, Tensor]:
         block = self._parallel if observe is None else parallel_block
-        return block(self.config, self._kernel(), lanes, w, ctx, self._exclusive(i), _tap(observe, i))
+        return block(self.config, self._kernel(), lanes, skip, w, ctx, self._exclusive(i), _tap(observe, i))
 
     def _exclusive(self, i: int) -> bool:
         return i >= self.config.layers - self.config.xsa_layers
 
-    def _join_skip(self, x: Tensor, s: Tensor | None, j: int) -> Tensor:
-        if s is None or self.config.skip == "none":
-            return x
-        weight = self.skip_weights[j].to(self.compute_dtype)
-        gate = self.skip_gates[j].to(self.compute_dtype) if self.config.skip == "gated" else None
-        return self._skip(x, s, weight, gate)
+    def _skip(self, j: int, saved: Tensor) -> Skip | None:
+        """Return the skip into layer number `j` of the decoder half."""
+        if self.config.skip == "none":
+            return None
+        return Skip(saved, self.skip_weights[j], self.skip_gates[j] if self.config.skip == "gated" else None)
 
 
 def uncompiled(model: GPT, kernel: AttentionKernel | None = None) -> GPT:

@@ -27,11 +27,10 @@ def mlp(
         up: `(M, D)`.
         down: `(D, M)`.
         activation: "leaky_relu2" or "relu2", the two forms of act above.
-        observe: called with ("mlp_in", n) and ("mlp_out", act(n up^T)), for calibration.
+        observe: called with ("mlp_out", act(n up^T)), for calibration.
     """
     slope = 0.5 if activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(F.linear(n, up), slope).square()
     if observe is not None:
-        observe("mlp_in", n)
         observe("mlp_out", hidden)
     return F.linear(hidden, down)

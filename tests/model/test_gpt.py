@@ -9,6 +9,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
 from pgolf.presets import naive, pr1855, tiny
+from tests.model import reference
 
 BOS = 1
 
@@ -152,6 +153,25 @@ def test_every_switch_trains_and_changes_the_function(change):
             )
 
 
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+def test_states_and_gradients_are_those_of_the_plain_formulas(change, loop):
+    config = replace(small(), **change)
+    model, (ids, cu) = randomized(config).double(), packed([11, 1, 13], config.vocab_size)
+    model.prepare(torch.device("cpu"))
+    model.compute_dtype = torch.float64
+    ours, _ = model.hidden(ids, cu, max_seqlen=24, loop=loop)
+    plain = reference.hidden(model, ids, cu.tolist(), loop=loop)
+    torch.testing.assert_close(ours, plain, atol=2e-5, rtol=1e-5)
+    direction = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found, wanted = (torch.autograd.grad(x, parameters, direction, allow_unused=True) for x in (ours, plain))
+    for name, a, b in zip(names, found, wanted, strict=True):
+        # A part that no layer of this order uses has no gradient in the plain form, and zeros in the other.
+        b = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1), rtol=1e-4, msg=name)
+
+
 def test_ignored_targets_cost_nothing():
     config = small()
     model, (ids, cu) = randomized(config), packed([24], config.vocab_size)
@@ -213,8 +233,9 @@ def _(q, k, v, cu_seqlens, max_seqlen):
     return q.new_empty(q.shape)
 
 
-# blocks: stem, serial, parallel, skip, join; model: stem, all layers with and without the loop.
-@pytest.mark.parametrize("compile, graphs", [("blocks", 5), ("model", 3)])
+# blocks: stem, fold, join, and serial and parallel, with and without a skip. model: stem, fold, and all
+# layers, with and without the loop.
+@pytest.mark.parametrize("compile, graphs", [("blocks", 7), ("model", 4)])
 def test_layers_trace_without_breaks_into_few_graphs(compile, graphs):
     # CUDA attention is one opaque op; an opaque stand-in shows here that nothing else breaks the graph.
     config = small()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf.model.attention import sdpa_attention, select_attention
-from pgolf.model.gates import exclude_self, head_gate, rms_norm, skip_mix, smear
+from pgolf.model.gates import Skip, exclude_self, head_gate, mix_streams, rms_norm, smear
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables, rotate
 from tests.conftest import requires_gpu
@@ -70,10 +70,27 @@ def test_head_gate_follows_its_formula(kind, columns):
     torch.testing.assert_close(head_gate(kind, n, weight, scale=0.5)[..., 0], expected[kind])
 
 
-def test_skip_mix_starts_halfway_between():
-    x, s, w = randn(3, 8), randn(3, 8, seed=1), randn(8, seed=2)
-    torch.testing.assert_close(skip_mix(x, s, w, torch.zeros(8, dtype=torch.float64)), 0.5 * (x + w * s))
-    torch.testing.assert_close(skip_mix(x, s, w, None), x + w * s)
+def test_exclusive_attention_removes_nothing_along_a_value_of_zeros():
+    y = randn(3, 4, 8).requires_grad_()
+    v = torch.zeros(3, 2, 8, dtype=torch.float64, requires_grad=True)
+    out = exclude_self(y, v)
+    out.sum().backward()
+    torch.testing.assert_close(out, y)
+    assert torch.isfinite(y.grad).all() and (v.grad == 0).all()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("mixed", [True, False])
+def test_streams_are_joined_and_mixed_in_that_order(gated, mixed):
+    shapes = [(3, 8), (3, 8), (3, 8), (8,), (8,), (2, 8)]
+    x, s, x0, w, g, m = (randn(*shape, seed=i) for i, shape in enumerate(shapes))
+    y, u = mix_streams(x, Skip(s, w, g if gated else None), x0, m if mixed else None)
+    joined = torch.lerp(w * s, x, torch.sigmoid(g)) if gated else x + w * s
+    torch.testing.assert_close(y, joined)
+    torch.testing.assert_close(u, m[0] * joined + m[1] * x0 if mixed else joined)
+    y, u = mix_streams(x, None, x0, m if mixed else None)
+    torch.testing.assert_close(y, x)
+    torch.testing.assert_close(u, m[0] * x + m[1] * x0 if mixed else x)
 
 
 @pytest.mark.parametrize("activation, slope", [("leaky_relu2", 0.5), ("relu2", 0.0)])
