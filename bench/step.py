@@ -1,87 +1,246 @@
-"""Forward+backward of pr1855's model on one GPU: ms per micro-step, tokens/s, peak memory, warm-up seconds.
+"""Forward and backward pass of pr1855's model on one GPU, as in the middle of a training run.
 
-Documents have log-normal lengths (mean about 712 tokens, at most 2,048), as in web text. The tail of a step
-(clip, Muon, AdamW, average, zeroing) is timed too, as launched.
+The weights are random in every part (a fresh model's output projections are zero, and products of zeros take
+less power, which a power-limited GPU turns into a clock that no training run sees), the documents have the
+lengths of real ones (`document_lengths.json`), and the clock has settled before anything is timed.
+
+For each contender and loop mode: milliseconds, joules, SM clock and memory of a micro-step, then where its
+time goes by family of kernels, next to what was counted: operations of the matrix products and of attention,
+bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
+too.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import itertools
+import json
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from bench.common import RESULTS, Recorder, Sample, time_launched
+from bench.power import Meter, find_driver
+from pgolf.config import ModelConfig
+from pgolf.data.loader import padded_cu_seqlens
+from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
-from pgolf.model.gpt import GPT
+from pgolf.model.gpt import GPT, layer_order
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.presets import pr1855
 
 BOS = 1
+LENGTHS = Path(__file__).with_name("document_lengths.json")
+OUT_STD, DOWN_STD = 0.03, 0.02
+"""Standard deviation of the weights of both output projections, which are zero in a fresh model."""
+PRODUCT_RATE = 660e12
+"""Operations per second of bfloat16 products that cuBLAS reaches at these shapes on an H100 or H200 at its
+power limit; the floor of the products."""
+MEMORY_RATE = 3.6e12
+"""Bytes per second that a streaming kernel reaches on an H200 (2.9e12 on an H100)."""
+LEAST_STREAMS = 22
+"""Tensors `(T, D)` that must move between the products of a block, forward and backward, if everything next
+to a product is fused with it; torch.compile moves about 85."""
 
 
-def synthetic_batch(tokens: int, vocab: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return packed random documents `(tokens,)` and their cu_seqlens, padded to a multiple of 64 entries."""
-    rng = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, vocab, (tokens,), generator=rng)
-    lengths = torch.empty(4 * tokens // 712).log_normal_(6.1, 1.0, generator=rng).clamp(16, 2048).int()
-    starts = torch.cat((torch.zeros(1, dtype=torch.int32), lengths.cumsum(0).int()))
-    starts = starts[starts < tokens]
-    ids[starts.long()] = BOS
-    size = -(-(len(starts) + 1) // 64) * 64
-    cu_seqlens = torch.full((size,), tokens, dtype=torch.int32)
-    cu_seqlens[: len(starts)] = starts
-    return ids.to(device), cu_seqlens.to(device)
+def real_lengths(tokens: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Return the starts of the segments of one micro-batch of documents with real lengths."""
+    quantiles = json.loads(LENGTHS.read_text())["quantiles"]
+    lengths = np.random.default_rng(0).permutation(np.array(quantiles, dtype=np.int64))
+    starts = np.concatenate(([0], np.cumsum(np.tile(lengths, 1 + tokens // int(lengths.sum())))))
+    return cut_segments(starts[starts < tokens], tokens, pr1855().model.max_context)
+
+
+class Work(NamedTuple):
+    """One micro-batch on the device."""
+
+    ids: torch.Tensor
+    targets: torch.Tensor
+    cu: torch.Tensor
+    squares: float
+    """Sum of the squared lengths of the segments, in tokens^2: what attention costs grows with it."""
+
+
+def make_work(tokens: int, vocab: int, device: torch.device) -> Work:
+    """Return random tokens in segments of real lengths."""
+    starts = real_lengths(tokens)
+    ids = torch.randint(4, vocab, (tokens,), generator=torch.Generator().manual_seed(0))
+    ids[torch.from_numpy(starts)] = BOS
+    squares = float(np.square(np.diff(starts, append=tokens)).sum())
+    ids = ids.to(device)
+    return Work(ids, ids.roll(-1), padded_cu_seqlens(starts, tokens).to(device), squares)
+
+
+def make_model(config: ModelConfig) -> GPT:
+    """Return a model none of whose parts is zero."""
+    model, rng = GPT(config), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        model.qo_bank[config.layers :].normal_(std=OUT_STD, generator=rng)
+        model.mlp_down_bank.normal_(std=DOWN_STD, generator=rng)
+        for name, p in model.named_parameters():
+            if name not in (*GPT.bank_names, *GPT.embed_names):
+                p.add_(torch.randn(p.shape, generator=rng), alpha=0.05)
+    return model
+
+
+class Counts(NamedTuple):
+    """What one micro-step must do, forward and backward."""
+
+    products: float
+    """Operations of the matrix products."""
+    attention: float
+    """Operations of attention's products, without what its tiles waste."""
+    streams: float
+    """Bytes between the products of the blocks if everything next to a product is fused with it."""
+
+    @property
+    def floor_ms(self) -> float:
+        """Milliseconds of the three, one after another, at the rates above."""
+        return 1e3 * ((self.products + self.attention) / PRODUCT_RATE + self.streams / MEMORY_RATE)
+
+
+def count(config: ModelConfig, work: Work, *, loop: bool) -> Counts:
+    """Count one micro-step: a product takes 2 operations per weight and token, its backward twice that."""
+    blocks, tokens = sum(map(len, layer_order(config, loop=loop))), work.ids.numel()
+    qkvo = config.width * (2 * config.width + 2 * config.kv_width)
+    weights = blocks * (qkvo + 2 * config.width * config.hidden) + config.vocab_size * config.width
+    # Scores and values: 2 products of 2 operations, half of the pairs are in the future; the backward pass
+    # has 5 products where the forward pass has 2.
+    attention = blocks * config.width * work.squares * 2 * (1 + 2.5)
+    return Counts(6.0 * tokens * weights, attention, blocks * LEAST_STREAMS * tokens * config.width * 2.0)
+
+
+FAMILIES = (
+    ("attention", r"flash|fmha|attention|Flash"),
+    ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
+    ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
+    ("norms_and_mixes", r"triton_"),
+    ("pgolf", r"pgolf::"),
+)
+"""Name of a family and the names of its kernels; attention first, because its names hold cutlass too."""
+
+
+def family(kernel: str) -> str:
+    """Return the family of a kernel by its name."""
+    return next((name for name, pattern in FAMILIES if re.search(pattern, kernel)), "other")
+
+
+class Kernel(NamedTuple):
+    """One kernel, copy or fill on the device, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+def families(kernels: list[Kernel]) -> dict[str, tuple[float, int]]:
+    """Return (milliseconds, launches) by family, and as "idle" the time in which nothing ran."""
+    table: dict[str, list[float]] = defaultdict(list)
+    idle, last = [], kernels[0].start if kernels else 0.0
+    for kernel in sorted(kernels, key=lambda k: k.start):
+        table[family(kernel.name)].append(kernel.end - kernel.start)
+        if kernel.start > last:
+            idle.append(kernel.start - last)
+        last = max(last, kernel.end)
+    return {name: (sum(times) / 1000, len(times)) for name, times in {**table, "idle": idle}.items()}
 
 
 @dataclass(frozen=True)
-class Times:
-    """The times of one case, in milliseconds."""
+class Timed:
+    """What was measured of one contender in one loop mode."""
 
-    forward: list[float]
-    both: list[float]
+    ms: list[float]
+    joules: float | None
+    sm_mhz: float | None
     peak_mib: float
     warm_up: float
 
 
-def time_case(model: GPT, ids: torch.Tensor, cu: torch.Tensor, *, loop: bool, repeats: int) -> Times:
-    """Warm up one loop mode and time it with CUDA events."""
+def run_for(step: Callable[[], None], seconds: float) -> None:
+    """Run passes back to back for some seconds."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
 
-    def forward() -> torch.Tensor:
-        return model(ids, ids.roll(-1), cu, max_seqlen=model.config.max_context, loop=loop).mean()
 
+def time_step(step: Callable[[], None], device: torch.device, *, settle: float, seconds: float) -> Timed:
+    """Compile, let the clock settle, and time passes that follow each other without a gap."""
     began = time.perf_counter()
     for _ in range(3):
-        forward().backward()
+        step()
     torch.cuda.synchronize()
     warm_up = time.perf_counter() - began
+    run_for(step, settle)
     torch.cuda.reset_peak_memory_stats()
-    fwd, both = [], []
-    for _ in range(repeats):
-        a, b, c = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-        a.record()
-        loss = forward()
-        b.record()
-        loss.backward()
-        c.record()
+    marks = []
+    with Meter(device) as meter:
+        while not marks or time.perf_counter() - meter.began < seconds:
+            # The device is two passes behind at most, so the host's lead is that of a training step.
+            if len(marks) > 2:
+                marks[-2].synchronize()
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+            step()
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+    ms = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    joules = None if meter.joules is None else meter.joules / len(ms)
+    return Timed(ms, joules, meter.sm_mhz, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+
+
+def profile(step: Callable[[], None], passes: int) -> list[Kernel]:
+    """Return what runs on the device in some passes."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(passes):
+            step()
         torch.cuda.synchronize()
-        fwd.append(a.elapsed_time(b))
-        both.append(a.elapsed_time(c))
-    return Times(fwd, both, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+    return [
+        Kernel(e.name, e.time_range.start, e.time_range.end)
+        for e in found.events()
+        if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start
+    ]
 
 
-def record_case(recorder: Recorder, impl: str, case: str, t: Times, tokens: int) -> None:
-    """Record the measurements of one case."""
-    both = Sample.of(t.both)
-    recorder.add(case, impl, "ms_fwd", Sample.of(t.forward), "ms")
-    recorder.add(case, impl, "ms_fwd_bwd", both, "ms")
-    recorder.add(case, impl, "tokens_per_s", Sample.of([1000 * tokens / ms for ms in t.both]), "1/s")
-    recorder.add(case, impl, "peak_mib", Sample(t.peak_mib, 0.0, 1), "MiB")
-    recorder.add(case, impl, "warm_up_s", Sample(t.warm_up, 0.0, 1), "s")
+def record(recorder: Recorder, case: str, impl: str, timed: Timed, tokens: int) -> None:
+    """Record the figures of one contender in one loop mode."""
+    recorder.add(case, impl, "ms_fwd_bwd", Sample.of(timed.ms), "ms")
+    recorder.add(case, impl, "tokens_per_s", Sample.of([1000 * tokens / ms for ms in timed.ms]), "1/s")
+    if timed.joules is not None:
+        recorder.add(case, impl, "joules", Sample(timed.joules, 0.0, len(timed.ms)), "J")
+    if timed.sm_mhz is not None:
+        recorder.add(case, impl, "sm_mhz", Sample(timed.sm_mhz, 0.0, 1), "MHz")
+    recorder.add(case, impl, "peak_mib", Sample(timed.peak_mib, 0.0, 1), "MiB")
+    recorder.add(case, impl, "warm_up_s", Sample(timed.warm_up, 0.0, 1), "s")
+
+
+def ledger(recorder: Recorder, case: str, impl: str, step: Callable[[], None], *, top: int) -> None:
+    """Record milliseconds by family of kernels; print the slowest kernels."""
+    passes = 3
+    kernels = profile(step, passes)
+    for name, (ms, launches) in sorted(families(kernels).items()):
+        recorder.add(case, impl, f"ms_{name}", Sample(ms / passes, 0.0, passes), "ms")
+        print(f"    {name}: {launches / passes:.0f} launches")
+    slow: dict[str, list[float]] = defaultdict(list)
+    for kernel in kernels:
+        slow[kernel.name].append((kernel.end - kernel.start) / 1000)
+    for name, times in sorted(slow.items(), key=lambda item: -sum(item[1]))[:top]:
+        each = 1000 * sum(times) / len(times)
+        print(f"    {sum(times) / passes:7.3f} ms {len(times) / passes:4.0f} x {each:7.1f} us  {name[:120]}")
 
 
 def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
@@ -98,48 +257,60 @@ def optimizer_tail(recorder: Recorder, model: GPT, repeats: int) -> None:
             recorder.add("record_1gpu", name, metric, sample, "ms")
 
 
+FORMS = {"blocks": "pgolf", "model": f"torch.compile {torch.__version__}", "off": "eager"}
+"""train.compile -> the name of the contender: one graph of the whole model is the form of the published
+scripts, with the same mathematics."""
+
+
 def main() -> None:
-    """Parse arguments, time both loop modes with each chosen attention kernel, and write the results."""
+    """Parse arguments, time every contender in both loop modes, and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attention", nargs="+", default=["varlen"], help="kernels: varlen fa4")
-    parser.add_argument("--compile", default="blocks", choices=("off", "blocks", "model"))
+    parser.add_argument("--attention", nargs="+", default=["fa4"], help="kernels: varlen fa4")
+    parser.add_argument("--compile", nargs="+", default=["blocks"], choices=tuple(FORMS), help="forms")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
-    parser.add_argument("--repeats", type=int, default=10, help="timed passes per case")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one loop-on pass")
+    parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
+    parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
+    parser.add_argument("--top", type=int, default=0, help="print this many of the slowest kernels")
+    parser.add_argument("--no-tail", action="store_true", help="leave the optimizer out")
+    parser.add_argument("--name", default="", help="added to the name of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
-    device = torch.device("cuda")
-    recorder = Recorder("step", device, args.out)
-    config = pr1855().model
-    ids, cu = synthetic_batch(args.tokens, config.vocab_size, device)
-    for attention in args.attention:
-        model = GPT(config).prepare(device, attention=attention, compile=args.compile)
-        for loop in (False, True):
-            t = time_case(model, ids, cu, loop=loop, repeats=args.repeats)
-            record_case(
-                recorder,
-                f"pgolf {attention} {args.compile}",
-                f"record_loop_{'on' if loop else 'off'}",
-                t,
-                args.tokens,
-            )
-        if args.profile:
-            profile(model, ids, cu)
-    optimizer_tail(recorder, model, args.repeats)
+    device, config = torch.device("cuda"), pr1855().model
+    recorder = Recorder("step", device, args.out, file=f"step{args.name and '-' + args.name}")
+    if find_driver().problem:
+        print(f"no joules and clocks: nvidia-ml-py is {find_driver().problem}")
+    work = make_work(args.tokens, config.vocab_size, device)
+    model = None
+    for form in args.compile:
+        for attention in args.attention:
+            model = make_model(config).prepare(device, attention=attention, compile=form)
+            measure(recorder, model, work, f"{FORMS[form]} {attention}", args)
+            gc.collect()
+            torch._dynamo.reset()
+    if model is not None and not args.no_tail:
+        optimizer_tail(recorder, model, 20)
     recorder.write()
 
 
-def profile(model: GPT, ids: torch.Tensor, cu: torch.Tensor) -> None:
-    """Print the device time of one loop-on forward+backward by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
+def measure(recorder: Recorder, model: GPT, work: Work, impl: str, args: argparse.Namespace) -> None:
+    """Time one contender in both loop modes."""
+    for loop in (False, True):
+        case = f"record_real_{'on' if loop else 'off'}"
 
-    with torch_profile(activities=[ProfilerActivity.CUDA]) as prof:
-        model(ids, ids.roll(-1), cu, max_seqlen=model.config.max_context, loop=True).mean().backward()
-        torch.cuda.synchronize()
-    print(prof.key_averages().table(sort_by="self_cuda_time_total", row_limit=40, max_name_column_width=90))
+        def step(loop: bool = loop) -> None:
+            losses = model(work.ids, work.targets, work.cu, max_seqlen=model.config.max_context, loop=loop)
+            losses.mean().backward()
+
+        timed = time_step(step, recorder.device, settle=args.settle, seconds=args.seconds)
+        record(recorder, case, impl, timed, work.ids.numel())
+        ledger(recorder, case, impl, step, top=args.top)
+        counts = count(model.config, work, loop=loop)
+        print(
+            f"    counted: {counts.products / 1e12:.2f} TFLOP of products, {counts.attention / 1e12:.2f} of "
+            f"attention, {counts.streams / 1e9:.1f} GB between them; floor {counts.floor_ms:.1f} ms"
+        )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
 """Numbers that benches compute rather than measure."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import step
 from bench.common import Recorder, Sample
 from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
 from pgolf.evaluate.bpb import Score
-from pgolf.model.gpt import GPT, parameter_shapes
-from pgolf.presets import pr1855
+from pgolf.model.gpt import GPT, layer_order, parameter_shapes
+from pgolf.presets import pr1855, tiny
 from pgolf.report.summary import Summary, Training
 
 
@@ -72,3 +75,47 @@ def test_a_run_without_an_artifact_has_figures_but_no_bytes():
     found = figures(summary)
     assert found["bpb_raw"] == (1.5, "bits/byte") and found["seconds_train"] == (2.0, "s")
     assert not {"bytes", "bytes_code", "clip_scale"} & found.keys()
+
+
+def test_the_bench_of_a_step_has_segments_of_real_documents():
+    work = step.make_work(98_304, 8192, torch.device("cpu"))
+    lengths = work.cu.diff()
+    assert lengths.sum() == 98_304 and lengths.max() == 2048 and work.squares == float(lengths.square().sum())
+    # The text itself has 1.46e8 tokens^2 per micro-batch, and log-normal lengths have 1.12e8.
+    assert work.squares == pytest.approx(1.46e8, rel=0.05)
+    assert (work.ids[work.cu[:-1][lengths > 0].long()] == step.BOS).all()
+
+
+def test_the_bench_of_a_step_multiplies_nothing_but_zeros_nowhere():
+    model = step.make_model(replace(tiny().model, vocab_size=64))
+    for name, p in model.named_parameters():
+        assert (p.reshape(p.shape[0], -1).abs().amax(1) > 0).all(), name
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_operations_of_a_step_are_those_of_its_matrices(loop: bool):
+    config = pr1855().model
+    model, work = GPT(config), step.make_work(2048, config.vocab_size, torch.device("cpu"))
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        hidden, table = model.hidden(work.ids, work.cu, max_seqlen=2048, loop=loop)
+        hidden @ table.T
+    products = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    gates = 2 * 2048 * config.heads * config.gate_window * sum(map(len, layer_order(config, loop=loop)))
+    counts = step.count(config, work, loop=loop)
+    assert 3 * (products - gates) == pytest.approx(counts.products, rel=1e-3)
+
+
+def test_time_in_which_no_kernel_runs_is_idle():
+    kernels = [
+        step.Kernel("triton_poi_fused_add", 0, 10),
+        step.Kernel("nvjet_tst_128x256", 5, 25),
+        step.Kernel("flash_bwd_cutlass", 30, 50),
+        step.Kernel("void pgolf::forward_kernel<8>(float)", 50, 60),
+        step.Kernel("Memset (Device)", 61, 62),
+    ]
+    found = step.families(kernels)
+    assert found["idle"] == (pytest.approx(0.006), 2)
+    assert {name: ms for name, (ms, _) in found.items() if name != "idle"} == pytest.approx(
+        {"norms_and_mixes": 0.01, "products": 0.02, "attention": 0.02, "loss": 0.01, "other": 0.001}
+    )
