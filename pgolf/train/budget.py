@@ -82,10 +82,13 @@ class Clock:
         """Do not count these seconds, which were spent since the last tick, as part of a step's time."""
         self._previous += seconds
 
-    def tick(self, step: int, *, last_loss: float, signal: int = 0, writer: int = 0) -> Tick:
+    def tick(
+        self, step: int, *, last_loss: float, ahead: float = 0.0, signal: int = 0, writer: int = 0
+    ) -> Tick:
         """Return the decision for `step`; every rank calls it and gets rank 0's values.
 
         Args:
+            ahead: how much of the step before is queued on the device and not done, as a fraction of a step.
             signal: the signal that this rank got, 0: none. All ranks learn the highest.
             writer: state of this rank's checkpoint writer. All ranks learn the lowest and the highest.
         """
@@ -102,7 +105,7 @@ class Clock:
             frac = max(frac, elapsed / budget)
             # The next step is taken to last as long as the one before. One that would end after the budget
             # is not begun, so that the seconds of the reserve are whole.
-            stop = stop or elapsed + (duration if step else 0.0) > budget
+            stop = stop or elapsed + (duration * (1 + ahead) if step else 0.0) > budget
         # One collective for everything. The clocks of two hosts differ; only rank 0's decides, or one rank
         # would stop a step before another one, which would wait for it in that step's collectives.
         rows = self._dist.gather([elapsed, min(frac, 1.0), float(stop), last_loss, signal, writer])

@@ -1,14 +1,16 @@
 """What is known of a training step, and when: from the device to the console and metrics.jsonl.
 
 The host never waits for the step that it has just queued. It waits once per step, for the end of the last
-backward pass, and queues the next step while the device runs the optimizer behind that pass:
+forward pass, and queues the next step while the device runs the backward pass and the optimizer:
 
-    device    passes 7 | optimizer 7 | passes 8 | optimizer 8 | passes 9 | ...
-    host           ... | queue 8     |      ... | queue 9     |
-                       ^ knows loss 7           ^ knows loss 8
-                         and norm 6               and norm 7
+    device    forward 7 | backward 7, optimizer 7 | forward 8 | backward 8, optimizer 8 | ...
+    host            ... | queue 8                 |       ... | queue 9                 |
+                        ^ knows loss 7                        ^ knows loss 8
+                          and norm 6                            and norm 7
 
-So the device always has work, and the host reads the clock within milliseconds of the true end of the passes.
+(With several passes per step, the last one's.) So the device has tens of milliseconds of work when the host
+begins a step, more than most interruptions of a host take, and the clock is read at the same point of each
+step: one backward pass and the optimizer before its end.
 The price is that what a step found arrives late: its loss and its end one step later, and what its optimizer
 found (gradient norm, whether the step was skipped) two steps later. `DeviceNumbers` carries the numbers to
 the host, and `StepLog` holds each step's line until all of it is known.
@@ -44,7 +46,7 @@ class Diverged(RanksFailed):
 
 
 class Known(NamedTuple):
-    """What the host knows of the device at the end of a step's backward passes."""
+    """What the host knows of the device at the end of a step's forward passes."""
 
     loss: float
     """Of that step."""
@@ -108,8 +110,8 @@ class StepLog:
         (tick, loop), loss, seconds = self._last, after.last_loss, after.elapsed - self._last[0].elapsed
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
-        # From the end of one step's passes to the end of the next one's, as the host saw them: with the
-        # optimizer behind the passes, and without a validation in between.
+        # From the end of one step's last forward pass to the end of the next one's, as the host saw them: a
+        # whole step with its optimizer, without a validation in between.
         self._result.count_ms(tick.step, 1000 * seconds, loop=loop)
         self._result.losses.append(loss)
         self._result.last_loss = loss

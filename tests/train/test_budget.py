@@ -53,6 +53,17 @@ def test_run_stops_before_a_step_that_would_overrun_the_budget():
     assert steps == 11 and clock.elapsed <= training_seconds(config)
 
 
+def test_work_that_is_queued_counts_when_a_step_is_begun():
+    """The clock is read 3 s before each step of 9 s ends."""
+    config = TrainConfig(seconds=100.0, quantize_reserve=0.0)
+    clock, time = clock_at(config)
+    steps = 0
+    while not clock.tick(steps, last_loss=1.0, ahead=1 / 3).stop:
+        time.now += 9.0 if steps else 6.0
+        steps += 1
+    assert steps == 11 and clock.elapsed + 3.0 == 99.0
+
+
 def test_fixed_steps_count_steps_and_ignore_the_time():
     clock, time = clock_at(TrainConfig(seconds=0.0, steps=4))
     fractions = []
