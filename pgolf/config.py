@@ -352,6 +352,9 @@ class TrainConfig:
     """Where the metrics are recorded in addition to metrics.jsonl: nowhere, in TensorBoard event files in the
     run folder, or by Weights & Biases, to watch a run in a browser; results do not change. Needs pip install
     'pgolf[tensorboard]' or 'pgolf[wandb]'."""
+    profile: bool = False
+    """Write a trace of three steps, without and with recurrence, to RUN/trace_*.json.gz: what the GPU and the
+    host do when. It costs a few seconds of the clock, so do not score such a run."""
 
     def __post_init__(self) -> None:
         _check_finite("train", self)

@@ -169,6 +169,7 @@ MAY_CHANGE = (
     "train.rank_timeout",
     "train.out",
     "train.track",
+    "train.profile",
     "evaluate.",
 )
 """Settings that may change when a run is resumed; an entry that ends in a dot means all settings below it."""

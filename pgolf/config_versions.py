@@ -116,6 +116,7 @@ CHANGES: tuple[Change, ...] = (
             "quant.column_steps": "quant.column_scales",
         },
     ),
+    Change("63c4ef4", {"train.profile": False}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -20,6 +20,7 @@ SHORT = {
     "--steps": "--train.steps",
     "--seed": "--train.seed",
     "--out": "--train.out",
+    "--profile": "--train.profile",
 }
 """Short names of the settings that most runs change."""
 

@@ -53,6 +53,7 @@ from pgolf.train.session import Around, Session, take_folder
 from pgolf.train.setup import LESS_MEMORY, SetUp, set_up
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.timing import process_seconds
+from pgolf.train.trace import Traces
 from pgolf.train.trainer import Trainer, open_loader, passes_per_step
 from pgolf.train.weights import (
     ARTIFACT,
@@ -176,7 +177,16 @@ class Run:
         # Everything that is slow and not training (compiling, rehearsing, allocating) is behind us.
         with self._around.signals.deferred():
             self._session.start_clock(clock, at=used)
-            stopped_by = trainer.run(clock, self._log, result, saver, start=position, validate=self._validate)
+            traced = self._folder if self._config.train.profile and self._dist.is_main else None
+            stopped_by = trainer.run(
+                clock,
+                self._log,
+                result,
+                saver,
+                traces=Traces(traced, cuda=self._dist.device.type == "cuda", log=self._log),
+                start=position,
+                validate=self._validate,
+            )
             self._record_training()
             if stopped_by:
                 # The last checkpoint holds them too; this is for people who want the weights now.

@@ -32,6 +32,7 @@ from pgolf.train.position import Position, TrainResult
 from pgolf.train.saver import Saver
 from pgolf.train.steplog import DeviceNumbers, Known, StepLog
 from pgolf.train.timing import DeviceTimer
+from pgolf.train.trace import Traces
 from pgolf.train.weights import clone_parameters, copy_parameters
 
 
@@ -143,6 +144,7 @@ class Trainer:
         result: TrainResult,
         saver: Saver,
         *,
+        traces: Traces,
         start: Position | None = None,
         validate: Callable[[Tick], float] | None = None,
     ) -> int:
@@ -150,6 +152,7 @@ class Trainer:
 
         Args:
             saver: writes checkpoints and knows of signals.
+            traces: told of each step.
             start: where to go on, with the tensors that belong to it restored; None: at the beginning.
             validate: called before a step, returns the seconds that it took: on the clock, in no step's time.
         Returns:
@@ -189,6 +192,7 @@ class Trainer:
                 loop = loop_on(tick.frac, config.optim) and config.model.recurrence_repeats > 0
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
+                traces.begin(tick.step, loop=loop)
                 self._accumulate(loop=loop, numbers=numbers)
                 with timer.span():
                     optimizer.step(tick.frac, ema_decay=self._decay(tick, frac))
@@ -200,6 +204,7 @@ class Trainer:
             result.optimizer_ms = timer.read()
             steps.norm_arrived(float(optimizer.grad_norm), int(optimizer.skipped))
         finally:
+            traces.end()
             # After an error the norm of the last step will never arrive, but its loss is worth keeping.
             steps.norm_arrived(math.nan, result.skipped)
         result.seconds = clock.elapsed

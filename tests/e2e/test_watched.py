@@ -1,5 +1,6 @@
 """Reports of runs, their records in TensorBoard and Weights & Biases, and faults of these packages."""
 
+import gzip
 import json
 import signal
 import sys
@@ -57,6 +58,22 @@ def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, 
     assert found["score/quantized"][-1][1] == pytest.approx(score)
     assert "stopped by SIGTERM" not in (folder / "report.html").read_text()
     assert "SIGTERM" in (folder / "report.html").read_text()  # the first of the two processes
+
+
+def test_a_profile_is_a_trace_of_three_steps_of_each_kind_and_changes_nothing_else(shards, tmp_path):
+    words = ["train", "tiny", "--data", str(shards), *SMALL, "--steps=28", "--train.no-quantize"]
+    assert main([*words, "--out", str(tmp_path / "plain")]) == 0
+    assert main([*words, "--out", str(tmp_path / "traced"), "--profile"]) == 0
+    plain, traced = (one_folder(tmp_path / name) for name in ("plain", "traced"))
+    assert [r["loss"] for r in rows(plain)] == [r["loss"] for r in rows(traced)]
+    assert not list(plain.glob("trace*"))
+    for mode in ("off", "on"):
+        path = traced / f"trace_recurrence_{mode}.json.gz"
+        events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        # Three steps of four passes: the loss is computed once per pass.
+        names = [e.get("name") for e in events]
+        assert names.count("pgolf::linear_softcap_ce_backward") == 3 * 4, mode
+        assert f"{path}; open it at" in (traced / "log.txt").read_text()
 
 
 @pytest.mark.slow
