@@ -81,7 +81,7 @@ std::vector<AdamTarget> check_adam(TensorList params, TensorList grads, TensorLi
   check_vector(corrections, "adam_step", "corrections", 2, device);
   const auto take = [&](TensorList list, const char* what, size_t i) {
     PGOLF_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
-                      ", one a parameter, got ", list.size());
+                      ", one per parameter, got ", list.size());
     PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i,
                       " must have shape ", params[i].sizes(), ", got ", list[i].sizes());
     check_vector(list[i], "adam_step", what, params[i].numel(), device);

@@ -57,7 +57,7 @@ void check_list(TensorList list, const char* what, ScalarType type, const Tensor
 }
 
 void check_counts(size_t got, size_t want, const char* what) {
-  PGOLF_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one a tensor, got ", got);
+  PGOLF_CHECK_VALUE(got == want, "muon_step: expected ", want, " ", what, ", one per tensor, got ", got);
 }
 
 // What muon_apply works on; `averages` may be empty.

@@ -159,7 +159,7 @@ def test_bad_input_is_named(device) -> None:
         adam_step([*tensors[:2], tensors[2]._replace(grad=tensors[2].grad[:4])], *given, RULE)
     with pytest.raises(TypeError, match="params must be float32, got Half"):
         adam_step([tensors[2]._replace(param=tensors[2].param.half())], *given, RULE)
-    with pytest.raises(ValueError, match="expected 2 averages, one a parameter, got 1"):
+    with pytest.raises(ValueError, match="expected 2 averages, one per parameter, got 1"):
         adam_step([tensors[2], tensors[2]._replace(average=None)], *given, RULE)
     with pytest.raises(ValueError, match="lr must have 1 contiguous elements"):
         adam_step(tensors, given[1], *given[1:], RULE)

@@ -388,11 +388,11 @@ def test_bad_scalars_are_named(hyper, error, message) -> None:
 
 def test_apply_names_lists_that_do_not_fit() -> None:
     hyper, p = make_scalars(torch.device("cpu")), torch.zeros(3)
-    with pytest.raises(ValueError, match="expected 2 updates, one a tensor, got 1"):
+    with pytest.raises(ValueError, match="expected 2 updates, one per tensor, got 1"):
         muon_apply([p, p], [p], hyper, lr_scales=[1.0])
-    with pytest.raises(ValueError, match="expected 1 lr_scales, one a tensor, got 0"):
+    with pytest.raises(ValueError, match="expected 1 lr_scales, one per tensor, got 0"):
         muon_apply([p], [p], hyper, lr_scales=[])
-    with pytest.raises(ValueError, match="expected 1 averages, one a tensor, got 2"):
+    with pytest.raises(ValueError, match="expected 1 averages, one per tensor, got 2"):
         muon_apply([p], [p], hyper, lr_scales=[1.0], averages=[p, p])
 
 

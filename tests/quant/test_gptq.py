@@ -132,7 +132,7 @@ def test_singular_hessians_are_damped_until_they_factor():
 
 def test_a_trellis_loses_a_quarter_less_at_the_same_scales():
     w, h = problem(2, 300, 48)
-    scales = sdclip_scales(w, bits=8, clip=45.0)  # about 3.5 bits a code
+    scales = sdclip_scales(w, bits=8, clip=45.0)  # about 3.5 bits per code
     columns = log_scales(torch.rand(2, 48) + 0.5)
     factored = factorize(h)
     plain = gptq_on_grid(w, factored, scales, bits=8, columns=columns)
