@@ -3,18 +3,18 @@
 Nearly all of it is what the backward pass needs of the forward pass. Counted with saved-tensor hooks, one
 execution of a block (each repeat of the loop is one) keeps for each token, with `D` width, `G` width of the
 keys and `M` hidden width:
-    eagerly    11 D + 3 G + 3 M, and D for the mix, D for a head gate, D + G for exclusive self-attention;
+    eagerly     9 D + 3 G + 3 M, and D each for the mix, a head gate and exclusive self-attention;
     compiled    8 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion; 2 G for the exclusion.
 The stem, the skips and, for the loss, one row of the vocabulary come on top. glibc keeps tensors under 32 MiB
 in its heap, most of whose holes stay empty, so on a CPU those tensors count `HEAP` times.
 
 Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps with the loop on:
-    tiny    2,048 tokens 577 566    8,192 1,304 1,273    16,384 2,278 2,215    32,768 4,185 3,842
-    naive   1,024 1,203 1,235       4,096 2,756 2,785
-    pr1855  1,024 2,578 2,710       2,048 3,770 4,129     4,096 6,344 6,967
+    tiny    2,048 tokens 547 553    8,192 1,235 1,221    16,384 2,213 2,113    32,768 3,749 3,637
+    naive   1,024 1,166 1,201       4,096 2,470 2,648
+    pr1855  1,024 2,626 2,587       2,048 3,641 3,882     4,096 6,195 6,473
 with calibration and quantization after them:
-    tiny    2,048 593 575    8,192 1,328 1,282    naive 1,024 1,347 1,348    4,096 2,666 2,785
-    pr1855  1,024 4,646 4,471
+    tiny    2,048 664 641    8,192 1,560 1,547    naive 1,024 1,398 1,295    4,096 2,635 2,648
+    pr1855  1,024 4,725 4,337
 CUDA (H200 and H100, allocated), pr1855 with 98,304 tokens: one GPU 39,676 39,644, two 39,715 39,685; no other
 shape was measured. tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
 Not counted: the text and its shards, and test-time training, which does not depend on the micro-batch.
@@ -48,6 +48,8 @@ EAGER_BF16 = 1.25
 """Elements of eager bfloat16 over those of float32: parts of rotation and exclusion are float32 there."""
 HEAP_LEFT = 0.85
 """Fraction of that heap that is still held after the steps, when rounding begins."""
+HEAP_AGAIN = 0.4
+"""Fraction of that heap that the passes of the calibration take in addition, as its holes do not fit them."""
 FACTOR_COPIES = 9
 """Stacks of Hessians alive at once while the largest is blended and factored (6 without blending)."""
 SMALLEST = 16
@@ -86,7 +88,7 @@ class MemoryEstimate:
     activations: int
     """Kept for the backward pass, with the loop on; on a CPU with the heap's holes."""
     loss: int
-    """The loss's factor and the gradients it begins with."""
+    """The loss's factor, the gradients it begins with, and on a CPU those of one block."""
     quantization: int
     """Hessians, gram matrices and their factors, as far as they come on top of the rest."""
 
@@ -121,6 +123,8 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     activations, in_heap = _activations(config, cuda=cuda, attention=attention)
     tokens, row = config.data.micro_tokens, model.vocab_size * size
     loss = tokens * (row + 2 * model.width * size) + shapes["tok_emb"][0] * model.width * 4
+    # Eagerly, each step of a block's backward pass is a tensor of its own.
+    loss += 0 if cuda else int(HEAP * tokens * size * (8 * model.width + model.hidden))
     qkv = model.layers * (model.width + 2 * model.kv_width) * model.width
     transient = weights // 2 + qkv * size if cuda else banks + qkv * size
     # The peak is that of the phase that needs most; weights, gradients, averages and optimizer are there in
@@ -135,6 +139,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         known = hessians + (grams if blending else 0)
         # With the curvature the backward pass runs while all that is held; Hessians need a forward pass only.
         calibrating = kept + known + transient + activations + loss if blending else 0
+        calibrating += int(HEAP_AGAIN * in_heap) if blending else 0
         copies = FACTOR_COPIES if blending else FACTOR_COPIES - 3
         rounding = kept + known + max(left, 2 * (grams - largest)) + copies * largest
     peak = max(steps, calibrating, rounding)
@@ -160,15 +165,17 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     compiled = cuda and config.train.compile != "off"
     encoder, decoder = layer_order(c, loop=True)
     exclusive, gated = c.xsa_layers / c.layers, c.head_gate != "none"
-    skips = {"none": 0, "weighted": 1, "gated": 2}[c.skip] * min(len(encoder), len(decoder))
+    skips = (c.skip != "none" and not c.resid_mix) * min(len(encoder), len(decoder))
     lanes = c.layers - c.parallel_from
     if compiled:
         wide = 8.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
         narrow, hidden, ends = 3 + 2 * exclusive, 2, 4 + c.smear_gate + skips / 2
     else:
-        wide = 11 + c.resid_mix + gated + exclusive + (cuda and attention == "sdpa")
-        narrow, hidden = 3 + exclusive, 3
-        ends = 3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0)
+        wide = 9 + c.resid_mix + gated + exclusive + (cuda and attention == "sdpa")
+        narrow, hidden = 3, 3
+        ends = (
+            3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
+        )
     runs = len(encoder) + len(decoder)
     streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
     wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))

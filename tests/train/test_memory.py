@@ -22,20 +22,20 @@ CPU = {"device_type": "cpu", "world_size": 1, "attention": "sdpa"}
 
 # (preset, tokens of the micro-batch, quantized, peak resident MiB): one rank, one thread, x86, torch 2.13.
 CPU_PEAKS = [
-    ("tiny", 2048, False, 577),
-    ("tiny", 8192, False, 1304),
-    ("tiny", 16384, False, 2278),
-    ("tiny", 32768, False, 4185),
-    ("naive", 1024, False, 1203),
-    ("naive", 4096, False, 2756),
-    ("pr1855", 1024, False, 2578),
-    ("pr1855", 2048, False, 3770),
-    ("pr1855", 4096, False, 6344),
-    ("tiny", 2048, True, 593),
-    ("tiny", 8192, True, 1328),
-    ("naive", 1024, True, 1347),
-    ("naive", 4096, True, 2666),
-    ("pr1855", 1024, True, 4646),
+    ("tiny", 2048, False, 547),
+    ("tiny", 8192, False, 1235),
+    ("tiny", 16384, False, 2213),
+    ("tiny", 32768, False, 3749),
+    ("naive", 1024, False, 1166),
+    ("naive", 4096, False, 2470),
+    ("pr1855", 1024, False, 2626),
+    ("pr1855", 2048, False, 3641),
+    ("pr1855", 4096, False, 6195),
+    ("tiny", 2048, True, 664),
+    ("tiny", 8192, True, 1560),
+    ("naive", 1024, True, 1398),
+    ("naive", 4096, True, 2635),
+    ("pr1855", 1024, True, 4725),
 ]
 
 
