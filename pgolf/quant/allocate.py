@@ -4,7 +4,8 @@ With many bits, a code of scale s costs s^2 / 12 in squared error and takes log2
 squared error in weight (r, j) cost g_r d_j. Then the least total cost for a given number of bits has
 g_r d_j s_rj^2 equal for every weight of the model (reverse water-filling), so s_rj = sqrt(theta / (g_r d_j))
 with one theta for the model. Here d_j is the variance of input j given the inputs that are rounded after it,
-which is what GPTQ leaves of H (the product of the d_j is det H in any order), and g_r is the sensitivity of output r.
+which is what GPTQ leaves of H (the product of the d_j is det H in any order), and g_r is the sensitivity of
+output r.
 Legend: `B` matrices of a bank, `R` rows, `C` columns.
 Source: Cover and Thomas, Elements of Information Theory, 10.3.3; scales of columns for GPTQ as in WaterSIC
 (arXiv 2603.04956).
