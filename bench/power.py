@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,14 +21,33 @@ EVERY = 0.02
 """Seconds between two readings of the clock."""
 
 
-def find_driver() -> Peer:
-    """Look for nvidia-ml-py; `found` of the result is its module."""
+class Driver(NamedTuple):
+    """The driver's view of one GPU."""
 
-    def load() -> object:
+    nvml: Any
+    handle: Any
+
+    def energy(self) -> float:
+        """Return the joules that the card has used since the driver was loaded."""
+        return float(self.nvml.nvmlDeviceGetTotalEnergyConsumption(self.handle)) / 1000
+
+    def clock(self) -> float:
+        """Return the clock of the multiprocessors in MHz."""
+        return float(self.nvml.nvmlDeviceGetClockInfo(self.handle, self.nvml.NVML_CLOCK_SM))
+
+
+def find_driver(device: torch.device) -> Peer:
+    """Look for nvidia-ml-py and read both figures once; `found` of the result is a `Driver`."""
+
+    def load() -> Driver:
         import pynvml  # type: ignore[import-not-found]
 
         pynvml.nvmlInit()
-        return pynvml
+        # By UUID, because CUDA_VISIBLE_DEVICES renumbers torch's devices and not the driver's.
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        driver = Driver(pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid))
+        driver.energy(), driver.clock()
+        return driver
 
     return try_peer("nvidia-ml-py", load)
 
@@ -49,17 +69,13 @@ class Meter:
     """SM clock in MHz, every `EVERY` seconds."""
 
     def __enter__(self) -> Meter:
-        driver = find_driver()
-        self._driver = None if driver.problem else driver.found
+        self._driver: Driver | None = find_driver(self.device).found
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
         torch.cuda.synchronize(self.device)
         if self._driver is not None:
-            # By UUID, because CUDA_VISIBLE_DEVICES renumbers torch's devices and not the driver's.
-            uuid = f"GPU-{torch.cuda.get_device_properties(self.device).uuid}"
-            self._handle = self._driver.nvmlDeviceGetHandleByUUID(uuid)
-            self._thread = threading.Thread(target=self._watch, daemon=True)
+            self._before = self._driver.energy()
             self._thread.start()
-            self._before = self._energy()
         self.began = time.perf_counter()
         return self
 
@@ -67,7 +83,7 @@ class Meter:
         torch.cuda.synchronize(self.device)
         self.seconds = time.perf_counter() - self.began
         if self._driver is not None:
-            self.joules = self._energy() - self._before
+            self.joules = self._driver.energy() - self._before
             self._stop.set()
             self._thread.join()
 
@@ -76,10 +92,7 @@ class Meter:
         """Median SM clock; None without readings."""
         return median(self.clocks) if self.clocks else None
 
-    def _energy(self) -> float:
-        return float(self._driver.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1000
-
     def _watch(self) -> None:
+        assert self._driver is not None
         while not self._stop.wait(EVERY):
-            clock = self._driver.nvmlDeviceGetClockInfo(self._handle, self._driver.NVML_CLOCK_SM)
-            self.clocks.append(float(clock))
+            self.clocks.append(self._driver.clock())

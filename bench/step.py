@@ -279,8 +279,9 @@ def main() -> None:
     args = parser.parse_args()
     device, config = torch.device("cuda"), pr1855().model
     recorder = Recorder("step", device, args.out, file=f"step{args.name and '-' + args.name}")
-    if find_driver().problem:
-        print(f"no joules and clocks: nvidia-ml-py is {find_driver().problem}")
+    driver = find_driver(device)
+    if driver.problem:
+        print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
     for form in args.compile:
