@@ -287,7 +287,9 @@ def main() -> None:
     for form in args.compile:
         for attention in args.attention:
             model = make_model(config).prepare(device, attention=attention, compile=form)
-            measure(recorder, model, work, f"{FORMS[form]} {attention}", args)
+            # The default has the plain name.
+            impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
+            measure(recorder, model, work, impl, args)
             gc.collect()
             torch._dynamo.reset()
     if model is not None and not args.no_tail:

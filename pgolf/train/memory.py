@@ -4,7 +4,7 @@ Nearly all of it is what the backward pass needs of the forward pass. Counted wi
 execution of a block (each repeat of the loop is one) keeps for each token, with `D` width, `G` width of the
 keys and `M` hidden width:
     eagerly     9 D + 3 G + 3 M, and D each for the mix, a head gate and exclusive self-attention;
-    compiled    8 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion; 2 G for the exclusion.
+    compiled    5 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion.
 The stem, the skips and, for the loss, one row of the vocabulary come on top. glibc keeps tensors under 32 MiB
 in its heap, most of whose holes stay empty, so on a CPU those tensors count `HEAP` times.
 
@@ -15,8 +15,8 @@ Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps w
 with calibration and quantization after them:
     tiny    2,048 664 641    8,192 1,560 1,547    naive 1,024 1,398 1,295    4,096 2,635 2,648
     pr1855  1,024 4,725 4,337
-CUDA (H200 and H100, allocated), pr1855 with 98,304 tokens: one GPU 39,676 39,644, two 39,715 39,685; no other
-shape was measured. tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
+CUDA (H200, allocated), pr1855 with 98,304 tokens: 32,294 32,348; no other shape was measured.
+tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
 Not counted: the text and its shards, and test-time training, which does not depend on the micro-batch.
 """
 
@@ -168,8 +168,8 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     skips = (c.skip != "none" and not c.resid_mix) * min(len(encoder), len(decoder))
     lanes = c.layers - c.parallel_from
     if compiled:
-        wide = 8.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
-        narrow, hidden, ends = 3 + 2 * exclusive, 2, 4 + c.smear_gate + skips / 2
+        wide = 5.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
+        narrow, hidden, ends = 3, 2, 4 + c.smear_gate + skips / 2
     else:
         wide = 9 + c.resid_mix + gated + exclusive + (cuda and attention == "sdpa")
         narrow, hidden = 3, 3
