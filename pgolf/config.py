@@ -6,183 +6,20 @@ challenge); `presets.py` has the other presets. A run writes its configuration t
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
+from pgolf.config_checks import check_finite, require
+from pgolf.config_checks import check_name as check_name
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
 from pgolf.config_io import from_dict as from_dict
 from pgolf.config_io import read_json as read_json
 from pgolf.config_io import run_hash as run_hash
 from pgolf.config_io import to_dict as to_dict
-from pgolf.errors import UserError
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
-MOST = {
-    "model.layers": 1024,
-    "model.width": 65_536,
-    "model.mlp_mult": 256,
-    "model.max_context": 2**24,
-    "model.recurrence_repeats": 64,
-    "data.prefetch": 1024,
-    "train.warmup_steps": 1000,
-    "train.seed": 2**63 - 1,
-    "quant.lqer_rank": 65_536,
-    "quant.lqer_top": 65_536,
-    "quant.calibration_batches": 2**20,
-    "quant.gradient_batches": 2**20,
-    "ttt.rank": 65_536,
-    "ttt.seed": 2**63 - 1,
-}
-"""Largest whole numbers that settings may have. Larger ones have no use and would hang or crash the run."""
-MOST_ELSE = 2**40
-"""Largest value of all other whole-number settings, for example of tokens and steps."""
-
-
-def _check_finite(section: str, config: Any) -> None:
-    """Raise UserError if a setting is NaN or infinite, or a whole number beyond `MOST`."""
-    for f in dataclasses.fields(config):
-        value, name = getattr(config, f.name), f"{section}.{f.name}"
-        if isinstance(value, float):
-            _require(math.isfinite(value), f"{name} must be a finite number, got {value}")
-        elif isinstance(value, int):
-            most = MOST.get(name, MOST_ELSE)
-            _require(value <= most, f"{name} must be at most {most:,}, got {shown(value)}")
-
-
-def shown(value: int) -> str:
-    """Return a whole number in digits, or its number of bits if it is too long for that."""
-    return str(value) if value.bit_length() < 1000 else f"a number of {value.bit_length()} bits"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The network. Legend: `V` vocabulary, `D` width, `L` layers, `H` heads, `K` dimension of a head."""
-
-    vocab_size: int = 8192
-    """Number of token ids `V`, 8 to 65536; it must equal that of the tokenizer."""
-    layers: int = 11
-    """Number of physical layers `L`, >= 1."""
-    width: int = 512
-    """Model width `D`, a multiple of heads."""
-    heads: int = 8
-    """Number of query heads `H`; a head has `K` = width / heads dimensions."""
-    kv_heads: int = 4
-    """Number of key/value heads, a divisor of heads; heads / kv_heads consecutive query heads share one."""
-    mlp_mult: int = 4
-    """Hidden width of the MLP as a multiple of the model width, >= 1."""
-    activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
-    """Activation of the MLP: leaky_relu2 is leaky_relu(x, 0.5)^2, relu2 is relu(x)^2."""
-    max_context: int = 2048
-    """Longest attention segment, in tokens; longer documents are cut into segments of this length."""
-    rope_dims: int = 16
-    """Number of leading dimensions of a head that rotate (partial RoPE): even, 0 to `K`."""
-    rope_base: float = 10000.0
-    """Base of the RoPE frequencies, > 0."""
-    qk_gain: float = 5.0
-    """Initial value of the learned gain per query head, > 0; it is applied after QK-norm and RoPE."""
-    xsa_layers: int = 11
-    """The last xsa_layers layers remove from each head's output its part along the token's own value."""
-    head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
-    """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
-    2 * sigmoid(w.n[:window])."""
-    gate_window: int = 12
-    """Number of leading channels that the gates sparse and out, and the smear gate, read; 1 to width."""
-    sparse_gate_scale: float = 0.5
-    """Factor inside the sigmoid of the sparse gate, >= 0."""
-    smear_gate: bool = True
-    """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
-    ln_scale: bool = True
-    """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
-    resid_mix: bool = True
-    """Replace the input x of a layer by m0 * x + m1 * x0, with the first embedding x0 and learned m0, m1."""
-    skip: Literal["none", "weighted", "gated"] = "gated"
-    """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
-    parallel_from: int = 8
-    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
-    recurrence_start: int = 3
-    """First physical layer of the segment that depth recurrence repeats, from 0."""
-    recurrence_end: int = 5
-    """Last physical layer of that segment, inclusive; below parallel_from."""
-    recurrence_repeats: int = 2
-    """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
-    the network deeper at the same bytes, and the steps slower."""
-    softcap: float = 30.0
-    """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
-    embed_init_std: float = 0.005
-    """Standard deviation of the initial token embedding, > 0."""
-
-    def __post_init__(self) -> None:
-        _check_finite("model", self)
-        for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
-            value = getattr(self, name)
-            _require(value >= 1, f"model.{name} must be >= 1, got {value}")
-        for name in ("recurrence_repeats", "sparse_gate_scale"):
-            _require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
-        _require(
-            self.width % self.heads == 0,
-            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
-        )
-        _require(
-            self.heads % self.kv_heads == 0,
-            f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}",
-        )
-        _require(
-            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
-            f"model.rope_dims must be even and in [0, head_dim={self.head_dim}], got {self.rope_dims}",
-        )
-        _require(
-            0 <= self.recurrence_start <= self.recurrence_end < self.layers or self.recurrence_repeats == 0,
-            f"model.recurrence_start..recurrence_end must lie in [0, layers={self.layers}), "
-            f"got {self.recurrence_start}..{self.recurrence_end}",
-        )
-        _require(
-            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
-            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
-            f"got {self.recurrence_end}",
-        )
-        _require(
-            0 <= self.xsa_layers <= self.layers,
-            f"model.xsa_layers must be in [0, layers={self.layers}], got {self.xsa_layers}",
-        )
-        _require(
-            1 <= self.parallel_from <= self.layers,
-            f"model.parallel_from must be in [1, layers={self.layers}], got {self.parallel_from}",
-        )
-        _require(
-            1 <= self.gate_window <= self.width,
-            f"model.gate_window must be in [1, width={self.width}], got {self.gate_window}",
-        )
-        for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
-            _require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
-        _require(
-            8 <= self.vocab_size <= 65536,
-            f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
-        )
-
-    @property
-    def head_dim(self) -> int:
-        """Dimension of one head, `K`."""
-        return self.width // self.heads
-
-    @property
-    def kv_width(self) -> int:
-        """Width of all keys together, which is also that of all values."""
-        return self.kv_heads * self.head_dim
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the MLP."""
-        return self.mlp_mult * self.width
+from pgolf.config_model import ModelConfig as ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +41,14 @@ class DataConfig:
     Everything else in manifest.json is always checked, including the sizes of the training shards."""
 
     def __post_init__(self) -> None:
-        _check_finite("data", self)
-        _require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")
-        _require(
+        check_finite("data", self)
+        require(self.micro_tokens >= 16, f"data.micro_tokens must be >= 16, got {self.micro_tokens}")
+        require(
             self.batch_tokens > 0 and self.batch_tokens % self.micro_tokens == 0,
             f"data.batch_tokens={self.batch_tokens} must be a multiple of "
             f"data.micro_tokens={self.micro_tokens} and above 0",
         )
-        _require(self.prefetch >= 1, f"data.prefetch must be >= 1, got {self.prefetch}")
+        require(self.prefetch >= 1, f"data.prefetch must be >= 1, got {self.prefetch}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,15 +78,15 @@ class MuonConfig:
     matrices), standard computes one iteration after another, auto takes gram where it can run."""
 
     def __post_init__(self) -> None:
-        _check_finite("optim.muon", self)
-        _require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
+        check_finite("optim.muon", self)
+        require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
         for name in ("lr", "weight_decay"):
             value = getattr(self, name)
-            _require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
+            require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
         for name in ("momentum", "momentum_start"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        _require(
+            require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
+        require(
             0 <= self.momentum_warmup <= 1,
             f"optim.muon.momentum_warmup is a fraction of the run in [0, 1], got {self.momentum_warmup}",
         )
@@ -275,14 +112,14 @@ class AdamConfig:
     """Added to the square root of the second moment, > 0."""
 
     def __post_init__(self) -> None:
-        _check_finite("optim.adam", self)
+        check_finite("optim.adam", self)
         for name in ("embed_lr", "embed_weight_decay", "scalar_lr", "scalar_weight_decay"):
             value = getattr(self, name)
-            _require(value >= 0, f"optim.adam.{name} must be >= 0, got {value}")
+            require(value >= 0, f"optim.adam.{name} must be >= 0, got {value}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.adam.{name} must be in [0, 1), got {value}")
-        _require(self.eps > 0, f"optim.adam.eps must be > 0, got {self.eps}")
+            require(0 <= value < 1, f"optim.adam.{name} must be in [0, 1), got {value}")
+        require(self.eps > 0, f"optim.adam.eps must be > 0, got {self.eps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,11 +142,11 @@ class OptimConfig:
     """Fraction of the run at which depth recurrence is switched on, 0 to 1; steps are slower from then on."""
 
     def __post_init__(self) -> None:
-        _check_finite("optim", self)
-        _require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
+        check_finite("optim", self)
+        require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
         for name in ("warmdown", "min_lr", "ema_horizon", "recurrence_at"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
+            require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,25 +194,25 @@ class TrainConfig:
     host do when. It costs a few seconds of the clock, so do not score such a run."""
 
     def __post_init__(self) -> None:
-        _check_finite("train", self)
+        check_finite("train", self)
         for name in ("seconds", "steps", "seed", "warmup_steps"):
             value = getattr(self, name)
-            _require(value >= 0, f"train.{name} must be >= 0, got {value}")
-        _require(
+            require(value >= 0, f"train.{name} must be >= 0, got {value}")
+        require(
             self.seconds > 0 or self.steps > 0,
             "train.seconds and train.steps are both 0: the run would never stop; set one of them",
         )
-        _require(
+        require(
             0 <= self.checkpoint_every < float("inf"),
             f"train.checkpoint_every must be >= 0 s and finite, got {self.checkpoint_every}",
         )
-        _require(
+        require(
             5 <= self.rank_timeout <= 600,
             f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
         )
         reserve = self.quantize_reserve or 0.0
-        _require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
-        _require(
+        require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
+        require(
             self.seconds == 0 or reserve < self.seconds,
             f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
@@ -437,20 +274,20 @@ class QuantConfig:
     least 1. The time that they take is on the clock."""
 
     def __post_init__(self) -> None:
-        _check_finite("quant", self)
+        check_finite("quant", self)
         for name in ("matrix_bits", "embed_bits"):
             value = getattr(self, name)
-            _require(4 <= value <= 8, f"quant.{name} must be one of (4, 5, 6, 7, 8), got {value}")
+            require(4 <= value <= 8, f"quant.{name} must be one of (4, 5, 6, 7, 8), got {value}")
         for name in ("mlp_clip", "attn_clip", "embed_clip", "damp"):
             value = getattr(self, name)
-            _require(value > 0, f"quant.{name} must be > 0, got {value}")
+            require(value > 0, f"quant.{name} must be > 0, got {value}")
         for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
-            _require(value >= 1, f"quant.{name} must be >= 1, got {value}")
+            require(value >= 1, f"quant.{name} must be >= 1, got {value}")
         for name in ("row_floor", "embed_floor", "rate"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
-        _require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
+            require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
+        require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,8 +301,8 @@ class ArtifactConfig:
     %. A model that is too small for that gets its finest scales. Off: the scales stay as configured."""
 
     def __post_init__(self) -> None:
-        _check_finite("artifact", self)
-        _require(self.limit > 0, f"artifact.limit must be > 0 bytes, got {self.limit}")
+        check_finite("artifact", self)
+        require(self.limit > 0, f"artifact.limit must be > 0 bytes, got {self.limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -498,21 +335,19 @@ class TttConfig:
     """Seed of the initial adapters, >= 0; they are the same for every document."""
 
     def __post_init__(self) -> None:
-        _check_finite("ttt", self)
+        check_finite("ttt", self)
         for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
             value = getattr(self, name)
-            _require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
-        _require(
+            require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
+        require(
             self.chunk_max >= self.chunk,
             f"ttt.chunk_max must be at least ttt.chunk={self.chunk}, got {self.chunk_max}",
         )
         for name in ("lr", "weight_decay", "chunk_growth", "seed"):
             value = getattr(self, name)
-            _require(value >= 0, f"ttt.{name} must be >= 0, got {value}")
-        _require(
-            self.alpha > 0 and self.eps > 0, f"ttt.alpha, eps: must be > 0, got {self.alpha}, {self.eps}"
-        )
-        _require(0 <= self.beta2 < 1, f"ttt.beta2 must be in [0, 1), got {self.beta2}")
+            require(value >= 0, f"ttt.{name} must be >= 0, got {value}")
+        require(self.alpha > 0 and self.eps > 0, f"ttt.alpha, eps: must be > 0, got {self.alpha}, {self.eps}")
+        require(0 <= self.beta2 < 1, f"ttt.beta2 must be in [0, 1), got {self.beta2}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -536,9 +371,9 @@ class EvaluateConfig:
     """Settings of `ttt`."""
 
     def __post_init__(self) -> None:
-        _check_finite("evaluate", self)
-        _require(self.every >= 0, f"evaluate.every must be >= 0 steps, got {self.every}")
-        _require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
+        check_finite("evaluate", self)
+        require(self.every >= 0, f"evaluate.every must be >= 0 steps, got {self.every}")
+        require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -568,12 +403,12 @@ class Config:
     def __post_init__(self) -> None:
         check_name(self.name, "a folder's name")
         longest = self.model.max_context
-        _require(
+        require(
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
             "evaluate.sliding and evaluate.ttt score quantized weights, but train.quantize is false; set it "
             "to true, or both of them to false",
         )
-        _require(
+        require(
             not self.evaluate.sliding or self.evaluate.stride <= longest,
             f"evaluate.stride must be at most model.max_context={longest}, got {self.evaluate.stride}",
         )
@@ -582,17 +417,3 @@ class Config:
     def completed(data: dict[str, Any], where: str) -> dict[str, Any]:
         """Return saved settings with the missing ones added as their writer had them, for `from_dict`."""
         return config_versions.completed(data, where)
-
-
-def check_name(name: str, of: str) -> None:
-    """Check a name that is part of `of` ("a folder's name", for example).
-
-    Raises:
-        ValueError: a file name cannot contain it, or the file would be hidden or hard to name in a command.
-    """
-    plain = name.isprintable() and not set(name) & set("/\\") and not name.startswith((".", "-", " "))
-    _require(
-        bool(name) and plain and len(name.encode("utf-8", "replace")) <= 128,
-        f"name is part of {of}: 1 to 128 bytes, printable, no / or \\, and no '.', '-' or space at "
-        f"its beginning, got {name!r}",
-    )

@@ -74,7 +74,7 @@ def test_no_function_that_nothing_registers_has_types(code):
             if isinstance(node, ast.FunctionDef) and not node.decorator_list:
                 assert node.returns is None, f"{path}: {node.name}"
                 assert not [a for a in node.args.args if a.annotation], f"{path}: {node.name}"
-    assert "max_context: int" in code["pgolf/config.py"]  # a field
+    assert "max_context: int" in code["pgolf/config_model.py"]  # a field
 
 
 def test_what_is_counted_is_what_unpacks(code, tmp_path):

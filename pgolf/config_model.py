@@ -1,0 +1,129 @@
+"""The settings of the network, which a model file holds, too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pgolf.config_checks import check_finite, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network. Legend: `V` vocabulary, `D` width, `L` layers, `H` heads, `K` dimension of a head."""
+
+    vocab_size: int = 8192
+    """Number of token ids `V`, 8 to 65536; it must equal that of the tokenizer."""
+    layers: int = 11
+    """Number of physical layers `L`, >= 1."""
+    width: int = 512
+    """Model width `D`, a multiple of heads."""
+    heads: int = 8
+    """Number of query heads `H`; a head has `K` = width / heads dimensions."""
+    kv_heads: int = 4
+    """Number of key/value heads, a divisor of heads; heads / kv_heads consecutive query heads share one."""
+    mlp_mult: int = 4
+    """Hidden width of the MLP as a multiple of the model width, >= 1."""
+    activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
+    """Activation of the MLP: leaky_relu2 is leaky_relu(x, 0.5)^2, relu2 is relu(x)^2."""
+    max_context: int = 2048
+    """Longest attention segment, in tokens; longer documents are cut into segments of this length."""
+    rope_dims: int = 16
+    """Number of leading dimensions of a head that rotate (partial RoPE): even, 0 to `K`."""
+    rope_base: float = 10000.0
+    """Base of the RoPE frequencies, > 0."""
+    qk_gain: float = 5.0
+    """Initial value of the learned gain per query head, > 0; it is applied after QK-norm and RoPE."""
+    xsa_layers: int = 11
+    """The last xsa_layers layers remove from each head's output its part along the token's own value."""
+    head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
+    """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
+    2 * sigmoid(w.n[:window])."""
+    gate_window: int = 12
+    """Number of leading channels that the gates sparse and out, and the smear gate, read; 1 to width."""
+    sparse_gate_scale: float = 0.5
+    """Factor inside the sigmoid of the sparse gate, >= 0."""
+    smear_gate: bool = True
+    """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
+    ln_scale: bool = True
+    """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
+    resid_mix: bool = True
+    """Replace the input x of a layer by m0 * x + m1 * x0, with the first embedding x0 and learned m0, m1."""
+    skip: Literal["none", "weighted", "gated"] = "gated"
+    """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
+    parallel_from: int = 8
+    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
+    recurrence_start: int = 3
+    """First physical layer of the segment that depth recurrence repeats, from 0."""
+    recurrence_end: int = 5
+    """Last physical layer of that segment, inclusive; below parallel_from."""
+    recurrence_repeats: int = 2
+    """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
+    the network deeper at the same bytes, and the steps slower."""
+    softcap: float = 30.0
+    """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
+    embed_init_std: float = 0.005
+    """Standard deviation of the initial token embedding, > 0."""
+
+    def __post_init__(self) -> None:
+        check_finite("model", self)
+        for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        for name in ("recurrence_repeats", "sparse_gate_scale"):
+            require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
+        require(
+            self.width % self.heads == 0,
+            f"model.width must be a multiple of model.heads, got {self.width} and {self.heads}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}",
+        )
+        require(
+            self.rope_dims % 2 == 0 and 0 <= self.rope_dims <= self.head_dim,
+            f"model.rope_dims must be even and in [0, head_dim={self.head_dim}], got {self.rope_dims}",
+        )
+        require(
+            0 <= self.recurrence_start <= self.recurrence_end < self.layers or self.recurrence_repeats == 0,
+            f"model.recurrence_start..recurrence_end must lie in [0, layers={self.layers}), "
+            f"got {self.recurrence_start}..{self.recurrence_end}",
+        )
+        require(
+            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
+            f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
+            f"got {self.recurrence_end}",
+        )
+        require(
+            0 <= self.xsa_layers <= self.layers,
+            f"model.xsa_layers must be in [0, layers={self.layers}], got {self.xsa_layers}",
+        )
+        require(
+            1 <= self.parallel_from <= self.layers,
+            f"model.parallel_from must be in [1, layers={self.layers}], got {self.parallel_from}",
+        )
+        require(
+            1 <= self.gate_window <= self.width,
+            f"model.gate_window must be in [1, width={self.width}], got {self.gate_window}",
+        )
+        for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
+            require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
+        require(
+            8 <= self.vocab_size <= 65536,
+            f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension of one head, `K`."""
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        """Width of all keys together, which is also that of all values."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLP."""
+        return self.mlp_mult * self.width
