@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from pgolf.cli.overrides import base_note, is_preset, load_base, override, parse_config, sets
-from pgolf.config import MAY_CHANGE, Config, to_dict
+from pgolf.config import MAY_CHANGE, Config, flat, to_dict
 from pgolf.errors import RanksFailed, UserError, is_checked
 
 DEFAULT = "pr1855"
@@ -88,8 +88,6 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
         )
     saved = load_base(str(path))
     config = override("train", f"{word} {name}", rest, saved)
-    from pgolf.report.finished_runs import flat
-
     ours, theirs = flat(to_dict(config)), flat(to_dict(saved))
     changed = [k for k in ours if ours[k] != theirs[k] and not k.startswith(MAY_CHANGE)]
     if changed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
-from pgolf.config import Config, config_hash, from_dict, read_json, run_hash, to_dict
+from pgolf.config import Config, config_hash, flat, from_dict, read_json, run_hash, to_dict
 from pgolf.errors import UserError
 from pgolf.report.summary import SUMMARY, Summary, Training
 
@@ -95,19 +95,6 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for other in runs[1:]:
         _check_same(runs[0], other)
     return runs
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(inner, f"{name}.{key}" if name else key)
-        else:
-            yield name, value
-
-    return dict(walk(settings, prefix))
 
 
 def _read_run(folder: Path) -> FinishedRun:
