@@ -18,6 +18,7 @@ from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
 from pgolf.config import Config, config_hash, flat, from_dict, read_json, run_hash, to_dict
+from pgolf.data.challenge import PART, known_text
 from pgolf.errors import UserError
 from pgolf.report.summary import SUMMARY, Summary, Training
 
@@ -82,11 +83,15 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
         FileNotFoundError: no such folder, or a file of the run is missing.
         UserError: no folder given; a run is not finished, its files do not belong together, its scores
             contradict themselves, its artifact is above the limit or its clock above its budget, it started
-            from a checkpoint or made no artifact; two runs of one seed, or configurations that differ.
+            from a checkpoint or made no artifact, or scored a part of the challenge's text; two runs of one seed, or configurations that differ.
     """
     if not folders:
         raise UserError("expected at least one run folder, got none; `pgolf train` makes them")
     runs = sorted((_read_run(folder) for folder in folders), key=lambda run: run.seed)
+    for run in runs:
+        known = known_text(run.tokenizer_sha256, run.summary.scores["quantized"].tokens)
+        if known.startswith(PART):
+            raise UserError(f"{run.folder} scored {known}; fetch the whole text with `pgolf data fetch`")
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise UserError(
