@@ -82,8 +82,9 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
         UserError: no folder given; a run is not finished, its files do not belong together, its scores
-            contradict themselves, its artifact is above the limit or its clock above its budget, it started
-            from a checkpoint or made no artifact, or scored a part of the challenge's text; two runs of one seed, or configurations that differ.
+            contradict themselves or are of a part of the challenge's text, its artifact is above the limit or
+            its clock above its budget, it started from a checkpoint or made no artifact; two runs of one
+            seed, or configurations that differ.
     """
     if not folders:
         raise UserError("expected at least one run folder, got none; `pgolf train` makes them")

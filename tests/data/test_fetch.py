@@ -273,7 +273,7 @@ def test_a_folder_without_a_manifest_says_what_is_known_of_its_text(hub, tmp_pat
     out = tmp_path / "data"
     run(hub, out)
     sha256 = file_sha256(tokenizer.path)
-    for tokens, begins in ((2048, "as many validation tokens"), (4096, "NOT the challenge's validation text")):
+    for tokens, begins in ((2048, "as many validation tokens"), (4096, challenge.PART)):
         monkeypatch.setitem(VARIANTS, "small", challenge.Variant("some/repo", sha256, tokens))
         assert f"; {begins}" in DataFolder.open(out, vocab_size=512).checked
     monkeypatch.delitem(VARIANTS, "small")
