@@ -21,7 +21,7 @@ from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
-from pgolf.log import RunLog
+from pgolf.log import Progress, RunLog
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.schedule import ema_decay, loop_on
@@ -94,9 +94,13 @@ class Trainer:
         weights = clone_parameters(self._model)
         # Each mode has its own graphs. The second is compiled now too, not at the step that switches it on.
         modes = (False, True) if self._config.model.recurrence_repeats else (False,)
+        steps = self._config.train.warmup_steps
+        progress = Progress(
+            "warm-up", max(1, len(modes) * steps * self._passes), is_main=self._dist.is_main, every_s=10.0
+        )
         for loop in modes:
-            for _ in range(self._config.train.warmup_steps):
-                self._accumulate(loop=loop)
+            for _ in range(steps):
+                self._accumulate(loop=loop, progress=progress)
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
             log.line(f"warm-up: loop {'on' if loop else 'off'} ready at {time.perf_counter() - began:.1f} s")
@@ -238,10 +242,13 @@ class Trainer:
             return None
         return ema_decay(tick.frac - before, self._config.optim)
 
-    def _accumulate(self, *, loop: bool, numbers: DeviceNumbers | None = None) -> None:
+    def _accumulate(
+        self, *, loop: bool, numbers: DeviceNumbers | None = None, progress: Progress | None = None
+    ) -> None:
         """Run this rank's forward and backward passes of one step.
 
         Args:
+            progress: told of every pass.
             numbers: gets the mean loss once the last forward pass is done. The last backward pass follows
                 while the host, which has waited for these numbers, prepares the next step.
         """
@@ -257,6 +264,8 @@ class Trainer:
             if numbers is not None and index == self._passes - 1:
                 numbers.send(total, self._optimizer.grad_norm, self._optimizer.skipped)
             loss.backward()
+            if progress is not None:
+                progress.advance(1)
 
     def _synchronize(self) -> None:
         if self._dist.device.type == "cuda":
