@@ -18,7 +18,7 @@ FLOORS = [
     ["errors", "files"],
     ["config_checks", "config_io", "config_versions"],
     ["config_model"],
-    ["config", "env", "peers"],
+    ["config", "env", "peers", "stats"],
     ["presets", "published", "_C", "track", "watch"],
     ["ops"],
     ["dist", "log", "data"],
