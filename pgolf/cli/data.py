@@ -45,6 +45,9 @@ class TokenizerJob:
     """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     max_bytes: int = 100_000_000
     """Bytes of text to train on; equal shares are taken from the beginnings of all inputs."""
+    caseops: bool = False
+    """Train on text in which operators stand for upper case (CaseOps), so that the spellings of a word share
+    their tokens. Shards, scores and generated text follow the tokenizer without another option."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,11 +72,12 @@ def run_tokenizer(job: TokenizerJob) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     share = job.max_bytes // len(job.inputs)
     texts = itertools.chain.from_iterable(_texts(path, share, job.text_key) for path in job.inputs)
-    tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size)
+    tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size, with_caseops=job.caseops)
     check = list(_texts(job.inputs[0], 1_000_000, job.text_key))
     tokens = sum(len(ids) for ids in tokenizer.encode_ids(check))
     size = sum(len(text.encode()) for text in check)
-    print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, lossless {tokenizer.lossless}")
+    kind = f"lossless {tokenizer.lossless}{', CaseOps' * tokenizer.caseops}"
+    print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, {kind}")
     if not tokenizer.lossless:
         print(f"not lossless because {tokenizer.lossy_because}")
     print(f"SHA-256 {file_sha256(job.out)}")

@@ -154,6 +154,8 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
             report(f"note: {path} is empty")
     if not tokenizer.lossless:
         report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
+    if tokenizer.caseops:
+        report("note: a CaseOps tokenizer; the text is encoded with operators for upper case")
     _check_out(job)
     with _unfinished(job) as (finish, created):
         staged = created and job.overwrite and (job.out / MANIFEST_NAME).is_file()
@@ -216,6 +218,7 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
         bos_id=tokenizer.bos_id,
         lossless=val.inexact == 0,
         files={**train_files, **val_files},
+        caseops=tokenizer.caseops,
     )
     if manifest.total("val_bytes").bytes != val.size:
         raise RunError(

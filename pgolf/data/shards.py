@@ -214,6 +214,8 @@ class Manifest:
     """Whether decoding the validation ids gives every validation document back exactly."""
     files: dict[str, ShardInfo]
     """Entries by file name."""
+    caseops: bool = False
+    """Whether the text of the ids is in the form of CaseOps."""
 
     def total(self, split: str) -> ShardInfo:
         """Return the sums of tokens, documents and bytes of one split; the sha256 of the result is empty."""
@@ -265,8 +267,9 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
     """Raise ValueError if the manifest contradicts itself, whatever files are in the folder."""
     numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
     digests = {"tokenizer_sha256": manifest.tokenizer_sha256}
-    if type(manifest.lossless) is not bool:
-        raise UserError(f"lossless is {manifest.lossless!r}, expected true or false")
+    for what in ("lossless", "caseops"):
+        if type(getattr(manifest, what)) is not bool:
+            raise UserError(f"{what} is {getattr(manifest, what)!r}, expected true or false")
     if not isinstance(manifest.name, str):
         raise UserError(f"name is {manifest.name!r}, expected the prefix of the shard names")
     for name, info in manifest.files.items():
