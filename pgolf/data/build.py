@@ -44,6 +44,7 @@ from pgolf.data.shards import (
     ShardInfo,
     Split,
     Tokens,
+    check_challenge,
     sidecar_path,
     write_manifest,
     write_shard,
@@ -210,6 +211,7 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
         shutil.copyfileobj(source, handle)
     seen: dict[bytes, str] = {}
     val_files, val = _build_split(job, "val", seen=seen, report=report)
+    check_challenge(job.name, val.documents)
     train_files, _ = _build_split(job, "train", seen=seen, report=report)
     manifest = Manifest(
         name=job.name,

@@ -38,6 +38,11 @@ TOKENIZER_NAME = "tokenizer.model"
 MARKER_NAME = "UNFINISHED"
 MAKE_SHARDS = "pgolf data shards --train TEXT --val TEXT --tokenizer MODEL --out FOLDER"
 
+CHALLENGE_NAME = "fineweb"
+"""Prefix of the names of the challenge's shards."""
+CHALLENGE_DOCUMENTS = 50_000
+"""Documents of the challenge's validation text."""
+
 _SPLITS = ("train", "val", "val_bytes")
 _AGAIN = f"copy the folder again, or make it again: {MAKE_SHARDS}"
 
@@ -332,6 +337,24 @@ def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) 
             )
         if info.split != "train" or training:
             _check_hash(folder / name, info.sha256)
+
+
+def check_challenge(name: str, documents: int) -> None:
+    """Refuse a part of the challenge's validation text as if it were the whole.
+
+    Args:
+        name: prefix of the names of the shards.
+        documents: number of validation documents.
+
+    Raises:
+        ValueError: the name is the challenge's, the number is not.
+    """
+    if name == CHALLENGE_NAME and documents != CHALLENGE_DOCUMENTS:
+        raise UserError(
+            f"{name}_val_*.bin: {documents:,} documents, but the challenge's validation text has "
+            f"{CHALLENGE_DOCUMENTS:,}, so scores could not be compared; use all of them (none may be trained "
+            "on), or give shards of another text another name"
+        )
 
 
 def _check_hash(path: Path, expected: str) -> None:

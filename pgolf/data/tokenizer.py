@@ -173,8 +173,14 @@ class Tokenizer:
 
     def encode_ids(self, texts: Sequence[str], *, threads: int = 0) -> list[Tokens]:
         """Return only the ids of each text, which is faster; used for training shards."""
-        encoded = self._sp.encode(list(map(self._prepare, texts)), out_type=int, num_threads=threads or os.cpu_count() or 1)
+        encoded = self._sp.encode(
+            list(map(self._prepare, texts)), out_type=int, num_threads=threads or os.cpu_count() or 1
+        )
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
+
+    def usual_bytes(self, ids: Tokens) -> Counts:
+        """Return the bytes that each id `(n,)` stands for in text that needs no escape and is not changed."""
+        return self._counts[ids]
 
     def decode(self, ids: NDArray[Any] | Sequence[int]) -> str:
         """Return the text of ids; BOS and other control ids give no text, invalid UTF-8 gives U+FFFD.
@@ -202,15 +208,15 @@ class Tokenizer:
         length of the rest.
 
         Raises:
-            ValueError: U+2581 itself is not a piece, so spaces would be miscounted; or the tokenizer is one of
-                CaseOps, for which the challenge counts with byte sidecars, not with a table.
+            ValueError: U+2581 itself is not a piece, so spaces would be miscounted; or the tokenizer is one
+                of CaseOps, for which the challenge counts with byte sidecars, not with a table.
         """
         sp = self._sp
         if self.caseops:
             raise UserError(
-                f"{self.path}: a CaseOps tokenizer has no byte table, because the bytes of an operator depend "
-                "on the text; the validation shards need their byte sidecars (*_val_bytes_*.bin): copy them "
-                f"too, or make the shards again: {MAKE_SHARDS}"
+                f"{self.path}: a CaseOps tokenizer has no byte table, because the bytes of an operator "
+                "depend on the text; the validation shards need their byte sidecars (*_val_bytes_*.bin): "
+                f"copy them too, or make the shards again: {MAKE_SHARDS}"
             )
         if sp.piece_to_id(SPACE) == sp.unk_id():
             raise UserError(
