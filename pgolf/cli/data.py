@@ -48,6 +48,8 @@ class TokenizerJob:
     caseops: bool = False
     """Train on text in which operators stand for upper case (CaseOps), so that the spellings of a word share
     their tokens. Shards, scores and generated text follow the tokenizer without another option."""
+    marker_pairs: bool = False
+    """With --caseops: one token for a space and the operator after it, which gives fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +74,13 @@ def run_tokenizer(job: TokenizerJob) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     share = job.max_bytes // len(job.inputs)
     texts = itertools.chain.from_iterable(_texts(path, share, job.text_key) for path in job.inputs)
-    tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size, with_caseops=job.caseops)
+    tokenizer = train_tokenizer(
+        texts,
+        job.out,
+        vocab_size=job.vocab_size,
+        with_caseops=job.caseops,
+        marker_pairs=job.marker_pairs,
+    )
     check = list(_texts(job.inputs[0], 1_000_000, job.text_key))
     tokens = sum(len(ids) for ids in tokenizer.encode_ids(check))
     size = sum(len(text.encode()) for text in check)

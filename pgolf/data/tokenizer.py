@@ -342,7 +342,13 @@ def find_tokenizer(folder: Path) -> Tokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], path: Path, *, vocab_size: int, threads: int = 0, with_caseops: bool = False
+    texts: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    threads: int = 0,
+    with_caseops: bool = False,
+    marker_pairs: bool = False,
 ) -> Tokenizer:
     """Train a lossless BPE tokenizer (pad 0, bos 1, eos 2, unk 3), write it to `path` and return it.
 
@@ -355,10 +361,15 @@ def train_tokenizer(
         vocab_size: number of ids, in [300, 65536].
         threads: threads of the trainer; 0 = one per core.
         with_caseops: train on text in the form of CaseOps, with its operators at ids 4 to 7.
+        marker_pairs: add a piece for a space and TITLE, ALLCAPS or CAPNEXT (ids 8 to 10), as PR #2109 does.
 
     Raises:
-        ValueError: vocab_size is out of range, or there is too little text for it.
+        ValueError: vocab_size is out of range, there is too little text for it, or marker_pairs was asked for
+            without with_caseops.
     """
+    if marker_pairs and not with_caseops:
+        raise UserError("marker pairs are pieces with an operator of CaseOps; switch CaseOps on too")
+    pairs = [SPACE + operator for operator in caseops.OPERATORS[:3]] if marker_pairs else []
     if not 300 <= vocab_size <= 65536:
         raise UserError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
     model = io.BytesIO()
@@ -376,7 +387,7 @@ def train_tokenizer(
             split_digits=True,
             character_coverage=0.999,
             required_chars=SPACE,  # the tokenizer needs a piece for the space even if no text has one
-            user_defined_symbols=[*(caseops.OPERATORS if with_caseops else ()), "\n"],
+            user_defined_symbols=[*(caseops.OPERATORS if with_caseops else ()), *pairs, "\n"],
             hard_vocab_limit=False,
             pad_id=0,
             bos_id=1,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pgolf.data import caseops
 from pgolf.data.caseops import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE
 from pgolf.data.text import iterate_documents, sample_paths
-from pgolf.data.tokenizer import ESCAPE, Tokenizer, escape, unescape
+from pgolf.data.tokenizer import ESCAPE, Tokenizer, escape, train_tokenizer, unescape
 
 # The challenge's own model is not part of the repository; name a copy to test with it.
 CHALLENGE_MODEL = os.environ.get("PGOLF_CASEOPS_MODEL", "")
@@ -185,6 +185,34 @@ def test_real_text_has_the_bytes_of_its_documents(cased: Tokenizer) -> None:
         assert int(counts.sum()) == len(text.encode())
         assert counts[(ids >= 4) & (ids <= 7)].max(initial=0) == 0
         assert np.array_equal(counts, cased._encode_by_surface(text)[1])
+
+
+def test_marker_pairs_are_tokens_of_a_space_and_an_operator(paired: Tokenizer, cased: Tokenizer) -> None:
+    assert paired.caseops and paired.lossless, paired.lossy_because
+    pieces = [paired._sp.id_to_piece(i) for i in range(12)]
+    assert pieces[4:] == [*OPERATORS, *("\u2581" + operator for operator in OPERATORS[:3]), "\n"]
+    ids, counts = paired.encode("A The  NASA\nX")
+    assert ids[ids < 12].tolist() == [4, 8, 9, 11, 4]
+    assert counts[ids < 12].tolist() == [0, 1, 1, 1, 0]
+    texts = [document.text for document in iterate_documents(sample_paths().val)]
+    for text, (found, sizes) in zip(texts, paired.encode_batch(texts), strict=True):
+        assert paired.decode(found) == text
+        assert int(sizes.sum()) == len(text.encode())
+        assert np.array_equal(sizes, paired._encode_by_surface(text)[1])
+    fewer, more = (sum(map(len, t.encode_ids(texts))) for t in (paired, cased))
+    assert fewer < 0.95 * more
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXT)
+@example(f" {TITLE} {ESC}A \u2581A \u2581{ALLCAPS}B")
+def test_any_text_round_trips_with_marker_pairs(paired: Tokenizer, text: str) -> None:
+    check(paired, text)
+
+
+def test_marker_pairs_need_caseops(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"marker pairs are pieces with an operator.*switch CaseOps on too"):
+        train_tokenizer(["x"], tmp_path / "x.model", vocab_size=300, marker_pairs=True)
 
 
 def test_a_caseops_tokenizer_has_no_byte_table(cased: Tokenizer) -> None:
