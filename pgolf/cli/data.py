@@ -13,6 +13,7 @@ import numpy as np
 import tyro
 
 from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.foreign import check_foreign
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -123,6 +124,7 @@ def run_inspect(job: InspectJob) -> None:
         _print_shards([job.path], tokenizer.bos_id if tokenizer else job.bos_id, tokenizer)
         return
     manifest = verify_folder(job.path, training=True)
+    check_foreign(job.path, training=True)
     tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(job.path)
     bos_id = tokenizer.bos_id if tokenizer else job.bos_id
     splits: tuple[Split, ...] = ("train", "val")

@@ -21,20 +21,18 @@ import re
 
 from pgolf.errors import UserError
 
-OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
-"""The operators, in the order of their token ids."""
-FIRST_ID = 4
-"""Token id of TITLE in a CaseOps tokenizer; the other operators follow."""
+CASE_OPERATORS = TITLE, ALLCAPS, CAPNEXT, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
+"""The operators."""
+IDS = [4, 5, 6, 7]
+"""Their token ids in a CaseOps tokenizer."""
 
 _ANY = f"[{TITLE}-{ESC}]"
 # Each pattern begins with one set of characters, because Python's matcher searches for that fastest.
 _TO_ENCODE = re.compile(f"[A-Z{TITLE}-{ESC}](?:(?<=[A-Z])[A-Za-z]+)?")
 _UPPER = re.compile("[A-Z]")
 _TO_DECODE = re.compile(
-    f"{_ANY}(?:(?<=[{TITLE}{CAPNEXT}])([A-Za-z])|(?<={ALLCAPS})((?:{CAPNEXT}?[A-Za-z])+)|(?<={ESC})({_ANY}))?"
+    f"{_ANY}(?:(?<=[{TITLE}{CAPNEXT}])[A-Za-z]|(?<={ALLCAPS})(?:{CAPNEXT}?[A-Za-z])+|(?<={ESC}){_ANY})?"
 )
-LITERAL = re.compile(f"{ESC}{_ANY}")
-"""An operator character of the text itself, in encoded text. Matches must be sought from the beginning."""
 
 
 def encode(text: str) -> str:
@@ -47,25 +45,34 @@ def encode(text: str) -> str:
         text.encode()
     except UnicodeEncodeError as e:
         raise UserError(
-            f"the text is not Unicode: a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}; "
-            "repair it where it was read"
+            f"the text is not Unicode (a lone surrogate at character {e.start}); repair it"
         ) from e
     return _TO_ENCODE.sub(_mark, text)
 
 
-def decode(text: str, *, strict: bool = True) -> str:
+def decode(text: str) -> str:
     """Reverse `encode`: `decode(encode(s)) == s` for every text `s`.
 
-    Args:
-        text: what `encode` returned, or text that a model wrote in its form.
-        strict: refuse an operator that nothing follows to which it can apply, or that stands inside a word
-            though it may only begin one. Otherwise it gives no text, and the decoded beginning of a text is
-            the beginning of the decoded text.
-
     Raises:
-        ValueError: `strict` and such an operator.
+        ValueError: an operator dangles: nothing follows to which it can apply, or it stands inside a word
+            though it may only begin one.
     """
-    return _TO_DECODE.sub(_apply_strictly if strict else _apply, text)
+    for match in _TO_DECODE.finditer(text):
+        if _dangles(match):
+            raise UserError(
+                f"dangling operator U+{ord(match[0][0]):04X} at character {match.start()}: expected the "
+                "first letter of a word after U+E001 and U+E002, a letter after U+E003, an operator after "
+                "U+E004; the text was cut, or CaseOps did not make it"
+            )
+    return decode_written(text)
+
+
+def decode_written(text: str) -> str:
+    """Decode text that a model wrote, or that was cut, as `decode` does; a dangling operator gives no text.
+
+    The decoded beginning of a text is the beginning of the decoded text.
+    """
+    return _TO_DECODE.sub(_apply, text)
 
 
 def _mark(match: re.Match[str]) -> str:
@@ -88,27 +95,12 @@ def _capnext(match: re.Match[str]) -> str:
 
 
 def _apply(match: re.Match[str]) -> str:
-    """Return the text of an operator and what it applies to; none if it applies to nothing."""
-    letter, run, literal = match.groups(default="")
-    if literal:
-        return str(literal)
-    letters = str(letter + run.replace(CAPNEXT, ""))
-    return letters if match[0][0] in (TITLE, ALLCAPS) and _in_word(match) else letters.upper()
+    """Return the text of an operator and what it applies to."""
+    text = match[0][1:].replace(CAPNEXT, "") if match[0][0] == ALLCAPS else match[0][1:]
+    return text if match[0][0] == ESC or _dangles(match) else text.upper()
 
 
-def _apply_strictly(match: re.Match[str]) -> str:
-    operator = match[0][0]
-    name = ("TITLE", "ALLCAPS", "CAPNEXT", "ESC")[OPERATORS.index(operator)]
-    where = f"dangling operator {name} (U+{ord(operator):04X}) at character {match.start()}"
-    how = "the text was cut or was not made by CaseOps"
-    if len(match[0]) == 1:
-        what = "one of the four operators" if operator == ESC else "an ASCII letter"
-        raise UserError(f"{where}: expected {what} after it; {how}")
-    if operator in (TITLE, ALLCAPS) and _in_word(match):
-        raise UserError(f"{where}: it stands inside a word, expected before one; {how}")
-    return _apply(match)
-
-
-def _in_word(match: re.Match[str]) -> bool:
+def _dangles(match: re.Match[str]) -> bool:
     before = match.string[max(0, match.start() - 1) : match.start()]
-    return before.isascii() and before.isalpha()
+    in_word = before.isascii() and before.isalpha()
+    return len(match[0]) == 1 or (in_word and match[0][0] in (TITLE, ALLCAPS))

@@ -19,7 +19,6 @@ challenge's tokenizers, which, however, normalize the text (nmt_nfkc) and lose n
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,11 +43,9 @@ _ORIGINALS = {code: original for original, code in _CODES.items()}
 _TO_ESCAPE = re.compile(f"[{SPACE}\0{ESCAPE}]")
 _TO_UNESCAPE = re.compile(f"{ESCAPE}[\uf8f1-\uf8f3]")
 _ESCAPED_BYTES = re.compile(ESCAPE.encode() + b"\xef\xa3[\xb1-\xb3]")
-_OPERATOR = re.compile(f"[{''.join(caseops.OPERATORS)}]")
 # An operator, or the ESC before an operator character of the text itself; only the first three bytes of a
 # match are added by CaseOps.
 _OPERATOR_BYTES = re.compile(b"\xee\x80(?:\x84\xee\x80[\x81-\x84]|[\x81-\x83])")
-_USER_DEFINED = 4  # SentencePiece.Type in sentencepiece_model.proto
 # Probes: every 63rd character, which covers all bytes of UTF-8 in every position (_WIDE); the ends of the
 # ranges of UTF-8 (_EDGES); each ASCII character twice (_ASCII); what SentencePiece uses itself (_NAMES).
 _WIDE = "".join(chr(c) for c in range(0, 0x110000, 63) if not 0xD800 <= c < 0xE000)
@@ -71,7 +68,7 @@ _PROBES = (
     _EDGES,
     _NAMES,
     _WIDE,
-    " The NASA iPhone X aB ABc" + "".join(caseops.OPERATORS) + " \u00c9Ab" + caseops.TITLE,
+    " The NASA iPhone X aB ABc" + "".join(caseops.CASE_OPERATORS) + " \u00c9Ab" + caseops.TITLE,
 )
 # SentencePiece skips training sentences above a limit, so lines are cut well below it.
 _LINE_CHARS = 4000
@@ -141,9 +138,8 @@ class Tokenizer:
                 f"{path}: the tokenizer has {self.vocab_size} ids, but shards hold uint16, so at most 65536; "
                 "use a smaller one"
             )
-        self.caseops = _has_operators(proto)
-        self._piece_bytes = self._piece_lengths()  # of the text that SentencePiece gets
-        self._counts = self._piece_lengths(operators=False)  # of the original text, if it needs no escape
+        self.caseops = list(map(self._sp.piece_to_id, caseops.CASE_OPERATORS)) == caseops.IDS
+        self._piece_bytes = self._piece_lengths()
         self.lossless = True  # `_loss` tries it as a lossless one
         self.lossy_because: str = _changes(proto) or self._loss()
         self.lossless = not self.lossy_because
@@ -163,11 +159,10 @@ class Tokenizer:
             return [self._encode_by_surface(text) for text in texts]
         result = []
         for text, ids in zip(texts, self.encode_ids(texts, threads=threads), strict=True):
-            if _TO_ESCAPE.search(text) or (self.caseops and _OPERATOR.search(text)):
-                ends = np.cumsum(self._piece_bytes[ids])
-                counts = self._original_bytes(text, ends - self._piece_bytes[ids], ends)
-            else:
-                counts = self._counts[ids]
+            counts = self._piece_bytes[ids]
+            if self.caseops or _TO_ESCAPE.search(text):
+                ends = np.cumsum(counts)
+                counts = self._original_bytes(text, ends - counts, ends)
             result.append((ids, counts))
         return result
 
@@ -180,7 +175,11 @@ class Tokenizer:
 
     def usual_bytes(self, ids: Tokens) -> Counts:
         """Return the bytes that each id `(n,)` stands for in text that needs no escape and is not changed."""
-        return self._counts[ids]
+        lengths = self._piece_bytes.copy()
+        if self.caseops:
+            pieces = map(self._sp.id_to_piece, range(self.vocab_size))
+            lengths -= [3 * sum(map(piece.count, caseops.CASE_OPERATORS)) for piece in pieces]
+        return np.asarray(lengths[ids])
 
     def decode(self, ids: NDArray[Any] | Sequence[int]) -> str:
         """Return the text of ids; BOS and other control ids give no text, invalid UTF-8 gives U+FFFD.
@@ -198,7 +197,7 @@ class Tokenizer:
             )
         text: str = self._sp.decode(values)
         text = unescape(text) if self.lossless else text
-        return caseops.decode(text, strict=False) if self.caseops else text
+        return caseops.decode_written(text) if self.caseops else text
 
     def byte_table(self) -> ByteTable:
         """Return the challenge's byte accounting for this tokenizer.
@@ -214,9 +213,8 @@ class Tokenizer:
         sp = self._sp
         if self.caseops:
             raise UserError(
-                f"{self.path}: a CaseOps tokenizer has no byte table, because the bytes of an operator "
-                "depend on the text; the validation shards need their byte sidecars (*_val_bytes_*.bin): "
-                f"copy them too, or make the shards again: {MAKE_SHARDS}"
+                f"{self.path}: a CaseOps tokenizer has no byte table; the validation shards need their byte "
+                f"sidecars (*_val_bytes_*.bin): copy them too, or make the shards again: {MAKE_SHARDS}"
             )
         if sp.piece_to_id(SPACE) == sp.unk_id():
             raise UserError(
@@ -284,19 +282,14 @@ class Tokenizer:
         total = np.concatenate(([0], np.cumsum(weights)))
         return np.asarray(total[ends] - total[begins], dtype=np.int64)
 
-    def _piece_lengths(self, *, operators: bool = True) -> Counts:
-        """Return the bytes of prepared text per id, which are exact if the normalizer changes nothing.
-
-        Without `operators`, those of CaseOps count as 0.
-        """
+    def _piece_lengths(self) -> Counts:
+        """Return the bytes of prepared text per id, which are exact if the normalizer changes nothing."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for i in range(self.vocab_size):
             if self._sp.is_byte(i):
                 lengths[i] = 1
             elif not (self._sp.is_control(i) or self._sp.is_unknown(i)):
-                piece = self._sp.id_to_piece(i).replace(SPACE, " ")
-                piece = piece if operators or not self.caseops else _OPERATOR.sub("", piece)
-                lengths[i] = len(piece.encode())
+                lengths[i] = len(self._sp.id_to_piece(i).replace(SPACE, " ").encode())
         return lengths
 
     def _encode_by_surface(self, text: str) -> tuple[Tokens, Counts]:
@@ -369,7 +362,7 @@ def train_tokenizer(
     """
     if marker_pairs and not with_caseops:
         raise UserError("marker pairs are pieces with an operator of CaseOps; switch CaseOps on too")
-    pairs = [SPACE + operator for operator in caseops.OPERATORS[:3]] if marker_pairs else []
+    pairs = [SPACE + operator for operator in caseops.CASE_OPERATORS[:3]] if marker_pairs else []
     if not 300 <= vocab_size <= 65536:
         raise UserError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
     model = io.BytesIO()
@@ -387,7 +380,7 @@ def train_tokenizer(
             split_digits=True,
             character_coverage=0.999,
             required_chars=SPACE,  # the tokenizer needs a piece for the space even if no text has one
-            user_defined_symbols=[*(caseops.OPERATORS if with_caseops else ()), *pairs, "\n"],
+            user_defined_symbols=[*(caseops.CASE_OPERATORS if with_caseops else ()), *pairs, "\n"],
             hard_vocab_limit=False,
             pad_id=0,
             bos_id=1,
@@ -414,18 +407,6 @@ def _training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in escape(text).split("\n"):
             yield from (line[i : i + _LINE_CHARS] for i in range(0, len(line), _LINE_CHARS))
-
-
-def _has_operators(proto: bytes) -> bool:
-    """Return whether ids 4 to 7 of a serialized model are the operators of CaseOps, as user-defined symbols.
-
-    Field numbers in sentencepiece_model.proto: ModelProto.pieces = 1; SentencePiece.piece = 1, type = 3.
-    """
-    first = caseops.FIRST_ID
-    pieces = itertools.islice((v for f, v in _fields(proto) if f == 1), first, first + len(caseops.OPERATORS))
-    found = [dict(_fields(piece)) for piece in pieces if isinstance(piece, bytes)]
-    expected = [(operator.encode(), _USER_DEFINED) for operator in caseops.OPERATORS]
-    return [(piece.get(1), piece.get(3)) for piece in found] == expected
 
 
 def _changes(proto: bytes) -> str:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pgolf.data import caseops
-from pgolf.data.caseops import ALLCAPS, CAPNEXT, ESC, OPERATORS, TITLE
+from pgolf.data.caseops import ALLCAPS, CAPNEXT, CASE_OPERATORS, ESC, TITLE
 from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import ESCAPE, Tokenizer, escape, train_tokenizer, unescape
 
@@ -22,7 +22,9 @@ UPPER, LOWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "abcdefghijklmnopqrstuvwxyz"
 TEXT = st.text(
     st.one_of(
         st.sampled_from(UPPER[:3] + LOWER[:3]),
-        st.sampled_from(" \n\u2581\0\u00c9\u00e9\uff21\u0130\u212a" + ESCAPE + "\uf8f1" + "".join(OPERATORS)),
+        st.sampled_from(
+            " \n\u2581\0\u00c9\u00e9\uff21\u0130\u212a" + ESCAPE + "\uf8f1" + "".join(CASE_OPERATORS)
+        ),
         st.characters(exclude_categories=["Cs"]),
     )
 )
@@ -53,7 +55,7 @@ def slow_encode(text: str) -> str:
     out, at = "", 0
     while at < len(text):
         if text[at] not in UPPER + LOWER:
-            out += ESC * (text[at] in OPERATORS) + text[at]
+            out += ESC * (text[at] in CASE_OPERATORS) + text[at]
             at += 1
             continue
         end = at
@@ -80,7 +82,7 @@ def test_any_text_comes_back_and_follows_the_rules(text: str) -> None:
     encoded = caseops.encode(text)
     assert encoded == slow_encode(text)
     assert not set(UPPER) & set(encoded)
-    assert caseops.decode(encoded) == caseops.decode(encoded, strict=False) == text
+    assert caseops.decode(encoded) == caseops.decode_written(encoded) == text
 
 
 @settings(max_examples=200, deadline=None)
@@ -92,11 +94,11 @@ def test_the_order_of_caseops_and_the_escape_does_not_matter(text: str) -> None:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.text(st.sampled_from("aB 1" + "".join(OPERATORS)), max_size=12))
+@given(st.text(st.sampled_from("aB 1" + "".join(CASE_OPERATORS)), max_size=12))
 def test_what_a_model_may_write_decodes_and_grows_only_at_its_end(written: str) -> None:
-    whole = caseops.decode(written, strict=False)
+    whole = caseops.decode_written(written)
     for end in range(len(written)):
-        assert whole.startswith(caseops.decode(written[:end], strict=False)), ascii(written)
+        assert whole.startswith(caseops.decode_written(written[:end])), ascii(written)
     try:
         assert caseops.decode(written) == whole
     except ValueError as e:
@@ -106,23 +108,25 @@ def test_what_a_model_may_write_decodes_and_grows_only_at_its_end(written: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "at"),
     [
-        (f"a {TITLE}", r"dangling operator TITLE \(U\+E001\) at character 2: expected an ASCII letter after"),
-        (f"{ALLCAPS} a", r"ALLCAPS \(U\+E002\) at character 0: expected an ASCII letter"),
-        (f"{ALLCAPS}\u00e9", "ALLCAPS .* expected an ASCII letter"),
-        (f"a{CAPNEXT}1", "CAPNEXT .* expected an ASCII letter"),
-        (f"a{CAPNEXT}{CAPNEXT}b", "CAPNEXT .* at character 1: expected an ASCII letter"),
-        (f"{TITLE}{ALLCAPS}b", "TITLE .* at character 0"),
-        (f"{TITLE}{ESC}{ESC}", "TITLE .* at character 0"),
-        (ESC, r"ESC \(U\+E004\) at character 0: expected one of the four operators after it"),
-        (f"{ESC}a", "ESC .* expected one of the four operators"),
-        (ESC * 3, "ESC .* at character 2"),
-        (f"a{TITLE}b", "TITLE .* at character 1: it stands inside a word, expected before one"),
-        (f"{TITLE}a{ALLCAPS}b", "ALLCAPS .* at character 2: it stands inside a word"),
+        (f"a {TITLE}", 2),
+        (f"{ALLCAPS} a", 0),
+        (f"{ALLCAPS}\u00e9", 0),
+        (f"a{CAPNEXT}1", 1),
+        (f"a{CAPNEXT}{CAPNEXT}b", 1),
+        (f"{TITLE}{ALLCAPS}b", 0),
+        (f"{TITLE}{ESC}{ESC}", 0),
+        (f"{ALLCAPS}a{CAPNEXT}", 2),
+        (ESC, 0),
+        (f"{ESC}a", 0),
+        (ESC * 3, 2),
+        (f"a{TITLE}b", 1),
+        (f"{TITLE}a{ALLCAPS}b", 2),
     ],
 )
-def test_a_dangling_operator_is_refused(text: str, message: str) -> None:
+def test_a_dangling_operator_is_refused(text: str, at: int) -> None:
+    message = f"dangling operator U\\+{ord(text[at]):04X} at character {at}: expected .* the text was cut"
     with pytest.raises(ValueError, match=message):
         caseops.decode(text)
 
@@ -132,7 +136,7 @@ def test_an_operator_that_only_a_model_writes_but_that_is_clear_is_read() -> Non
 
 
 def test_a_lone_surrogate_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lone surrogate U\+D800 at character 2; repair it"):
+    with pytest.raises(ValueError, match=r"a lone surrogate at character 2\); repair it"):
         caseops.encode("ab\ud800")
 
 
@@ -147,10 +151,10 @@ def test_a_tokenizer_is_recognised_by_its_operators(cased: Tokenizer, tokenizer:
     assert cased.caseops and cased.lossless and not cased.lossy_because
     assert not tokenizer.caseops
     pieces = [cased._sp.id_to_piece(i) for i in range(cased.vocab_size)]
-    assert pieces[:9] == ["<pad>", "<s>", "</s>", "<unk>", *OPERATORS, "\n"]
+    assert pieces[:9] == ["<pad>", "<s>", "</s>", "<unk>", *CASE_OPERATORS, "\n"]
     words = [piece for i, piece in enumerate(pieces) if i > 3 and not cased._sp.is_byte(i)]
     assert not any(set(piece) & set(UPPER) for piece in words)
-    assert sum(bool(set(piece) & set(OPERATORS)) for piece in words) == 4
+    assert sum(bool(set(piece) & set(CASE_OPERATORS)) for piece in words) == 4
 
 
 @pytest.mark.parametrize(("text", "encoded"), CASES)
@@ -190,7 +194,7 @@ def test_real_text_has_the_bytes_of_its_documents(cased: Tokenizer) -> None:
 def test_marker_pairs_are_tokens_of_a_space_and_an_operator(paired: Tokenizer, cased: Tokenizer) -> None:
     assert paired.caseops and paired.lossless, paired.lossy_because
     pieces = [paired._sp.id_to_piece(i) for i in range(12)]
-    assert pieces[4:] == [*OPERATORS, *("\u2581" + operator for operator in OPERATORS[:3]), "\n"]
+    assert pieces[4:] == [*CASE_OPERATORS, *("\u2581" + operator for operator in CASE_OPERATORS[:3]), "\n"]
     ids, counts = paired.encode("A The  NASA\nX")
     assert ids[ids < 12].tolist() == [4, 8, 9, 11, 4]
     assert counts[ids < 12].tolist() == [0, 1, 1, 1, 0]
@@ -216,7 +220,9 @@ def test_marker_pairs_need_caseops(tmp_path: Path) -> None:
 
 
 def test_a_caseops_tokenizer_has_no_byte_table(cased: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"has no byte table.*need their byte sidecars.*copy them"):
+    with pytest.raises(
+        ValueError, match=r"has no byte table.*validation shards need their byte sidecars.*copy them"
+    ):
         cased.byte_table()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from pgolf.cli.main import main
 from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.foreign import check_foreign
 from pgolf.data.loader import load_validation, validation_batches, validation_totals
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import find_shards, read_manifest, read_shard, write_shard
@@ -98,6 +99,7 @@ def test_a_manifest_that_says_nothing_means_no_caseops(made: Path, tmp_path: Pat
 
 def test_a_folder_of_another_tool_is_used_as_it_is(foreign: Path, made: Path) -> None:
     assert verify_folder(foreign, training=True) is None
+    check_foreign(foreign, training=True)
     assert np.array_equal(load_validation(foreign).bytes, load_validation(made).bytes)
 
 
@@ -115,24 +117,24 @@ def test_a_sidecar_of_other_data_or_another_count_is_refused(foreign: Path) -> N
     with pytest.raises(
         ValueError, match=r"text_val_bytes_000001\.bin: \d+ bytes at position \d+ for (BOS|an o)"
     ):
-        verify_folder(foreign)
+        check_foreign(foreign)
     operators = (tokens >= 4) & (tokens <= 7)
     write_shard(side, sizes + 3 * operators)  # counted as if the operators were text
     with pytest.raises(ValueError, match=r"3 bytes at position \d+ for an operator of CaseOps"):
-        verify_folder(foreign)
+        check_foreign(foreign)
     write_shard(side, np.where(sizes > 0, 9, 0))
     with pytest.raises(
         ValueError, match=r"only \d+ % of its entries are the bytes of the tokens in tokenizer"
     ):
-        verify_folder(foreign)
+        check_foreign(foreign)
     write_shard(side, sizes)
-    assert verify_folder(foreign) is None
+    check_foreign(foreign)
 
 
 def test_a_tokenizer_of_other_shards_is_refused(foreign: Path, tokenizer: Tokenizer) -> None:
     shutil.copyfile(tokenizer.path, foreign / "tokenizer.model")
     with pytest.raises(ValueError, match=r"only \d+ % .* with the tokenizer that made it"):
-        verify_folder(foreign)
+        check_foreign(foreign)
 
 
 def test_plain_shards_with_a_caseops_tokenizer_are_refused(
@@ -140,19 +142,19 @@ def test_plain_shards_with_a_caseops_tokenizer_are_refused(
 ) -> None:
     folder = Path(shutil.copytree(sample_shards, tmp_path / "shards"))
     (folder / "manifest.json").unlink()
-    assert verify_folder(folder, training=True) is None
+    check_foreign(folder, training=True)
     shutil.copyfile(cased.path, folder / "tokenizer.model")
     with pytest.raises(
         ValueError, match=r"bytes at position \d+ for an operator|only \d+ % .* do not belong together"
     ):
-        verify_folder(folder)
+        check_foreign(folder)
 
 
 def test_validation_documents_in_the_training_shards_are_found(foreign: Path) -> None:
     shutil.copyfile(foreign / "text_val_000001.bin", foreign / "text_train_000099.bin")
-    assert verify_folder(foreign) is None
+    check_foreign(foreign)
     with pytest.raises(ValueError, match=r"\d+ of the \d+ validation documents are in the training shards"):
-        verify_folder(foreign, training=True)
+        check_foreign(foreign, training=True)
 
 
 def test_the_challenges_validation_text_must_be_whole(
@@ -162,7 +164,7 @@ def test_the_challenges_validation_text_must_be_whole(
         path.rename(path.with_name(path.name.replace("text_", "fineweb_")))
     count = len(texts())
     with pytest.raises(ValueError, match=rf"fineweb_val_\*\.bin: {count} documents, but .* has 50,000"):
-        verify_folder(foreign)
+        check_foreign(foreign)
     sample = sample_paths()
     job = ShardsJob(
         train=(sample.train,),
@@ -175,7 +177,7 @@ def test_the_challenges_validation_text_must_be_whole(
     with pytest.raises(ValueError, match="but the challenge's validation text has 50,000"):
         build_shards(job, report=lambda line: None)
     monkeypatch.setattr("pgolf.data.shards.CHALLENGE_DOCUMENTS", count)
-    assert verify_folder(foreign) is None
+    check_foreign(foreign)
 
 
 def test_the_commands_need_no_further_flag(
