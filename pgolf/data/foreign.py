@@ -78,7 +78,8 @@ def _check_sidecar(side: Path, tokens: Tokens, sizes: Tokens, tokenizer: Tokeniz
             f"{side}: {sizes[at]} bytes at position {at} for {what}; the sidecar belongs to other data or "
             f"was counted in another way: copy it again, or make the folder again: {MAKE_SHARDS}"
         )
-    same = float(np.mean(tokenizer.usual_bytes(tokens) == sizes))
+    some = slice(1_000_000)  # enough, and a shard of the challenge may have a hundred times as many
+    same = float(np.mean(tokenizer.usual_bytes(tokens[some]) == sizes[some]))
     if same < 0.8:  # measured: 0.97 to 1 for the right tokenizer, 0.07 to 0.74 for others
         raise UserError(
             f"{side}: only {100 * same:.0f} % of its entries are the bytes of the tokens in "
