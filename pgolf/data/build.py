@@ -78,7 +78,8 @@ class ShardsJob:
     out: Path
     """Folder for the shards; it is created if it does not exist."""
     name: str = "text"
-    """Prefix of the names of the shards."""
+    """Prefix of the names of the shards. "fineweb" is that of the challenge, whose validation text has 50,000
+    documents; with this name another number is an error."""
     text_key: str = TEXT_KEY
     """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     shard_tokens: int = 10_000_000
@@ -144,7 +145,8 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
         FileNotFoundError: an input file or the tokenizer does not exist.
         FileExistsError: the folder already holds shards.
         ValueError: a document is not valid (the message names file and line) or is in both splits, the
-            tokenizer loses bytes of the validation text, or a split has no text.
+            tokenizer loses bytes of the validation text, a split has no text, or shards that are called as
+            the challenge's do not have all of its validation documents.
         OSError: a file cannot be written.
         RuntimeError: another build runs in the folder, or a worker process was killed.
     """

@@ -7,7 +7,7 @@ so U+2581 would come back as a space, and NUL ends a C string. For a lossless to
 two private-use characters before encoding and restored after decoding (`escape`, `unescape`). The escape
 character is escaped too, so the map is reversible.
 
-A tokenizer whose ids 4 to 7 are the operators of CaseOps, as user-defined symbols, takes text in that form
+A tokenizer whose ids 4 to 7 are the operators of CaseOps takes text in that form
 (pgolf/data/caseops.py). It is recognised by its model: `encode` writes the operators, `decode` reads them.
 CaseOps changes ASCII letters and U+E001 to U+E004 only, and the escape none of these, so their order does not
 matter. An operator counts 0 bytes, and a letter 1 byte in both forms, so counts stay exact.

@@ -2,11 +2,15 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from pgolf import _C
 from pgolf.cli.main import main
 from pgolf.data.shards import list_files
 from pgolf.data.text import iterate_documents, sample_paths
@@ -63,6 +67,30 @@ def test_every_score_counts_the_bytes_of_the_original_text(
     assert score["bpb"] == pytest.approx(score["nats"] / math.log(2) / size)
     assert main(["data", "inspect", str(cased)]) == 0
     assert f"{size:,} bytes" in capsys.readouterr().out
+
+
+def test_the_counted_code_scores_caseops_shards(cased: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "code"
+    assert main(["artifact", "code", str(folder)]) == 0
+    extension = Path(_C.__file__)
+    (folder / "pgolf" / extension.name).symlink_to(extension)
+    program = """if True:
+        import sys
+        from pathlib import Path
+        from pgolf.evaluate.validation import DataFolder
+        data = DataFolder.open(Path(sys.argv[1]), vocab_size=512)
+        print(data.tokenizer.caseops, data.tokenizer.lossless, data.validation().bytes.sum())
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(cased)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    size = sum(len(d.text.encode()) for d in iterate_documents(sample_paths().val))
+    assert done.stdout.split() == ["True", "True", str(size)], done.stderr[-2000:]
 
 
 def test_generated_text_has_no_operators(cased_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
