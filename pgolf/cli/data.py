@@ -16,6 +16,7 @@ import tyro
 from pgolf.data.build import ShardsJob, build_shards
 from pgolf.data.challenge import known_text
 from pgolf.data.fetch import FetchJob, fetch
+from pgolf.data.foreign import check_foreign
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -48,6 +49,11 @@ class TokenizerJob:
     """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     max_bytes: int = 100_000_000
     """Bytes of text to train on; equal shares are taken from the beginnings of all inputs."""
+    caseops: bool = False
+    """Train on text in which operators stand for upper case (CaseOps), so that the spellings of a word share
+    their tokens. Shards, scores and generated text follow the tokenizer without another option."""
+    marker_pairs: bool = False
+    """With --caseops: one token for a space and the operator after it, which gives fewer tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,11 +78,18 @@ def run_tokenizer(job: TokenizerJob) -> None:
     job.out.parent.mkdir(parents=True, exist_ok=True)
     share = job.max_bytes // len(job.inputs)
     texts = itertools.chain.from_iterable(_texts(path, share, job.text_key) for path in job.inputs)
-    tokenizer = train_tokenizer(texts, job.out, vocab_size=job.vocab_size)
+    tokenizer = train_tokenizer(
+        texts,
+        job.out,
+        vocab_size=job.vocab_size,
+        with_caseops=job.caseops,
+        marker_pairs=job.marker_pairs,
+    )
     check = list(_texts(job.inputs[0], 1_000_000, job.text_key))
     tokens = sum(len(ids) for ids in tokenizer.encode_ids(check))
     size = sum(len(text.encode()) for text in check)
-    print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, lossless {tokenizer.lossless}")
+    kind = f"lossless {tokenizer.lossless}{', CaseOps' * tokenizer.caseops}"
+    print(f"{job.out}: {tokenizer.vocab_size:,} ids, bos {tokenizer.bos_id}, {kind}")
     if not tokenizer.lossless:
         print(f"not lossless because {tokenizer.lossy_because}")
     print(f"SHA-256 {file_sha256(job.out)}")
@@ -125,6 +138,7 @@ def run_inspect(job: InspectJob) -> None:
         _print_shards([job.path], tokenizer.bos_id if tokenizer else job.bos_id, tokenizer)
         return
     manifest = verify_folder(job.path, training=True)
+    check_foreign(job.path, training=True)
     tokenizer = Tokenizer(job.tokenizer) if job.tokenizer else _folder_tokenizer(job.path)
     bos_id = tokenizer.bos_id if tokenizer else job.bos_id
     splits: tuple[Split, ...] = ("train", "val")

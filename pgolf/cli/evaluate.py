@@ -84,10 +84,12 @@ def main(argv: list[str]) -> int:
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     """Return the data folder, checked against its manifest and the artifact."""
+    from pgolf.data.foreign import check_foreign
     from pgolf.evaluate.validation import DataFolder
 
     header = artifact.header
     data_folder = DataFolder.open(args.data, vocab_size=header.model.vocab_size)
+    check_foreign(data_folder.folder)
     if header.tokenizer_sha256 != data_folder.sha256:
         theirs, ours = header.tokenizer_sha256[:16], data_folder.sha256[:16]
         raise UserError(

@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
     from pgolf.artifact.fit import fill_note, write_quantized
     from pgolf.artifact.read import read_artifact
     from pgolf.artifact.size import check_limit
+    from pgolf.data.foreign import check_foreign
     from pgolf.dist import Dist
     from pgolf.evaluate.validation import DataFolder, score_model
     from pgolf.model.gpt import GPT
@@ -65,6 +66,7 @@ def main(argv: list[str]) -> int:
     data = replace(saved.data, dir=args.data)
     config = replace(saved, data=data, quant=args.quant, artifact=args.artifact)
     data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
+    check_foreign(data_folder.folder, training=config.data.verify)
     check_tokenizer(args.checkpoint, facts, data_folder.sha256)
     check_output(args.out, "--out")
     data_folder.validation(documents=1)  # raises now what scoring would raise in the end

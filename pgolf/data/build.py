@@ -44,6 +44,7 @@ from pgolf.data.shards import (
     ShardInfo,
     Split,
     Tokens,
+    check_challenge,
     sidecar_path,
     write_manifest,
     write_shard,
@@ -77,7 +78,8 @@ class ShardsJob:
     out: Path
     """Folder for the shards; it is created if it does not exist."""
     name: str = "text"
-    """Prefix of the names of the shards."""
+    """Prefix of the names of the shards. "fineweb" is that of the challenge, whose validation text has 50,000
+    documents; with this name another number is an error."""
     text_key: str = TEXT_KEY
     """Key of the text in the objects of .jsonl files, and name of its column in .parquet files."""
     shard_tokens: int = 10_000_000
@@ -143,7 +145,8 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
         FileNotFoundError: an input file or the tokenizer does not exist.
         FileExistsError: the folder already holds shards.
         ValueError: a document is not valid (the message names file and line) or is in both splits, the
-            tokenizer loses bytes of the validation text, or a split has no text.
+            tokenizer loses bytes of the validation text, a split has no text, or shards that are called as
+            the challenge's do not have all of its validation documents.
         OSError: a file cannot be written.
         RuntimeError: another build runs in the folder, or a worker process was killed.
     """
@@ -154,6 +157,8 @@ def build_shards(job: ShardsJob, *, report: Report) -> Manifest:
             report(f"note: {path} is empty")
     if not tokenizer.lossless:
         report(f"note: the tokenizer is not lossless: {tokenizer.lossy_because}")
+    if tokenizer.caseops:
+        report("note: a CaseOps tokenizer; the text is encoded with operators for upper case")
     _check_out(job)
     with _unfinished(job) as (finish, created):
         staged = created and job.overwrite and (job.out / MANIFEST_NAME).is_file()
@@ -208,6 +213,7 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
         shutil.copyfileobj(source, handle)
     seen: dict[bytes, str] = {}
     val_files, val = _build_split(job, "val", seen=seen, report=report)
+    check_challenge(job.name, val.documents)
     train_files, _ = _build_split(job, "train", seen=seen, report=report)
     manifest = Manifest(
         name=job.name,
@@ -216,6 +222,7 @@ def _build(job: ShardsJob, tokenizer: Tokenizer, report: Report) -> Manifest:
         bos_id=tokenizer.bos_id,
         lossless=val.inexact == 0,
         files={**train_files, **val_files},
+        caseops=tokenizer.caseops,
     )
     if manifest.total("val_bytes").bytes != val.size:
         raise RunError(

@@ -1,6 +1,7 @@
 """Check of a data folder against its manifest, including the counts and the tokenizer.
 
-A folder that another tool made has no manifest; results that use such a folder say so (`NO_MANIFEST`).
+A folder that another tool made has no manifest; results that use such a folder say so (`NO_MANIFEST`), and
+pgolf/data/foreign.py checks what can be checked of it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def verify_folder(folder: Path, *, training: bool = False) -> Manifest | None:
     manifest = read_manifest(folder)
     verify_manifest(folder, manifest, training=training)
     tokenizer = find_tokenizer(folder)
-    for what in ("vocab_size", "bos_id"):
+    for what in ("vocab_size", "bos_id", "caseops"):
         _check_count(tokenizer.path, what, getattr(tokenizer, what), getattr(manifest, what))
     for name, info in manifest.files.items():
         path = folder / name

@@ -38,6 +38,11 @@ TOKENIZER_NAME = "tokenizer.model"
 MARKER_NAME = "UNFINISHED"
 MAKE_SHARDS = "pgolf data shards --train TEXT --val TEXT --tokenizer MODEL --out FOLDER"
 
+CHALLENGE_NAME = "fineweb"
+"""Prefix of the names of the challenge's shards."""
+CHALLENGE_DOCUMENTS = 50_000
+"""Documents of the challenge's validation text."""
+
 _SPLITS = ("train", "val", "val_bytes")
 _AGAIN = f"copy the folder again, or make it again: {MAKE_SHARDS}"
 
@@ -214,6 +219,8 @@ class Manifest:
     """Whether decoding the validation ids gives every validation document back exactly."""
     files: dict[str, ShardInfo]
     """Entries by file name."""
+    caseops: bool = False
+    """Whether the text of the ids is in the form of CaseOps."""
 
     def total(self, split: str) -> ShardInfo:
         """Return the sums of tokens, documents and bytes of one split; the sha256 of the result is empty."""
@@ -265,8 +272,9 @@ def _check_sense(manifest: Manifest, totals: dict[str, dict[str, int]]) -> None:
     """Raise ValueError if the manifest contradicts itself, whatever files are in the folder."""
     numbers = {"vocab_size": manifest.vocab_size, "bos_id": manifest.bos_id}
     digests = {"tokenizer_sha256": manifest.tokenizer_sha256}
-    if type(manifest.lossless) is not bool:
-        raise UserError(f"lossless is {manifest.lossless!r}, expected true or false")
+    for what in ("lossless", "caseops"):
+        if type(getattr(manifest, what)) is not bool:
+            raise UserError(f"{what} is {getattr(manifest, what)!r}, expected true or false")
     if not isinstance(manifest.name, str):
         raise UserError(f"name is {manifest.name!r}, expected the prefix of the shard names")
     for name, info in manifest.files.items():
@@ -329,6 +337,24 @@ def verify_manifest(folder: Path, manifest: Manifest, *, training: bool = True) 
             )
         if info.split != "train" or training:
             _check_hash(folder / name, info.sha256)
+
+
+def check_challenge(name: str, documents: int) -> None:
+    """Refuse a part of the challenge's validation text as if it were the whole.
+
+    Args:
+        name: prefix of the names of the shards.
+        documents: number of validation documents.
+
+    Raises:
+        ValueError: the name is the challenge's, the number is not.
+    """
+    if name == CHALLENGE_NAME and documents != CHALLENGE_DOCUMENTS:
+        raise UserError(
+            f"{name}_val_*.bin: {documents:,} documents, but the challenge's validation text has "
+            f"{CHALLENGE_DOCUMENTS:,}, so scores could not be compared; use all of them (none may be trained "
+            "on), or give shards of another text another name"
+        )
 
 
 def _check_hash(path: Path, expected: str) -> None:

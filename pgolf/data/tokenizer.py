@@ -7,6 +7,11 @@ so U+2581 would come back as a space, and NUL ends a C string. For a lossless to
 two private-use characters before encoding and restored after decoding (`escape`, `unescape`). The escape
 character is escaped too, so the map is reversible.
 
+A tokenizer whose ids 4 to 7 are the operators of CaseOps takes text in that form
+(pgolf/data/caseops.py). It is recognised by its model: `encode` writes the operators, `decode` reads them.
+CaseOps changes ASCII letters and U+E001 to U+E004 only, and the escape none of these, so their order does not
+matter. An operator counts 0 bytes, and a letter 1 byte in both forms, so counts stay exact.
+
 The byte table follows the rule of the parameter-golf challenge. The training settings are those of the
 challenge's tokenizers, which, however, normalize the text (nmt_nfkc) and lose newlines.
 """
@@ -24,6 +29,7 @@ import numpy as np
 import sentencepiece
 from numpy.typing import NDArray
 
+from pgolf.data import caseops
 from pgolf.data.shards import MAKE_SHARDS, TOKENIZER_NAME, Tokens, require_finished
 from pgolf.errors import UserError
 from pgolf.files import atomic_file
@@ -37,6 +43,9 @@ _ORIGINALS = {code: original for original, code in _CODES.items()}
 _TO_ESCAPE = re.compile(f"[{SPACE}\0{ESCAPE}]")
 _TO_UNESCAPE = re.compile(f"{ESCAPE}[\uf8f1-\uf8f3]")
 _ESCAPED_BYTES = re.compile(ESCAPE.encode() + b"\xef\xa3[\xb1-\xb3]")
+# An operator, or the ESC before an operator character of the text itself; only the first three bytes of a
+# match are added by CaseOps.
+_OPERATOR_BYTES = re.compile(b"\xee\x80(?:\x84\xee\x80[\x81-\x84]|[\x81-\x83])")
 # Probes: every 63rd character, which covers all bytes of UTF-8 in every position (_WIDE); the ends of the
 # ranges of UTF-8 (_EDGES); each ASCII character twice (_ASCII); what SentencePiece uses itself (_NAMES).
 _WIDE = "".join(chr(c) for c in range(0, 0x110000, 63) if not 0xD800 <= c < 0xE000)
@@ -59,6 +68,7 @@ _PROBES = (
     _EDGES,
     _NAMES,
     _WIDE,
+    " The NASA iPhone X aB ABc" + "".join(caseops.CASE_OPERATORS) + " \u00c9Ab" + caseops.TITLE,
 )
 # SentencePiece skips training sentences above a limit, so lines are cut well below it.
 _LINE_CHARS = 4000
@@ -100,6 +110,7 @@ class Tokenizer:
         lossless: whether `decode(encode(text)[0]) == text` for every Unicode text, with byte counts that sum
             to its size. True only if the settings promise it and `_PROBES` and all pieces came back.
         lossy_because: a sentence that says what is lost; empty if lossless.
+        caseops: whether the model has the operators of CaseOps, so that its text has them too.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -127,6 +138,7 @@ class Tokenizer:
                 f"{path}: the tokenizer has {self.vocab_size} ids, but shards hold uint16, so at most 65536; "
                 "use a smaller one"
             )
+        self.caseops = list(map(self._sp.piece_to_id, caseops.CASE_OPERATORS)) == caseops.IDS
         self._piece_bytes = self._piece_lengths()
         self.lossless = True  # `_loss` tries it as a lossless one
         self.lossy_because: str = _changes(proto) or self._loss()
@@ -148,19 +160,32 @@ class Tokenizer:
         result = []
         for text, ids in zip(texts, self.encode_ids(texts, threads=threads), strict=True):
             counts = self._piece_bytes[ids]
-            if _TO_ESCAPE.search(text):
-                counts = _unescaped_counts(text, counts)
+            if self.caseops or _TO_ESCAPE.search(text):
+                ends = np.cumsum(counts)
+                counts = self._original_bytes(text, ends - counts, ends)
             result.append((ids, counts))
         return result
 
     def encode_ids(self, texts: Sequence[str], *, threads: int = 0) -> list[Tokens]:
         """Return only the ids of each text, which is faster; used for training shards."""
-        ready = [escape(text) for text in texts] if self.lossless else list(texts)
-        encoded = self._sp.encode(ready, out_type=int, num_threads=threads or os.cpu_count() or 1)
+        encoded = self._sp.encode(
+            list(map(self._prepare, texts)), out_type=int, num_threads=threads or os.cpu_count() or 1
+        )
         return [np.array(ids, dtype=np.uint16) for ids in encoded]
+
+    def usual_bytes(self, ids: Tokens) -> Counts:
+        """Return the bytes that each id `(n,)` stands for in text that needs no escape and is not changed."""
+        lengths = self._piece_bytes.copy()
+        if self.caseops:
+            pieces = map(self._sp.id_to_piece, range(self.vocab_size))
+            lengths -= [3 * sum(map(piece.count, caseops.CASE_OPERATORS)) for piece in pieces]
+        return np.asarray(lengths[ids])
 
     def decode(self, ids: NDArray[Any] | Sequence[int]) -> str:
         """Return the text of ids; BOS and other control ids give no text, invalid UTF-8 gives U+FFFD.
+
+        An operator of CaseOps that has nothing to apply to gives no text: a model may write it, and a cut may
+        leave it.
 
         Raises:
             ValueError: an id is not below the vocabulary size.
@@ -171,7 +196,8 @@ class Tokenizer:
                 f"ids must lie in [0, {self.vocab_size}) of {self.path}, got {min(values)}..{max(values)}"
             )
         text: str = self._sp.decode(values)
-        return unescape(text) if self.lossless else text
+        text = unescape(text) if self.lossless else text
+        return caseops.decode_written(text) if self.caseops else text
 
     def byte_table(self) -> ByteTable:
         """Return the challenge's byte accounting for this tokenizer.
@@ -181,9 +207,15 @@ class Tokenizer:
         length of the rest.
 
         Raises:
-            ValueError: U+2581 itself is not a piece, so spaces would be miscounted.
+            ValueError: U+2581 itself is not a piece, so spaces would be miscounted; or the tokenizer is one
+                of CaseOps, for which the challenge counts with byte sidecars, not with a table.
         """
         sp = self._sp
+        if self.caseops:
+            raise UserError(
+                f"{self.path}: a CaseOps tokenizer has no byte table; the validation shards need their byte "
+                f"sidecars (*_val_bytes_*.bin): copy them too, or make the shards again: {MAKE_SHARDS}"
+            )
         if sp.piece_to_id(SPACE) == sp.unk_id():
             raise UserError(
                 f"{self.path}: the tokenizer has no piece U+2581, so the byte table would miscount spaces; "
@@ -223,8 +255,35 @@ class Tokenizer:
                 return f"it counts {int(counts.sum())} bytes for the {size} of {text[:10]!a}"
         return ""
 
+    def _prepare(self, text: str) -> str:
+        """Return the text that SentencePiece gets."""
+        text = caseops.encode(text) if self.caseops else text
+        return escape(text) if self.lossless else text
+
+    def _original_bytes(self, text: str, begins: Counts, ends: Counts) -> Counts:
+        """Return how many bytes of `text` each range of bytes of the prepared text stands for.
+
+        An escape has six bytes. The first three of them (for NUL the first one) stand for the original
+        character, the others count as 0. So do the operators of CaseOps.
+
+        Args:
+            text: the original text.
+            begins, ends: `(n,)` offsets in the UTF-8 of the prepared text.
+        """
+        data = self._prepare(text).encode()
+        weights = np.ones(len(data), dtype=np.int64)
+        if self.lossless:
+            for match in _ESCAPED_BYTES.finditer(data):
+                original = _ORIGINALS[match.group().decode()].encode()
+                weights[match.start() + len(original) : match.end()] = 0
+        if self.caseops:
+            for match in _OPERATOR_BYTES.finditer(data):
+                weights[match.start() : match.start() + 3] = 0
+        total = np.concatenate(([0], np.cumsum(weights)))
+        return np.asarray(total[ends] - total[begins], dtype=np.int64)
+
     def _piece_lengths(self) -> Counts:
-        """Return the bytes of escaped text per id, which are exact if the normalizer changes nothing."""
+        """Return the bytes of prepared text per id, which are exact if the normalizer changes nothing."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for i in range(self.vocab_size):
             if self._sp.is_byte(i):
@@ -240,12 +299,13 @@ class Tokenizer:
         are as many bytes as pieces, each piece counts one. Text that the normalizer removes at the ends
         counts for the last token.
         """
-        pieces = list(_pieces(self._sp.encode(text, out_type="serialized_proto")))
-        ids = np.array([i for i, _ in pieces], dtype=np.uint16)
-        counts = np.array([n for _, n in pieces], dtype=np.int64)
+        pieces = list(_pieces(self._sp.encode(self._prepare(text), out_type="serialized_proto")))
+        spans = np.array(pieces, dtype=np.int64).reshape(-1, 3)
+        ids = spans[:, 0].astype(np.uint16)
+        counts = self._original_bytes(text, spans[:, 1], spans[:, 2])
         run = 0
-        for index, (piece_id, surface) in enumerate(pieces):
-            run = run + 1 if self._sp.is_byte(piece_id) else 0
+        for index, surface in enumerate(counts.tolist()):
+            run = run + 1 if self._sp.is_byte(int(ids[index])) else 0
             if run and surface:
                 if surface == run:
                     counts[index + 1 - run : index + 1] = 1
@@ -274,7 +334,15 @@ def find_tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer(models[0])
 
 
-def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, threads: int = 0) -> Tokenizer:
+def train_tokenizer(
+    texts: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    threads: int = 0,
+    with_caseops: bool = False,
+    marker_pairs: bool = False,
+) -> Tokenizer:
     """Train a lossless BPE tokenizer (pad 0, bos 1, eos 2, unk 3), write it to `path` and return it.
 
     The settings are those of the challenge (byte fallback, split digits, coverage 0.999, no dummy prefix),
@@ -285,16 +353,22 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
         path: the `.model` file, which is written atomically.
         vocab_size: number of ids, in [300, 65536].
         threads: threads of the trainer; 0 = one per core.
+        with_caseops: train on text in the form of CaseOps, with its operators at ids 4 to 7.
+        marker_pairs: add a piece for a space and TITLE, ALLCAPS or CAPNEXT (ids 8 to 10), as PR #2109 does.
 
     Raises:
-        ValueError: vocab_size is out of range, or there is too little text for it.
+        ValueError: vocab_size is out of range, there is too little text for it, or marker_pairs was asked for
+            without with_caseops.
     """
+    if marker_pairs and not with_caseops:
+        raise UserError("marker pairs are pieces with an operator of CaseOps; switch CaseOps on too")
+    pairs = [SPACE + operator for operator in caseops.CASE_OPERATORS[:3]] if marker_pairs else []
     if not 300 <= vocab_size <= 65536:
         raise UserError(f"vocab_size must be in [300, 65536] (shards hold uint16), got {vocab_size}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_training_lines(texts),
+            sentence_iterator=_training_lines(map(caseops.encode, texts) if with_caseops else texts),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
@@ -306,7 +380,7 @@ def train_tokenizer(texts: Iterable[str], path: Path, *, vocab_size: int, thread
             split_digits=True,
             character_coverage=0.999,
             required_chars=SPACE,  # the tokenizer needs a piece for the space even if no text has one
-            user_defined_symbols=["\n"],
+            user_defined_symbols=[*(caseops.CASE_OPERATORS if with_caseops else ()), *pairs, "\n"],
             hard_vocab_limit=False,
             pad_id=0,
             bos_id=1,
@@ -355,34 +429,17 @@ def _changes(proto: bytes) -> str:
     return "" if normalizer.get(5, 1) else "it does not tell a space from U+2581 (escape_whitespaces)"
 
 
-def _unescaped_counts(text: str, counts: Counts) -> Counts:
-    """Return the byte counts of the text, from those of the escaped text.
-
-    An escape has six bytes. The first three of them (for NUL the first one) stand for the original character,
-    the others count as 0.
-    """
-    data = escape(text).encode()
-    weights = np.ones(len(data), dtype=np.int64)
-    for match in _ESCAPED_BYTES.finditer(data):
-        original = _ORIGINALS[match.group().decode()].encode()
-        weights[match.start() + len(original) : match.end()] = 0
-    ends = np.cumsum(counts)
-    total = np.concatenate(([0], np.cumsum(weights)))
-    return np.asarray(total[ends] - total[ends - counts], dtype=np.int64)
-
-
-def _pieces(proto: bytes) -> Iterator[tuple[int, int]]:
-    """Yield (id, UTF-8 bytes of its original text) of each piece of a serialized SentencePieceText.
+def _pieces(proto: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yield (id, begin, end) of each piece of a serialized SentencePieceText, in bytes of its text.
 
     The message is parsed here, because sentencepiece 0.2.3 returns parsed messages only if protobuf is
     installed. Field numbers in sentencepiece.proto: SentencePieceText.pieces = 2; SentencePiece.id = 2,
-    surface = 3.
+    begin = 4, end = 5.
     """
     for field, value in _fields(proto):
         if field == 2 and isinstance(value, bytes):
             piece = dict(_fields(value))
-            surface = piece.get(3, b"")
-            yield int(piece.get(2, 0)), len(surface) if isinstance(surface, bytes) else 0
+            yield int(piece.get(2, 0)), int(piece.get(4, 0)), int(piece.get(5, 0))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -265,6 +265,7 @@ def window_start(tokens: int, context: int) -> int:
 
 _OPEN_END = re.compile(f"{ESCAPE}?\ufffd{{0,3}}\\Z")
 """The end of a text that a later token may change: bytes of an incomplete character, or part of an escape."""
+_WORD_END = re.compile("[A-Za-z]\\Z")
 
 
 def text_pieces(tokenizer: Tokenizer, ids: Sequence[int], drawn: Iterable[int]) -> Iterator[str]:
@@ -283,7 +284,9 @@ def text_pieces(tokenizer: Tokenizer, ids: Sequence[int], drawn: Iterable[int]) 
         if certain > done:
             yield text[done:certain]
             done = certain
-        if done == len(text) and len(known) > 256:  # 64 tokens before the next one are enough
+        # 64 tokens before the next one are enough, unless they are all of one word: an operator of CaseOps at
+        # its beginning may apply to its end.
+        if done == len(text) and len(known) > 256 and not _WORD_END.search(text):
             known = known[-64:]
             text = tokenizer.decode(known)
             done = len(text)

@@ -10,6 +10,7 @@ import torch
 
 from pgolf.artifact.size import check_limit
 from pgolf.config import Config, MuonConfig, run_hash
+from pgolf.data.foreign import check_foreign
 from pgolf.data.shards import find_shards
 from pgolf.dist import Dist
 from pgolf.env import commit_name
@@ -62,6 +63,7 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
     if config.train.quantize:
         check_limit(config.artifact.limit)
     data = DataFolder.open(config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify)
+    check_foreign(data.folder, training=config.data.verify)
     if past is not None:
         past.check_data(data.folder, data.facts())
     # Called for what they raise. One document is enough to see that the validation text can be read, has

@@ -17,6 +17,22 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def cased(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer with the operators of CaseOps."""
+    path = tmp_path_factory.mktemp("caseops") / "caseops.model"
+    texts = (document.text for document in iterate_documents(sample_paths().train))
+    return train_tokenizer(texts, path, vocab_size=1024, with_caseops=True)
+
+
+@pytest.fixture(scope="session")
+def paired(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer with the operators of CaseOps and marker pairs."""
+    path = tmp_path_factory.mktemp("paired") / "paired.model"
+    texts = (document.text for document in iterate_documents(sample_paths().train))
+    return train_tokenizer(texts, path, vocab_size=1024, with_caseops=True, marker_pairs=True)
+
+
+@pytest.fixture(scope="session")
 def sample_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
     out = tmp_path_factory.mktemp("sample") / "shards"
     sample = sample_paths()

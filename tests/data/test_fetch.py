@@ -256,7 +256,9 @@ def test_the_command_says_what_was_compared(hub, tmp_path, capsys):
         assert main(["data", "fetch", "--out", str(tmp_path / "data"), *words]) == 0
     text = capsys.readouterr().out
     assert "3 files of some/repo" in text and "SHA-256 recorded at the first download: 3 files" in text
-    assert main(["data", "inspect", str(tmp_path / "data")]) == 0
+    # The shards have the challenge's name and not its number of documents.
+    assert main(["data", "inspect", str(tmp_path / "data")]) == 2
+    assert "the challenge's validation text has 50,000" in capsys.readouterr().err
 
 
 def test_a_part_of_the_challenges_text_is_named_as_one():
