@@ -25,7 +25,9 @@ class ModelConfig:
     mlp_mult: int = 4
     """Hidden width of the MLP as a multiple of the model width, >= 1."""
     activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
-    """Activation of the MLP: leaky_relu2 is leaky_relu(x, 0.5)^2, relu2 is relu(x)^2."""
+    """Activation of the MLP: leaky_relu2 is leaky_relu(x, leaky_slope)^2, relu2 is relu(x)^2."""
+    leaky_slope: float = 0.5
+    """Slope of leaky_relu2 below 0, 0 to 1; PR #1855 has 0.5, and later pull requests 0.3."""
     max_context: int = 2048
     """Longest attention segment, in tokens; longer documents are cut into segments of this length."""
     rope_dims: int = 16
@@ -70,6 +72,7 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        require(0 <= self.leaky_slope <= 1, f"model.leaky_slope must be in [0, 1], got {self.leaky_slope}")
         for name in ("recurrence_repeats", "sparse_gate_scale"):
             require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
         require(
@@ -127,3 +130,8 @@ class ModelConfig:
     def hidden(self) -> int:
         """Hidden width of the MLP."""
         return self.mlp_mult * self.width
+
+    @property
+    def slope(self) -> float:
+        """Slope of the MLP's activation below 0, before it is squared."""
+        return self.leaky_slope if self.activation == "leaky_relu2" else 0.0

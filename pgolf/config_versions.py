@@ -117,6 +117,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change("63c4ef4", {"train.profile": False}),
+    Change("a63bb79", {"model.leaky_slope": 0.5}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -29,28 +29,14 @@ from pgolf.model.attention import (
 from pgolf.model.gates import Skip, mix_streams, rms_norm, smear
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
+from pgolf.model.parameters import initial_parameters
+from pgolf.model.parameters import layer_order as layer_order
+from pgolf.model.parameters import parameter_shapes as parameter_shapes
+from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
-
-
-def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
-    """Return the physical layers of the encoder half and of the decoder half, in execution order.
-
-    With recurrence on, layers recurrence_start..recurrence_end run recurrence_repeats + 1 times in a row.
-    """
-    order = list(range(config.layers))
-    if loop and config.recurrence_repeats:
-        start, end = config.recurrence_start, config.recurrence_end + 1
-        order = order[:start] + order[start:end] * (config.recurrence_repeats + 1) + order[end:]
-    half = len(order) // 2
-    return order[:half], order[half:]
-
-
-def skip_count(config: ModelConfig) -> int:
-    """Return the number of skips in the longer of the two layer orders, with and without the loop."""
-    return max(min(map(len, layer_order(config, loop=loop))) for loop in (False, True))
 
 
 class LayerWeights(NamedTuple):
@@ -167,7 +153,7 @@ def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> T
     n = rms_norm(x)
     if tap is not None:
         tap("mlp_in", n * w.scales.ln)
-    m = mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
     return m if w.lora is None else m + w.scales.mlp * w.lora.mlp(n * w.scales.ln)
 
 
@@ -524,55 +510,3 @@ def _adapt(w: LayerWeights, adapters: Adapters | None, slot: int) -> LayerWeight
 
 def _tap(observe: Observe | None, layer: int) -> Tap:
     return None if observe is None else lambda kind, x: observe(kind, layer, x)
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name; a part that is switched off has no parameters."""
-    c, skips = config, skip_count(config)
-    shapes: dict[str, tuple[int, ...]] = {
-        "tok_emb": (c.vocab_size, c.width),
-        "qo_bank": (2 * c.layers, c.width, c.width),
-        "kv_bank": (2 * c.layers, c.kv_width, c.width),
-        "mlp_up_bank": (c.layers, c.hidden, c.width),
-        "mlp_down_bank": (c.layers, c.width, c.hidden),
-        "q_gain": (c.layers, c.heads),
-        "attn_scale": (c.layers, c.width),
-        "mlp_scale": (c.layers, c.width),
-    }
-    if c.head_gate != "none":
-        shapes["head_gate"] = (c.layers, c.heads, c.width if c.head_gate == "dense" else c.gate_window)
-    if c.resid_mix:
-        shapes["resid_mix"] = (c.layers, 2, c.width)
-    if c.skip != "none":
-        shapes["skip_weights"] = (skips, c.width)
-    if c.skip == "gated":
-        shapes["skip_gates"] = (skips, c.width)
-    if c.parallel_from < c.layers:
-        shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
-    if c.smear_gate:
-        shapes |= {"smear_weight": (1, c.gate_window), "smear_lambda": (1,)}
-    return shapes
-
-
-def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return the initial value of every parameter by name, float32.
-
-    The embedding is N(0, embed_init_std^2); the matrices of q, k, v and MLP-up are orthogonal; both output
-    projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
-    lanes are 1.1.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
-    p["tok_emb"].normal_(std=config.embed_init_std, generator=rng)
-    for stack in (p["qo_bank"][: config.layers], p["kv_bank"], p["mlp_up_bank"]):
-        for matrix in stack:
-            nn.init.orthogonal_(matrix, generator=rng)
-    ones = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "lane_post": 1.0}
-    for name, value in {**ones, "lane_resid": 1.1, "q_gain": config.qk_gain}.items():
-        if name in p:
-            p[name].fill_(value)
-    if config.resid_mix:
-        p["resid_mix"][:, 0] = 1.0
-    if config.head_gate == "dense":
-        p["head_gate"].normal_(std=0.005, generator=rng)
-    return p

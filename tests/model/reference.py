@@ -46,7 +46,8 @@ def attention(model: GPT, i: int, n: Tensor, rope: tuple[Tensor, Tensor], cu: li
 
 
 def feed_forward(model: GPT, i: int, n: Tensor) -> Tensor:
-    slope = 0.5 if model.config.activation == "leaky_relu2" else 0.0
+    c = model.config
+    slope = c.leaky_slope if c.activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(n @ model.mlp_up_bank[i].T, slope) ** 2
     return model.mlp_scale[i] * (hidden @ model.mlp_down_bank[i].T)
 

@@ -114,6 +114,7 @@ def test_a_document_scores_the_same_alone_and_packed():
 SWITCHES = [
     {},
     {"activation": "relu2"},
+    {"leaky_slope": 0.3},
     {"head_gate": "none"},
     {"head_gate": "dense"},
     {"head_gate": "out"},
