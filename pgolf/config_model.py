@@ -47,6 +47,9 @@ class ModelConfig:
     """Factor inside the sigmoid of the sparse gate, >= 0."""
     smear_gate: bool = True
     """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
+    smear_over_bos: bool = False
+    """Let the smear gate add to a BOS, too, as early published stacks did: it leaks the last token of another
+    document, which the challenge does not allow. Only to repeat such a result."""
     ln_scale: bool = True
     """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
     resid_mix: bool = True
@@ -54,11 +57,14 @@ class ModelConfig:
     skip: Literal["none", "weighted", "gated"] = "gated"
     """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
-    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
+    """First physical layer whose attention and MLP run in parallel, see parallel; layers = none."""
+    parallel: Literal["lanes", "gptj"] = "lanes"
+    """How they run in parallel: lanes, on two residual lanes to which both outputs are added; gptj, on the
+    same mixed input of one residual stream, to which both outputs are added (PR #1493)."""
     recurrence_start: int = 3
     """First physical layer of the segment that depth recurrence repeats, from 0."""
     recurrence_end: int = 5
-    """Last physical layer of that segment, inclusive; below parallel_from."""
+    """Last physical layer of that segment, inclusive; below parallel_from where parallel=lanes."""
     recurrence_repeats: int = 2
     """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
     the network deeper at the same bytes, and the steps slower."""
@@ -93,9 +99,9 @@ class ModelConfig:
             f"got {self.recurrence_start}..{self.recurrence_end}",
         )
         require(
-            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
+            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from or not self.lanes,
             f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
-            f"got {self.recurrence_end}",
+            f"got {self.recurrence_end}; only model.parallel=gptj has no such limit",
         )
         require(
             0 <= self.xsa_layers <= self.layers,
@@ -130,6 +136,11 @@ class ModelConfig:
     def hidden(self) -> int:
         """Hidden width of the MLP."""
         return self.mlp_mult * self.width
+
+    @property
+    def lanes(self) -> bool:
+        """Whether some layers run on two residual lanes."""
+        return self.parallel == "lanes" and self.parallel_from < self.layers
 
     @property
     def slope(self) -> float:

@@ -117,7 +117,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change("63c4ef4", {"train.profile": False}),
-    Change("a63bb79", {"model.leaky_slope": 0.5}),
+    Change("17b7e74", {"model.leaky_slope": 0.5, "model.parallel": "lanes", "model.smear_over_bos": False}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

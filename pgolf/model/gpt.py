@@ -165,12 +165,16 @@ def serial_block(
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
+    joint: bool,
     tap: Tap,
 ) -> Tensor:
-    """Join the skip, mix in x0, and run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+    """Join the skip, mix in x0, and run attention and the MLP on one residual stream `x` `(T, D)`.
+
+    The MLP comes after the attention, or, if `joint`, both read the same mixed input.
+    """
     _, u = mix_streams(x, skip, ctx.x0, w.mix)
     x = u + attend(config, kernel, u, w, ctx, exclusive, tap)
-    return x + feed_forward(config, x, w, tap)
+    return x + feed_forward(config, u if joint else x, w, tap)
 
 
 def parallel_block(
@@ -199,7 +203,9 @@ def parallel_block(
     )
 
 
-def stem(ids: Tensor, table: Tensor, first: Tensor, weight: Tensor | None, strength: Tensor | None) -> Tensor:
+def stem(
+    ids: Tensor, table: Tensor, first: Tensor | None, weight: Tensor | None, strength: Tensor | None
+) -> Tensor:
     """Return the embeddings `(T, D)` of `ids` `(T,)`, after the smear gate (if it is on) and the norm."""
     x = F.embedding(ids, table)
     if weight is not None and strength is not None:
@@ -389,7 +395,7 @@ class GPT(nn.Module):
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
-            if i < config.parallel_from:
+            if i < config.parallel_from or not config.lanes:
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
             else:
@@ -402,8 +408,9 @@ class GPT(nn.Module):
         first.index_fill_(0, cu_seqlens.long(), True)
         if not self.config.smear_gate:
             return self._stem(inputs, table, first[:-1], None, None)
-        dtype = self.compute_dtype
-        return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
+        dtype, apart = self.compute_dtype, not self.config.smear_over_bos
+        gate = self.smear_weight.to(dtype), self.smear_lambda.to(dtype)
+        return self._stem(inputs, table, first[:-1] if apart else None, *gate)
 
     def layer_weights(self) -> list[LayerWeights]:
         """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
@@ -461,7 +468,10 @@ class GPT(nn.Module):
         self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
     ) -> Tensor:
         block = self._serial if observe is None else serial_block
-        return block(self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), _tap(observe, i))
+        joint = i >= self.config.parallel_from and not self.config.lanes
+        return block(
+            self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i)
+        )
 
     def _run_parallel(
         self,

@@ -50,7 +50,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["skip_weights"] = (skips, c.width)
     if c.skip == "gated":
         shapes["skip_gates"] = (skips, c.width)
-    if c.parallel_from < c.layers:
+    if c.lanes:
         shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
     if c.smear_gate:
         shapes |= {"smear_weight": (1, c.gate_window), "smear_lambda": (1,)}

@@ -166,7 +166,7 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     encoder, decoder = layer_order(c, loop=True)
     exclusive, gated = c.xsa_layers / c.layers, c.head_gate != "none"
     skips = (c.skip != "none" and not c.resid_mix) * min(len(encoder), len(decoder))
-    lanes = c.layers - c.parallel_from
+    lanes = (c.layers - c.parallel_from) * c.lanes
     if compiled:
         wide = 5.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
         narrow, hidden, ends = 3, 2, 4 + c.smear_gate + skips / 2
@@ -176,6 +176,8 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
         ends = (
             3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
         )
+        # Joint layers have no stream between attention and MLP.
+        ends -= sum(i >= c.parallel_from for i in encoder + decoder) * (c.parallel == "gptj")
     runs = len(encoder) + len(decoder)
     streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
     wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))

@@ -59,7 +59,7 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     if c.smear_gate:
         gate = torch.sigmoid(x[:, : model.smear_weight.shape[1]] @ model.smear_weight.T) * model.smear_lambda
         inside = torch.ones(len(ids), 1, dtype=x.dtype)
-        inside[cu[:-1]] = 0
+        inside[0 if c.smear_over_bos else cu[:-1]] = 0
         x = x + inside * gate * torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     x0 = x = norm(x)
     rope = model.rope(len(ids))
@@ -79,6 +79,8 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     def serial(x: Tensor, i: int) -> Tensor:
         u = mixed(x, i)
         x = u + attention(model, i, scaled(u, i), rope, cu)
+        if c.parallel == "gptj" and i >= c.parallel_from:
+            return x + feed_forward(model, i, scaled(u, i))
         return x + feed_forward(model, i, scaled(x, i))
 
     encoder, decoder = layer_order(c, loop=loop)
@@ -89,7 +91,7 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     lanes = (x, x)
     for j, i in enumerate(decoder):
         first, second = joined(lanes[0], j), lanes[1]
-        if i < c.parallel_from:
+        if i < c.parallel_from or c.parallel == "gptj":
             x = serial(first, i)
             lanes = (x, x)
             continue

@@ -101,6 +101,27 @@ def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(loop):
         assert not torch.equal(before[:11], after[:11])
 
 
+def test_the_smear_gate_over_bos_leaks_one_token():
+    config = small(smear_over_bos=True)
+    model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
+    changed = ids.clone()
+    changed[10] = 5 if ids[10] != 5 else 6
+    earlier = ids.clone()
+    earlier[3] = 5 if ids[3] != 5 else 6
+    with torch.no_grad():
+        before, leaked, apart = (logits(model, x, cu, loop=True)[11:] for x in (ids, changed, earlier))
+    assert not torch.equal(before, leaked) and torch.equal(before, apart)
+
+
+def test_lanes_bound_the_recurrence_and_joint_layers_do_not():
+    with pytest.raises(
+        ValueError, match=r"must be below model\.parallel_from=4, got 4; only model\.parallel"
+    ):
+        replace(small(), recurrence_end=4)
+    shapes = parameter_shapes(replace(small(), recurrence_end=4, parallel="gptj"))
+    assert "lane_post" not in shapes and "lane_resid" not in shapes
+
+
 def test_a_document_scores_the_same_alone_and_packed():
     config = small()
     model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
@@ -115,6 +136,9 @@ SWITCHES = [
     {},
     {"activation": "relu2"},
     {"leaky_slope": 0.3},
+    {"parallel": "gptj"},
+    {"parallel": "gptj", "parallel_from": 1, "recurrence_end": 3},
+    {"smear_over_bos": True},
     {"head_gate": "none"},
     {"head_gate": "dense"},
     {"head_gate": "out"},
@@ -133,7 +157,11 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+def label(change: dict[str, object]) -> str:
+    return "-".join(f"{key}-{value}" for key, value in change.items()) or "base"
+
+
+@pytest.mark.parametrize("change", SWITCHES, ids=label)
 def test_every_switch_trains_and_changes_the_function(change):
     config = replace(small(), **change)
     model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
@@ -155,7 +183,7 @@ def test_every_switch_trains_and_changes_the_function(change):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+@pytest.mark.parametrize("change", SWITCHES, ids=label)
 def test_states_and_gradients_are_those_of_the_plain_formulas(change, loop):
     config = replace(small(), **change)
     model, (ids, cu) = randomized(config).double(), packed([11, 1, 13], config.vocab_size)

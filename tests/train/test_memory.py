@@ -114,6 +114,10 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"mlp_mult": 6},
         {"layers": 6, "parallel_from": 4},
         {"vocab_size": 4096},
+        {"leaky_slope": 0.3},
+        {"smear_over_bos": True},
+        {"parallel": "gptj"},
+        {"parallel": "gptj", "parallel_from": 1},
     ],
     ids=str,
 )
