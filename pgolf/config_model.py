@@ -50,6 +50,15 @@ class ModelConfig:
     smear_over_bos: bool = False
     """Let the smear gate add to a BOS, too, as early published stacks did: it leaks the last token of another
     document, which the challenge does not allow. Only to repeat such a result."""
+    bigram_buckets: int = 0
+    """Rows of a table that a hash of each token and the one before it picks from, to add to its embedding
+    (PR #162 and later ones have 1,536 to 4,096); 0 = none, else >= 2."""
+    bigram_width: int = 128
+    """Width of that table, >= 1; a learned matrix makes the model width of it."""
+    value_embed_layers: int = 0
+    """The last value_embed_layers layers add a second embedding of the token to its value (PR #414 has 2)."""
+    value_embed_width: int = 128
+    """Width of the table of that embedding, >= 1; a learned matrix makes the width of the values of it."""
     ln_scale: bool = True
     """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
     resid_mix: bool = True
@@ -78,7 +87,7 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             require(value >= 1, f"model.{name} must be >= 1, got {value}")
-        require(0 <= self.leaky_slope <= 1, f"model.leaky_slope must be in [0, 1], got {self.leaky_slope}")
+        self._check_parts()
         for name in ("recurrence_repeats", "sparse_gate_scale"):
             require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
         require(
@@ -120,6 +129,20 @@ class ModelConfig:
         require(
             8 <= self.vocab_size <= 65536,
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
+        )
+
+    def _check_parts(self) -> None:
+        """Check the settings of single parts."""
+        require(0 <= self.leaky_slope <= 1, f"model.leaky_slope must be in [0, 1], got {self.leaky_slope}")
+        require(
+            self.bigram_buckets == 0 or self.bigram_buckets >= 2,
+            f"model.bigram_buckets must be 0 (no bigram hash) or >= 2, got {self.bigram_buckets}",
+        )
+        for name in ("bigram_width", "value_embed_width"):
+            require(getattr(self, name) >= 1, f"model.{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            0 <= self.value_embed_layers <= self.layers,
+            f"model.value_embed_layers must be in [0, layers={self.layers}], got {self.value_embed_layers}",
         )
 
     @property

@@ -117,7 +117,18 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change("63c4ef4", {"train.profile": False}),
-    Change("17b7e74", {"model.leaky_slope": 0.5, "model.parallel": "lanes", "model.smear_over_bos": False}),
+    Change(
+        "17b7e74",
+        {
+            "model.leaky_slope": 0.5,
+            "model.parallel": "lanes",
+            "model.smear_over_bos": False,
+            "model.bigram_buckets": 0,
+            "model.bigram_width": 128,
+            "model.value_embed_layers": 0,
+            "model.value_embed_width": 128,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

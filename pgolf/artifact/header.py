@@ -25,7 +25,15 @@ MODEL_KEYS = {
     "recurrence_repeats": "loops",
 }
 """Settings of the model that have other names in format 4, which is older than the names."""
-LATER: dict[str, Any] = {"leaky_slope": 0.5, "parallel": "lanes", "smear_over_bos": False}
+LATER: dict[str, Any] = {
+    "leaky_slope": 0.5,
+    "parallel": "lanes",
+    "smear_over_bos": False,
+    "bigram_buckets": 0,
+    "bigram_width": 128,
+    "value_embed_layers": 0,
+    "value_embed_width": 128,
+}
 """Settings of the model that are newer than format 4, and what they are where a file does not name them: a
 file names those that are something else, so that it does not change for models without the newer parts."""
 

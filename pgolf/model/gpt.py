@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
@@ -26,7 +25,8 @@ from pgolf.model.attention import (
     attention_branch,
     select_attention,
 )
-from pgolf.model.gates import Skip, mix_streams, rms_norm, smear
+from pgolf.model.embed import Bigram, Smear, stem, value_embeddings
+from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.parameters import initial_parameters
@@ -113,6 +113,7 @@ class Context(NamedTuple):
     x0: Tensor  # (T, D)
     rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
     cu_seqlens: Tensor  # (S + 1,) int32
+    values: Tensor | None = None  # (T, G * K), value embeddings
 
 
 Tap = Callable[[str, Tensor], None] | None
@@ -144,6 +145,7 @@ def attend(
         rope=ctx.rope,
         cu_seqlens=ctx.cu_seqlens,
         lora=lora,
+        values=ctx.values,
         observe=tap,
     )
 
@@ -203,16 +205,6 @@ def parallel_block(
     )
 
 
-def stem(
-    ids: Tensor, table: Tensor, first: Tensor | None, weight: Tensor | None, strength: Tensor | None
-) -> Tensor:
-    """Return the embeddings `(T, D)` of `ids` `(T,)`, after the smear gate (if it is on) and the norm."""
-    x = F.embedding(ids, table)
-    if weight is not None and strength is not None:
-        x = smear(x, first, weight, strength)
-    return rms_norm(x)
-
-
 def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
     """Return the normed mean of the two lanes, the input of the output projection."""
     return rms_norm(0.5 * (lane0 + lane1))
@@ -236,8 +228,17 @@ class GPT(nn.Module):
     skip_gates: nn.Parameter
     smear_weight: nn.Parameter
     smear_lambda: nn.Parameter
-    bank_names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-    embed_names = ("tok_emb",)
+    bigram_table: nn.Parameter
+    bigram_proj: nn.Parameter
+    bigram_scale: nn.Parameter
+    value_table: nn.Parameter
+    value_proj: nn.Parameter
+    value_scale: nn.Parameter
+    value_layer_scale: nn.Parameter
+    bank_names: tuple[str, ...] = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+    """Parameters for Muon; a model with projections of tables has more of them."""
+    embed_names: tuple[str, ...] = ("tok_emb",)
+    """Embeddings; a model with further tables has more of them."""
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
@@ -251,11 +252,16 @@ class GPT(nn.Module):
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
         self._stem: Callable[..., Tensor] = stem
+        self._value_embeddings: Callable[..., Tensor] = value_embeddings
         self._fold: Callable[..., Folded] = fold
         self._join: Callable[..., Tensor] = join_lanes
         self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
             self.register_parameter(name, nn.Parameter(value))
+        for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
+            if used:
+                self.bank_names += (f"{part}_proj",)
+                self.embed_names += (f"{part}_table",)
 
     def prepare(
         self,
@@ -284,11 +290,14 @@ class GPT(nn.Module):
             attention, device, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim
         )
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        if compile != "off":
+            self._stem, self._fold = jit(stem), jit(fold)
+            self._value_embeddings = jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
-            self._stem, self._fold, self._join = jit(stem), jit(fold), jit(join_lanes)
+            self._join = jit(join_lanes)
         elif compile == "model":
-            self._stem, self._fold, self._compiled_layers = jit(stem), jit(fold), jit(self.layers)
+            self._compiled_layers = jit(self.layers)
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -365,7 +374,7 @@ class GPT(nn.Module):
             # The number of segments changes from batch to batch. Only the attention kernel, which is one
             # node of the compiled graph, depends on it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens)
+        ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens, self.values(inputs))
         layers = self.layers if observe is not None else (self._compiled_layers or self.layers)
         if adapters is not None:
             return self.layers(weights, ctx, loop, observe, adapters), table
@@ -406,11 +415,22 @@ class GPT(nn.Module):
         """Return the input `(T, D)` of the first layer, from the embedding table `(V, D)`."""
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
         first.index_fill_(0, cu_seqlens.long(), True)
-        if not self.config.smear_gate:
-            return self._stem(inputs, table, first[:-1], None, None)
-        dtype, apart = self.compute_dtype, not self.config.smear_over_bos
-        gate = self.smear_weight.to(dtype), self.smear_lambda.to(dtype)
-        return self._stem(inputs, table, first[:-1] if apart else None, *gate)
+        config, dtype = self.config, self.compute_dtype
+        gate = bigram = None
+        if config.smear_gate:
+            gate = Smear(self.smear_weight.to(dtype), self.smear_lambda.to(dtype), config.smear_over_bos)
+        if config.bigram_buckets:
+            small = self.bigram_proj[0].to(dtype), self.bigram_scale.to(dtype)
+            bigram = Bigram(self.bigram_table.to(dtype), *small)
+        return self._stem(inputs, table, first[:-1], gate, bigram)
+
+    def values(self, inputs: Tensor) -> Tensor | None:
+        """Return the value embeddings `(T, G * K)` of `inputs` `(T,)`; None if the model has none."""
+        if not self.config.value_embed_layers:
+            return None
+        names = ("value_table", "value_proj", "value_scale")
+        table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
+        return self._value_embeddings(inputs, table, proj[0], scale)
 
     def layer_weights(self) -> list[LayerWeights]:
         """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
@@ -436,7 +456,11 @@ class GPT(nn.Module):
             return cut(None if tensor is None else tensor.to(dtype))
 
         rows = zip(
-            map(AttentionWeights, cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
+            map(
+                AttentionWeights,
+                *(cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
+                self._value_scales(),
+            ),
             cut(folded.up),
             cut(folded.down),
             cut(small["resid_mix"]),
@@ -446,6 +470,12 @@ class GPT(nn.Module):
             strict=True,
         )
         return [LayerWeights(*row) for row in rows]
+
+    def _value_scales(self) -> list[Tensor | None]:
+        """Return each layer's factor on the value embeddings; None for layers without them."""
+        count, last = self.config.layers, self.config.value_embed_layers
+        scales = self.value_layer_scale.to(self.compute_dtype).unbind() if last else ()
+        return [None] * (count - last) + list(scales)
 
     def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""

@@ -50,6 +50,13 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["skip_weights"] = (skips, c.width)
     if c.skip == "gated":
         shapes["skip_gates"] = (skips, c.width)
+    if c.bigram_buckets:
+        shapes["bigram_table"] = (c.bigram_buckets, c.bigram_width)
+        shapes |= {"bigram_proj": (1, c.width, c.bigram_width), "bigram_scale": (1,)}
+    if c.value_embed_layers:
+        shapes["value_table"] = (c.vocab_size, c.value_embed_width)
+        shapes["value_proj"] = (1, c.kv_width, c.value_embed_width)
+        shapes |= {"value_scale": (1,), "value_layer_scale": (c.value_embed_layers,)}
     if c.lanes:
         shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
     if c.smear_gate:
@@ -62,7 +69,9 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
 
     The embedding is N(0, embed_init_std^2); the matrices of q, k, v and MLP-up are orthogonal; both output
     projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
-    lanes are 1.1.
+    lanes are 1.1. The table of the bigram hash is 0, its projection orthogonal / sqrt(2 L) (with zeros for
+    both it would never learn) and its scale 0.05; the table of the value embeddings is N(0, 0.01^2), their
+    projection 0 and their scale 0.1.
     """
     rng = torch.Generator().manual_seed(seed)
     p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
@@ -71,11 +80,17 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
         for matrix in stack:
             nn.init.orthogonal_(matrix, generator=rng)
     ones = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "lane_post": 1.0}
-    for name, value in {**ones, "lane_resid": 1.1, "q_gain": config.qk_gain}.items():
+    ones["value_layer_scale"] = 1.0
+    scales = {"lane_resid": 1.1, "q_gain": config.qk_gain, "bigram_scale": 0.05, "value_scale": 0.1}
+    for name, value in {**ones, **scales}.items():
         if name in p:
             p[name].fill_(value)
     if config.resid_mix:
         p["resid_mix"][:, 0] = 1.0
     if config.head_gate == "dense":
         p["head_gate"].normal_(std=0.005, generator=rng)
+    if config.bigram_buckets:
+        nn.init.orthogonal_(p["bigram_proj"][0], gain=(2 * config.layers) ** -0.5, generator=rng)
+    if config.value_embed_layers:
+        p["value_table"].normal_(std=0.01, generator=rng)
     return p

@@ -13,12 +13,18 @@ def norm(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
 
-def attention(model: GPT, i: int, n: Tensor, rope: tuple[Tensor, Tensor], cu: list[int]) -> Tensor:
+def attention(
+    model: GPT, i: int, n: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], cu: list[int]
+) -> Tensor:
     c, layers = model.config, model.config.layers
     heads, groups, size = c.heads, c.kv_heads, c.head_dim
     q = (n @ model.qo_bank[i].T).view(-1, heads, size)
     k = (n @ model.kv_bank[i].T).view(-1, groups, size)
-    v = (n @ model.kv_bank[layers + i].T).view(-1, groups, size)
+    v = n @ model.kv_bank[layers + i].T
+    if i >= layers - c.value_embed_layers:
+        own_scale = model.value_layer_scale[i - (layers - c.value_embed_layers)]
+        v = v + own_scale * model.value_scale * (model.value_table[ids] @ model.value_proj[0].T)
+    v = v.view(-1, groups, size)
 
     def turned(x: Tensor) -> Tensor:
         half = c.rope_dims // 2
@@ -56,6 +62,14 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     """Return the normed states `(T, D)` before the output projection, in the dtype of the parameters."""
     c = model.config
     x = model.tok_emb[ids]
+    if c.bigram_buckets:
+        buckets = []
+        for t, cur in enumerate(ids.tolist()):
+            if t in cu[:-1]:
+                buckets.append(c.bigram_buckets - 1)
+            else:
+                buckets.append((36313 * cur ^ 27191 * int(ids[t - 1])) % (c.bigram_buckets - 1))
+        x = x + model.bigram_scale * (model.bigram_table[buckets] @ model.bigram_proj[0].T)
     if c.smear_gate:
         gate = torch.sigmoid(x[:, : model.smear_weight.shape[1]] @ model.smear_weight.T) * model.smear_lambda
         inside = torch.ones(len(ids), 1, dtype=x.dtype)
@@ -78,7 +92,7 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
 
     def serial(x: Tensor, i: int) -> Tensor:
         u = mixed(x, i)
-        x = u + attention(model, i, scaled(u, i), rope, cu)
+        x = u + attention(model, i, scaled(u, i), ids, rope, cu)
         if c.parallel == "gptj" and i >= c.parallel_from:
             return x + feed_forward(model, i, scaled(u, i))
         return x + feed_forward(model, i, scaled(x, i))
@@ -95,7 +109,7 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
             x = serial(first, i)
             lanes = (x, x)
             continue
-        a = attention(model, i, scaled(mixed(first, i), i), rope, cu)
+        a = attention(model, i, scaled(mixed(first, i), i), ids, rope, cu)
         m = feed_forward(model, i, scaled(second, i))
         post, keep = model.lane_post[i], model.lane_resid[i]
         lanes = (

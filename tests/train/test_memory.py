@@ -117,6 +117,8 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"leaky_slope": 0.3},
         {"smear_over_bos": True},
         {"parallel": "gptj"},
+        {"bigram_buckets": 512, "bigram_width": 64},
+        {"value_embed_layers": 2, "value_embed_width": 64},
         {"parallel": "gptj", "parallel_from": 1},
     ],
     ids=str,
