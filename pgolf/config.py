@@ -136,17 +136,31 @@ class OptimConfig:
     """Last fraction of the run, 0 to 1, over which the learning rates fall linearly."""
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
+    average: Literal["ema", "swa"] = "ema"
+    """How the weights are averaged: ema, exponentially over ema_horizon; swa, equally over snapshots that are
+    taken every swa_every steps from swa_from on."""
     ema_horizon: float = 0.058
     """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
+    swa_from: float = 0.9
+    """Fraction of the run from which on average=swa takes snapshots, 0 to 1; PR #549 takes them where the
+    learning rate is below 0.2 of its peak, which is from 1 - 0.2 * warmdown on."""
+    swa_every: int = 50
+    """Training steps from one of these snapshots to the next, >= 1."""
     recurrence_at: float = 0.35
     """Fraction of the run at which depth recurrence is switched on, 0 to 1; steps are slower from then on."""
 
     def __post_init__(self) -> None:
         check_finite("optim", self)
         require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
-        for name in ("warmdown", "min_lr", "ema_horizon", "recurrence_at"):
+        for name in ("warmdown", "min_lr", "ema_horizon", "swa_from", "recurrence_at"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
+        require(self.swa_every >= 1, f"optim.swa_every must be >= 1 steps, got {self.swa_every}")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged at all."""
+        return self.average == "swa" or self.ema_horizon > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +189,9 @@ class TrainConfig:
     """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
+    fake_quant_from: float = 0.0
+    """Fraction of the run from which on training rounds attention and MLP matrices to 6 bits in each forward
+    pass (late QAT), with the scales of quant.row_scales=spread; 0 = never. Steps take a little longer."""
     warmup_steps: int = 3
     """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")
@@ -209,6 +226,10 @@ class TrainConfig:
         require(
             5 <= self.rank_timeout <= 600,
             f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
+        )
+        require(
+            0 <= self.fake_quant_from <= 1,
+            f"train.fake_quant_from is a fraction in [0, 1], got {self.fake_quant_from}",
         )
         reserve = self.quantize_reserve or 0.0
         require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")

@@ -127,6 +127,10 @@ CHANGES: tuple[Change, ...] = (
             "model.bigram_width": 128,
             "model.value_embed_layers": 0,
             "model.value_embed_width": 128,
+            "train.fake_quant_from": 0.0,
+            "optim.average": "ema",
+            "optim.swa_from": 0.9,
+            "optim.swa_every": 50,
         },
     ),
 )

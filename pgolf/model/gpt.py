@@ -26,6 +26,7 @@ from pgolf.model.attention import (
     select_attention,
 )
 from pgolf.model.embed import Bigram, Smear, stem, value_embeddings
+from pgolf.model.fake_quant import FakeQuant, fake_quantize
 from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
@@ -324,6 +325,7 @@ class GPT(nn.Module):
         max_seqlen: int,
         loop: bool,
         observe: Observe | None = None,
+        fake_quant: FakeQuant | None = None,
     ) -> Tensor:
         """Return the loss of every target, `(T,)` float32, in nats; it is 0 for a target of -100.
 
@@ -335,11 +337,14 @@ class GPT(nn.Module):
             loop: whether the repeated layers run several times (depth recurrence).
             observe: called as observe(kind, layer, x) with the input of every matrix; the blocks then run
                 without compilation.
+            fake_quant: round the matrices of attention and MLP in the forward pass; None: do not.
 
         Raises:
             ValueError: max_seqlen is above config.max_context.
         """
-        hidden, _ = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
+        hidden, _ = self.hidden(
+            inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe, fake_quant=fake_quant
+        )
         if observe is not None:
             observe("head", 0, hidden)
         # With the float32 table, its gradient is accumulated in float32 and not rounded to the compute dtype.
@@ -354,11 +359,12 @@ class GPT(nn.Module):
         loop: bool,
         observe: Observe | None = None,
         adapters: Adapters | None = None,
+        fake_quant: FakeQuant | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
 
         Args:
-            inputs, cu_seqlens, max_seqlen, loop, observe: as in `forward`.
+            inputs, cu_seqlens, max_seqlen, loop, observe, fake_quant: as in `forward`.
             adapters: adapters of the layers, for documents that all have the same length and are packed in
                 order; the model must not be compiled. The caller applies the adapter of the head.
         """
@@ -367,7 +373,7 @@ class GPT(nn.Module):
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights()
+        weights = self.layer_weights(fake_quant)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
@@ -432,15 +438,17 @@ class GPT(nn.Module):
         table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
         return self._value_embeddings(inputs, table, proj[0], scale)
 
-    def layer_weights(self) -> list[LayerWeights]:
+    def layer_weights(self, fake_quant: FakeQuant | None = None) -> list[LayerWeights]:
         """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
+        banks: list[Tensor] = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
+        if fake_quant is not None:
+            # Outside of what is compiled: a switch that the compiler reads would be baked into the graph.
+            clips = [fake_quant.attn_clip] * 2 + [fake_quant.mlp_clip] * 2
+            banks = list(map(fake_quantize, banks, clips))
         folded = self._fold(
-            self.qo_bank,
-            self.kv_bank,
-            self.mlp_up_bank,
-            self.mlp_down_bank,
+            *banks,
             small["head_gate"],
             self.attn_scale,
             self.mlp_scale,

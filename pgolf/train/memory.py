@@ -119,7 +119,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     shapes = parameter_shapes(model)
     weights = 4 * sum(map(prod, shapes.values()))
     banks = 4 * sum(prod(shapes[name]) for name in BANKS)
-    averages = weights if config.optim.ema_horizon else 0
+    averages = weights if config.optim.averages else 0
     activations, in_heap = _activations(config, cuda=cuda, attention=attention)
     tokens, row = config.data.micro_tokens, model.vocab_size * size
     loss = tokens * (row + 2 * model.width * size) + shapes["tok_emb"][0] * model.width * 4
@@ -127,10 +127,12 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     loss += 0 if cuda else int(HEAP * tokens * size * (8 * model.width + model.hidden))
     qkv = model.layers * (model.width + 2 * model.kv_width) * model.width
     transient = weights // 2 + qkv * size if cuda else banks + qkv * size
+    # Rounded copies of the banks, which the gradients of the scales need; one of them packed for a moment.
+    rounded = (banks + banks // 4) * (config.train.fake_quant_from > 0)
     # The peak is that of the phase that needs most; weights, gradients, averages and optimizer are there in
     # all of them and are added below.
     kept = weights * (2 if averages else 1)  # raw and averaged weights, from the end of training on
-    steps = weights + transient + activations + loss
+    steps = weights + transient + rounded + activations + loss
     left = int(HEAP_LEFT * in_heap)
     calibrating = rounding = 0
     if config.train.quantize:
@@ -147,7 +149,8 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         # The heap still holds the activations; what else is there is quantization.
         parts = {"copies": kept, "activations": left, "loss": 0}
     else:
-        parts = {"copies": weights + transient, "activations": activations, "loss": loss}
+        copies = weights + transient + (rounded if peak == steps else 0)
+        parts = {"copies": copies, "activations": activations, "loss": loss}
     return MemoryEstimate(
         process=0 if cuda else PROCESS,
         weights=weights,

@@ -22,9 +22,10 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import RunLog
+from pgolf.model.fake_quant import FakeQuant
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
-from pgolf.optim.schedule import ema_decay, loop_on
+from pgolf.optim.schedule import ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
@@ -87,19 +88,25 @@ class Trainer:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
+        self._fake_quant = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip)
+        self._rounding = False
 
     def warm_up(self, log: RunLog) -> None:
         """Compile and run steps of both loop modes, then restore all state."""
         began = time.perf_counter()
         weights = clone_parameters(self._model)
-        # Each mode has its own graphs. The second is compiled now too, not at the step that switches it on.
-        modes = (False, True) if self._config.model.recurrence_repeats else (False,)
-        for loop in modes:
+        # Each mode has its own graphs. All are compiled now, not at the step that switches one on.
+        repeats = self._config.model.recurrence_repeats > 0
+        modes = [(False, False), (True, False)] if repeats else [(False, False)]
+        if self._config.train.fake_quant_from:
+            modes.append((repeats, True))
+        for loop, rounded in modes:
             for _ in range(self._config.train.warmup_steps):
-                self._accumulate(loop=loop)
+                self._accumulate(loop=loop, rounded=rounded)
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
-            log.line(f"warm-up: loop {'on' if loop else 'off'} ready at {time.perf_counter() - began:.1f} s")
+            mode = f"loop {'on' if loop else 'off'}{', rounded' if rounded else ''}"
+            log.line(f"warm-up: {mode} ready at {time.perf_counter() - began:.1f} s")
         # From here on the run equals one that was never warmed up, bit for bit (tests/e2e/test_run.py).
         # Parameters are overwritten in place, because the optimizer and compiled code hold on to them.
         copy_parameters(self._model, weights)
@@ -193,9 +200,11 @@ class Trainer:
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 traces.begin(tick.step, loop=loop)
-                self._accumulate(loop=loop, numbers=numbers)
+                self._accumulate(loop=loop, rounded=self._rounded(tick, log), numbers=numbers)
                 with timer.span():
-                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac))
+                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac, result.snapshots))
+                # A step that the device skips, which the host learns later, counts as well.
+                result.snapshots += took_snapshot(tick.frac, tick.step, config.optim)
                 steps.begun(tick, loop=loop)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
@@ -209,6 +218,14 @@ class Trainer:
             steps.norm_arrived(math.nan, result.skipped)
         result.seconds = clock.elapsed
         return tick.signal
+
+    def _rounded(self, tick: Tick, log: RunLog) -> bool:
+        """Return whether this step's passes see rounded matrices; say so in the log when that begins."""
+        on = fake_quant_on(tick.frac, self._config.train)
+        if on and not self._rounding:
+            log.line(f"from step {tick.step} on forward passes round the matrices to 6 bits")
+        self._rounding = on
+        return on
 
     def _pause(self, tick: Tick, clock: Clock, validate: Callable[[Tick], float] | None) -> Tick:
         """Let `validate` score between two steps; return the tick with which the step then begins."""
@@ -229,19 +246,23 @@ class Trainer:
             elapsed=tick.elapsed,
             frac=frac,
             skipped=result.skipped,
+            snapshots=result.snapshots,
             row=steps.row,
         )
 
-    def _decay(self, tick: Tick, before: float | None) -> float | None:
-        """Return the decay of the average, or None where the length of the last step is not known."""
+    def _decay(self, tick: Tick, before: float | None, snapshots: int) -> float | None:
+        """Return the decay of the average; None: it stays, or the length of the last step is not known."""
+        if self._config.optim.average == "swa":
+            return swa_decay(tick.frac, tick.step, snapshots, self._config.optim)
         if self._ema is None or before is None:
             return None
         return ema_decay(tick.frac - before, self._config.optim)
 
-    def _accumulate(self, *, loop: bool, numbers: DeviceNumbers | None = None) -> None:
+    def _accumulate(self, *, loop: bool, rounded: bool = False, numbers: DeviceNumbers | None = None) -> None:
         """Run this rank's forward and backward passes of one step.
 
         Args:
+            rounded: whether the forward passes see the matrices as 6-bit codes would have them.
             numbers: gets the mean loss once the last forward pass is done. The last backward pass follows
                 while the host, which has waited for these numbers, prepares the next step.
         """
@@ -249,7 +270,10 @@ class Trainer:
         for index in range(self._passes):
             batch = self._loader.next()
             losses = self._model(
-                batch.inputs, batch.targets, batch.cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop
+                *(batch.inputs, batch.targets, batch.cu_seqlens),
+                max_seqlen=batch.max_seqlen,
+                loop=loop,
+                fake_quant=self._fake_quant if rounded else None,
             )
             # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
             loss = losses.mean() / self._passes

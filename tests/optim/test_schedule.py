@@ -4,8 +4,16 @@ import math
 
 import pytest
 
-from pgolf.config import MuonConfig, OptimConfig
-from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentum
+from pgolf.config import MuonConfig, OptimConfig, TrainConfig
+from pgolf.optim.schedule import (
+    ema_decay,
+    fake_quant_on,
+    loop_on,
+    lr_multiplier,
+    muon_momentum,
+    swa_decay,
+    took_snapshot,
+)
 
 RECORD = OptimConfig()
 
@@ -75,3 +83,39 @@ def test_bad_fractions_are_refused():
     for bad in (-0.1, math.nan):
         with pytest.raises(ValueError, match=f"delta_frac must be >= 0, got {bad}"):
             ema_decay(bad, RECORD)
+
+
+def test_swa_is_the_mean_of_the_snapshots_and_before_them_the_weights():
+    config = OptimConfig(average="swa", swa_from=0.5, swa_every=4)
+    steps, average, taken, kept = 40, -1.0, 0, []
+    for step in range(steps):
+        weight = math.sin(step)  # after this step
+        decay = swa_decay(step / steps, step, taken, config)
+        if decay is not None:
+            average = decay * average + (1 - decay) * weight
+        if took_snapshot(step / steps, step, config):
+            taken += 1
+            kept.append(weight)
+        assert average == pytest.approx(sum(kept) / len(kept) if kept else weight)
+    assert kept == [math.sin(step) for step in (23, 27, 31, 35, 39)]  # 24, 28, ... steps are then done
+    assert not took_snapshot(1.0, 3, OptimConfig())  # the EMA takes none
+
+
+def test_fake_quantization_begins_at_its_fraction():
+    half, never = TrainConfig(fake_quant_from=0.5), TrainConfig()
+    assert [fake_quant_on(f, half) for f in (0.0, 0.49, 0.5, 1.0, 1.2)] == [False, False, True, True, True]
+    assert not fake_quant_on(1.0, never)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"swa_every": 0}, r"optim\.swa_every must be >= 1 steps, got 0"),
+        ({"swa_from": 1.5}, r"optim\.swa_from is a fraction in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_settings_of_averaging_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**change)
+    with pytest.raises(ValueError, match=r"train\.fake_quant_from is a fraction in \[0, 1\], got 1\.1"):
+        TrainConfig(fake_quant_from=1.1)

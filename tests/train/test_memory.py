@@ -139,6 +139,18 @@ def test_activations_are_what_autograd_keeps(monkeypatch, change):
     assert kept(many) - kept(few) == pytest.approx(measured, rel=0.03)
 
 
+def test_averages_and_rounded_copies_count():
+    config = config_of("tiny", 2048, quantize=False)
+    banks = 4 * sum(p.numel() for n, p in GPT(config.model).named_parameters() if n in memory.BANKS)
+    plain = estimate_memory(config, **CPU)
+    rounded = replace(config, train=replace(config.train, fake_quant_from=0.8))
+    assert estimate_memory(rounded, **CPU).total - plain.total == banks + banks // 4
+    no_ema = replace(config, optim=replace(config.optim, ema_horizon=0.0))
+    swa = replace(config, optim=replace(config.optim, ema_horizon=0.0, average="swa"))
+    assert estimate_memory(no_ema, **CPU).averages == 0
+    assert estimate_memory(swa, **CPU).averages == plain.averages > 0
+
+
 PROGRAM = """
 import sys
 import torch
