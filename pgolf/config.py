@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
-from pgolf.config_checks import check_finite, require
+from pgolf.config_checks import check_finite, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
@@ -192,6 +192,9 @@ class TrainConfig:
     fake_quant_from: float = 0.0
     """Fraction of the run from which on training rounds attention and MLP matrices to 6 bits in each forward
     pass (late QAT), with the scales of quant.row_scales=spread; 0 = never. Steps take a little longer."""
+    context_stages: str = ""
+    """Longest attention segment in training, by fraction of the run: 1024@0.1,2048@0.7 means 1,024 tokens up
+    to 0.1, 2,048 up to 0.7, then model.max_context (PR #2014). Shorter segments take less time."""
     warmup_steps: int = 3
     """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")
@@ -231,12 +234,18 @@ class TrainConfig:
             0 <= self.fake_quant_from <= 1,
             f"train.fake_quant_from is a fraction in [0, 1], got {self.fake_quant_from}",
         )
+        parse_stages(self.context_stages, "train.context_stages")
         reserve = self.quantize_reserve or 0.0
         require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         require(
             self.seconds == 0 or reserve < self.seconds,
             f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
+
+    @property
+    def stages(self) -> tuple[tuple[int, float], ...]:
+        """`context_stages` as pairs: a length, and the fraction of the run at which it ends."""
+        return parse_stages(self.context_stages, "train.context_stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -428,6 +437,11 @@ class Config:
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
             "evaluate.sliding and evaluate.ttt score quantized weights, but train.quantize is false; set it "
             "to true, or both of them to false",
+        )
+        lengths = [length for length, _ in self.train.stages]
+        require(
+            all(length <= longest for length in lengths),
+            f"train.context_stages must not be above model.max_context={longest}, got {lengths}",
         )
         require(
             not self.evaluate.sliding or self.evaluate.stride <= longest,

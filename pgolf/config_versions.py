@@ -128,6 +128,7 @@ CHANGES: tuple[Change, ...] = (
             "model.value_embed_layers": 0,
             "model.value_embed_width": 128,
             "train.fake_quant_from": 0.0,
+            "train.context_stages": "",
             "optim.average": "ema",
             "optim.swa_from": 0.9,
             "optim.swa_every": 50,

@@ -38,6 +38,11 @@ def loop_on(frac: float, config: OptimConfig) -> bool:
     return _clamp(frac) >= config.recurrence_at
 
 
+def context_at(frac: float, config: TrainConfig) -> int | None:
+    """Return the longest segment of a step by context_stages; None: model.max_context."""
+    return next((length for length, end in config.stages if _clamp(frac) < end), None)
+
+
 def fake_quant_on(frac: float, config: TrainConfig) -> bool:
     """Return whether forward passes round the matrices: frac >= fake_quant_from > 0."""
     return 0 < config.fake_quant_from <= _clamp(frac)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from pgolf.log import RunLog
 from pgolf.model.fake_quant import FakeQuant
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
-from pgolf.optim.schedule import ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
+from pgolf.optim.schedule import context_at, ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
@@ -73,6 +74,17 @@ def frozen_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Mode(NamedTuple):
+    """How the forward and backward passes of a step run."""
+
+    loop: bool = False
+    """With depth recurrence."""
+    rounded: bool = False
+    """With the matrices as 6-bit codes would have them."""
+    context: int | None = None
+    """Tokens of the longest segment; None: model.max_context."""
+
+
 class Trainer:
     """Owns what a step needs; `warm_up` once, then `run`."""
 
@@ -89,7 +101,7 @@ class Trainer:
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
         self._fake_quant = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip)
-        self._rounding = False
+        self._last = Mode()
 
     def warm_up(self, log: RunLog) -> None:
         """Compile and run steps of both loop modes, then restore all state."""
@@ -102,7 +114,7 @@ class Trainer:
             modes.append((repeats, True))
         for loop, rounded in modes:
             for _ in range(self._config.train.warmup_steps):
-                self._accumulate(loop=loop, rounded=rounded)
+                self._accumulate(Mode(loop, rounded))
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
             mode = f"loop {'on' if loop else 'off'}{', rounded' if rounded else ''}"
@@ -200,7 +212,7 @@ class Trainer:
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 traces.begin(tick.step, loop=loop)
-                self._accumulate(loop=loop, rounded=self._rounded(tick, log), numbers=numbers)
+                self._accumulate(self._mode(tick, loop, log), numbers)
                 with timer.span():
                     optimizer.step(tick.frac, ema_decay=self._decay(tick, frac, result.snapshots))
                 # A step that the device skips, which the host learns later, counts as well.
@@ -219,13 +231,17 @@ class Trainer:
         result.seconds = clock.elapsed
         return tick.signal
 
-    def _rounded(self, tick: Tick, log: RunLog) -> bool:
-        """Return whether this step's passes see rounded matrices; say so in the log when that begins."""
-        on = fake_quant_on(tick.frac, self._config.train)
-        if on and not self._rounding:
+    def _mode(self, tick: Tick, loop: bool, log: RunLog) -> Mode:
+        """Return how the passes of this step run; say in the log what is new."""
+        train = self._config.train
+        mode = Mode(loop, fake_quant_on(tick.frac, train), context_at(tick.frac, train))
+        if mode.rounded and not self._last.rounded:
             log.line(f"from step {tick.step} on forward passes round the matrices to 6 bits")
-        self._rounding = on
-        return on
+        if mode.context != self._last.context:
+            tokens = mode.context or self._config.model.max_context
+            log.line(f"from step {tick.step} on segments have up to {tokens} tokens")
+        self._last = mode
+        return mode
 
     def _pause(self, tick: Tick, clock: Clock, validate: Callable[[Tick], float] | None) -> Tick:
         """Let `validate` score between two steps; return the tick with which the step then begins."""
@@ -258,22 +274,22 @@ class Trainer:
             return None
         return ema_decay(tick.frac - before, self._config.optim)
 
-    def _accumulate(self, *, loop: bool, rounded: bool = False, numbers: DeviceNumbers | None = None) -> None:
+    def _accumulate(self, mode: Mode, numbers: DeviceNumbers | None = None) -> None:
         """Run this rank's forward and backward passes of one step.
 
         Args:
-            rounded: whether the forward passes see the matrices as 6-bit codes would have them.
+            mode: how the passes run.
             numbers: gets the mean loss once the last forward pass is done. The last backward pass follows
                 while the host, which has waited for these numbers, prepares the next step.
         """
         total = torch.zeros((), device=self._dist.device)
         for index in range(self._passes):
-            batch = self._loader.next()
+            batch = self._loader.next(mode.context)
             losses = self._model(
                 *(batch.inputs, batch.targets, batch.cu_seqlens),
                 max_seqlen=batch.max_seqlen,
-                loop=loop,
-                fake_quant=self._fake_quant if rounded else None,
+                loop=mode.loop,
+                fake_quant=self._fake_quant if mode.rounded else None,
             )
             # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
             loss = losses.mean() / self._passes
@@ -298,4 +314,5 @@ def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoa
         rank=dist.rank,
         world_size=dist.world_size,
         device=dist.device,
+        shorter=tuple(sorted({length for length, _ in config.train.stages})),
     )

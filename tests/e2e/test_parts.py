@@ -23,6 +23,7 @@ PARTS = [
     "--model.value-embed-layers=2",
     "--model.value-embed-width=16",
     "--train.fake-quant-from=0.5",
+    "--train.context-stages=16@0.2,32@0.6",
     "--optim.average=swa",
     "--optim.swa-from=0.4",
     "--optim.swa-every=3",
@@ -46,6 +47,8 @@ def test_the_log_says_what_begins_and_what_is_illegal(whole):
     assert text.count(legal_note(config)) == 1 and "The challenge ruled that illegal" in text
     assert text.count(f"from step {STEPS // 2} on forward passes round the matrices to 6 bits") == 1
     assert "warm-up: loop on, rounded ready at" in text
+    for step, tokens in ((0, 16), (3, 32), (8, 64)):
+        assert text.count(f"from step {step} on segments have up to {tokens} tokens") == 1
     assert legal_note(Config()) == ""
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from pgolf.config import MuonConfig, OptimConfig, TrainConfig
+from pgolf.config import Config, MuonConfig, OptimConfig, TrainConfig
 from pgolf.optim.schedule import (
+    context_at,
     ema_decay,
     fake_quant_on,
     loop_on,
@@ -119,3 +120,24 @@ def test_settings_of_averaging_out_of_range_are_refused(change, message):
         OptimConfig(**change)
     with pytest.raises(ValueError, match=r"train\.fake_quant_from is a fraction in \[0, 1\], got 1\.1"):
         TrainConfig(fake_quant_from=1.1)
+
+
+def test_the_context_follows_its_stages():
+    config = TrainConfig(context_stages="1024@0.1,2048@0.7")
+    assert [context_at(f, config) for f in (0.0, 0.09)] == [1024, 1024]
+    assert [context_at(f, config) for f in (0.1, 0.69)] == [2048, 2048]
+    assert [context_at(f, config) for f in (0.7, 1.0, 1.3)] == [None, None, None]
+    assert context_at(0.0, TrainConfig()) is None
+    # The end of a run may come a little late: the last stage then goes on.
+    assert context_at(0.999, TrainConfig(context_stages="64@1")) == 64
+
+
+@pytest.mark.parametrize(
+    "text", ["1024", "1024@x", "@0.5", "1024@0.1,", "8@0.5,4@0.5", "8@0", "8@1.1", "0@0.5", "8@nan"]
+)
+def test_stages_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=r"train\.context_stages"):
+        TrainConfig(context_stages=text)
+    Config(train=TrainConfig(context_stages="2048@0.5"))
+    with pytest.raises(ValueError, match=r"must not be above model\.max_context=2048, got \[2049\]"):
+        Config(train=TrainConfig(context_stages="2049@0.5"))
