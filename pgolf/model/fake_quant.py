@@ -24,6 +24,10 @@ class FakeQuant(NamedTuple):
     attn_clip: float
     mlp_clip: float
 
+    def __call__(self, name: str, bank: Tensor) -> Tensor:
+        """Return the bank of this name as its codes have it; the `rounding` of a forward pass."""
+        return fake_quantize(bank, self.mlp_clip if name.startswith("mlp") else self.attn_clip)
+
 
 class _StraightThrough(torch.autograd.Function):
     """Quantize and dequantize in the forward pass; pass the gradient on in the backward pass."""

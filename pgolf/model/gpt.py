@@ -26,7 +26,6 @@ from pgolf.model.attention import (
     select_attention,
 )
 from pgolf.model.embed import Bigram, Smear, stem, value_embeddings
-from pgolf.model.fake_quant import FakeQuant, fake_quantize
 from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
@@ -38,6 +37,8 @@ from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
+Rounding = Callable[[str, Tensor], Tensor]
+"""Takes the name of a bank and the bank, returns what a forward pass uses instead, see `fake_quant.py`."""
 
 
 class LayerWeights(NamedTuple):
@@ -325,7 +326,7 @@ class GPT(nn.Module):
         max_seqlen: int,
         loop: bool,
         observe: Observe | None = None,
-        fake_quant: FakeQuant | None = None,
+        rounding: Rounding | None = None,
     ) -> Tensor:
         """Return the loss of every target, `(T,)` float32, in nats; it is 0 for a target of -100.
 
@@ -337,13 +338,13 @@ class GPT(nn.Module):
             loop: whether the repeated layers run several times (depth recurrence).
             observe: called as observe(kind, layer, x) with the input of every matrix; the blocks then run
                 without compilation.
-            fake_quant: round the matrices of attention and MLP in the forward pass; None: do not.
+            rounding: rounds the matrices of attention and MLP for this pass; None: it sees them as they are.
 
         Raises:
             ValueError: max_seqlen is above config.max_context.
         """
         hidden, _ = self.hidden(
-            inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe, fake_quant=fake_quant
+            inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe, rounding=rounding
         )
         if observe is not None:
             observe("head", 0, hidden)
@@ -359,12 +360,12 @@ class GPT(nn.Module):
         loop: bool,
         observe: Observe | None = None,
         adapters: Adapters | None = None,
-        fake_quant: FakeQuant | None = None,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
 
         Args:
-            inputs, cu_seqlens, max_seqlen, loop, observe, fake_quant: as in `forward`.
+            inputs, cu_seqlens, max_seqlen, loop, observe, rounding: as in `forward`.
             adapters: adapters of the layers, for documents that all have the same length and are packed in
                 order; the model must not be compiled. The caller applies the adapter of the head.
         """
@@ -373,7 +374,7 @@ class GPT(nn.Module):
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights(fake_quant)
+        weights = self.layer_weights(rounding)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
@@ -438,15 +439,14 @@ class GPT(nn.Module):
         table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
         return self._value_embeddings(inputs, table, proj[0], scale)
 
-    def layer_weights(self, fake_quant: FakeQuant | None = None) -> list[LayerWeights]:
+    def layer_weights(self, rounding: Rounding | None = None) -> list[LayerWeights]:
         """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
         banks: list[Tensor] = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
-        if fake_quant is not None:
+        if rounding is not None:
             # Outside of what is compiled: a switch that the compiler reads would be baked into the graph.
-            clips = [fake_quant.attn_clip] * 2 + [fake_quant.mlp_clip] * 2
-            banks = list(map(fake_quantize, banks, clips))
+            banks = list(map(rounding, GPT.bank_names, banks))
         folded = self._fold(
             *banks,
             small["head_gate"],

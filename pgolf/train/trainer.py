@@ -289,7 +289,7 @@ class Trainer:
                 *(batch.inputs, batch.targets, batch.cu_seqlens),
                 max_seqlen=batch.max_seqlen,
                 loop=mode.loop,
-                fake_quant=self._fake_quant if mode.rounded else None,
+                rounding=self._fake_quant if mode.rounded else None,
             )
             # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
             loss = losses.mean() / self._passes

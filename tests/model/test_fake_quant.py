@@ -47,7 +47,7 @@ def test_a_forward_pass_is_that_of_the_rounded_model_and_so_is_its_gradient():
     ids, cu = packed([11, 13], config.vocab_size)
 
     def run(gpt: GPT, grids: FakeQuant | None) -> torch.Tensor:
-        losses = gpt(ids, ids.roll(-1), cu, max_seqlen=24, loop=True, fake_quant=grids)
+        losses = gpt(ids, ids.roll(-1), cu, max_seqlen=24, loop=True, rounding=grids)
         losses.mean().backward()
         return losses.detach()
 
@@ -71,10 +71,10 @@ def test_compiled_passes_round_too_without_breaks(compile):
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         found = {
-            grids: model(ids, ids, cu, max_seqlen=24, loop=True, fake_quant=grids) for grids in (None, GRIDS)
+            grids: model(ids, ids, cu, max_seqlen=24, loop=True, rounding=grids) for grids in (None, GRIDS)
         }
         for grids, losses in found.items():
-            eager = randomized(config)(ids, ids, cu, max_seqlen=24, loop=True, fake_quant=grids)
+            eager = randomized(config)(ids, ids, cu, max_seqlen=24, loop=True, rounding=grids)
             torch.testing.assert_close(losses, eager, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(found[None], found[GRIDS], atol=1e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
