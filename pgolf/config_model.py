@@ -166,6 +166,17 @@ class ModelConfig:
         return self.parallel == "lanes" and self.parallel_from < self.layers
 
     @property
+    def illegal(self) -> str:
+        """A warning, if the challenge does not allow what a setting does; otherwise empty."""
+        if not (self.smear_gate and self.smear_over_bos):
+            return ""
+        return (
+            "warning: model.smear_over_bos=true leaks the last token of a document into the next one of its "
+            "batch. The challenge ruled that illegal: no submission may have it, and its scores depend on "
+            "how documents are packed"
+        )
+
+    @property
     def slope(self) -> float:
         """Slope of the MLP's activation below 0, before it is squared."""
         return self.leaky_slope if self.activation == "leaky_relu2" else 0.0

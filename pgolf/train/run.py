@@ -50,7 +50,7 @@ from pgolf.train.progress import Past, keep_metrics
 from pgolf.train.rehearse import rehearse
 from pgolf.train.saver import Saver
 from pgolf.train.session import Around, Session, take_folder
-from pgolf.train.setup import LESS_MEMORY, SetUp, legal_note, set_up
+from pgolf.train.setup import LESS_MEMORY, SetUp, set_up
 from pgolf.train.signals import Signals, Stopped
 from pgolf.train.timing import process_seconds
 from pgolf.train.trace import Traces
@@ -80,7 +80,7 @@ class Run:
         self._data, self._model, self._ema, self._optimizer = made.data, made.model, made.ema, made.optimizer
         self._summary, self._trains = made.summary, made.trains
         self._notes = (*around.notes, made.model.attention_note, threads_note(torch.get_num_threads()))
-        self._notes += (made.data.checked, made.memory, legal_note(config))
+        self._notes += (made.data.checked, made.memory, config.model.illegal)
         self._result = TrainResult()
         self._validation_s = 0.0
         self._session = Session(

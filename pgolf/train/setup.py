@@ -73,17 +73,6 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
     return data
 
 
-def legal_note(config: Config) -> str:
-    """Return a warning for the log if the challenge does not allow what a setting does; otherwise empty."""
-    if not (config.model.smear_gate and config.model.smear_over_bos):
-        return ""
-    return (
-        "warning: model.smear_over_bos=true leaks the last token of a document into the next one of its "
-        "batch. The challenge ruled that illegal: no submission may have it, and its scores depend on how "
-        "documents are packed"
-    )
-
-
 def _check_algorithm(muon: MuonConfig, device: torch.device) -> None:
     """Refuse an algorithm that the device has no kernel for.
 

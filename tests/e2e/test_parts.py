@@ -10,7 +10,6 @@ from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import main
 from pgolf.config import Config, from_dict, read_json
 from pgolf.optim.step import Optimizer
-from pgolf.train.setup import legal_note
 from pgolf.train.weights import load_weights
 from tests.e2e.test_resume import SETTINGS, STEPS, assert_same, hit, start
 
@@ -44,12 +43,12 @@ def whole(shards, tmp_path_factory) -> Path:
 def test_the_log_says_what_begins_and_what_is_illegal(whole):
     text = (whole / "log.txt").read_text()
     config = from_dict(Config, read_json(whole / "config.json"))
-    assert text.count(legal_note(config)) == 1 and "The challenge ruled that illegal" in text
+    assert text.count(config.model.illegal) == 1 and "The challenge ruled that illegal" in text
     assert text.count(f"from step {STEPS // 2} on forward passes round the matrices to 6 bits") == 1
     assert "warm-up: loop on, rounded ready at" in text
     for step, tokens in ((0, 16), (3, 32), (8, 64)):
         assert text.count(f"from step {step} on segments have up to {tokens} tokens") == 1
-    assert legal_note(Config()) == ""
+    assert Config().model.illegal == ""
 
 
 def test_the_average_is_the_mean_of_the_snapshots(shards, tmp_path, monkeypatch):
