@@ -267,11 +267,18 @@ def _(q, k, v, cu_seqlens, max_seqlen):
 
 
 # blocks: stem, fold, join, and serial and parallel, with and without a skip. model: stem, fold, and all
-# layers, with and without the loop.
-@pytest.mark.parametrize("compile, graphs", [("blocks", 7), ("model", 4)])
-def test_layers_trace_without_breaks_into_few_graphs(compile, graphs):
+# layers, with and without the loop. The further parts add the value embeddings' graph, and to "blocks" serial
+# layers that are joint or have value embeddings instead of the parallel ones.
+PARTS = {"bigram_buckets": 40, "value_embed_layers": 2, "parallel": "gptj", "leaky_slope": 0.3}
+
+
+@pytest.mark.parametrize(
+    "compile, change, graphs",
+    [("blocks", {}, 7), ("model", {}, 4), ("blocks", PARTS, 9), ("model", PARTS, 5)],
+)
+def test_layers_trace_without_breaks_into_few_graphs(compile, change, graphs):
     # CUDA attention is one opaque op; an opaque stand-in shows here that nothing else breaks the graph.
-    config = small()
+    config = replace(small(), **change)
     model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
     model.prepare(torch.device("cpu"), compile=compile, backend="aot_eager")
     model._attention = torch.ops.pgolf_test.attention
