@@ -50,7 +50,7 @@ def query_torch() -> dict[str, str]:
         errors.append((answer.stderr.strip().splitlines() or ["no output"])[-1])
     raise SystemExit(
         f"pgolf: cannot import torch with {sys.executable} ({'; '.join(errors)}); "
-        "install torch first, by name, then run: pip install --no-build-isolation -e ."
+        "install torch first (pip install torch), then repeat the command"
     )
 
 

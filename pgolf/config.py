@@ -15,6 +15,7 @@ from pgolf.config_checks import check_finite, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
+from pgolf.config_io import flat as flat
 from pgolf.config_io import from_dict as from_dict
 from pgolf.config_io import read_json as read_json
 from pgolf.config_io import run_hash as run_hash

@@ -13,6 +13,7 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -155,6 +156,19 @@ def _float(value: int, where: str) -> float:
         return float(value)
     except OverflowError as e:
         raise UserError(f"{where}: a number of {len(str(value))} digits is out of range") from e
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name."""
+
+    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from walk(inner, f"{name}.{key}" if name else key)
+        else:
+            yield name, value
+
+    return dict(walk(settings, prefix))
 
 
 MAY_CHANGE = (

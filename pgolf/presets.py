@@ -1,4 +1,11 @@
-"""Presets: named configurations. `pgolf config PRESET` prints all settings of one."""
+"""Presets: named configurations. `pgolf presets` lists them, `pgolf config PRESET` prints all settings.
+
+A preset named after a pull request of the challenge is its training run: network, optimizer, schedules and
+batch, from the settings that its log prints. Each changes another preset, as the pull requests did. What a
+pull request reports is in `published.py`. Three things are pgolf's own in all of them: documents are packed
+whole and in random order, the file is written with pgolf's range coder, and schedules depend on the fraction
+of the clock, so that a shorter run has a shorter warm-down.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +14,7 @@ from dataclasses import replace
 
 from pgolf.config import (
     AdamConfig,
+    ArtifactConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -20,6 +28,79 @@ from pgolf.config import (
 def pr1855() -> Config:
     """PR #1855's settings: 11 layers x 512, SP8192, 35,945,671 parameters, 600 s."""
     return Config()
+
+
+def pr1851() -> Config:
+    """PR #1851's settings: #1787 with the smear gate that stops at a BOS, and LQER."""
+    base = pr1787()
+    return replace(
+        base,
+        name="pr1851",
+        model=replace(base.model, smear_gate=True),
+        quant=replace(base.quant, lqer="asym"),
+    )
+
+
+def pr1787() -> Config:
+    """PR #1787's settings: sparse head gates, Polar Express, a learning rate that ends at a tenth."""
+    base = pr1855()
+    return replace(
+        base,
+        name="pr1787",
+        model=replace(base.model, sparse_gate_scale=1.0, smear_gate=False),
+        optim=replace(base.optim, adam=replace(base.optim.adam, beta2=0.95), warmdown=0.75),
+        quant=_published_quantizer(mlp_clip=12.0, attn_clip=13.0, embed_bits=7, embed_clip=15.0),
+        artifact=ArtifactConfig(fit=False),
+    )
+
+
+def pr1394() -> Config:
+    """PR #1394's settings: SP8192, two layers repeated from half of the run on, no gates, no lanes."""
+    base = pr1855()
+    muon = replace(base.optim.muon, lr=0.02, weight_decay=0.085, momentum=0.99, coefficients="jordan")
+    return replace(
+        base,
+        name="pr1394",
+        model=replace(
+            base.model,
+            qk_gain=4.0,
+            head_gate="none",
+            smear_gate=False,
+            parallel_from=11,
+            recurrence_start=4,
+        ),
+        optim=replace(
+            base.optim,
+            muon=muon,
+            adam=replace(base.optim.adam, beta2=0.95),
+            warmdown=0.667,
+            min_lr=0.0,
+            ema_horizon=0.0668,  # 333 of 4,989 steps
+            recurrence_at=0.5,
+        ),
+        quant=_published_quantizer(
+            mlp_clip=12.85, attn_clip=12.85, embed_bits=8, embed_clip=20.0, batches=64
+        ),
+        artifact=ArtifactConfig(fit=False),
+    )
+
+
+def _published_quantizer(
+    *, mlp_clip: float, attn_clip: float, embed_bits: int, embed_clip: float, batches: int = 16
+) -> QuantConfig:
+    """Return GPTQ with scales from the spread of each row (SDClip) and 6 bits for matrices, since #1394."""
+    return QuantConfig(
+        matrix_bits=6,
+        embed_bits=embed_bits,
+        mlp_clip=mlp_clip,
+        attn_clip=attn_clip,
+        embed_clip=embed_clip,
+        row_scales="spread",
+        column_scales=False,
+        trellis=False,
+        rate=0.0,
+        calibration_batches=batches,
+    )
 
 
 def naive() -> Config:
@@ -106,6 +187,8 @@ def tiny() -> Config:
     )
 
 
-PRESETS: dict[str, Callable[[], Config]] = {"pr1855": pr1855, "naive": naive, "tiny": tiny}
+PRESETS: dict[str, Callable[[], Config]] = {
+    make.__name__: make for make in (pr1855, pr1851, pr1787, pr1394, naive, tiny)
+}
 OLD_NAMES = {"record": "pr1855"}
 """Earlier names of presets; they work, with a note, until version 0.3."""

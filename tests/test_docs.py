@@ -32,7 +32,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 
 CONSOLE = {"console", "bash", "sh", "shell"}
-HARMLESS = {"cd", "git", "nvidia-smi", "unzip", "tar", "export"}
+HARMLESS = {"cd", "git", "nvidia-smi", "unzip", "tar", "export", "."}
 """Programs in command lines that are not checked, because they are not part of this project."""
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from statistics import mean
 
 from pgolf.ablate.results import Ablation
-from pgolf.ablate.stats import (
+from pgolf.report.plots import read_metrics
+from pgolf.stats import (
     ALPHA,
     MIN_PAIRS,
     Mean,
@@ -24,7 +25,6 @@ from pgolf.ablate.stats import (
     pairs_needed,
     verdict,
 )
-from pgolf.report.plots import read_metrics
 
 PARTS = 10
 """Pieces of a run in the table of gaps."""

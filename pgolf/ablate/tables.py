@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from pgolf.ablate.compare import PARTS, Comparison, arm_mean, compare_arms, training_gaps
 from pgolf.ablate.results import DONE, WEIGHTS, Ablation
-from pgolf.ablate.stats import ALPHA, MIN_PAIRS, Mean
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.report.page import Table
+from pgolf.stats import ALPHA, MIN_PAIRS, Mean
 
 TRUNK_FIGURES = (("steps", 0), ("last_loss", 4), ("raw", 5))
 """Values of a trunk that the report shows, with their digits."""

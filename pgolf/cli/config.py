@@ -1,16 +1,26 @@
-"""`pgolf config PRESET [overrides]`: print the configuration of a run without running it."""
+"""`pgolf config PRESET [overrides]`: print the configuration of a run without running it.
+
+`pgolf config A --diff B` prints the settings in which two presets or saved configurations differ.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 
-from pgolf.cli.overrides import parse_config
-from pgolf.config import config_hash, to_dict
+from pgolf.cli.overrides import load_base, parse_config
+from pgolf.config import config_hash, flat, to_dict
+from pgolf.errors import UserError
+
+DIFF = "--diff"
 
 
 def main(argv: list[str]) -> int:
     """Print the resolved configuration as JSON, then the figures that follow from it."""
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith(DIFF) else [word])]
+    if DIFF in words:
+        print(difference([word for word in words if word != DIFF]))
+        return 0
     config = parse_config("config", argv)
     from pgolf.artifact.predict import predict_fitted, predict_ledger
     from pgolf.artifact.size import check_limit
@@ -35,3 +45,23 @@ def main(argv: list[str]) -> int:
     print(f"step            {config.data.batch_tokens:,} tokens in {passes} x {config.data.micro_tokens:,}")
     print(f"artifact        about {ledger.total:,} bytes of {ledger.limit:,}; pgolf size says where")
     return 0
+
+
+def difference(names: list[str]) -> str:
+    """Return one line per setting in which two presets or saved configurations differ, with both values.
+
+    Raises:
+        UserError: there are not two names, or one is neither a preset nor a saved configuration.
+    """
+    if len(names) != 2:
+        raise UserError(f"expected two presets or config.json files: pgolf config A {DIFF} B")
+    first, second = (flat(to_dict(load_base(name))) for name in names)
+    rows: list[tuple[str, ...]] = [("setting", *names)]
+    for key in first:
+        ours, theirs = (json.dumps(side[key]) for side in (first, second))
+        if ours != theirs and key != "name":
+            rows.append((key, ours, theirs))
+    if len(rows) == 1:
+        return f"{names[0]} and {names[1]} have the same settings"
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])).rstrip() for row in rows)

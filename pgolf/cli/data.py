@@ -1,10 +1,11 @@
-"""`pgolf data`: train a tokenizer, make shards, inspect shards."""
+"""`pgolf data`: train a tokenizer, make shards, inspect shards, download the challenge's."""
 
 from __future__ import annotations
 
 import itertools
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 import tyro
 
 from pgolf.data.build import ShardsJob, build_shards
+from pgolf.data.challenge import known_text
+from pgolf.data.fetch import FetchJob, fetch
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -102,6 +105,17 @@ def run_shards(job: ShardsJob) -> None:
     print(f"no document is in both splits; manifest: {job.out / MANIFEST_NAME}")
 
 
+def run_fetch(job: FetchJob) -> None:
+    """Download with progress lines on stderr, then print what was compared and what is known of the text."""
+    record = fetch(job, report=lambda line: print(line, file=sys.stderr, flush=True))
+    files = record["files"].values()
+    print(f"{job.out}: {len(files)} files of {job.repository}, {sum(f['bytes'] for f in files):,} bytes")
+    for by, count in sorted(Counter(f["compared"] for f in files).items()):
+        print(f"  SHA-256 {'recorded at the ' if by == 'first download' else ''}{by}: {count} files")
+    known = known_text(file_sha256(job.out / TOKENIZER_NAME), validation_totals(job.out)[0])
+    print(known or "the number of validation tokens of this text is not known to pgolf")
+
+
 def run_inspect(job: InspectJob) -> None:
     """Check a folder against its manifest, including the hash of every file, and print what is in it."""
     if not job.path.exists():
@@ -163,20 +177,25 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
         print(f"  bytes: unknown: {e}")
         return
     print(f"  {targets:,} targets, {size:,} bytes ({size / targets:.4f} bytes per target)")
+    known = known_text(file_sha256(tokenizer.path), targets) if tokenizer else ""
+    if known:
+        print(f"  {known}")
 
 
 def main(argv: list[str]) -> int:
     """Run `pgolf data VERB ...`."""
-    job: TokenizerJob | ShardsJob | InspectJob = tyro.extras.subcommand_cli_from_dict(
-        {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob},
+    job: TokenizerJob | ShardsJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
+        {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob, "fetch": FetchJob},
         prog="pgolf data",
-        description="Train a tokenizer, make shards from text, inspect shards.",
+        description="Train a tokenizer, make shards from text, inspect shards, download the challenge's.",
         args=argv,
     )
     if isinstance(job, TokenizerJob):
         run_tokenizer(job)
     elif isinstance(job, ShardsJob):
         run_shards(job)
+    elif isinstance(job, FetchJob):
+        run_fetch(job)
     else:
         run_inspect(job)
     return 0

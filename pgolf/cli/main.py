@@ -22,6 +22,7 @@ from pgolf.errors import Checked, brief, is_checked, lacks_memory, whole_traceba
 VERBS = {
     "train": "train a preset (or a saved config.json) on a folder of shards",
     "config": "show what a preset would do, every setting with its value",
+    "presets": "list the presets, with what their pull requests report",
     "size": "show the bytes of an artifact by section, measured or predicted",
     "artifact": "inspect an artifact, export its weights to safetensors",
     "data": "train a tokenizer, make shards, inspect shards",

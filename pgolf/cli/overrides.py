@@ -33,6 +33,17 @@ def present_name(name: str) -> str:
     return OLD_NAMES[name]
 
 
+def is_preset(name: str) -> bool:
+    """Return whether `name` is a preset, and not a file."""
+    return (name in PRESETS or name in OLD_NAMES) and not Path(name).exists()
+
+
+def sets(words: list[str], setting: str) -> bool:
+    """Return whether the words of a command line set the dotted name `setting`."""
+    flags = {f"--{setting}", f"--{setting}".replace("_", "-")}
+    return any(word.partition("=")[0] in flags for word in words)
+
+
 def load_base(name: str) -> Config:
     """Return the preset called `name`, or the configuration saved in the file `name`.
 

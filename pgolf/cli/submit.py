@@ -1,4 +1,7 @@
-"""`pgolf submit RUN [RUN ...] --out FOLDER`: the submission folder of finished runs."""
+"""`pgolf submit RUN [RUN ...] --out FOLDER`: the submission folder of finished runs.
+
+`pgolf submit --check FOLDER [--against FOLDER]` checks a submission folder, anybody's.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,34 @@ class Submit(Entry):
     """Replace an older submission in that folder."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Check a submission folder of the challenge, made with any program, without running it."""
+
+    check: Path
+    """The folder, with submission.json, train_gpt.py and a log per seed."""
+    against: Path | None = None
+    """The submission folder of the record before, on which this one must improve."""
+
+
+def run_check(argv: list[str]) -> int:
+    """Print what was found about every rule; return 1 if one fails."""
+    args = tyro.cli(Check, prog="pgolf submit", args=argv)
+    from pgolf.report.check import check_folder
+
+    found = check_folder(args.check, args.against)
+    width = max(len(finding.rule) for finding in found)
+    for finding in found:
+        print(f"{finding.verdict:<8}{finding.rule:<{width}}  {finding.text}")
+    failed = sum(finding.verdict == "fails" for finding in found)
+    print(f"\n{len(found)} rules: {failed} fail, {sum(f.verdict == 'unknown' for f in found)} unknown")
+    return 1 if failed else 0
+
+
 def main(argv: list[str]) -> int:
     """Write the submission and say what it holds."""
+    if any(word.partition("=")[0] == "--check" for word in argv):
+        return run_check(argv)
     args = tyro.cli(Submit, prog="pgolf submit", args=argv)
     from pgolf.report.submit import write_submission
 

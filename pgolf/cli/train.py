@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from pgolf.cli.overrides import base_note, load_base, override, parse_config
-from pgolf.config import MAY_CHANGE, Config, to_dict
+from pgolf.cli.overrides import base_note, is_preset, load_base, override, parse_config, sets
+from pgolf.config import MAY_CHANGE, Config, flat, to_dict
 from pgolf.errors import RanksFailed, UserError, is_checked
 
+DEFAULT = "pr1855"
+"""The preset that `pgolf train --data DIR` trains."""
 OVERRUN = 3
 """Exit status of a run that is complete but used more seconds than its clock allows."""
 USAGE = """
@@ -29,16 +31,24 @@ def main(argv: list[str]) -> int:
     else:
         if argv and argv[0] in ("-h", "--help"):
             print(USAGE.strip() + "\n")
+        elif argv and argv[0].startswith("--"):
+            argv = [DEFAULT, *argv]
         config = parse_config("train", argv)
-    note = base_note(str(resume / "config.json") if resume is not None else argv[0])
+    notes = [base_note(str(resume / "config.json") if resume is not None else argv[0])]
     from pgolf.cli.main import DEBUG, explain
     from pgolf.env import launch
+    from pgolf.train.fitting import fit_to_gpus
     from pgolf.train.run import train_run
     from pgolf.train.signals import Stopped
 
     place = launch()
+    if resume is None and is_preset(argv[0]):
+        free = {name: not sets(argv, f"data.{name}") for name in ("batch_tokens", "micro_tokens")}
+        per_gpu = load_base(argv[0]).data.micro_tokens if free["batch_tokens"] else None
+        config, note = fit_to_gpus(config, place.world_size, per_gpu=per_gpu, micro=free["micro_tokens"])
+        notes.append(note)
     try:
-        summary = train_run(config, resume=resume, train=train, notes=(note,))
+        summary = train_run(config, resume=resume, train=train, notes=notes)
         code = OVERRUN if summary.overrun else 0
     except Stopped as e:
         if place.world_size == 1:
@@ -78,8 +88,6 @@ def parse_resume(argv: list[str]) -> tuple[Config, Path, bool]:
         )
     saved = load_base(str(path))
     config = override("train", f"{word} {name}", rest, saved)
-    from pgolf.report.finished_runs import flat
-
     ours, theirs = flat(to_dict(config)), flat(to_dict(saved))
     changed = [k for k in ours if ours[k] != theirs[k] and not k.startswith(MAY_CHANGE)]
     if changed:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf.config import TttConfig
+from pgolf.data.challenge import known_text
 from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
-from pgolf.data.shards import MANIFEST_NAME, Manifest
+from pgolf.data.shards import MANIFEST_NAME, Manifest, find_shards, shard_tokens
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.errors import UserError
@@ -69,7 +70,9 @@ class DataFolder:
     def checked(self) -> str:
         """A sentence that says what was checked of the data, for the results that use them."""
         if self.manifest is None:
-            return NO_MANIFEST
+            targets = sum(map(shard_tokens, find_shards(self.folder, "val"))) - 1
+            known = known_text(self.sha256, targets)
+            return f"{NO_MANIFEST}; {known}" if known else NO_MANIFEST
         total = self.manifest.total("val")
         rest = (
             "the bytes"

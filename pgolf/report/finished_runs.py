@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from typing import Any
 from pgolf.artifact.code import code_archive
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
-from pgolf.config import Config, config_hash, from_dict, read_json, run_hash, to_dict
+from pgolf.config import Config, config_hash, flat, from_dict, read_json, run_hash, to_dict
+from pgolf.data.challenge import PART, known_text
 from pgolf.errors import UserError
 from pgolf.report.summary import SUMMARY, Summary, Training
 
@@ -81,12 +82,17 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     Raises:
         FileNotFoundError: no such folder, or a file of the run is missing.
         UserError: no folder given; a run is not finished, its files do not belong together, its scores
-            contradict themselves, its artifact is above the limit or its clock above its budget, it started
-            from a checkpoint or made no artifact; two runs of one seed, or configurations that differ.
+            contradict themselves or are of a part of the challenge's text, its artifact is above the limit or
+            its clock above its budget, it started from a checkpoint or made no artifact; two runs of one
+            seed, or configurations that differ.
     """
     if not folders:
         raise UserError("expected at least one run folder, got none; `pgolf train` makes them")
     runs = sorted((_read_run(folder) for folder in folders), key=lambda run: run.seed)
+    for run in runs:
+        known = known_text(run.tokenizer_sha256, run.summary.scores["quantized"].tokens)
+        if known.startswith(PART):
+            raise UserError(f"{run.folder} scored {known}; fetch the whole text with `pgolf data fetch`")
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise UserError(
@@ -95,19 +101,6 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedRun]:
     for other in runs[1:]:
         _check_same(runs[0], other)
     return runs
-
-
-def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
-
-    def walk(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield from walk(inner, f"{name}.{key}" if name else key)
-        else:
-            yield name, value
-
-    return dict(walk(settings, prefix))
 
 
 def _read_run(folder: Path) -> FinishedRun:

@@ -14,6 +14,7 @@ from typing import Any
 
 from pgolf.artifact.code import CODE_RULE
 from pgolf.config import ArtifactConfig, TrainConfig
+from pgolf.data.challenge import known_text
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.errors import UserError
 from pgolf.report.finished_runs import FinishedRun
@@ -422,7 +423,8 @@ def _certified(runs: Sequence[FinishedRun], manifest: Manifest | None) -> tuple[
     for run in runs:
         kept = run.summary.manifest
         if kept is None:
-            return False, f"{unknown}: the run rested on no manifest"
+            known = known_text(run.tokenizer_sha256, run.summary.scores["quantized"].tokens)
+            return False, f"{unknown}: the run rested on no manifest{known and f'; it scored {known}'}"
         if kept != runs[0].summary.manifest:
             return False, f"{unknown}: the runs rested on different manifests"
         whole = run.summary.validation if manifest is None else manifest.total("val")

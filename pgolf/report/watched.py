@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgolf.config import flat
 from pgolf.errors import UserError
-from pgolf.report.finished_runs import flat
 from pgolf.report.page import Table
 from pgolf.report.plots import read_metrics
 from pgolf.report.summary import NOT_PHASES, SUMMARY

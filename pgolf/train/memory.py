@@ -38,6 +38,12 @@ from pgolf.model.gpt import layer_order, parameter_shapes
 
 MARGIN = 1.1
 """This many times the estimate must be there: the estimate is right to about 10 %."""
+SLACK = 0.9
+"""Fraction of the memory that is free now for which a smaller micro-batch is proposed."""
+NO_GPU = (
+    ". This run is on the CPU, which is hundreds of times slower than a GPU; to try pgolf here, take the "
+    "preset tiny with a tokenizer of 1,024 tokens"
+)
 PROCESS = 310 << 20
 """Bytes of Python, torch and libraries in a CPU process. On a GPU they are not in the memory that is free."""
 HEAP, HEAP_WIDE, HEAP_LARGEST = 1.42, 1.3, 32 << 20
@@ -314,7 +320,10 @@ def _refusal(
     """Return why `found` does not fit into `room` bytes, and what would; None where it fits."""
     if MARGIN * found.total <= room:
         return None
-    micro = fitting_micro_tokens(config, room, device_type=kind, world_size=world_size, attention=attention)
+    # With slack, because the memory that is free changes from one command to the next.
+    micro = fitting_micro_tokens(
+        config, int(SLACK * room), device_type=kind, world_size=world_size, attention=attention
+    )
     where = "GPU" if kind == "cuda" else "machine"
     advice = (
         f"pass --data.micro-tokens {micro}, the largest micro-batch that fits"
@@ -325,4 +334,5 @@ def _refusal(
         f"this run needs about {gib(found.total)} of memory with data.micro_tokens="
         f"{config.data.micro_tokens} ({found.parts()}), and {gib(MARGIN * found.total)} with a margin; "
         f"{gib(room)} are {_for_whom(world_size)} on this {where}: {advice}"
+        f"{'' if kind == 'cuda' else NO_GPU}"
     )

@@ -22,7 +22,7 @@ from pgolf.data.loader import TrainLoader
 from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
-from pgolf.log import RunLog
+from pgolf.log import Progress, RunLog
 from pgolf.model.fake_quant import FakeQuant
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
@@ -108,13 +108,16 @@ class Trainer:
         began = time.perf_counter()
         weights = clone_parameters(self._model)
         # Each mode has its own graphs. All are compiled now, not at the step that switches one on.
-        repeats = self._config.model.recurrence_repeats > 0
+        repeats, steps = self._config.model.recurrence_repeats > 0, self._config.train.warmup_steps
         modes = [(False, False), (True, False)] if repeats else [(False, False)]
         if self._config.train.fake_quant_from:
             modes.append((repeats, True))
+        progress = Progress(
+            "warm-up", max(1, len(modes) * steps * self._passes), is_main=self._dist.is_main, every_s=10.0
+        )
         for loop, rounded in modes:
-            for _ in range(self._config.train.warmup_steps):
-                self._accumulate(Mode(loop, rounded))
+            for _ in range(steps):
+                self._accumulate(Mode(loop, rounded), progress=progress)
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
             mode = f"loop {'on' if loop else 'off'}{', rounded' if rounded else ''}"
@@ -274,13 +277,16 @@ class Trainer:
             return None
         return ema_decay(tick.frac - before, self._config.optim)
 
-    def _accumulate(self, mode: Mode, numbers: DeviceNumbers | None = None) -> None:
+    def _accumulate(
+        self, mode: Mode, numbers: DeviceNumbers | None = None, progress: Progress | None = None
+    ) -> None:
         """Run this rank's forward and backward passes of one step.
 
         Args:
             mode: how the passes run.
             numbers: gets the mean loss once the last forward pass is done. The last backward pass follows
                 while the host, which has waited for these numbers, prepares the next step.
+            progress: told of every pass.
         """
         total = torch.zeros((), device=self._dist.device)
         for index in range(self._passes):
@@ -297,6 +303,8 @@ class Trainer:
             if numbers is not None and index == self._passes - 1:
                 numbers.send(total, self._optimizer.grad_norm, self._optimizer.skipped)
             loss.backward()
+            if progress is not None:
+                progress.advance(1)
 
     def _synchronize(self) -> None:
         if self._dist.device.type == "cuda":

@@ -218,9 +218,19 @@ def test_record_on_a_laptop_is_refused_with_the_flag_that_works(monkeypatch):
     assert 8192 <= micro <= 24_576 and config.data.batch_tokens % micro == 0
     passing = replace(config, data=replace(config.data, micro_tokens=micro))
     assert re.fullmatch(
-        r"memory: about .* of 24\.0 GiB available \(.*\)", check_memory(passing, OneRank(), attention="sdpa")
+        r"memory: about .* of 24\.0 GiB available \(.*\)",
+        check_memory(passing, OneRank(), attention="sdpa"),
     )
-    larger = min(m for m in range(micro + 1, 98_305) if config.data.batch_tokens % m == 0)
+    # The proposal leaves slack, so the next larger micro-batch may fit, too; one that does not is refused.
+    larger = min(
+        m
+        for m in range(micro + 1, 98_305)
+        if config.data.batch_tokens % m == 0
+        and memory.MARGIN
+        * estimate_memory(replace(config, data=replace(config.data, micro_tokens=m)), **CPU).total
+        > 24 * GIB
+    )
+    assert "This run is on the CPU" in text and "the preset tiny" in text
     with pytest.raises(ValueError, match=f"--data.micro-tokens {micro},"):
         check_memory(
             replace(config, data=replace(config.data, micro_tokens=larger)), OneRank(), attention="sdpa"

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pgolf.ablate.stats import (
+from pgolf.stats import (
     Paired,
     compare_paired,
     holm,

@@ -1,0 +1,76 @@
+"""`pgolf presets [NAME]`: list the presets with what their pull requests report."""
+
+from __future__ import annotations
+
+import textwrap
+
+from pgolf.errors import UserError
+from pgolf.presets import PRESETS
+from pgolf.published import PUBLISHED, Published
+
+USAGE = """usage: pgolf presets [NAME]
+
+lists the presets with the figures of their pull requests (eight H100, the challenge's text), or says all that
+is known of one; `pgolf config NAME` prints its settings, `pgolf config A --diff B` how two presets differ"""
+COLUMNS = ("preset", "pull request", "bits/byte", "steps", "ms/step", "bytes", "what")
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of presets, or the figures of one."""
+    if argv and argv[0] in ("-h", "--help"):
+        print(USAGE)
+    elif not argv:
+        print(table())
+    elif len(argv) == 1 and argv[0] in PRESETS:
+        print(one(argv[0]))
+    else:
+        names = ", ".join(PRESETS)
+        raise UserError(f"expected one of {names}, got {' '.join(argv)!r}; see pgolf presets --help")
+    return 0
+
+
+def table() -> str:
+    """Return one row per preset."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    for name in PRESETS:
+        rows.append((name, *figures(PUBLISHED.get(name)), summary(name)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
+    lines = ["  ".join(map(str.ljust, row, [*widths, 0])).rstrip() for row in rows]
+    note = "The figures are those that the pull requests report, for eight H100 and the challenge's text."
+    return "\n".join([*lines, "", note])
+
+
+def summary(name: str) -> str:
+    """Return what a preset is, in one line."""
+    return (PRESETS[name].__doc__ or "").splitlines()[0]
+
+
+def figures(found: Published | None) -> tuple[str, ...]:
+    """Return the cells of a preset's row between its name and its summary."""
+    if found is None:
+        return ("",) * (len(COLUMNS) - 2)
+    return (
+        f"#{found.pull_request}" if found.pull_request else "baseline",
+        f"{found.bpb:.5f}",
+        f"{found.steps:,}",
+        f"{found.ms:.1f}",
+        f"{found.bytes:,}",
+    )
+
+
+def one(name: str) -> str:
+    """Return all that is known of a preset."""
+    lines = [f"{name}: {summary(name)}"]
+    found = PUBLISHED.get(name)
+    if found is not None:
+        seeds = "1 seed" if found.seeds == 1 else f"mean of {found.seeds} seeds"
+        lines += [
+            f"published    {found.bpb:.5f} bits per byte ({seeds}, {found.scored})",
+            f"             {found.steps:,} steps of {found.ms:.1f} ms, {found.bytes:,} bytes",
+            f"parameters   {found.parameters:,}",
+            *textwrap.wrap(f"differs      {found.differs}", 100, subsequent_indent=" " * 13),
+        ]
+        if found.pull_request:
+            lines.append(f"source       {found.url}")
+    lines.append(f"settings     pgolf config {name}; pgolf config {name} --diff pr1855")
+    return "\n".join(lines)

@@ -1,0 +1,73 @@
+"""Presets: their sizes against the logs of their pull requests, and what the command line says of them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from pgolf.cli.main import main
+from pgolf.config import Config, from_dict, to_dict
+from pgolf.model.gpt import parameter_shapes
+from pgolf.presets import PRESETS, pr1787, pr1851, pr1855
+from pgolf.published import PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_as_many_parameters_as_its_pull_request_logged(name):
+    shapes = parameter_shapes(PRESETS[name]().model)
+    assert sum(map(math.prod, shapes.values())) == PUBLISHED[name].parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_named_as_it_is_called_and_survives_a_file(name):
+    config = PRESETS[name]()
+    assert from_dict(Config, to_dict(config), where="a file") == config
+    assert config.name == name and PRESETS[name].__doc__
+
+
+def test_pr1851_is_pr1787_with_two_changes():
+    changed = pr1851()
+    back = replace(
+        changed,
+        name="pr1787",
+        model=replace(changed.model, smear_gate=False),
+        quant=replace(changed.quant, lqer="off"),
+    )
+    assert back == pr1787()
+
+
+def test_the_list_has_every_preset_and_the_published_figures(capsys):
+    assert main(["presets"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines[1 : 1 + len(PRESETS)]}
+    assert list(rows) == list(PRESETS)
+    for name, found in PUBLISHED.items():
+        assert f"{found.bpb:.5f}" in rows[name] and f"{found.bytes:,}" in rows[name]
+    assert main(["presets", "pr1787"]) == 0
+    text = capsys.readouterr().out
+    assert PUBLISHED["pr1787"].url in text and "pgolf config pr1787 --diff pr1855" in text
+    assert main(["presets", "pr1"]) == 2
+    assert "expected one of pr1855" in capsys.readouterr().err
+    assert main(["presets", "--help"]) == 0
+
+
+def test_a_difference_names_the_settings_and_both_values(capsys):
+    for words in (
+        ["pr1787", "--diff", "pr1851"],
+        ["pr1787", "--diff=pr1851"],
+        ["--diff", "pr1787", "pr1851"],
+    ):
+        assert main(["config", *words]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert rows == [
+            ["setting", "pr1787", "pr1851"],
+            ["model.smear_gate", "false", "true"],
+            ["quant.lqer", '"off"', '"asym"'],
+        ]
+    assert main(["config", "pr1855", "--diff", "record"]) == 0
+    assert "have the same settings" in capsys.readouterr().out
+    assert main(["config", "pr1855", "--diff"]) == 2
+    assert "expected two presets or config.json files" in capsys.readouterr().err
+    assert main(["config", "pr1855", "--diff", "pr1"]) == 2
+    assert "neither a preset" in capsys.readouterr().err
+    assert pr1855() == Config()
