@@ -192,7 +192,7 @@ class TrainConfig:
     """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
     fake_quant_from: float = 0.0
     """Fraction of the run from which on training rounds attention and MLP matrices to 6 bits in each forward
-    pass (late QAT), with the scales of quant.row_scales=spread; 0 = never. Steps take a little longer."""
+    pass (late QAT), with scales by quant.attn_clip and quant.mlp_clip; 0 = never."""
     context_stages: str = ""
     """Longest attention segment in training, by fraction of the run: 1024@0.1,2048@0.7 means 1,024 tokens up
     to 0.1, 2,048 up to 0.7, then model.max_context (PR #2014). Shorter segments take less time."""

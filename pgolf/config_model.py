@@ -68,8 +68,8 @@ class ModelConfig:
     parallel_from: int = 8
     """First physical layer whose attention and MLP run in parallel, see parallel; layers = none."""
     parallel: Literal["lanes", "gptj"] = "lanes"
-    """How they run in parallel: lanes, on two residual lanes to which both outputs are added; gptj, on the
-    same mixed input of one residual stream, to which both outputs are added (PR #1493)."""
+    """Attention and MLP from layer parallel_from on: lanes, on two residual lanes, both are added to both;
+    gptj, on the same mixed input of one residual stream, both are added to it (PR #1493)."""
     recurrence_start: int = 3
     """First physical layer of the segment that depth recurrence repeats, from 0."""
     recurrence_end: int = 5
