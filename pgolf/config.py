@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
-from pgolf.config_checks import check_finite, require
+from pgolf.config_checks import check_finite, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
@@ -137,17 +137,31 @@ class OptimConfig:
     """Last fraction of the run, 0 to 1, over which the learning rates fall linearly."""
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
+    average: Literal["ema", "swa"] = "ema"
+    """How the weights are averaged: ema, exponentially over ema_horizon; swa, equally over snapshots that are
+    taken every swa_every steps from swa_from on."""
     ema_horizon: float = 0.058
     """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
+    swa_from: float = 0.9
+    """Fraction of the run from which on average=swa takes snapshots, 0 to 1; PR #549 takes them where the
+    learning rate is below 0.2 of its peak, which is from 1 - 0.2 * warmdown on."""
+    swa_every: int = 50
+    """Training steps from one of these snapshots to the next, >= 1."""
     recurrence_at: float = 0.35
     """Fraction of the run at which depth recurrence is switched on, 0 to 1; steps are slower from then on."""
 
     def __post_init__(self) -> None:
         check_finite("optim", self)
         require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
-        for name in ("warmdown", "min_lr", "ema_horizon", "recurrence_at"):
+        for name in ("warmdown", "min_lr", "ema_horizon", "swa_from", "recurrence_at"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
+        require(self.swa_every >= 1, f"optim.swa_every must be >= 1 steps, got {self.swa_every}")
+
+    @property
+    def averages(self) -> bool:
+        """Whether the weights are averaged at all."""
+        return self.average == "swa" or self.ema_horizon > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +190,12 @@ class TrainConfig:
     """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
+    fake_quant_from: float = 0.0
+    """Fraction of the run from which on training rounds attention and MLP matrices to 6 bits in each forward
+    pass (late QAT), with scales by quant.attn_clip and quant.mlp_clip; 0 = never."""
+    context_stages: str = ""
+    """Longest attention segment in training, by fraction of the run: 1024@0.1,2048@0.7 means 1,024 tokens up
+    to 0.1, 2,048 up to 0.7, then model.max_context (PR #2014). Shorter segments take less time."""
     warmup_steps: int = 3
     """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")
@@ -211,12 +231,22 @@ class TrainConfig:
             5 <= self.rank_timeout <= 600,
             f"train.rank_timeout must be in [5, 600] s, got {self.rank_timeout}",
         )
+        require(
+            0 <= self.fake_quant_from <= 1,
+            f"train.fake_quant_from is a fraction in [0, 1], got {self.fake_quant_from}",
+        )
+        parse_stages(self.context_stages, "train.context_stages")
         reserve = self.quantize_reserve or 0.0
         require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         require(
             self.seconds == 0 or reserve < self.seconds,
             f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
+
+    @property
+    def stages(self) -> tuple[tuple[int, float], ...]:
+        """`context_stages` as pairs: a length, and the fraction of the run at which it ends."""
+        return parse_stages(self.context_stages, "train.context_stages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +438,11 @@ class Config:
             self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
             "evaluate.sliding and evaluate.ttt score quantized weights, but train.quantize is false; set it "
             "to true, or both of them to false",
+        )
+        lengths = [length for length, _ in self.train.stages]
+        require(
+            all(length <= longest for length in lengths),
+            f"train.context_stages must not be above model.max_context={longest}, got {lengths}",
         )
         require(
             not self.evaluate.sliding or self.evaluate.stride <= longest,

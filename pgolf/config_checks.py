@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -20,6 +21,9 @@ MOST = {
     "model.width": 65_536,
     "model.mlp_mult": 256,
     "model.max_context": 2**24,
+    "model.bigram_buckets": 2**24,
+    "model.bigram_width": 65_536,
+    "model.value_embed_width": 65_536,
     "model.recurrence_repeats": 64,
     "data.prefetch": 1024,
     "train.warmup_steps": 1000,
@@ -64,3 +68,28 @@ def check_name(name: str, of: str) -> None:
         f"name is part of {of}: 1 to 128 bytes, printable, no / or \\, and no '.', '-' or space at "
         f"its beginning, got {name!r}",
     )
+
+
+def parse_stages(text: str, name: str) -> tuple[tuple[int, float], ...]:
+    """Return the pairs of a text such as "1024@0.1,2048@0.7": a length, and the fraction at which it ends.
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ValueError: a pair is not `length@fraction`, a length is below 1, or the fractions do not rise within
+            (0, 1].
+    """
+    stages = []
+    for part in text.split(",") if text else ():
+        length, _, end = part.partition("@")
+        try:
+            stages.append((int(length), float(end)))
+        except ValueError as e:
+            raise UserError(f"{name} must look like 1024@0.1,2048@0.7, got {part!r} in {text!r}") from e
+    ends = [0.0, *(end for _, end in stages)]
+    require(
+        all(before < end <= 1 for before, end in itertools.pairwise(ends)) and all(n >= 1 for n, _ in stages),
+        f"{name}: lengths must be >= 1 and fractions must rise within (0, 1], got {text!r}",
+    )
+    return tuple(stages)

@@ -25,7 +25,9 @@ class ModelConfig:
     mlp_mult: int = 4
     """Hidden width of the MLP as a multiple of the model width, >= 1."""
     activation: Literal["leaky_relu2", "relu2"] = "leaky_relu2"
-    """Activation of the MLP: leaky_relu2 is leaky_relu(x, 0.5)^2, relu2 is relu(x)^2."""
+    """Activation of the MLP: leaky_relu2 is leaky_relu(x, leaky_slope)^2, relu2 is relu(x)^2."""
+    leaky_slope: float = 0.5
+    """Slope of leaky_relu2 below 0, 0 to 1; PR #1855 has 0.5, and later pull requests 0.3."""
     max_context: int = 2048
     """Longest attention segment, in tokens; longer documents are cut into segments of this length."""
     rope_dims: int = 16
@@ -45,6 +47,18 @@ class ModelConfig:
     """Factor inside the sigmoid of the sparse gate, >= 0."""
     smear_gate: bool = True
     """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
+    smear_over_bos: bool = False
+    """Let the smear gate add to a BOS, too, as early published stacks did: it leaks the last token of another
+    document, which the challenge does not allow. Only to repeat such a result."""
+    bigram_buckets: int = 0
+    """Rows of a table that a hash of each token and the one before it picks from, to add to its embedding
+    (PR #162 and later ones have 1,536 to 4,096); 0 = none, else >= 2."""
+    bigram_width: int = 128
+    """Width of that table, >= 1; a learned matrix makes the model width of it."""
+    value_embed_layers: int = 0
+    """The last value_embed_layers layers add a second embedding of the token to its value (PR #414 has 2)."""
+    value_embed_width: int = 128
+    """Width of the table of that embedding, >= 1; a learned matrix makes the width of the values of it."""
     ln_scale: bool = True
     """Divide the normed input of layer i, counted from 0, by sqrt(i + 1)."""
     resid_mix: bool = True
@@ -52,11 +66,14 @@ class ModelConfig:
     skip: Literal["none", "weighted", "gated"] = "gated"
     """U-Net skips s from encoder to decoder: weighted, x + w * s; gated, w*s + sigmoid(g) * (x - w*s)."""
     parallel_from: int = 8
-    """First physical layer that runs attention and MLP on two parallel residual lanes; layers = none."""
+    """First physical layer whose attention and MLP run in parallel, see parallel; layers = none."""
+    parallel: Literal["lanes", "gptj"] = "lanes"
+    """Attention and MLP from layer parallel_from on: lanes, on two residual lanes, both are added to both;
+    gptj, on the same mixed input of one residual stream, both are added to it (PR #1493)."""
     recurrence_start: int = 3
     """First physical layer of the segment that depth recurrence repeats, from 0."""
     recurrence_end: int = 5
-    """Last physical layer of that segment, inclusive; below parallel_from."""
+    """Last physical layer of that segment, inclusive; below parallel_from where parallel=lanes."""
     recurrence_repeats: int = 2
     """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
     the network deeper at the same bytes, and the steps slower."""
@@ -70,6 +87,7 @@ class ModelConfig:
         for name in ("layers", "width", "heads", "kv_heads", "mlp_mult", "max_context"):
             value = getattr(self, name)
             require(value >= 1, f"model.{name} must be >= 1, got {value}")
+        self._check_parts()
         for name in ("recurrence_repeats", "sparse_gate_scale"):
             require(getattr(self, name) >= 0, f"model.{name} must be >= 0, got {getattr(self, name)}")
         require(
@@ -90,9 +108,9 @@ class ModelConfig:
             f"got {self.recurrence_start}..{self.recurrence_end}",
         )
         require(
-            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from,
+            self.recurrence_repeats == 0 or self.recurrence_end < self.parallel_from or not self.lanes,
             f"model.recurrence_end must be below model.parallel_from={self.parallel_from}, "
-            f"got {self.recurrence_end}",
+            f"got {self.recurrence_end}; only model.parallel=gptj has no such limit",
         )
         require(
             0 <= self.xsa_layers <= self.layers,
@@ -113,6 +131,20 @@ class ModelConfig:
             f"model.vocab_size must be in [8, 65536] (shards hold uint16), got {self.vocab_size}",
         )
 
+    def _check_parts(self) -> None:
+        """Check the settings of single parts."""
+        require(0 <= self.leaky_slope <= 1, f"model.leaky_slope must be in [0, 1], got {self.leaky_slope}")
+        require(
+            self.bigram_buckets == 0 or self.bigram_buckets >= 2,
+            f"model.bigram_buckets must be 0 (no bigram hash) or >= 2, got {self.bigram_buckets}",
+        )
+        for name in ("bigram_width", "value_embed_width"):
+            require(getattr(self, name) >= 1, f"model.{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            0 <= self.value_embed_layers <= self.layers,
+            f"model.value_embed_layers must be in [0, layers={self.layers}], got {self.value_embed_layers}",
+        )
+
     @property
     def head_dim(self) -> int:
         """Dimension of one head, `K`."""
@@ -127,3 +159,24 @@ class ModelConfig:
     def hidden(self) -> int:
         """Hidden width of the MLP."""
         return self.mlp_mult * self.width
+
+    @property
+    def lanes(self) -> bool:
+        """Whether some layers run on two residual lanes."""
+        return self.parallel == "lanes" and self.parallel_from < self.layers
+
+    @property
+    def illegal(self) -> str:
+        """A warning, if the challenge does not allow what a setting does; otherwise empty."""
+        if not (self.smear_gate and self.smear_over_bos):
+            return ""
+        return (
+            "warning: model.smear_over_bos=true leaks the last token of a document into the next one of its "
+            "batch. The challenge ruled that illegal: no submission may have it, and its scores depend on "
+            "how documents are packed"
+        )
+
+    @property
+    def slope(self) -> float:
+        """Slope of the MLP's activation below 0, before it is squared."""
+        return self.leaky_slope if self.activation == "leaky_relu2" else 0.0

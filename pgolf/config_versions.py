@@ -117,6 +117,23 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change("63c4ef4", {"train.profile": False}),
+    Change(
+        "17b7e74",
+        {
+            "model.leaky_slope": 0.5,
+            "model.parallel": "lanes",
+            "model.smear_over_bos": False,
+            "model.bigram_buckets": 0,
+            "model.bigram_width": 128,
+            "model.value_embed_layers": 0,
+            "model.value_embed_width": 128,
+            "train.fake_quant_from": 0.0,
+            "train.context_stages": "",
+            "optim.average": "ema",
+            "optim.swa_from": 0.9,
+            "optim.swa_every": 50,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import save_file
 
 from pgolf.ablate.plan import read_plan
 from pgolf.artifact.header import (
+    LATER,
     ArtifactError,
     Header,
     encode_header,
@@ -130,6 +132,15 @@ def test_every_setting_is_in_the_table_or_of_the_first_version():
     assert now == {RENAMED.get(key, key) for key in {*FIRST, *added} - REMOVED.keys()}
     for change in CHANGES:
         assert {RENAMED.get(key, key) for key in change.defaults} <= now
+
+
+def test_later_settings_of_the_model_are_those_that_format_4_does_not_know():
+    """What they are in a file that does not name them is what they were before they existed."""
+    format_4 = [change.commit for change in CHANGES].index("63c4ef4") + 1
+    added = {key: value for change in CHANGES[format_4:] for key, value in change.added.items()}
+    assert {f"model.{key}": value for key, value in LATER.items()} == {
+        key: value for key, value in added.items() if key.startswith("model.")
+    }
 
 
 def test_what_is_saved_says_its_version_and_loads_as_it_was():
@@ -305,6 +316,14 @@ def test_an_artifact_keeps_the_names_of_its_format():
     fields = json.loads(encode_header(header))
     assert {"loop_start", "loop_end", "loops"} < fields["model"].keys()
     assert parse_header(json.dumps(fields).encode()) == header
+    assert not LATER.keys() & fields["model"].keys()
+    later = replace(header.model, leaky_slope=0.3)
+    named = json.loads(encode_header(replace(header, model=later)))
+    assert named["model"]["leaky_slope"] == 0.3
+    assert parse_header(json.dumps(named).encode()).model == later
+    named["model"]["leaky_slope"] = 0.5
+    with pytest.raises(ArtifactError, match=r"the model names leaky_slope, which is 0\.5 anyway"):
+        parse_header(json.dumps(named).encode())
     fields["model"]["recurrence_start"] = 1
     with pytest.raises(ArtifactError, match="the model has the key recurrence_start, which format 4 has not"):
         parse_header(json.dumps(fields).encode())

@@ -16,8 +16,9 @@ All integers are little-endian.
 Header JSON, one object with exactly these keys:
 
 - `model`: the resolved `ModelConfig`, with the settings `recurrence_start`, `recurrence_end` and
-  `recurrence_repeats` under their former names `loop_start`, `loop_end` and `loops`; `tokenizer_sha256`: 64
-  hex digits; `config_hash`: 16 hex digits; `limit`: the byte limit that the file was written under.
+  `recurrence_repeats` under their former names `loop_start`, `loop_end` and `loops`, and with the newer
+  settings of `LATER` in `header.py` only where they are not what is said there; `tokenizer_sha256`: 64 hex
+  digits; `config_hash`: 16 hex digits; `limit`: the byte limit that the file was written under.
 - `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns", "trellis"}`; kind `matrix`
   (int8 codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none").
   `steps` is this format's word for quantization scales: those of the rows are "float16" or, for a matrix,

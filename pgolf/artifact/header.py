@@ -25,6 +25,17 @@ MODEL_KEYS = {
     "recurrence_repeats": "loops",
 }
 """Settings of the model that have other names in format 4, which is older than the names."""
+LATER: dict[str, Any] = {
+    "leaky_slope": 0.5,
+    "parallel": "lanes",
+    "smear_over_bos": False,
+    "bigram_buckets": 0,
+    "bigram_width": 128,
+    "value_embed_layers": 0,
+    "value_embed_width": 128,
+}
+"""Settings of the model that are newer than format 4, and what they are where a file does not name them: a
+file names those that are something else, so that it does not change for models without the newer parts."""
 
 TensorKind = Literal["matrix", "gate", "small"]
 ScaleForm = Literal["none", "float16", "log"]
@@ -202,7 +213,7 @@ def place_sections(plans: list[SectionPlan], streams: list[bytes]) -> tuple[Sect
 def encode_header(header: Header) -> bytes:
     """Return the header's JSON, UTF-8, keys as in the docstring of `format.py`."""
     fields = {
-        "model": {MODEL_KEYS.get(key, key): value for key, value in to_dict(header.model).items()},
+        "model": _model_dict(header.model),
         "tokenizer_sha256": header.tokenizer_sha256,
         "config_hash": header.config_hash,
         "limit": header.limit,
@@ -211,6 +222,11 @@ def encode_header(header: Header) -> bytes:
         "sections": [_section_dict(s) for s in header.sections],
     }
     return json.dumps(fields, separators=(",", ":")).encode()
+
+
+def _model_dict(model: ModelConfig) -> dict[str, Any]:
+    named = {key: value for key, value in to_dict(model).items() if key not in LATER or value != LATER[key]}
+    return {MODEL_KEYS.get(key, key): value for key, value in named.items()}
 
 
 def _section_dict(section: Section) -> dict[str, Any]:
@@ -254,7 +270,7 @@ def _parse_model(value: object) -> ModelConfig:
     if not isinstance(value, dict):
         raise ArtifactError(f"artifact header: model must be an object, got {type(value).__name__}")
     names = {MODEL_KEYS.get(f.name, f.name): f.name for f in dataclass_fields(ModelConfig)}
-    missing = sorted(names.keys() - value.keys())
+    missing = sorted(names.keys() - value.keys() - LATER.keys())
     if missing:
         raise ArtifactError(
             f"artifact header: the model lacks {', '.join(missing)}; its writer left none out"
@@ -262,10 +278,12 @@ def _parse_model(value: object) -> ModelConfig:
     newer = sorted(MODEL_KEYS.keys() & value.keys())
     if newer:
         raise ArtifactError(f"artifact header: the model has the key {newer[0]}, which format 4 has not")
+    idle = [key for key in LATER if key in value and value[key] == LATER[key]]
+    if idle:
+        raise ArtifactError(f"artifact header: the model names {idle[0]}, which is {LATER[idle[0]]} anyway")
     try:
-        return from_dict(
-            ModelConfig, {names.get(str(k), str(k)): v for k, v in value.items()}, where="artifact model"
-        )
+        given = LATER | {names.get(str(k), str(k)): v for k, v in value.items()}
+        return from_dict(ModelConfig, given, where="artifact model")
     except (ValueError, TypeError, ArithmeticError) as e:
         raise ArtifactError(f"artifact header: bad model configuration: {e}") from e
 

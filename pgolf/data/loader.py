@@ -15,7 +15,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -57,6 +57,8 @@ class Batch:
     """The constant max_context; no segment is longer."""
     epoch: float
     """Passes over the training tokens up to the end of this micro-batch, counting those of all ranks."""
+    shorter: dict[int, Tensor] = field(default_factory=dict)
+    """In the queue only: cu_seqlens for shorter contexts, by their tokens."""
 
 
 class TrainLoader:
@@ -75,6 +77,7 @@ class TrainLoader:
         seed: of the order of shards and documents, >= 0.
         rank, world_size: select this rank's micro-batches.
         device: where the tensors go; to CUDA they are copied from pinned memory without waiting.
+        shorter: shorter contexts, in tokens, into which `next` can cut the documents instead.
 
     Raises:
         ValueError: config.dir is not set, or an argument is out of range.
@@ -92,6 +95,7 @@ class TrainLoader:
         rank: int,
         world_size: int,
         device: torch.device,
+        shorter: tuple[int, ...] = (),
     ) -> None:
         if config.dir is None:
             raise UserError(f"data.dir is not set; name a folder of shards, or make one with: {MAKE_SHARDS}")
@@ -105,6 +109,7 @@ class TrainLoader:
         self._paths = find_shards(config.dir, "train")
         self._total = sum(shard_tokens(path) for path in self._paths)
         self._vocab_size, self._bos_id, self._max_context = vocab_size, bos_id, max_context
+        self._shorter = shorter
         self._seed, self._rank, self._world_size = seed, rank, world_size
         # The thread has its own current device, so "cuda" must be replaced by the device of this process.
         indexed = device.type != "cuda" or device.index is not None
@@ -113,8 +118,12 @@ class TrainLoader:
         self._error: Exception | None = None
         self._start(0)
 
-    def next(self) -> Batch:
+    def next(self, context: int | None = None) -> Batch:
         """Return this rank's next micro-batch.
+
+        Args:
+            context: tokens of its longest segment, one of `shorter`; None: max_context. Which documents there
+                are, and which of their tokens, does not depend on it.
 
         Raises:
             RuntimeError: the loader is closed.
@@ -125,7 +134,8 @@ class TrainLoader:
         if self._error is None:
             item = self._queue.get()
             if not isinstance(item, Exception):
-                return _move(item, self._device)
+                cu_seqlens = item.cu_seqlens if context is None else item.shorter[context]
+                return _move(replace(item, cu_seqlens=cu_seqlens, shorter={}), self._device)
             self._error = item
         raise self._error
 
@@ -182,13 +192,18 @@ class TrainLoader:
         """Make global micro-batch `index` in host memory."""
         count = self._config.micro_tokens
         tokens = stream.read(index * count, count + 1)
-        starts = cut_segments(document_starts(tokens[:-1], self._bos_id), count, self._max_context)
+        documents = document_starts(tokens[:-1], self._bos_id)
+
+        def cut(context: int) -> Tensor:
+            return padded_cu_seqlens(cut_segments(documents, count, context), count)
+
         batch = Batch(
             inputs=torch.from_numpy(tokens[:-1]),
             targets=torch.from_numpy(tokens[1:]),
-            cu_seqlens=padded_cu_seqlens(starts, count),
+            cu_seqlens=cut(self._max_context),
             max_seqlen=self._max_context,
             epoch=(index + 1) * count / self._total,
+            shorter={context: cut(context) for context in self._shorter},
         )
         return _pin(batch) if self._device.type == "cuda" else batch
 
@@ -210,6 +225,7 @@ def _pin(batch: Batch) -> Batch:
         inputs=batch.inputs.pin_memory(),
         targets=batch.targets.pin_memory(),
         cu_seqlens=batch.cu_seqlens.pin_memory(),
+        shorter={context: cu.pin_memory() for context, cu in batch.shorter.items()},
     )
 
 

@@ -188,6 +188,7 @@ class AttentionWeights(NamedTuple):
     out: Tensor  # (D, D), its rows times the scale of the attention
     q_gain: Tensor  # (H,)
     gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it
+    value_scale: Tensor | None  # (), factor on the value embeddings; None if the layer has none
 
 
 def attention_branch(
@@ -200,6 +201,7 @@ def attention_branch(
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
     lora: tuple[Tensor, Tensor] | None = None,
+    values: Tensor | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
     """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
@@ -214,6 +216,7 @@ def attention_branch(
         rope: cosines and sines, `(T, 1, R / 2)` each.
         cu_seqlens: as in `sdpa_attention`.
         lora: what adapters add to q, k and v, `(T, D + 2 * G * K)`, and to the output, `(T, D)`.
+        values: value embeddings `(T, G * K)`; layers with a `value_scale` add them to v.
         observe: called with ("attn_out", input of the output projection).
     """
     qkv = F.linear(n, weights.qkv)
@@ -223,6 +226,9 @@ def attention_branch(
         part.view(n.shape[0], -1, config.head_dim)
         for part in torch.split(qkv, [config.width, config.kv_width, config.kv_width], dim=-1)
     )
+    if weights.value_scale is not None:
+        assert values is not None
+        v = v + weights.value_scale * values.view(v.shape)
     q = rotate(rms_norm(q) * weights.q_gain[:, None], *rope)
     k = rotate(rms_norm(k), *rope)
     y = kernel(q, k, v, cu_seqlens, config.max_context)

@@ -26,19 +26,21 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=EPS)
 
 
-def smear(x: Tensor, first: Tensor, weight: Tensor, strength: Tensor) -> Tensor:
+def smear(x: Tensor, first: Tensor | None, weight: Tensor, strength: Tensor) -> Tensor:
     """Add a gated copy of the previous token: x_t + strength * sigmoid(w . x_t[:W]) * x_(t-1).
 
     Args:
         x: `(T, D)` embeddings before smearing.
         first: `(T,)` bool, true at the first token of every segment (so at every BOS), where nothing is
-            added.
+            added; None adds everywhere but at position 0, so also across documents.
         weight: `(1, W)`.
         strength: `(1,)`.
     """
     gate = torch.sigmoid(F.linear(x[:, : weight.shape[1]], weight)) * strength  # (T, 1)
     previous = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-    return x + torch.where(first[:, None], torch.zeros_like(gate), gate) * previous
+    if first is not None:
+        gate = torch.where(first[:, None], torch.zeros_like(gate), gate)
+    return x + gate * previous
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:

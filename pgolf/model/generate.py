@@ -174,13 +174,15 @@ class Decoder:
         """Run the layers on the window's new tokens `(T,)`; return their final states `(T, D)`."""
         model, cache, new = self._model, self._cache, len(ids)
         cache.make_room(new, model)
-        before = self._ids[-new - 1 : -new] if cache.length else []  # the smear gate needs its embedding
+        # The smear gate needs the embedding of the token before, and its bigram the one before that.
+        before = self._ids[-new - min(2, cache.length) : -new]
         device = self._table.device
         inputs = torch.tensor([*before, *ids], device=device)
         segment = torch.tensor([0, inputs.numel()], dtype=torch.int32, device=device)
         x = model.embed(inputs, self._table, segment)[len(before) :]
         cos, sin = model.rope(cache.length + new)
-        ctx = Context(x, (cos[cache.length :], sin[cache.length :]), segment)
+        values = model.values(inputs[len(before) :])
+        ctx = Context(x, (cos[cache.length :], sin[cache.length :]), segment, values)
         hidden = model.layers(self._weights, ctx, True)
         cache.length += new
         return hidden

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
@@ -26,31 +25,20 @@ from pgolf.model.attention import (
     attention_branch,
     select_attention,
 )
-from pgolf.model.gates import Skip, mix_streams, rms_norm, smear
+from pgolf.model.embed import Bigram, Smear, stem, value_embeddings
+from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
+from pgolf.model.parameters import initial_parameters
+from pgolf.model.parameters import layer_order as layer_order
+from pgolf.model.parameters import parameter_shapes as parameter_shapes
+from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce
 
 Observe = Callable[[str, int, Tensor], None]
-
-
-def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
-    """Return the physical layers of the encoder half and of the decoder half, in execution order.
-
-    With recurrence on, layers recurrence_start..recurrence_end run recurrence_repeats + 1 times in a row.
-    """
-    order = list(range(config.layers))
-    if loop and config.recurrence_repeats:
-        start, end = config.recurrence_start, config.recurrence_end + 1
-        order = order[:start] + order[start:end] * (config.recurrence_repeats + 1) + order[end:]
-    half = len(order) // 2
-    return order[:half], order[half:]
-
-
-def skip_count(config: ModelConfig) -> int:
-    """Return the number of skips in the longer of the two layer orders, with and without the loop."""
-    return max(min(map(len, layer_order(config, loop=loop))) for loop in (False, True))
+Rounding = Callable[[str, Tensor], Tensor]
+"""Takes the name of a bank and the bank, returns what a forward pass uses instead, see `fake_quant.py`."""
 
 
 class LayerWeights(NamedTuple):
@@ -127,6 +115,7 @@ class Context(NamedTuple):
     x0: Tensor  # (T, D)
     rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
     cu_seqlens: Tensor  # (S + 1,) int32
+    values: Tensor | None = None  # (T, G * K), value embeddings
 
 
 Tap = Callable[[str, Tensor], None] | None
@@ -158,6 +147,7 @@ def attend(
         rope=ctx.rope,
         cu_seqlens=ctx.cu_seqlens,
         lora=lora,
+        values=ctx.values,
         observe=tap,
     )
 
@@ -167,7 +157,7 @@ def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> T
     n = rms_norm(x)
     if tap is not None:
         tap("mlp_in", n * w.scales.ln)
-    m = mlp(n, w.up, w.down, activation=config.activation, observe=tap)
+    m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
     return m if w.lora is None else m + w.scales.mlp * w.lora.mlp(n * w.scales.ln)
 
 
@@ -179,12 +169,16 @@ def serial_block(
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
+    joint: bool,
     tap: Tap,
 ) -> Tensor:
-    """Join the skip, mix in x0, and run attention, then the MLP, on one residual stream `x` `(T, D)`."""
+    """Join the skip, mix in x0, and run attention and the MLP on one residual stream `x` `(T, D)`.
+
+    The MLP comes after the attention, or, if `joint`, both read the same mixed input.
+    """
     _, u = mix_streams(x, skip, ctx.x0, w.mix)
     x = u + attend(config, kernel, u, w, ctx, exclusive, tap)
-    return x + feed_forward(config, x, w, tap)
+    return x + feed_forward(config, u if joint else x, w, tap)
 
 
 def parallel_block(
@@ -213,14 +207,6 @@ def parallel_block(
     )
 
 
-def stem(ids: Tensor, table: Tensor, first: Tensor, weight: Tensor | None, strength: Tensor | None) -> Tensor:
-    """Return the embeddings `(T, D)` of `ids` `(T,)`, after the smear gate (if it is on) and the norm."""
-    x = F.embedding(ids, table)
-    if weight is not None and strength is not None:
-        x = smear(x, first, weight, strength)
-    return rms_norm(x)
-
-
 def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
     """Return the normed mean of the two lanes, the input of the output projection."""
     return rms_norm(0.5 * (lane0 + lane1))
@@ -244,8 +230,17 @@ class GPT(nn.Module):
     skip_gates: nn.Parameter
     smear_weight: nn.Parameter
     smear_lambda: nn.Parameter
-    bank_names = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-    embed_names = ("tok_emb",)
+    bigram_table: nn.Parameter
+    bigram_proj: nn.Parameter
+    bigram_scale: nn.Parameter
+    value_table: nn.Parameter
+    value_proj: nn.Parameter
+    value_scale: nn.Parameter
+    value_layer_scale: nn.Parameter
+    bank_names: tuple[str, ...] = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
+    """Parameters for Muon; a model with projections of tables has more of them."""
+    embed_names: tuple[str, ...] = ("tok_emb",)
+    """Embeddings; a model with further tables has more of them."""
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
@@ -259,11 +254,16 @@ class GPT(nn.Module):
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
         self._stem: Callable[..., Tensor] = stem
+        self._value_embeddings: Callable[..., Tensor] = value_embeddings
         self._fold: Callable[..., Folded] = fold
         self._join: Callable[..., Tensor] = join_lanes
         self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
             self.register_parameter(name, nn.Parameter(value))
+        for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
+            if used:
+                self.bank_names += (f"{part}_proj",)
+                self.embed_names += (f"{part}_table",)
 
     def prepare(
         self,
@@ -292,11 +292,14 @@ class GPT(nn.Module):
             attention, device, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim
         )
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        if compile != "off":
+            self._stem, self._fold = jit(stem), jit(fold)
+            self._value_embeddings = jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
-            self._stem, self._fold, self._join = jit(stem), jit(fold), jit(join_lanes)
+            self._join = jit(join_lanes)
         elif compile == "model":
-            self._stem, self._fold, self._compiled_layers = jit(stem), jit(fold), jit(self.layers)
+            self._compiled_layers = jit(self.layers)
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -323,6 +326,7 @@ class GPT(nn.Module):
         max_seqlen: int,
         loop: bool,
         observe: Observe | None = None,
+        rounding: Rounding | None = None,
     ) -> Tensor:
         """Return the loss of every target, `(T,)` float32, in nats; it is 0 for a target of -100.
 
@@ -334,11 +338,14 @@ class GPT(nn.Module):
             loop: whether the repeated layers run several times (depth recurrence).
             observe: called as observe(kind, layer, x) with the input of every matrix; the blocks then run
                 without compilation.
+            rounding: rounds the matrices of attention and MLP for this pass; None: it sees them as they are.
 
         Raises:
             ValueError: max_seqlen is above config.max_context.
         """
-        hidden, _ = self.hidden(inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe)
+        hidden, _ = self.hidden(
+            inputs, cu_seqlens, max_seqlen=max_seqlen, loop=loop, observe=observe, rounding=rounding
+        )
         if observe is not None:
             observe("head", 0, hidden)
         # With the float32 table, its gradient is accumulated in float32 and not rounded to the compute dtype.
@@ -353,11 +360,12 @@ class GPT(nn.Module):
         loop: bool,
         observe: Observe | None = None,
         adapters: Adapters | None = None,
+        rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
 
         Args:
-            inputs, cu_seqlens, max_seqlen, loop, observe: as in `forward`.
+            inputs, cu_seqlens, max_seqlen, loop, observe, rounding: as in `forward`.
             adapters: adapters of the layers, for documents that all have the same length and are packed in
                 order; the model must not be compiled. The caller applies the adapter of the head.
         """
@@ -366,14 +374,14 @@ class GPT(nn.Module):
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights()
+        weights = self.layer_weights(rounding)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
             # The number of segments changes from batch to batch. Only the attention kernel, which is one
             # node of the compiled graph, depends on it.
             torch._dynamo.mark_dynamic(cu_seqlens, 0)
-        ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens)
+        ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens, self.values(inputs))
         layers = self.layers if observe is not None else (self._compiled_layers or self.layers)
         if adapters is not None:
             return self.layers(weights, ctx, loop, observe, adapters), table
@@ -403,7 +411,7 @@ class GPT(nn.Module):
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
-            if i < config.parallel_from:
+            if i < config.parallel_from or not config.lanes:
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
             else:
@@ -414,20 +422,33 @@ class GPT(nn.Module):
         """Return the input `(T, D)` of the first layer, from the embedding table `(V, D)`."""
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
         first.index_fill_(0, cu_seqlens.long(), True)
-        if not self.config.smear_gate:
-            return self._stem(inputs, table, first[:-1], None, None)
-        dtype = self.compute_dtype
-        return self._stem(inputs, table, first[:-1], self.smear_weight.to(dtype), self.smear_lambda.to(dtype))
+        config, dtype = self.config, self.compute_dtype
+        gate = bigram = None
+        if config.smear_gate:
+            gate = Smear(self.smear_weight.to(dtype), self.smear_lambda.to(dtype), config.smear_over_bos)
+        if config.bigram_buckets:
+            small = self.bigram_proj[0].to(dtype), self.bigram_scale.to(dtype)
+            bigram = Bigram(self.bigram_table.to(dtype), *small)
+        return self._stem(inputs, table, first[:-1], gate, bigram)
 
-    def layer_weights(self) -> list[LayerWeights]:
+    def values(self, inputs: Tensor) -> Tensor | None:
+        """Return the value embeddings `(T, G * K)` of `inputs` `(T,)`; None if the model has none."""
+        if not self.config.value_embed_layers:
+            return None
+        names = ("value_table", "value_proj", "value_scale")
+        table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
+        return self._value_embeddings(inputs, table, proj[0], scale)
+
+    def layer_weights(self, rounding: Rounding | None = None) -> list[LayerWeights]:
         """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
+        banks: list[Tensor] = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
+        if rounding is not None:
+            # Outside of what is compiled: a switch that the compiler reads would be baked into the graph.
+            banks = list(map(rounding, GPT.bank_names, banks))
         folded = self._fold(
-            self.qo_bank,
-            self.kv_bank,
-            self.mlp_up_bank,
-            self.mlp_down_bank,
+            *banks,
             small["head_gate"],
             self.attn_scale,
             self.mlp_scale,
@@ -443,7 +464,11 @@ class GPT(nn.Module):
             return cut(None if tensor is None else tensor.to(dtype))
 
         rows = zip(
-            map(AttentionWeights, cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
+            map(
+                AttentionWeights,
+                *(cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
+                self._value_scales(),
+            ),
             cut(folded.up),
             cut(folded.down),
             cut(small["resid_mix"]),
@@ -453,6 +478,12 @@ class GPT(nn.Module):
             strict=True,
         )
         return [LayerWeights(*row) for row in rows]
+
+    def _value_scales(self) -> list[Tensor | None]:
+        """Return each layer's factor on the value embeddings; None for layers without them."""
+        count, last = self.config.layers, self.config.value_embed_layers
+        scales = self.value_layer_scale.to(self.compute_dtype).unbind() if last else ()
+        return [None] * (count - last) + list(scales)
 
     def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""
@@ -475,7 +506,10 @@ class GPT(nn.Module):
         self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
     ) -> Tensor:
         block = self._serial if observe is None else serial_block
-        return block(self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), _tap(observe, i))
+        joint = i >= self.config.parallel_from and not self.config.lanes
+        return block(
+            self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i)
+        )
 
     def _run_parallel(
         self,
@@ -524,55 +558,3 @@ def _adapt(w: LayerWeights, adapters: Adapters | None, slot: int) -> LayerWeight
 
 def _tap(observe: Observe | None, layer: int) -> Tap:
     return None if observe is None else lambda kind, x: observe(kind, layer, x)
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter by name; a part that is switched off has no parameters."""
-    c, skips = config, skip_count(config)
-    shapes: dict[str, tuple[int, ...]] = {
-        "tok_emb": (c.vocab_size, c.width),
-        "qo_bank": (2 * c.layers, c.width, c.width),
-        "kv_bank": (2 * c.layers, c.kv_width, c.width),
-        "mlp_up_bank": (c.layers, c.hidden, c.width),
-        "mlp_down_bank": (c.layers, c.width, c.hidden),
-        "q_gain": (c.layers, c.heads),
-        "attn_scale": (c.layers, c.width),
-        "mlp_scale": (c.layers, c.width),
-    }
-    if c.head_gate != "none":
-        shapes["head_gate"] = (c.layers, c.heads, c.width if c.head_gate == "dense" else c.gate_window)
-    if c.resid_mix:
-        shapes["resid_mix"] = (c.layers, 2, c.width)
-    if c.skip != "none":
-        shapes["skip_weights"] = (skips, c.width)
-    if c.skip == "gated":
-        shapes["skip_gates"] = (skips, c.width)
-    if c.parallel_from < c.layers:
-        shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
-    if c.smear_gate:
-        shapes |= {"smear_weight": (1, c.gate_window), "smear_lambda": (1,)}
-    return shapes
-
-
-def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
-    """Return the initial value of every parameter by name, float32.
-
-    The embedding is N(0, embed_init_std^2); the matrices of q, k, v and MLP-up are orthogonal; both output
-    projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
-    lanes are 1.1.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
-    p["tok_emb"].normal_(std=config.embed_init_std, generator=rng)
-    for stack in (p["qo_bank"][: config.layers], p["kv_bank"], p["mlp_up_bank"]):
-        for matrix in stack:
-            nn.init.orthogonal_(matrix, generator=rng)
-    ones = {"attn_scale": 1.0, "mlp_scale": 1.0, "skip_weights": 1.0, "lane_post": 1.0}
-    for name, value in {**ones, "lane_resid": 1.1, "q_gain": config.qk_gain}.items():
-        if name in p:
-            p[name].fill_(value)
-    if config.resid_mix:
-        p["resid_mix"][:, 0] = 1.0
-    if config.head_gate == "dense":
-        p["head_gate"].normal_(std=0.005, generator=rng)
-    return p

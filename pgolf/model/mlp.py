@@ -6,7 +6,6 @@ Legend: `T` tokens, `D` width, `M` hidden width. Source: squared leaky ReLU of p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,19 +16,18 @@ def mlp(
     up: Tensor,
     down: Tensor,
     *,
-    activation: Literal["leaky_relu2", "relu2"],
+    slope: float,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
-    """Return act(n up^T) down^T with act(p) = leaky_relu(p, 0.5)^2 or relu(p)^2.
+    """Return act(n up^T) down^T with act(p) = leaky_relu(p, slope)^2.
 
     Args:
         n: `(T, D)` normed input.
         up: `(M, D)`.
         down: `(D, M)`.
-        activation: "leaky_relu2" or "relu2", the two forms of act above.
+        slope: of act below 0, before it is squared; 0 is relu(p)^2.
         observe: called with ("mlp_out", act(n up^T)), for calibration.
     """
-    slope = 0.5 if activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(F.linear(n, up), slope).square()
     if observe is not None:
         observe("mlp_out", hidden)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 
-from pgolf.config import MuonConfig, OptimConfig
+from pgolf.config import MuonConfig, OptimConfig, TrainConfig
 
 
 def lr_multiplier(frac: float, config: OptimConfig) -> float:
@@ -36,6 +36,38 @@ def muon_momentum(frac: float, config: MuonConfig) -> float:
 def loop_on(frac: float, config: OptimConfig) -> bool:
     """Return whether depth recurrence is on: frac >= recurrence_at."""
     return _clamp(frac) >= config.recurrence_at
+
+
+def context_at(frac: float, config: TrainConfig) -> int | None:
+    """Return the longest segment of a step by context_stages; None: model.max_context."""
+    return next((length for length, end in config.stages if _clamp(frac) < end), None)
+
+
+def fake_quant_on(frac: float, config: TrainConfig) -> bool:
+    """Return whether forward passes round the matrices: frac >= fake_quant_from > 0."""
+    return 0 < config.fake_quant_from <= _clamp(frac)
+
+
+def swa_decay(frac: float, step: int, taken: int, config: OptimConfig) -> float | None:
+    """Return the decay of the weight average in a step of average=swa; None: the average stays.
+
+    A step takes a snapshot if swa_every divides the number of steps that are then done, from swa_from on.
+    After n snapshots the average is their mean, so the next one has the decay n / (n + 1). Until there is
+    one, the average is the weights: a run that ends before has lost nothing.
+
+    Args:
+        frac: fraction of the run at the start of the step.
+        step: number of steps before it.
+        taken: snapshots before it.
+    """
+    if took_snapshot(frac, step, config):
+        return taken / (taken + 1)
+    return None if taken else 0.0
+
+
+def took_snapshot(frac: float, step: int, config: OptimConfig) -> bool:
+    """Return whether a step of average=swa takes a snapshot; arguments as `swa_decay`."""
+    return config.average == "swa" and _clamp(frac) >= config.swa_from and (step + 1) % config.swa_every == 0
 
 
 def ema_decay(delta_frac: float, config: OptimConfig) -> float:

@@ -161,7 +161,7 @@ def _in_track(run: FinishedRun) -> bool:
     """Tell whether the run kept to the track's seconds, bytes and machine (or to fewer of its GPUs)."""
     # The track gives eight H100; a run on fewer of them kept to it all the more.
     seconds, s = run.config.train.seconds, run.summary
-    within = 0 < seconds <= BUDGET_S and run.ledger.total <= LIMIT_BYTES
+    within = not run.config.model.illegal and 0 < seconds <= BUDGET_S and run.ledger.total <= LIMIT_BYTES
     within = within and evaluation_seconds(run) <= BUDGET_S
     return within and s.world_size <= 8 and "H100" in s.device
 
@@ -390,6 +390,8 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         facts.append("No test-time training: the model that scores is the file and does not change.")
     if "sliding" in run.summary.scores:
         facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    if config.model.illegal:
+        facts.append(f"{config.model.illegal[0].upper()}{config.model.illegal[1:]}.")
     where = "" if TOKENIZER_NAME in files else "; it was not found and is not in this folder"
     facts.append(f"Tokenizer: SHA-256 {run.tokenizer_sha256}, not counted{where}.")
     return facts

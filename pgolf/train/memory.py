@@ -125,7 +125,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     shapes = parameter_shapes(model)
     weights = 4 * sum(map(prod, shapes.values()))
     banks = 4 * sum(prod(shapes[name]) for name in BANKS)
-    averages = weights if config.optim.ema_horizon else 0
+    averages = weights if config.optim.averages else 0
     activations, in_heap = _activations(config, cuda=cuda, attention=attention)
     tokens, row = config.data.micro_tokens, model.vocab_size * size
     loss = tokens * (row + 2 * model.width * size) + shapes["tok_emb"][0] * model.width * 4
@@ -133,10 +133,12 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     loss += 0 if cuda else int(HEAP * tokens * size * (8 * model.width + model.hidden))
     qkv = model.layers * (model.width + 2 * model.kv_width) * model.width
     transient = weights // 2 + qkv * size if cuda else banks + qkv * size
+    # Rounded copies of the banks, which the gradients of the scales need; one of them packed for a moment.
+    rounded = (banks + banks // 4) * (config.train.fake_quant_from > 0)
     # The peak is that of the phase that needs most; weights, gradients, averages and optimizer are there in
     # all of them and are added below.
     kept = weights * (2 if averages else 1)  # raw and averaged weights, from the end of training on
-    steps = weights + transient + activations + loss
+    steps = weights + transient + rounded + activations + loss
     left = int(HEAP_LEFT * in_heap)
     calibrating = rounding = 0
     if config.train.quantize:
@@ -153,7 +155,8 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         # The heap still holds the activations; what else is there is quantization.
         parts = {"copies": kept, "activations": left, "loss": 0}
     else:
-        parts = {"copies": weights + transient, "activations": activations, "loss": loss}
+        copies = weights + transient + (rounded if peak == steps else 0)
+        parts = {"copies": copies, "activations": activations, "loss": loss}
     return MemoryEstimate(
         process=0 if cuda else PROCESS,
         weights=weights,
@@ -172,7 +175,7 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     encoder, decoder = layer_order(c, loop=True)
     exclusive, gated = c.xsa_layers / c.layers, c.head_gate != "none"
     skips = (c.skip != "none" and not c.resid_mix) * min(len(encoder), len(decoder))
-    lanes = c.layers - c.parallel_from
+    lanes = (c.layers - c.parallel_from) * c.lanes
     if compiled:
         wide = 5.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
         narrow, hidden, ends = 3, 2, 4 + c.smear_gate + skips / 2
@@ -182,6 +185,8 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
         ends = (
             3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
         )
+        # Joint layers have no stream between attention and MLP.
+        ends -= sum(i >= c.parallel_from for i in encoder + decoder) * (c.parallel == "gptj")
     runs = len(encoder) + len(decoder)
     streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
     wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))

@@ -31,6 +31,8 @@ class Position:
     """Fraction of the run at the start of the last step; None: there was none."""
     skipped: int = 0
     """Steps that changed nothing, because their gradient was not finite."""
+    snapshots: int = 0
+    """Snapshots of the weights in the average, with optim.average=swa."""
     row: dict[str, Any] = field(default_factory=dict)
     """The line of metrics.jsonl that still waits for its gradient norm, see `StepLog`."""
 
@@ -62,6 +64,7 @@ class Position:
                 elapsed=float(facts["elapsed"]),
                 frac=None if frac is None else float(frac),
                 skipped=int(facts["skipped"]),
+                snapshots=int(facts.get("snapshots", 0)),  # checkpoints before it was a field have none
                 row=dict(facts["row"]),
             )
         except (KeyError, TypeError, ValueError) as e:
@@ -90,6 +93,8 @@ class TrainResult:
     """Rank 0's loss of every step, nats per token."""
     skipped: int = 0
     """Steps that changed nothing, because their gradient was not finite."""
+    snapshots: int = 0
+    """Snapshots of the weights in the average, with optim.average=swa."""
 
     def take_up(self, position: Position, rows: list[dict[str, Any]]) -> None:
         """Become the result of a run that was interrupted at `position`, whose metrics are `rows`."""
@@ -99,6 +104,7 @@ class TrainResult:
             position.last_loss,
             position.skipped,
         )
+        self.snapshots = position.snapshots
         # The medians of the summary are of all steps, so those of earlier processes are read back.
         for row in [*rows, *([position.row] if position.row else [])]:
             if row.get("loss") is not None and row.get("ms") is not None:

@@ -80,7 +80,7 @@ class Run:
         self._data, self._model, self._ema, self._optimizer = made.data, made.model, made.ema, made.optimizer
         self._summary, self._trains = made.summary, made.trains
         self._notes = (*around.notes, made.model.attention_note, threads_note(torch.get_num_threads()))
-        self._notes += (made.data.checked, made.memory)
+        self._notes += (made.data.checked, made.memory, config.model.illegal)
         self._result = TrainResult()
         self._validation_s = 0.0
         self._session = Session(

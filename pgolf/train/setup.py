@@ -134,7 +134,7 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
     if config.train.init is not None and trains and not (past and past.checkpoint):
         load_initial(config.train.init, model, config, tokenizer_sha256=data.sha256)
     # After the initial weights are in place: the average starts as a copy of them.
-    ema = Ema(dict(model.named_parameters())) if config.optim.ema_horizon else None
+    ema = Ema(dict(model.named_parameters())) if config.optim.averages else None
     optimizer = Optimizer(model, config.optim, dist, ema=ema)
     summary = _summary(config, dist, model, data)
     if past is not None:

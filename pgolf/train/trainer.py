@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import Progress, RunLog
+from pgolf.model.fake_quant import FakeQuant
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
-from pgolf.optim.schedule import ema_decay, loop_on
+from pgolf.optim.schedule import context_at, ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
@@ -72,6 +74,17 @@ def frozen_objects() -> Iterator[None]:
         gc.unfreeze()
 
 
+class Mode(NamedTuple):
+    """How the forward and backward passes of a step run."""
+
+    loop: bool = False
+    """With depth recurrence."""
+    rounded: bool = False
+    """With the matrices as 6-bit codes would have them."""
+    context: int | None = None
+    """Tokens of the longest segment; None: model.max_context."""
+
+
 class Trainer:
     """Owns what a step needs; `warm_up` once, then `run`."""
 
@@ -87,23 +100,28 @@ class Trainer:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
+        self._fake_quant = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip)
+        self._last = Mode()
 
     def warm_up(self, log: RunLog) -> None:
         """Compile and run steps of both loop modes, then restore all state."""
         began = time.perf_counter()
         weights = clone_parameters(self._model)
-        # Each mode has its own graphs. The second is compiled now too, not at the step that switches it on.
-        modes = (False, True) if self._config.model.recurrence_repeats else (False,)
-        steps = self._config.train.warmup_steps
+        # Each mode has its own graphs. All are compiled now, not at the step that switches one on.
+        repeats, steps = self._config.model.recurrence_repeats > 0, self._config.train.warmup_steps
+        modes = [(False, False), (True, False)] if repeats else [(False, False)]
+        if self._config.train.fake_quant_from:
+            modes.append((repeats, True))
         progress = Progress(
             "warm-up", max(1, len(modes) * steps * self._passes), is_main=self._dist.is_main, every_s=10.0
         )
-        for loop in modes:
+        for loop, rounded in modes:
             for _ in range(steps):
-                self._accumulate(loop=loop, progress=progress)
+                self._accumulate(Mode(loop, rounded), progress=progress)
                 self._optimizer.step(0.0, ema_decay=None if self._ema is None else 0.5)
             self._synchronize()
-            log.line(f"warm-up: loop {'on' if loop else 'off'} ready at {time.perf_counter() - began:.1f} s")
+            mode = f"loop {'on' if loop else 'off'}{', rounded' if rounded else ''}"
+            log.line(f"warm-up: {mode} ready at {time.perf_counter() - began:.1f} s")
         # From here on the run equals one that was never warmed up, bit for bit (tests/e2e/test_run.py).
         # Parameters are overwritten in place, because the optimizer and compiled code hold on to them.
         copy_parameters(self._model, weights)
@@ -197,9 +215,11 @@ class Trainer:
                 if loop and result.loop_step is None:
                     result.loop_step = tick.step
                 traces.begin(tick.step, loop=loop)
-                self._accumulate(loop=loop, numbers=numbers)
+                self._accumulate(self._mode(tick, loop, log), numbers)
                 with timer.span():
-                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac))
+                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac, result.snapshots))
+                # A step that the device skips, which the host learns later, counts as well.
+                result.snapshots += took_snapshot(tick.frac, tick.step, config.optim)
                 steps.begun(tick, loop=loop)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
@@ -213,6 +233,18 @@ class Trainer:
             steps.norm_arrived(math.nan, result.skipped)
         result.seconds = clock.elapsed
         return tick.signal
+
+    def _mode(self, tick: Tick, loop: bool, log: RunLog) -> Mode:
+        """Return how the passes of this step run; say in the log what is new."""
+        train = self._config.train
+        mode = Mode(loop, fake_quant_on(tick.frac, train), context_at(tick.frac, train))
+        if mode.rounded and not self._last.rounded:
+            log.line(f"from step {tick.step} on forward passes round the matrices to 6 bits")
+        if mode.context != self._last.context:
+            tokens = mode.context or self._config.model.max_context
+            log.line(f"from step {tick.step} on segments have up to {tokens} tokens")
+        self._last = mode
+        return mode
 
     def _pause(self, tick: Tick, clock: Clock, validate: Callable[[Tick], float] | None) -> Tick:
         """Let `validate` score between two steps; return the tick with which the step then begins."""
@@ -233,30 +265,37 @@ class Trainer:
             elapsed=tick.elapsed,
             frac=frac,
             skipped=result.skipped,
+            snapshots=result.snapshots,
             row=steps.row,
         )
 
-    def _decay(self, tick: Tick, before: float | None) -> float | None:
-        """Return the decay of the average, or None where the length of the last step is not known."""
+    def _decay(self, tick: Tick, before: float | None, snapshots: int) -> float | None:
+        """Return the decay of the average; None: it stays, or the length of the last step is not known."""
+        if self._config.optim.average == "swa":
+            return swa_decay(tick.frac, tick.step, snapshots, self._config.optim)
         if self._ema is None or before is None:
             return None
         return ema_decay(tick.frac - before, self._config.optim)
 
     def _accumulate(
-        self, *, loop: bool, numbers: DeviceNumbers | None = None, progress: Progress | None = None
+        self, mode: Mode, numbers: DeviceNumbers | None = None, progress: Progress | None = None
     ) -> None:
         """Run this rank's forward and backward passes of one step.
 
         Args:
-            progress: told of every pass.
+            mode: how the passes run.
             numbers: gets the mean loss once the last forward pass is done. The last backward pass follows
                 while the host, which has waited for these numbers, prepares the next step.
+            progress: told of every pass.
         """
         total = torch.zeros((), device=self._dist.device)
         for index in range(self._passes):
-            batch = self._loader.next()
+            batch = self._loader.next(mode.context)
             losses = self._model(
-                batch.inputs, batch.targets, batch.cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop
+                *(batch.inputs, batch.targets, batch.cu_seqlens),
+                max_seqlen=batch.max_seqlen,
+                loop=mode.loop,
+                rounding=self._fake_quant if mode.rounded else None,
             )
             # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
             loss = losses.mean() / self._passes
@@ -283,4 +322,5 @@ def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoa
         rank=dist.rank,
         world_size=dist.world_size,
         device=dist.device,
+        shorter=tuple(sorted({length for length, _ in config.train.stages})),
     )

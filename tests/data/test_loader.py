@@ -117,6 +117,17 @@ def test_each_epoch_holds_every_document_once_in_another_order(folder: Path) -> 
         assert np.array_equal(epoch[1:][inside], epoch[:-1][inside])
 
 
+def test_a_shorter_context_cuts_the_same_tokens_as_a_loader_of_that_context(folder: Path) -> None:
+    with make(folder) as plain, make(folder, max_context=7) as short, make(folder, shorter=(7, 20)) as loader:
+        for context, other in ((7, short), (None, plain), (7, short), (20, plain)):
+            batch, one, two = loader.next(context), short.next(), plain.next()
+            assert torch.equal(batch.inputs, one.inputs) and torch.equal(batch.targets, one.targets)
+            assert batch.max_seqlen == 32 and not batch.shorter
+            if context != 20:
+                assert torch.equal(batch.cu_seqlens, (one if other is short else two).cu_seqlens)
+            assert int(batch.cu_seqlens.diff().max()) <= (context or 32)
+
+
 def test_restart_repeats_the_batches_and_can_skip(folder: Path) -> None:
     with make(folder, rank=1, world_size=2) as loader:
         expected = take(loader, 12)

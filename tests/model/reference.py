@@ -13,12 +13,18 @@ def norm(x: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
 
-def attention(model: GPT, i: int, n: Tensor, rope: tuple[Tensor, Tensor], cu: list[int]) -> Tensor:
+def attention(
+    model: GPT, i: int, n: Tensor, ids: Tensor, rope: tuple[Tensor, Tensor], cu: list[int]
+) -> Tensor:
     c, layers = model.config, model.config.layers
     heads, groups, size = c.heads, c.kv_heads, c.head_dim
     q = (n @ model.qo_bank[i].T).view(-1, heads, size)
     k = (n @ model.kv_bank[i].T).view(-1, groups, size)
-    v = (n @ model.kv_bank[layers + i].T).view(-1, groups, size)
+    v = n @ model.kv_bank[layers + i].T
+    if i >= layers - c.value_embed_layers:
+        own_scale = model.value_layer_scale[i - (layers - c.value_embed_layers)]
+        v = v + own_scale * model.value_scale * (model.value_table[ids] @ model.value_proj[0].T)
+    v = v.view(-1, groups, size)
 
     def turned(x: Tensor) -> Tensor:
         half = c.rope_dims // 2
@@ -46,7 +52,8 @@ def attention(model: GPT, i: int, n: Tensor, rope: tuple[Tensor, Tensor], cu: li
 
 
 def feed_forward(model: GPT, i: int, n: Tensor) -> Tensor:
-    slope = 0.5 if model.config.activation == "leaky_relu2" else 0.0
+    c = model.config
+    slope = c.leaky_slope if c.activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(n @ model.mlp_up_bank[i].T, slope) ** 2
     return model.mlp_scale[i] * (hidden @ model.mlp_down_bank[i].T)
 
@@ -55,10 +62,18 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     """Return the normed states `(T, D)` before the output projection, in the dtype of the parameters."""
     c = model.config
     x = model.tok_emb[ids]
+    if c.bigram_buckets:
+        buckets = []
+        for t, cur in enumerate(ids.tolist()):
+            if t in cu[:-1]:
+                buckets.append(c.bigram_buckets - 1)
+            else:
+                buckets.append((36313 * cur ^ 27191 * int(ids[t - 1])) % (c.bigram_buckets - 1))
+        x = x + model.bigram_scale * (model.bigram_table[buckets] @ model.bigram_proj[0].T)
     if c.smear_gate:
         gate = torch.sigmoid(x[:, : model.smear_weight.shape[1]] @ model.smear_weight.T) * model.smear_lambda
         inside = torch.ones(len(ids), 1, dtype=x.dtype)
-        inside[cu[:-1]] = 0
+        inside[0 if c.smear_over_bos else cu[:-1]] = 0
         x = x + inside * gate * torch.cat((torch.zeros_like(x[:1]), x[:-1]))
     x0 = x = norm(x)
     rope = model.rope(len(ids))
@@ -77,7 +92,9 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
 
     def serial(x: Tensor, i: int) -> Tensor:
         u = mixed(x, i)
-        x = u + attention(model, i, scaled(u, i), rope, cu)
+        x = u + attention(model, i, scaled(u, i), ids, rope, cu)
+        if c.parallel == "gptj" and i >= c.parallel_from:
+            return x + feed_forward(model, i, scaled(u, i))
         return x + feed_forward(model, i, scaled(x, i))
 
     encoder, decoder = layer_order(c, loop=loop)
@@ -88,11 +105,11 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
     lanes = (x, x)
     for j, i in enumerate(decoder):
         first, second = joined(lanes[0], j), lanes[1]
-        if i < c.parallel_from:
+        if i < c.parallel_from or c.parallel == "gptj":
             x = serial(first, i)
             lanes = (x, x)
             continue
-        a = attention(model, i, scaled(mixed(first, i), i), rope, cu)
+        a = attention(model, i, scaled(mixed(first, i), i), ids, rope, cu)
         m = feed_forward(model, i, scaled(second, i))
         post, keep = model.lane_post[i], model.lane_resid[i]
         lanes = (

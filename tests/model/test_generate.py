@@ -13,7 +13,7 @@ from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.model.generate import Decoder, Sampling, draw, generate, sample, text_pieces, window_start
 from pgolf.model.gpt import GPT
 from pgolf.presets import pr1855
-from tests.model.test_gpt import BOS, SWITCHES, packed, randomized, small
+from tests.model.test_gpt import BOS, SWITCHES, label, packed, randomized, small
 
 
 def whole(model: GPT, ids: list[int]) -> torch.Tensor:
@@ -33,7 +33,7 @@ def fed(model: GPT, ids: list[int], first: int = 1) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+@pytest.mark.parametrize("change", SWITCHES, ids=label)
 def test_step_by_step_equals_one_forward(change):
     model = randomized(replace(small(), **change))
     ids = packed([24], 96)[0].tolist()

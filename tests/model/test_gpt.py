@@ -101,6 +101,27 @@ def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(loop):
         assert not torch.equal(before[:11], after[:11])
 
 
+def test_the_smear_gate_over_bos_leaks_one_token():
+    config = small(smear_over_bos=True)
+    model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
+    changed = ids.clone()
+    changed[10] = 5 if ids[10] != 5 else 6
+    earlier = ids.clone()
+    earlier[3] = 5 if ids[3] != 5 else 6
+    with torch.no_grad():
+        before, leaked, apart = (logits(model, x, cu, loop=True)[11:] for x in (ids, changed, earlier))
+    assert not torch.equal(before, leaked) and torch.equal(before, apart)
+
+
+def test_lanes_bound_the_recurrence_and_joint_layers_do_not():
+    with pytest.raises(
+        ValueError, match=r"must be below model\.parallel_from=4, got 4; only model\.parallel"
+    ):
+        replace(small(), recurrence_end=4)
+    shapes = parameter_shapes(replace(small(), recurrence_end=4, parallel="gptj"))
+    assert "lane_post" not in shapes and "lane_resid" not in shapes
+
+
 def test_a_document_scores_the_same_alone_and_packed():
     config = small()
     model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
@@ -114,6 +135,14 @@ def test_a_document_scores_the_same_alone_and_packed():
 SWITCHES = [
     {},
     {"activation": "relu2"},
+    {"leaky_slope": 0.3},
+    {"parallel": "gptj"},
+    {"parallel": "gptj", "parallel_from": 1, "recurrence_end": 3},
+    {"smear_over_bos": True},
+    {"bigram_buckets": 40, "bigram_width": 6},
+    {"bigram_buckets": 40, "bigram_width": 6, "smear_gate": False},
+    {"value_embed_layers": 2, "value_embed_width": 6},
+    {"value_embed_layers": 5, "value_embed_width": 6, "xsa_layers": 0},
     {"head_gate": "none"},
     {"head_gate": "dense"},
     {"head_gate": "out"},
@@ -132,7 +161,11 @@ SWITCHES = [
 ]
 
 
-@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+def label(change: dict[str, object]) -> str:
+    return "-".join(f"{key}-{value}" for key, value in change.items()) or "base"
+
+
+@pytest.mark.parametrize("change", SWITCHES, ids=label)
 def test_every_switch_trains_and_changes_the_function(change):
     config = replace(small(), **change)
     model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
@@ -154,7 +187,7 @@ def test_every_switch_trains_and_changes_the_function(change):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-@pytest.mark.parametrize("change", SWITCHES, ids=lambda c: "-".join(map(str, *c.items())) if c else "base")
+@pytest.mark.parametrize("change", SWITCHES, ids=label)
 def test_states_and_gradients_are_those_of_the_plain_formulas(change, loop):
     config = replace(small(), **change)
     model, (ids, cu) = randomized(config).double(), packed([11, 1, 13], config.vocab_size)
@@ -234,11 +267,18 @@ def _(q, k, v, cu_seqlens, max_seqlen):
 
 
 # blocks: stem, fold, join, and serial and parallel, with and without a skip. model: stem, fold, and all
-# layers, with and without the loop.
-@pytest.mark.parametrize("compile, graphs", [("blocks", 7), ("model", 4)])
-def test_layers_trace_without_breaks_into_few_graphs(compile, graphs):
+# layers, with and without the loop. The further parts add the value embeddings' graph, and to "blocks" serial
+# layers that are joint or have value embeddings instead of the parallel ones.
+PARTS = {"bigram_buckets": 40, "value_embed_layers": 2, "parallel": "gptj", "leaky_slope": 0.3}
+
+
+@pytest.mark.parametrize(
+    "compile, change, graphs",
+    [("blocks", {}, 7), ("model", {}, 4), ("blocks", PARTS, 9), ("model", PARTS, 5)],
+)
+def test_layers_trace_without_breaks_into_few_graphs(compile, change, graphs):
     # CUDA attention is one opaque op; an opaque stand-in shows here that nothing else breaks the graph.
-    config = small()
+    config = replace(small(), **change)
     model, (ids, cu) = randomized(config), packed([11, 13], config.vocab_size)
     model.prepare(torch.device("cpu"), compile=compile, backend="aot_eager")
     model._attention = torch.ops.pgolf_test.attention

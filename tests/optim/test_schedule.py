@@ -4,8 +4,17 @@ import math
 
 import pytest
 
-from pgolf.config import MuonConfig, OptimConfig
-from pgolf.optim.schedule import ema_decay, loop_on, lr_multiplier, muon_momentum
+from pgolf.config import Config, MuonConfig, OptimConfig, TrainConfig
+from pgolf.optim.schedule import (
+    context_at,
+    ema_decay,
+    fake_quant_on,
+    loop_on,
+    lr_multiplier,
+    muon_momentum,
+    swa_decay,
+    took_snapshot,
+)
 
 RECORD = OptimConfig()
 
@@ -75,3 +84,60 @@ def test_bad_fractions_are_refused():
     for bad in (-0.1, math.nan):
         with pytest.raises(ValueError, match=f"delta_frac must be >= 0, got {bad}"):
             ema_decay(bad, RECORD)
+
+
+def test_swa_is_the_mean_of_the_snapshots_and_before_them_the_weights():
+    config = OptimConfig(average="swa", swa_from=0.5, swa_every=4)
+    steps, average, taken, kept = 40, -1.0, 0, []
+    for step in range(steps):
+        weight = math.sin(step)  # after this step
+        decay = swa_decay(step / steps, step, taken, config)
+        if decay is not None:
+            average = decay * average + (1 - decay) * weight
+        if took_snapshot(step / steps, step, config):
+            taken += 1
+            kept.append(weight)
+        assert average == pytest.approx(sum(kept) / len(kept) if kept else weight)
+    assert kept == [math.sin(step) for step in (23, 27, 31, 35, 39)]  # 24, 28, ... steps are then done
+    assert not took_snapshot(1.0, 3, OptimConfig())  # the EMA takes none
+
+
+def test_fake_quantization_begins_at_its_fraction():
+    half, never = TrainConfig(fake_quant_from=0.5), TrainConfig()
+    assert [fake_quant_on(f, half) for f in (0.0, 0.49, 0.5, 1.0, 1.2)] == [False, False, True, True, True]
+    assert not fake_quant_on(1.0, never)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"swa_every": 0}, r"optim\.swa_every must be >= 1 steps, got 0"),
+        ({"swa_from": 1.5}, r"optim\.swa_from is a fraction in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_settings_of_averaging_out_of_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**change)
+    with pytest.raises(ValueError, match=r"train\.fake_quant_from is a fraction in \[0, 1\], got 1\.1"):
+        TrainConfig(fake_quant_from=1.1)
+
+
+def test_the_context_follows_its_stages():
+    config = TrainConfig(context_stages="1024@0.1,2048@0.7")
+    assert [context_at(f, config) for f in (0.0, 0.09)] == [1024, 1024]
+    assert [context_at(f, config) for f in (0.1, 0.69)] == [2048, 2048]
+    assert [context_at(f, config) for f in (0.7, 1.0, 1.3)] == [None, None, None]
+    assert context_at(0.0, TrainConfig()) is None
+    # The end of a run may come a little late: the last stage then goes on.
+    assert context_at(0.999, TrainConfig(context_stages="64@1")) == 64
+
+
+@pytest.mark.parametrize(
+    "text", ["1024", "1024@x", "@0.5", "1024@0.1,", "8@0.5,4@0.5", "8@0", "8@1.1", "0@0.5", "8@nan"]
+)
+def test_stages_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=r"train\.context_stages"):
+        TrainConfig(context_stages=text)
+    Config(train=TrainConfig(context_stages="2048@0.5"))
+    with pytest.raises(ValueError, match=r"must not be above model\.max_context=2048, got \[2049\]"):
+        Config(train=TrainConfig(context_stages="2049@0.5"))

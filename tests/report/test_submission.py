@@ -92,6 +92,16 @@ def test_a_run_whose_evaluation_takes_too_long_is_not_of_the_track():
     assert "track" not in submission([finished(1), slow], Entry())
 
 
+def test_a_model_that_leaks_is_not_of_the_track_and_the_rules_say_so():
+    run = finished()
+    assert submission([run], Entry())["track"] == "10min_16mb"
+    leaky = replace(run.config.model, smear_over_bos=True)
+    run = replace(run, config=replace(run.config, model=leaky))
+    assert "track" not in submission([run], Entry())
+    (fact,) = (fact for fact in rules([run], {}, None) if "illegal" in fact)
+    assert fact.startswith("Warning: model.smear_over_bos=true leaks") and fact.endswith("packed.")
+
+
 def test_the_headline_is_test_time_training_where_it_was_run_and_both_are_given():
     run = finished(scores={"quantized": score(1.1), "ttt": score(1.0)})
     data = submission([run], Entry())

@@ -114,6 +114,12 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"mlp_mult": 6},
         {"layers": 6, "parallel_from": 4},
         {"vocab_size": 4096},
+        {"leaky_slope": 0.3},
+        {"smear_over_bos": True},
+        {"parallel": "gptj"},
+        {"bigram_buckets": 512, "bigram_width": 64},
+        {"value_embed_layers": 2, "value_embed_width": 64},
+        {"parallel": "gptj", "parallel_from": 1},
     ],
     ids=str,
 )
@@ -131,6 +137,18 @@ def test_activations_are_what_autograd_keeps(monkeypatch, change):
         return found.activations + tokens * model.vocab_size * 4
 
     assert kept(many) - kept(few) == pytest.approx(measured, rel=0.03)
+
+
+def test_averages_and_rounded_copies_count():
+    config = config_of("tiny", 2048, quantize=False)
+    banks = 4 * sum(p.numel() for n, p in GPT(config.model).named_parameters() if n in memory.BANKS)
+    plain = estimate_memory(config, **CPU)
+    rounded = replace(config, train=replace(config.train, fake_quant_from=0.8))
+    assert estimate_memory(rounded, **CPU).total - plain.total == banks + banks // 4
+    no_ema = replace(config, optim=replace(config.optim, ema_horizon=0.0))
+    swa = replace(config, optim=replace(config.optim, ema_horizon=0.0, average="swa"))
+    assert estimate_memory(no_ema, **CPU).averages == 0
+    assert estimate_memory(swa, **CPU).averages == plain.averages > 0
 
 
 PROGRAM = """

@@ -1,0 +1,96 @@
+"""A run with all parts of published stacks that `pr1855` does not have: resumed, stored, scored."""
+
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgolf.artifact.read import read_artifact
+from pgolf.cli.main import main
+from pgolf.config import Config, from_dict, read_json
+from pgolf.optim.step import Optimizer
+from pgolf.train.weights import load_weights
+from tests.e2e.test_resume import SETTINGS, STEPS, assert_same, hit, start
+
+PARTS = [
+    "--model.leaky-slope=0.3",
+    "--model.parallel=gptj",
+    "--model.smear-over-bos",
+    "--model.bigram-buckets=300",
+    "--model.bigram-width=16",
+    "--model.value-embed-layers=2",
+    "--model.value-embed-width=16",
+    "--train.fake-quant-from=0.5",
+    "--train.context-stages=16@0.2,32@0.6",
+    "--optim.average=swa",
+    "--optim.swa-from=0.4",
+    "--optim.swa-every=3",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("parts")
+    words = ["train", "tiny", "--data", str(shards), "--out", str(out), *SETTINGS, *PARTS]
+    process = start(words)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    (folder,) = out.iterdir()
+    return folder
+
+
+def test_the_log_says_what_begins_and_what_is_illegal(whole):
+    text = (whole / "log.txt").read_text()
+    config = from_dict(Config, read_json(whole / "config.json"))
+    assert text.count(config.model.illegal) == 1 and "The challenge ruled that illegal" in text
+    assert text.count(f"from step {STEPS // 2} on forward passes round the matrices to 6 bits") == 1
+    assert "warm-up: loop on, rounded ready at" in text
+    for step, tokens in ((0, 16), (3, 32), (8, 64)):
+        assert text.count(f"from step {step} on segments have up to {tokens} tokens") == 1
+    assert Config().model.illegal == ""
+
+
+def test_the_average_is_the_mean_of_the_snapshots(shards, tmp_path, monkeypatch):
+    """Of those after 6, 9 and 12 steps: from 0.4 of 12 steps on, every third."""
+    step, after = Optimizer.step, []
+
+    def watched(self, frac, *, ema_decay=None):
+        step(self, frac, ema_decay=ema_decay)
+        after.append({name: p.detach().clone() for name, p in self._params.items()})
+
+    monkeypatch.setattr(Optimizer, "step", watched)
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, *PARTS]
+    assert main([*words, "--train.no-quantize", "--evaluate.no-raw", "--evaluate.no-ema"]) == 0
+    (folder,) = tmp_path.iterdir()
+    averaged = load_weights(folder / "ema.safetensors")[0]
+    kept = [after[i - STEPS - 1] for i in (6, 9, 12)]
+    for name, found in averaged.items():
+        torch.testing.assert_close(found, torch.stack([t[name] for t in kept]).mean(0))
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_it_resumes_bit_for_bit_before_and_after_the_switches(shards, whole, tmp_path, step):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, *PARTS]
+    process = start([*words, "--train.checkpoint-every=0"])
+    hit(process, signal.SIGTERM, step)
+    process.communicate(timeout=60)
+    (folder,) = tmp_path.iterdir()
+    process = start(["train", "--resume", str(folder)])
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert_same(folder, whole)
+
+
+def test_its_artifact_is_read_scored_and_continued(shards, whole, capsys):
+    artifact = read_artifact(whole / "model.pgolf")
+    model = artifact.header.model
+    assert model.parallel == "gptj" and model.bigram_buckets == 300 and model.value_embed_layers == 2
+    kinds = {t.name: t.kind for t in artifact.header.tensors}
+    assert kinds["bigram_table"] == kinds["value_table"] == "gate"
+    assert kinds["bigram_proj"] == kinds["value_scale"] == "small"
+    words = ["--data", str(shards), "--tokens", "640", "--device", "cpu"]
+    for more in ([], ["--mode", "sliding"], ["--mode", "ttt"]):
+        assert main(["evaluate", str(whole / "model.pgolf"), *words, *more]) == 0
+    assert main(["generate", str(whole), "--prompt", "The city", "--tokens", "20", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.count("The city") == 1
