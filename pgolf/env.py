@@ -84,6 +84,11 @@ def check_targets() -> bool:
     return value == "1"
 
 
+def compiler() -> str:
+    """Return the command of the C++ compiler: the variable CXX, else g++."""
+    return os.environ.get("CXX") or "g++"
+
+
 PARENT = "PGOLF_PARENT"
 """Variable with the id of the parent process, with which a child ends; see `follow_parent`."""
 _PR_SET_PDEATHSIG = 1
