@@ -33,7 +33,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Code:
-    """Write the counted code: the sources that read and score an artifact, without comments."""
+    """Write evaluate_gpt.py, the counted program, which scores an artifact without pgolf.
+
+    Its modules, which the program unpacks when it runs, are written next to it for reading.
+    """
 
     out: tyro.conf.Positional[Path]
     """Folder to create; it must not exist yet."""
@@ -48,11 +51,15 @@ def main(argv: list[str]) -> int:
         args=argv,
     )
     if isinstance(job, Code):
-        from pgolf.artifact.code import code_bytes, code_text, unpack_code
+        from pgolf.artifact.code import CODE_NAME, code_program, code_text, unpack_code
 
         if job.out.exists():
             raise UserError(f"{job.out} exists already; give a folder that does not exist")
-        print(f"{job.out}: {len(unpack_code(code_text(), job.out))} modules, {code_bytes():,} bytes counted")
+        files, program = len(unpack_code(code_text(), job.out)), code_program()
+        (job.out / CODE_NAME).write_bytes(program)
+        print(
+            f"{job.out / CODE_NAME}: {len(program):,} bytes counted; what it unpacks: {files} files beside it"
+        )
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 

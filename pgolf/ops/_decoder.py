@@ -8,6 +8,7 @@ C++20: `g++`, version 10 or newer, or what the variable CXX names. A stream is o
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -53,26 +54,23 @@ def decode_codes(data: bytes | memoryview, rows: int, cols: int, pool: bytes) ->
 def _compiled() -> Any:
     """Return the function `decode` of range_decoder.cpp; calls of it let other threads run."""
     compiler = env.compiler()
+    program, *options = compiler.split()
+    found = shutil.which(program)  # g++ finds its own parts by its full path, in an empty environment too
+    if found is None:
+        raise UserError(
+            f"no C++ compiler {compiler!r} found for the decoder of the model file; install g++ 10 or newer, "
+            "or set CXX to another compiler of C++20"
+        )
     source = Path(__file__).with_name("range_decoder.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/decoder.so"
-        try:
-            subprocess.run(
-                [*compiler.split(), *FLAGS, "-o", library, str(source)],
-                check=True,
-                capture_output=True,
-                text=True,
+        command = [found, *options, *FLAGS, "-o", library, str(source)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise UserError(
+                f"{compiler!r} could not compile the decoder of the model file, expected g++ 10 or newer; set "
+                f"CXX to another compiler of C++20; it said: {' '.join(done.stderr.split())[:500]}"
             )
-        except FileNotFoundError as e:
-            raise UserError(
-                f"no C++ compiler {compiler!r} found for the decoder of the model file; install g++ "
-                "10 or newer, or set CXX to another compiler of C++20"
-            ) from e
-        except subprocess.CalledProcessError as e:
-            raise UserError(
-                f"{compiler!r} could not compile the decoder of the model file, expected g++ 10 or newer; "
-                f"set CXX to another compiler of C++20; it said: {e.stderr.strip()[:500]}"
-            ) from e
         decode = ctypes.CDLL(library).decode
     decode.restype = ctypes.c_char_p
     decode.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p] + [

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pgolf.artifact.code import CODE_RULE
+from pgolf.artifact.code import CODE_NAME, CODE_RULE
 from pgolf.config import ArtifactConfig, TrainConfig
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.errors import UserError
@@ -460,16 +460,17 @@ def _commands(runs: Sequence[FinishedRun], files: dict[str, str]) -> str:
     commit = run.summary.commit
     tokenizer = TOKENIZER_NAME if TOKENIZER_NAME in files else "TOKENIZER"
     train, score = (several + "-m pgolf", several) if ranks > 1 else ("python -m pgolf", "python ")
+    score += CODE_NAME if run.code_name == CODE_NAME else "score.py"
     lines = [
         f"git checkout {commit.removesuffix('-dirty')}" if commit else "",
         "pip install -r requirements.txt",
         "pip install --no-build-isolation .     # in pgolf's sources",
         f"pgolf data shards --train TEXT ... --val TEXT --tokenizer {tokenizer} --out SHARDS",
         *(f"{train} train config.json --data SHARDS --seed {run.seed}" for run in runs),
-        *(f"{score}score.py model_seed{run.seed}.pgolf --data SHARDS" for run in runs),
+        *(f"{score} model_seed{run.seed}.pgolf --data SHARDS" for run in runs),
     ]
     if run.summary.headline == "ttt":
-        lines += [f"{score}score.py model_seed{run.seed}.pgolf --data SHARDS --ttt" for run in runs]
+        lines += [f"{score} model_seed{run.seed}.pgolf --data SHARDS --ttt" for run in runs]
     text = "```\n" + "\n".join(line for line in lines if line) + "\n```"
     if commit.endswith("-dirty"):
         text += "\n\nThe sources differed from that commit when the runs were started."
