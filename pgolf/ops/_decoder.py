@@ -8,7 +8,6 @@ C++20: `g++`, version 10 or newer, or what the variable CXX names. A stream is o
 from __future__ import annotations
 
 import ctypes
-import shutil
 import subprocess
 import tempfile
 from functools import cache
@@ -53,23 +52,22 @@ def decode_codes(data: bytes | memoryview, rows: int, cols: int, pool: bytes) ->
 @cache
 def _compiled() -> Any:
     """Return the function `decode` of range_decoder.cpp; calls of it let other threads run."""
-    compiler = env.compiler()
-    program, *options = compiler.split()
-    found = shutil.which(program)  # g++ finds its own parts by its full path, in an empty environment too
-    if found is None:
-        raise UserError(
-            f"no C++ compiler {compiler!r} found for the decoder of the model file; install g++ 10 or newer, "
-            "or set CXX to another compiler of C++20"
-        )
+    compiler, environment = env.compiler()
     source = Path(__file__).with_name("range_decoder.cpp")
     with tempfile.TemporaryDirectory() as folder:
         library = f"{folder}/decoder.so"
-        command = [found, *options, *FLAGS, "-o", library, str(source)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        command = [*compiler.split(), *FLAGS, "-o", library, str(source)]
+        try:
+            done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+        except OSError as e:
+            raise UserError(
+                f"no C++ compiler {compiler!r} found for the decoder of the model file; install g++ 10 or "
+                "newer, or set CXX to another compiler of C++20"
+            ) from e
         if done.returncode != 0:
             raise UserError(
-                f"{compiler!r} could not compile the decoder of the model file, expected g++ 10 or newer; set "
-                f"CXX to another compiler of C++20; it said: {' '.join(done.stderr.split())[:500]}"
+                f"{compiler!r} could not compile the decoder of the model file, expected g++ 10 or newer; "
+                f"set CXX to another compiler of C++20; it said: {' '.join(done.stderr.split())[:500]}"
             )
         decode = ctypes.CDLL(library).decode
     decode.restype = ctypes.c_char_p
