@@ -131,7 +131,15 @@ def test_importing_pgolf_loads_nothing_but_itself() -> None:
 
 
 def test_config_presets_and_env_do_not_import_torch() -> None:
-    for module in ("config", "config_checks", "config_io", "config_model", "config_versions", "presets", "env"):
+    for module in (
+        "config",
+        "config_checks",
+        "config_io",
+        "config_model",
+        "config_versions",
+        "presets",
+        "env",
+    ):
         for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -56,6 +56,11 @@ CODE_RULE = (
     "\ninstalled packages (torch, numpy, sentencepiece, brotli) and the tokenizer do not count"
 )
 """The rule in a sentence, which the ledger prints."""
+FORMER_RULE = (
+    "code: the pgolf sources that reading and scoring import, in one text compressed with brotli 11;"
+    "\ninstalled packages, pgolf's compiled extension (which this code needs) and the tokenizer do not count"
+)
+"""The same of older runs, whose code is `FORMER_NAME`."""
 
 
 def code_bytes() -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pgolf.artifact.code import CODE_NAME, CODE_RULE
+from pgolf.artifact.code import CODE_NAME, CODE_RULE, FORMER_RULE
 from pgolf.config import ArtifactConfig, TrainConfig
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.errors import UserError
@@ -190,7 +190,7 @@ def readme(
         _seconds_notes(runs, entry),
         "## Every byte",
         bytes_table(runs),
-        CODE_RULE.replace("\n", " ").replace("code: ", "Counted code: ", 1) + ".",
+        _code_rule(runs[0]),
         "## What was done under which rule",
         "\n".join(f"- {fact}" for fact in rules(runs, files, manifest)),
         "## Again",
@@ -199,6 +199,11 @@ def readme(
         "\n".join(f"- `{name}`: {what}" for name, what in files.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _code_rule(run: FinishedRun) -> str:
+    rule = CODE_RULE if run.code_name == CODE_NAME else FORMER_RULE
+    return rule.replace("\n", " ").replace("code: ", "Counted code: ", 1) + "."
 
 
 def _opening(runs: Sequence[FinishedRun]) -> str:
