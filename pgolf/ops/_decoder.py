@@ -71,7 +71,6 @@ def _compiled() -> Any:
             )
         decode = ctypes.CDLL(library).decode
     decode.restype = ctypes.c_char_p
-    decode.argtypes = [ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p] + [
-        ctypes.c_int64
-    ] * 3
+    shape = (ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
+    decode.argtypes = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_char_p, ctypes.c_void_p, *shape)
     return decode
