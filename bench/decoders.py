@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from bench.common import Recorder, Sample, parser
 from pgolf import _C
 from pgolf.artifact.header import matrix_shapes
-from pgolf.ops import _decoder, encode_codes
+from pgolf.ops import _coder, encode_codes
 from pgolf.ops.range_coder import TAIL
 from pgolf.presets import pr1855
 
@@ -69,9 +69,9 @@ def seconds(work: Callable[[], object], repeats: int = 3) -> Sample:
 
 def compiled(recorder: Recorder) -> None:
     """Measure the C++ decoder, next to the extension."""
-    source = Path(_decoder.__file__).with_name("range_decoder.cpp").read_bytes()
+    source = Path(_coder.__file__).with_name("range_decoder.cpp").read_bytes()
     recorder.add("source", "c++", "bytes", Sample(len(brotli.compress(source, quality=11)), 0.0, 1), "bytes")
-    recorder.add("source", "c++", "seconds_compile", seconds(_decoder._compiled.__wrapped__), "s")
+    recorder.add("source", "c++", "seconds_compile", seconds(_coder._compiled.__wrapped__), "s")
     matrices = [made_up(rows, cols, i) for n, rows, cols in shapes() for i in range(n)]
     streams = [encode_codes(m) for m in matrices]
     modes = np.bincount([stream[0] for stream in streams], minlength=4)
@@ -86,7 +86,7 @@ def compiled(recorder: Recorder) -> None:
         )
 
     for threads in (1, 2):
-        for name, decode in (("c++", _decoder.decode_codes), ("extension", _C.decode_codes)):
+        for name, decode in (("c++", _coder.decode_codes), ("extension", _C.decode_codes)):
             taken = seconds(lambda d=decode, t=threads: read(d, t))
             recorder.add("36 M codes", name, f"seconds_{threads}_cores", taken, "s")
 

@@ -1,5 +1,5 @@
 // CPU kernel of range_coder.h, which describes the format. With PGOLF_DECODER_ONLY it has no encoder: see
-// csrc/decoder/range_decoder.cpp.
+// csrc/alone/range_coder.cpp.
 #include <algorithm>
 #include <utility>
 

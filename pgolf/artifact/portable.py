@@ -4,7 +4,7 @@ What `pgolf._C` has comes from elsewhere, by three rules:
 
 1. An operator's function (one that calls `torch.ops.pgolf` and has a reference `NAME_ref` in its module) is
    left out, and the reference takes its name: the same formula in PyTorch's own operators.
-2. The range coder, whose reference takes 60 us per code, gets `pgolf.ops._decoder` for `pgolf._C`.
+2. The range coder, whose reference takes 60 us per code, gets `pgolf.ops._coder` for `pgolf._C`.
 3. What registers something for the compiled operators goes: `torch.library...` and `refuse_derivatives`; and
    then the private functions and classes that nothing in their module names any longer.
 """
@@ -15,7 +15,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-EXTENSION, DECODER = "_C", "_decoder"
+EXTENSION, CODER = "_C", "_coder"
 LOADER = "pgolf.ops._extension"
 
 
@@ -77,7 +77,7 @@ def _registers(node: ast.stmt) -> bool:
 
 
 class _Names(ast.NodeTransformer):
-    """Gives references the names of their operators, and imports the decoder in place of the extension."""
+    """Gives references the names of their operators, and imports the coder in place of the extension."""
 
     def __init__(self, names: dict[str, str]) -> None:
         self._names = names
@@ -98,7 +98,7 @@ class _Names(ast.NodeTransformer):
         if node.module == LOADER:
             return None
         if node.module == "pgolf" and [a.name for a in node.names] == [EXTENSION]:
-            return ast.ImportFrom("pgolf.ops", [ast.alias(DECODER, EXTENSION)], 0)
+            return ast.ImportFrom("pgolf.ops", [ast.alias(CODER, EXTENSION)], 0)
         once = {self._names.get(a.name, a.name): a for a in node.names}  # both forms may be imported
         node.names = [ast.alias(name, a.asname) for name, a in once.items()]
         return node

@@ -151,7 +151,7 @@ refuse_derivatives("f", "f")
 """
     names = {"f_ref": "f", "other_ref": "other"}
     assert ast.unparse(without_extension(ast.parse(source), names, operators=True)) == (
-        "from pgolf.ops import _decoder as _C\n"
+        "from pgolf.ops import _coder as _C\n"
         "from pgolf.ops.other import other\n\n"
         "def f(x):\n    return other(x) + _used(x)\n\n"
         "def _used(x):\n    return x"

@@ -141,7 +141,7 @@ def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
     ("arguments", "environment", "message"),
     [
         (["model.pgolf"], {"CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler' found"),
-        (["model.pgolf"], {"CXX": "false"}, "'false' could not compile the decoder of the model file"),
+        (["model.pgolf"], {"CXX": "false"}, "'false' could not compile the coder of the model file"),
         (["absent.pgolf"], {}, "no artifact at absent.pgolf"),
         (["torn.pgolf"], {}, "artifact"),
         (["model.pgolf", "--config", "absent.json"], {}, "absent.json is not the config.json of a run"),

@@ -1,8 +1,9 @@
-"""Write pgolf/ops/range_decoder.cpp: range_decoder.cpp with all it includes, as small as a compiler takes it.
+"""Write range_coder.cpp with all it includes, as small as a compiler takes it: pgolf/ops/range_coder.cpp.
 
-Run `python csrc/decoder/make.py` after a change to the range coder's sources; tests/ops/test_decoder.py fails
-while the two differ. The result is committed: it is counted, and the package ships no other C++ source.
-Comments, blanks and the encoder are left out, and our own names become short ones.
+The same without the encoder is pgolf/ops/range_decoder.cpp. Run `python csrc/alone/make.py` after a change to
+the range coder's sources; tests/ops/test_coder.py fails while they differ. The results are committed, because
+they are counted and the package ships no other C++ source. Comments and blanks are left out, and our own
+names become short ones.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from string import ascii_letters
 
 CSRC = Path(__file__).resolve().parents[1]
-OUT = CSRC.parent / "pgolf" / "ops" / "range_decoder.cpp"
+OUT = CSRC.parent / "pgolf" / "ops"
 UNUSED = {"common.h"}
 """Included for the integer types alone, which range_model.h has too."""
 TOKEN = re.compile(r'"[^"]*"|[A-Za-z_]\w*|\d[\w.]*|\S')
@@ -23,13 +24,13 @@ STANDARD = set(
         r"\w+",
         """
         __attribute__ __builtin_cpu_supports __int128 __x86_64__ abs algorithm always_inline array auto
-        begin bit bit_width bool break case catch char clamp class const constexpr continue cstdint cstdlib
-        data decltype decode default define defined delete do else end endif enum explicit extern false
-        fill_n float for gnu if ifdef ifndef include inline int int16_t int32_t int64_t int8_t long max min
-        move namespace new noexcept nullptr operator private protected public push_back reserve resize
-        return short signed size size_t sizeof static static_cast std struct switch target template this
-        throw transform true try typename uint16_t uint32_t uint64_t uint8_t unlikely unsigned using utility
-        vector virtual void while
+        begin bit bit_width bool break case catch char clamp class const constexpr continue copy cstdint
+        cstdlib data decltype decode default define defined delete do else empty encode end endif enum
+        explicit extern false fill_n float for gnu if ifdef ifndef include inline int int16_t int32_t
+        int64_t int8_t long max min move namespace new noexcept nullptr operator private protected public
+        push_back reserve resize return short signed size size_t sizeof static static_cast std struct
+        switch target template this throw transform true try typename uint16_t uint32_t uint64_t uint8_t
+        unlikely unsigned using utility vector virtual void while
         """,
     )
 )
@@ -48,10 +49,10 @@ def joined(path: Path, seen: set[Path]) -> str:
     return "\n".join(lines)
 
 
-def without_encoder(text: str) -> str:
-    """Leave out what stands between `#ifndef PGOLF_DECODER_ONLY` and the next `#endif`."""
-    text = re.sub(r"^#ifndef PGOLF_DECODER_ONLY\n.*?^#endif[^\n]*\n", "", text, flags=re.M | re.S)
-    return re.sub(r"^#(define PGOLF_DECODER_ONLY|pragma once)\n", "", text, flags=re.M)
+def chosen(text: str, *, encoder: bool) -> str:
+    """Leave out what stands between `#ifndef PGOLF_DECODER_ONLY` and the next `#endif`, or these lines."""
+    part = re.compile(r"^#ifndef PGOLF_DECODER_ONLY\n(.*?)^#endif[^\n]*\n", flags=re.M | re.S)
+    return part.sub(r"\1" if encoder else "", text + "\n").replace("#pragma once\n", "")
 
 
 def renamed(text: str) -> str:
@@ -77,13 +78,14 @@ def squeezed(text: str) -> str:
     return out.strip() + "\n"
 
 
-def source() -> str:
-    """Return the whole decoder as one small file."""
-    text = without_encoder(joined(CSRC / "decoder" / "range_decoder.cpp", set()))
+def source(*, encoder: bool) -> str:
+    """Return the whole coder, or its decoder, as one small file."""
+    text = chosen(joined(CSRC / "alone" / "range_coder.cpp", set()), encoder=encoder)
     headers = sorted(set(re.findall(r"^#include <.+>", text, flags=re.M)))
     body = re.sub(r"^#include <.+>\n", "", text, flags=re.M)
     return "\n".join([*headers, squeezed(renamed(body))])
 
 
 if __name__ == "__main__":
-    OUT.write_text(source(), encoding="utf-8")
+    (OUT / "range_coder.cpp").write_text(source(encoder=True), encoding="utf-8")
+    (OUT / "range_decoder.cpp").write_text(source(encoder=False), encoding="utf-8")
