@@ -40,6 +40,8 @@ class Code:
 
     out: tyro.conf.Positional[Path]
     """Folder to create; it must not exist yet."""
+    train: bool = False
+    """Write train_gpt.py instead, which trains, quantizes and writes as well."""
 
 
 def main(argv: list[str]) -> int:
@@ -51,15 +53,15 @@ def main(argv: list[str]) -> int:
         args=argv,
     )
     if isinstance(job, Code):
-        from pgolf.artifact.code import CODE_NAME, code_program, code_text, unpack_code
+        from pgolf.artifact.code import EVALUATE, TRAIN, code_program, code_text, unpack_code
 
         if job.out.exists():
             raise UserError(f"{job.out} exists already; give a folder that does not exist")
-        files, program = len(unpack_code(code_text(), job.out)), code_program()
-        (job.out / CODE_NAME).write_bytes(program)
-        print(
-            f"{job.out / CODE_NAME}: {len(program):,} bytes counted; what it unpacks: {files} files beside it"
-        )
+        program = TRAIN if job.train else EVALUATE
+        files, content = len(unpack_code(code_text(program), job.out)), code_program(program)
+        path = job.out / program.name
+        path.write_bytes(content)
+        print(f"{path}: {len(content):,} bytes counted; what it unpacks: {files} files beside it")
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
 
 def _written(path: Path) -> Ledger:
     """Return the ledger of an artifact, with the size of its run's code if that is in the same folder."""
-    from pgolf.artifact.code import CODE_NAME, FORMER_NAME
+    from pgolf.artifact.code_rule import CODE_NAME, FORMER_NAME, TRAIN_NAME
     from pgolf.artifact.read import open_artifact
     from pgolf.artifact.size import make_ledger
 
@@ -42,7 +42,7 @@ def _written(path: Path) -> Ledger:
         for _ in reader.sections():
             pass  # the checksum is compared after the last
         ledger = make_ledger(reader.header, file_bytes=path.stat().st_size)
-    kept = [code for name in (CODE_NAME, FORMER_NAME) if (code := path.with_name(name)).is_file()]
+    kept = [code for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (code := path.with_name(name)).is_file()]
     return replace(ledger, code=kept[0].stat().st_size) if kept else ledger
 
 

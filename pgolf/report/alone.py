@@ -15,7 +15,7 @@ from typing import Any
 from pgolf.artifact.read import load_model
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
-from pgolf.errors import UserError
+from pgolf.errors import UserError, brief, is_checked
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
@@ -72,8 +72,10 @@ def main(argv: list[str], program: Path) -> int:
         path = args.config or (beside if beside.is_file() else None)
         settings = Settings() if path is None else Settings.read(path)
         _print_score(args.artifact, args.data, settings, program, ttt=args.ttt)
-    except (OSError, ValueError, RuntimeError) as e:
-        sys.stderr.write(f"{program.name}: {e}\n")
+    except Exception as e:
+        if not is_checked(e):
+            raise
+        sys.stderr.write(f"{program.name}: {brief(e)}\n")
         return 2
     return 0
 

@@ -1,6 +1,7 @@
-"""The outside of the counted program: unpack the modules that it carries, and run `pgolf.report.alone`.
+"""The outside of the counted program: unpack the modules that it carries, and run one of them.
 
-`pgolf.artifact.code` fills in ARCHIVE: brotli of the modules' text, in base 85.
+`pgolf.artifact.code` fills in ENTRY, the module that is run, and ARCHIVE, brotli of the modules' text, in
+base 85.
 """
 
 import importlib
@@ -12,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import brotli
 
+ENTRY = "pgolf.report.alone"
 ARCHIVE = b""
 
 
@@ -24,7 +26,7 @@ def main() -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(source, encoding="utf-8")
         sys.path.insert(0, folder)
-        sys.exit(importlib.import_module("pgolf.report.alone").main(sys.argv[1:], Path(__file__).resolve()))
+        sys.exit(importlib.import_module(ENTRY).main(sys.argv[1:], Path(__file__).resolve()))
 
 
 if __name__ == "__main__":

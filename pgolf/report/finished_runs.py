@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.artifact.code import CODE_NAME, FORMER_NAME, code_program
+from pgolf.artifact.code import CODE_NAME, code_program
+from pgolf.artifact.code_rule import FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
 from pgolf.config import Config, config_hash, from_dict, read_json, run_hash, to_dict
@@ -49,7 +50,7 @@ class FinishedRun:
     tokenizer_sha256: str
     """Hex, from the artifact."""
     code_name: str = CODE_NAME
-    """Name of the code's file; `FORMER_NAME` for an older run, whose code needs the compiled extension."""
+    """Name of the code's file. That of an older run, `FORMER_NAME`, needs the compiled extension."""
 
     @property
     def seed(self) -> int:
@@ -271,7 +272,7 @@ def _is_time(value: float) -> bool:
 
 def _counted_code(folder: Path, counted: int, commit: str) -> tuple[bytes, str]:
     """Return the run's code and its name; for runs that kept none this tree's code, if it has their size."""
-    kept = [folder / name for name in (CODE_NAME, FORMER_NAME) if (folder / name).is_file()]
+    kept = [folder / name for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (folder / name).is_file()]
     code, name = (kept[0].read_bytes(), kept[0].name) if kept else (code_program(), CODE_NAME)
     if len(code) != counted:
         where = kept[0] if kept else "the code of this tree (the run kept none)"

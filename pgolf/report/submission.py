@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pgolf.artifact.code import CODE_NAME, CODE_RULE, FORMER_RULE
+from pgolf.artifact.code_rule import CODE_RULE, FORMER_NAME, FORMER_RULE, TRAIN_NAME
 from pgolf.config import ArtifactConfig, TrainConfig
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
 from pgolf.errors import UserError
@@ -202,7 +202,7 @@ def readme(
 
 
 def _code_rule(run: FinishedRun) -> str:
-    rule = CODE_RULE if run.code_name == CODE_NAME else FORMER_RULE
+    rule = FORMER_RULE if run.code_name == FORMER_NAME else CODE_RULE
     return rule.replace("\n", " ").replace("code: ", "Counted code: ", 1) + "."
 
 
@@ -465,7 +465,8 @@ def _commands(runs: Sequence[FinishedRun], files: dict[str, str]) -> str:
     commit = run.summary.commit
     tokenizer = TOKENIZER_NAME if TOKENIZER_NAME in files else "TOKENIZER"
     train, score = (several + "-m pgolf", several) if ranks > 1 else ("python -m pgolf", "python ")
-    score += CODE_NAME if run.code_name == CODE_NAME else "score.py"
+    score += "score.py" if run.code_name == FORMER_NAME else run.code_name
+    score += " --evaluate" if run.code_name == TRAIN_NAME else ""
     lines = [
         f"git checkout {commit.removesuffix('-dirty')}" if commit else "",
         "pip install -r requirements.txt",

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pgolf.artifact.code import CODE_NAME
+from pgolf.artifact.code_rule import FORMER_NAME
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
@@ -29,7 +29,7 @@ from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
-    r"README\.md|submission\.json|config\.json|evaluate_gpt\.py|code\.br|score\.py|requirements\.txt|tokenizer\.model"
+    r"README\.md|submission\.json|config\.json|(evaluate|train)_gpt\.py|code\.br|score\.py|requirements\.txt|tokenizer\.model"
     r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf)"
 )
 """Names of the files that a submission holds: only these are replaced."""
@@ -100,7 +100,7 @@ def _add_code(runs: Sequence[FinishedRun], folder: Path) -> dict[str, str]:
     """Write the counted code; return what the README says of it and of the libraries that it needs."""
     code, name = runs[0].code, runs[0].code_name
     (folder / name).write_bytes(code)
-    if name == CODE_NAME:
+    if name != FORMER_NAME:
         return {
             name: f"the counted program, {len(code):,} bytes: it scores the artifacts, without pgolf",
             "requirements.txt": f"the libraries that {name} imports; it needs g++ 10 or newer too",

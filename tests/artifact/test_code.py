@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from pgolf.artifact.code import DECODER, SCRIPT, code_bytes, code_program, code_text, reader_code, unpack_code
+from pgolf.artifact.code import (
+    EVALUATE,
+    SCRIPT,
+    TRAIN,
+    code_bytes,
+    code_program,
+    code_text,
+    reader_code,
+    unpack_code,
+)
 from pgolf.artifact.portable import references, without_extension
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +91,7 @@ def test_what_is_counted_is_what_unpacks(code, tmp_path):
     text = code_text()
     paths = unpack_code(text, tmp_path)
     found = {str(p.relative_to(tmp_path)): p.read_text().removesuffix("\n") for p in paths}
-    assert found.pop(DECODER) == (ROOT / DECODER).read_text().strip()
+    assert found.pop(EVALUATE.coder) == (ROOT / EVALUATE.coder).read_text().strip()
     assert found == code
     assert code_bytes() == len(code_program())
     assert 30_000 < code_bytes() < 52_000
@@ -91,8 +100,14 @@ def test_what_is_counted_is_what_unpacks(code, tmp_path):
 ALLOWED = {"torch", "numpy", "sentencepiece", "brotli", "triton", "flash_attn", "pgolf"}
 
 
-def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(code):
-    for path, source in {**code, SCRIPT: code_program().decode()}.items():
+OPTIONAL = {EVALUATE: set(), TRAIN: {"matplotlib", "tensorboard", "wandb"}}
+"""Packages that a program uses where they are installed: a run without them has no plot and no tracker."""
+
+
+@pytest.mark.parametrize("program", [EVALUATE, TRAIN], ids=lambda p: p.name)
+def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(program):
+    allowed = ALLOWED | OPTIONAL[program] | set(sys.stdlib_module_names)
+    for path, source in {**reader_code(program), SCRIPT: code_program(program).decode()}.items():
         for node in ast.walk(ast.parse(source)):
             named = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             if isinstance(node, ast.Import):
@@ -102,14 +117,19 @@ def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(code
                 assert node.level == 0
             else:
                 continue
-            assert top <= ALLOWED | set(sys.stdlib_module_names), path
+            assert top <= allowed, path
             assert "_C" not in named and not [n for n in named if n.startswith("pgolf._C")], path
         if path != "pgolf/model/fa4.py":  # which defines its operators itself
             assert "torch.ops.pgolf" not in source and "pgolf::" not in source, path
 
 
-def test_the_program_is_plain_text_that_runs_nothing_when_it_is_imported():
-    program = code_program()
+def test_the_size_of_the_program_that_trains():
+    assert 90_000 < len(code_program(TRAIN)) < 125_000
+
+
+@pytest.mark.parametrize("which", [EVALUATE, TRAIN], ids=lambda p: p.name)
+def test_the_program_is_plain_text_that_runs_nothing_when_it_is_imported(which):
+    program = code_program(which)
     tree = ast.parse(program)
     assert program.isascii() and isinstance(tree.body[-1], ast.If)
     assert {type(node) for node in tree.body} == {

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_the_source_is_that_of_the_kernel():
     source = runpy.run_path(str(ROOT / "csrc" / "alone" / "make.py"))["source"]
-    for name, encoder in (("range_coder.cpp", True), ("range_coder.cpp", False)):
+    for name, encoder in (("range_coder.cpp", True), ("range_decoder.cpp", False)):
         committed = Path(_coder.__file__).with_name(name).read_text()
         assert source(encoder=encoder) == committed, "the coder was changed: run python csrc/alone/make.py"
 
