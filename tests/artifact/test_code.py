@@ -156,6 +156,7 @@ def test_a_module_is_rewritten_to_need_no_extension():
 import pgolf.ops._extension
 from pgolf import _C
 from pgolf.ops.other import other, other_ref
+from safetensors.torch import save
 def f(x):
     return torch.ops.pgolf.f(x)
 def f_ref(x):
@@ -172,7 +173,8 @@ refuse_derivatives("f", "f")
     names = {"f_ref": "f", "other_ref": "other"}
     assert ast.unparse(without_extension(ast.parse(source), names, operators=True)) == (
         "from pgolf.ops import _coder as _C\n"
-        "from pgolf.ops.other import other\n\n"
+        "from pgolf.ops.other import other\n"
+        "from pgolf.artifact.tensor_file import save\n\n"
         "def f(x):\n    return other(x) + _used(x)\n\n"
         "def _used(x):\n    return x"
     )
