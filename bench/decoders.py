@@ -1,8 +1,9 @@
 """Two ways to read an artifact's codes without a compiled pgolf: C++ that is compiled, and lanes in NumPy.
 
-`c++` is pgolf/ops/range_decoder.cpp: its bytes in brotli 11, the seconds of compiling it, and those of
-decoding as many codes as the network of `pr1855` has, next to the extension. The codes are made up: Gaussian,
-with rows that lean on earlier ones, so that the coder chooses its slower modes, as for trained weights.
+`c++` is pgolf/ops/range_decoder.cpp: its bytes in brotli 11, the seconds of compiling it (since 355f0ea with
+the encoder, as range_coder.cpp), and those of decoding as many codes as the network of `pr1855` has, next to
+the extension. The codes are made up: Gaussian, with rows that lean on earlier ones, so that the coder chooses
+its slower modes, as for trained weights.
 
 `numpy lanes` is a prototype of a stream that NumPy could read. Every column is a lane with an arithmetic
 coder (rANS, 32 bits) of its own; the columns of all matrices of one shape are side by side, and their words
