@@ -84,6 +84,14 @@ def check_targets() -> bool:
     return value == "1"
 
 
+def compiler() -> tuple[str, dict[str, str]]:
+    """Return the command of the C++ compiler, the variable CXX or g++, and the environment to start it in.
+
+    A compiler finds its linker by PATH, so that is set even where this process has none.
+    """
+    return os.environ.get("CXX") or "g++", {"PATH": os.defpath, **os.environ}
+
+
 PARENT = "PGOLF_PARENT"
 """Variable with the id of the parent process, with which a child ends; see `follow_parent`."""
 _PR_SET_PDEATHSIG = 1

@@ -1,4 +1,5 @@
-// CPU kernel of range_coder.h, which describes the format.
+// CPU kernel of range_coder.h, which describes the format. With PGOLF_DECODER_ONLY it has no encoder: see
+// csrc/alone/range_coder.cpp.
 #include <algorithm>
 #include <utility>
 
@@ -20,6 +21,7 @@ inline uint64_t split(uint64_t low, uint64_t high, uint32_t p) {
   return low + static_cast<uint64_t>(static_cast<unsigned __int128>(high - low) * p >> 16);
 }
 
+#ifndef PGOLF_DECODER_ONLY
 class Encoder {
  public:
   static constexpr bool kDecodes = false;
@@ -49,6 +51,7 @@ class Encoder {
   size_t most_;
   uint64_t low_ = 0, high_ = ~uint64_t{0};
 };
+#endif  // PGOLF_DECODER_ONLY
 
 // The bytes that end a stream: the shortest prefix that, followed by zeros, lies in [low, high].
 struct Ending {
@@ -66,10 +69,12 @@ Ending ending(uint64_t low, uint64_t high) {
   return {low, 8};
 }
 
+#ifndef PGOLF_DECODER_ONLY
 void Encoder::finish() {
   const Ending end = ending(low_, high_);
   for (int i = 0; i < end.bytes; ++i) out_->push_back(static_cast<uint8_t>(end.value >> (56 - 8 * i)));
 }
+#endif  // PGOLF_DECODER_ONLY
 
 class Decoder {
  public:
@@ -142,6 +147,7 @@ template <typename Coder, typename Bits>
   return up ? center + size : center - size;
 }
 
+#ifndef PGOLF_DECODER_ONLY
 // For every row of an encoder the earlier one that says most about it: not part of the format.
 class Search {
  public:
@@ -198,6 +204,7 @@ class Search {
   std::vector<int64_t> energies_;
   std::vector<Found> found_;
 };
+#endif  // PGOLF_DECODER_ONLY
 
 // Mode 1: every column on its own.
 template <typename Coder, typename Code>
@@ -232,6 +239,7 @@ class RowCoder {
         predictor_(kPredict ? shape.cols : 0),
         rows_(pool, shape.pool_rows, shape.rows, shape.cols) {}
 
+#ifndef PGOLF_DECODER_ONLY
   void encode(const int8_t* codes) {
     const std::vector<int> bases = look_ahead(codes);
     const Search search(rows_, shape_.pool_rows, rows_.count(), shape_.cols);
@@ -241,6 +249,7 @@ class RowCoder {
       code_row(row, rows_.row(count), codes + row * shape_.cols, bases.data() + row * shape_.cols);
     }
   }
+#endif  // PGOLF_DECODER_ONLY
 
   void decode(int8_t* codes) {
     for (int64_t row = 0; row < shape_.rows && !coder_.failed(); ++row) {
@@ -253,6 +262,7 @@ class RowCoder {
   }
 
  private:
+#ifndef PGOLF_DECODER_ONLY
   // An encoder knows all rows, so it predicts first, and compares what is left of them.
   std::vector<int> look_ahead(const int8_t* codes) {
     std::vector<int> bases(static_cast<size_t>(shape_.rows * shape_.cols));
@@ -270,6 +280,7 @@ class RowCoder {
     }
     return bases;
   }
+#endif  // PGOLF_DECODER_ONLY
 
   template <typename Left, typename Code>
   void code_row(int64_t row, Left* left, Code* codes, const int* bases) {
@@ -309,10 +320,12 @@ class RowCoder {
   Choice choice_;
 };
 
+#ifndef PGOLF_DECODER_ONLY
 template <bool kPredict>
 void code_rows(Encoder& coder, const int8_t* pool, const int8_t* codes, const Shape& shape, int largest) {
   RowCoder<kPredict, Encoder>(coder, pool, shape, largest).encode(codes);
 }
+#endif  // PGOLF_DECODER_ONLY
 
 template <bool kPredict>
 void code_rows(Decoder& coder, const int8_t* pool, int8_t* codes, const Shape& shape, int largest) {
@@ -330,6 +343,7 @@ void code_matrix(Mode mode, Coder& coder, const int8_t* pool, Code* codes, const
   }
 }
 
+#ifndef PGOLF_DECODER_ONLY
 // The stream in one of the coded modes, or one longer than `most` bytes.
 std::vector<uint8_t> encode_in(Mode mode, const int8_t* pool, const int8_t* codes, const Shape& shape,
                                int largest, size_t most) {
@@ -340,9 +354,11 @@ std::vector<uint8_t> encode_in(Mode mode, const int8_t* pool, const int8_t* code
   encoder.finish();
   return out;
 }
+#endif  // PGOLF_DECODER_ONLY
 
 }  // namespace
 
+#ifndef PGOLF_DECODER_ONLY
 std::vector<uint8_t> encode_codes_cpu(const int8_t* codes, const int8_t* pool, const Shape& shape,
                                       bool fast) {
   const int64_t count = shape.rows * shape.cols;
@@ -361,6 +377,7 @@ std::vector<uint8_t> encode_codes_cpu(const int8_t* codes, const int8_t* pool, c
   }
   return best;
 }
+#endif  // PGOLF_DECODER_ONLY
 
 const char* decode_codes_cpu(const uint8_t* data, int64_t size, const int8_t* pool, int8_t* codes,
                              const Shape& shape) {

@@ -36,12 +36,12 @@ class Ledger:
         """Counted bytes: file plus code."""
         return self.model_bytes + self.code
 
-    def text(self) -> str:
-        """Return the ledger as a table, one line per part."""
+    def text(self, rule: str = CODE_RULE) -> str:
+        """Return the ledger as a table, one line per part, with the rule by which the code was counted."""
         rows = [*self.parts, ("code", self.code), ("total", self.total), ("limit", self.limit)]
         lines = [f"{name:<16} {size:>12,} bytes" for name, size in rows]
         lines.append(f"{'left':<16} {self.limit - self.total:>12,} bytes")
-        return "\n".join([*lines, CODE_RULE])
+        return "\n".join([*lines, rule])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the ledger as plain JSON data."""

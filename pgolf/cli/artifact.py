@@ -33,10 +33,15 @@ class Export:
 
 @dataclass(frozen=True)
 class Code:
-    """Write the counted code: the sources that read and score an artifact, without comments."""
+    """Write evaluate_gpt.py, the counted program, which scores an artifact without pgolf.
+
+    Its modules, which the program unpacks when it runs, are written next to it for reading.
+    """
 
     out: tyro.conf.Positional[Path]
     """Folder to create; it must not exist yet."""
+    train: bool = False
+    """Write train_gpt.py instead, which trains, quantizes and writes as well."""
 
 
 def main(argv: list[str]) -> int:
@@ -48,11 +53,15 @@ def main(argv: list[str]) -> int:
         args=argv,
     )
     if isinstance(job, Code):
-        from pgolf.artifact.code import code_bytes, code_text, unpack_code
+        from pgolf.artifact.code import EVALUATE, TRAIN, code_program, code_text, unpack_code
 
         if job.out.exists():
             raise UserError(f"{job.out} exists already; give a folder that does not exist")
-        print(f"{job.out}: {len(unpack_code(code_text(), job.out))} modules, {code_bytes():,} bytes counted")
+        program = TRAIN if job.train else EVALUATE
+        files, content = len(unpack_code(code_text(program), job.out)), code_program(program)
+        path = job.out / program.name
+        path.write_bytes(content)
+        print(f"{path}: {len(content):,} bytes counted; what it unpacks: {files} files beside it")
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 

@@ -17,23 +17,27 @@ ARTIFACT = "model.pgolf"
 
 def main(argv: list[str]) -> int:
     """Print the ledger and where it is from; 0 when it is within artifact.limit, 1 when not."""
-    artifact = _artifact(argv)
+    from pgolf.artifact.code_rule import CODE_RULE, FORMER_RULE
+
+    artifact, rule = _artifact(argv), CODE_RULE
     checkpoint = _checkpoint(argv[0]) if argv else None
     if artifact is not None:
-        ledger, origin = _written(artifact), f"{artifact}, as it was written"
+        ledger, former = _written(artifact)
+        origin, rule = f"{artifact}, as it was written", FORMER_RULE if former else CODE_RULE
     elif checkpoint is not None:
         ledger, origin = _of_checkpoint(checkpoint, argv)
     else:
         ledger, origin = _of_settings(argv)
-    print(f"{origin}\n{ledger.text()}")
+    print(f"{origin}\n{ledger.text(rule)}")
     if ledger.total <= ledger.limit:
         return 0
     print(f"{ledger.total - ledger.limit:,} bytes too many: writing it would be refused")
     return 1
 
 
-def _written(path: Path) -> Ledger:
-    """Return the ledger of an artifact, with the size of its run's code.br if that is in the same folder."""
+def _written(path: Path) -> tuple[Ledger, bool]:
+    """Return the ledger of an artifact, with its run's code if that is beside it, and whether that is old."""
+    from pgolf.artifact.code_rule import CODE_NAME, FORMER_NAME, TRAIN_NAME
     from pgolf.artifact.read import open_artifact
     from pgolf.artifact.size import make_ledger
 
@@ -41,8 +45,10 @@ def _written(path: Path) -> Ledger:
         for _ in reader.sections():
             pass  # the checksum is compared after the last
         ledger = make_ledger(reader.header, file_bytes=path.stat().st_size)
-    code = path.with_name("code.br")
-    return replace(ledger, code=code.stat().st_size) if code.is_file() else ledger
+    kept = [code for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (code := path.with_name(name)).is_file()]
+    if not kept:
+        return ledger, False
+    return replace(ledger, code=kept[0].stat().st_size), kept[0].name == FORMER_NAME
 
 
 def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.artifact.code import code_archive
+from pgolf.artifact.code import CODE_NAME, code_program
+from pgolf.artifact.code_rule import FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
 from pgolf.config import Config, config_hash, flat, from_dict, read_json, run_hash, to_dict
@@ -46,9 +47,11 @@ class FinishedRun:
     summary: Summary
     """summary.json."""
     code: bytes
-    """The counted code, `pgolf.artifact.code.code_archive` of the tree that ran."""
+    """The counted code, `pgolf.artifact.code.code_program` of the tree that ran."""
     tokenizer_sha256: str
     """Hex, from the artifact."""
+    code_name: str = CODE_NAME
+    """Name of the code's file. That of an older run, `FORMER_NAME`, needs the compiled extension."""
 
     @property
     def seed(self) -> int:
@@ -146,8 +149,8 @@ def _checked(run: FinishedRun, hashes: tuple[str, ...]) -> FinishedRun:
             raise UserError(
                 f"{folder}: model.pgolf has {what} {found}, {SUMMARY} says {said}; it is not this run's"
             )
-    code = _counted_code(folder, run.ledger.code, summary.commit)
-    return replace(run, code=code, tokenizer_sha256=facts["tokenizer_sha256"])
+    code, name = _counted_code(folder, run.ledger.code, summary.commit)
+    return replace(run, code=code, code_name=name, tokenizer_sha256=facts["tokenizer_sha256"])
 
 
 def _check_finished(run: FinishedRun) -> None:
@@ -260,17 +263,17 @@ def _is_time(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-def _counted_code(folder: Path, counted: int, commit: str) -> bytes:
-    """Return the run's code.br; for runs older than that file this tree's code, if it has their size."""
-    path = folder / "code.br"
-    code = path.read_bytes() if path.is_file() else code_archive()
+def _counted_code(folder: Path, counted: int, commit: str) -> tuple[bytes, str]:
+    """Return the run's code and its name; for runs that kept none this tree's code, if it has their size."""
+    kept = [folder / name for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (folder / name).is_file()]
+    code, name = (kept[0].read_bytes(), kept[0].name) if kept else (code_program(), CODE_NAME)
     if len(code) != counted:
-        where = path if path.is_file() else "the code of this tree (the run kept none)"
+        where = kept[0] if kept else "the code of this tree (the run kept none)"
         raise UserError(
             f"{folder}: the run counted {counted:_} bytes of code, {where} has {len(code):_}; use the tree "
             f"that ran it{f', commit {commit}' if commit else ''}"
         )
-    return code
+    return code, name
 
 
 def _check_same(one: FinishedRun, other: FinishedRun) -> None:

@@ -1,8 +1,8 @@
-"""Score an artifact with the counted code alone: `python score.py model_seed42.pgolf --data SHARDS [--ttt]`.
+"""Score an artifact with the code that an older run counted: `score.py model_seed42.pgolf --data SHARDS`.
 
-A submission folder holds this file next to code.br, the code that is counted with the artifact, and
-config.json of its run. Of an installed pgolf only the compiled extension is used. Under torchrun the
-ranks share the work.
+Newer runs count a program, evaluate_gpt.py, and need no other file. A submission folder of older runs holds
+this file next to code.br, the code that was counted with the artifact, and config.json of its run. Of an
+installed pgolf only the compiled extension is used. Under torchrun the ranks share the work.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 from typing import Any
 
-from pgolf.artifact.code import CODE_RULE
+from pgolf.artifact.code_rule import CODE_RULE, FORMER_NAME, FORMER_RULE, TRAIN_NAME
 from pgolf.config import ArtifactConfig, TrainConfig
 from pgolf.data.challenge import known_text
 from pgolf.data.shards import TOKENIZER_NAME, Manifest, ShardInfo
@@ -191,7 +191,7 @@ def readme(
         _seconds_notes(runs, entry),
         "## Every byte",
         bytes_table(runs),
-        CODE_RULE.replace("\n", " ").replace("code: ", "Counted code: ", 1) + ".",
+        _code_rule(runs[0]),
         "## What was done under which rule",
         "\n".join(f"- {fact}" for fact in rules(runs, files, manifest)),
         "## Again",
@@ -200,6 +200,11 @@ def readme(
         "\n".join(f"- `{name}`: {what}" for name, what in files.items()),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _code_rule(run: FinishedRun) -> str:
+    rule = FORMER_RULE if run.code_name == FORMER_NAME else CODE_RULE
+    return rule.replace("\n", " ").replace("code: ", "Counted code: ", 1) + "."
 
 
 def _opening(runs: Sequence[FinishedRun]) -> str:
@@ -464,16 +469,18 @@ def _commands(runs: Sequence[FinishedRun], files: dict[str, str]) -> str:
     commit = run.summary.commit
     tokenizer = TOKENIZER_NAME if TOKENIZER_NAME in files else "TOKENIZER"
     train, score = (several + "-m pgolf", several) if ranks > 1 else ("python -m pgolf", "python ")
+    score += "score.py" if run.code_name == FORMER_NAME else run.code_name
+    score += " --evaluate" if run.code_name == TRAIN_NAME else ""
     lines = [
         f"git checkout {commit.removesuffix('-dirty')}" if commit else "",
         "pip install -r requirements.txt",
         "pip install --no-build-isolation .     # in pgolf's sources",
         f"pgolf data shards --train TEXT ... --val TEXT --tokenizer {tokenizer} --out SHARDS",
         *(f"{train} train config.json --data SHARDS --seed {run.seed}" for run in runs),
-        *(f"{score}score.py model_seed{run.seed}.pgolf --data SHARDS" for run in runs),
+        *(f"{score} model_seed{run.seed}.pgolf --data SHARDS" for run in runs),
     ]
     if run.summary.headline == "ttt":
-        lines += [f"{score}score.py model_seed{run.seed}.pgolf --data SHARDS --ttt" for run in runs]
+        lines += [f"{score} model_seed{run.seed}.pgolf --data SHARDS --ttt" for run in runs]
     text = "```\n" + "\n".join(line for line in lines if line) + "\n```"
     if commit.endswith("-dirty"):
         text += "\n\nThe sources differed from that commit when the runs were started."

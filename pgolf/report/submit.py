@@ -1,7 +1,9 @@
 """The submission folder of finished runs: everything that checks, scores or repeats them, written as a whole.
 
     README.md  submission.json  config.json  train_seed<seed>.log  loss_seed<seed>.png  model_seed<seed>.pgolf
-    code.br (the counted code)  score.py (unpacks and calls it)  requirements.txt  tokenizer.model
+    evaluate_gpt.py (the counted program, which scores the artifacts)  requirements.txt  tokenizer.model
+
+Older runs have code.br (the code that they counted) and score.py (which unpacks and calls it) in its place.
 
 Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
 Source: the folders below records/track_10min_16mb of the parameter-golf repository, PR #1855's among them.
@@ -17,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from pgolf.artifact.code_rule import FORMER_NAME
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
@@ -26,7 +29,7 @@ from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
-    r"README\.md|submission\.json|config\.json|code\.br|score\.py|requirements\.txt|tokenizer\.model"
+    r"README\.md|submission\.json|config\.json|(evaluate|train)_gpt\.py|code\.br|score\.py|requirements\.txt|tokenizer\.model"
     r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf)"
 )
 """Names of the files that a submission holds: only these are replaced."""
@@ -84,19 +87,29 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
         if (run.folder / "loss.png").is_file():
             shutil.copyfile(run.folder / "loss.png", folder / names[2])
             files[names[2]] = "training loss"
-    code = runs[0].code
-    (folder / "code.br").write_bytes(code)
-    files["code.br"] = f"the counted code, {len(code):,} bytes: modules after lines `# path`, in brotli"
-    files["score.py"] = _add_score(runs, folder)
+    files |= _add_code(runs, folder)
     _write(folder / "requirements.txt", requirements(runs[0]))
-    files["requirements.txt"] = (
-        "the libraries that code.br imports; pgolf's compiled extension is needed in addition"
-    )
     tokenizer = _tokenizer(runs, shards)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
         files[TOKENIZER_NAME] = "the tokenizer, not counted"
     return files
+
+
+def _add_code(runs: Sequence[FinishedRun], folder: Path) -> dict[str, str]:
+    """Write the counted code; return what the README says of it and of the libraries that it needs."""
+    code, name = runs[0].code, runs[0].code_name
+    (folder / name).write_bytes(code)
+    if name != FORMER_NAME:
+        return {
+            name: f"the counted program, {len(code):,} bytes: it scores the artifacts, without pgolf",
+            "requirements.txt": f"the libraries that {name} imports; it needs g++ 10 or newer too",
+        }
+    return {
+        name: f"the counted code, {len(code):,} bytes: modules after lines `# path`, in brotli",
+        "score.py": _add_score(runs, folder),
+        "requirements.txt": f"the libraries that {name} imports; pgolf's compiled extension is needed too",
+    }
 
 
 def _add_score(runs: Sequence[FinishedRun], folder: Path) -> str:

@@ -5,11 +5,11 @@
     after the clock     write, read back, score, plot
 
 The run folder holds config.json, metrics.jsonl, log.txt, raw.safetensors, ema.safetensors, model.pgolf,
-code.br (the code that is counted with it), tokenizer.model (a copy), loss.png, summary.json and report.html;
-with train.quantize off, no model.pgolf and no code.br. Each phase writes what it made before the next one
-begins, so a late failure loses nothing. While a run is under way its folder also holds what another process
-needs to go on (`pgolf.train.progress`): whatever ends a process, a signal, a crash or a lost rank,
-`train_run(..., resume=folder)` continues, and the reason is a line of log.txt.
+evaluate_gpt.py (the code that is counted with it), tokenizer.model (a copy), loss.png, summary.json and
+report.html; with train.quantize off, no model.pgolf and no evaluate_gpt.py. Each phase writes what it made
+before the next one begins, so a late failure loses nothing. While a run is under way its folder also holds
+what another process needs to go on (`pgolf.train.progress`): whatever ends a process, a signal, a crash or a
+lost rank, `train_run(..., resume=folder)` continues, and the reason is a line of log.txt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgolf.artifact.code import code_archive
+from pgolf.artifact.code import CODE_NAME, code_program
 from pgolf.artifact.fit import write_quantized
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
@@ -385,8 +385,8 @@ class Run:
                     tokenizer_sha256=self._data.sha256,
                     first=first,
                 )
-                with atomic_file(self._folder / "code.br") as file:
-                    file.write(code_archive())
+                with atomic_file(self._folder / CODE_NAME) as file:
+                    file.write(code_program())
             except Exception as e:
                 error = e
         self._dist.check(error)

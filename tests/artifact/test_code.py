@@ -2,13 +2,23 @@
 
 import ast
 import io
+import sys
 import tokenize
 from pathlib import Path
 
-import brotli
 import pytest
 
-from pgolf.artifact.code import code_bytes, code_text, reader_code, unpack_code
+from pgolf.artifact.code import (
+    EVALUATE,
+    SCRIPT,
+    TRAIN,
+    code_bytes,
+    code_program,
+    code_text,
+    reader_code,
+    unpack_code,
+)
+from pgolf.artifact.portable import references, without_extension
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +32,9 @@ def test_it_is_what_reading_and_scoring_import(code):
     wanted = {"artifact/read", "artifact/header", "evaluate/ttt", "model/gpt", "quant/grid", "config"}
     assert {f"pgolf/{name}.py" for name in wanted} <= set(code)
     folders = {path.split("/")[1] for path in code}
-    assert not folders & {"train", "optim", "cli", "report", "presets.py"}
+    assert not folders & {"train", "optim", "cli", "presets.py"}
+    reports = {path for path in code if path.startswith("pgolf/report/")}
+    assert reports == {"pgolf/report/__init__.py", "pgolf/report/alone.py"}
     assert not set(code) & {"pgolf/quant/gptq.py", "pgolf/artifact/write.py", "pgolf/ops/muon_step.py"}
 
 
@@ -44,8 +56,7 @@ def test_functions_that_nothing_names_are_left_out_and_others_kept(code):
     assert "encode_codes" not in names["pgolf/ops/range_coder.py"]
     assert "compress" not in names["pgolf/artifact/codec.py"]
     # Called by the dispatcher only: their decorators registered them.
-    assert "linear_softcap_ce" in names["pgolf/ops/linear_softcap_ce.py"]
-    assert any("register_fake" in source for source in code.values())
+    assert "_forward" in names["pgolf/model/fa4.py"]
 
 
 def methods(source):
@@ -55,9 +66,8 @@ def methods(source):
 
 
 def test_methods_that_nothing_names_are_left_out_but_for_what_the_scoring_program_calls(code):
-    program = ast.parse((ROOT / "pgolf" / "report" / "score.py").read_text())
+    program = ast.parse((ROOT / "pgolf" / "report" / "alone.py").read_text())
     called = {n.attr for n in ast.walk(program) if isinstance(n, ast.Attribute)}
-    called |= {"checked"}  # by getattr
     gone = set()
     for path, source in code.items():
         kept = methods(source)
@@ -80,6 +90,91 @@ def test_no_function_that_nothing_registers_has_types(code):
 def test_what_is_counted_is_what_unpacks(code, tmp_path):
     text = code_text()
     paths = unpack_code(text, tmp_path)
-    assert {str(p.relative_to(tmp_path)): p.read_text().removesuffix("\n") for p in paths} == code
-    assert code_bytes() == len(brotli.compress(text.encode(), quality=11, lgwin=24))
-    assert 15_000 < code_bytes() < 36_000
+    found = {str(p.relative_to(tmp_path)): p.read_text().removesuffix("\n") for p in paths}
+    assert found.pop(EVALUATE.coder) == (ROOT / EVALUATE.coder).read_text().strip()
+    assert found == code
+    assert code_bytes() == len(code_program())
+    assert 30_000 < code_bytes() < 53_000
+
+
+ALLOWED = {"torch", "numpy", "sentencepiece", "brotli", "triton", "flash_attn", "pgolf"}
+
+
+OPTIONAL = {EVALUATE: set(), TRAIN: {"matplotlib", "tensorboard", "wandb"}}
+"""Packages that a program uses where they are installed: a run without them has no plot and no tracker."""
+
+
+@pytest.mark.parametrize("program", [EVALUATE, TRAIN], ids=lambda p: p.name)
+def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(program):
+    allowed = ALLOWED | OPTIONAL[program] | set(sys.stdlib_module_names)
+    for path, source in {**reader_code(program), SCRIPT: code_program(program).decode()}.items():
+        for node in ast.walk(ast.parse(source)):
+            named = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.Import):
+                top = {name.split(".")[0] for name in named}
+            elif isinstance(node, ast.ImportFrom):
+                top = {(node.module or "").split(".")[0]}
+                assert node.level == 0
+            else:
+                continue
+            assert top <= allowed, path
+            assert "_C" not in named and not [n for n in named if n.startswith("pgolf._C")], path
+        if path != "pgolf/model/fa4.py":  # which defines its operators itself
+            assert "torch.ops.pgolf" not in source and "pgolf::" not in source, path
+
+
+def test_the_size_of_the_program_that_trains():
+    assert 90_000 < len(code_program(TRAIN)) < 127_000
+
+
+@pytest.mark.parametrize("which", [EVALUATE, TRAIN], ids=lambda p: p.name)
+def test_the_program_is_plain_text_that_runs_nothing_when_it_is_imported(which):
+    program = code_program(which)
+    tree = ast.parse(program)
+    assert program.isascii() and isinstance(tree.body[-1], ast.If)
+    assert {type(node) for node in tree.body} == {
+        ast.Import,
+        ast.ImportFrom,
+        ast.Assign,
+        ast.FunctionDef,
+        ast.If,
+    }
+
+
+def test_references_take_the_place_of_operators(code):
+    found = references(ROOT / "pgolf" / "ops")
+    assert {"linear_softcap_ce_ref": "linear_softcap_ce", "trellis_values_ref": "trellis_values"}.items() <= (
+        found.items()
+    )
+    assert "decode_codes_ref" not in found, "60 us per code"
+    source = code["pgolf/ops/linear_softcap_ce.py"]
+    assert "torch.nn.functional.linear" in source and "_ref" not in source and "_backward" not in source
+
+
+def test_a_module_is_rewritten_to_need_no_extension():
+    source = """
+import pgolf.ops._extension
+from pgolf import _C
+from pgolf.ops.other import other, other_ref
+from safetensors.torch import save
+def f(x):
+    return torch.ops.pgolf.f(x)
+def f_ref(x):
+    return other_ref(x) + _used(x)
+def _used(x):
+    return x
+def _backward(x):
+    return _only_for_backward(x)
+def _only_for_backward(x):
+    return x
+torch.library.register_autograd("pgolf::f", _backward)
+refuse_derivatives("f", "f")
+"""
+    names = {"f_ref": "f", "other_ref": "other"}
+    assert ast.unparse(without_extension(ast.parse(source), names, operators=True)) == (
+        "from pgolf.ops import _coder as _C\n"
+        "from pgolf.ops.other import other\n"
+        "from pgolf.artifact.tensor_file import save\n\n"
+        "def f(x):\n    return other(x) + _used(x)\n\n"
+        "def _used(x):\n    return x"
+    )

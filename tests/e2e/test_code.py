@@ -1,4 +1,4 @@
-"""The counted code reads and scores an artifact, with nothing else of pgolf except for its extension."""
+"""The counted program reads and scores an artifact with nothing else of pgolf, nor its extension."""
 
 import json
 import os
@@ -6,63 +6,159 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pgolf import _C
-from pgolf.artifact.read import load_model
+import pytest
+import torch
+
+from pgolf.artifact.code import CODE_NAME, code_bytes
+from pgolf.artifact.read import load_model, read_artifact
 from pgolf.cli.main import main
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
-SCORE = """
-import json, sys
+NO_PGOLF = """
+import importlib.util, sys
+assert importlib.util.find_spec("pgolf") is None
+"""
+WEIGHTS = """
+import sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
 import torch
 import pgolf
+from pgolf.artifact.read import read_artifact
+assert Path(pgolf.__file__).is_relative_to(sys.argv[2])
+assert not any("pgolf/_C" in str(getattr(m, "__file__", "")) for m in list(sys.modules.values()))
+torch.save(read_artifact(Path(sys.argv[1])).state, sys.argv[3])
+"""
+SCORES = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+import torch
 from pgolf.artifact.read import load_model
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
-from pgolf.evaluate.validation import DataFolder, score_as, score_model
+from pgolf.evaluate.validation import DataFolder, score_as
 
 torch.set_num_threads(1)
 model = load_model(Path(sys.argv[1]), "cpu")
-adapters = TttConfig(rank=2)
 data_folder = DataFolder.open(Path(sys.argv[2]), vocab_size=model.config.vocab_size)
 text, dist = data_folder.validation(documents=6), Dist.start("cpu")
 found = {
-    mode: score_as(mode, model, data_folder, text, dist, batch_tokens=512, stride=16, ttt=adapters).nats
+    mode: score_as(
+        mode, model, data_folder, text, dist, batch_tokens=512, stride=16, ttt=TttConfig(rank=2)
+    ).bpb
     for mode in ("plain", "sliding", "ttt")
 }
-try:
-    import pgolf.train.run
-    rest = True
-except ImportError:
-    rest = False
-whole = score_model(model, data_folder, 512, dist).nats
-print(json.dumps([found, whole, pgolf.__file__, rest]))
+print(json.dumps(found))
 """
 
 
-def test_counted_code_reads_and_scores_as_the_package_does(run, shards, tmp_path, capsys, one_thread):
-    folder = tmp_path / "code"
-    assert main(["artifact", "code", str(folder)]) == 0
-    assert "bytes counted" in capsys.readouterr().out
-    extension = Path(_C.__file__)
-    (folder / "pgolf" / extension.name).symlink_to(extension)
-    done = subprocess.run(
-        [sys.executable, "-c", SCORE, str(run / "model.pgolf"), str(shards)],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
+def libraries() -> str:
+    """Return a path entry with the installed packages but not pgolf: Python's own, where no pgolf is."""
+    return str(Path(torch.__file__).parents[1])
+
+
+def bare(*arguments: str, cwd: Path, environment: dict[str, str] | None = None):
+    """Run an isolated Python (-I: no PYTHON variables, no user packages) in an almost empty environment.
+
+    Editable installs of pgolf are files in site-packages, so Python starts without it (-S) and gets the
+    libraries as one plain folder, in which an import of pgolf fails.
+    """
+    start = f"import sys; sys.path.append({libraries()!r}); sys.argv = sys.argv[1:]; import runpy\n{NO_PGOLF}"
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-I", "-S", "-c", start, *arguments],
+        cwd=cwd,
+        env={"OMP_NUM_THREADS": "1", **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory):
+    """The folder that `pgolf artifact code` writes."""
+    folder = tmp_path_factory.mktemp("counted") / "code"
+    assert main(["artifact", "code", str(folder)]) == 0
+    return folder
+
+
+def alone(run: Path, code: Path, folder: Path) -> None:
+    """Put a program and an artifact, and nothing else, into a folder."""
+    folder.mkdir()
+    (folder / CODE_NAME).write_bytes((code / CODE_NAME).read_bytes())
+    (folder / "model.pgolf").write_bytes((run / "model.pgolf").read_bytes())
+
+
+def test_the_command_says_what_counts(tmp_path, capsys):
+    assert main(["artifact", "code", str(tmp_path / "code")]) == 0
+    assert f"{code_bytes():,} bytes counted" in capsys.readouterr().out
+    assert (tmp_path / "code" / CODE_NAME).stat().st_size == code_bytes()
+    assert main(["artifact", "code", str(tmp_path / "code")]) == 2
+
+
+def test_the_program_scores_in_an_empty_folder_as_the_package_does(run, code, shards, tmp_path, one_thread):
+    alone(run, code, tmp_path / "alone")
+    done = bare(CODE_NAME, "model.pgolf", "--data", str(shards), cwd=tmp_path / "alone")
     assert done.returncode == 0, done.stderr[-2000:]
-    found, whole, where, rest = json.loads(done.stdout.splitlines()[-1])
-    assert Path(where).is_relative_to(folder) and not rest
+    model = load_model(run / "model.pgolf", "cpu")
+    data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
+    found = score_model(model, data_folder, 512, Dist.start("cpu"))
+    assert float(done.stdout.split()[0]) == pytest.approx(found.bpb, abs=1e-6)
+    counted = json.loads((run / "summary.json").read_text())["bytes"]["total"]
+    assert f"= {counted:,} bytes" in done.stdout
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {CODE_NAME, "model.pgolf"}
+
+
+def test_its_weights_are_those_of_the_package_bit_for_bit(run, code, tmp_path):
+    (tmp_path / "weights.py").write_text(WEIGHTS)
+    arguments = [str(run / "model.pgolf"), str(code), str(tmp_path / "weights.pt")]
+    done = bare("weights.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, ours = torch.load(tmp_path / "weights.pt"), read_artifact(run / "model.pgolf").state
+    assert found.keys() == ours.keys() and len(ours) > 5
+    for name, value in ours.items():
+        assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
+    (tmp_path / "scores.py").write_text(SCORES)
+    done = bare("scores.py", str(run / "model.pgolf"), str(shards), str(code), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
     model = load_model(run / "model.pgolf", "cpu")
     data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
     text, dist = data_folder.validation(documents=6), Dist.start("cpu")
     settings = {"batch_tokens": 512, "stride": 16, "ttt": TttConfig(rank=2)}
-    for mode, nats in found.items():
-        assert nats == score_as(mode, model, data_folder, text, dist, **settings).nats, mode
-    assert whole == score_model(model, data_folder, 512, dist).nats
+    for mode, bpb in json.loads(done.stdout.splitlines()[-1]).items():
+        ours = score_as(mode, model, data_folder, text, dist, **settings).bpb
+        assert bpb == pytest.approx(ours, abs=1e-6), mode
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["model.pgolf"], {"CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler' found"),
+        (["model.pgolf"], {"CXX": "false"}, "'false' could not compile the coder of the model file"),
+        (["absent.pgolf"], {}, "no artifact at absent.pgolf"),
+        (["torn.pgolf"], {}, "artifact"),
+        (["model.pgolf", "--config", "absent.json"], {}, "absent.json is not the config.json of a run"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_sentence(run, code, shards, tmp_path, arguments, environment, message):
+    folder = tmp_path / "alone"
+    alone(run, code, folder)
+    (folder / "torn.pgolf").write_bytes((run / "model.pgolf").read_bytes()[:4000])
+    done = bare(CODE_NAME, *arguments, "--data", str(shards), cwd=folder, environment=environment)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_settings_of_the_run_are_those_of_its_config(run, code, shards, tmp_path):
+    alone(run, code, tmp_path / "alone")
+    (tmp_path / "alone" / "config.json").write_bytes((run / "config.json").read_bytes())
+    done = bare(CODE_NAME, "model.pgolf", "--data", str(shards), "--ttt", cwd=tmp_path / "alone")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert os.linesep in done.stdout and float(done.stdout.split()[0]) > 0

@@ -67,7 +67,7 @@ def test_run_writes_everything_and_learns(run, shards):
     s = summary(run)
     assert s.train.steps == 6 and s.train.loop_step == 3
     assert 0 < s.train.ms_optimizer < s.train.ms_loop_off
-    assert len((run / "code.br").read_bytes()) == s.ledger.code
+    assert len((run / "evaluate_gpt.py").read_bytes()) == s.ledger.code
     assert {"python", "torch"} <= s.versions.keys() and s.started.endswith("Z")
     assert s.scores["quantized"].bytes == s.scores["raw"].bytes
     assert s.ledger.model_bytes == (run / "model.pgolf").stat().st_size

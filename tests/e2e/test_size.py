@@ -112,3 +112,15 @@ def test_bad_words_are_named(tmp_path, capsys):
     assert "'recrod' is neither a preset" in capsys.readouterr().err
     assert main(["size", str(tmp_path)]) == 2
     assert "no checkpoint at" in capsys.readouterr().err
+
+
+def test_the_code_of_an_older_run_is_counted_by_its_own_rule(run, tmp_path, capsys):
+    (tmp_path / "model.pgolf").write_bytes((run / "model.pgolf").read_bytes())
+    for name, words in (
+        ("code.br", "extension (which this code needs)"),
+        ("train_gpt.py", "the whole of one"),
+    ):
+        (tmp_path / name).write_bytes(bytes(12_345))
+        assert main(["size", str(tmp_path / "model.pgolf")]) == 0
+        text = capsys.readouterr().out
+        assert "12,345 bytes" in text and words in text

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import brotli
 import pytest
 
 from pgolf import _C
@@ -69,8 +70,7 @@ def test_the_folder_holds_all_of_a_submission(written, seeds):
         "README.md",
         "submission.json",
         "config.json",
-        "code.br",
-        "score.py",
+        "evaluate_gpt.py",
         "requirements.txt",
         "tokenizer.model",
     }
@@ -94,26 +94,53 @@ def test_the_same_runs_give_the_same_bytes_in_any_order(written, seeds, tmp_path
     assert contents(tmp_path / "again") == contents(written)
 
 
-def test_the_folder_scores_with_nothing_else_of_pgolf_but_its_extension(written, seeds, shards, tmp_path):
-    stub = tmp_path / "pgolf"
-    stub.mkdir()
-    (stub / "__init__.py").touch()
-    (stub / Path(_C.__file__).name).symlink_to(_C.__file__)
-    (stub / "_C.cpython-39-other.so").write_bytes(b"of another Python")
+def test_the_folder_scores_with_nothing_else_of_pgolf(written, seeds, shards, tmp_path):
+    (tmp_path / "pgolf.py").write_text("raise ImportError('another pgolf was imported')")
     scores = json.loads((seeds[0] / "summary.json").read_text())["scores"]
     for name, more in (("quantized", []), ("ttt", ["--ttt"])):
-        done = subprocess.run(
-            [sys.executable, "score.py", "model_seed42.pgolf", "--data", str(shards), *more],
-            cwd=written,
-            env=os.environ | {"PYTHONPATH": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = scored(written, shards, tmp_path, "evaluate_gpt.py", *more)
         assert done.returncode == 0, done.stderr[-2000:]
         assert float(done.stdout.split()[0]) == pytest.approx(scores[name]["bpb"], abs=1e-5)
         total = json.loads((seeds[0] / "summary.json").read_text())["bytes"]["total"]
         assert f"= {total:,} bytes" in done.stdout
+
+
+def scored(folder: Path, shards: Path, path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a program of a submission on its first model, with `path` in front of the installed packages."""
+    program, *more = command
+    return subprocess.run(
+        [sys.executable, program, "model_seed42.pgolf", "--data", str(shards), *more],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_an_older_run_keeps_its_code_which_needs_the_extension(seeds, shards, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(seeds[0], run)
+    (run / "evaluate_gpt.py").unlink()
+    package = Path(_C.__file__).parent
+    sources = {p.relative_to(package.parent): p.read_text() for p in sorted(package.rglob("*.py"))}
+    text = "".join(f"# {path}\n{source}\n" for path, source in sources.items())
+    (run / "code.br").write_bytes(brotli.compress(text.encode(), quality=4))
+    code = (run / "code.br").stat().st_size
+    edited(run, "summary.json", lambda s: s["bytes"].update(code=code, total=s["bytes"]["model"] + code))
+    assert write([run], tmp_path / "out") == 0
+    assert (tmp_path / "out" / "code.br").stat().st_size == code
+    assert not (tmp_path / "out" / "evaluate_gpt.py").exists()
+    assert "compiled extension" in (tmp_path / "out" / "README.md").read_text()
+    stub = tmp_path / "path" / "pgolf"
+    stub.mkdir(parents=True)
+    (stub / "__init__.py").touch()
+    (stub / Path(_C.__file__).name).symlink_to(_C.__file__)
+    (stub / "_C.cpython-39-other.so").write_bytes(b"of another Python")
+    done = scored(tmp_path / "out", shards, stub.parent, "score.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    bpb = json.loads((run / "summary.json").read_text())["scores"]["quantized"]["bpb"]
+    assert float(done.stdout.split()[0]) == pytest.approx(bpb, abs=1e-5)
 
 
 def test_requirements_are_what_the_counted_code_imports(written):
@@ -258,7 +285,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "torn artifact": (lambda run: os.truncate(run / "model.pgolf", 4000), "artifact"),
     "other code": (
-        lambda run: (run / "code.br").write_bytes(b"x"),
+        lambda run: (run / "evaluate_gpt.py").write_bytes(b"x"),
         "use the tree that ran it",
     ),
     "other machine": (
@@ -460,10 +487,10 @@ def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same
     seeds, tmp_path, monkeypatch, capsys
 ):
     shutil.copytree(seeds[0], tmp_path / "run")
-    code = (tmp_path / "run" / "code.br").read_bytes()
-    (tmp_path / "run" / "code.br").unlink()
+    code = (tmp_path / "run" / "evaluate_gpt.py").read_bytes()
+    (tmp_path / "run" / "evaluate_gpt.py").unlink()
     assert write([tmp_path / "run"], tmp_path / "out") == 0
-    assert (tmp_path / "out" / "code.br").read_bytes() == code
-    monkeypatch.setattr("pgolf.report.finished_runs.code_archive", lambda: b"changed")
+    assert (tmp_path / "out" / "evaluate_gpt.py").read_bytes() == code
+    monkeypatch.setattr("pgolf.report.finished_runs.code_program", lambda: b"changed")
     assert write([tmp_path / "run"], tmp_path / "other") == 2
     assert "the code of this tree (the run kept none) has 7" in capsys.readouterr().err

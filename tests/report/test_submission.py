@@ -140,7 +140,9 @@ def test_the_commands_start_as_many_ranks_as_ran():
     assert "python -m pgolf train config.json --data SHARDS --seed 42" in commands[1]
     start = "torchrun --standalone --nproc_per_node=8 "
     assert f"{start}-m pgolf train config.json --data SHARDS --seed 42" in commands[8]
-    assert f"{start}score.py model_seed42.pgolf --data SHARDS" in commands[8]
+    assert f"{start}evaluate_gpt.py model_seed42.pgolf --data SHARDS" in commands[8]
+    older = readme([replace(finished(), code_name="code.br")], Entry(), {}, None)
+    assert "python score.py model_seed42.pgolf" in older and "extension (which this code needs)" in older
 
 
 def test_what_somebody_says_must_be_text_and_a_number():
