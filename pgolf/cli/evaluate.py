@@ -89,13 +89,13 @@ def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
 
     header = artifact.header
     data_folder = DataFolder.open(args.data, vocab_size=header.model.vocab_size)
-    check_foreign(data_folder.folder)
     if header.tokenizer_sha256 != data_folder.sha256:
         theirs, ours = header.tokenizer_sha256[:16], data_folder.sha256[:16]
         raise UserError(
             f"{args.artifact} was trained with another tokenizer (sha256 {theirs}...) than the one in "
             f"{args.data} ({ours}...); use a folder with the tokenizer.model of the run"
         )
+    check_foreign(data_folder.folder)
     return data_folder
 
 

@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
     data = replace(saved.data, dir=args.data)
     config = replace(saved, data=data, quant=args.quant, artifact=args.artifact)
     data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
-    check_foreign(data_folder.folder, training=config.data.verify)
     check_tokenizer(args.checkpoint, facts, data_folder.sha256)
+    check_foreign(data_folder.folder, training=config.data.verify)
     check_output(args.out, "--out")
     data_folder.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)

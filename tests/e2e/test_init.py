@@ -95,7 +95,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run(run, shards, t
     other.mkdir()
     for path in shards.iterdir():
         shutil.copy(model if path.name == "tokenizer.model" else path, other / path.name)
-    (other / "manifest.json").unlink()  # it would say before that the tokenizer is another
+    # Manifest and sidecar would say before that the tokenizer is another.
+    (other / "manifest.json").unlink()
+    (other / "text_val_bytes_000000.bin").unlink()
     refused("was trained with another tokenizer", f"--data={other}")
     start = tmp_path / "renamed.safetensors"
     other_names(run, start)
