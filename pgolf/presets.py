@@ -54,6 +54,66 @@ def pr1787() -> Config:
     )
 
 
+def pr2014() -> Config:
+    """PR #2014's training: #1855 with segments of 1,024, then 2,048, then 3,072 tokens."""
+    base = pr1855()
+    return replace(
+        base,
+        name="pr2014",
+        model=replace(base.model, max_context=3072, qk_gain=5.25),
+        train=replace(base.train, context_stages="1024@0.1,2048@0.7"),
+    )
+
+
+def pr1831() -> Config:
+    """PR #1831's settings, the arm with a triple per iteration: #1493 with five steps of Polar Express."""
+    base = pr1493()
+    muon = replace(base.optim.muon, coefficients="polar_express_golf")
+    return replace(base, name="pr1831", optim=replace(base.optim, muon=muon))
+
+
+def pr1831_fixed() -> Config:
+    """PR #1831's settings, the arm with one fixed triple: those of #1493."""
+    return replace(pr1493(), name="pr1831_fixed")
+
+
+def pr1809() -> Config:
+    """PR #1809's settings: #1493 with the first four of the five steps of Polar Express."""
+    base = pr1493()
+    muon = replace(base.optim.muon, coefficients="polar_express_golf_truncated", ns_steps=4)
+    return replace(base, name="pr1809", optim=replace(base.optim, muon=muon))
+
+
+def pr1516() -> Config:
+    """PR #1516's settings: #1514 (Muon momentum 0.97) with Polar Express."""
+    base = pr1394()
+    muon = replace(base.optim.muon, momentum=0.97, coefficients="polar_express_golf")
+    return replace(
+        base,
+        name="pr1516",
+        model=replace(base.model, qk_gain=5.0, recurrence_start=3, parallel="gptj", parallel_from=7),
+        optim=replace(base.optim, muon=muon, ema_horizon=0.0678),  # 333 of 4,912 steps
+    )
+
+
+def pr1493() -> Config:
+    """PR #1493's settings: #1394 with three layers repeated, attention beside the MLP from layer 7 on."""
+    base = pr1394()
+    muon = replace(base.optim.muon, lr=0.022, weight_decay=0.095)
+    return replace(
+        base,
+        name="pr1493",
+        model=replace(base.model, qk_gain=5.25, recurrence_start=3, parallel="gptj", parallel_from=7),
+        optim=replace(
+            base.optim,
+            muon=muon,
+            warmdown=0.72,
+            ema_horizon=0.0629,  # 286 of 4,550 steps
+            recurrence_at=0.35,
+        ),
+    )
+
+
 def pr1394() -> Config:
     """PR #1394's settings: SP8192, two layers repeated from half of the run on, no gates, no lanes."""
     base = pr1855()
@@ -188,7 +248,21 @@ def tiny() -> Config:
 
 
 PRESETS: dict[str, Callable[[], Config]] = {
-    make.__name__: make for make in (pr1855, pr1851, pr1787, pr1394, naive, tiny)
+    make.__name__: make
+    for make in (
+        pr1855,
+        pr2014,
+        pr1851,
+        pr1787,
+        pr1831,
+        pr1831_fixed,
+        pr1809,
+        pr1516,
+        pr1493,
+        pr1394,
+        naive,
+        tiny,
+    )
 }
 OLD_NAMES = {"record": "pr1855"}
 """Earlier names of presets; they work, with a note, until version 0.3."""
