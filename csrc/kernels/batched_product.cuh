@@ -143,7 +143,8 @@ struct Shape {
   static_assert(Tile * Stage::kStride * static_cast<int>(sizeof(D)) <= kSharedBytes,
                 "the epilogue reuses the ring");
   // Of sm_80 and newer, sm_86, sm_89 and sm_120 give a block least.
-  static_assert(kSharedBytes <= 101376, "more shared memory than a block of sm_86, sm_89 and sm_120 can have");
+  static_assert(kSharedBytes <= 101376,
+                "more shared memory than a block of sm_86, sm_89 and sm_120 can have");
 };
 
 struct TilePlace {
