@@ -69,9 +69,8 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
 
     The embedding is N(0, embed_init_std^2); the matrices of q, k, v and MLP-up are orthogonal; both output
     projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
-    lanes are 1.1. The table of the bigram hash is 0, its projection orthogonal / sqrt(2 L) (with zeros for
-    both it would never learn) and its scale 0.05; the table of the value embeddings is N(0, 0.01^2), their
-    projection 0 and their scale 0.1.
+    lanes are 1.1. The table of the bigram hash is 0 and its scale 0.05; the table of the value embeddings is
+    N(0, 0.01^2) and their scale 0.1; both projections are orthogonal, as the script of PR #549 makes them.
     """
     rng = torch.Generator().manual_seed(seed)
     p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
@@ -90,7 +89,8 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
     if config.head_gate == "dense":
         p["head_gate"].normal_(std=0.005, generator=rng)
     if config.bigram_buckets:
-        nn.init.orthogonal_(p["bigram_proj"][0], gain=(2 * config.layers) ** -0.5, generator=rng)
+        nn.init.orthogonal_(p["bigram_proj"][0], generator=rng)
     if config.value_embed_layers:
         p["value_table"].normal_(std=0.01, generator=rng)
+        nn.init.orthogonal_(p["value_proj"][0], generator=rng)
     return p

@@ -33,9 +33,9 @@ def test_they_begin_as_published_and_each_part_learns():
     assert sizes == parameter_shapes(config)
     assert sizes["bigram_table"] == (40, 6) and sizes["bigram_proj"] == (1, 32, 6)
     assert sizes["value_table"] == (96, 5) and sizes["value_proj"] == (1, config.kv_width, 5)
-    assert not model.bigram_table.any() and not model.value_proj.any()
-    gram = model.bigram_proj[0].T @ model.bigram_proj[0]
-    torch.testing.assert_close(gram, torch.eye(6) / (2 * config.layers))
+    assert not model.bigram_table.any()
+    for projection in (model.bigram_proj[0], model.value_proj[0]):
+        torch.testing.assert_close(projection.T @ projection, torch.eye(projection.shape[1]))
     assert model.bigram_scale.item() == pytest.approx(0.05)
     assert model.value_scale.item() == pytest.approx(0.1) and model.value_layer_scale.tolist() == [1, 1]
     assert model.value_table.std().item() == pytest.approx(0.01, rel=0.1)
