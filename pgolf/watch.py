@@ -148,15 +148,20 @@ class Watch:
             peer, _ = listener.accept()
             peer.settimeout(2.0)  # a foreign connection that sends nothing must not delay the ranks
             with contextlib.suppress(OSError, ValueError, UnicodeError):
-                word, rank, given = _read_line(peer).split()
+                line, rest = _read_line(peer)
+                word, rank, given = line.split()
                 if word == "hello" and int(given) == token:
-                    self._add(int(rank), peer)
+                    self._add(int(rank), peer, rest)
                     continue
             peer.close()
 
-    def _add(self, rank: int, peer: socket.socket) -> None:
+    def _add(self, rank: int, peer: socket.socket, rest: bytes = b"") -> None:
+        """Watch a connection, of which `rest` was read already."""
         peer.setblocking(False)
-        entry = _Peer(rank, peer, time.monotonic())
+        # Every line leaves at once. Otherwise the farewell may wait for the acknowledgement of the line before,
+        # and the end of the connection would then take it along.
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        entry = _Peer(rank, peer, time.monotonic(), rest)
         self._peers.append(entry)
         self._selector.register(peer, selectors.EVENT_READ, entry)
 
@@ -239,6 +244,10 @@ class Watch:
         self._tell(f"bye {self._farewell or ''}".rstrip())
         for peer in self._peers:
             with contextlib.suppress(OSError):
+                # A socket that is closed with unread data resets the connection instead of ending it.
+                while peer.socket.recv(65536):
+                    pass
+            with contextlib.suppress(OSError):
                 peer.socket.close()
         self._selector.close()
 
@@ -280,11 +289,13 @@ def _exit(reason: str) -> None:
     os._exit(2)
 
 
-def _read_line(peer: socket.socket) -> str:
+def _read_line(peer: socket.socket) -> tuple[str, bytes]:
+    """Return the first line, of at most 64 bytes, and what came with it: a rank may have gone on to beats."""
     data = b""
-    while not data.endswith(b"\n") and len(data) < 64:
+    while b"\n" not in data and len(data) < 64:
         got = peer.recv(64 - len(data))
         if not got:
             break
         data += got
-    return data.decode().strip()
+    line, _, rest = data.partition(b"\n")
+    return line.decode(), rest

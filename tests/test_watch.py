@@ -90,6 +90,34 @@ def test_ranks_that_say_goodbye_are_not_lost(watches, monkeypatch):
     assert not any(told.values())
 
 
+def test_a_farewell_right_after_a_beat_arrives(watches, monkeypatch):
+    """It was lost in one of thirty of these, while an acknowledgement of the beat was pending."""
+    monkeypatch.setattr(module, "BEAT_S", 0.0)
+    monkeypatch.setattr(module, "PERIOD_S", 0.002)
+    for _ in range(60):
+        ranks, told = watches(2, timeout_s=5.0)
+        time.sleep(0.02)
+        ranks[1].leave()
+        time.sleep(0.06)
+        ranks[0].leave()
+        assert not any(told.values())
+
+
+def test_a_rank_that_beats_before_rank_0_has_read_its_hello_is_welcome(watches, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_S", 0.0)
+    monkeypatch.setattr(module, "PERIOD_S", 0.001)
+    read = module._read_line
+
+    def late(peer: object) -> object:
+        time.sleep(0.1)
+        return read(peer)
+
+    monkeypatch.setattr(module, "_read_line", late)
+    ranks, told = watches(2)
+    time.sleep(0.1)
+    assert not any(told.values()) and len(ranks) == 2
+
+
 def test_one_process_needs_no_connection_and_beats(monkeypatch):
     beats: list[float] = []
     monkeypatch.setattr(module, "PERIOD_S", 0.02)
