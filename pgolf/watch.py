@@ -158,8 +158,8 @@ class Watch:
     def _add(self, rank: int, peer: socket.socket, rest: bytes = b"") -> None:
         """Watch a connection, of which `rest` was read already."""
         peer.setblocking(False)
-        # Every line leaves at once. Otherwise the farewell may wait for the acknowledgement of an earlier line,
-        # and be lost when the connection ends.
+        # Every line leaves at once: a farewell that waits for an acknowledgement is lost when the connection
+        # ends.
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         entry = _Peer(rank, peer, time.monotonic(), rest)
         self._peers.append(entry)
