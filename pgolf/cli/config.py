@@ -9,6 +9,7 @@ import json
 import math
 
 from pgolf.cli.overrides import load_base, parse_config
+from pgolf.cli.table import align
 from pgolf.config import config_hash, flat, to_dict
 from pgolf.errors import UserError
 
@@ -63,5 +64,4 @@ def difference(names: list[str]) -> str:
             rows.append((key, ours, theirs))
     if len(rows) == 1:
         return f"{names[0]} and {names[1]} have the same settings"
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    return "\n".join("  ".join(map(str.ljust, row, [*widths, 0])).rstrip() for row in rows)
+    return "\n".join(align(rows))

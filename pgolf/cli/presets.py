@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from pgolf.cli.table import align
 from pgolf.errors import UserError
 from pgolf.presets import PRESETS
 from pgolf.published import PUBLISHED, Published
@@ -34,10 +35,8 @@ def table() -> str:
     rows: list[tuple[str, ...]] = [COLUMNS]
     for name in PRESETS:
         rows.append((name, *figures(PUBLISHED.get(name)), summary(name)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS) - 1)]
-    lines = ["  ".join(map(str.ljust, row, [*widths, 0])).rstrip() for row in rows]
     note = "The figures are those that the pull requests report, for eight H100 and the challenge's text."
-    return "\n".join([*lines, "", note])
+    return "\n".join([*align(rows), "", note])
 
 
 def summary(name: str) -> str:
