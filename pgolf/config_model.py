@@ -42,11 +42,17 @@ class ModelConfig:
     """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
     2 * sigmoid(w.n[:window])."""
     gate_window: int = 12
-    """Number of leading channels that the gates sparse and out, and the smear gate, read; 1 to width."""
+    """Number of leading channels that the gates sparse and out read, and the smear gate unless smear_window
+    says another; 1 to width."""
     sparse_gate_scale: float = 0.5
     """Factor inside the sigmoid of the sparse gate, >= 0."""
     smear_gate: bool = True
     """Add to each embedding a gated copy of the previous token's embedding, except at a BOS."""
+    smear_kind: Literal["token", "channel"] = "token"
+    """How it is gated: token, by one number per token, lambda * sigmoid(w.x[:smear_window]); channel, by one
+    learned number per channel, as a mix (1 - g) * x_t + g * x_(t-1) of normed embeddings (PR #549)."""
+    smear_window: int = 0
+    """Number of leading channels that smear_kind=token reads, at most width; 0 = gate_window."""
     smear_over_bos: bool = False
     """Let the smear gate add to a BOS, too, as early published stacks did: it leaks the last token of another
     document, which the challenge does not allow. Only to repeat such a result."""
@@ -137,6 +143,10 @@ class ModelConfig:
         require(
             self.bigram_buckets == 0 or self.bigram_buckets >= 2,
             f"model.bigram_buckets must be 0 (no bigram hash) or >= 2, got {self.bigram_buckets}",
+        )
+        require(
+            0 <= self.smear_window <= self.width,
+            f"model.smear_window must be in [0, width={self.width}], got {self.smear_window}",
         )
         for name in ("bigram_width", "value_embed_width"):
             require(getattr(self, name) >= 1, f"model.{name} must be >= 1, got {getattr(self, name)}")

@@ -134,6 +134,7 @@ CHANGES: tuple[Change, ...] = (
             "optim.swa_every": 50,
         },
     ),
+    Change("97234a6", {"model.smear_kind": "token", "model.smear_window": 0}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -65,6 +65,30 @@ def pr2014() -> Config:
     )
 
 
+def pr2135() -> Config:
+    """PR #2135's training: #1855 with a higher rate of Muon and twice the calibration, scored at 2,560."""
+    base = pr1855()
+    muon = replace(base.optim.muon, lr=0.028)
+    return replace(
+        base,
+        name="pr2135",
+        model=replace(base.model, max_context=2560),
+        optim=replace(base.optim, muon=muon),
+        train=replace(base.train, context_stages="2048@1"),
+        quant=replace(base.quant, calibration_batches=32),
+    )
+
+
+def pr1874() -> Config:
+    """PR #1874's settings: output gates of 24 channels in place of #1787's head gates, smear gate, LQER."""
+    base = pr1851()
+    return replace(
+        base,
+        name="pr1874",
+        model=replace(base.model, head_gate="out", gate_window=24, smear_window=12, qk_gain=5.25),
+    )
+
+
 def pr1831() -> Config:
     """PR #1831's settings, the arm with a triple per iteration: #1493 with five steps of Polar Express."""
     base = pr1493()
@@ -163,6 +187,77 @@ def _published_quantizer(
     )
 
 
+def pr1298() -> Config:
+    """PR #1298's settings: #549 with four steps of Polar Express and exclusive attention in all layers."""
+    base = pr549()
+    muon = replace(
+        base.optim.muon,
+        momentum_warmup=0.2177,  # 1,500 of 6,890 steps
+        row_normalize=True,
+        coefficients="polar_express_golf_truncated",
+        ns_steps=4,
+    )
+    return replace(
+        base,
+        name="pr1298",
+        model=replace(base.model, bigram_width=112, xsa_layers=11),
+        optim=replace(
+            base.optim,
+            muon=muon,
+            warmdown=0.5806,  # 4,000 of 6,890 steps
+            ema_horizon=0.0484,  # 333 of 6,890 steps
+        ),
+    )
+
+
+def pr549() -> Config:
+    """PR #549's settings: 11 layers, bigram hash, value embeddings, a smear gate with a gate per channel."""
+    base = naive()
+    return replace(
+        base,
+        name="pr549",
+        model=replace(
+            base.model,
+            layers=11,
+            mlp_mult=3,
+            activation="leaky_relu2",
+            max_context=2048,
+            rope_dims=16,
+            rope_base=10_000 * 2 ** (16 / 14),  # its script stretches 10,000 where a sequence has 2 x 1,024
+            xsa_layers=4,
+            smear_gate=True,
+            smear_kind="channel",
+            bigram_buckets=1536,
+            value_embed_layers=2,
+            ln_scale=True,
+            parallel_from=11,
+        ),
+        data=DataConfig(),
+        optim=replace(
+            base.optim,
+            muon=replace(
+                base.optim.muon,
+                lr=0.025,
+                weight_decay=0.04,
+                momentum=0.99,
+                momentum_start=0.92,
+                momentum_warmup=0.2088,  # 1,500 of 7,185 steps
+            ),
+            adam=replace(
+                base.optim.adam,
+                embed_lr=0.035,
+                embed_weight_decay=0.04,
+                scalar_lr=0.025,
+                scalar_weight_decay=0.04,
+            ),
+            grad_clip=0.3,
+            warmdown=0.4871,  # 3,500 of 7,185 steps
+            ema_horizon=0.0464,  # 333 of 7,185 steps
+        ),
+        quant=QuantConfig(),
+    )
+
+
 def naive() -> Config:
     """The challenge's baseline: 9 layers x 512, SP1024, relu^2, no gates, no recurrence, 1,024 context."""
     return Config(
@@ -251,15 +346,19 @@ PRESETS: dict[str, Callable[[], Config]] = {
     make.__name__: make
     for make in (
         pr1855,
+        pr2135,
         pr2014,
         pr1851,
         pr1787,
+        pr1874,
         pr1831,
         pr1831_fixed,
         pr1809,
         pr1516,
         pr1493,
         pr1394,
+        pr1298,
+        pr549,
         naive,
         tiny,
     )

@@ -8,21 +8,22 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.model.gpt import parameter_shapes
-from pgolf.presets import PRESETS, pr1787, pr1851, pr1855
+from pgolf.optim.schedule import context_at
+from pgolf.presets import PRESETS, pr1787, pr1851, pr1855, pr2135
 from pgolf.published import PUBLISHED
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_preset_has_as_many_parameters_as_its_pull_request_logged(name):
-    shapes = parameter_shapes(PRESETS[name]().model)
-    assert sum(map(math.prod, shapes.values())) == PUBLISHED[name].parameters
+    shapes, found = parameter_shapes(PRESETS[name]().model), PUBLISHED[name]
+    assert sum(map(math.prod, shapes.values())) == found.parameters - found.evaluation_parameters
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_named_as_it_is_called_and_survives_a_file(name):
     config = PRESETS[name]()
     assert from_dict(Config, to_dict(config), where="a file") == config
-    assert config.name == name and PRESETS[name].__doc__
+    assert config.name == name and PRESETS[name].__doc__ and not config.model.illegal
 
 
 def test_pr1851_is_pr1787_with_two_changes():
@@ -36,6 +37,12 @@ def test_pr1851_is_pr1787_with_two_changes():
     assert back == pr1787()
 
 
+def test_pr2135_trains_with_2048_tokens_and_is_scored_with_2560():
+    config = pr2135()
+    assert config.model.max_context == 2560
+    assert {context_at(frac, config.train) for frac in (0.0, 0.5, 0.9999)} == {2048}
+
+
 def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -46,6 +53,9 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets", "pr1787"]) == 0
     text = capsys.readouterr().out
     assert PUBLISHED["pr1787"].url in text and "pgolf config pr1787 --diff pr1855" in text
+    assert "of them in its evaluation" not in text
+    assert main(["presets", "pr2135"]) == 0
+    assert "parameters   35,945,673, 2 of them in its evaluation only" in capsys.readouterr().out
     assert main(["presets", "pr1"]) == 2
     assert "expected one of pr1855" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0

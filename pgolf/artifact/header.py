@@ -29,6 +29,8 @@ LATER: dict[str, Any] = {
     "leaky_slope": 0.5,
     "parallel": "lanes",
     "smear_over_bos": False,
+    "smear_kind": "token",
+    "smear_window": 0,
     "bigram_buckets": 0,
     "bigram_width": 128,
     "value_embed_layers": 0,

@@ -57,6 +57,11 @@ def figures(found: Published | None) -> tuple[str, ...]:
     )
 
 
+def _left_out(found: Published) -> str:
+    count = found.evaluation_parameters
+    return f", {count} of them in its evaluation only" if count else ""
+
+
 def one(name: str) -> str:
     """Return all that is known of a preset."""
     lines = [f"{name}: {summary(name)}"]
@@ -66,7 +71,7 @@ def one(name: str) -> str:
         lines += [
             f"published    {found.bpb:.5f} bits per byte ({seeds}, {found.scored})",
             f"             {found.steps:,} steps of {found.ms:.1f} ms, {found.bytes:,} bytes",
-            f"parameters   {found.parameters:,}",
+            f"parameters   {found.parameters:,}{_left_out(found)}",
             *textwrap.wrap(f"differs      {found.differs}", 100, subsequent_indent=" " * 13),
         ]
         if found.pull_request:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.model.gates import rms_norm, smear
+from pgolf.model.gates import rms_norm, smear, smear_channels
 
 
 class Bigram(NamedTuple):
@@ -29,6 +29,13 @@ class Smear(NamedTuple):
 
     weight: Tensor  # (1, gate window)
     strength: Tensor  # (1,)
+    over_bos: bool
+
+
+class ChannelSmear(NamedTuple):
+    """The parameters of the smear gate by channel in the compute dtype."""
+
+    logit: Tensor  # (D,)
     over_bos: bool
 
 
@@ -48,8 +55,12 @@ def bigram_index(ids: Tensor, first: Tensor, buckets: int) -> Tensor:
     return torch.where(first, torch.full_like(index, buckets - 1), index)
 
 
-def stem(ids: Tensor, table: Tensor, first: Tensor, gate: Smear | None, bigram: Bigram | None) -> Tensor:
+def stem(
+    ids: Tensor, table: Tensor, first: Tensor, gate: Smear | ChannelSmear | None, bigram: Bigram | None
+) -> Tensor:
     """Return the embeddings `(T, D)` of `ids` `(T,)`, with the bigram's added, smeared and normed.
+
+    Smearing by channel comes after the norm, as in the pull requests that have it.
 
     Args:
         table: `(V, D)`.
@@ -61,9 +72,11 @@ def stem(ids: Tensor, table: Tensor, first: Tensor, gate: Smear | None, bigram: 
     if bigram is not None:
         pairs = F.embedding(bigram_index(ids, first, bigram.table.shape[0]), bigram.table)
         x = x + bigram.scale * F.linear(pairs, bigram.proj)
-    if gate is not None:
-        x = smear(x, None if gate.over_bos else first, gate.weight, gate.strength)
-    return rms_norm(x)
+    edges = None if gate is not None and gate.over_bos else first
+    if isinstance(gate, Smear):
+        x = smear(x, edges, gate.weight, gate.strength)
+    x = rms_norm(x)
+    return smear_channels(x, edges, gate.logit) if isinstance(gate, ChannelSmear) else x
 
 
 def value_embeddings(ids: Tensor, table: Tensor, proj: Tensor, scale: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Norms, gates and mixes of the residual stream, as small pure functions.
 
 Legend: `T` tokens, `D` width, `H` heads, `K` head dim, `G` kv heads, `W` gate window.
-Sources, pull requests of parameter-golf: smear gate #1667 (BOS mask #1851), exclusive self-attention #478,
-sparse head gate #1787, dense gate #1736, output gate #1667, gated U-Net skips #1394.
+Sources, pull requests of parameter-golf: smear gate #1667 (BOS mask #1851), by channel #549, exclusive
+self-attention #478, sparse head gate #1787, dense gate #1736, output gate #1667, gated U-Net skips #1394.
 """
 
 from __future__ import annotations
@@ -41,6 +41,21 @@ def smear(x: Tensor, first: Tensor | None, weight: Tensor, strength: Tensor) -> 
     if first is not None:
         gate = torch.where(first[:, None], torch.zeros_like(gate), gate)
     return x + gate * previous
+
+
+def smear_channels(x: Tensor, first: Tensor | None, logit: Tensor) -> Tensor:
+    """Mix each token with the previous one, channel by channel: (1 - g) * x_t + g * x_(t-1), g = sigmoid(l).
+
+    Args:
+        x: `(T, D)` normed embeddings before smearing.
+        first: `(T,)` bool, true at the first token of every segment (so at every BOS), before which x is 0;
+            None only knows position 0, so it mixes across documents.
+        logit: `(D,)`, l.
+    """
+    previous = torch.cat((torch.zeros_like(x[:1]), x[:-1]))
+    if first is not None:
+        previous = torch.where(first[:, None], torch.zeros_like(previous), previous)
+    return x + torch.sigmoid(logit) * (previous - x)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:

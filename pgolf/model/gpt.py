@@ -25,7 +25,7 @@ from pgolf.model.attention import (
     attention_branch,
     select_attention,
 )
-from pgolf.model.embed import Bigram, Smear, stem, value_embeddings
+from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embeddings
 from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
@@ -230,6 +230,7 @@ class GPT(nn.Module):
     skip_gates: nn.Parameter
     smear_weight: nn.Parameter
     smear_lambda: nn.Parameter
+    smear_logit: nn.Parameter
     bigram_table: nn.Parameter
     bigram_proj: nn.Parameter
     bigram_scale: nn.Parameter
@@ -423,9 +424,12 @@ class GPT(nn.Module):
         first = torch.zeros(inputs.shape[0] + 1, dtype=torch.bool, device=inputs.device)
         first.index_fill_(0, cu_seqlens.long(), True)
         config, dtype = self.config, self.compute_dtype
-        gate = bigram = None
-        if config.smear_gate:
+        gate: Smear | ChannelSmear | None = None
+        bigram = None
+        if config.smear_gate and config.smear_kind == "token":
             gate = Smear(self.smear_weight.to(dtype), self.smear_lambda.to(dtype), config.smear_over_bos)
+        elif config.smear_gate:
+            gate = ChannelSmear(self.smear_logit.to(dtype), config.smear_over_bos)
         if config.bigram_buckets:
             small = self.bigram_proj[0].to(dtype), self.bigram_scale.to(dtype)
             bigram = Bigram(self.bigram_table.to(dtype), *small)

@@ -59,8 +59,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"value_scale": (1,), "value_layer_scale": (c.value_embed_layers,)}
     if c.lanes:
         shapes |= {"lane_post": (c.layers, 2, 2), "lane_resid": (c.layers, 2)}
-    if c.smear_gate:
-        shapes |= {"smear_weight": (1, c.gate_window), "smear_lambda": (1,)}
+    if c.smear_gate and c.smear_kind == "token":
+        shapes |= {"smear_weight": (1, c.smear_window or c.gate_window), "smear_lambda": (1,)}
+    elif c.smear_gate:
+        shapes["smear_logit"] = (c.width,)
     return shapes
 
 

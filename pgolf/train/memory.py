@@ -182,9 +182,8 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     else:
         wide = 9 + c.resid_mix + gated + exclusive + (cuda and attention == "sdpa")
         narrow, hidden = 3, 3
-        ends = (
-            3 + 2 * c.smear_gate + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
-        )
+        smears = c.smear_gate * (2 if c.smear_kind == "token" else 1)
+        ends = 3 + smears + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
         # Joint layers have no stream between attention and MLP.
         ends -= sum(i >= c.parallel_from for i in encoder + decoder) * (c.parallel == "gptj")
     runs = len(encoder) + len(decoder)

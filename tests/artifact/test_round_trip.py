@@ -3,6 +3,7 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import brotli
 import numpy as np
@@ -122,6 +123,15 @@ def test_loaded_model_computes_with_the_stored_weights(tmp_path, state):
     cu = torch.tensor([0, 7, 16], dtype=torch.int32)
     with torch.no_grad():
         assert torch.equal(model(ids[:-1], ids[1:], cu, **call), twin(ids[:-1], ids[1:], cu, **call))
+
+
+def test_gates_by_channel_round_trip(tmp_path):
+    config = replace(CONFIG, smear_kind="channel", smear_over_bos=True)
+    state = make_state(config)
+    write(tmp_path / "model.pgolf", state, config)
+    model = load_model(tmp_path / "model.pgolf", "cpu")
+    assert model.config == config
+    assert torch.equal(model.smear_logit, state.small["smear_logit"].float()) and model.smear_logit.any()
 
 
 def test_parameters_of_another_network_are_refused(tmp_path, state):

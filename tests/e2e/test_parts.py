@@ -1,22 +1,26 @@
 """A run with all parts of published stacks that `pr1855` does not have: resumed, stored, scored."""
 
+import json
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 
+from pgolf.artifact.code import CODE_NAME
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import main
 from pgolf.config import Config, from_dict, read_json
 from pgolf.optim.step import Optimizer
 from pgolf.train.weights import load_weights
+from tests.e2e.test_code import alone, bare
 from tests.e2e.test_resume import SETTINGS, STEPS, assert_same, hit, start
 
 PARTS = [
     "--model.leaky-slope=0.3",
     "--model.parallel=gptj",
     "--model.smear-over-bos",
+    "--model.smear-kind=channel",
     "--model.bigram-buckets=300",
     "--model.bigram-width=16",
     "--model.value-embed-layers=2",
@@ -82,13 +86,23 @@ def test_it_resumes_bit_for_bit_before_and_after_the_switches(shards, whole, tmp
     assert_same(folder, whole)
 
 
+def test_the_counted_program_of_its_folder_scores_it_as_the_run_did(shards, whole, tmp_path):
+    alone(whole, whole, tmp_path / "alone")
+    # A smear gate over BOS makes the score depend on how documents are packed, so by the run's settings.
+    words = ["--data", str(shards), "--config", str(whole / "config.json")]
+    done = bare(CODE_NAME, "model.pgolf", *words, cwd=tmp_path / "alone")
+    assert done.returncode == 0, done.stderr[-2000:]
+    scored = json.loads((whole / "summary.json").read_text())["scores"]["quantized"]["bpb"]
+    assert float(done.stdout.split()[0]) == pytest.approx(scored, abs=1e-5)
+
+
 def test_its_artifact_is_read_scored_and_continued(shards, whole, capsys):
     artifact = read_artifact(whole / "model.pgolf")
     model = artifact.header.model
     assert model.parallel == "gptj" and model.bigram_buckets == 300 and model.value_embed_layers == 2
     kinds = {t.name: t.kind for t in artifact.header.tensors}
     assert kinds["bigram_table"] == kinds["value_table"] == "gate"
-    assert kinds["bigram_proj"] == kinds["value_scale"] == "small"
+    assert kinds["bigram_proj"] == kinds["value_scale"] == kinds["smear_logit"] == "small"
     words = ["--data", str(shards), "--tokens", "640", "--device", "cpu"]
     for more in ([], ["--mode", "sliding"], ["--mode", "ttt"]):
         assert main(["evaluate", str(whole / "model.pgolf"), *words, *more]) == 0

@@ -30,7 +30,8 @@ REDUCED = [
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
 def test_a_preset_trains_and_its_file_scores_as_its_weights_do(name, shards, tmp_path):
-    words = [*REDUCED, "--train.context-stages=16@0.1,32@0.7"] if name == "pr2014" else REDUCED
+    stages = {"pr2014": "16@0.1,32@0.7", "pr2135": "32@1"}.get(name, "")
+    words = [*REDUCED, f"--train.context-stages={stages}"]
     assert main(["train", name, "--data", str(shards), "--out", str(tmp_path), *words]) == 0
     (folder,) = tmp_path.iterdir()
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -70,12 +70,16 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
             else:
                 buckets.append((36313 * cur ^ 27191 * int(ids[t - 1])) % (c.bigram_buckets - 1))
         x = x + model.bigram_scale * (model.bigram_table[buckets] @ model.bigram_proj[0].T)
-    if c.smear_gate:
+    inside = torch.ones(len(ids), 1, dtype=x.dtype)
+    inside[0 if c.smear_over_bos else cu[:-1]] = 0
+    if c.smear_gate and c.smear_kind == "token":
         gate = torch.sigmoid(x[:, : model.smear_weight.shape[1]] @ model.smear_weight.T) * model.smear_lambda
-        inside = torch.ones(len(ids), 1, dtype=x.dtype)
-        inside[0 if c.smear_over_bos else cu[:-1]] = 0
-        x = x + inside * gate * torch.cat((torch.zeros_like(x[:1]), x[:-1]))
-    x0 = x = norm(x)
+        x = x + inside * gate * x.roll(1, 0)
+    x = norm(x)
+    if c.smear_gate and c.smear_kind == "channel":
+        gate = torch.sigmoid(model.smear_logit)
+        x = (1 - gate) * x + gate * inside * x.roll(1, 0)
+    x0 = x
     rope = model.rope(len(ids))
 
     def joined(x: Tensor, j: int) -> Tensor:

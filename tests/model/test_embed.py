@@ -1,4 +1,4 @@
-"""Bigram hash and value embeddings: the hash by hand, initial values, groups and stored forms."""
+"""Bigram hash, value embeddings, gates by channel: the hash by hand, initial values, groups, stored forms."""
 
 import math
 from dataclasses import replace
@@ -11,8 +11,8 @@ from pgolf.model.embed import bigram_index
 from pgolf.model.gpt import GPT, parameter_shapes
 from pgolf.optim.groups import split_parameters
 from pgolf.quant.pipeline import Quantizer, is_gate
-from pgolf.quant.quantized import dequantize_state
-from tests.model.test_gpt import packed, small
+from pgolf.quant.quantized import QuantizedState, dequantize_state
+from tests.model.test_gpt import packed, randomized, small
 
 TABLES = {"bigram_buckets": 40, "bigram_width": 6, "value_embed_layers": 2, "value_embed_width": 5}
 
@@ -57,25 +57,44 @@ def test_projections_go_to_muon_and_tables_to_the_embeddings():
     assert split_parameters(GPT(small())).embed.keys() == {"tok_emb"}
 
 
-def test_tables_are_stored_in_int8_rows_and_large_matrices_too():
-    assert is_gate("bigram_table", (40, 6)) and is_gate("value_table", (8192, 128))
-    assert not is_gate("bigram_proj", (1, 512, 128)) and is_gate("bigram_proj", (1, 768, 128))
-    model = GPT(replace(small(), **TABLES))
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+def quantized(config: ModelConfig) -> tuple[dict[str, torch.Tensor], QuantizedState]:
+    """Return the weights of a model whose parts are all random, and what is stored of them."""
+    model = randomized(config)
     inputs = model.quant_inputs()
     weights = {name: p.detach() for name, p in model.named_parameters()}
     keys = {key: weights[name].shape[-1] for name, keys in inputs.items() for key in keys}
     hessians = {key: torch.eye(size) for key, size in keys.items()}
-    config = QuantConfig(row_scales="spread", column_scales=False, trellis=False, rate=0.0)
-    state = Quantizer(weights, inputs, hessians, config).quantize()
+    settings = QuantConfig(row_scales="spread", column_scales=False, trellis=False, rate=0.0)
+    return weights, Quantizer(weights, inputs, hessians, settings).quantize()
+
+
+def test_tables_are_stored_in_int8_rows_and_large_matrices_too():
+    assert is_gate("bigram_table", (40, 6)) and is_gate("value_table", (8192, 128))
+    assert not is_gate("bigram_proj", (1, 512, 128)) and is_gate("bigram_proj", (1, 768, 128))
+    weights, state = quantized(replace(small(), **TABLES))
     assert {"bigram_table", "value_table"} <= state.gates.keys()
     assert {"bigram_proj", "value_proj", "bigram_scale", "value_layer_scale"} <= state.small.keys()
     back = dequantize_state(state)
     for name in ("bigram_table", "value_table"):
         step = weights[name].abs().amax(-1, keepdim=True) / 127
         assert ((back[name] - weights[name]).abs() <= 0.51 * step).all()
+
+
+def test_gates_by_channel_begin_at_a_half_and_are_stored_in_float16():
+    config = replace(small(), smear_kind="channel", smear_window=5)
+    model = GPT(config)
+    names, others = ({n for n, _ in m.named_parameters()} for m in (model, GPT(small())))
+    assert names ^ others == {"smear_logit", "smear_weight", "smear_lambda"}
+    assert model.smear_logit.shape == (config.width,) and not model.smear_logit.any()
+    assert "smear_logit" in split_parameters(model).scalars
+    weights, state = quantized(config)
+    assert torch.equal(state.small["smear_logit"], weights["smear_logit"].half())
+
+
+def test_the_smear_gate_may_read_other_channels_than_the_head_gates():
+    shapes = parameter_shapes(replace(small(), head_gate="out", gate_window=24, smear_window=12))
+    assert shapes["head_gate"] == (5, 4, 24) and shapes["smear_weight"] == (1, 12)
+    assert parameter_shapes(replace(small(), gate_window=24))["smear_weight"] == (1, 24)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +104,7 @@ def test_tables_are_stored_in_int8_rows_and_large_matrices_too():
         ({"bigram_width": 0}, r"model\.bigram_width must be >= 1, got 0"),
         ({"value_embed_layers": 12}, r"model\.value_embed_layers must be in \[0, layers=11\], got 12"),
         ({"value_embed_width": 0}, r"model\.value_embed_width must be >= 1, got 0"),
+        ({"smear_window": 513}, r"model\.smear_window must be in \[0, width=512\], got 513"),
         ({"leaky_slope": -0.1}, r"model\.leaky_slope must be in \[0, 1\], got -0\.1"),
         ({"leaky_slope": math.inf}, r"model\.leaky_slope must be a finite number"),
     ],

@@ -89,8 +89,9 @@ def test_a_changed_future_token_changes_no_earlier_logit(loop):
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(loop):
-    config = small()
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(kind, loop):
+    config = small(smear_kind=kind)
     model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
     for position in (3, 10):  # in the middle, and right before the next document's BOS
         changed = ids.clone()
@@ -101,8 +102,9 @@ def test_a_changed_token_of_one_document_changes_no_logit_of_the_next(loop):
         assert not torch.equal(before[:11], after[:11])
 
 
-def test_the_smear_gate_over_bos_leaks_one_token():
-    config = small(smear_over_bos=True)
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_the_smear_gate_over_bos_leaks_one_token(kind):
+    config = small(smear_over_bos=True, smear_kind=kind)
     model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
     changed = ids.clone()
     changed[10] = 5 if ids[10] != 5 else 6
@@ -122,8 +124,9 @@ def test_lanes_bound_the_recurrence_and_joint_layers_do_not():
     assert "lane_post" not in shapes and "lane_resid" not in shapes
 
 
-def test_a_document_scores_the_same_alone_and_packed():
-    config = small()
+@pytest.mark.parametrize("kind", ["token", "channel"])
+def test_a_document_scores_the_same_alone_and_packed(kind):
+    config = small(smear_kind=kind)
     model, (ids, cu) = randomized(config), packed([11, 20], config.vocab_size)
     alone = torch.tensor([0, 20, 20, 20], dtype=torch.int32)  # repeated ends are padding
     with torch.no_grad():
@@ -139,6 +142,9 @@ SWITCHES = [
     {"parallel": "gptj"},
     {"parallel": "gptj", "parallel_from": 1, "recurrence_end": 3},
     {"smear_over_bos": True},
+    {"smear_window": 5},
+    {"smear_kind": "channel"},
+    {"smear_kind": "channel", "smear_over_bos": True, "bigram_buckets": 40, "bigram_width": 6},
     {"bigram_buckets": 40, "bigram_width": 6},
     {"bigram_buckets": 40, "bigram_width": 6, "smear_gate": False},
     {"value_embed_layers": 2, "value_embed_width": 6},
@@ -270,6 +276,7 @@ def _(q, k, v, cu_seqlens, max_seqlen):
 # layers, with and without the loop. The further parts add the value embeddings' graph, and to "blocks" serial
 # layers that are joint or have value embeddings instead of the parallel ones.
 PARTS = {"bigram_buckets": 40, "value_embed_layers": 2, "parallel": "gptj", "leaky_slope": 0.3}
+PARTS["smear_kind"] = "channel"
 
 
 @pytest.mark.parametrize(

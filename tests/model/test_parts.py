@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf.model.attention import sdpa_attention, select_attention
-from pgolf.model.gates import Skip, exclude_self, head_gate, mix_streams, rms_norm, smear
+from pgolf.model.gates import Skip, exclude_self, head_gate, mix_streams, rms_norm, smear, smear_channels
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables, rotate
 from tests.conftest import requires_gpu
@@ -37,6 +37,23 @@ def test_smear_adds_the_previous_token_except_at_segment_starts():
     for t in range(5):
         gate = 0.0 if first[t] else 0.7 * torch.sigmoid(weight[0] @ x[t, :12])
         torch.testing.assert_close(out[t], x[t] + gate * x[t - 1])
+
+
+@pytest.mark.parametrize("over_bos", [False, True])
+def test_smear_by_channel_mixes_in_the_previous_token_except_at_segment_starts(over_bos):
+    x, logit = randn(5, 16), randn(16, seed=1)
+    first = torch.tensor([True, False, False, True, False])
+    out = smear_channels(x, None if over_bos else first, logit)
+    for t in range(5):
+        for c in range(16):
+            gate = 1 / (1 + math.exp(-logit[c].item()))
+            previous = x[t - 1, c].item() if t and (over_bos or not first[t]) else 0.0
+            assert out[t, c].item() == pytest.approx((1 - gate) * x[t, c].item() + gate * previous)
+
+
+def test_smear_by_channel_begins_as_the_mean_of_two_tokens():
+    x = randn(3, 16)
+    torch.testing.assert_close(smear_channels(x, None, torch.zeros(16))[1:], (x[1:] + x[:-1]) / 2)
 
 
 def test_rope_rotates_by_position_and_passes_the_rest():

@@ -116,6 +116,7 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"vocab_size": 4096},
         {"leaky_slope": 0.3},
         {"smear_over_bos": True},
+        {"smear_kind": "channel"},
         {"parallel": "gptj"},
         {"bigram_buckets": 512, "bigram_width": 64},
         {"value_embed_layers": 2, "value_embed_width": 64},
