@@ -134,7 +134,7 @@ CHANGES: tuple[Change, ...] = (
             "optim.swa_every": 50,
         },
     ),
-    Change("460a0f9", {"data.order": "documents"}),
+    Change("dbd4a8c", {"data.order": "documents"}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
