@@ -35,6 +35,12 @@ class DataConfig:
     """Tokens per forward and backward pass on one rank, >= 16; lower it if memory is short."""
     shuffle: bool = True
     """Shuffle the shards, and the documents in each shard, by train.seed; false reads in file order."""
+    order: Literal["documents", "sequences", "coprime", "stream"] = "documents"
+    """How the training text is cut. documents: whole documents, and attention stays within each. The others
+    repeat published stacks, with rows of model.max_context tokens whose attention crosses documents:
+    sequences (PR #1394) takes rows from everywhere in random order, coprime (PR #1060) from some shards at a
+    time with a stride, stream (the challenge's baseline) from the files in order. micro_tokens should then be
+    a multiple of model.max_context, or rows are cut in two."""
     prefetch: int = 3
     """Number of micro-batches that the loader's thread prepares ahead of time, >= 1."""
     verify: bool = False
@@ -50,6 +56,11 @@ class DataConfig:
             f"data.micro_tokens={self.micro_tokens} and above 0",
         )
         require(self.prefetch >= 1, f"data.prefetch must be >= 1, got {self.prefetch}")
+        require(
+            self.shuffle or self.order in ("documents", "stream"),
+            f"data.shuffle=false reads in file order, which data.order={self.order} does not; leave one of "
+            "them out, or take data.order=stream",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 A preset named after a pull request of the challenge is its training run: network, optimizer, schedules and
 batch, from the settings that its log prints. Each changes another preset, as the pull requests did. What a
-pull request reports is in `published.py`. Three things are pgolf's own in all of them: documents are packed
-whole and in random order, the file is written with pgolf's range coder, and schedules depend on the fraction
-of the clock, so that a shorter run has a shorter warm-down.
+pull request reports is in `published.py`. Three things are pgolf's own in all of them: the text is cut as the
+pull request cut it (`data.order`), but in an order that depends on the seed and not on the number of GPUs,
+the file is written with pgolf's range coder, and schedules depend on the fraction of the clock, so that a
+shorter run has a shorter warm-down.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ def pr1394() -> Config:
             parallel_from=11,
             recurrence_start=4,
         ),
+        data=replace(base.data, order="sequences"),
         optim=replace(
             base.optim,
             muon=muon,
@@ -232,7 +234,7 @@ def pr549() -> Config:
             ln_scale=True,
             parallel_from=11,
         ),
-        data=DataConfig(),
+        data=DataConfig(order="stream"),
         optim=replace(
             base.optim,
             muon=replace(
@@ -278,7 +280,7 @@ def naive() -> Config:
             parallel_from=9,
             recurrence_repeats=0,
         ),
-        data=DataConfig(batch_tokens=524_288, micro_tokens=65_536),
+        data=DataConfig(batch_tokens=524_288, micro_tokens=65_536, order="stream"),
         optim=OptimConfig(
             muon=MuonConfig(
                 lr=0.04,

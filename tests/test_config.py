@@ -69,6 +69,15 @@ def test_a_setting_out_of_range_is_refused(section, key, value, message):
         from_dict(Config, {section: {key: value}})
 
 
+def test_an_order_that_is_unknown_or_asks_for_two_orders_is_refused():
+    with pytest.raises(ValueError, match=r"config\.data\.order must be one of .*'stream'.*, got 'shuffled'"):
+        from_dict(Config, {"data": {"order": "shuffled"}})
+    for order in ("sequences", "coprime"):
+        with pytest.raises(ValueError, match=f"data.shuffle=false reads in .*data.order={order} "):
+            from_dict(Config, {"data": {"order": order, "shuffle": False}})
+    assert from_dict(Config, {"data": {"order": "stream", "shuffle": False}}).data.order == "stream"
+
+
 @pytest.mark.parametrize(("section", "key", "value", "message"), OPTIMIZER_BAD)
 def test_a_rate_that_means_nothing_is_refused(section, key, value, message):
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,11 @@ a compiler sees few different shapes.
 The order of documents is not that of PR #1855's loader, which read in file order and skipped the end of each
 shard. Here nothing is skipped, and the seed shuffles the order, except with `data.shuffle=false`.
 
+The other values of `data.order` are those of earlier published stacks, which did not separate documents: the
+segments are then rows of max_context tokens, whatever is in them. sequences and coprime (`windows.py`) take
+rows from random places; stream, the challenge's baseline, reads the files from beginning to end, over and
+over. (That one never asked for the first token of a micro-batch as a target; here every token is one.)
+
 Legend: `T` tokens of a micro-batch, `S` attention segments in it.
 """
 
@@ -37,6 +42,13 @@ from pgolf.data.shards import (
 )
 from pgolf.data.stream import DocumentStream, cut_segments, document_starts
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
+from pgolf.data.windows import (
+    WindowStream,
+    coprime_windows,
+    require_windows,
+    row_starts,
+    shuffled_windows,
+)
 from pgolf.errors import UserError
 
 IGNORED_TARGET = -100
@@ -50,7 +62,8 @@ class Batch:
     inputs: Tensor
     """`(T,)` int64 token ids."""
     targets: Tensor
-    """`(T,)` int64, the token after each input; after the end of a document that is the BOS of the next."""
+    """`(T,)` int64, the token after each input; after the end of a document that is the BOS of the next,
+    after the end of a row the token that follows it in its shard."""
     cu_seqlens: Tensor
     """int32: the S segment starts, then T, repeated (at least once) up to a multiple of 64 entries."""
     max_seqlen: int
@@ -65,12 +78,13 @@ class TrainLoader:
     """Endless micro-batches for one rank, which a thread prepares ahead of time.
 
     The global micro-batch m consists of the tokens m * T to m * T + T of the document stream (the inputs are
-    the first T, the targets the last T). It depends only on the files, the seed, T and shuffle. Rank r of W
-    gets the micro-batches r, r + W, r + 2W, ..., so an optimizer step has the same data at any number of
-    ranks.
+    the first T, the targets the last T), or of the inputs and targets m * T to m * T + T of a sequence of
+    rows. It depends only on the files, the seed, T, shuffle and order, in rows also on max_context, and in
+    the order coprime on batch_tokens. Rank r of W gets the micro-batches r, r + W, r + 2W, ..., so an
+    optimizer step has the same data at any number of ranks, and no two ranks read the same row in a pass.
 
     Args:
-        config: folder, micro_tokens (T), shuffle, prefetch.
+        config: folder, batch_tokens, micro_tokens (T), shuffle, order, prefetch.
         vocab_size: every id must be below it.
         bos_id: the id that starts a document.
         max_context: tokens of the longest segment.
@@ -80,7 +94,7 @@ class TrainLoader:
         shorter: shorter contexts, in tokens, into which `next` can cut the documents instead.
 
     Raises:
-        ValueError: config.dir is not set, or an argument is out of range.
+        ValueError: config.dir is not set, an argument is out of range, or no shard has a window.
         FileNotFoundError: the folder has no training shards.
     """
 
@@ -107,7 +121,9 @@ class TrainLoader:
             raise UserError(f"max_context must be >= 1, got {max_context}")
         self._config = config
         self._paths = find_shards(config.dir, "train")
-        self._total = sum(shard_tokens(path) for path in self._paths)
+        self._sizes = [shard_tokens(path) for path in self._paths]
+        if config.order in ("sequences", "coprime"):
+            require_windows(config.dir, self._sizes, max_context, config.order)
         self._vocab_size, self._bos_id, self._max_context = vocab_size, bos_id, max_context
         self._shorter = shorter
         self._seed, self._rank, self._world_size = seed, rank, world_size
@@ -175,34 +191,53 @@ class TrainLoader:
             if self._device.type == "cuda":
                 # Otherwise, pinning memory would create a context on device 0 in every process.
                 torch.cuda.set_device(self._device)
-            stream = DocumentStream(
-                self._paths,
-                vocab_size=self._vocab_size,
-                bos_id=self._bos_id,
-                seed=self._seed,
-                shuffle=self._config.shuffle,
-            )
+            text = self._open()
             index = self._rank + at * self._world_size
-            while _put(ready, self._make(stream, index), stop):
+            while _put(ready, self._make(text, index), stop):
                 index += self._world_size
         except Exception as error:
             _put(ready, error, stop)
 
-    def _make(self, stream: DocumentStream, index: int) -> Batch:
+    def _open(self) -> DocumentStream | WindowStream:
+        """Return the training text from its beginning, in the order that the settings ask for."""
+        order, context = self._config.order, self._max_context
+        if order in ("documents", "stream"):
+            return DocumentStream(
+                self._paths,
+                vocab_size=self._vocab_size,
+                bos_id=self._bos_id,
+                seed=self._seed,
+                shuffle=self._config.shuffle and order == "documents",
+            )
+        if order == "sequences":
+            windows = shuffled_windows(self._sizes, context, self._seed)
+        else:
+            batch = max(1, self._config.batch_tokens // context)
+            windows = coprime_windows(self._sizes, context, self._seed, batch)
+        return WindowStream(self._paths, vocab_size=self._vocab_size, context=context, order=windows)
+
+    def _make(self, text: DocumentStream | WindowStream, index: int) -> Batch:
         """Make global micro-batch `index` in host memory."""
         count = self._config.micro_tokens
-        tokens = stream.read(index * count, count + 1)
-        documents = document_starts(tokens[:-1], self._bos_id)
+        if isinstance(text, WindowStream):
+            inputs, targets = text.read(index * count, count)
+        else:
+            tokens = text.read(index * count, count + 1)
+            inputs, targets = tokens[:-1], tokens[1:]
+        if self._config.order == "documents":
+            starts = document_starts(inputs, self._bos_id)
+        else:
+            starts = row_starts(index * count, count, self._max_context)
 
         def cut(context: int) -> Tensor:
-            return padded_cu_seqlens(cut_segments(documents, count, context), count)
+            return padded_cu_seqlens(cut_segments(starts, count, context), count)
 
         batch = Batch(
-            inputs=torch.from_numpy(tokens[:-1]),
-            targets=torch.from_numpy(tokens[1:]),
+            inputs=torch.from_numpy(inputs),
+            targets=torch.from_numpy(targets),
             cu_seqlens=cut(self._max_context),
             max_seqlen=self._max_context,
-            epoch=(index + 1) * count / self._total,
+            epoch=(index + 1) * count / sum(self._sizes),
             shorter={context: cut(context) for context in self._shorter},
         )
         return _pin(batch) if self._device.type == "cuda" else batch

@@ -38,8 +38,9 @@ def make(folder: Path, **changes: object) -> TrainLoader:
     config = DataConfig(
         dir=folder,
         micro_tokens=count,
-        batch_tokens=count,
+        batch_tokens=changes.pop("batch_tokens", count),
         shuffle=changes.pop("shuffle", True),
+        order=changes.pop("order", "documents"),
         prefetch=changes.pop("prefetch", 2),
     )
     arguments = {"vocab_size": 1000, "bos_id": BOS, "max_context": 32, "seed": 3, "rank": 0, "world_size": 1}
