@@ -209,9 +209,9 @@ PUBLISHED = {
         bytes=15_990_006,
         parameters=26_928_220,
         differs="its smear gate and its bigram hash span two documents, the former a leak that "
-        "model.smear_over_bos repeats; its quantizer (int6 rows with the best of five clips) and coder (lzma) are pgolf's here; AdamW learned "
-        "the projections of its two tables, here Muon does; late QAT and SWA are on in its log without an "
-        "effect: the one rounds no bank, the other's mean is not used",
+        "model.smear_over_bos repeats; its quantizer (int6 rows with the best of five clips) and coder "
+        "(lzma) are pgolf's here; AdamW learned the projections of its two tables, here Muon does; late QAT "
+        "and SWA are on in its log without an effect: the one rounds no bank, the other's mean is not used",
     ),
     "naive": Published(
         pull_request=0,
