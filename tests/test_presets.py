@@ -25,6 +25,13 @@ def test_a_preset_is_named_as_it_is_called_and_survives_a_file(name):
     assert config.name == name and PRESETS[name].__doc__
 
 
+def test_the_coder_is_that_of_the_pull_request_where_python_has_it():
+    brotli = {"pr1394", "pr1493", "pr1516", "pr1787", "pr1809", "pr1831", "pr1831_fixed", "pr1851"}
+    found = {name: PRESETS[name]().artifact.coder for name in PRESETS}
+    assert {name for name, coder in found.items() if coder == "brotli"} == brotli
+    assert found["naive"] == "zlib" and found["pr1855"] == found["pr2014"] == found["tiny"] == "range"
+
+
 def test_pr1851_is_pr1787_with_two_changes():
     changed = pr1851()
     back = replace(
