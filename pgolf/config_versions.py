@@ -134,7 +134,7 @@ CHANGES: tuple[Change, ...] = (
             "optim.swa_every": 50,
         },
     ),
-    Change("COMMIT", {"artifact.coder": "range"}),
+    Change("8f943db", {"artifact.coder": "range"}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
