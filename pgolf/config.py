@@ -332,6 +332,10 @@ class QuantConfig:
         require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")
 
 
+Coder = Literal["range", "brotli", "lzma", "zlib"]
+"""What the codes of an artifact's matrices are written with."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArtifactConfig:
     """The file that counts against the limit of the challenge."""
@@ -341,6 +345,10 @@ class ArtifactConfig:
     fit: bool = True
     """Multiply all scales by one factor, and quantize again, until file and code fill the limit to within 0.1
     %. A model that is too small for that gets its finest scales. Off: the scales stay as configured."""
+    coder: Coder = "range"
+    """What the codes of the matrices are written with: pgolf's range coder, or the general compressor of a
+    published stack (brotli 11, lzma as xz 6, zlib 9), whose files are larger. `pgolf size FILE --coders`
+    compares them."""
 
     def __post_init__(self) -> None:
         check_finite("artifact", self)

@@ -4,8 +4,8 @@ A preset named after a pull request of the challenge is its training run: networ
 batch, from the settings that its log prints. Each changes another preset, as the pull requests did. What a
 pull request reports is in `published.py`. Three things are pgolf's own in all of them: the text is cut as the
 pull request cut it (`data.order`), but in an order that depends on the seed and not on the number of GPUs,
-the file is written with pgolf's range coder, and schedules depend on the fraction of the clock, so that a
-shorter run has a shorter warm-down.
+the file has pgolf's format, though in the older presets the coder of the pull request, and schedules depend
+on the fraction of the clock, so that a shorter run has a shorter warm-down.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def pr1787() -> Config:
         model=replace(base.model, sparse_gate_scale=1.0, smear_gate=False),
         optim=replace(base.optim, adam=replace(base.optim.adam, beta2=0.95), warmdown=0.75),
         quant=_published_quantizer(mlp_clip=12.0, attn_clip=13.0, embed_bits=7, embed_clip=15.0),
-        artifact=ArtifactConfig(fit=False),
+        artifact=ArtifactConfig(fit=False, coder="brotli"),
     )
 
 
@@ -167,7 +167,7 @@ def pr1394() -> Config:
         quant=_published_quantizer(
             mlp_clip=12.85, attn_clip=12.85, embed_bits=8, embed_clip=20.0, batches=64
         ),
-        artifact=ArtifactConfig(fit=False),
+        artifact=ArtifactConfig(coder="brotli"),  # fits: the counted program is larger than theirs
     )
 
 
@@ -257,6 +257,7 @@ def pr549() -> Config:
             ema_horizon=0.0464,  # 333 of 7,185 steps
         ),
         quant=QuantConfig(),
+        artifact=ArtifactConfig(coder="lzma"),
     )
 
 
@@ -309,6 +310,7 @@ def naive() -> Config:
             column_scales=False,
             rate=0.0,
         ),
+        artifact=ArtifactConfig(coder="zlib"),
     )
 
 

@@ -26,6 +26,20 @@ def test_a_preset_is_named_as_it_is_called_and_survives_a_file(name):
     assert config.name == name and PRESETS[name].__doc__ and not config.model.illegal
 
 
+def test_the_coder_is_that_of_the_pull_request_where_python_has_it():
+    found: dict[str, set[str]] = {}
+    for name in PRESETS:
+        found.setdefault(PRESETS[name]().artifact.coder, set()).add(name)
+    assert found == {
+        "zlib": {"naive"},
+        "lzma": {"pr549", "pr1298"},
+        "brotli": {
+            *("pr1394", "pr1493", "pr1516", "pr1787", "pr1809", "pr1831", "pr1831_fixed", "pr1851", "pr1874")
+        },
+        "range": {"pr1855", "pr2014", "pr2135", "tiny"},
+    }
+
+
 def test_pr1851_is_pr1787_with_two_changes():
     changed = pr1851()
     back = replace(

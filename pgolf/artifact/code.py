@@ -19,6 +19,9 @@ syntax trees, so that what is left behaves as the whole does:
    compressed with brotli 11 and stands in the program in base 85, which makes it 25 % longer: a program that
    is plain text passes through every tool.
 
+The program for artifacts whose codes are written with a general compressor has no range coder, and so needs
+no C++ compiler.
+
 Everything in the program's file counts. Not counted, as in the challenge: installed packages and the
 tokenizer file. A few bytes depend on how the running Python spells a syntax tree.
 """
@@ -37,17 +40,21 @@ import pgolf
 from pgolf.artifact.code_rule import CODE_NAME, CODE_RULE, FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.codec import compress
 from pgolf.artifact.portable import references, without_extension
+from pgolf.config import Coder
 
 __all__ = [
     "CODE_NAME",
     "CODE_RULE",
     "EVALUATE",
+    "EVALUATE_GENERAL",
     "FORMER_NAME",
     "TRAIN",
     "Program",
     "code_bytes",
     "code_program",
     "code_text",
+    "counted_code",
+    "evaluate",
     "reader_code",
     "unpack_code",
 ]
@@ -57,7 +64,9 @@ _ROOT = Path(pgolf.__file__).parent.parent
 SCRIPT = "pgolf/report/alone_script.py"
 """The program around the modules."""
 SWAPPED = {"pgolf.artifact.code": "pgolf/artifact/own_code.py"}
-"""Modules that a program has in another form."""
+"""Modules that every program has in another form."""
+NO_CODER = {"pgolf.ops.range_coder": "pgolf/ops/_no_coder.py"}
+"""The same of a program without the range coder."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +78,37 @@ class Program:
     entry: str
     """The module whose function `main` it calls; what that needs is carried."""
     coder: str
-    """The C++ source that it carries."""
+    """The C++ source of the range coder that it carries; "" for none."""
 
 
 EVALUATE = Program(CODE_NAME, "pgolf.report.alone", "pgolf/ops/range_decoder.cpp")
 """Reads and scores an artifact."""
+EVALUATE_GENERAL = Program(CODE_NAME, "pgolf.report.alone", "")
+"""The same for an artifact whose codes are written with a general compressor: it needs no C++ compiler."""
 TRAIN = Program(TRAIN_NAME, "pgolf.train.alone", "pgolf/ops/range_coder.cpp")
 """Trains, quantizes and writes as well."""
 WRAPPERS = {"property", "classmethod", "staticmethod", "contextmanager", "cache"}
 """Decorators that register nothing."""
 
 
-def code_bytes() -> int:
-    """Return the bytes that the counted code weighs: those of `code_program`."""
-    return len(code_program())
+def code_bytes(coder: Coder = "range") -> int:
+    """Return the bytes that the counted code weighs: those of `counted_code`."""
+    return len(counted_code(coder))
+
+
+def counted_code(coder: Coder = "range") -> bytes:
+    """Return the program that is counted with an artifact whose codes are written with `coder`."""
+    return code_program(evaluate(coder))
+
+
+def evaluate(coder: Coder) -> Program:
+    """Return the program that reads and scores artifacts whose codes are written with `coder`."""
+    return EVALUATE if coder == "range" else EVALUATE_GENERAL
 
 
 @cache
 def code_program(program: Program = EVALUATE) -> bytes:
-    """Return the file of a program, as it ships; `EVALUATE` is what is counted with an artifact."""
+    """Return the file of a program, as it ships."""
     archive = compress(code_text(program).encode(), quality=11)
     tree: ast.Module = _Strip().visit(ast.parse((_ROOT / SCRIPT).read_text(encoding="utf-8")))
     filled: dict[str, str | bytes] = {"ARCHIVE": b85encode(archive), "ENTRY": program.entry}
@@ -99,8 +120,9 @@ def code_program(program: Program = EVALUATE) -> bytes:
 
 def code_text(program: Program = EVALUATE) -> str:
     """Return the sources of a program as one text, which `unpack_code` and the program take apart."""
-    coder = (_ROOT / program.coder).read_text(encoding="utf-8").strip()
-    sources = reader_code(program) | {program.coder: coder}
+    sources = reader_code(program)
+    if program.coder:
+        sources[program.coder] = (_ROOT / program.coder).read_text(encoding="utf-8").strip()
     return "".join(f"# {path}\n{source}\n" for path, source in sources.items())
 
 
@@ -119,7 +141,7 @@ def unpack_code(text: str, folder: Path) -> list[Path]:
 
 def reader_code(program: Program = EVALUATE) -> dict[str, str]:
     """Return the stripped modules that a program carries, by path ("pgolf/config.py"), in order."""
-    sources = _Sources(_ROOT)
+    sources = _Sources(_ROOT, SWAPPED if program.coder else SWAPPED | NO_CODER)
     names, modules = {"main"}, set(_packages(program.entry))
     # Names and modules only ever join, so this ends; a few rounds do.
     size = (0, 0)
@@ -136,8 +158,8 @@ def reader_code(program: Program = EVALUATE) -> dict[str, str]:
 class _Sources:
     """The modules of the package as stripped trees, parsed when they are asked for."""
 
-    def __init__(self, root: Path) -> None:
-        self._root = root
+    def __init__(self, root: Path, swapped: dict[str, str]) -> None:
+        self._root, self._swapped = root, swapped
         self._trees: dict[str, list[ast.stmt]] = {}
         self._references = references(root / "pgolf" / "ops")
 
@@ -153,7 +175,7 @@ class _Sources:
     def kept(self, module: str, names: set[str]) -> list[ast.stmt]:
         """Return the statements of a module that stay if `names` are the names that are used."""
         if module not in self._trees:
-            file = self._root / SWAPPED.get(module, self.path(module))
+            file = self._root / self._swapped.get(module, self.path(module))
             tree = ast.parse(file.read_text(encoding="utf-8"))
             operators = module.startswith("pgolf.ops.")
             tree = without_extension(tree, self._references, operators=operators)

@@ -11,8 +11,8 @@ FORMER_NAME = "code.br"
 CODE_RULE = (
     "code: the whole of one program that needs no pgolf: evaluate_gpt.py, which reads and scores, or, if that"
     "\ntrained the model, train_gpt.py; with the sources it uses, without comments, docstrings, types and"
-    "\nunused functions, and the coder, which g++ compiles; installed packages (torch, numpy, sentencepiece,"
-    "\nbrotli) and the tokenizer do not count"
+    "\nunused functions, and, if the file needs it, the range coder, which g++ compiles; installed packages"
+    "\n(torch, numpy, sentencepiece, brotli) and the tokenizer do not count"
 )
 """The rule in a sentence, which the ledger prints."""
 FORMER_RULE = (

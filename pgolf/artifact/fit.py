@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
-from pgolf.config import Config, ModelConfig, run_hash
+from pgolf.config import Coder, Config, ModelConfig, run_hash
 from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState
 
@@ -49,6 +50,7 @@ def fit_artifact(
     tokenizer_sha256: str,
     config_hash: str,
     limit: int,
+    coder: Coder = "range",
 ) -> Ledger:
     """Write an artifact that fills at least 0.999 of the limit, code included, by scaling all scales.
 
@@ -56,7 +58,7 @@ def fit_artifact(
     configured scales.
 
     Args:
-        path: as for `write_artifact`, as are `model` and the next three.
+        path: as for `write_artifact`, as are `model` and the last four.
         quantize: factor on the scales -> state; called with 1.0 first.
     Returns:
         The ledger of the written file; its `clip_scale` is the factor that was chosen.
@@ -67,12 +69,12 @@ def fit_artifact(
 
     def make(scale: float) -> tuple[bytes, Ledger, int]:
         state = quantize(scale)
-        facts = Facts(tokenizer_sha256, config_hash, limit, scale)
+        facts = Facts(tokenizer_sha256, config_hash, limit, scale, coder)
         weights = sum(t.codes.numel() for t in state.quantized.values())
         return *build_file(state, model, facts, quality=11), weights
 
     data, ledger = search(make, limit=limit)
-    check(ledger, limit)
+    check(ledger, limit, coder)
     save_file(path, data)
     return ledger
 
@@ -159,11 +161,12 @@ def write_quantized(
     def quantize(factor: float) -> QuantizedState:
         return first if first is not None and factor == 1.0 else quantizer.quantize(factor)
 
-    limit, facts = config.artifact.limit, run_hash(config)
-    if config.artifact.fit:
-        return fit_artifact(
-            path, quantize, config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
-        )
-    return write_artifact(
-        path, quantize(1.0), config.model, tokenizer_sha256=tokenizer_sha256, config_hash=facts, limit=limit
+    fit = config.artifact.fit
+    write = partial(fit_artifact, path, quantize) if fit else partial(write_artifact, path, quantize(1.0))
+    return write(
+        config.model,
+        tokenizer_sha256=tokenizer_sha256,
+        config_hash=run_hash(config),
+        limit=config.artifact.limit,
+        coder=config.artifact.coder,
     )

@@ -13,12 +13,13 @@ All integers are little-endian.
 | 16 + n | ... | sections, back to back in the order of the table, each one stream |
 | size - 32 | 32 | SHA-256 of every byte before it |
 
-Header JSON, one object with exactly these keys:
+Header JSON, one object with exactly these keys, of which only `coder` may be absent:
 
 - `model`: the resolved `ModelConfig`, with the settings `recurrence_start`, `recurrence_end` and
   `recurrence_repeats` under their former names `loop_start`, `loop_end` and `loops`, and with the newer
   settings of `LATER` in `header.py` only where they are not what is said there; `tokenizer_sha256`: 64 hex
   digits; `config_hash`: 16 hex digits; `limit`: the byte limit that the file was written under.
+- `coder`: "brotli", "lzma" or "zlib", what the codes are written with; absent for pgolf's range coder.
 - `tensors`: the parameters, `{"name", "kind", "shape", "bits", "steps", "columns", "trellis"}`; kind `matrix`
   (int8 codes, bits 4-8), `gate` (int8 codes, bits 8) or `small` (float16 values, bits 16, steps "none").
   `steps` is this format's word for quantization scales: those of the rows are "float16" or, for a matrix,
@@ -40,6 +41,8 @@ Sections follow from the tensors and corrections and nothing else (`plan_section
    rows of another as their `pool` (null for the rest), which must be decoded first:
    `qo_bank.i` with `kv_bank.i`, if the banks have as many matrices of one width, and the second half of them
    (outputs of the heads, with the values) transposed; `mlp_down_bank.i`, transposed, with `mlp_up_bank.i`.
+   With a `coder` no section has a pool and all are transposed: the int8 codes, column after column, as one
+   brotli stream, one xz file whose decoder takes at most 16 MiB, or one zlib stream.
 2. kind `steps`: `scales`, the "float16" scales of the rows of all matrices, then of all gates; then, for the
    "log" ones, in groups (each matrix's rows, then its columns if they have factors): `centers`, one int16 per
    group, and `exponents`, int8, n minus the group's center.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
-from pgolf.config import ModelConfig, from_dict, to_dict
+from pgolf.config import Coder, ModelConfig, from_dict, to_dict
 from pgolf.errors import UserError
 
 MAX_RAW_BYTES = 1 << 30
@@ -38,6 +38,9 @@ LATER: dict[str, Any] = {
 }
 """Settings of the model that are newer than format 4, and what they are where a file does not name them: a
 file names those that are something else, so that it does not change for models without the newer parts."""
+
+GENERAL: tuple[Coder, ...] = get_args(Coder)[1:]
+"""The general compressors. A file of the range coder names no coder, as before there were others."""
 
 TensorKind = Literal["matrix", "gate", "small"]
 ScaleForm = Literal["none", "float16", "log"]
@@ -138,6 +141,8 @@ class Header:
     tensors: tuple[TensorEntry, ...]
     corrections: tuple[CorrectionEntry, ...]
     sections: tuple[Section, ...]
+    coder: Coder = "range"
+    """What the sections of codes are written with."""
 
 
 _HEADER_KEYS, _TENSOR_KEYS, _CORRECTION_KEYS, _PLAN_KEYS = (
@@ -147,7 +152,7 @@ _SECTION_KEYS = _PLAN_KEYS | {"offset", "length", "raw"}
 
 
 def plan_sections(
-    tensors: tuple[TensorEntry, ...], corrections: tuple[CorrectionEntry, ...] = ()
+    tensors: tuple[TensorEntry, ...], corrections: tuple[CorrectionEntry, ...] = (), coder: Coder = "range"
 ) -> list[SectionPlan]:
     """Return the sections that hold `tensors`, in file order (list of sections in `format.py`)."""
     banks = {t.name: t.shape for t in tensors if t.kind == "matrix"}
@@ -157,6 +162,8 @@ def plan_sections(
             plans.append(SectionPlan(t.name, "codes", "int8", t.shape))
         elif t.kind == "matrix":
             plans += [_bank_section(t, i, banks) for i in range(t.shape[0])]
+    if coder != "range":
+        plans = [replace(plan, transposed=True, pool=None) for plan in plans]
     scales = sum(t.rows for t in tensors if t.steps == "float16")
     groups = [size for t in tensors for size in t.groups]
     gates = sum(t.numel for t in tensors if t.kind == "gate")
@@ -219,6 +226,7 @@ def encode_header(header: Header) -> bytes:
         "tokenizer_sha256": header.tokenizer_sha256,
         "config_hash": header.config_hash,
         "limit": header.limit,
+        **({} if header.coder == "range" else {"coder": header.coder}),
         "tensors": [asdict(t) for t in header.tensors],
         "corrections": [asdict(c) for c in header.corrections],
         "sections": [_section_dict(s) for s in header.sections],
@@ -251,7 +259,8 @@ def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
         fields = json.loads(text)
     except (ValueError, RecursionError) as e:
         raise ArtifactError(f"artifact header is not JSON: {e}") from e
-    _keys(fields, _HEADER_KEYS, "header")
+    _keys({"coder": "range", **fields} if isinstance(fields, dict) else fields, _HEADER_KEYS, "header")
+    coder = _parse_coder(fields)
     tensors = tuple(_parse_tensor(t) for t in _list(fields["tensors"], "tensors"))
     if len({t.name for t in tensors}) != len(tensors):
         raise ArtifactError("artifact header names a tensor twice")
@@ -264,8 +273,20 @@ def parse_header(text: bytes, *, raw_limit: int = MAX_RAW_BYTES) -> Header:
         limit=_count(fields["limit"], "limit"),
         tensors=tensors,
         corrections=corrections,
-        sections=_parse_sections(_list(fields["sections"], "sections"), tensors, corrections, raw_limit),
+        sections=_parse_sections(
+            _list(fields["sections"], "sections"), tensors, corrections, coder, raw_limit
+        ),
+        coder=coder,
     )
+
+
+def _parse_coder(fields: dict[str, Any]) -> Coder:
+    coder = fields.get("coder", "range")
+    if "coder" in fields and coder not in GENERAL:
+        raise ArtifactError(
+            f"artifact header: coder must be one of {GENERAL}, or absent for the range coder, got {coder!r}"
+        )
+    return cast(Coder, coder)
 
 
 def _parse_model(value: object) -> ModelConfig:
@@ -334,13 +355,14 @@ def _parse_sections(
     rows: list[object],
     tensors: tuple[TensorEntry, ...],
     corrections: tuple[CorrectionEntry, ...],
+    coder: Coder,
     raw_limit: int,
 ) -> tuple[Section, ...]:
     """Return the table; every row must be what the tensors call for."""
     count = sum(t.shape[0] if t.kind == "matrix" and len(t.shape) == 3 else 1 for t in tensors)
     if count > MAX_SECTIONS:
         raise ArtifactError(f"artifact has {count} matrices, at most {MAX_SECTIONS} are allowed")
-    plans = plan_sections(tensors, corrections)
+    plans = plan_sections(tensors, corrections, coder)
     total = sum(plan.raw for plan in plans)
     if total > raw_limit:
         raise ArtifactError(

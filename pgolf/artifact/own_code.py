@@ -6,18 +6,19 @@ import sys
 from pathlib import Path
 
 from pgolf.artifact.code_rule import CODE_RULE, TRAIN_NAME
+from pgolf.config import Coder
 
 CODE_NAME = TRAIN_NAME
 """Name of the program's file; its rule is `CODE_RULE`."""
 
-__all__ = ["CODE_NAME", "CODE_RULE", "code_bytes", "code_program"]
+__all__ = ["CODE_NAME", "CODE_RULE", "code_bytes", "counted_code"]
 
 
-def code_bytes() -> int:
+def code_bytes(coder: Coder = "range") -> int:
     """Return the bytes of the program."""
-    return len(code_program())
+    return len(counted_code(coder))
 
 
-def code_program() -> bytes:
-    """Return the program."""
+def counted_code(_: Coder = "range") -> bytes:
+    """Return the program, which has every coder."""
     return Path(str(sys.modules["__main__"].__file__)).read_bytes()

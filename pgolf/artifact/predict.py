@@ -7,6 +7,8 @@ multiplied by what training has been measured to save. With weights: they are ro
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import torch
@@ -25,11 +27,10 @@ from pgolf.artifact.header import (
     plan_sections,
 )
 from pgolf.artifact.size import Ledger, make_ledger
-from pgolf.artifact.write import Facts, build_file
-from pgolf.config import ModelConfig, QuantConfig
+from pgolf.artifact.write import Facts, build_file, encode_matrix
+from pgolf.config import Coder, ModelConfig, QuantConfig
 from pgolf.errors import UserError
 from pgolf.model.gpt import parameter_shapes
-from pgolf.ops import encode_codes
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
 from pgolf.quant.pipeline import is_gate
 from pgolf.quant.quantized import QuantizedState
@@ -37,11 +38,14 @@ from pgolf.quant.quantized import QuantizedState
 GAUSSIAN_BITS = 2.047
 """Bits of a code of a Gaussian whose scale is its standard deviation: log2(sqrt(2 pi e))."""
 SAMPLE_ROWS = 2048
-"""Rows of a sampled matrix: the coder has learned its columns by then, and `pr1855` takes 0.3 s."""
+"""Rows of a sampled matrix: the range coder has learned its columns by then, and `pr1855` takes 0.3 s."""
+SAMPLE_CODES = {"brotli": 1 << 17, "lzma": 1 << 19, "zlib": 1 << 20}
+"""Codes of a sampled matrix for the general compressors, whose rates are settled by then within 0.3 %."""
 TRAINED = {"tok_emb": 0.952, "qo_bank": 0.980, "kv_bank": 0.986, "mlp_down_bank": 0.9975}
 """Coded bytes of trained matrices after GPTQ, over those of Gaussian ones of the same shape and scale; 1
 where absent. Measured on `pr1855` after 2,407 steps in 600 s (bench/results/*_range_coder.jsonl). Tokens
-resemble each other, queries their keys, and outputs of heads their values; MLP-up has no such structure."""
+resemble each other, queries their keys, and outputs of heads their values; MLP-up has no such structure.
+General compressors do not use that: without factors the published files of brotli come out 0.1 % larger."""
 STORED = {
     "scales": 1.13,
     "centers": 2.0,
@@ -74,17 +78,27 @@ def family_grid(name: str, config: QuantConfig) -> tuple[int, float]:
     return config.matrix_bits, config.mlp_clip if name.startswith("mlp") else config.attn_clip
 
 
-def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_scale: float = 1.0) -> Ledger:
+def predict_ledger(
+    model: ModelConfig,
+    quant: QuantConfig,
+    *,
+    limit: int,
+    clip_scale: float = 1.0,
+    coder: Coder = "range",
+) -> Ledger:
     """Return the ledger that a trained model's artifact is expected to have, within 0.5 % in total.
 
     Args:
         model: the network. quant: bits, clips and mean_bits.
         limit: goes into the header. clip_scale: factor on the scales, as `Quantizer.quantize` takes it.
+        coder: what the codes are written with.
     """
     entries = _entries(model, quant)
     rates: dict[tuple[int, ...], float] = {}
+    trained = TRAINED if coder == "range" else {}
     lengths = []
-    for plan in plan_sections(entries):
+    plans = plan_sections(entries, (), coder)
+    for plan in plans:
         name = plan.name.split(".")[0]
         if plan.kind == "codes":
             bits, clip = family_grid(name, quant)
@@ -94,22 +108,23 @@ def predict_ledger(model: ModelConfig, quant: QuantConfig, *, limit: int, clip_s
                 spread *= spread**2 / (spread**2 + quant.rate)  # rate-distortion rounding shrinks it
                 # The values of a trellis lie a quarter of a scale from their codes.
                 deviation = math.hypot(spread, 0.25 * quant.trellis)
-                rates[key] = _gaussian_rate(plan.shape, deviation, max_code(bits))
-            lengths.append(TRAINED.get(name, 1.0) * rates[key] * plan.raw)
+                rates[key] = _gaussian_rate(plan.shape, deviation, max_code(bits), coder)
+            lengths.append(trained.get(name, 1.0) * rates[key] * plan.raw)
         else:
             lengths.append(STORED[plan.name] * math.prod(plan.shape))
-    sections = place_sections(plan_sections(entries), [bytes(round(n)) for n in lengths])
-    header = Header(model, "0" * 64, "0" * 16, limit, entries, (), sections)
+    sections = place_sections(plans, [bytes(round(n)) for n in lengths])
+    header = Header(model, "0" * 64, "0" * 16, limit, entries, (), sections, coder)
     framing = PREFIX.size + DIGEST_BYTES + len(compress(encode_header(header), quality=11))
     return make_ledger(header, file_bytes=framing + sum(s.length for s in sections), clip_scale=clip_scale)
 
 
-def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int) -> Ledger:
+def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int, coder: Coder = "range") -> Ledger:
     """Return the ledger that artifact.fit is expected to end with; takes as long as a few predictions."""
     weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
 
     def make(scale: float) -> tuple[None, Ledger, int]:
-        return None, predict_ledger(model, quant, limit=limit, clip_scale=scale), weights
+        ledger = predict_ledger(model, quant, limit=limit, clip_scale=scale, coder=coder)
+        return None, ledger, weights
 
     return search(make, limit=limit)[1]
 
@@ -132,33 +147,56 @@ def _entries(model: ModelConfig, quant: QuantConfig) -> tuple[TensorEntry, ...]:
     return (*matrices, *gates, *small)
 
 
-def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int) -> float:
+def _gaussian_rate(shape: tuple[int, ...], deviation: float, largest: int, coder: Coder) -> float:
     """Return coded bytes per code of a matrix of Gaussian codes whose deviation is given in scales."""
-    rows = min(shape[0], SAMPLE_ROWS)
+    rows = min(shape[0], SAMPLE_ROWS if coder == "range" else -(-SAMPLE_CODES[coder] // shape[1]))
     values = np.random.default_rng(0).normal(scale=deviation, size=(rows, shape[1]))
     codes = np.clip(np.rint(values), -largest, largest).astype(np.int8)
-    return len(encode_codes(codes)) / codes.size
+    return len(encode_matrix(codes, coder=coder)) / codes.size
 
 
 def nearest_ledger(
-    tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, limit: int, clip_scale: float = 1.0
+    tensors: dict[str, Tensor],
+    model: ModelConfig,
+    quant: QuantConfig,
+    *,
+    limit: int,
+    clip_scale: float = 1.0,
+    coder: Coder = "range",
 ) -> Ledger:
     """Return the ledger of weights that are rounded to nearest and coded; nothing is written."""
     state = nearest_state(tensors, model, quant, clip_scale=clip_scale)
-    facts = Facts("0" * 64, "0" * 16, limit, clip_scale)
+    facts = Facts("0" * 64, "0" * 16, limit, clip_scale, coder)
     return build_file(state, model, facts, quality=11)[1]
 
 
 def nearest_fitted(
-    tensors: dict[str, Tensor], model: ModelConfig, quant: QuantConfig, *, limit: int
+    tensors: dict[str, Tensor],
+    model: ModelConfig,
+    quant: QuantConfig,
+    *,
+    limit: int,
+    coder: Coder = "range",
 ) -> Ledger:
     """Return the ledger that artifact.fit would end with if it rounded to nearest; nothing is written."""
     weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
 
     def make(scale: float) -> tuple[None, Ledger, int]:
-        return None, nearest_ledger(tensors, model, quant, limit=limit, clip_scale=scale), weights
+        ledger = nearest_ledger(tensors, model, quant, limit=limit, clip_scale=scale, coder=coder)
+        return None, ledger, weights
 
     return search(make, limit=limit)[1]
+
+
+def in_each_coder(header: Header, state: QuantizedState) -> Iterator[tuple[Coder, Ledger]]:
+    """Yield every coder with the ledger that an artifact has in it; brotli takes 2 us per code and core.
+
+    Args:
+        header, state: of an artifact, as `read_state` returns them.
+    """
+    for coder in get_args(Coder):
+        facts = Facts(header.tokenizer_sha256, header.config_hash, header.limit, 1.0, coder)
+        yield coder, build_file(state, header.model, facts, quality=11)[1]
 
 
 def nearest_state(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from pgolf.artifact.header import (
     correction_sizes,
     matrix_shapes,
 )
-from pgolf.config import ModelConfig
+from pgolf.config import Coder, ModelConfig
 from pgolf.model.gpt import GPT
 from pgolf.ops import decode_codes
 from pgolf.quant.grid import LEAST_EXPONENT, MOST_EXPONENT, QuantizedTensor, from_exponents, max_code
@@ -103,7 +104,7 @@ def read_state(path: Path) -> tuple[Header, QuantizedState]:
 def decode_artifact(reader: Reader) -> tuple[Header, QuantizedState]:
     """Read all sections and decode them; raises `ArtifactError` as `read_artifact`."""
     stored = list(reader.sections())
-    return reader.header, _assemble(reader.header, _decode(stored))
+    return reader.header, _assemble(reader.header, _decode(stored, reader.header.coder))
 
 
 @contextmanager
@@ -126,7 +127,7 @@ def open_artifact(path: Path) -> Iterator[Reader]:
 Raw = bytes | NDArray[np.int8]
 
 
-def _decode(stored: list[tuple[Section, bytes]]) -> dict[str, Raw]:
+def _decode(stored: list[tuple[Section, bytes]], coder: Coder) -> dict[str, Raw]:
     """Return every section decoded, by name; threads decode each matrix after its pool."""
     chains: dict[str, list[tuple[Section, bytes]]] = {}
     for item in stored:
@@ -136,30 +137,35 @@ def _decode(stored: list[tuple[Section, bytes]]) -> dict[str, Raw]:
     ordered = [sorted(chain, key=lambda item: item[0].plan.pool is not None) for chain in chains.values()]
     ordered.sort(key=lambda chain: -sum(section.plan.raw for section, _ in chain))
     small = sum(section.plan.raw for section, _ in stored) < THREADS_PAY
-    parts = map(_decode_chain, ordered) if small else in_threads(_decode_chain, ordered)
+    work = partial(_decode_chain, coder=coder)
+    parts = map(work, ordered) if small else in_threads(work, ordered)
     return {name: raw for part in parts for name, raw in part.items()}
 
 
-def _decode_chain(chain: list[tuple[Section, bytes]]) -> dict[str, Raw]:
+def _decode_chain(chain: list[tuple[Section, bytes]], coder: Coder) -> dict[str, Raw]:
     done: dict[str, Raw] = {}
     for section, stream in chain:
         plan = section.plan
         pool = done[plan.pool] if plan.pool is not None else None
         assert not isinstance(pool, bytes)
         try:
-            done[plan.name] = _unpack(plan, stream, pool)
+            done[plan.name] = _unpack(plan, stream, pool, coder)
         except ValueError as e:  # CodecError, or what decode_codes says
             raise ArtifactError(f"artifact section {plan.name!r}: {e}") from e
     return done
 
 
-def _unpack(plan: SectionPlan, stream: bytes, pool: NDArray[np.int8] | None) -> Raw:
+def _unpack(plan: SectionPlan, stream: bytes, pool: NDArray[np.int8] | None, coder: Coder) -> Raw:
     if plan.kind != "codes":
         return decompress(stream, raw_length=plan.raw)
     rows, cols = plan.shape
     if plan.transposed:
         rows, cols = cols, rows
-    codes = decode_codes(stream, (rows, cols), pool=pool)
+    if coder == "range":
+        codes = decode_codes(stream, (rows, cols), pool=pool)
+    else:
+        raw = decompress(stream, raw_length=plan.raw, coder=coder)
+        codes = np.frombuffer(raw, np.int8).reshape(rows, cols)
     return codes.T if plan.transposed else codes
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pgolf.artifact.code import CODE_RULE, code_bytes
 from pgolf.artifact.header import ArtifactError, Header
+from pgolf.config import ArtifactConfig, Coder
 from pgolf.errors import UserError
 
 
@@ -68,23 +69,24 @@ def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> 
         sizes[name] = sizes.get(name, 0) + section.length
     sizes["header"] = file_bytes - sum(sizes.values())
     parts = sorted(sizes.items(), key=lambda item: -item[1])
-    return Ledger(tuple(parts), code_bytes(), header.limit, clip_scale)
+    return Ledger(tuple(parts), code_bytes(header.coder), header.limit, clip_scale)
 
 
-def check_limit(limit: int) -> None:
+def check_limit(artifact: ArtifactConfig) -> None:
     """Refuse a limit that leaves nothing for a model, before anything is trained.
 
     Raises:
         ValueError: the counted code alone takes it.
     """
-    if limit <= code_bytes():
+    code = code_bytes(artifact.coder)
+    if artifact.limit <= code:
         raise UserError(
-            f"artifact.limit must be above {code_bytes():,} bytes, which the counted code alone takes, "
-            f"got {limit:,}"
+            f"artifact.limit must be above {code:,} bytes, which the counted code alone takes, "
+            f"got {artifact.limit:,}"
         )
 
 
-def check(ledger: Ledger, limit: int) -> None:
+def check(ledger: Ledger, limit: int, coder: Coder = "range") -> None:
     """Raise unless the counted bytes are within `limit`.
 
     Raises:
@@ -93,8 +95,9 @@ def check(ledger: Ledger, limit: int) -> None:
     if ledger.total <= limit:
         return
     largest = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in ledger.parts[:3])
+    smaller = "" if coder == "range" else f"set artifact.coder=range, which takes less than {coder}, or "
     raise ArtifactError(
         f"artifact is {ledger.total:_} bytes, limit {limit:_}, {ledger.total - limit:_} too many; largest "
-        f"sections: {largest}; set artifact.fit, or make the scales coarser (lower quant.mean_bits; with "
-        f"quant.row_scales=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
+        f"sections: {largest}; {smaller}set artifact.fit, or make the scales coarser (lower quant.mean_bits; "
+        f"with quant.row_scales=spread raise quant.mlp_clip), or the model smaller\n{ledger.text()}"
     )

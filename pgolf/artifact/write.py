@@ -29,7 +29,7 @@ from pgolf.artifact.header import (
     plan_sections,
 )
 from pgolf.artifact.size import Ledger, check, make_ledger
-from pgolf.config import ModelConfig
+from pgolf.config import Coder, ModelConfig
 from pgolf.files import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.grid import QuantizedTensor, scale_exponents
@@ -45,6 +45,7 @@ def write_artifact(
     config_hash: str,
     limit: int,
     quality: int = 11,
+    coder: Coder = "range",
 ) -> Ledger:
     """Write the artifact atomically, or leave whatever was at `path` as it is.
 
@@ -54,16 +55,17 @@ def write_artifact(
         model: the configuration of the model that `state` belongs to.
         tokenizer_sha256: 64 hex digits. config_hash: 16 hex digits, from `pgolf.config.config_hash`.
         limit: counted bytes (file plus code) that are allowed.
-        quality: of brotli for all but the codes; 11 for anything that counts, lower in tests.
+        quality: of brotli; 11 for anything that counts, lower in tests.
+        coder: what the codes of the matrices are written with.
     Returns:
         The ledger of the written file.
     Raises:
         ArtifactError: above the limit (with the ledger), or a state that the format cannot hold.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0)
+    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0, coder)
     data, ledger = build_file(state, model, facts, quality=quality)
-    check(ledger, limit)
+    check(ledger, limit, coder)
     save_file(path, data)
     return ledger
 
@@ -82,6 +84,7 @@ class Facts:
     config_hash: str
     limit: int
     clip_scale: float
+    coder: Coder = "range"
 
 
 def build_file(
@@ -89,11 +92,19 @@ def build_file(
 ) -> tuple[bytes, Ledger]:
     """Return the complete file, which has been parsed once as a check, and its ledger."""
     tensors, corrections = _entries(state), _corrections(state)
-    plans = plan_sections(tensors, corrections)
-    streams = in_threads(partial(_encode, quality=quality), _payloads(state, tensors, plans))
+    plans = plan_sections(tensors, corrections, facts.coder)
+    encode = partial(_encode, quality=quality, coder=facts.coder)
+    streams = in_threads(encode, _payloads(state, tensors, plans))
     sections = place_sections(plans, streams)
     header = Header(
-        model, facts.tokenizer_sha256, facts.config_hash, facts.limit, tensors, corrections, sections
+        model,
+        facts.tokenizer_sha256,
+        facts.config_hash,
+        facts.limit,
+        tensors,
+        corrections,
+        sections,
+        facts.coder,
     )
     data = frame(header, streams)
     if parse(data)[0] != header:
@@ -185,10 +196,24 @@ class _Matrix:
     pool: NDArray[np.int8] | None
 
 
-def _encode(payload: _Matrix | bytes, *, quality: int) -> bytes:
+def _encode(payload: _Matrix | bytes, *, quality: int, coder: Coder) -> bytes:
     if isinstance(payload, bytes):
         return compress(payload, quality=quality)
-    return encode_codes(payload.codes, pool=payload.pool)
+    return encode_matrix(payload.codes, payload.pool, quality=quality, coder=coder)
+
+
+def encode_matrix(
+    codes: NDArray[np.int8], pool: NDArray[np.int8] | None = None, *, coder: Coder, quality: int = 11
+) -> bytes:
+    """Return the stream of a matrix in the orientation in which it is coded; see `SectionPlan`.
+
+    Args:
+        codes: `(rows, cols)`. pool: rows that they may lean on, for the range coder.
+        coder: what to write with. quality: of brotli.
+    """
+    if coder == "range":
+        return encode_codes(codes, pool=pool)
+    return compress(codes.tobytes(), quality=quality, coder=coder)
 
 
 def _payloads(

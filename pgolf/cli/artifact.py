@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from pgolf.config import Coder
 from pgolf.errors import UserError
 
 
@@ -41,7 +42,10 @@ class Code:
     out: tyro.conf.Positional[Path]
     """Folder to create; it must not exist yet."""
     train: bool = False
-    """Write train_gpt.py instead, which trains, quantizes and writes as well."""
+    """Write train_gpt.py instead, which trains, quantizes and writes as well, with every coder."""
+    coder: Coder = "range"
+    """artifact.coder of the file that evaluate_gpt.py is to read. For all but range the program has no range
+    coder and needs no C++ compiler."""
 
 
 def main(argv: list[str]) -> int:
@@ -53,11 +57,11 @@ def main(argv: list[str]) -> int:
         args=argv,
     )
     if isinstance(job, Code):
-        from pgolf.artifact.code import EVALUATE, TRAIN, code_program, code_text, unpack_code
+        from pgolf.artifact.code import TRAIN, code_program, code_text, evaluate, unpack_code
 
         if job.out.exists():
             raise UserError(f"{job.out} exists already; give a folder that does not exist")
-        program = TRAIN if job.train else EVALUATE
+        program = TRAIN if job.train else evaluate(job.coder)
         files, content = len(unpack_code(code_text(program), job.out)), code_program(program)
         path = job.out / program.name
         path.write_bytes(content)

@@ -30,13 +30,14 @@ def main(argv: list[str]) -> int:
 
     # Both raise an error for settings that no run could use.
     coefficients(config.optim.muon.coefficients, config.optim.muon.ns_steps)
-    check_limit(config.artifact.limit)
+    check_limit(config.artifact)
 
     print(json.dumps(to_dict(config), indent=2))
     shapes = parameter_shapes(config.model)
     total = sum(math.prod(shape) for shape in shapes.values())
     predict = predict_fitted if config.artifact.fit else predict_ledger
-    ledger = predict(config.model, config.quant, limit=config.artifact.limit)
+    limit, coder = config.artifact.limit, config.artifact.coder
+    ledger = predict(config.model, config.quant, limit=limit, coder=coder)
     passes = config.data.batch_tokens // config.data.micro_tokens
     print(f"\nhash            {config_hash(config)}")
     print(f"parameters      {total:,}")

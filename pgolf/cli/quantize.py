@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
     from pgolf.train.trainer import open_loader
     from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
 
-    check_limit(args.artifact.limit)
+    check_limit(args.artifact)
     state, saved, facts = load_weights(args.checkpoint)
     say(facts.get("note", ""))
     data = replace(saved.data, dir=args.data)

@@ -1,4 +1,7 @@
-"""`pgolf size PRESET|config.json|RUN|CHECKPOINT|ARTIFACT [--section.key VALUE ...]`: bytes per section."""
+"""`pgolf size PRESET|config.json|RUN|CHECKPOINT|ARTIFACT [--section.key VALUE ...]`: bytes per section.
+
+`pgolf size ARTIFACT|RUN --coders`: the bytes of the same codes in every coder.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pgolf.cli.overrides import override, parse_config, say
+from pgolf.errors import UserError
 from pgolf.presets import OLD_NAMES, PRESETS
 
 if TYPE_CHECKING:
     from pgolf.artifact.size import Ledger
 
-ARTIFACT = "model.pgolf"
+ARTIFACT, CODERS = "model.pgolf", "--coders"
 
 
 def main(argv: list[str]) -> int:
     """Print the ledger and where it is from; 0 when it is within artifact.limit, 1 when not."""
     from pgolf.artifact.code_rule import CODE_RULE, FORMER_RULE
 
+    if CODERS in argv:
+        return _compare([word for word in argv if word != CODERS])
     artifact, rule = _artifact(argv), CODE_RULE
     checkpoint = _checkpoint(argv[0]) if argv else None
     if artifact is not None:
@@ -51,6 +57,27 @@ def _written(path: Path) -> tuple[Ledger, bool]:
     return replace(ledger, code=kept[0].stat().st_size), kept[0].name == FORMER_NAME
 
 
+def _compare(argv: list[str]) -> int:
+    """Print what the codes of an artifact take in each coder, as each is measured; 0."""
+    path = _artifact(argv)
+    if path is None:
+        raise UserError(
+            f"pgolf size {CODERS}: expected an artifact or the folder of a finished run and no setting, got "
+            f"{' '.join(argv) or 'nothing'}; for a preset or weights set --artifact.coder"
+        )
+    from pgolf.artifact.predict import in_each_coder
+    from pgolf.artifact.read import read_state
+
+    header, state = read_state(path)
+    print(f"{path}, written with {header.coder}; the same codes in every coder, bytes (less is better)")
+    print(f"{'coder':<8}{'codes':>14}{'file':>14}{'code':>10}{'total':>14}")
+    for coder, ledger in in_each_coder(header, state):
+        codes = ledger.model_bytes - sum(size for name, size in ledger.parts if name not in state.quantized)
+        row = f"{codes:>14,}{ledger.model_bytes:>14,}{ledger.code:>10,}{ledger.total:>14,}"
+        print(f"{coder:<8}{row}", flush=True)
+    return 0
+
+
 def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
     """Return what weights would take, and how that is known."""
     from pgolf.artifact.predict import nearest_fitted, nearest_ledger
@@ -61,9 +88,9 @@ def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
     say(facts.get("note", ""))
     config = override("size", argv[0], argv[1:], saved)
     limit = config.artifact.limit
-    check_limit(limit)
+    check_limit(config.artifact)
     measure = nearest_fitted if config.artifact.fit else nearest_ledger
-    ledger = measure(tensors, config.model, config.quant, limit=limit)
+    ledger = measure(tensors, config.model, config.quant, limit=limit, coder=config.artifact.coder)
     origin = (
         f"{path}: an estimate, from weights that are rounded to nearest and coded; the file itself depends\n"
         "on the calibration too, which changed small models by up to 10 % (`pgolf quantize` writes it)"
@@ -77,13 +104,13 @@ def _of_settings(argv: list[str]) -> tuple[Ledger, str]:
     from pgolf.artifact.predict import predict_fitted, predict_ledger
     from pgolf.artifact.size import check_limit
 
-    limit = config.artifact.limit
-    check_limit(limit)
-    plain = predict_ledger(config.model, config.quant, limit=limit)
+    check_limit(config.artifact)
+    limit, coder = config.artifact.limit, config.artifact.coder
+    plain = predict_ledger(config.model, config.quant, limit=limit, coder=coder)
     origin = "predicted from shapes, bits and clips (within 0.5 % for a fully trained model)"
     if not config.artifact.fit:
         return plain, origin
-    ledger = predict_fitted(config.model, config.quant, limit=limit)
+    ledger = predict_fitted(config.model, config.quant, limit=limit, coder=coder)
     return ledger, f"{origin}\n{plain.total:,} bytes at these settings{_scaled(ledger)}"
 
 

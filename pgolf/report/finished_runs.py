@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.artifact.code import CODE_NAME, code_program
+from pgolf.artifact.code import CODE_NAME, counted_code
 from pgolf.artifact.code_rule import FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
@@ -149,7 +149,7 @@ def _checked(run: FinishedRun, hashes: tuple[str, ...]) -> FinishedRun:
             raise UserError(
                 f"{folder}: model.pgolf has {what} {found}, {SUMMARY} says {said}; it is not this run's"
             )
-    code, name = _counted_code(folder, run.ledger.code, summary.commit)
+    code, name = _counted_code(run)
     return replace(run, code=code, code_name=name, tokenizer_sha256=facts["tokenizer_sha256"])
 
 
@@ -263,10 +263,12 @@ def _is_time(value: float) -> bool:
     return 0 <= value < math.inf
 
 
-def _counted_code(folder: Path, counted: int, commit: str) -> tuple[bytes, str]:
+def _counted_code(run: FinishedRun) -> tuple[bytes, str]:
     """Return the run's code and its name; for runs that kept none this tree's code, if it has their size."""
+    folder, counted, commit = run.folder, run.ledger.code, run.summary.commit
     kept = [folder / name for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (folder / name).is_file()]
-    code, name = (kept[0].read_bytes(), kept[0].name) if kept else (code_program(), CODE_NAME)
+    ours = counted_code(run.config.artifact.coder)
+    code, name = (kept[0].read_bytes(), kept[0].name) if kept else (ours, CODE_NAME)
     if len(code) != counted:
         where = kept[0] if kept else "the code of this tree (the run kept none)"
         raise UserError(

@@ -101,9 +101,10 @@ def _add_code(runs: Sequence[FinishedRun], folder: Path) -> dict[str, str]:
     code, name = runs[0].code, runs[0].code_name
     (folder / name).write_bytes(code)
     if name != FORMER_NAME:
+        compiler = "; it needs g++ 10 or newer too" if runs[0].config.artifact.coder == "range" else ""
         return {
             name: f"the counted program, {len(code):,} bytes: it scores the artifacts, without pgolf",
-            "requirements.txt": f"the libraries that {name} imports; it needs g++ 10 or newer too",
+            "requirements.txt": f"the libraries that {name} imports{compiler}",
         }
     return {
         name: f"the counted code, {len(code):,} bytes: modules after lines `# path`, in brotli",

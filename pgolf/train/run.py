@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgolf.artifact.code import CODE_NAME, code_program
+from pgolf.artifact.code import CODE_NAME, counted_code
 from pgolf.artifact.fit import write_quantized
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
@@ -386,7 +386,7 @@ class Run:
                     first=first,
                 )
                 with atomic_file(self._folder / CODE_NAME) as file:
-                    file.write(code_program())
+                    file.write(counted_code(config.artifact.coder))
             except Exception as e:
                 error = e
         self._dist.check(error)

@@ -61,7 +61,7 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
     if dist.is_main:
         check_tracker(config.train.track)
     if config.train.quantize:
-        check_limit(config.artifact.limit)
+        check_limit(config.artifact)
     data = DataFolder.open(config.data.dir, vocab_size=config.model.vocab_size, verify=config.data.verify)
     check_foreign(data.folder, training=config.data.verify)
     if past is not None:

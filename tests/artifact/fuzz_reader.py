@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -22,6 +23,7 @@ from pgolf.artifact.format import Reader, raw_limit
 from pgolf.artifact.header import ArtifactError
 from pgolf.artifact.read import decode_artifact
 from pgolf.artifact.write import write_artifact
+from pgolf.config import Coder
 from pgolf.quant.quantized import dequantize_state
 
 SLOWEST = 5.0
@@ -30,10 +32,11 @@ OWN_MEMORY = 64 << 20
 """Bytes that decoders, their threads and the interpreter may take besides what the sections hold."""
 
 
-def good_artifact(state=None) -> bytes:
+def good_artifact(state=None, coder="range") -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a"
-        write_artifact(path, state or make_state(TOY), TOY, **FACTS, limit=16_000_000, quality=1)
+        words = {**FACTS, "limit": 16_000_000, "quality": 1, "coder": coder}
+        write_artifact(path, state or make_state(TOY), TOY, **words)
         return path.read_bytes()
 
 
@@ -78,5 +81,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--coder", default="range", choices=get_args(Coder))
     args = parser.parse_args()
-    sys.stdout.write(json.dumps(fuzz(good_artifact(), count=args.count, seed=args.seed)) + "\n")
+    sys.stdout.write(
+        json.dumps(fuzz(good_artifact(coder=args.coder), count=args.count, seed=args.seed)) + "\n"
+    )

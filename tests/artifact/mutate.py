@@ -6,6 +6,7 @@ import random
 import struct
 
 from pgolf.artifact.codec import compress, decompress
+from pgolf.artifact.header import GENERAL
 
 JUNK = (
     0,
@@ -162,12 +163,15 @@ class Mutator:
                 lambda: old[: self.random.randrange(len(old) + 1)],
                 lambda: old + self.random.randbytes(3),
                 lambda: bytes([self.random.randrange(5), self.random.randrange(256)]) + old[2:],
-                lambda: compress(bytes(self.random.choice((0, 1, 1 << 16, 1 << 22))), quality=0),
-                lambda: compress(self.random.randbytes(fields["sections"][place]["raw"]), quality=0),
+                lambda: self.packed(bytes(self.random.choice((0, 1, 1 << 16, 1 << 22)))),
+                lambda: self.packed(self.random.randbytes(fields["sections"][place]["raw"])),
             )
         )()
         lengths(fields, streams)
         return self.build(fields, streams)
+
+    def packed(self, raw: bytes) -> bytes:
+        return compress(raw, quality=0, coder=self.random.choice(GENERAL))
 
     def streams(self, fields: dict) -> list[bytes]:
         return [self.payload[s["offset"] : s["offset"] + s["length"]] for s in fields["sections"]]

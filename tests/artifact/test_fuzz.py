@@ -6,6 +6,7 @@ from artifact_helpers import TOY, make_state
 from fuzz_reader import fuzz, good_artifact, outcome
 from mutate import Mutator
 
+from pgolf.artifact.header import GENERAL
 from pgolf.quant.lqer import correct
 from pgolf.quant.quantized import QuantizedState
 
@@ -18,6 +19,12 @@ def good():
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_damaged_files_are_refused_or_hold_something_else(good, seed):
     result = fuzz(good, count=800, seed=seed)
+    assert result["refused"] > 0.7 * result["count"] and result["read"] > 0
+
+
+@pytest.mark.parametrize("coder", GENERAL)
+def test_files_of_general_compressors_are_fuzzed_too(coder):
+    result = fuzz(good_artifact(coder=coder), count=400, seed=6)
     assert result["refused"] > 0.7 * result["count"] and result["read"] > 0
 
 

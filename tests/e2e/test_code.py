@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from pgolf.artifact.code import CODE_NAME, code_bytes
-from pgolf.artifact.read import load_model, read_artifact
+from pgolf.artifact.read import load_model, read_artifact, read_state
+from pgolf.artifact.write import write_artifact
 from pgolf.cli.main import main
 from pgolf.config import TttConfig
 from pgolf.dist import Dist
@@ -122,6 +123,56 @@ def test_its_weights_are_those_of_the_package_bit_for_bit(run, code, tmp_path):
     assert found.keys() == ours.keys() and len(ours) > 5
     for name, value in ours.items():
         assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+
+
+@pytest.fixture(scope="module")
+def general(run, shards, tmp_path_factory):
+    """The folder that `pgolf artifact code --coder lzma` writes, with the run's weights in an lzma file."""
+    folder = tmp_path_factory.mktemp("general") / "code"
+    assert main(["artifact", "code", str(folder), "--coder", "lzma"]) == 0
+    words = ["--data", str(shards), "--out", str(folder / "model.pgolf"), "--artifact.coder", "lzma"]
+    assert main(["quantize", str(run / "ema.safetensors"), *words]) == 0
+    return folder
+
+
+def test_a_file_of_a_general_compressor_is_scored_without_a_compiler(run, general, shards, tmp_path):
+    alone(general, general, tmp_path / "alone")
+    words = [CODE_NAME, "model.pgolf", "--data", str(shards)]
+    done = bare(*words, cwd=tmp_path / "alone", environment={"CXX": "false"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    size = (general / "model.pgolf").stat().st_size
+    assert (
+        f"model {size:,} + code {code_bytes('lzma'):,} = {size + code_bytes('lzma'):,} bytes" in done.stdout
+    )
+    model = load_model(general / "model.pgolf", "cpu")
+    data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
+    found = score_model(model, data_folder, 512, Dist.start("cpu"))
+    assert float(done.stdout.split()[0]) == pytest.approx(found.bpb, abs=1e-6)
+    (tmp_path / "alone" / "model.pgolf").write_bytes((run / "model.pgolf").read_bytes())
+    done = bare(*words, cwd=tmp_path / "alone")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "written with pgolf's range coder, which this program left out" in done.stderr
+
+
+@pytest.mark.parametrize("coder", ["range", "brotli", "lzma", "zlib"])
+def test_the_program_of_the_range_coder_reads_every_coder_bit_for_bit(run, code, tmp_path, coder):
+    path = tmp_path / "model.pgolf"
+    header, state = read_state(run / "model.pgolf")
+    write_artifact(
+        path,
+        state,
+        header.model,
+        tokenizer_sha256=header.tokenizer_sha256,
+        config_hash=header.config_hash,
+        limit=header.limit,
+        quality=1,
+        coder=coder,
+    )
+    (tmp_path / "weights.py").write_text(WEIGHTS)
+    done = bare("weights.py", str(path), str(code), str(tmp_path / "weights.pt"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found, ours = torch.load(tmp_path / "weights.pt"), read_artifact(run / "model.pgolf").state
+    assert found.keys() == ours.keys() and all(torch.equal(found[name], ours[name]) for name in ours)
 
 
 def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):

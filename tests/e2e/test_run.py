@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf.artifact.code import code_bytes, counted_code
 from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
 from pgolf.data.shards import read_shard, write_shard
@@ -277,6 +278,9 @@ def test_the_baseline_preset_runs_without_average_loop_or_gates(shards, tmp_path
     s = summary(folder)
     assert s.scores.keys() == {"raw", "quantized"} and s.train.loop_step is None
     assert abs(s.scores["quantized"].bpb - s.scores["raw"].bpb) < 0.02  # 8 bits lose little
+    assert read_artifact(folder / "model.pgolf").header.coder == "zlib"
+    code = (folder / "evaluate_gpt.py").read_bytes()
+    assert code == counted_code("zlib") and s.ledger.code == len(code) < code_bytes("range")
 
 
 def test_every_way_to_score_counts_the_same_text(run, shards, tmp_path, capsys):

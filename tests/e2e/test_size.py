@@ -57,6 +57,40 @@ def test_a_run_has_the_bytes_that_it_wrote(run, capsys):
         assert total(text) == said["total"] == (run / "model.pgolf").stat().st_size + said["code"]
 
 
+def test_one_command_says_what_every_coder_takes(run, capsys):
+    assert main(["size", str(run), "--coders"]) == 0
+    first, head, *rows = capsys.readouterr().out.splitlines()
+    assert "written with range" in first and head.split() == ["coder", "codes", "file", "code", "total"]
+    found = {row.split()[0]: [int(n.replace(",", "")) for n in row.split()[1:]] for row in rows}
+    assert list(found) == ["range", "brotli", "lzma", "zlib"]
+    sizes = dict(make_ledger(read_state(run / "model.pgolf")[0], file_bytes=0).parts)
+    names = [name for name in sizes if name.endswith("bank") or name == "tok_emb"]
+    assert found["range"][0] == sum(sizes[name] for name in names)
+    assert found["range"][1] == (run / "model.pgolf").stat().st_size
+    for coder, (codes, file, code, whole) in found.items():
+        assert whole == file + code and code == code_bytes(coder)
+        assert codes >= found["range"][0] and file - codes < found["range"][1] - found["range"][0] + 100
+
+
+@pytest.mark.parametrize("words", [["tiny"], [], ["ema"], ["run", "--artifact.limit", "100"]])
+def test_coders_are_compared_for_an_artifact_alone(run, words, capsys):
+    paths = {"ema": run / "ema.safetensors", "run": run}
+    assert main(["size", *(str(paths.get(word, word)) for word in words), "--coders"]) == 2
+    said = capsys.readouterr().err
+    assert "expected an artifact or the folder of a finished run and no setting, got" in said
+
+
+def test_estimates_are_of_the_coder_that_is_set(run, capsys):
+    for words in (["tiny"], [str(run / "ema.safetensors"), "--artifact.no-fit"]):
+        totals = []
+        for coder in ("range", "zlib"):
+            assert main(["size", *words, "--artifact.coder", coder]) == 0
+            totals.append(total(capsys.readouterr().out))
+        assert totals[0] - code_bytes("range") < totals[1] - code_bytes("zlib")
+    assert main(["size", "tiny", "--artifact.coder", "lrzip"]) == 2
+    assert "lrzip" in capsys.readouterr().err
+
+
 def test_a_damaged_artifact_has_no_size(run, tmp_path, capsys):
     data = bytearray((run / "model.pgolf").read_bytes())
     data[-40] ^= 1

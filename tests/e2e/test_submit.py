@@ -491,6 +491,6 @@ def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same
     (tmp_path / "run" / "evaluate_gpt.py").unlink()
     assert write([tmp_path / "run"], tmp_path / "out") == 0
     assert (tmp_path / "out" / "evaluate_gpt.py").read_bytes() == code
-    monkeypatch.setattr("pgolf.report.finished_runs.code_program", lambda: b"changed")
+    monkeypatch.setattr("pgolf.report.finished_runs.counted_code", lambda _: b"changed")
     assert write([tmp_path / "run"], tmp_path / "other") == 2
     assert "the code of this tree (the run kept none) has 7" in capsys.readouterr().err

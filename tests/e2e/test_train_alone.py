@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from pgolf.artifact.code import TRAIN, code_program
-from pgolf.artifact.read import load_model
+from pgolf.artifact.code import TRAIN, code_program, code_text, unpack_code
+from pgolf.artifact.read import load_model, read_state
 from pgolf.cli.main import main
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_model
@@ -63,6 +64,30 @@ def test_it_scores_what_it_wrote_and_is_submitted(trained, shards, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     scores = json.loads((trained / "summary.json").read_text())["scores"]
     assert float(done.stdout.split()[0]) == pytest.approx(scores["quantized"]["bpb"], abs=1e-6)
+
+
+WRITE = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from pgolf.artifact.read import read_state
+from pgolf.artifact.write import write_artifact
+header, state = read_state(Path(sys.argv[2]))
+facts = {"tokenizer_sha256": header.tokenizer_sha256, "config_hash": header.config_hash}
+write_artifact(Path(sys.argv[3]), state, header.model, **facts, limit=header.limit, coder="zlib")
+"""
+
+
+def test_it_writes_and_reads_a_general_compressor_as_the_package_does(run, tmp_path):
+    unpack_code(code_text(TRAIN), tmp_path / "code")
+    (tmp_path / TRAIN.name).write_text(WRITE)  # the main module's file is what it counts
+    arguments = [str(tmp_path / "code"), str(run / "model.pgolf"), str(tmp_path / "a")]
+    done = bare(TRAIN.name, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    header, state = read_state(tmp_path / "a")
+    assert header.coder == "zlib"
+    for name, t in read_state(run / "model.pgolf")[1].quantized.items():
+        assert torch.equal(state.quantized[name].codes, t.codes)
 
 
 def test_what_a_user_can_cause_is_one_sentence(run, tmp_path):
