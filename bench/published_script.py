@@ -5,9 +5,9 @@ this project. Its definitions are executed, its training is not: packed scripts 
 what is defined inside of its training function (schedules; in early scripts the optimizers) is executed by
 itself, from its syntax tree. The settings are those that the log next to the script prints.
 
-Modules that are not installed are replaced: flash_attn_interface by masked attention of torch, triton by
-names without a function. On the CPU the model then takes its own plain form of what Triton fuses, which these
-scripts use outside of training.
+The module flash_attn_interface is replaced by masked attention of torch, and triton, where it is not
+installed, by names without a function. On the CPU the model takes its own plain form of what Triton fuses,
+which these scripts use outside of training.
 """
 
 from __future__ import annotations
@@ -168,12 +168,10 @@ def flash_attn_varlen_func(
 
 
 def _stand_ins() -> dict[str, types.ModuleType]:
-    """Return replacements by name for the modules of the scripts that are not installed."""
-    found: dict[str, types.ModuleType] = {}
-    if importlib.util.find_spec("flash_attn_interface") is None:
-        flash: Any = types.ModuleType("flash_attn_interface")
-        flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
-        found["flash_attn_interface"] = flash
+    """Return replacements by name for modules of the scripts; FlashAttention 3 has no float32."""
+    flash: Any = types.ModuleType("flash_attn_interface")
+    flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    found: dict[str, types.ModuleType] = {"flash_attn_interface": flash}
     if importlib.util.find_spec("triton") is None:
         for name in ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor"):
             found[name] = _Anything(name)
