@@ -49,7 +49,13 @@ def pr1787() -> Config:
         base,
         name="pr1787",
         model=replace(base.model, sparse_gate_scale=1.0, smear_gate=False),
-        optim=replace(base.optim, adam=replace(base.optim.adam, beta2=0.95), warmdown=0.75),
+        optim=replace(
+            base.optim,
+            muon=replace(base.optim.muon, momentum_warmup=0.24),  # 1,500 steps of 96 ms
+            adam=replace(base.optim.adam, beta2=0.95),
+            warmdown=0.75,
+            ema_horizon=0.067,  # 285 steps of 141 ms
+        ),
         quant=_published_quantizer(mlp_clip=12.0, attn_clip=13.0, embed_bits=7, embed_clip=15.0),
         artifact=ArtifactConfig(fit=False, coder="brotli"),
     )
@@ -117,7 +123,7 @@ def pr1516() -> Config:
         base,
         name="pr1516",
         model=replace(base.model, qk_gain=5.0, recurrence_start=3, parallel="gptj", parallel_from=7),
-        optim=replace(base.optim, muon=muon, ema_horizon=0.0678),  # 333 of 4,912 steps
+        optim=replace(base.optim, muon=muon, ema_horizon=0.084),  # 333 steps of 148 ms
     )
 
 
@@ -133,7 +139,7 @@ def pr1493() -> Config:
             base.optim,
             muon=muon,
             warmdown=0.72,
-            ema_horizon=0.0629,  # 286 of 4,550 steps
+            ema_horizon=0.0732,  # 285 steps of 151 ms
             recurrence_at=0.35,
         ),
     )
@@ -143,6 +149,7 @@ def pr1394() -> Config:
     """PR #1394's settings: SP8192, two layers repeated from half of the run on, no gates, no lanes."""
     base = pr1855()
     muon = replace(base.optim.muon, lr=0.02, weight_decay=0.085, momentum=0.99, coefficients="jordan")
+    muon = replace(muon, momentum_warmup=0.26)  # 1,500 steps of 102 ms
     return replace(
         base,
         name="pr1394",
@@ -161,7 +168,7 @@ def pr1394() -> Config:
             adam=replace(base.optim.adam, beta2=0.95),
             warmdown=0.667,
             min_lr=0.0,
-            ema_horizon=0.0668,  # 333 of 4,989 steps
+            ema_horizon=0.0793,  # 333 steps of 140 ms
             recurrence_at=0.5,
         ),
         quant=_published_quantizer(
@@ -288,7 +295,7 @@ def naive() -> Config:
                 weight_decay=0.0,
                 momentum=0.95,
                 momentum_start=0.85,
-                momentum_warmup=0.04,
+                momentum_warmup=0.036,  # 500 steps of 43.5 ms
                 row_normalize=False,
                 coefficients="jordan",
             ),
@@ -296,7 +303,7 @@ def naive() -> Config:
                 embed_lr=0.05, embed_weight_decay=0.0, scalar_lr=0.04, scalar_weight_decay=0.0, beta2=0.95
             ),
             grad_clip=0.0,
-            warmdown=0.09,
+            warmdown=0.087,  # 1,200 steps of 43.5 ms
             min_lr=0.0,
             ema_horizon=0.0,
         ),

@@ -1,0 +1,347 @@
+"""A published training script as objects: its settings, its model, its optimizers, its schedules.
+
+The script is a `train_gpt.py` of github.com/openai/parameter-golf that the user has; nothing of it is part of
+this project. Its definitions are executed, its training is not: packed scripts are unpacked by parsing, and
+what is defined inside of its training function (schedules; in early scripts the optimizers) is executed by
+itself, from its syntax tree. The settings are those that the log next to the script prints.
+
+The module flash_attn_interface is replaced by masked attention of torch, and triton, where it is not
+installed, by names without a function. On the CPU the model takes its own plain form of what Triton fuses,
+which these scripts use outside of training.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import copy
+import importlib.util
+import inspect
+import lzma
+import os
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgolf.errors import UserError
+
+RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
+LARGEST_SOURCE = 1 << 22
+"""Bytes of an unpacked script, above which it is refused."""
+OF_THE_MACHINE = (
+    r"rank|local_rank|world_size|distributed|is_main_process|grad_accum_steps|logfile|run_id"
+    r"|\w+_(dir|path|files)"
+)
+"""Settings in a log that say where it ran."""
+
+
+def read_source(path: Path) -> str:
+    """Return the text of a script; one that is packed, as `exec(decompress(b85decode(...)))`, is unpacked.
+
+    Raises:
+        UserError: a packed script is in a form that is not known, or larger than `LARGEST_SOURCE`.
+    """
+    text = path.read_text(encoding="utf-8")
+    for node in parse(text).body:
+        if isinstance(node, ast.Expr) and ast.unparse(node).startswith("exec("):
+            words = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+            packed = max((w for w in words if isinstance(w, str | bytes)), key=len, default="")
+            return _unpack(base64.b85decode(packed), path)
+    return text
+
+
+def _unpack(packed: bytes, path: Path) -> str:
+    for form in (RAW, {}):
+        try:
+            text = lzma.LZMADecompressor(**form).decompress(packed, LARGEST_SOURCE)
+        except lzma.LZMAError:
+            continue
+        if len(text) < LARGEST_SOURCE:
+            return text.decode()
+    raise UserError(f"{path}: expected a script, or one that is packed with lzma and base85, below 4 MiB")
+
+
+def parse(source: str) -> ast.Module:
+    """Return the syntax tree of a script, without the definitions that this Python cannot parse.
+
+    Some scripts need Python 3.12 for a line of their quantizer. Such a definition is left out, with a line
+    that says so.
+    """
+    while True:
+        try:
+            return ast.parse(source)
+        except SyntaxError as error:
+            lines = source.splitlines(keepends=True)
+            at = (error.lineno or 1) - 1
+            # A definition begins, and the next statement follows it, at the left margin.
+            first = next((i for i in range(at, -1, -1) if lines[i][:1].strip(" \t)")), 0)
+            last = next((i for i in range(at + 1, len(lines)) if lines[i][:1].strip()), len(lines))
+            print(f"left out, line {at + 1}, {error.msg}: {lines[first].strip()[:60]}", file=sys.stderr)
+            source = "".join(lines[:first] + lines[last:])
+
+
+class Log(NamedTuple):
+    """What the log of a published run says."""
+
+    settings: dict[str, str]
+    """As printed below "Hyperparameters:"; early scripts print none and ran with their defaults."""
+    parameters: int
+    pace: list[tuple[int, float]]
+    """Steps done, and milliseconds of training until then; the first is (0, 0), the last the end."""
+
+
+def read_log(path: Path) -> Log:
+    """Read the log of a training run.
+
+    Raises:
+        UserError: it does not say how many parameters there were, or how long the steps took.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace")
+    block = re.search(r"^Hyperparameters:\n((?:  \w+: .*\n)+)", text, re.M)
+    settings = dict(re.findall(r"^  (\w+): (.*)$", block[1], re.M)) if block else {}
+    parameters = re.search(r"^model_params:(\d+)", text, re.M)
+    end = re.search(r"wallclock_cap train_time: ?(\d+)ms step: ?(\d+)/", text)
+    if parameters is None or end is None:
+        raise UserError(f"{path}: expected the log of a whole run, with model_params and wallclock_cap")
+    pace = {
+        int(s): float(ms)
+        for s, ms in re.findall(r"^step:(\d+)/\d+ train_loss:.*train_time:(\d+)ms", text, re.M)
+    }
+    batch = int(settings.get("train_batch_tokens", 0))
+    for step, rate in re.findall(r"^(\d+)/\d+ train_loss: .* tok/s: (\d+)", text, re.M):
+        pace[int(step)] = 1e3 * int(step) * batch / int(rate)
+    pace = {
+        step: ms for step, ms in pace.items() if step >= 100
+    }  # the first steps are not of the usual length
+    pace[int(end[2])] = float(end[1])
+    return Log(settings, int(parameters[1]), [(0, 0.0), *sorted(pace.items())])
+
+
+class _Anything(types.ModuleType):
+    """A module whose every name can be called and used as a decorator; what it makes does nothing."""
+
+    def __init__(self, name: str = "stand_in") -> None:
+        super().__init__(name)
+
+    def __getattr__(self, name: str) -> _Anything:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything(name)
+
+    def __call__(self, *_args: object, **_names: object) -> _Anything:
+        return _Anything()
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    """Attend with one mask over all tokens; `q` `(B, T, H, K)`, `k` and `v` `(B, T, G, K)`, G divides H."""
+    heads = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, attn_mask=allowed, enable_gqa=True).transpose(1, 2)
+
+
+def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Stand in for FlashAttention 3: causal attention within each row of the batch."""
+    assert causal
+    size = q.shape[1]
+    return masked_attention(q, k, v, torch.ones(size, size, dtype=torch.bool, device=q.device).tril())
+
+
+def flash_attn_varlen_func(
+    q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens_q: Tensor, causal: bool, **_others: object
+) -> Tensor:
+    """Stand in for FlashAttention 3 on packed segments, `q` `(T, H, K)`: a mask that keeps them apart."""
+    assert causal
+    position = torch.arange(q.shape[0], device=q.device)
+    segment = torch.bucketize(position, cu_seqlens_q, right=True)
+    allowed = (segment[:, None] == segment) & (position[:, None] >= position)
+    return masked_attention(q[None], k[None], v[None], allowed)[0]
+
+
+def _stand_ins() -> dict[str, types.ModuleType]:
+    """Return replacements by name for modules of the scripts; FlashAttention 3 has no float32."""
+    flash: Any = types.ModuleType("flash_attn_interface")
+    flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    found: dict[str, types.ModuleType] = {"flash_attn_interface": flash}
+    if importlib.util.find_spec("triton") is None:
+        for name in ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor"):
+            found[name] = _Anything(name)
+    return found
+
+
+def _uncompiled(function: Any = None, **_settings: object) -> Any:
+    return (lambda f: f) if function is None else function
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Compute in float64 what a script computes in bfloat16, as long as it asks for that dtype by name."""
+    with (
+        mock.patch.object(torch, "bfloat16", torch.float64),
+        mock.patch.object(Tensor, "bfloat16", Tensor.double),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Script:
+    """The definitions of a published script, with the settings of its published run."""
+
+    names: dict[str, Any]
+    """What it defines."""
+    tree: ast.Module
+    settings: Any
+    """Its own object of settings."""
+    log: Log
+
+    @property
+    def packs_documents(self) -> bool:
+        """Whether its model takes packed documents; earlier ones take rows of tokens."""
+        return "cu_seqlens" in inspect.signature(self.names["GPT"].forward).parameters
+
+    @property
+    def clock_ms(self) -> float:
+        """Length of the training, milliseconds, to which its fractions refer."""
+        reserve = getattr(self.settings, "gptq_reserve_seconds", 0.0)
+        return 1e3 * float(self.settings.max_wallclock_seconds - reserve)
+
+    def step_at(self, frac: float) -> int:
+        """Return the number of steps that the published run had done at `frac` of the clock."""
+        steps, ms = zip(*self.log.pace, strict=True)
+        return round(float(np.interp(frac * self.clock_ms, ms, steps)))
+
+    def last_step(self) -> float:
+        """Return how much of the clock a step took at the end of the published run."""
+        (before, at), (steps, ms) = self.log.pace[-2:]
+        return (ms - at) / (steps - before) / self.clock_ms
+
+    def model(self) -> nn.Module:
+        """Return its model in float32, with the weights that it starts from."""
+        kind = self.names["GPT"]
+        wanted = list(inspect.signature(kind).parameters)
+        if wanted == ["h"]:
+            model = kind(self.settings)
+        else:
+            model = kind(**{n: getattr(self.settings, n) for n in wanted if hasattr(self.settings, n)})
+        model.float()
+        return model
+
+    def narrowed(self, width: int) -> Script:
+        """Return the same script with a narrower model."""
+        settings = copy.copy(self.settings)
+        settings.model_dim = settings.embedding_dim = width
+        return replace(self, settings=settings)
+
+    def as_trained(self, model: nn.Module) -> nn.Module:
+        """Give the parameters of `model` the dtypes that they have in its training; return it."""
+        model.bfloat16()
+        for module in model.modules():
+            if isinstance(module, self.names["CastedLinear"]):
+                module.float()
+        restore = ("restore_fp32_params", "restore_low_dim_params_to_fp32")
+        next(self.names[name] for name in restore if name in self.names)(model)
+        return model
+
+    def loss(self, model: nn.Module, ids: Tensor, targets: Tensor, cu: Tensor, *, loop: bool) -> Tensor:
+        """Return its loss, nats per token, on segments that begin at `cu`, of one length if it takes rows."""
+        if hasattr(model, "looping_active"):
+            model.looping_active = loop
+        if self.packs_documents:
+            longest = int(cu.diff().max())
+            result = model(ids[None], targets[None], cu_seqlens=cu, max_seqlen=longest)
+        else:
+            length = int(cu[1] - cu[0])
+            result = model(ids.view(-1, length), targets.view(-1, length))
+        assert isinstance(result, Tensor)
+        return result
+
+    def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
+        """Return its optimizers of `model`, which stays on its device."""
+        if "Optimizers" in self.names:
+            if torch.cuda.is_available():
+                return list(self.names["Optimizers"](self.settings, model))
+            with mock.patch.object(torch.cuda, "Stream", _Anything):
+                return list(self.names["Optimizers"](self.settings, model))
+        body = next(f.body for f in _functions(self.tree) if _stored(f.body, "optimizers"))
+        first = next(i for i, n in enumerate(body) if _stored([n], "block_named_params"))
+        last = max(i for i, n in enumerate(body) if _stored([n], "optimizers"))
+        found = self._run(body[first : last + 1], base_model=model)
+        return list(found["optimizers"])
+
+    def lr_multiplier(self, frac: float) -> float:
+        """Return its factor on the learning rates at `frac` of the clock."""
+        node = next(f for f in _functions(self.tree) if f.name == "lr_mul")
+        function: Callable[..., float] = self._run([node], max_wallclock_ms=self.clock_ms)["lr_mul"]
+        if len(inspect.signature(function).parameters) == 1:
+            return function(frac)
+        return function(self.step_at(frac), frac * self.clock_ms)
+
+    def muon_momentum(self, frac: float) -> float:
+        """Return its momentum at `frac` of the clock; it counts steps, so the pace of the run matters."""
+        blocks = [b for n in ast.walk(self.tree) for _, b in ast.iter_fields(n) if isinstance(b, list)]
+        block = next(b for b in blocks if _stored(b, "muon_momentum") and _stored(b, "frac"))
+        wanted = [n for n in block if _stored([n], "muon_momentum") or _stored([n], "frac")]
+        return float(self._run(wanted, step=self.step_at(frac))["muon_momentum"])
+
+    def _run(self, statements: list[ast.stmt], **given: object) -> dict[str, Any]:
+        """Execute statements of the script, with names of its training function; return all names."""
+        names = {**self.names, "h": self.settings, "args": self.settings, **given}
+        exec(compile(ast.Module(statements, []), "published script", "exec"), names)
+        return names
+
+
+def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
+    return (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef))
+
+
+def _stored(block: list[ast.stmt], name: str) -> bool:
+    """Return whether a statement of a block assigns `name`, with or without a type."""
+    single = [n.target for n in block if isinstance(n, ast.AnnAssign)]
+    targets = [t for n in block if isinstance(n, ast.Assign) for t in n.targets] + single
+    return any(isinstance(t, ast.Name) and t.id == name for t in targets)
+
+
+def load_script(path: Path, log: Path | None = None) -> Script:
+    """Execute the definitions of a script with the settings that its log prints.
+
+    Args:
+        path: a `train_gpt.py`.
+        log: of a run of it; None takes the first `train*.log` next to the script.
+
+    Raises:
+        UserError: there is no log, or the script does not understand a setting that the log prints.
+    """
+    logs = sorted(path.parent.glob("train*.log")) if log is None else [log]
+    if not logs:
+        raise UserError(f"{path.parent}: expected a train*.log next to the script; name one with --log")
+    found = read_log(logs[0])
+    settings = {k: v for k, v in found.settings.items() if not re.fullmatch(OF_THE_MACHINE, k)}
+    words = {"True": "1", "False": "0"}
+    environment = {key.upper(): words.get(value, value) for key, value in settings.items()}
+    tree = parse(read_source(path))
+    module = types.ModuleType("published_script")
+    module.__file__ = str(path)
+    with (
+        mock.patch.dict(sys.modules, {**_stand_ins(), "published_script": module}),
+        mock.patch.dict(os.environ, environment),
+        mock.patch.object(torch, "compile", _uncompiled),
+    ):
+        exec(compile(tree, str(path), "exec"), module.__dict__)
+        own = module.__dict__["Hyperparameters"]()
+    if "BOS_ID" in module.__dict__:
+        module.__dict__["BOS_ID"] = 1  # its loader sets it
+    wrong = [f"{k}={v}" for k, v in settings.items() if str(getattr(own, k, "no such setting")) != v]
+    if wrong:
+        raise UserError(
+            f"{path}: the script does not have these settings of {logs[0].name}: {', '.join(wrong)}"
+        )
+    return Script(module.__dict__, tree, own, found)
