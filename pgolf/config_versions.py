@@ -134,6 +134,32 @@ CHANGES: tuple[Change, ...] = (
             "optim.swa_every": 50,
         },
     ),
+    Change(
+        "COMMIT",
+        {
+            "evaluate.adapters.on": "q,k,v,o,mlp,head",
+            "evaluate.adapters.first_chunks": "",
+            "evaluate.adapters.warm_a": False,
+            "evaluate.method": "ttt",
+            "evaluate.published": False,
+            "evaluate.context": 0,
+            "evaluate.sgd.lr": 0.005,
+            "evaluate.sgd.momentum": 0.9,
+            "evaluate.sgd.epochs": 3,
+            "evaluate.sgd.grad_clip": 1.0,
+            "evaluate.sgd.chunk_tokens": 32_768,
+            "evaluate.sgd.batch_tokens": 16_384,
+            "evaluate.phases.documents": 2500,
+            "evaluate.phases.count": 3,
+            "evaluate.phases.lr": 0.001,
+            "evaluate.phases.momentum": 0.9,
+            "evaluate.phases.epochs": 1,
+            "evaluate.phases.grad_clip": 1.0,
+            "evaluate.phases.chunk_tokens": 32_768,
+            "evaluate.phases.batch_tokens": 16_384,
+            "evaluate.phases.two_caps": False,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -39,8 +39,12 @@ SCORES = {
     "quantized": "quantized file",
     "sliding": "quantized file, sliding window",
     "ttt": "quantized file, test-time training",
+    "sgd": "quantized file, sliding window and score-first SGD",
+    "phased": "quantized file, test-time training with phases",
 }
 """Every score that a run can have, with what was scored."""
+ADAPTIVE = ("phased", "ttt", "sgd")
+"""Scores for which something learns while it scores; the first one of a run is its headline."""
 
 Where = Literal["before", "inside", "after"]
 """Whether a phase comes before the clock starts, inside the clock, or after the clock has stopped."""
@@ -235,8 +239,8 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """The score that counts: `ttt` where it was run, else `quantized`; both are of the file on disk."""
-        return "ttt" if "ttt" in self.scores else "quantized"
+        """The score of the file that counts: the first of `ADAPTIVE` that was run, else `quantized`."""
+        return next((name for name in ADAPTIVE if name in self.scores), "quantized")
 
     @property
     def manifest(self) -> str | None:
