@@ -135,7 +135,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change(
-        "COMMIT",
+        "de600eb",
         {
             "evaluate.adapters.on": "q,k,v,o,mlp,head",
             "evaluate.adapters.first_chunks": "",
