@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 from pgolf import config_versions
 from pgolf.config_checks import check_finite, parse_stages, require
 from pgolf.config_checks import check_name as check_name
+from pgolf.config_evaluate import ADAPTIVE as ADAPTIVE
 from pgolf.config_evaluate import LOOSE as LOOSE
 from pgolf.config_evaluate import METHODS as METHODS
 from pgolf.config_evaluate import PLACES as PLACES

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pgolf.config_checks import check_finite, parse_sizes, require
+from pgolf.config_io import flat, to_dict
 
 PLACES = ("q", "k", "v", "o", "mlp", "head")
 """Where adapters can be: the matrices of q, k and v, bypasses of the whole attention (o) and of the whole
@@ -16,6 +17,8 @@ Method = Literal["plain", "sliding", "ttt", "sgd", "phased"]
 """A way to score."""
 METHODS: tuple[Method, ...] = get_args(Method)
 """All ways to score."""
+ADAPTIVE: tuple[Method, ...] = ("phased", "ttt", "sgd")
+"""Ways in which something learns while it scores; the first one of a run is its headline."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,10 @@ class SgdConfig:
         require(0 <= self.momentum < 1, f"sgd.momentum must be in [0, 1), got {self.momentum}")
 
 
+def _published_adapters() -> TttConfig:
+    return TttConfig(chunk_growth=0, chunk_max=48, warm_a=True, batch_tokens=131_072, batch_documents=64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PhasesConfig(SgdConfig):
     """Phases: pauses of test-time training in which the model learns from scored documents (PR #1610)."""
@@ -131,6 +138,8 @@ class PhasesConfig(SgdConfig):
     """Learning rate of SGD at the first chunk of a phase, >= 0; it falls to 0 along half a cosine."""
     epochs: int = 1
     """Steps on each chunk of a phase, >= 1."""
+    adapters: TttConfig = field(default_factory=_published_adapters)
+    """The adapters of the documents, as PR #1855 has them: chunks of 48 tokens throughout, A kept warm."""
     two_caps: bool = False
     """Let the phases learn the soft cap too, as one number for logits above 0 and one for those below; both
     start at model.softcap (PR #1923)."""
@@ -169,8 +178,8 @@ class EvaluateConfig:
     ttt: bool = False
     """Also score the quantized weights with test-time training: adapters that learn each document."""
     adapters: TttConfig = field(default_factory=TttConfig)
-    """Settings of `ttt` and of the adapters of `phased`."""
-    method: Method = "ttt"
+    """Settings of `ttt`."""
+    method: Method = "phased"
     """The way to score of the preset's pull request: plain, sliding, ttt, sgd (a sliding window over a model
     that learns from each chunk after it is scored) or phased (ttt with phases)."""
     published: bool = False
@@ -196,6 +205,17 @@ class EvaluateConfig:
         asked |= {"sliding"} if self.sliding else set()
         asked |= {"ttt"} if self.ttt else set()
         return tuple(way for way in METHODS if way in asked - {"plain"})
+
+    @property
+    def headline(self) -> Method:
+        """The way to score of a run's headline, the first of `ADAPTIVE` that is asked for, else plain."""
+        return next((way for way in ADAPTIVE if way in self.ways), "plain")
+
+    def settings_of(self, way: Method) -> dict[str, Any]:
+        """Return the settings on which a score of `way` depends, by dotted name."""
+        kept = {"sliding": ["stride"], "ttt": ["adapters"], "sgd": ["stride", "sgd"], "phased": ["phases"]}
+        data = to_dict(self)
+        return flat({key: data[key] for key in ["context", *kept.get(way, [])]})
 
     def remark(self, way: str) -> str:
         """Return what every output says of a score of `way`: `LOOSE`, or nothing."""

@@ -17,6 +17,7 @@ from pgolf.config import (
     ArtifactConfig,
     Config,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     MuonConfig,
     OptimConfig,
@@ -44,6 +45,8 @@ def pr1851() -> Config:
 def pr1787() -> Config:
     """PR #1787's settings: sparse head gates, Polar Express, a learning rate that ends at a tenth."""
     base = pr1855()
+    phases = base.evaluate.phases
+    adapters = replace(phases.adapters, rank=96, beta2=0.999, weight_decay=1.0)
     return replace(
         base,
         name="pr1787",
@@ -51,6 +54,7 @@ def pr1787() -> Config:
         optim=replace(base.optim, adam=replace(base.optim.adam, beta2=0.95), warmdown=0.75),
         quant=_published_quantizer(mlp_clip=12.0, attn_clip=13.0, embed_bits=7, embed_clip=15.0),
         artifact=ArtifactConfig(fit=False),
+        evaluate=EvaluateConfig(phases=replace(phases, documents=2000, adapters=adapters)),
     )
 
 
@@ -93,6 +97,7 @@ def pr1516() -> Config:
         name="pr1516",
         model=replace(base.model, qk_gain=5.0, recurrence_start=3, parallel="gptj", parallel_from=7),
         optim=replace(base.optim, muon=muon, ema_horizon=0.0678),  # 333 of 4,912 steps
+        evaluate=EvaluateConfig(method="sgd"),
     )
 
 
@@ -111,6 +116,7 @@ def pr1493() -> Config:
             ema_horizon=0.0629,  # 286 of 4,550 steps
             recurrence_at=0.35,
         ),
+        evaluate=EvaluateConfig(method="sgd"),
     )
 
 
@@ -142,6 +148,7 @@ def pr1394() -> Config:
             mlp_clip=12.85, attn_clip=12.85, embed_bits=8, embed_clip=20.0, batches=64
         ),
         artifact=ArtifactConfig(fit=False),
+        evaluate=EvaluateConfig(method="sliding"),
     )
 
 
@@ -212,6 +219,7 @@ def naive() -> Config:
             column_scales=False,
             rate=0.0,
         ),
+        evaluate=EvaluateConfig(method="plain"),
     )
 
 

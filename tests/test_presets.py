@@ -36,6 +36,21 @@ def test_pr1851_is_pr1787_with_two_changes():
     assert back == pr1787()
 
 
+def test_the_way_to_score_is_that_of_the_pull_request_and_does_not_run_by_itself():
+    ways = {
+        "sliding window of 2,048, stride 64": "sliding",
+        "sliding window and score-first SGD": "sgd",
+        "phased test-time training": "phased",
+        "plain": "plain",
+    }
+    for name, found in PUBLISHED.items():
+        evaluate = PRESETS[name]().evaluate
+        assert evaluate.method == ways[found.scored.partition(" with ")[0]], name
+        assert evaluate.ways == () and evaluate.headline == "plain"
+        further = {evaluate.method} - {"plain"}
+        assert set(replace(evaluate, published=True).ways) == further
+
+
 def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -49,11 +49,11 @@ class Evaluate:
     tokens: int = 98_304
     """Tokens per forward pass of plain, sliding and sgd; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
-    """Settings of `ttt` and of the adapters of `phased`."""
+    """Settings of `ttt`."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
-    """Settings of `phased`."""
+    """Settings of `phased`, with its adapters."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pgolf.config import PhasesConfig, TttConfig
+from pgolf.config import PhasesConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
@@ -39,13 +39,12 @@ class Phased(Adapted):
 
     Args:
         learner: the model that learns.
-        config: settings of the adapters.
-        phases: settings of the phases.
+        phases: settings of the phases and of the adapters.
         documents: largest number of documents per batch.
     """
 
-    def __init__(self, learner: Learner, config: TttConfig, phases: PhasesConfig, *, documents: int) -> None:
-        super().__init__(learner.model, config, documents=documents, caps=learner.caps)
+    def __init__(self, learner: Learner, phases: PhasesConfig, *, documents: int) -> None:
+        super().__init__(learner.model, phases.adapters, documents=documents, caps=learner.caps)
         self._learner, self._chunk = learner, phases.chunk_tokens
 
     def learn(self, lesson: Lesson) -> None:
@@ -110,20 +109,19 @@ def phased_pass(
     *,
     bos_id: int,
     context: int,
-    config: TttConfig,
     phases: PhasesConfig,
 ) -> Pass:
     """Return the pass of test-time training with phases over a text.
 
     Args:
-        model, text, dist, bos_id, context, config: as in `adapted_pass`.
-        phases: settings of the phases.
+        model, text, dist, bos_id, context: as in `adapted_pass`.
+        phases: settings of the phases and of the adapters.
 
     Raises:
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    parts = plan_phases(plan_batches(bounds[1], context, config), phases)
+    parts = plan_phases(plan_batches(bounds[1], context, phases.adapters), phases)
     turns: list[Turn] = []
     room, done = 1, 0
     for number, part in enumerate(parts):
@@ -135,7 +133,7 @@ def phased_pass(
             read = np.concatenate([batch.documents for past in parts[: number + 1] for batch in past])
             turns.append(Turn(passages=_passages(read, bounds, _boundary(phases, done))))
     learner = Learner(model, phases, dist, context=context, two_caps=phases.two_caps)
-    return Pass(Phased(learner, config, phases, documents=room), turns, "phased")
+    return Pass(Phased(learner, phases, documents=room), turns, "phased")
 
 
 def _boundary(phases: PhasesConfig, done: int) -> int:

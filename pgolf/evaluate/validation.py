@@ -178,7 +178,7 @@ def start_pass(
     if way == "ttt":
         return adapted_pass(model, text, dist, config=settings.adapters, **where)
     if way == "phased":
-        return phased_pass(model, text, dist, config=settings.adapters, phases=settings.phases, **where)
+        return phased_pass(model, text, dist, phases=settings.phases, **where)
     where |= {"batch_tokens": batch_tokens, "stride": context if way == "plain" else settings.stride}
     if way == "sgd":
         return sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where)

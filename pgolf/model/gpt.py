@@ -304,6 +304,11 @@ class GPT(nn.Module):
             self._compiled_layers = jit(self.layers)
         return self
 
+    def exact(self) -> GPT:
+        """Compute in float32 wherever the model runs, after `prepare` with sdpa; return the model."""
+        self.compute_dtype = torch.float32
+        return self
+
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
         """Return by bank name the input of each of its matrices, as the (kind, layer) that `observe` gets."""
         layers = range(self.config.layers)

@@ -386,7 +386,7 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         calibrated += "Hessians, after it."
     facts.append(calibrated)
     if headline in ("ttt", "phased"):
-        a = config.evaluate.adapters
+        a = config.evaluate.phases.adapters if headline == "phased" else config.evaluate.adapters
         facts.append(
             f"Test-time training scores first: the loss of a chunk of {a.chunk} to {a.chunk_max} tokens is "
             f"fixed before adapters of rank {a.rank} learn from it; every document starts anew."
@@ -405,6 +405,9 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         facts.append(f"The model learns from documents that were scored, in {p.count} phases.")
     if remark := config.evaluate.remark(headline):
         facts.append(f"The headline score is {remark}.")
+    tests = [f"`{name}`, {what}" for name, what in files.items() if name.startswith("legality_seed")]
+    told = "; ".join(tests) or "not tested (`pgolf legality RUN` does it)"
+    facts.append(f"Legality of the way to score: {told}.")
     if config.model.illegal:
         facts.append(f"{config.model.illegal[0].upper()}{config.model.illegal[1:]}.")
     where = "" if TOKENIZER_NAME in files else "; it was not found and is not in this folder"

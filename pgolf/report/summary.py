@@ -22,7 +22,7 @@ import torch
 
 from pgolf.artifact.fit import fill_note
 from pgolf.artifact.size import Ledger
-from pgolf.config import read_json
+from pgolf.config import ADAPTIVE, read_json
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import ShardInfo
 from pgolf.errors import UserError
@@ -43,8 +43,6 @@ SCORES = {
     "phased": "quantized file, test-time training with phases",
 }
 """Every score that a run can have, with what was scored."""
-ADAPTIVE = ("phased", "ttt", "sgd")
-"""Scores for which something learns while it scores; the first one of a run is its headline."""
 
 Where = Literal["before", "inside", "after"]
 """Whether a phase comes before the clock starts, inside the clock, or after the clock has stopped."""

@@ -49,7 +49,9 @@ settings = EvaluateConfig(
     stride=16,
     adapters=TttConfig(rank=2),
     sgd=SgdConfig(chunk_tokens=512),
-    phases=PhasesConfig(documents=4, count=2, chunk_tokens=512),
+    phases=PhasesConfig(
+        documents=4, count=2, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=2)
+    ),
 )
 found = {
     mode: score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb
@@ -139,7 +141,9 @@ def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
         stride=16,
         adapters=TttConfig(rank=2),
         sgd=SgdConfig(chunk_tokens=512),
-        phases=PhasesConfig(documents=4, count=2, chunk_tokens=512),
+        phases=PhasesConfig(
+            documents=4, count=2, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=2)
+        ),
     )
     for mode, bpb in json.loads(done.stdout.splitlines()[-1]).items():
         ours = score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb

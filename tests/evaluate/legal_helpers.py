@@ -71,7 +71,8 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> EvaluateConfig:
-    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=PHASES, **changes)
+    phases = replace(PHASES, adapters=config)
+    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, **changes)
 
 
 def make_pass(

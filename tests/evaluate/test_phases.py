@@ -39,7 +39,9 @@ def text():
 
 def phased(model, text, phases, config=TTT, dist=None):
     dist = dist or FakeDist()
-    return phased_pass(model, text, dist, bos_id=BOS, context=CONTEXT, config=config, phases=phases)
+    return phased_pass(
+        model, text, dist, bos_id=BOS, context=CONTEXT, phases=replace(phases, adapters=config)
+    )
 
 
 def test_phases_begin_at_the_published_numbers_of_documents():
