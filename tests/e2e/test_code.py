@@ -44,13 +44,13 @@ from pgolf.evaluate.validation import DataFolder, score_as
 torch.set_num_threads(1)
 model = load_model(Path(sys.argv[1]), "cpu")
 data_folder = DataFolder.open(Path(sys.argv[2]), vocab_size=model.config.vocab_size)
-text, dist = data_folder.validation(documents=6), Dist.start("cpu")
+text, dist = data_folder.validation(documents=2), Dist.start("cpu")
 settings = EvaluateConfig(
     stride=16,
     adapters=TttConfig(rank=2),
-    sgd=SgdConfig(chunk_tokens=512),
+    sgd=SgdConfig(chunk_tokens=512, epochs=1),
     phases=PhasesConfig(
-        documents=4, count=2, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=2)
+        documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
     ),
 )
 found = {
@@ -136,13 +136,13 @@ def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
     assert done.returncode == 0, done.stderr[-2000:]
     model = load_model(run / "model.pgolf", "cpu")
     data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
-    text, dist = data_folder.validation(documents=6), Dist.start("cpu")
+    text, dist = data_folder.validation(documents=2), Dist.start("cpu")
     settings = EvaluateConfig(
         stride=16,
         adapters=TttConfig(rank=2),
-        sgd=SgdConfig(chunk_tokens=512),
+        sgd=SgdConfig(chunk_tokens=512, epochs=1),
         phases=PhasesConfig(
-            documents=4, count=2, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=2)
+            documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
         ),
     )
     for mode, bpb in json.loads(done.stdout.splitlines()[-1]).items():
