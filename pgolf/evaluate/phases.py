@@ -31,6 +31,7 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.predictor import Lesson, Pass, Turn
 from pgolf.evaluate.sgd import Learner
 from pgolf.evaluate.ttt import Adapted, DocumentBatch, batch_turns, plan_batches, share_batches
+from pgolf.log import Progress
 from pgolf.model.gpt import GPT
 
 
@@ -54,8 +55,10 @@ class Phased(Adapted):
             return
         self._learner.restart()
         chunks = cut_passages(lesson.passages, self._chunk)
+        progress = Progress("phase", len(chunks) - 1, is_main=self._learner.is_main)
         for number, chunk in enumerate(chunks[:-1]):
             self._learner.study(chunk, done=number / (len(chunks) - 1))
+            progress.advance(1)
         self._state.reset(warm=False)
 
     def state(self) -> list[Tensor]:

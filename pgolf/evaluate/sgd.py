@@ -49,6 +49,7 @@ class Learner:
         self.model = uncompiled(model, context=context, own=True)
         self.caps = torch.full((2,), model.config.softcap, device=dist.device) if two_caps else None
         self._config, self._dist, self._context = config, dist, context
+        self.is_main = dist.is_main
         caps = [] if self.caps is None else [nn.Parameter(self.caps)]  # shares the memory
         self._parameters = [*self.model.parameters(), *caps]
         self.restart()

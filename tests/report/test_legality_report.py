@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from pgolf.config import LOOSE
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.legality_report import NAME, checked_reports, read_report
-from pgolf.report.submission import rules
+from pgolf.report.submission import Entry, readme, rules
+from pgolf.report.summary import format_table
 from tests.report.test_submission import finished, score
 
 
@@ -69,6 +71,20 @@ def test_a_failure_is_taken_if_the_user_says_so_and_the_folder_tells(run):
     write(run, **FAILED)
     ((_, said),) = checked_reports([run], illegal=True).values()
     assert said == "C1 FAIL of the conditions of issue 1017"
+
+
+def test_a_score_that_fails_the_strict_reading_says_so_in_the_table_and_in_the_readme(run):
+    phased = replace(
+        run, summary=replace(run.summary, scores={"quantized": score(1.1), "phased": score(1.0)})
+    )
+    assert f"phased: {LOOSE}" in format_table(phased.summary).splitlines()
+    assert LOOSE not in format_table(run.summary)
+    assert f"The headline score is {LOOSE}." in rules([phased], {}, None)
+    assert not any(LOOSE in fact for fact in rules([run], {}, None))
+    warm = replace(run.config.evaluate, adapters=replace(run.config.evaluate.adapters, warm_a=True))
+    warm_run = replace(run, config=replace(run.config, evaluate=warm))
+    assert f"The headline score is {LOOSE}." in rules([warm_run], {}, None)
+    assert "--mode phased" in readme([phased], Entry(), {}, None).split("## Again")[1]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"legal": true}'])
