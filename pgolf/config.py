@@ -13,6 +13,15 @@ from typing import Any, ClassVar, Literal
 from pgolf import config_versions
 from pgolf.config_checks import check_finite, parse_stages, require
 from pgolf.config_checks import check_name as check_name
+from pgolf.config_evaluate import ADAPTIVE as ADAPTIVE
+from pgolf.config_evaluate import LOOSE as LOOSE
+from pgolf.config_evaluate import METHODS as METHODS
+from pgolf.config_evaluate import PLACES as PLACES
+from pgolf.config_evaluate import EvaluateConfig as EvaluateConfig
+from pgolf.config_evaluate import Method as Method
+from pgolf.config_evaluate import PhasesConfig as PhasesConfig
+from pgolf.config_evaluate import SgdConfig as SgdConfig
+from pgolf.config_evaluate import TttConfig as TttConfig
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
 from pgolf.config_io import flat as flat
@@ -356,77 +365,6 @@ class ArtifactConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TttConfig:
-    """Test-time training: adapters per document learn from each chunk after it is scored (as in PR #1855)."""
-
-    rank: int = 80
-    """Rank r of every adapter, >= 1."""
-    alpha: float = 144.0
-    """The outputs of the adapters are multiplied by alpha / rank; > 0."""
-    lr: float = 1e-4
-    """Learning rate of AdamW without momentum (beta1 = 0), >= 0; it takes one step after every chunk."""
-    beta2: float = 0.99
-    """Decay of the second moment per step, in [0, 1)."""
-    eps: float = 1e-10
-    """Added to the square root of the second moment, > 0."""
-    weight_decay: float = 0.5
-    """Decoupled weight decay, >= 0; it is multiplied by lr."""
-    chunk: int = 48
-    """Tokens of the shortest chunk, >= 1; the adapters learn from a chunk after it was scored."""
-    chunk_growth: int = 16
-    """A chunk at position p has p / chunk_growth tokens if that is more than chunk; 0 = no growth."""
-    chunk_max: int = 256
-    """Tokens of the longest chunk, at least chunk."""
-    batch_tokens: int = 65_536
-    """Tokens per forward and backward pass over all documents; changes speed and memory, not the score."""
-    batch_documents: int = 128
-    """Most documents per batch, >= 1; each needs memory for its own adapters (`pr1855`: 84 MB)."""
-    seed: int = 0
-    """Seed of the initial adapters, >= 0; they are the same for every document."""
-
-    def __post_init__(self) -> None:
-        check_finite("ttt", self)
-        for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
-            value = getattr(self, name)
-            require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
-        require(
-            self.chunk_max >= self.chunk,
-            f"ttt.chunk_max must be at least ttt.chunk={self.chunk}, got {self.chunk_max}",
-        )
-        for name in ("lr", "weight_decay", "chunk_growth", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"ttt.{name} must be >= 0, got {value}")
-        require(self.alpha > 0 and self.eps > 0, f"ttt.alpha, eps: must be > 0, got {self.alpha}, {self.eps}")
-        require(0 <= self.beta2 < 1, f"ttt.beta2 must be in [0, 1), got {self.beta2}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Which weights are scored after training, and further ways to score the quantized ones."""
-
-    raw: bool = True
-    """Score the raw weights after training."""
-    ema: bool = True
-    """Score the averaged weights after training."""
-    every: int = 0
-    """Also score the raw weights on the whole validation text every so many training steps, which takes time
-    on the clock. 0 = never."""
-    sliding: bool = False
-    """Also score the quantized weights with a sliding window, in which more tokens see a long context."""
-    stride: int = 64
-    """Tokens that each window of `sliding` scores, 1 to model.max_context; a smaller stride is slower."""
-    ttt: bool = False
-    """Also score the quantized weights with test-time training: adapters that learn each document."""
-    adapters: TttConfig = field(default_factory=TttConfig)
-    """Settings of `ttt`."""
-
-    def __post_init__(self) -> None:
-        check_finite("evaluate", self)
-        require(self.every >= 0, f"evaluate.every must be >= 0 steps, got {self.every}")
-        require(self.stride >= 1, f"evaluate.stride must be >= 1, got {self.stride}")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
     """The complete configuration of one run."""
 
@@ -454,18 +392,20 @@ class Config:
         check_name(self.name, "a folder's name")
         longest = self.model.max_context
         require(
-            self.train.quantize or not (self.evaluate.sliding or self.evaluate.ttt),
-            "evaluate.sliding and evaluate.ttt score quantized weights, but train.quantize is false; set it "
-            "to true, or both of them to false",
+            self.train.quantize or not self.evaluate.ways,
+            "evaluate.sliding, ttt and published score quantized weights, but train.quantize is false; set "
+            "it to true, or all of them to false",
         )
         lengths = [length for length, _ in self.train.stages]
         require(
             all(length <= longest for length in lengths),
             f"train.context_stages must not be above model.max_context={longest}, got {lengths}",
         )
+        widest = self.evaluate.context or longest
         require(
-            not self.evaluate.sliding or self.evaluate.stride <= longest,
-            f"evaluate.stride must be at most model.max_context={longest}, got {self.evaluate.stride}",
+            not {"sliding", "sgd"} & set(self.evaluate.ways) or self.evaluate.stride <= widest,
+            f"evaluate.stride must be at most {'evaluate.context' if self.evaluate.context else ''}"
+            f"{'' if self.evaluate.context else 'model.max_context'}={widest}, got {self.evaluate.stride}",
         )
 
     @staticmethod

@@ -93,3 +93,18 @@ def parse_stages(text: str, name: str) -> tuple[tuple[int, float], ...]:
         f"{name}: lengths must be >= 1 and fractions must rise within (0, 1], got {text!r}",
     )
     return tuple(stages)
+
+
+def parse_sizes(text: str, name: str) -> tuple[int, ...]:
+    """Return the whole numbers of a text such as "8,16,24".
+
+    Args:
+        name: of the setting, for errors.
+
+    Raises:
+        ValueError: a part is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise UserError(f"{name} must look like 8,16,24, got {text!r}") from e

@@ -126,6 +126,11 @@ class Progress:
         self._start = self._last = time.perf_counter()
         self._done = 0.0
 
+    def begin(self, note: str) -> None:
+        """Print a first line before there is anything to estimate from."""
+        if self._is_main:
+            _complain(f"{self._label}:   0 %  {note}\n")
+
     def advance(self, amount: float, note: Callable[[], str] = lambda: "") -> None:
         """Count work that is done; every `every_s` seconds print a line, which ends with `note()`."""
         self._done += amount

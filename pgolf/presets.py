@@ -18,10 +18,12 @@ from pgolf.config import (
     ArtifactConfig,
     Config,
     DataConfig,
+    EvaluateConfig,
     ModelConfig,
     MuonConfig,
     OptimConfig,
     QuantConfig,
+    SgdConfig,
     TrainConfig,
 )
 
@@ -45,6 +47,8 @@ def pr1851() -> Config:
 def pr1787() -> Config:
     """PR #1787's settings: sparse head gates, Polar Express, a learning rate that ends at a tenth."""
     base = pr1855()
+    phases = base.evaluate.phases
+    adapters = replace(phases.adapters, rank=96, beta2=0.999, weight_decay=1.0)
     return replace(
         base,
         name="pr1787",
@@ -58,17 +62,21 @@ def pr1787() -> Config:
         ),
         quant=_published_quantizer(mlp_clip=12.0, attn_clip=13.0, embed_bits=7, embed_clip=15.0),
         artifact=ArtifactConfig(fit=False, coder="brotli"),
+        evaluate=EvaluateConfig(phases=replace(phases, documents=2000, adapters=adapters)),
     )
 
 
 def pr2014() -> Config:
     """PR #2014's training: #1855 with segments of 1,024, then 2,048, then 3,072 tokens."""
     base = pr1855()
+    adapters = replace(base.evaluate.phases.adapters, on="k,o,mlp,head", lr=7.5e-5)
+    phases = replace(base.evaluate.phases, count=1, adapters=adapters, two_caps=True)
     return replace(
         base,
         name="pr2014",
         model=replace(base.model, max_context=3072, qk_gain=5.25),
         train=replace(base.train, context_stages="1024@0.1,2048@0.7"),
+        evaluate=EvaluateConfig(phases=phases),
     )
 
 
@@ -76,6 +84,8 @@ def pr2135() -> Config:
     """PR #2135's training: #1855 with a higher rate of Muon and twice the calibration, scored at 2,560."""
     base = pr1855()
     muon = replace(base.optim.muon, lr=0.028)
+    adapters = replace(base.evaluate.phases.adapters, on="q,v,o,mlp,head", lr=8e-5, weight_decay=2.0)
+    phases = replace(base.evaluate.phases, count=1, adapters=adapters, two_caps=True)
     return replace(
         base,
         name="pr2135",
@@ -83,16 +93,19 @@ def pr2135() -> Config:
         optim=replace(base.optim, muon=muon),
         train=replace(base.train, context_stages="2048@1"),
         quant=replace(base.quant, calibration_batches=32),
+        evaluate=EvaluateConfig(phases=phases),
     )
 
 
 def pr1874() -> Config:
     """PR #1874's settings: output gates of 24 channels in place of #1787's head gates, smear gate, LQER."""
     base = pr1851()
+    phases = base.evaluate.phases
     return replace(
         base,
         name="pr1874",
         model=replace(base.model, head_gate="out", gate_window=24, smear_window=12, qk_gain=5.25),
+        evaluate=EvaluateConfig(phases=replace(phases, adapters=replace(phases.adapters, rank=128))),
     )
 
 
@@ -124,6 +137,7 @@ def pr1516() -> Config:
         name="pr1516",
         model=replace(base.model, qk_gain=5.0, recurrence_start=3, parallel="gptj", parallel_from=7),
         optim=replace(base.optim, muon=muon, ema_horizon=0.084),  # 333 steps of 148 ms
+        evaluate=EvaluateConfig(method="sgd"),
     )
 
 
@@ -142,6 +156,7 @@ def pr1493() -> Config:
             ema_horizon=0.0732,  # 285 steps of 151 ms
             recurrence_at=0.35,
         ),
+        evaluate=EvaluateConfig(method="sgd"),
     )
 
 
@@ -175,6 +190,7 @@ def pr1394() -> Config:
             mlp_clip=12.85, attn_clip=12.85, embed_bits=8, embed_clip=20.0, batches=64
         ),
         artifact=ArtifactConfig(coder="brotli"),  # fits: the counted program is larger than theirs
+        evaluate=EvaluateConfig(method="sliding"),
     )
 
 
@@ -216,6 +232,7 @@ def pr1298() -> Config:
             warmdown=0.5806,  # 4,000 of 6,890 steps
             ema_horizon=0.0484,  # 333 of 6,890 steps
         ),
+        evaluate=EvaluateConfig(method="sliding"),
     )
 
 
@@ -265,6 +282,7 @@ def pr549() -> Config:
         ),
         quant=QuantConfig(),
         artifact=ArtifactConfig(coder="lzma"),
+        evaluate=EvaluateConfig(method="sgd", sgd=SgdConfig(lr=0.002)),
     )
 
 
@@ -318,6 +336,7 @@ def naive() -> Config:
             rate=0.0,
         ),
         artifact=ArtifactConfig(coder="zlib"),
+        evaluate=EvaluateConfig(method="plain"),
     )
 
 

@@ -88,7 +88,8 @@ PUBLISHED = {
         parameters=35_945_673,
         differs="the text had CaseOps; its base #1953 also had AWQ-lite and an asymmetric logit cap, whose "
         "two numbers test-time training learns; the quantizer and coder are pgolf's here; momentum and "
-        "average differ as in pr1855; it warmed up again after each change of length",
+        "average differ as in pr1855; it warmed up again after each change of length, and its adapters read "
+        "short documents in shorter chunks",
         evaluation_parameters=2,
     ),
     "pr2135": Published(
@@ -101,12 +102,11 @@ PUBLISHED = {
         bytes=15_947_490,
         parameters=35_945_673,
         differs="the text had CaseOps; the quantizer (GPTQ with SDClip and LQER in groups of 32) and the "
-        "coder are pgolf's here; an asymmetric logit cap, whose two numbers test-time training learns, and "
-        "an n-gram tilt are left out; its README says that its smear gate stops at a BOS, but its command "
-        "switches that off (SMEAR_GATE_BOS_FIX=0), so it leaks, which model.smear_over_bos repeats and the "
-        "challenge does not allow; momentum and average differ as in pr1855; GPTQ's calibration (6.9 s) ran "
-        "after the clock; its gain on #2130 (1.05670) has p = 0.14, and an audit excluded #2130 for "
-        "validation documents in its training text",
+        "coder are pgolf's here; an n-gram tilt is left out; its README says that its smear gate stops at a "
+        "BOS, but its command switches that off (SMEAR_GATE_BOS_FIX=0), so it leaks, which "
+        "model.smear_over_bos repeats and the challenge does not allow; momentum and average differ as in "
+        "pr1855; GPTQ's calibration (6.9 s) ran after the clock; its gain on #2130 (1.05670) has p = 0.14, "
+        "and an audit excluded #2130 for validation documents in its training text",
         evaluation_parameters=2,
     ),
     "pr1874": Published(

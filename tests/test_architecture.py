@@ -17,7 +17,7 @@ PACKAGE = ROOT / "pgolf"
 FLOORS = [
     ["errors", "files"],
     ["config_checks", "config_io", "config_versions"],
-    ["config_model"],
+    ["config_evaluate", "config_model"],
     ["config", "env", "peers", "stats"],
     ["presets", "published", "_C", "track", "watch"],
     ["ops"],
@@ -134,6 +134,7 @@ def test_config_presets_and_env_do_not_import_torch() -> None:
     for module in (
         "config",
         "config_checks",
+        "config_evaluate",
         "config_io",
         "config_model",
         "config_versions",

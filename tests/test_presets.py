@@ -57,6 +57,22 @@ def test_pr2135_trains_with_2048_tokens_and_is_scored_with_2560():
     assert {context_at(frac, config.train) for frac in (0.0, 0.5, 0.9999)} == {2048}
 
 
+def test_the_way_to_score_is_that_of_the_pull_request_and_does_not_run_by_itself():
+    ways = {
+        "sliding window of 2,048, stride 64": "sliding",
+        "sliding window and score-first SGD": "sgd",
+        "phased test-time training": "phased",
+        "plain": "plain",
+        "SLOT, which the challenge does not allow": "sliding",
+    }
+    for name, found in PUBLISHED.items():
+        evaluate = PRESETS[name]().evaluate
+        assert evaluate.method == ways[found.scored.partition(" with ")[0]], name
+        assert evaluate.ways == () and evaluate.headline == "plain"
+        further = {evaluate.method} - {"plain"}
+        assert set(replace(evaluate, published=True).ways) == further
+
+
 def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from pgolf.cli.overrides import check_output
-from pgolf.config import TttConfig, to_dict
+from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TttConfig, to_dict
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from pgolf.evaluate.bpb import Score
     from pgolf.evaluate.validation import DataFolder
 
-Mode = Literal["plain", "sliding", "ttt"]
+SHORT_TEXT = 200_000
+"""Tokens up to which a model is not compiled for scoring."""
+SETTINGS = ("stride", "context", "sgd", "phases")
+"""What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,36 @@ class Evaluate:
     """A file written by `pgolf train` or `pgolf quantize`."""
     data: Path
     """Folder of shards with the tokenizer that the model was trained with."""
-    mode: tuple[Mode, ...] = ("plain",)
-    """One or more ways to score. plain: documents in segments of max_context tokens. sliding: a window that
-    moves over each document. ttt: adapters that learn from each part of a document after it was scored."""
+    mode: tuple[Method, ...] = ("plain",)
+    """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
+    over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
+    sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
+    model that learns from scored documents in pauses."""
+    context: int = 0
+    """Tokens of the longest window, 0 = the model's max_context; it may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of `sliding` scores, 1 to max_context; a smaller stride is slower."""
+    """Tokens that each window of `sliding` and `sgd` scores, 1 to context; a smaller stride is slower."""
     tokens: int = 98_304
-    """Tokens per forward pass of plain and sliding; changes speed and memory, not the score."""
+    """Tokens per forward pass of plain, sliding and sgd; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
+    sgd: SgdConfig = field(default_factory=SgdConfig)
+    """Settings of `sgd`."""
+    phases: PhasesConfig = field(default_factory=PhasesConfig)
+    """Settings of `phased`, with its adapters."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses the GPU if there is one."""
+
+    @property
+    def settings(self) -> EvaluateConfig:
+        """All settings of the ways to score."""
+        return EvaluateConfig(
+            stride=self.stride, context=self.context, adapters=self.ttt, sgd=self.sgd, phases=self.phases
+        )
 
 
 def main(argv: list[str]) -> int:
@@ -59,11 +77,10 @@ def main(argv: list[str]) -> int:
         check_output(args.json, "--json")
     _check_kind(args.artifact)
     artifact = read_artifact(args.artifact)
-    longest = artifact.header.model.max_context
-    if set(args.mode) != {"ttt"} and args.tokens < longest:
-        raise UserError(
-            f"--tokens must be at least the model's max_context, {longest:,}, got {args.tokens:,}"
-        )
+    longest = args.settings.context or artifact.header.model.max_context
+    if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
+        what = "--context" if args.context else "the model's max_context"
+        raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
     dist = Dist.start(args.device)
     try:
         data_folder = _open(args, artifact)
@@ -76,7 +93,9 @@ def main(argv: list[str]) -> int:
         note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
-            print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {mode}{note}")
+            remark = args.settings.remark(mode)
+            said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
+            print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
         if args.json is not None:
             _write(args.json, args, data_folder, documents, scores)
     return 0
@@ -133,11 +152,12 @@ def _score(
     from pgolf.evaluate.validation import score_as
 
     model = build_model(artifact, dist.device)
-    model.prepare(dist.device, compile="blocks" if dist.device.type == "cuda" else "off")
+    # Compiling takes longer than a short text.
+    worth = dist.device.type == "cuda" and text.tokens.size > SHORT_TEXT
+    model.prepare(dist.device, compile="blocks" if worth else "off")
+    settings = args.settings
     return {
-        mode: score_as(
-            mode, model, data_folder, text, dist, batch_tokens=args.tokens, stride=args.stride, ttt=args.ttt
-        )
+        mode: score_as(mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings)
         for mode in dict.fromkeys(args.mode)
     }
 
@@ -152,9 +172,12 @@ def _write(
         "artifact": str(args.artifact),
         "data": {**data_folder.facts(), "checked": data_folder.checked},
         "documents": documents or "all",
-        "stride": args.stride,
+        **{key: value for key, value in to_dict(args.settings).items() if key in SETTINGS},
         "ttt": to_dict(args.ttt),
-        "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},
+        "scores": {
+            mode: dataclasses.asdict(score) | {"remark": args.settings.remark(mode)}
+            for mode, score in scores.items()
+        },
     }
     with atomic_file(path) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")

@@ -27,6 +27,7 @@ VERBS = {
     "artifact": "inspect an artifact, export its weights to safetensors",
     "data": "train a tokenizer, make shards, inspect shards",
     "evaluate": "score an artifact on the validation text",
+    "legality": "test the conditions of a valid submission on an artifact and the way it is scored",
     "generate": "let a trained model continue a prompt",
     "ablate": "run all arms and seeds of a plan, and test which arm is better",
     "report": "write the report page of a run, finished or not, or of several runs",

@@ -30,6 +30,9 @@ class Submit(Entry):
     name is taken; if it is gone, the tokenizer comes from a run's folder."""
     overwrite: bool = False
     """Replace an older submission in that folder."""
+    although_illegal: bool = False
+    """Write the folder even if the report of `pgolf legality` in a run's folder says that a condition fails.
+    The folder then says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,14 @@ def main(argv: list[str]) -> int:
     args = tyro.cli(Submit, prog="pgolf submit", args=argv)
     from pgolf.report.submit import write_submission
 
-    runs = write_submission(args.runs, args.out, args, data=args.data, overwrite=args.overwrite)
+    runs = write_submission(
+        args.runs,
+        args.out,
+        args,
+        data=args.data,
+        overwrite=args.overwrite,
+        although_illegal=args.although_illegal,
+    )
     data = json.loads((args.out / "submission.json").read_text())
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, sd {data['val_bpb_std']:.5f}"
     print(f"{args.out}: {data['val_bpb']:.5f} bpb ({data['headline_score']}, {seeds})")

@@ -1,25 +1,28 @@
 """Bits per byte on a validation text, which is the definition of the score; lower is better.
 
 bpb = (sum of the losses in nats / ln 2) / bytes, where bytes are the UTF-8 bytes of the scored targets. The
-sums are float64 and stay on the device until the end, so that the loop does not wait for the device; then
-they are summed over the ranks. Every token must be counted exactly once, otherwise an error is raised.
-Legend: `T` tokens of a batch. Source: the metric of the parameter-golf challenge (its README); the bytes of a
-target are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 % of it.
+sum of the losses is float64 and stays on the device until the end, so that the loop does not wait for the
+device; then it is summed over the ranks. Every token must be counted exactly once, and in each document from
+left to right, otherwise an error is raised.
+Legend: `K` windows. Source: the metric of the parameter-golf challenge (its README); the bytes of a target
+are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 % of it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import Tensor
 
-from pgolf.data.loader import IGNORED_TARGET, ValBatch
+from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.errors import RunError, UserError
+from pgolf.evaluate.documents import document_bounds
 
 
 @dataclass(frozen=True)
@@ -40,95 +43,110 @@ class Score:
     """Wall time of this rank, seconds."""
 
 
-def evaluate_bpb(
-    model: nn.Module,
-    batches: Iterable[ValBatch],
-    dist: Dist,
-    *,
-    expected_tokens: int,
-    expected_bytes: int,
-    loop: bool = True,
-) -> Score:
-    """Score every target of this rank's batches and sum over the ranks.
-
-    Args:
-        model: called as `model(inputs, targets, cu_seqlens, max_seqlen=, loop=)`; returns losses `(T,)` in
-            nats, 0 where the target is -100. It runs in evaluation mode without gradients; afterwards its
-            mode is restored.
-        batches: this rank's part of the text; it may be empty.
-        dist: sums over the ranks and names the device.
-        expected_tokens: number of targets of the whole text.
-        expected_bytes: their bytes.
-        loop: whether the repeated layers run several times (depth recurrence).
-
-    Returns:
-        The score of the whole text.
-
-    Raises:
-        ValueError: the text is empty, or another number of tokens or bytes was scored (raised on every rank).
-        RuntimeError: a loss is NaN or infinite; the message names the first such batch of each rank.
-    """
-    if expected_tokens < 1 or expected_bytes < 1:
-        raise UserError(
-            f"evaluate_bpb: expected a text that is not empty, got {expected_tokens} tokens and "
-            f"{expected_bytes} bytes"
-        )
-    training = model.training
-    model.eval()
-    tally = Tally(dist)
-    with torch.no_grad():
-        for batch in batches:
-            tally.add(*_score(model, batch, dist.device, loop=loop))
-    model.train(training)
-    return tally.total(expected_tokens=expected_tokens, expected_bytes=expected_bytes)
-
-
 class Tally:
-    """The running sums of one rank, float64 on the device, which is not waited for until they are read.
+    """The running sums of one rank, and which tokens it has scored.
 
     All ways of scoring add to a tally, whose `total` is the score of the whole text.
+
+    Args:
+        dist: ranks that share the text.
+        text: the whole text.
+        bos_id: the id that starts a document.
+
+    Raises:
+        ValueError: the text has no targets, no bytes or no BOS.
     """
 
-    def __init__(self, dist: Dist) -> None:
+    def __init__(self, dist: Dist, text: ValidationText, *, bos_id: int) -> None:
+        self._starts, lengths = document_bounds(text, bos_id)
+        self._ends = self._starts + lengths
+        if not text.bytes[1:].any():
+            raise UserError(
+                f"the {text.tokens.size - 1} tokens to score have no bytes (only empty documents), so there "
+                "are no bits per byte; score more --documents"
+            )
         self._dist = dist
         self._start = time.perf_counter()
+        self._frontier = self._starts.copy()  # first input of each document whose target is not scored
+        self._scored = np.zeros(text.tokens.size - 1, dtype=np.uint8)
+        self._bytes = np.concatenate(([0], np.cumsum(text.bytes[1:])))
         self._batches = 0
-        self._sums = torch.zeros(3, dtype=torch.float64, device=dist.device)
+        self._tokens = self._size = 0
+        self._nats = torch.zeros((), dtype=torch.float64, device=dist.device)
         self._bad = torch.zeros(dist.world_size, dtype=torch.float64, device=dist.device)
 
-    def add(self, nats: Tensor, scored: Tensor, sizes: Tensor) -> None:
-        """Add the tokens of one batch.
+    def add(self, windows: NDArray[np.int64], nats: Tensor) -> None:
+        """Add the tokens of one question.
 
         Args:
+            windows: `(K, 3)` as in `Question`.
             nats: losses, float32, any shape; 0 for tokens that are not scored.
-            scored: bool, the same shape; whether a target counts.
-            sizes: int64, the same shape; bytes of each target.
+
+        Raises:
+            ValueError: a token was scored before, or one after it in its document; or a window is not inside
+                of one document.
         """
         self._batches += 1
-        self._sums += torch.stack(
-            [nats.double().sum(), scored.sum().double(), (sizes * scored).sum().double()]
-        )
+        self._count(windows)
+        self._nats += nats.double().sum()
         # Each rank has its own entry, the number of its first bad batch plus one; 0 means that there is none.
         mine = self._bad[self._dist.rank]
         finite = torch.isfinite(nats).all()
         self._bad[self._dist.rank] = torch.where(finite | (mine > 0), mine, float(self._batches))
 
+    def _count(self, windows: NDArray[np.int64]) -> None:
+        documents = np.searchsorted(self._starts, windows[:, 0], side="right") - 1
+        for document, (begin, first, end) in zip(documents.tolist(), windows.tolist(), strict=True):
+            if not (document >= 0 and begin <= first < end <= self._ends[document]):
+                raise UserError(f"scoring: the window [{begin}, {end}) is not inside of one document")
+            if first < self._frontier[document]:
+                raise UserError(
+                    f"scoring: token {first + 1} is scored twice or out of order: document {document} was "
+                    f"scored up to token {self._frontier[document]}"
+                )
+            self._frontier[document] = end
+            self._scored[first:end] = 1
+            self._tokens += end - first
+            self._size += int(self._bytes[end] - self._bytes[first])
+
+    def check_scored(self, passages: NDArray[np.int64]) -> None:
+        """Raise on every rank if a target of these inputs `(P, 2)` was scored by no rank; a collective.
+
+        Raises:
+            ValueError: some tokens are not scored, so nothing may be learned from them.
+        """
+        parts = [self._scored[begin:end] for begin, end in passages.tolist()]
+        seen = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *parts])).to(self._dist.device)
+        missing = int((self._dist.all_reduce(seen) == 0).sum())
+        if missing:
+            raise UserError(f"scoring: {missing:,} tokens were to be learned before they were scored")
+
     def so_far(self) -> float:
         """Return the bits per byte of this rank so far; waits for the device."""
-        nats, _, size = self._sums.tolist()
-        return float(nats / math.log(2) / max(size, 1.0))
+        return float(self._nats) / math.log(2) / max(self._size, 1)
 
-    def total(self, *, expected_tokens: int, expected_bytes: int) -> Score:
+    def total(self) -> Score:
         """Sum over the ranks, check the counts and return the score.
 
-        This is a collective: every rank must call it. Errors are those of `evaluate_bpb`.
+        This is a collective: every rank must call it.
+
+        Raises:
+            ValueError: a token was scored by no rank or by several, so that the numbers of tokens or bytes
+                are not those of the text (raised on every rank).
+            RuntimeError: a loss is NaN or infinite; the message names the first such batch of each rank.
         """
-        self._dist.all_reduce(self._sums)
+        device = self._dist.device
+        counts = torch.tensor([self._tokens, self._size], dtype=torch.float64, device=device)
+        sums = self._dist.all_reduce(torch.cat((self._nats[None], counts)))
         self._dist.all_reduce(self._bad)
+        times = self._dist.all_reduce(torch.from_numpy(self._scored).to(device))
         _check_finite(self._bad)
-        total, tokens, size = self._sums.tolist()
-        _check_count("tokens", round(tokens), expected_tokens)
-        _check_count("bytes", round(size), expected_bytes)
+        total, tokens, size = sums.tolist()
+        _check_count("tokens", round(tokens), self._scored.size)
+        _check_count("bytes", round(size), int(self._bytes[-1]))
+        wrong = int((times != 1).sum())
+        if wrong:
+            raise UserError(f"scoring: {wrong:,} tokens were scored by several ranks, or by none")
         return Score(
             nats=total,
             tokens=round(tokens),
@@ -139,30 +157,18 @@ class Tally:
         )
 
 
-def _score(
-    model: nn.Module, batch: ValBatch, device: torch.device, *, loop: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the losses of a batch, whether each target counts, and its bytes, all `(T,)` on the device."""
-    inputs, targets, cu_seqlens, sizes = (
-        t.to(device, non_blocking=True)
-        for t in (batch.inputs, batch.targets, batch.cu_seqlens, batch.target_bytes)
-    )
-    nats: Tensor = model(inputs, targets, cu_seqlens, max_seqlen=batch.max_seqlen, loop=loop)
-    return nats, targets != IGNORED_TARGET, sizes
-
-
 def _check_finite(bad: Tensor) -> None:
     ranks = [(rank, round(number) - 1) for rank, number in enumerate(bad.tolist()) if number]
     if ranks:
         where = ", ".join(f"batch {index} of rank {rank}" for rank, index in ranks)
         raise RunError(
-            f"evaluate_bpb: the loss is NaN or infinite, first in {where}; these weights cannot be scored"
+            f"scoring: the loss is NaN or infinite, first in {where}; these weights cannot be scored"
         )
 
 
 def _check_count(what: str, got: int, expected: int) -> None:
     if got != expected:
         raise UserError(
-            f"evaluate_bpb: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); the batches "
-            "of all ranks together must have each token of the text once"
+            f"scoring: scored {got:,} {what}, expected {expected:,} ({got - expected:+,}); the "
+            "questions of all ranks together must have each token of the text once"
         )

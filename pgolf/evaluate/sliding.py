@@ -11,20 +11,18 @@ first that scores the tail of the text once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor
 
-from pgolf.data.loader import IGNORED_TARGET, ValBatch, ValidationText, buffer_size, padded_cu_seqlens
-from pgolf.data.stream import cut_segments
+from pgolf.data.loader import ValidationText, buffer_size
 from pgolf.dist import Dist
 from pgolf.errors import UserError
-from pgolf.evaluate.bpb import Score, evaluate_bpb
 from pgolf.evaluate.documents import document_bounds
-from pgolf.log import Progress
+from pgolf.evaluate.heads import Head
+from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Question, Turn
+from pgolf.model.gpt import GPT
 
 CPU = torch.device("cpu")
 
@@ -82,56 +80,64 @@ def window_buffers(
     return buffers
 
 
-def window_batches(
-    text: ValidationText,
+def window_questions(
     windows: NDArray[np.int64],
     *,
     context: int,
     batch_tokens: int,
+    device: torch.device = CPU,
     rank: int = 0,
     world_size: int = 1,
-    device: torch.device = CPU,
-) -> Iterator[ValBatch]:
-    """Yield this rank's buffers of whole windows, in host memory; buffer b belongs to rank b mod world_size.
+) -> list[Question]:
+    """Return this rank's buffers of whole windows as questions; buffer b belongs to rank b mod world_size.
 
     Args:
-        text: the text to which the positions of the windows refer.
         windows, context, batch_tokens: as in `window_buffers`.
-        rank, world_size: select this rank's buffers.
         device: where the model runs; the length of the last buffer depends on it (`buffer_size`).
+        rank, world_size: select this rank's buffers.
 
     Raises:
         ValueError: batch_tokens < context.
     """
     buffers = window_buffers(windows, context=context, batch_tokens=batch_tokens)
+    questions = []
     for index in range(rank, len(buffers), world_size):
         inside, count = buffers[index]
         last = index == len(buffers) - 1
         size = buffer_size(count, batch_tokens, first=index == 0, last=last, device=device)
-        yield _pack(text, inside, size, context)
+        questions.append(Question(inside, context, size=size))
+    return questions
 
 
-def _pack(text: ValidationText, windows: NDArray[np.int64], size: int, context: int) -> ValBatch:
-    """Return windows as one padded buffer, in which targets that another window scores are ignored."""
-    inputs = torch.zeros(size, dtype=torch.int64)
-    targets = torch.full((size,), IGNORED_TARGET, dtype=torch.int64)
-    sizes = torch.zeros(size, dtype=torch.int64)
-    starts, at, tokens = [], 0, 0
-    for begin, scored, end in windows.tolist():
-        ids = torch.from_numpy(text.tokens[begin : end + 1].astype(np.int64))
-        skip, stop = scored - begin, at + end - begin
-        inputs[at:stop] = ids[:-1]
-        targets[at + skip : stop] = ids[1 + skip :]
-        sizes[at + skip : stop] = torch.from_numpy(text.bytes[scored + 1 : end + 1])
-        starts.append(at)
-        at, tokens = stop, tokens + end - scored
-    bounds = np.array(starts if at == size else [*starts, at], dtype=np.int64)
-    cu_seqlens = padded_cu_seqlens(cut_segments(bounds, size, context), size)
-    return ValBatch(inputs, targets, sizes, cu_seqlens, max_seqlen=context, tokens=tokens)
+class Fixed:
+    """A predictor that does not learn: a model as it is.
+
+    Args:
+        model: called as `model.hidden(ids, cu_seqlens, max_seqlen=, loop=True)`; prepared, and it may be
+            compiled.
+    """
+
+    def __init__(self, model: GPT) -> None:
+        self._model = model
+
+    def begin(self) -> None:
+        """Nothing: there is nothing to forget."""
+
+    def predict(self, inputs: Inputs) -> Head:
+        """Return the model's distributions."""
+        hidden, _ = self._model.hidden(inputs.ids, inputs.cu_seqlens, max_seqlen=inputs.width, loop=True)
+        return Head(hidden, self._model.tok_emb, self._model.config.softcap)
+
+    def learn(self, lesson: Lesson) -> None:
+        """Nothing: the model stays as it is."""
+
+    def state(self) -> list[Tensor]:
+        """Return nothing, because nothing changes."""
+        return []
 
 
-def score_sliding(
-    model: nn.Module,
+def window_pass(
+    model: GPT,
     text: ValidationText,
     dist: Dist,
     *,
@@ -139,44 +145,30 @@ def score_sliding(
     context: int,
     stride: int,
     batch_tokens: int,
-) -> Score:
-    """Return the score with a sliding window; every token except for the first one is scored once.
+) -> Pass:
+    """Return the pass of a sliding window over a text.
 
     Args:
-        model: as in `evaluate_bpb`.
+        model: prepared on dist.device.
         text: the validation text.
         dist: ranks that share the buffers.
         bos_id: the id that starts a document.
         context: tokens of the longest window.
-        stride: tokens by which windows move, in [1, context].
+        stride: tokens by which windows move, in [1, context]; context: plain scoring.
         batch_tokens: largest number of tokens per forward pass (at least one window); it changes speed and
             memory, not the score.
 
     Raises:
-        ValueError, RuntimeError: as in `sliding_windows` and `evaluate_bpb`.
+        ValueError: as in `sliding_windows`.
     """
-    starts, lengths = document_bounds(text, bos_id)
-    windows = sliding_windows(starts, lengths, context=context, stride=stride)
-    most = max(batch_tokens, context)
-    buffers = window_buffers(windows, context=context, batch_tokens=most)[dist.rank :: dist.world_size]
-    batches = window_batches(
-        text,
+    windows = sliding_windows(*document_bounds(text, bos_id), context=context, stride=stride)
+    questions = window_questions(
         windows,
         context=context,
-        batch_tokens=most,
+        batch_tokens=max(batch_tokens, context),
+        device=dist.device,
         rank=dist.rank,
         world_size=dist.world_size,
-        device=dist.device,
     )
     label = "plain" if stride == context else f"sliding, stride {stride}"
-    work = sum(count for _, count in buffers)
-    progress = Progress(label, work, is_main=dist.is_main)
-
-    def reported() -> Iterator[ValBatch]:
-        for batch, (_, count) in zip(batches, buffers, strict=True):
-            yield batch
-            progress.advance(count)
-
-    return evaluate_bpb(
-        model, reported(), dist, expected_tokens=text.tokens.size - 1, expected_bytes=int(text.bytes.sum())
-    )
+    return Pass(Fixed(model), [Turn([question]) for question in questions], label)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pgolf.config import TttConfig
+from pgolf.config import EvaluateConfig, Method
 from pgolf.data.challenge import known_text
-from pgolf.data.loader import ValidationText, load_validation, validation_batches, validation_totals
+from pgolf.data.loader import ValidationText, load_validation
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import MANIFEST_NAME, Manifest, find_shards, shard_tokens
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.dist import Dist
 from pgolf.errors import UserError
-from pgolf.evaluate.bpb import Score, evaluate_bpb
+from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.documents import first_documents
-from pgolf.evaluate.sliding import score_sliding
-from pgolf.evaluate.ttt import score_adapted
+from pgolf.evaluate.phases import phased_pass
+from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.sgd import sgd_pass
+from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.ttt import adapted_pass
 from pgolf.files import file_sha256
 from pgolf.model.gpt import GPT
+
+PLAIN = EvaluateConfig()
+"""Settings with the model's own context, for plain scores."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class DataFolder:
 
 
 def score_model(model: GPT, data_folder: DataFolder, batch_tokens: int, dist: Dist) -> Score:
-    """Return the score of `model` on the whole validation text of `data_folder`, with checked counts.
+    """Return the plain score of `model` on the whole validation text of `data_folder`, with checked counts.
 
     Args:
         model: prepared on dist.device.
@@ -112,59 +120,78 @@ def score_model(model: GPT, data_folder: DataFolder, batch_tokens: int, dist: Di
             score.
         dist: ranks that share the work.
     """
-    config = model.config
-    tokens, size = validation_totals(data_folder.folder, tokenizer=data_folder.tokenizer)
-    batches = validation_batches(
-        data_folder.folder,
-        tokenizer=data_folder.tokenizer,
-        bos_id=data_folder.tokenizer.bos_id,
-        max_context=config.max_context,
-        batch_tokens=max(batch_tokens, config.max_context),
-        vocab_size=config.vocab_size,
-        rank=dist.rank,
-        world_size=dist.world_size,
-        device=dist.device,
-    )
-    return evaluate_bpb(model, batches, dist, expected_tokens=tokens, expected_bytes=size)
+    text = data_folder.validation()
+    return score_as("plain", model, data_folder, text, dist, batch_tokens=batch_tokens)
 
 
 def score_as(
-    mode: Literal["plain", "sliding", "ttt"],
+    way: Method,
     model: GPT,
     data_folder: DataFolder,
     text: ValidationText,
     dist: Dist,
     *,
     batch_tokens: int,
-    stride: int,
-    ttt: TttConfig,
+    settings: EvaluateConfig = PLAIN,
 ) -> Score:
     """Return the score of `model` on `text`, with checked counts.
 
     Args:
-        mode: "plain" cuts documents into segments of max_context tokens, "sliding" moves a window over each
-            document, "ttt" lets adapters learn each document.
+        way: "plain" cuts documents into segments, "sliding" moves a window over each document, "ttt" lets
+            adapters learn each document, "sgd" lets the model learn each chunk of the text, "phased" lets
+            adapters learn each document and the model learn scored documents.
         model: prepared on dist.device.
         text: from `data_folder.validation`.
         dist: ranks that share the work.
-        batch_tokens: tokens per forward pass of "plain" and "sliding".
-        stride: tokens that a window of "sliding" scores.
-        ttt: settings of "ttt".
+        batch_tokens: tokens per forward pass of plain and sliding windows.
+        settings: stride, context, and the settings of each way.
     """
-    if not text.bytes[1:].any():
-        raise UserError(
-            f"the {text.tokens.size - 1} tokens to score have no bytes (only empty documents), so there are "
-            "no bits per byte; score more --documents"
-        )
-    bos_id, context = data_folder.tokenizer.bos_id, model.config.max_context
-    if mode == "ttt":
-        return score_adapted(model, text, dist, bos_id=bos_id, config=ttt)
-    return score_sliding(
-        model,
-        text,
-        dist,
-        bos_id=bos_id,
-        context=context,
-        stride=context if mode == "plain" else stride,
-        batch_tokens=batch_tokens,
-    )
+    bos_id = data_folder.tokenizer.bos_id
+    with evaluating(model), widened(model, settings.context):
+        run = start_pass(way, model, text, dist, bos_id=bos_id, batch_tokens=batch_tokens, settings=settings)
+        return read(run, text, dist, bos_id=bos_id)
+
+
+def start_pass(
+    way: Method,
+    model: GPT,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    bos_id: int,
+    batch_tokens: int,
+    settings: EvaluateConfig,
+    whole: int = 0,
+) -> Pass:
+    """Return what `predictor.read` needs to score `text`.
+
+    Args:
+        way, model, text, dist, batch_tokens, settings: as in `score_as`.
+        bos_id: the id that starts a document.
+        whole: see `sgd_pass`.
+
+    Raises:
+        ValueError: the text has no BOS, or a setting does not fit.
+    """
+    context = settings.context or model.config.max_context
+    where: dict[str, Any] = {"bos_id": bos_id, "context": context}
+    if way == "ttt":
+        return adapted_pass(model, text, dist, config=settings.adapters, **where)
+    if way == "phased":
+        return phased_pass(model, text, dist, phases=settings.phases, **where)
+    where |= {"batch_tokens": batch_tokens, "stride": context if way == "plain" else settings.stride}
+    if way == "sgd":
+        return sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where)
+    return window_pass(model, text, dist, **where)
+
+
+@contextmanager
+def widened(model: GPT, context: int) -> Iterator[None]:
+    """Let a model take segments of `context` tokens for a while, if that is more than it was made for."""
+    config = model.config
+    if context > config.max_context:  # else it stays the same object, which compiled blocks may depend on
+        model.config = replace(config, max_context=context)
+    try:
+        yield
+    finally:
+        model.config = config

@@ -200,7 +200,7 @@ def attention_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: tuple[Tensor, Tensor] | None = None,
+    lora: tuple[Tensor | None, Tensor | None] | None = None,
     values: Tensor | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
@@ -215,12 +215,13 @@ def attention_branch(
         exclusive: whether this layer uses exclusive self-attention.
         rope: cosines and sines, `(T, 1, R / 2)` each.
         cu_seqlens: as in `sdpa_attention`.
-        lora: what adapters add to q, k and v, `(T, D + 2 * G * K)`, and to the output, `(T, D)`.
+        lora: what adapters add to q, k and v, `(T, D + 2 * G * K)`, and to the output, `(T, D)`; None where
+            there are none.
         values: value embeddings `(T, G * K)`; layers with a `value_scale` add them to v.
         observe: called with ("attn_out", input of the output projection).
     """
     qkv = F.linear(n, weights.qkv)
-    if lora is not None:
+    if lora is not None and lora[0] is not None:
         qkv = qkv + lora[0]
     q, k, v = (
         part.view(n.shape[0], -1, config.head_dim)
@@ -241,4 +242,4 @@ def attention_branch(
     if observe is not None:
         observe("attn_out", y)
     out = F.linear(y, weights.out)
-    return out if lora is None else out + lora[1]
+    return out if lora is None or lora[1] is None else out + lora[1]

@@ -10,6 +10,7 @@ Source: PR #1855 of the parameter-golf challenge, 35,945,671 parameters at the d
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -135,7 +136,7 @@ def attend(
     lora = None
     if w.lora is not None:
         extra, bypass = w.lora.attention(n * w.scales.ln)
-        lora = extra, bypass * w.scales.attn
+        lora = extra, None if bypass is None else bypass * w.scales.attn
     if tap is not None:
         tap("attn_in", n * w.scales.ln)
     return attention_branch(
@@ -158,7 +159,8 @@ def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> T
     if tap is not None:
         tap("mlp_in", n * w.scales.ln)
     m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
-    return m if w.lora is None else m + w.scales.mlp * w.lora.mlp(n * w.scales.ln)
+    extra = None if w.lora is None else w.lora.mlp(n * w.scales.ln)
+    return m if extra is None else m + w.scales.mlp * extra
 
 
 def serial_block(
@@ -301,6 +303,11 @@ class GPT(nn.Module):
             self._join = jit(join_lanes)
         elif compile == "model":
             self._compiled_layers = jit(self.layers)
+        return self
+
+    def exact(self) -> GPT:
+        """Compute in float32 wherever the model runs, after `prepare` with sdpa; return the model."""
+        self.compute_dtype = torch.float32
         return self
 
     def quant_inputs(self) -> dict[str, list[tuple[str, int]]]:
@@ -537,21 +544,28 @@ class GPT(nn.Module):
         return Skip(saved, self.skip_weights[j], self.skip_gates[j] if self.config.skip == "gated" else None)
 
 
-def uncompiled(model: GPT, kernel: AttentionKernel | None = None) -> GPT:
+def uncompiled(
+    model: GPT, kernel: AttentionKernel | None = None, *, context: int = 0, own: bool = False
+) -> GPT:
     """Return a model that shares the weights of `model`, is not compiled and has no gradients.
 
     It serves work whose shapes change from call to call, where the compiler would make a graph for each.
 
     Args:
         kernel: attention kernel; that of `model` if None.
+        context: tokens of the longest segment; 0: as in `model`.
+        own: give it a copy of the weights, which may change.
     """
     model._kernel()  # prepares the model if that has not been done
+    config = replace(model.config, max_context=context or model.config.max_context)
     with torch.device("meta"):
-        twin = GPT(model.config)
-    twin.load_state_dict(model.state_dict(), assign=True)
+        twin = GPT(config)
+    weights = model.state_dict()
+    twin.load_state_dict({n: t.clone() for n, t in weights.items()} if own else weights, assign=True)
     twin.requires_grad_(False).eval()
     twin.prepare(model.tok_emb.device, attention=model.attention_name)
     twin._attention = kernel or twin._attention
+    twin.compute_dtype = model.compute_dtype
     return twin
 
 

@@ -12,37 +12,53 @@ rank, `V` vocab. Sources: Hu et al. 2021 (LoRA); positions and sizes as in PR #1
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pgolf.config import ModelConfig
+from pgolf.config import PLACES, ModelConfig
+from pgolf.model.parameters import layer_order
+
+_NAMES = {"q": "q_b", "k": "k_b", "v": "v_b", "o": "bypass_b"}
 
 
 class LayerLora(NamedTuple):
-    """Adapters of one executed layer: y += scale * (x A^T) B^T."""
+    """Adapters of one executed layer: y += scale * (x A^T) B^T; None where there is none."""
 
     attn_a: (
-        Tensor  # (N, 4 * r, D): A of q, k, v and of a bypass of the whole attention, which share the input
-    )
-    q_b: Tensor  # (N, D, r)
-    k_b: Tensor  # (N, E, r)
-    v_b: Tensor  # (N, E, r)
-    bypass_b: Tensor  # (N, D, r)
-    mlp_a: Tensor  # (N, r, D): bypass of the whole MLP
-    mlp_b: Tensor  # (N, D, r)
+        Tensor | None
+    )  # (N, m * r, D): A of those m of q, k, v and o that there are, which share the input
+    q_b: Tensor | None  # (N, D, r)
+    k_b: Tensor | None  # (N, E, r)
+    v_b: Tensor | None  # (N, E, r)
+    bypass_b: Tensor | None  # (N, D, r): o, a bypass of the whole attention
+    mlp_a: Tensor | None  # (N, r, D): bypass of the whole MLP
+    mlp_b: Tensor | None  # (N, D, r)
     scale: float
+    kv_width: int
 
-    def attention(self, n: Tensor) -> tuple[Tensor, Tensor]:
+    def attention(self, n: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the terms to add to q, k and v, `(T, D + 2 E)`, and to the attention output, `(T, D)`."""
+        if self.attn_a is None:
+            return None, None
+        bs = (self.q_b, self.k_b, self.v_b, self.bypass_b)
         low = _rows(n, self.attn_a) * self.scale
-        q, k, v, bypass = low.chunk(4, dim=-1)
-        parts = [torch.bmm(x, b.mT) for x, b in ((q, self.q_b), (k, self.k_b), (v, self.v_b))]
-        return torch.cat(parts, dim=-1).flatten(0, 1), torch.bmm(bypass, self.bypass_b.mT).flatten(0, 1)
+        parts = iter(low.chunk(sum(b is not None for b in bs), dim=-1))
+        q, k, v, bypass = (None if b is None else torch.bmm(next(parts), b.mT) for b in bs)
+        extra = None
+        if not (q is None and k is None and v is None):
+            widths = (n.shape[-1], self.kv_width, self.kv_width)
+            pairs = zip((q, k, v), widths, strict=True)
+            terms = [low.new_zeros((*low.shape[:2], w)) if term is None else term for term, w in pairs]
+            extra = torch.cat(terms, dim=-1).flatten(0, 1)
+        return extra, None if bypass is None else bypass.flatten(0, 1)
 
-    def mlp(self, n: Tensor) -> Tensor:
+    def mlp(self, n: Tensor) -> Tensor | None:
         """Return the term to add to the output of the MLP, `(T, D)`."""
+        if self.mlp_a is None or self.mlp_b is None:
+            return None
         return low_rank(n, self.mlp_a, self.mlp_b, self.scale)
 
 
@@ -51,12 +67,14 @@ class Adapters(NamedTuple):
 
     layers: list[LayerLora]
     """One per executed layer, in execution order."""
-    head_a: Tensor  # (N, r, D)
-    head_b: Tensor  # (N, V, r)
+    head_a: Tensor | None  # (N, r, D)
+    head_b: Tensor | None  # (N, V, r)
     scale: float
 
-    def head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor | None:
         """Return the term to add to the logits before the soft cap, `(T, V)`."""
+        if self.head_a is None or self.head_b is None:
+            return None
         return low_rank(hidden, self.head_a, self.head_b, self.scale)
 
 
@@ -80,38 +98,58 @@ def _rows(x: Tensor, a: Tensor) -> Tensor:
     return torch.bmm(x.view(a.shape[0], -1, x.shape[-1]), a.mT)
 
 
-def adapter_shapes(config: ModelConfig, slots: int, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the adapter tensors of one document by name; dimension 0 is the executed layer."""
+def adapter_shapes(
+    config: ModelConfig, slots: int, rank: int, places: Collection[str] = PLACES
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the adapter tensors of one document by name; dimension 0 is the executed layer.
+
+    Args:
+        config: of the model.
+        slots: executed layers.
+        rank: r.
+        places: those of `PLACES` that have adapters.
+    """
     d, e, v = config.width, config.kv_width, config.vocab_size
-    return {
-        "attn_a": (slots, 4 * rank, d),
-        "q_b": (slots, d, rank),
-        "k_b": (slots, e, rank),
-        "v_b": (slots, e, rank),
-        "bypass_b": (slots, d, rank),
-        "mlp_a": (slots, rank, d),
-        "mlp_b": (slots, d, rank),
-        "head_a": (rank, d),
-        "head_b": (v, rank),
-    }
+    widths = {"q": d, "k": e, "v": e, "o": d}
+    found: dict[str, tuple[int, ...]] = {}
+    inside = [place for place in widths if place in places]
+    if inside:
+        found["attn_a"] = (slots, len(inside) * rank, d)
+        found |= {_NAMES[place]: (slots, widths[place], rank) for place in inside}
+    if "mlp" in places:
+        found |= {"mlp_a": (slots, rank, d), "mlp_b": (slots, d, rank)}
+    if "head" in places:
+        found |= {"head_a": (rank, d), "head_b": (v, rank)}
+    return found
 
 
-def initial_adapters(config: ModelConfig, slots: int, rank: int, *, seed: int) -> dict[str, Tensor]:
+def initial_adapters(
+    config: ModelConfig, slots: int, rank: int, *, seed: int, places: Collection[str] = PLACES
+) -> dict[str, Tensor]:
     """Return the adapters with which every document starts, float32: A uniform in +-1 / sqrt(D), B = 0."""
     rng = torch.Generator().manual_seed(seed)
     bound = 1 / math.sqrt(config.width)
     start = {}
-    for name, shape in adapter_shapes(config, slots, rank).items():
+    for name, shape in adapter_shapes(config, slots, rank, places).items():
         start[name] = torch.zeros(shape)
         if name.endswith("_a"):
             start[name].uniform_(-bound, bound, generator=rng)
     return start
 
 
-def bind(tensors: dict[str, Tensor], dtype: torch.dtype, *, scale: float) -> Adapters:
+def bind(tensors: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, *, scale: float) -> Adapters:
     """Return float32 tensors of shape `(N, *adapter_shapes)` as adapters in `dtype`; differentiable."""
     cast = {name: t.to(dtype) for name, t in tensors.items()}
-    cut = {name: cast[name].unbind(1) for name in LayerLora._fields[:-1]}  # all fields except for the scale
-    slots = len(cut["attn_a"])
-    layers = [LayerLora(scale=scale, **{name: parts[i] for name, parts in cut.items()}) for i in range(slots)]
-    return Adapters(layers, cast["head_a"], cast["head_b"], scale)
+    names = LayerLora._fields[:-2]  # all fields except for the scale and the width
+    cut = {name: cast[name].unbind(1) for name in names if name in cast}
+    slots = sum(map(len, layer_order(config, loop=True)))
+    absent = dict.fromkeys(names)
+    layers = [
+        LayerLora(
+            **{**absent, **{name: parts[i] for name, parts in cut.items()}},
+            scale=scale,
+            kv_width=config.kv_width,
+        )
+        for i in range(slots)
+    ]
+    return Adapters(layers, cast.get("head_a"), cast.get("head_b"), scale)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pgolf.artifact.read import load_model
-from pgolf.config import TttConfig
+from pgolf.config import METHODS, EvaluateConfig, Method, from_dict
 from pgolf.dist import Dist
 from pgolf.errors import UserError, brief, is_checked
 from pgolf.evaluate.bpb import Score
@@ -30,8 +30,8 @@ class Settings:
     """Tokens per forward pass, which change speed and memory, not the score without adaptation."""
     device: Any = "auto"
     attention: Any = "auto"
-    adapters: TttConfig = field(default_factory=TttConfig)
-    """Test-time training."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """Settings of the ways to score."""
 
     @classmethod
     def read(cls, path: Path) -> Settings:
@@ -42,8 +42,8 @@ class Settings:
         """
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            train, adapters = config["train"], TttConfig(**config["evaluate"]["adapters"])
-            return cls(config["data"]["micro_tokens"], train["device"], train["attention"], adapters)
+            train, evaluate = config["train"], from_dict(EvaluateConfig, config["evaluate"])
+            return cls(config["data"]["micro_tokens"], train["device"], train["attention"], evaluate)
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{path} is not the config.json of a run ({type(e).__name__}: {e}); pass that of "
@@ -64,14 +64,17 @@ def main(argv: list[str], program: Path) -> int:
     )
     parser.add_argument("artifact", type=Path, help="the model file, .pgolf")
     parser.add_argument("--data", type=Path, required=True, help="folder of validation shards and tokenizer")
-    parser.add_argument("--ttt", action="store_true", help="with score-first test-time training")
+    parser.add_argument(
+        "--ttt", action="store_const", const="ttt", dest="mode", help="the same as --mode ttt"
+    )
+    parser.add_argument("--mode", choices=METHODS, default="plain", help="how to score")
     parser.add_argument("--config", type=Path, help="the run's config.json; else the one next to the program")
     args = parser.parse_args(argv)
     try:
         beside = program.with_name("config.json")
         path = args.config or (beside if beside.is_file() else None)
         settings = Settings() if path is None else Settings.read(path)
-        _print_score(args.artifact, args.data, settings, program, ttt=args.ttt)
+        _print_score(args.artifact, args.data, settings, program, args.mode)
     except Exception as e:
         if not is_checked(e):
             raise
@@ -80,14 +83,14 @@ def main(argv: list[str], program: Path) -> int:
     return 0
 
 
-def _print_score(artifact: Path, data: Path, settings: Settings, program: Path, *, ttt: bool) -> None:
+def _print_score(artifact: Path, data: Path, settings: Settings, program: Path, mode: Method) -> None:
     dist = Dist.start(settings.device)
     try:
         model = load_model(artifact, dist.device)
         blocks = dist.device.type == "cuda"
         model.prepare(dist.device, attention=settings.attention, compile="blocks" if blocks else "off")
         folder = DataFolder.open(data, vocab_size=model.config.vocab_size)
-        found = _score(model, folder, settings, dist, ttt=ttt)
+        found = _score(model, folder, settings, dist, mode)
     finally:
         dist.close()
     if dist.is_main:
@@ -97,12 +100,12 @@ def _print_score(artifact: Path, data: Path, settings: Settings, program: Path, 
             f"bytes of text, {found.seconds:.1f} s\n"
             f"model {sizes[0]:,} + code {sizes[1]:,} = {sum(sizes):,} bytes\n{folder.checked}\n"
         )
+        if remark := settings.evaluate.remark(mode):
+            sys.stdout.write(f"{remark}\n")
 
 
-def _score(model: Any, folder: DataFolder, settings: Settings, dist: Dist, *, ttt: bool) -> Score:
-    if not ttt:
+def _score(model: Any, folder: DataFolder, settings: Settings, dist: Dist, mode: Method) -> Score:
+    if mode == "plain":
         return score_model(model, folder, settings.tokens, dist)
-    tokens, text = settings.tokens, folder.validation()
-    return score_as(
-        "ttt", model, folder, text, dist, batch_tokens=tokens, stride=tokens, ttt=settings.adapters
-    )
+    text, evaluate = folder.validation(), settings.evaluate
+    return score_as(mode, model, folder, text, dist, batch_tokens=settings.tokens, settings=evaluate)

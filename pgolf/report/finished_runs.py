@@ -160,8 +160,8 @@ def _check_finished(run: FinishedRun) -> None:
             f"{folder}: the run started from {config.train.init}, whose training its clock does not hold; "
             "submit a run that starts from random weights"
         )
-    asked = {"quantized": True, "sliding": config.evaluate.sliding, "ttt": config.evaluate.ttt}
-    missing = [f"score {name}" for name, wanted in asked.items() if wanted and name not in summary.scores]
+    asked = ["quantized", *config.evaluate.ways]
+    missing = [f"score {name}" for name in asked if name not in summary.scores]
     missing += [f"seconds of {name}" for name in ("train", "read") if name not in summary.phases]
     missing += [name for name in ("ledger", "clock", "train") if getattr(summary, name) is None]
     if missing:

@@ -385,16 +385,29 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         calibrated += " The search for the factor that fills the limit repeats the rounding, from the same "
         calibrated += "Hessians, after it."
     facts.append(calibrated)
-    if headline == "ttt":
-        a = config.evaluate.adapters
+    if headline in ("ttt", "phased"):
+        a = config.evaluate.phases.adapters if headline == "phased" else config.evaluate.adapters
         facts.append(
             f"Test-time training scores first: the loss of a chunk of {a.chunk} to {a.chunk_max} tokens is "
             f"fixed before adapters of rank {a.rank} learn from it; every document starts anew."
+        )
+    elif headline == "sgd":
+        facts.append(
+            f"The model learns after it scores: the losses of {config.evaluate.sgd.chunk_tokens:,} tokens "
+            "are fixed before it learns from them."
         )
     else:
         facts.append("No test-time training: the model that scores is the file and does not change.")
     if "sliding" in run.summary.scores:
         facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    if headline == "phased":
+        p = config.evaluate.phases
+        facts.append(f"The model learns from documents that were scored, in {p.count} phases.")
+    if remark := config.evaluate.remark(headline):
+        facts.append(f"The headline score is {remark}.")
+    tests = [f"`{name}`, {what}" for name, what in files.items() if name.startswith("legality_seed")]
+    told = "; ".join(tests) or "not tested (`pgolf legality RUN` does it)"
+    facts.append(f"Legality of the way to score: {told}.")
     if config.model.illegal:
         facts.append(f"{config.model.illegal[0].upper()}{config.model.illegal[1:]}.")
     where = "" if TOKENIZER_NAME in files else "; it was not found and is not in this folder"
@@ -479,8 +492,9 @@ def _commands(runs: Sequence[FinishedRun], files: dict[str, str]) -> str:
         *(f"{train} train config.json --data SHARDS --seed {run.seed}" for run in runs),
         *(f"{score} model_seed{run.seed}.pgolf --data SHARDS" for run in runs),
     ]
-    if run.summary.headline == "ttt":
-        lines += [f"{score} model_seed{run.seed}.pgolf --data SHARDS --ttt" for run in runs]
+    if run.summary.headline != "quantized":
+        mode = "--ttt" if run.summary.headline == "ttt" else f"--mode {run.summary.headline}"
+        lines += [f"{score} model_seed{run.seed}.pgolf --data SHARDS {mode}" for run in runs]
     text = "```\n" + "\n".join(line for line in lines if line) + "\n```"
     if commit.endswith("-dirty"):
         text += "\n\nThe sources differed from that commit when the runs were started."

@@ -26,11 +26,12 @@ from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
+from pgolf.report.legality_report import checked_reports
 from pgolf.report.submission import Entry, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|(evaluate|train)_gpt\.py|code\.br|score\.py|requirements\.txt|tokenizer\.model"
-    r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf)"
+    r"|(train_seed\d+\.log|loss_seed\d+\.png|model_seed\d+\.pgolf|legality_seed\d+\.json)"
 )
 """Names of the files that a submission holds: only these are replaced."""
 
@@ -45,6 +46,7 @@ def write_submission(
     *,
     data: Path | None = None,
     overwrite: bool = False,
+    although_illegal: bool = False,
 ) -> list[FinishedRun]:
     """Write the submission folder of runs of one configuration, one per seed, and return the runs.
 
@@ -53,19 +55,23 @@ def write_submission(
         data: folder of the runs' shards, for tokenizer and manifest; None looks where the runs found them,
             and for the tokenizer in the runs' folders too.
         overwrite: replace an older submission folder.
+        although_illegal: write it even if the legality report of a run says that a condition fails.
     Raises:
         FileExistsError: `out` holds something, and `overwrite` is off or it is not a submission folder or
             holds more than a submission's files.
         FileNotFoundError, ValueError: see `read_runs`; the shards are not as their manifest says.
-            ValueError: `data` has another tokenizer, another manifest or another validation text.
+            ValueError: `data` has another tokenizer, another manifest or another validation text; the
+            legality report of a run is not of its headline, or says that a condition fails.
         OSError: a file cannot be written; nothing is left of the folder, an older one stays.
     """
     _check_out(out, folders, overwrite=overwrite)
     runs = read_runs(folders)
     shards = _shards(runs, data)
     manifest = _manifest(shards, runs, asked=data is not None)
+    reports = checked_reports(runs, illegal=although_illegal)
     with _whole_folder(out) as folder:
         files = _write_files(runs, folder, shards)
+        files |= _add_reports(reports, folder)
         _write(folder / "submission.json", json.dumps(submission(runs, entry, manifest), indent=2) + "\n")
         _write(folder / "README.md", readme(runs, entry, files, manifest))
     return runs
@@ -93,6 +99,16 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
     if tokenizer is not None:
         shutil.copyfile(tokenizer, folder / TOKENIZER_NAME)
         files[TOKENIZER_NAME] = "the tokenizer, not counted"
+    return files
+
+
+def _add_reports(reports: dict[int, tuple[Path, str]], folder: Path) -> dict[str, str]:
+    """Copy the legality reports; return what the README says of them."""
+    files = {}
+    for seed, (path, said) in reports.items():
+        name = f"legality_seed{seed}.json"
+        shutil.copyfile(path, folder / name)
+        files[name] = f"tests of the headline's way to score on the artifact: {said}"
     return files
 
 

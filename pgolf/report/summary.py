@@ -22,7 +22,7 @@ import torch
 
 from pgolf.artifact.fit import fill_note
 from pgolf.artifact.size import Ledger
-from pgolf.config import read_json
+from pgolf.config import ADAPTIVE, LOOSE, read_json
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import ShardInfo
 from pgolf.errors import UserError
@@ -39,6 +39,8 @@ SCORES = {
     "quantized": "quantized file",
     "sliding": "quantized file, sliding window",
     "ttt": "quantized file, test-time training",
+    "sgd": "quantized file, sliding window and score-first SGD",
+    "phased": "quantized file, test-time training with phases",
 }
 """Every score that a run can have, with what was scored."""
 
@@ -235,8 +237,8 @@ class Summary:
 
     @property
     def headline(self) -> str:
-        """The score that counts: `ttt` where it was run, else `quantized`; both are of the file on disk."""
-        return "ttt" if "ttt" in self.scores else "quantized"
+        """The score of the file that counts: the first of `ADAPTIVE` that was run, else `quantized`."""
+        return next((name for name in ADAPTIVE if name in self.scores), "quantized")
 
     @property
     def manifest(self) -> str | None:
@@ -420,6 +422,7 @@ def format_table(s: Summary) -> str:
         lines.append(
             f"{name:<12}{score.bpb:>9.4f}{score.loss:>12.4f}{score.tokens:>12,}{score.bytes:>13,}{score.seconds:>9.1f}"
         )
+    lines += [f"phased: {LOOSE}"] if "phased" in s.scores else []
     t = s.trained
     ms = f"{t.ms_loop_off:.1f} ms" if t.ms_loop_off is not None else "-"
     ms += f" loop off, {t.ms_loop_on:.1f} ms loop on" if t.ms_loop_on is not None else ""

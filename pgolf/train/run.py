@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -424,28 +424,23 @@ class Run:
     def _score_otherwise(self) -> None:
         """Score the quantized weights, which are in the model, in the further ways that are asked for."""
         config = self._config.evaluate
-        wanted: dict[Literal["sliding", "ttt"], bool] = {"sliding": config.sliding, "ttt": config.ttt}
-        modes = [mode for mode, asked in wanted.items() if asked]
-        text = self._data.validation() if modes else None
-        for mode in modes:
+        text = self._data.validation() if config.ways else None
+        for way in config.ways:
             assert text is not None
-            self._summary.under_way = f"score_{mode}"
+            self._summary.under_way = f"score_{way}"
+            batch_tokens = self._config.data.micro_tokens
             score = score_as(
-                mode,
-                self._model,
-                self._data,
-                text,
-                self._dist,
-                batch_tokens=self._config.data.micro_tokens,
-                stride=config.stride,
-                ttt=config.adapters,
+                way, self._model, self._data, text, self._dist, batch_tokens=batch_tokens, settings=config
             )
-            self._add_score(mode, score)
+            self._add_score(way, score, config.remark(way))
 
-    def _add_score(self, name: str, score: Score) -> None:
+    def _add_score(self, name: str, score: Score, remark: str = "") -> None:
         self._summary.scores[name] = score
         self._summary.put(f"score_{name}", score.seconds)
-        self._log.line(f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s")
+        note = f" ({remark})" if remark else ""
+        self._log.line(
+            f"{name}: {score.bpb:.4f} bpb over {score.tokens:,} tokens in {score.seconds:.1f} s{note}"
+        )
 
     def _finish(self) -> None:
         """Draw the plot, write the last summary, and remove what only an unfinished run needs."""

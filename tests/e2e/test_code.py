@@ -13,7 +13,7 @@ from pgolf.artifact.code import CODE_NAME, code_bytes
 from pgolf.artifact.read import load_model, read_artifact, read_state
 from pgolf.artifact.write import write_artifact
 from pgolf.cli.main import main
-from pgolf.config import TttConfig
+from pgolf.config import EvaluateConfig, PhasesConfig, SgdConfig, TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
@@ -38,19 +38,25 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import torch
 from pgolf.artifact.read import load_model
-from pgolf.config import TttConfig
+from pgolf.config import EvaluateConfig, PhasesConfig, SgdConfig, TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as
 
 torch.set_num_threads(1)
 model = load_model(Path(sys.argv[1]), "cpu")
 data_folder = DataFolder.open(Path(sys.argv[2]), vocab_size=model.config.vocab_size)
-text, dist = data_folder.validation(documents=6), Dist.start("cpu")
+text, dist = data_folder.validation(documents=2), Dist.start("cpu")
+settings = EvaluateConfig(
+    stride=16,
+    adapters=TttConfig(rank=2),
+    sgd=SgdConfig(chunk_tokens=512, epochs=1),
+    phases=PhasesConfig(
+        documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
+    ),
+)
 found = {
-    mode: score_as(
-        mode, model, data_folder, text, dist, batch_tokens=512, stride=16, ttt=TttConfig(rank=2)
-    ).bpb
-    for mode in ("plain", "sliding", "ttt")
+    mode: score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb
+    for mode in ("plain", "sliding", "ttt", "sgd", "phased")
 }
 print(json.dumps(found))
 """
@@ -181,10 +187,17 @@ def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
     assert done.returncode == 0, done.stderr[-2000:]
     model = load_model(run / "model.pgolf", "cpu")
     data_folder = DataFolder.open(shards, vocab_size=model.config.vocab_size)
-    text, dist = data_folder.validation(documents=6), Dist.start("cpu")
-    settings = {"batch_tokens": 512, "stride": 16, "ttt": TttConfig(rank=2)}
+    text, dist = data_folder.validation(documents=2), Dist.start("cpu")
+    settings = EvaluateConfig(
+        stride=16,
+        adapters=TttConfig(rank=2),
+        sgd=SgdConfig(chunk_tokens=512, epochs=1),
+        phases=PhasesConfig(
+            documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
+        ),
+    )
     for mode, bpb in json.loads(done.stdout.splitlines()[-1]).items():
-        ours = score_as(mode, model, data_folder, text, dist, **settings).bpb
+        ours = score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb
         assert bpb == pytest.approx(ours, abs=1e-6), mode
 
 

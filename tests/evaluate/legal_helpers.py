@@ -5,25 +5,46 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pgolf.config import ModelConfig, TttConfig
+from pgolf.config import EvaluateConfig, ModelConfig, PhasesConfig, SgdConfig, TttConfig
 from pgolf.data.loader import ValidationText
-from pgolf.evaluate.documents import document_bounds
-from pgolf.evaluate.sliding import sliding_windows, window_batches
-from pgolf.evaluate.ttt import Reader, plan_batches
+from pgolf.evaluate.bpb import Score
+from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.validation import start_pass, widened
 from pgolf.model.gpt import GPT
 from pgolf.presets import tiny
 
 BOS, VOCAB, CONTEXT = 1, 24, 32
-MODES = ("plain", "sliding", "ttt")
+ALONE = ("plain", "sliding", "ttt")
+"""The ways to score in which documents do not influence each other."""
+MODES = (*ALONE, "sgd")
+"""The ways to score that meet the strict reading of the rules."""
 TTT = TttConfig(rank=4, alpha=8.0, lr=0.02, chunk=8, chunk_growth=1, chunk_max=16, batch_tokens=128)
 """Settings with which a few chunks change the model visibly, and chunks grow within short documents."""
+SGD = SgdConfig(lr=0.2, epochs=2, chunk_tokens=40, batch_tokens=CONTEXT)
+PHASES = PhasesConfig(documents=4, count=2, lr=0.2, chunk_tokens=40, batch_tokens=CONTEXT)
+
+
+class FakeDist:
+    """A rank whose peers' sums are added on each all_reduce, as a process group would."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rank=0, world_size=1, others=()):
+        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+        self.others, self.seen = list(others), []
+
+    def all_reduce(self, tensor):
+        self.seen.append(tensor.clone())
+        if self.others:
+            tensor += self.others.pop(0)
+        return tensor
 
 
 def small_config(**changes) -> ModelConfig:
     sizes = {"vocab_size": VOCAB, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4}
     layers = {"layers": 4, "xsa_layers": 4, "parallel_from": 3}
     recurrence = {"recurrence_start": 1, "recurrence_end": 2, "recurrence_repeats": 1}
-    return replace(tiny().model, max_context=CONTEXT, **sizes, **layers, **recurrence, **changes)
+    return replace(tiny().model, max_context=CONTEXT, **{**sizes, **layers, **recurrence, **changes})
 
 
 def small_model(seed: int = 0, shape: ModelConfig | None = None) -> GPT:
@@ -49,34 +70,46 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
     return [rng.integers(2, VOCAB, n).tolist() for n in lengths]
 
 
-def token_losses(
-    mode: str, model: GPT, text: ValidationText, *, config: TttConfig = TTT, stride: int = 5
-) -> np.ndarray:
-    """The loss of every token as a target, `(n,)`, NaN for the first one; fails if one is scored twice."""
+def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> EvaluateConfig:
+    phases = replace(PHASES, adapters=config)
+    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, **changes)
+
+
+def make_pass(
+    mode: str, model: GPT, text: ValidationText, dist=None, *, batch_tokens: int = 3 * CONTEXT, **changes
+) -> Pass:
+    whole = changes.pop("whole", 0)
+    return start_pass(
+        mode,
+        model,
+        text,
+        dist or FakeDist(),
+        bos_id=BOS,
+        batch_tokens=batch_tokens,
+        settings=settings(**changes),
+        whole=whole,
+    )
+
+
+def run_pass(mode: str, model: GPT, text: ValidationText, dist=None, **changes) -> Score:
+    """The score, as `score_as` finds it."""
+    dist = dist or FakeDist()
+    with evaluating(model), widened(model, changes.get("context", 0)):
+        return read(make_pass(mode, model, text, dist, **changes), text, dist, bos_id=BOS)
+
+
+def token_losses(mode: str, model: GPT, text: ValidationText, **changes) -> np.ndarray:
+    """The loss of every token as a target, `(n,)`, NaN for the first one."""
+    with evaluating(model), widened(model, changes.get("context", 0)):
+        return losses_of(make_pass(mode, model, text, **changes), text)
+
+
+def losses_of(run: Pass, text: ValidationText) -> np.ndarray:
     losses = np.full(text.tokens.size, np.nan)
-    starts, lengths = document_bounds(text, BOS)
 
-    def put(at: np.ndarray, nats: torch.Tensor) -> None:
-        assert np.isnan(losses[at]).all() and np.unique(at).size == at.size, "a token is scored twice"
-        losses[at] = nats.double().numpy()
+    def put(question, distributions, nats) -> None:
+        for row, first, count in question.rows():
+            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().numpy()
 
-    if mode == "ttt":
-        reader = Reader(model, text, (starts, lengths), config, documents=config.batch_documents)
-        for batch in plan_batches(lengths, CONTEXT, config):
-            for s in reader.scored_chunks(batch):
-                at = starts[s.documents][:, None] + s.begin + 1 + np.arange(s.nats.shape[1])
-                put(at[s.counted.numpy()], s.nats[s.counted])
-        return losses
-    step = CONTEXT if mode == "plain" else stride
-    windows = sliding_windows(starts, lengths, context=CONTEXT, stride=step)
-    where = iter(windows.tolist())
-    for batch in window_batches(text, windows, context=CONTEXT, batch_tokens=3 * CONTEXT):
-        with torch.no_grad():
-            nats = model(batch.inputs, batch.targets, batch.cu_seqlens, max_seqlen=CONTEXT, loop=True)
-        counted, done = batch.targets != -100, 0
-        while done < batch.tokens:
-            _, scored, end = next(where)
-            put(np.arange(scored + 1, end + 1), nats[counted][done : done + end - scored])
-            done += end - scored
-    assert next(where, None) is None
+    read(run, text, FakeDist(), bos_id=BOS, observe=put)
     return losses

@@ -1,170 +1,193 @@
-import math
-from dataclasses import dataclass
+"""The one loop that scores, and its sums: definition in float64, ranks, and what it refuses."""
 
+import math
+from typing import NamedTuple
+
+import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from pgolf.evaluate.bpb import evaluate_bpb
+from pgolf.data.loader import ValidationText
+from pgolf.evaluate.documents import document_bounds
+from pgolf.evaluate.predictor import Lesson, Pass, Question, Turn, read
+from pgolf.evaluate.sliding import sliding_windows, window_questions
+from tests.evaluate.legal_helpers import BOS, VOCAB, FakeDist, make_text, random_documents
 
-
-@dataclass
-class FakeBatch:
-    inputs: torch.Tensor
-    targets: torch.Tensor
-    cu_seqlens: torch.Tensor
-    target_bytes: torch.Tensor
-    max_seqlen: int = 8
+LENGTHS = [5, 40, 9, 0, 31, 60]
+CONTEXT = 16
 
 
-class Table(nn.Module):
-    """A bigram table as the model: each loss is one look-up, so it can be computed in float64 too."""
+class Losses(NamedTuple):
+    losses: torch.Tensor
 
-    def __init__(self, vocab=13, seed=0):
-        super().__init__()
-        g = torch.Generator().manual_seed(seed)
-        self.logits = nn.Parameter(torch.randn(vocab, vocab, generator=g))
-        self.seen = []
+    def nats(self, targets):
+        assert targets.shape == self.losses.shape[:1]
+        return torch.where(targets < 0, 0.0, self.losses.gather(1, targets.clamp_min(0)[:, None])[:, 0])
 
-    def forward(self, inputs, targets, cu_seqlens, *, max_seqlen, loop):
+
+class Table:
+    """A bigram table as the predictor: each loss is one look-up, so it can be computed in float64 too."""
+
+    def __init__(self, vocab=VOCAB, seed=0):
+        self.logits = torch.randn(vocab, vocab, generator=torch.Generator().manual_seed(seed))
+        self.events = []
+
+    def begin(self):
+        self.events.append("begin")
+
+    def predict(self, inputs):
         assert not torch.is_grad_enabled()
-        self.seen.append((self.training, max_seqlen, loop))
-        return nn.functional.cross_entropy(self.logits[inputs], targets, ignore_index=-100, reduction="none")
+        self.events.append("predict")
+        return Losses(-torch.log_softmax(self.logits, dim=-1)[inputs.ids])
+
+    def learn(self, lesson: Lesson):
+        self.events.append("learn")
+
+    def state(self):
+        return []
 
 
-class FakeDist:
-    """A rank whose peers' sums are added on each all_reduce, as a process group would."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, rank=0, world_size=1, others=()):
-        self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
-        self.others, self.seen = list(others), []
-
-    def all_reduce(self, tensor):
-        self.seen.append(tensor.clone())
-        if self.others:
-            tensor += self.others.pop(0)
-        return tensor
+@pytest.fixture
+def text():
+    return make_text(random_documents(LENGTHS))
 
 
-def split(count, tokens=21, vocab=13, seed=1):
-    g = torch.Generator().manual_seed(seed)
-    result = []
-    for _ in range(count):
-        ids = torch.randint(0, vocab, (tokens + 1,), generator=g)
-        targets, sizes = ids[1:].clone(), torch.randint(0, 9, (tokens,), generator=g)
-        targets[torch.rand(tokens, generator=g) < 0.2] = -100
-        # Ignored targets have bytes here, which must not be counted.
-        cu = torch.tensor([0, 8, tokens], dtype=torch.int32)
-        result.append(FakeBatch(ids[:-1], targets, cu, sizes))
-    return result
-
-
-def totals(batches):
-    tokens = sum(int((b.targets != -100).sum()) for b in batches)
-    return {
-        "expected_tokens": tokens,
-        "expected_bytes": sum(int(b.target_bytes[b.targets != -100].sum()) for b in batches),
-    }
-
-
-def dull_nats(model, batches):
-    log_p = torch.log_softmax(model.logits.detach().double(), dim=-1)
-    return sum(
-        -log_p[x, y].item()
-        for b in batches
-        for x, y in zip(b.inputs.tolist(), b.targets.tolist(), strict=True)
-        if y != -100
+def questions(text, rank=0, world_size=1, batch_tokens=21):
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=CONTEXT)
+    return window_questions(
+        windows, context=CONTEXT, batch_tokens=batch_tokens, rank=rank, world_size=world_size
     )
 
 
-def test_score_equals_the_definition_in_float64():
-    model, batches = Table().train(), split(7)
-    want = totals(batches)
-    score = evaluate_bpb(model, iter(batches), FakeDist(), **want, loop=False)
-    nats = dull_nats(model, batches)
-    assert (score.tokens, score.bytes) == (want["expected_tokens"], want["expected_bytes"])
-    assert score.nats == pytest.approx(nats, rel=1e-6)
-    assert score.loss == pytest.approx(nats / want["expected_tokens"], rel=1e-6)
-    assert score.bpb == pytest.approx(nats / math.log(2) / want["expected_bytes"], rel=1e-6)
-    assert score.seconds > 0
-    assert model.training and set(model.seen) == {(False, 8, False)}
+def table_pass(text, model=None, **share):
+    return Pass(model or Table(), [Turn([q]) for q in questions(text, **share)], "table")
 
 
-def test_sums_do_not_lose_small_losses():
+def score(text, run, dist=None):
+    return read(run, text, dist or FakeDist(), bos_id=BOS)
+
+
+def test_score_equals_the_definition_in_float64(text):
+    model = Table()
+    found = score(text, table_pass(text, model))
+    log_p = torch.log_softmax(model.logits.double(), dim=-1)
+    pairs = zip(text.tokens[:-1].tolist(), text.tokens[1:].tolist(), strict=True)
+    nats = sum(-log_p[x, y].item() for x, y in pairs)
+    assert (found.tokens, found.bytes) == (text.tokens.size - 1, int(text.bytes.sum()))
+    assert found.nats == pytest.approx(nats, rel=1e-6)
+    assert found.loss == pytest.approx(nats / found.tokens, rel=1e-6)
+    assert found.bpb == pytest.approx(nats / math.log(2) / found.bytes, rel=1e-6)
+    assert found.seconds > 0
+
+
+def test_sums_do_not_lose_small_losses(text):
     """2^25 + 1 is not a float32: many batches after a huge one must still count."""
 
-    class Constant(nn.Module):
-        def forward(self, inputs, targets, cu_seqlens, *, max_seqlen, loop):
-            return inputs.float()
+    class Constant(Table):
+        def predict(self, inputs):
+            value = 2.0**25 if not self.events else 1.0
+            self.events.append("predict")
+            return Losses(torch.full((inputs.ids.numel(), VOCAB), value))
 
-    def batch(value):
-        return FakeBatch(
-            torch.tensor([value]), torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1]), max_seqlen=1
-        )
-
-    score = evaluate_bpb(
-        Constant(), [batch(2**25), *[batch(1)] * 100], FakeDist(), expected_tokens=101, expected_bytes=101
-    )
-    assert score.nats == 2**25 + 100
+    run = table_pass(text, Constant(), batch_tokens=CONTEXT)
+    first = run.turns[0].questions[0].work
+    found = score(text, run)
+    assert len(run.turns) > 5 and found.nats == first * 2**25 + text.tokens.size - 1 - first
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 8])  # 8 ranks of 7 batches: one rank has nothing to do
-def test_score_does_not_depend_on_the_number_of_ranks(world_size):
-    model, batches = Table(), split(7)
-    want = totals(batches)
-    alone = evaluate_bpb(model, batches, FakeDist(), **want)
+@pytest.mark.parametrize("world_size", [2, 3, 40])  # 40 ranks: most of them have nothing to do
+def test_score_does_not_depend_on_the_number_of_ranks(text, world_size):
+    alone = score(text, table_pass(text))
     sent = []
     for rank in range(world_size):
         dist = FakeDist(rank, world_size)
-        mine = batches[rank::world_size]
         with pytest.raises(ValueError, match="scored"):
-            evaluate_bpb(model, mine, dist, **want)
+            score(text, table_pass(text, rank=rank, world_size=world_size), dist)
         sent.append(dist.seen)
-    for rank in range(world_size):
-        others = [sum(s[i] for r, s in enumerate(sent) if r != rank) for i in range(2)]
-        score = evaluate_bpb(model, batches[rank::world_size], FakeDist(rank, world_size, others), **want)
-        assert (score.tokens, score.bytes) == (alone.tokens, alone.bytes)
-        assert score.nats == pytest.approx(alone.nats, rel=1e-12)
+    assert world_size < 40 or any(float(seen[0][1]) == 0 for seen in sent)
+    for rank in range(min(world_size, 3)):
+        others = [sum(s[i] for r, s in enumerate(sent) if r != rank) for i in range(3)]
+        found = score(
+            text, table_pass(text, rank=rank, world_size=world_size), FakeDist(rank, world_size, others)
+        )
+        assert (found.tokens, found.bytes) == (alone.tokens, alone.bytes)
+        assert found.nats == pytest.approx(alone.nats, rel=1e-12)
+
+
+def window(*row):
+    return Question(np.array([row]), CONTEXT, size=64)
 
 
 @pytest.mark.parametrize(
-    ("what", "off", "message"),
+    ("change", "message"),
     [
-        ("tokens", -3, r"scored [0-9]+ tokens, expected [0-9]+ \(\+3\)"),
-        ("tokens", 5, r"scored [0-9]+ tokens, expected [0-9]+ \(-5\)"),
-        ("bytes", 1, r"scored [0-9]+ bytes, expected [0-9]+ \(-1\); the batches of all ranks together"),
+        (lambda t: t[:-1], r"scored [0-9]+ tokens, expected [0-9]+ \(-[0-9]+\); the questions of all ranks"),
+        (lambda t: [*t, t[-1]], r"token [0-9]+ is scored twice or out of order: document 5 was scored up to"),
+        (lambda t: [t[0], t[2], t[1], *t[3:]], r"token 7 is scored twice or out of order"),
+        (lambda t: [Turn([window(0, 0, 8)]), *t], r"the window \[0, 8\) is not inside of one document"),
+        (lambda t: [Turn([window(0, 2, 2)]), *t], r"the window \[0, 2\) is not inside of one document"),
+        (
+            lambda t: [Turn(t[0].questions, passages=np.array([[0, 30]])), *t[1:]],
+            r"[0-9]+ tokens were to be learned before they were scored",
+        ),
     ],
 )
-def test_missing_and_doubled_tokens_are_errors(what, off, message):
-    batches = split(2)
-    want = totals(batches)
-    want[f"expected_{what}"] += off
+def test_what_is_not_one_pass_from_left_to_right_is_refused(text, change, message):
+    run = table_pass(text)
     with pytest.raises(ValueError, match=message):
-        evaluate_bpb(Table(), batches, FakeDist(), **want)
+        score(text, run._replace(turns=change(list(run.turns))))
+
+
+def test_a_token_that_two_ranks_score_is_found_although_the_counts_agree(text):
+    """Rank 1 scores the same tokens as rank 0, and as many as are missing."""
+    half = [t for t in table_pass(text).turns if t.questions[0].windows[-1, 2] <= 60]
+    others = FakeDist()
+    with pytest.raises(ValueError, match="scored"):
+        score(text, Pass(Table(), half, ""), others)
+    sums, bad, scored = others.seen
+    missing = torch.tensor([0.0, text.tokens.size - 1 - 2 * sums[1], int(text.bytes.sum()) - 2 * sums[2]])
+    dist = FakeDist(others=[sums + missing, bad, scored])
+    with pytest.raises(ValueError, match=r"[0-9]+ tokens were scored by several ranks, or by none"):
+        score(text, Pass(Table(), half, ""), dist)
+
+
+def test_nothing_is_learned_before_it_is_counted(text):
+    """The order of one turn: begin, predict, learn."""
+    model = Table()
+    run = table_pass(text, model, batch_tokens=1000)
+    inputs = text.tokens.size - 1
+    turn = run.turns[0]._replace(begins=True, passages=np.array([[0, inputs]]))
+    score(text, run._replace(turns=[turn]))
+    assert model.events == ["begin", "predict", "learn"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_broken_losses_name_the_first_bad_batch_on_every_rank(value):
-    model, batches = Table(), split(6)
-    want = totals(batches)
-    for b in batches[2], batches[4]:
-        b.inputs[:] = 5
-        b.targets[3] = 7
-    with torch.no_grad():
-        model.logits[5, 7] = -value
-    for b in batches[0], batches[1], batches[3], batches[5]:
-        b.inputs[b.inputs == 5] = 4
+def test_broken_losses_name_the_first_bad_batch_on_every_rank(text, value):
+    class Broken(Table):
+        def predict(self, inputs):
+            self.events.append("predict")
+            bad = len(self.events) in (3, 5)
+            return Losses(torch.full((inputs.ids.numel(), VOCAB), value if bad else 1.0))
+
     dist = FakeDist(rank=1, world_size=3)
+    run = table_pass(text, Broken())
     with pytest.raises(RuntimeError, match=r"NaN or infinite, first in batch 2 of rank 1; these weights"):
-        evaluate_bpb(model, batches, dist, **want)
-    sums, bad = dist.seen
-    healthy = FakeDist(rank=0, world_size=3, others=[sums, bad])
+        score(text, run, dist)
+    healthy = FakeDist(rank=0, world_size=3, others=dist.seen)
     with pytest.raises(RuntimeError, match=r"first in batch 2 of rank 1;"):
-        evaluate_bpb(model, batches[:2], healthy, **want)
+        score(text, table_pass(text)._replace(turns=[]), healthy)
 
 
-def test_empty_split_is_refused():
-    with pytest.raises(ValueError, match="not empty, got 0 tokens and 0 bytes"):
-        evaluate_bpb(Table(), [], FakeDist(), expected_tokens=0, expected_bytes=0)
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([BOS], "at least 2 tokens, got 1"),
+        ([BOS, BOS, BOS], r"the 2 tokens to score have no bytes \(only empty documents\)"),
+        ([5, 6, 7], r"no BOS \(id 1\) in 3 validation tokens, so there are no documents"),
+    ],
+)
+def test_a_text_without_documents_is_refused(tokens, message):
+    ids = np.array(tokens, dtype=np.uint16)
+    empty = ValidationText(ids, np.where(ids == BOS, 0, 1))
+    with pytest.raises(ValueError, match=message):
+        score(empty, Pass(Table(), [], ""))

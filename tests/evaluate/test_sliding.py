@@ -9,17 +9,17 @@ import torch
 
 from pgolf.data.loader import validation_segments
 from pgolf.evaluate.documents import document_bounds, first_documents
-from pgolf.evaluate.sliding import score_sliding, sliding_windows, window_batches
+from pgolf.evaluate.sliding import sliding_windows, window_questions
 from pgolf.log import Progress
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
     make_text,
     random_documents,
+    run_pass,
     small_model,
     token_losses,
 )
-from tests.evaluate.test_bpb import FakeDist
 
 # A lone BOS, around one window, around one window and a stride, and many windows.
 LENGTHS = [0, 30, 31, 32, 35, 36, 37, 150, 1]
@@ -69,40 +69,49 @@ def test_each_loss_is_that_of_its_window_alone(text, stride):
 @pytest.mark.parametrize("size", [32, 33, 100, 1000])  # windows per buffer: one, one and a part, several, all
 def test_the_buffer_size_does_not_change_the_score(text, size):
     model = small_model()
-    settings = {"bos_id": BOS, "context": CONTEXT, "stride": 5}
     losses = token_losses("sliding", model, text)
-    score = score_sliding(model, text, FakeDist(), batch_tokens=size, **settings)
+    score = run_pass("sliding", model, text, batch_tokens=size)
     assert score.nats == pytest.approx(np.nansum(losses), rel=1e-5)
     assert (score.tokens, score.bytes) == (text.tokens.size - 1, int(text.bytes.sum()))
 
 
+@pytest.mark.parametrize(("mode", "stride"), [("plain", CONTEXT), ("sliding", 5)])
+def test_the_score_is_bit_for_bit_the_sum_over_the_models_losses_of_each_buffer(text, mode, stride):
+    model, total = small_model(), torch.zeros((), dtype=torch.float64)
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=stride)
+    for question in window_questions(windows, context=CONTEXT, batch_tokens=96):
+        inputs, targets = question.tensors(text, torch.device("cpu"))
+        with torch.no_grad():
+            nats = model(inputs.ids, targets, inputs.cu_seqlens, max_seqlen=CONTEXT, loop=True)
+        total += nats.double().sum()
+    assert run_pass(mode, model, text).nats == float(total)
+
+
 def test_ranks_share_the_buffers(text):
-    starts, lengths = document_bounds(text, BOS)
-    windows = sliding_windows(starts, lengths, context=CONTEXT, stride=5)
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=5)
     sizes = {"context": CONTEXT, "batch_tokens": 64}
-    alone = list(window_batches(text, windows, **sizes))
+    alone = window_questions(windows, **sizes)
     for world in (2, 3, 100):
-        shares = [
-            list(window_batches(text, windows, rank=r, world_size=world, **sizes)) for r in range(world)
-        ]
-        for index, batch in enumerate(alone):
-            assert torch.equal(batch.targets, shares[index % world][index // world].targets)
+        shares = [window_questions(windows, rank=r, world_size=world, **sizes) for r in range(world)]
+        for index, question in enumerate(alone):
+            np.testing.assert_array_equal(question.windows, shares[index % world][index // world].windows)
         assert sum(map(len, shares)) == len(alone)
 
 
 def test_a_short_text_is_not_padded_to_the_whole_buffer(text):
     windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=32)
-    sizes = [b.inputs.numel() for b in window_batches(text, windows, context=CONTEXT, batch_tokens=98_304)]
+    sizes = [q.size for q in window_questions(windows, context=CONTEXT, batch_tokens=98_304)]
     tokens = text.tokens.size - 1
     assert len(sizes) == 1 and tokens <= sizes[0] < tokens + 64
 
 
-@pytest.mark.parametrize(("stride", "label"), [(32, "plain: "), (5, "sliding, stride 5: ")])
-def test_progress_names_what_runs_and_ends_at_100(text, stride, label, monkeypatch, capsys):
-    monkeypatch.setattr("pgolf.evaluate.sliding.Progress", functools.partial(Progress, every_s=0.0))
-    settings = {"bos_id": BOS, "context": CONTEXT, "stride": stride}
-    score_sliding(small_model(), text, FakeDist(), batch_tokens=64, **settings)
-    lines = capsys.readouterr().err.splitlines()
+@pytest.mark.parametrize(("mode", "label"), [("plain", "plain: "), ("sliding", "sliding, stride 5: ")])
+def test_progress_names_what_runs_and_ends_at_100(text, mode, label, monkeypatch, capsys):
+    monkeypatch.setattr("pgolf.evaluate.predictor.Progress", functools.partial(Progress, every_s=0.0))
+    monkeypatch.setattr("pgolf.evaluate.predictor.LONG_WORK", 1)
+    run_pass(mode, small_model(), text, batch_tokens=64)
+    first, *lines = capsys.readouterr().err.splitlines()
+    assert first.startswith(label) and f"0 %  {text.tokens.size - 1:,} tokens to score" in first
     shares = [int(re.search(r"(\d+) %", line)[1]) for line in lines]
     assert all(line.startswith(label) for line in lines)
     assert len(lines) > 1 and shares == sorted(shares) and shares[-1] == 100 and 0 < shares[0] < 100

@@ -1,0 +1,33 @@
+"""Three ranks (gloo) score a text of two documents as one process does, in every way."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf.config import METHODS
+from pgolf.dist import Dist
+from tests.conftest import ROOT
+from tests.distributed import score_program
+
+
+def test_three_ranks_score_as_one_does_in_every_way(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
+    done = subprocess.run(
+        [*command, "-m", "tests.distributed.score_program", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    alone = score_program.scores(Dist.start("cpu"))
+    files = sorted(Path(tmp_path).glob("*.json"))
+    assert len(files) == 3 and set(alone) == set(METHODS)
+    for file in files:
+        found = json.loads(file.read_text())
+        for mode, nats in alone.items():
+            assert found[mode] == pytest.approx(nats, rel=1e-5), mode
