@@ -28,26 +28,9 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from pgolf.ops import newton_schulz
 from pgolf.optim.bank_muon import lr_scale, row_normalize_
 from pgolf.optim.foreign import check_saved
-from pgolf.optim.polar import JORDAN, Coefficients, check_converges, coefficients
+from pgolf.optim.muon_settings import ADAM_EPS, SETTINGS, check_group, check_numbers, matrices, table_of
+from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
-
-ADJUST = (None, "original", "match_rms_adamw")
-ADAM_EPS = 1e-8  # the default of torch.optim.AdamW; Muon's eps, 1e-7, is added to a norm instead
-MAX_STEPS = 10  # iterations that newton_schulz accepts
-SETTINGS = {
-    "lr",
-    "weight_decay",
-    "momentum",
-    "nesterov",
-    "ns_coefficients",
-    "eps",
-    "ns_steps",
-    "adjust_lr_fn",
-    "row_normalize",
-    "use_muon",
-    "split_sizes",
-    "betas",
-}
 
 
 class Muon(Optimizer):
@@ -137,7 +120,7 @@ class Muon(Optimizer):
             raise TypeError(
                 f"Muon: params must be parameters or groups of them, got {params!r}; pass model.parameters()"
             )
-        _check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
+        check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
         if maximize:
             raise ValueError("Muon: maximize is not supported; negate the loss")
         self._sharded, self._process_group = sharded, process_group
@@ -173,7 +156,7 @@ class Muon(Optimizer):
         super().add_param_group(param_group)
         self._compared = False
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -195,7 +178,7 @@ class Muon(Optimizer):
             for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         for own, group in zip(self.param_groups, saved, strict=True):
-            _check_group({**group, "params": own["params"]})
+            check_group({**group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": saved})
         self._compared = False
         for group in self.param_groups:
@@ -311,10 +294,10 @@ class Muon(Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = group["nesterov"]
         directions = torch._foreach_lerp(grads, buffers, group["momentum"]) if nesterov else buffers
-        table = _table(group["ns_coefficients"], group["ns_steps"])
+        table = table_of(group["ns_coefficients"], group["ns_steps"])
         found: dict[tuple[object, ...], _Bucket] = {}
         for p, direction in zip(params, directions, strict=True):
-            pieces = (_matrices(t, group["split_sizes"]) for t in (p.detach(), direction))
+            pieces = (matrices(t, group["split_sizes"]) for t in (p.detach(), direction))
             for target, piece in zip(*pieces, strict=True):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
@@ -370,14 +353,6 @@ def _step_of(p: Tensor, group: dict[str, Any]) -> Tensor:
     wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
     device = p.device if group.get("fused") or group.get("capturable") else None
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
-
-
-def _matrices(tensor: Tensor, split_sizes: Sequence[int] | None) -> list[Tensor]:
-    """Return views of the matrices in a parameter; the weight of a convolution keeps its dimensions."""
-    stack = tensor.unbind() if tensor.dim() == 3 else (tensor,)
-    if split_sizes is None:
-        return list(stack)
-    return [piece for matrix in stack for piece in torch.split(matrix, list(split_sizes))]
 
 
 def _iterate(bucket: _Bucket, indices: Iterable[int]) -> Tensor:
@@ -451,76 +426,3 @@ def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -
 def _dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which updates are iterated and sent."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"Muon: ns_steps must be in [1, {MAX_STEPS}], got {steps}")
-    if isinstance(ns_coefficients, str):
-        return coefficients(ns_coefficients, steps)
-    rows = list(ns_coefficients)
-    if len(rows) == 3 and not any(isinstance(row, Sequence) for row in rows):
-        rows = [rows] * steps
-    if any(not isinstance(row, Sequence) or len(row) != 3 for row in rows):
-        raise ValueError(
-            "Muon: ns_coefficients must be a triple (a, b, c), a list of triples or a table's name, "
-            f"got {ns_coefficients}"
-        )
-    if len(rows) != steps:
-        raise ValueError(
-            f"Muon: ns_coefficients has {len(rows)} triples, but ns_steps={steps}; pass ns_steps={len(rows)}"
-        )
-    table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
-    check_converges(table)
-    return table
-
-
-def _check_numbers(settings: dict[str, Any]) -> None:
-    """Raise unless each setting is a finite number >= 0, or a tensor with one such element."""
-    for name, value in settings.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Muon: a tensor {name} must have one element, got shape {tuple(value.shape)}")
-        complex_ = isinstance(value, Tensor) and value.is_complex()
-        if isinstance(value, bool | str | bytes | complex) or complex_ or not hasattr(value, "__float__"):
-            raise TypeError(f"Muon: {name} must be a number >= 0, got {value!r}")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"Muon: {name} must be >= 0, got {value}")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError if a setting or a parameter of the group cannot be used."""
-    _check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
-    if group.get("maximize"):
-        raise ValueError("Muon: maximize is not supported; negate the loss")
-    if not group["use_muon"]:
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-            raise ValueError(f"Muon: betas must be two numbers in [0, 1), got {betas}")
-        return
-    _check_numbers({"momentum": group["momentum"]})
-    if not 0 <= group["momentum"] <= 1:
-        raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
-    if group["adjust_lr_fn"] not in ADJUST:
-        raise ValueError(f"Muon: adjust_lr_fn must be one of {ADJUST}, got {group['adjust_lr_fn']!r}")
-    _table(group["ns_coefficients"], group["ns_steps"])
-    names = group.get("param_names") or range(len(group["params"]))
-    for name, p in zip(names, group["params"], strict=True):
-        _check_matrix(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group["split_sizes"])
-
-
-def _check_matrix(what: str, p: Tensor, split_sizes: Sequence[int] | None) -> None:
-    if p.is_complex():
-        raise TypeError(f"{what} is {p.dtype}, expected a real dtype; put it in a group with use_muon=False")
-    if hasattr(p, "device_mesh"):
-        raise TypeError(f"{what} is a DTensor, so no rank holds the whole matrix; use DDP instead of FSDP2")
-    if not 2 <= p.dim() <= 5:
-        raise ValueError(
-            f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
-            "convolutions; put it in a group with use_muon=False"
-        )
-    rows = p.shape[1] if p.dim() == 3 else p.shape[0]
-    if split_sizes is not None and (sum(split_sizes) != rows or min(split_sizes) < 1):
-        raise ValueError(
-            f"{what} has {rows} rows; split_sizes must be numbers >= 1 that add up to it, got "
-            f"{list(split_sizes)}"
-        )
