@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.optim.mesh import check_placed, mesh_of
 from pgolf.optim.polar import Coefficients, check_converges, coefficients
 
 ADJUST = (None, "original", "match_rms_adamw")
@@ -97,13 +98,13 @@ def check_group(group: dict[str, Any]) -> None:
 def _check_matrix(what: str, p: Tensor, split_sizes: Sequence[int] | None) -> None:
     if p.is_complex():
         raise TypeError(f"{what} is {p.dtype}, expected a real dtype; put it in a group with use_muon=False")
-    if hasattr(p, "device_mesh"):
-        raise TypeError(f"{what} is a DTensor, so no rank holds the whole matrix; use DDP instead of FSDP2")
     if not 2 <= p.dim() <= 5:
         raise ValueError(
             f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
             "convolutions; put it in a group with use_muon=False"
         )
+    if mesh_of(p) is not None:
+        check_placed(what, p)
     rows = p.shape[1] if p.dim() == 3 else p.shape[0]
     if split_sizes is not None and (sum(split_sizes) != rows or min(split_sizes) < 1):
         raise ValueError(
