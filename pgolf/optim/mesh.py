@@ -261,14 +261,6 @@ class Exchange:
         return zip(pieces, torch.split(self._received, [piece.numel for piece in pieces]), strict=True)
 
 
-def boxes(shape: Sequence[int], split_sizes: Sequence[int] | None) -> list[Box]:
-    """Return the matrices of a parameter, in the order of `pgolf.optim.muon_settings.matrices`."""
-    depth, rows = (shape[0], shape[1]) if len(shape) == 3 else (1, shape[0])
-    columns = math.prod(shape) // (depth * rows)
-    ends = list(itertools.accumulate(split_sizes or [rows], initial=0))
-    return [Box(b, b + 1, r0, r1, 0, columns) for b in range(depth) for r0, r1 in itertools.pairwise(ends)]
-
-
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor, which shares its memory, and any other tensor as it is."""
     found: Tensor = tensor.to_local() if mesh_of(tensor) is not None else tensor  # type: ignore[attr-defined]

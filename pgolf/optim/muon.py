@@ -33,13 +33,21 @@ from pgolf.optim.mesh import (
     Exchange,
     MeshRanks,
     Part,
-    boxes,
     local,
     local_gradient,
     mesh_of,
     place_like,
 )
-from pgolf.optim.muon_settings import ADAM_EPS, SETTINGS, check_group, check_numbers, matrices, table_of
+from pgolf.optim.muon_settings import (
+    ADAM_EPS,
+    SETTINGS,
+    boxes,
+    check_group,
+    check_numbers,
+    check_options,
+    matrices,
+    table_of,
+)
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
 
@@ -67,6 +75,10 @@ class Muon(Optimizer):
       `torch.optim.AdamW` and has the same state, so states can be exchanged in both directions.
     - `split_sizes`: numbers of rows of the matrices that are fused in each parameter of the group, for
       example `(d, k, k)` for QKV; each of these matrices is iterated separately.
+    - `num_heads`: number of attention heads in each parameter of the group, which are iterated separately,
+      for example n + 2 k for a fused QKV weight with n query and k key heads. The heads are equal blocks of
+      rows, or with `heads_along="columns"`, for the output projection, of columns. If `split_sizes` is set,
+      it divides the rows of each head, for layouts in which the parts of each head lie together.
 
     A parameter may be a DTensor: of FSDP2 (`fully_shard`, also with replicas), of tensor parallelism, or of
     both; other parameters may be plain. Each matrix is gathered to one rank of its mesh, chosen so that the
@@ -107,6 +119,10 @@ class Muon(Optimizer):
         row_normalize: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         sharded: bool = False,
         process_group: td.ProcessGroup | None = None,
     ) -> None:
@@ -126,6 +142,12 @@ class Muon(Optimizer):
             row_normalize: divide each row of u by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
             betas: decays of the two moments in AdamW groups.
             maximize: must be False.
+            foreach: whether AdamW groups use multi-tensor operators; None means unless `fused`. Muon groups
+                always use them.
+            fused: whether AdamW groups use torch's fused operator. It changes nothing in Muon groups.
+            capturable: as in torch.optim.AdamW for AdamW groups; and a learning rate that is a tensor is not
+                read by the host, so a captured graph or compiled code follows its value.
+            differentiable: must be False.
             sharded: (not in a group) each rank of `process_group` iterates a part of the matrices, chosen so
                 that the cost is balanced, and the updates are gathered. Every rank must hold the same
                 gradients for the same parameters, as with DDP; otherwise `step` raises on each rank (see
@@ -138,14 +160,14 @@ class Muon(Optimizer):
             ValueError: a number, name or shape does not fit, or the parts of a DTensor are no blocks.
             TypeError: a parameter is complex, or a setting is not a number.
         """
+        check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
         if params is None or isinstance(params, str | int | float):
             raise TypeError(
                 f"Muon: params must be parameters or groups of them, got {params!r}; pass model.parameters()"
             )
-        check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
-        if maximize:
-            raise ValueError("Muon: maximize is not supported; negate the loss")
+        check_options({"maximize": maximize, "differentiable": differentiable})
         self._sharded, self._process_group = sharded, process_group
+        self._counts = {"orthogonalized": 0}  # compiled code sets no attributes of an optimizer
         # Not among the defaults: if those contain betas, OneCycleLR and CyclicLR do not set the momentum.
         self._betas = betas
         defaults: dict[str, Any] = {
@@ -160,12 +182,21 @@ class Muon(Optimizer):
             "row_normalize": row_normalize,
             "use_muon": True,
             "split_sizes": None,
+            "num_heads": None,
+            "heads_along": "rows",
         }
+        options = {"foreach": foreach, "fused": fused, "capturable": capturable or None}
+        defaults |= {name: value for name, value in options.items() if value is not None}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copied or pickled optimizer."""
-        return {**super().__getstate__(), "_betas": self._betas}
+        return {**super().__getstate__(), "_betas": self._betas, "_counts": self._counts}
+
+    @property
+    def orthogonalized(self) -> int:
+        """Number of matrices that the last step iterated, on all ranks together."""
+        return self._counts["orthogonalized"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`, and check it.
@@ -261,6 +292,7 @@ class Muon(Optimizer):
             exchange.scatter(_polar(bucket, matrices) if len(matrices) else matrices)
         for bucket, exchange in exchanges:
             _apply(bucket, *exchange.updates())
+        self._counts["orthogonalized"] = sum(len(b.targets) + len(b.parts) for b in buckets)
         if comparison is not None:
             comparison.finish()
         return loss
@@ -359,12 +391,12 @@ class Muon(Optimizer):
         key: tuple[object, ...]
         for p, direction in zip(params, directions, strict=True):
             if self._distributed and (ranks := self._ranks_of(p)):
-                for box in boxes(p.shape, group["split_sizes"]):
+                for box in boxes(p.shape, group):
                     key = (box.shape, p.dtype, p.device, ranks)
                     bucket = found.setdefault(key, _Bucket(group, table, box.shape, ranks))
                     bucket.parts.append(Part(ranks.layout(p), box, local(p.detach()), direction))
                 continue
-            pieces = (matrices(t, group["split_sizes"]) for t in (p.detach(), direction))
+            pieces = (matrices(t, group) for t in (p.detach(), direction))
             for target, piece in zip(*pieces, strict=True):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
@@ -413,13 +445,13 @@ class Muon(Optimizer):
             self._locals([self.state[p]["exp_avg_sq"] for p in params]),
             [],
             [self.state[p]["step"] for p in params],
-            foreach=not group.get("fused"),
+            foreach=not group.get("fused") and group.get("foreach") is not False,
             fused=bool(group.get("fused")),
             capturable=bool(group.get("capturable")),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=float(group["lr"]),
+            lr=group["lr"] if group.get("capturable") else float(group["lr"]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -468,12 +500,17 @@ def _apply(bucket: _Bucket, targets: list[Tensor], updates: Sequence[Tensor]) ->
     if not targets:
         return
     group, (rows, cols) = bucket.group, bucket.shape
-    lr = float(group["lr"])
+    live = isinstance(group["lr"], Tensor) and group.get("capturable")
+    lr = group["lr"].view(()) if live else float(group["lr"])
     match = group["adjust_lr_fn"] == "match_rms_adamw"
     ratio = 0.2 * math.sqrt(max(rows, cols)) if match else lr_scale(rows, cols)
     torch._foreach_mul_(targets, 1 - lr * group["weight_decay"])
     shaped = [u.view(t.shape) for u, t in zip(updates, targets, strict=True)]
-    torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
+    if live:
+        wide = [u.to(t.dtype) for u, t in zip(shaped, targets, strict=True)]
+        torch._foreach_sub_(targets, torch._foreach_mul(wide, lr * ratio))
+    else:
+        torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
 
 
 @functools.lru_cache(maxsize=16)

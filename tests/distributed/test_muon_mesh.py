@@ -45,8 +45,9 @@ def step_by_hand(place):
     """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors."""
     params = [nn.Parameter(place(t)) for t in tensors(0)]
     groups = [
-        {"params": params[:4], "row_normalize": True},
-        {"params": params[4:5], "split_sizes": (5, 2, 2)},
+        {"params": [*params[:2], params[3]], "row_normalize": True},
+        {"params": params[2:3], "num_heads": 2, "heads_along": "columns"},
+        {"params": params[4:5], "num_heads": 3, "split_sizes": (2, 1)},
         {"params": params[5:-1], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
         {"params": params[-1:], "use_muon": False},
     ]
@@ -329,7 +330,7 @@ def test_ranks_end_where_one_process_does_bit_for_bit(launches, world, case):
 def test_each_rank_iterates_its_share_only(launches, world):
     counts = [seen["iterated"] for _, seen in launches[world]]
     total = iterated(lambda: step_by_hand(lambda t: t))
-    assert total == 13 * STEPS
+    assert total == 17 * STEPS
     assert sum(counts) == total
     assert min(counts) > 0
 
