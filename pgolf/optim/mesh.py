@@ -57,6 +57,12 @@ class Box(NamedTuple):
         box = Box(*itertools.chain.from_iterable(zip(low, high, strict=True)))
         return box if box.numel else None
 
+    def contains(self, other: Box) -> bool:
+        """Return whether the other part, which is not empty, is within this one."""
+        rows = self.r0 <= other.r0 and other.r1 <= self.r1
+        columns = self.c0 <= other.c0 and other.c1 <= self.c1
+        return self.b0 <= other.b0 and other.b1 <= self.b1 and rows and columns
+
     def slices(self, origin: Box) -> tuple[slice, slice, slice]:
         """Return where this part is in a tensor that holds the part `origin`."""
         return (
@@ -79,6 +85,10 @@ class Layout:
     def numel(self) -> int:
         """Number of elements of all parts, without copies."""
         return sum(box.numel for box in self._holders)
+
+    def homes(self, matrix: Box) -> list[int]:
+        """Return the ranks that hold the whole matrix."""
+        return [r for box, ranks in self._holders.items() if box.contains(matrix) for r in ranks]
 
     def sources(self, owner: int) -> Iterator[int]:
         """Yield the ranks from which `owner` takes the parts: those of its own copy."""
@@ -133,11 +143,13 @@ class MeshRanks:
         """Return the layout of a parameter that was compared."""
         return self._layouts[p]
 
-    def plans(self, buckets: Sequence[Sequence[Part]], owners: Sequence[int]) -> list[_Plan]:
-        """Return what each bucket sends and receives; `owners` has the owner of each matrix, in order."""
-        key = (*((part.layout, part.box) for parts in buckets for part in parts), *owners)
+    def plans(self, buckets: Sequence[Sequence[Part]], costs: Sequence[int]) -> list[_Plan]:
+        """Return what each bucket sends and receives; `costs` are those of a matrix of each bucket."""
+        found = [(part.layout, part.box) for parts in buckets for part in parts]
+        key = (*found, *costs)
         if key not in self._plans:
-            remaining = iter(owners)
+            each = [cost for cost, parts in zip(costs, buckets, strict=True) for _ in parts]
+            remaining = iter(owners(found, each, self.size))
             made = []
             for parts in buckets:
                 matrices = [(part.layout, part.box, next(remaining)) for part in parts]
@@ -166,6 +178,21 @@ class _Plan:
     parts_in: list[list[Piece]]  # parts of the directions of `mine`
     updates_out: list[list[Piece]]  # parts of the updates of `mine`
     updates_in: list[list[Piece]]  # updates of this rank's parts
+
+
+def owners(matrices: Sequence[tuple[Layout, Box]], costs: Sequence[int], size: int) -> list[int]:
+    """Return the rank that iterates each matrix (layout, box), so that the ranks' costs are balanced.
+
+    A matrix that is whole on some ranks stays there, so experts that are sharded by expert do not travel. Of
+    the others, the most expensive one comes first, and each goes to the rank with the lowest cost so far.
+    All ranks get the same result.
+    """
+    homes = [layout.homes(box) for layout, box in matrices]
+    loads, chosen = [0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: (not homes[i], -costs[i])):
+        chosen[i] = min(homes[i] or range(size), key=lambda rank: (loads[rank], rank))
+        loads[chosen[i]] += costs[i]
+    return chosen
 
 
 def _plan(matrices: Sequence[tuple[Layout, Box, int]], rank: int, size: int) -> _Plan:

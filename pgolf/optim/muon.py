@@ -424,8 +424,8 @@ class Muon(Optimizer):
                 by_ranks.setdefault(bucket.ranks, []).append(bucket)
         found = []
         for ranks, own in by_ranks.items():
-            chosen = owners(tuple(bucket.cost for bucket in own for _ in bucket.parts), ranks.size)
-            for bucket, plan in zip(own, ranks.plans([b.parts for b in own], chosen), strict=True):
+            plans = ranks.plans([bucket.parts for bucket in own], [bucket.cost for bucket in own])
+            for bucket, plan in zip(own, plans, strict=True):
                 dtype = _dtype(bucket.parts[0].direction.device)
                 found.append((bucket, Exchange(ranks, plan, bucket.parts, bucket.shape, dtype)))
         for _, exchange in found:

@@ -26,10 +26,13 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import pgolf.optim
 from pgolf.optim import muon
+from pgolf.optim.mesh import Box, Layout, owners
 
 WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
 # Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1, 5), (6, 1), (7,)]
+
+BLOCKS = [Shard(0), Shard(1)]
 
 
 def tensors(seed):
@@ -41,8 +44,11 @@ def whole(tensor):
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def step_by_hand(place):
-    """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors."""
+def step_by_hand(place, place_gradient=None):
+    """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors.
+
+    In one step one parameter has no gradient on any rank.
+    """
     params = [nn.Parameter(place(t)) for t in tensors(0)]
     groups = [
         {"params": [*params[:2], params[3]], "row_normalize": True},
@@ -53,8 +59,8 @@ def step_by_hand(place):
     ]
     optimizer = pgolf.optim.Muon(groups, lr=0.02)
     for step in range(STEPS):
-        for p, grad in zip(params, tensors(1 + step), strict=True):
-            p.grad = place(grad)
+        for i, (p, grad) in enumerate(zip(params, tensors(1 + step), strict=True)):
+            p.grad = None if (step, i) == (1, 5) else (place_gradient or place)(grad)
         optimizer.step()
     found = {f"param{i}": whole(p) for i, p in enumerate(params)}
     states = [(i, k, t) for i, p in enumerate(params) for k, t in optimizer.state[p].items()]
@@ -69,6 +75,11 @@ def placer(mesh, placements):
         return distribute_tensor(tensor, mesh, fitting, src_data_rank=None)
 
     return place
+
+
+def partial(mesh):
+    """Return a function that makes a gradient whose parts have to be added up; the sum is exact."""
+    return lambda tensor: DTensor.from_local(tensor / mesh.size(), mesh, [Partial()])
 
 
 def network():
@@ -218,7 +229,7 @@ DIFFERING = {
 def refused(mesh):
     """Return the messages of what cannot be used, the same on each rank."""
     matrix, convolution = torch.ones(4, 4), torch.ones(2, 2, 4, 4)
-    partial = DTensor.from_local(matrix, mesh, [Partial()])
+    added = DTensor.from_local(matrix, mesh, [Partial()])
     deep = distribute_tensor(convolution, mesh, [Shard(2)])
     rows, columns = (nn.Parameter(distribute_tensor(matrix, mesh, [Shard(dim)])) for dim in (0, 1))
     first, second = pgolf.optim.Muon([rows]), pgolf.optim.Muon([columns])
@@ -227,7 +238,7 @@ def refused(mesh):
     columns.grad = torch.ones(4, 4)
     return {
         "plain": message(second.step),
-        "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(partial)])),
+        "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
         "placed": message(lambda: second.load_state_dict(first.state_dict())),
         "not placed": message(
@@ -243,6 +254,7 @@ def cases(world, checkpoint):
         "rows": step_by_hand(placer(mesh, [Shard(0)])),
         "columns": step_by_hand(placer(mesh, [Shard(1)])),
         "copies": step_by_hand(placer(mesh, [Replicate()])),
+        "sums": step_by_hand(placer(mesh, [Replicate()]), partial(mesh)),
         "fsdp": train(net := sharded(mesh), optimizer_of(net)),
         "some": train(net := sharded(mesh, "0", "4"), optimizer_of(net)),
         "whole state": resume_whole(mesh),
@@ -250,11 +262,14 @@ def cases(world, checkpoint):
     if world == 4:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
         found |= {
-            "blocks": step_by_hand(placer(pairs, [Shard(0), Shard(1)])),
+            "blocks": step_by_hand(placer(pairs, BLOCKS)),
             "rows twice": step_by_hand(placer(pairs, [Shard(0), Shard(0)])),
             "copies of rows": step_by_hand(placer(pairs, [Replicate(), Shard(0)])),
             "columns of copies": step_by_hand(placer(pairs, [Shard(1), Replicate()])),
             "one dimension": step_by_hand(placer(pairs["tp"], [Shard(0)])),
+            "a part of three dimensions": step_by_hand(
+                placer(init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("x", "y", "z"))["y", "z"], BLOCKS)
+            ),
             "hsdp": train(net := sharded(pairs), optimizer_of(net)),
             "tp": tensor_parallel(pairs),
         }
@@ -274,10 +289,10 @@ REFUSED = {
 }
 REFERENCES = {
     **dict.fromkeys(
-        ("rows", "columns", "copies", "blocks", "rows twice", "copies of rows", "columns of copies"),
+        ("rows", "columns", "copies", "sums", "blocks", "rows twice", "copies of rows", "columns of copies"),
         lambda: step_by_hand(lambda t: t),
     ),
-    "one dimension": lambda: step_by_hand(lambda t: t),
+    **dict.fromkeys(("one dimension", "a part of three dimensions"), lambda: step_by_hand(lambda t: t)),
     **dict.fromkeys(
         ("fsdp", "some", "hsdp", "resumed", "whole state"), lambda: train(net := network(), optimizer_of(net))
     ),
@@ -290,6 +305,7 @@ FOUR_RANKS = {
     "copies of rows",
     "columns of copies",
     "one dimension",
+    "a part of three dimensions",
     "hsdp",
     "tp",
 }
@@ -330,7 +346,7 @@ def test_ranks_end_where_one_process_does_bit_for_bit(launches, world, case):
 def test_each_rank_iterates_its_share_only(launches, world):
     counts = [seen["iterated"] for _, seen in launches[world]]
     total = iterated(lambda: step_by_hand(lambda t: t))
-    assert total == 17 * STEPS
+    assert total == 17 * STEPS - 1
     assert sum(counts) == total
     assert min(counts) > 0
 
@@ -349,6 +365,23 @@ def test_ranks_that_differ_raise_on_each_rank_before_anything_changes(launches, 
 def test_what_cannot_be_used_is_refused(launches, world, case):
     for _, seen in launches[world]:
         assert re.match(REFUSED[case], seen["refused"][case]), seen["refused"][case]
+
+
+def test_experts_that_are_sharded_by_expert_stay_where_they_are():
+    by_expert = Layout([Box(2 * r, 2 * r + 2, 0, 5, 0, 7) for r in range(4)])
+    by_row = Layout([Box(0, 8, r, r + 1, 0, 7) for r in range(4)])
+    experts = [(by_expert, Box(b, b + 1, 0, 5, 0, 7)) for b in range(8)]
+    rows = [(by_row, Box(b, b + 1, 0, 4, 0, 7)) for b in range(8)]
+    assert owners(experts, [3] * 8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
+    # The others fill up what is left: the dearest first, each to the rank with the lowest cost so far.
+    assert owners(experts[:4] + rows[:3], [3] * 4 + [2, 4, 2], 4) == [0, 0, 1, 1, 3, 2, 3]
+
+
+def test_copies_are_shared_out_evenly_among_the_ranks_that_hold_them():
+    pairs = Layout([Box(0, 1, 0, 5, 0, 7), Box(1, 2, 0, 5, 0, 7)] * 2)
+    matrices = [(pairs, Box(b, b + 1, 0, 5, 0, 7)) for b in (0, 0, 1, 1)]
+    assert owners(matrices, [1] * 4, 4) == [0, 2, 1, 3]
+    assert [list(pairs.sources(owner)) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
 def main(folder):
