@@ -12,8 +12,6 @@ Legend: `m` rows (output features as stored), `n` columns of one matrix.
 
 from __future__ import annotations
 
-import functools
-import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -48,6 +46,7 @@ from pgolf.optim.muon_settings import (
     matrices,
     table_of,
 )
+from pgolf.optim.owners import owners
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
 
@@ -511,21 +510,6 @@ def _apply(bucket: _Bucket, targets: list[Tensor], updates: Sequence[Tensor]) ->
         torch._foreach_sub_(targets, torch._foreach_mul(wide, lr * ratio))
     else:
         torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
-
-
-@functools.lru_cache(maxsize=16)
-def owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return the rank that iterates each matrix, so that the ranks' costs are balanced.
-
-    The most expensive matrix comes first, and each goes to the rank with the lowest cost so far. The largest
-    cost of a rank is then at most 4/3 of the best possible one (Graham 1969). All ranks get the same result.
-    """
-    loads = [(0, rank) for rank in range(ranks)]
-    chosen = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, chosen[i] = loads[0]
-        heapq.heapreplace(loads, (load + costs[i], chosen[i]))
-    return tuple(chosen)
 
 
 def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:

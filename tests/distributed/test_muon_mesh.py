@@ -26,7 +26,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import pgolf.optim
 from pgolf.optim import muon
-from pgolf.optim.mesh import Box, Layout, owners
+from pgolf.optim.mesh import Box, Layout
+from pgolf.optim.owners import owners
 
 WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
 # Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
@@ -367,20 +368,24 @@ def test_what_cannot_be_used_is_refused(launches, world, case):
         assert re.match(REFUSED[case], seen["refused"][case]), seen["refused"][case]
 
 
+def homes_of(matrices):
+    return tuple(layout.homes(box) for layout, box in matrices)
+
+
 def test_experts_that_are_sharded_by_expert_stay_where_they_are():
     by_expert = Layout([Box(2 * r, 2 * r + 2, 0, 5, 0, 7) for r in range(4)])
     by_row = Layout([Box(0, 8, r, r + 1, 0, 7) for r in range(4)])
     experts = [(by_expert, Box(b, b + 1, 0, 5, 0, 7)) for b in range(8)]
-    rows = [(by_row, Box(b, b + 1, 0, 4, 0, 7)) for b in range(8)]
-    assert owners(experts, [3] * 8, 4) == [0, 0, 1, 1, 2, 2, 3, 3]
+    rows = [(by_row, Box(b, b + 1, 0, 4, 0, 7)) for b in range(3)]
+    assert owners((3,) * 8, 4, homes_of(experts)) == (0, 0, 1, 1, 2, 2, 3, 3)
     # The others fill up what is left: the dearest first, each to the rank with the lowest cost so far.
-    assert owners(experts[:4] + rows[:3], [3] * 4 + [2, 4, 2], 4) == [0, 0, 1, 1, 3, 2, 3]
+    assert owners((3, 3, 3, 3, 2, 4, 2), 4, homes_of(experts[:4] + rows)) == (0, 0, 1, 1, 3, 2, 3)
 
 
 def test_copies_are_shared_out_evenly_among_the_ranks_that_hold_them():
     pairs = Layout([Box(0, 1, 0, 5, 0, 7), Box(1, 2, 0, 5, 0, 7)] * 2)
     matrices = [(pairs, Box(b, b + 1, 0, 5, 0, 7)) for b in (0, 0, 1, 1)]
-    assert owners(matrices, [1] * 4, 4) == [0, 2, 1, 3]
+    assert owners((1,) * 4, 4, homes_of(matrices)) == (0, 2, 1, 3)
     assert [list(pairs.sources(owner)) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
