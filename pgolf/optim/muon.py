@@ -392,14 +392,16 @@ class Muon(Optimizer):
             if self._distributed and (ranks := self._ranks_of(p)):
                 for box in boxes(p.shape, group):
                     key = (box.shape, p.dtype, p.device, ranks)
-                    bucket = found.setdefault(key, _Bucket(group, table, box.shape, ranks))
+                    if (bucket := found.get(key)) is None:
+                        bucket = found[key] = _Bucket(group, table, box.shape, ranks)
                     bucket.parts.append(Part(ranks.layout(p), box, local(p.detach()), direction))
                 continue
             pieces = (matrices(t, group) for t in (p.detach(), direction))
             for target, piece in zip(*pieces, strict=True):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
-                bucket = found.setdefault(key, _Bucket(group, table, (matrix.shape[0], matrix.shape[1])))
+                if (bucket := found.get(key)) is None:
+                    bucket = found[key] = _Bucket(group, table, (matrix.shape[0], matrix.shape[1]))
                 bucket.targets.append(target)
                 bucket.directions.append(matrix)
         return list(found.values())
