@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.optim.mesh import mesh_of
+
 TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
 TORCH_ADAMW = {"lr", "weight_decay", "betas", "eps", "amsgrad"}
 MUON_STATE, ADAMW_STATE = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
@@ -23,7 +25,8 @@ def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
 
     It may come from `pgolf.optim.Muon`, `torch.optim.Muon` or `torch.optim.AdamW`. It must have the same
     number of groups and of parameters per group, in the same order, and each group must be of the same kind
-    (Muon or AdamW). The state of a parameter must be empty, or complete for its kind and of its shape.
+    (Muon or AdamW). The state of a parameter must be empty, or complete for its kind and of its shape; for a
+    DTensor it is either whole or placed like the parameter.
     """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError(
@@ -101,3 +104,10 @@ def _check_state(what: str, state: Any, p: Tensor, *, muon: bool) -> None:
         if not fits and not (isinstance(value, Tensor) and value.is_complex() and p.is_complex()):
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{what}: the saved {name} is {got}, expected floats of shape {tuple(shape)}")
+        if (mesh := mesh_of(value)) is not None and not (
+            mesh == mesh_of(p) and value.placements == p.placements  # type: ignore[attr-defined]
+        ):
+            raise ValueError(
+                f"{what}: the saved {name} is a DTensor that is not placed like the parameter; load it with "
+                "torch.distributed.checkpoint, which moves the parts, or save it whole (full_tensor())"
+            )

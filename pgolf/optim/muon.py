@@ -4,15 +4,14 @@ The trainer of this package uses another class, `pgolf.optim.bank_muon.BankMuon`
 flat buffers. The iteration is `pgolf.ops.newton_schulz`; coefficient tables are in `pgolf.optim.polar`.
 Compared with `torch.optim.Muon`, this class iterates all matrices of one shape in one call, and adds one
 coefficient triple per iteration, row normalization, stacks of matrices, convolutions, fused projections,
-AdamW groups, and a division of the matrices among ranks.
+AdamW groups, and a division of the matrices among ranks, also of those that FSDP2 or tensor parallelism has
+spread over ranks (`pgolf.optim.mesh`).
 
 Legend: `m` rows (output features as stored), `n` columns of one matrix.
 """
 
 from __future__ import annotations
 
-import functools
-import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -28,26 +27,28 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from pgolf.ops import newton_schulz
 from pgolf.optim.bank_muon import lr_scale, row_normalize_
 from pgolf.optim.foreign import check_saved
-from pgolf.optim.polar import JORDAN, Coefficients, check_converges, coefficients
+from pgolf.optim.mesh import (
+    Exchange,
+    MeshRanks,
+    Part,
+    local,
+    local_gradient,
+    mesh_of,
+    place_like,
+)
+from pgolf.optim.muon_settings import (
+    ADAM_EPS,
+    SETTINGS,
+    boxes,
+    check_group,
+    check_numbers,
+    check_options,
+    matrices,
+    table_of,
+)
+from pgolf.optim.owners import owners
+from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
-
-ADJUST = (None, "original", "match_rms_adamw")
-ADAM_EPS = 1e-8  # the default of torch.optim.AdamW; Muon's eps, 1e-7, is added to a norm instead
-MAX_STEPS = 10  # iterations that newton_schulz accepts
-SETTINGS = {
-    "lr",
-    "weight_decay",
-    "momentum",
-    "nesterov",
-    "ns_coefficients",
-    "eps",
-    "ns_steps",
-    "adjust_lr_fn",
-    "row_normalize",
-    "use_muon",
-    "split_sizes",
-    "betas",
-}
 
 
 class Muon(Optimizer):
@@ -73,6 +74,18 @@ class Muon(Optimizer):
       `torch.optim.AdamW` and has the same state, so states can be exchanged in both directions.
     - `split_sizes`: numbers of rows of the matrices that are fused in each parameter of the group, for
       example `(d, k, k)` for QKV; each of these matrices is iterated separately.
+    - `num_heads`: number of attention heads in each parameter of the group, which are iterated separately,
+      for example n + 2 k for a fused QKV weight with n query and k key heads. The heads are equal blocks of
+      rows, or with `heads_along="columns"`, for the output projection, of columns. If `split_sizes` is set,
+      it divides the rows of each head, for layouts in which the parts of each head lie together.
+
+    A parameter may be a DTensor: of FSDP2 (`fully_shard`, also with replicas), of tensor parallelism, or of
+    both; other parameters may be plain. Each matrix is gathered to one rank of its mesh, chosen so that the
+    cost is balanced, iterated there, and its update is sent to all ranks with a part of it. The momentum is
+    placed like the parameter; a state is loaded placed in the same way, whole, or through
+    `torch.distributed.checkpoint`, also with another number of ranks. The result is that of one process with
+    the same gradients, on the CPU bit for bit. All ranks of the mesh must call `step`. It cannot be captured
+    in a CUDA graph.
 
     `lr`, `weight_decay` and `momentum` are read from the groups at each step, so schedulers work. The update
     of a zero direction is zero, and an empty parameter is skipped. A gradient that is not finite makes its
@@ -86,6 +99,9 @@ class Muon(Optimizer):
     _host_group: td.ProcessGroup | None = None
     # Whether parameters and state were compared between ranks since they were last loaded.
     _compared = False
+    # The ranks of each device mesh that has parameters of this optimizer, and whether there are any meshes.
+    _meshes: dict[Any, MeshRanks] | None = None
+    _distributed: bool | None = None
 
     def __init__(
         self,
@@ -102,6 +118,10 @@ class Muon(Optimizer):
         row_normalize: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         sharded: bool = False,
         process_group: td.ProcessGroup | None = None,
     ) -> None:
@@ -121,26 +141,32 @@ class Muon(Optimizer):
             row_normalize: divide each row of u by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
             betas: decays of the two moments in AdamW groups.
             maximize: must be False.
+            foreach: whether AdamW groups use multi-tensor operators; None means unless `fused`. Muon groups
+                always use them.
+            fused: whether AdamW groups use torch's fused operator. It changes nothing in Muon groups.
+            capturable: as in torch.optim.AdamW for AdamW groups; and a learning rate that is a tensor is not
+                read by the host, so a captured graph or compiled code follows its value.
+            differentiable: must be False.
             sharded: (not in a group) each rank of `process_group` iterates a part of the matrices, chosen so
                 that the cost is balanced, and the updates are gathered. Every rank must hold the same
                 gradients for the same parameters, as with DDP; otherwise `step` raises on each rank (see
                 `pgolf.optim.ranks`). Ranks that start equal stay equal bit for bit. Every rank keeps the
                 whole momentum, so a checkpoint can be loaded at another world size. Without torch.distributed
-                the option has no effect.
+                and for DTensors, which are always shared out, the option has no effect.
             process_group: (not in a group) the ranks that share the matrices; None means all ranks.
 
         Raises:
-            ValueError: a number, name or shape does not fit.
-            TypeError: a parameter is complex or a DTensor, or a setting is not a number.
+            ValueError: a number, name or shape does not fit, or the parts of a DTensor are no blocks.
+            TypeError: a parameter is complex, or a setting is not a number.
         """
+        check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
         if params is None or isinstance(params, str | int | float):
             raise TypeError(
                 f"Muon: params must be parameters or groups of them, got {params!r}; pass model.parameters()"
             )
-        _check_numbers({"lr": lr, "weight_decay": weight_decay, "eps": eps})
-        if maximize:
-            raise ValueError("Muon: maximize is not supported; negate the loss")
+        check_options({"maximize": maximize, "differentiable": differentiable})
         self._sharded, self._process_group = sharded, process_group
+        self._counts = {"orthogonalized": 0}  # compiled code sets no attributes of an optimizer
         # Not among the defaults: if those contain betas, OneCycleLR and CyclicLR do not set the momentum.
         self._betas = betas
         defaults: dict[str, Any] = {
@@ -155,12 +181,21 @@ class Muon(Optimizer):
             "row_normalize": row_normalize,
             "use_muon": True,
             "split_sizes": None,
+            "num_heads": None,
+            "heads_along": "rows",
         }
+        options = {"foreach": foreach, "fused": fused, "capturable": capturable or None}
+        defaults |= {name: value for name, value in options.items() if value is not None}
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copied or pickled optimizer."""
-        return {**super().__getstate__(), "_betas": self._betas}
+        return {**super().__getstate__(), "_betas": self._betas, "_counts": self._counts}
+
+    @property
+    def orthogonalized(self) -> int:
+        """Number of matrices that the last step iterated, on all ranks together."""
+        return self._counts["orthogonalized"]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in `torch.optim.Optimizer`, and check it.
@@ -171,9 +206,9 @@ class Muon(Optimizer):
         if not param_group.get("use_muon", True):
             param_group = {"eps": ADAM_EPS, "betas": self._betas, **param_group}
         super().add_param_group(param_group)
-        self._compared = False
+        self._compared, self._distributed = False, None
         try:
-            _check_group(self.param_groups[-1])
+            check_group(self.param_groups[-1])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
@@ -195,13 +230,15 @@ class Muon(Optimizer):
             for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         for own, group in zip(self.param_groups, saved, strict=True):
-            _check_group({**group, "params": own["params"]})
+            check_group({**group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": saved})
         self._compared = False
         for group in self.param_groups:
             for p in group["params"]:
-                if isinstance(self.state.get(p, {}).get("step"), int | float):  # saved by torch before 1.12
-                    self.state[p]["step"] = _step_of(p, group) + self.state[p]["step"]
+                state = self.state.get(p, {})
+                if isinstance(state.get("step"), int | float):  # saved by torch before 1.12
+                    state["step"] = _step_of(p, group) + state["step"]
+                state.update({k: place_like(value, p) for k, value in state.items() if k != "step"})
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -217,15 +254,21 @@ class Muon(Optimizer):
             closure: called before the step, with gradients enabled; returns the loss.
 
         Raises:
-            RuntimeError: a gradient is sparse, the matrices of a sharded optimizer are on several devices, or
-                its ranks hold different gradients, parameters or settings. The last of these is raised before
-                anything changes on the CPU, and after the step was queued on CUDA.
+            RuntimeError: a gradient is sparse, the gradient of a DTensor is a plain tensor, a step on
+                DTensors is being captured, the matrices of a sharded optimizer are on several devices, its
+                ranks hold different gradients, parameters or settings, or the ranks of a device mesh have
+                gradients for different parameters, or other settings. Differences between ranks are found
+                before anything changes; but on CUDA, different values are found after the step was queued.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._distributed is None:
+            self._distributed = any(mesh_of(p) for group in self.param_groups for p in group["params"])
         comparison = self._compare_ranks()
+        if self._distributed:
+            self._compare_meshes()
         buckets: list[_Bucket] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
@@ -235,12 +278,20 @@ class Muon(Optimizer):
                 buckets += self._momentum(group, params)
             elif params:
                 self._adamw(group, params)
-        if self._sharded and buckets and td.is_initialized():
-            updates = _shared_out(buckets, self._process_group)
+        exchanges = self._gather([bucket for bucket in buckets if bucket.ranks is not None])
+        plain = [bucket for bucket in buckets if bucket.ranks is None]
+        if self._sharded and plain and td.is_initialized():
+            updates = _shared_out(plain, self._process_group)
         else:
-            updates = [list(_iterate(bucket, range(len(bucket.targets))).unbind()) for bucket in buckets]
-        for bucket, update in zip(buckets, updates, strict=True):
-            _apply(bucket, update)
+            updates = [list(_iterate(bucket, range(len(bucket.targets))).unbind()) for bucket in plain]
+        for bucket, update in zip(plain, updates, strict=True):
+            _apply(bucket, bucket.targets, update)
+        for bucket, exchange in exchanges:
+            matrices = exchange.directions()
+            exchange.scatter(_polar(bucket, matrices) if len(matrices) else matrices)
+        for bucket, exchange in exchanges:
+            _apply(bucket, *exchange.updates())
+        self._counts["orthogonalized"] = sum(len(b.targets) + len(b.parts) for b in buckets)
         if comparison is not None:
             comparison.finish()
         return loss
@@ -252,13 +303,7 @@ class Muon(Optimizer):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a captured graph cannot wait for the host
         self._host_group = self._host_group or host_group(self._process_group)
-        # Matrices first: the ranks exchange on the device of the first tensor.
-        groups = sorted(enumerate(self.param_groups), key=lambda group: not group[1]["use_muon"])
-        named = [
-            (f"parameter {name}" if "param_names" in group else f"parameter {name} of group {i}", p)
-            for i, group in groups
-            for name, p in zip(group.get("param_names") or itertools.count(), group["params"], strict=False)
-        ]
+        named = [(name, p) for name, p, _ in self._named() if not self._distributed or mesh_of(p) is None]
         fresh = compare_facts(self._facts(named), not self._compared, self._host_group)
         self._compared = True
         tensors = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
@@ -279,17 +324,44 @@ class Muon(Optimizer):
         comparison.finish()
         return None
 
+    def _compare_meshes(self) -> None:
+        """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
+        named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
+        for name, p, muon in self._named():
+            if (mesh := mesh_of(p)) is not None:
+                named.setdefault(mesh, []).append((name, p, muon))
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("Muon: a step on DTensors cannot be captured: ranks compare on the host first")
+        self._meshes = self._meshes or {}
+        for mesh, found in named.items():
+            if mesh not in self._meshes:
+                self._meshes[mesh] = MeshRanks(mesh)
+            matrices = [p for _, p, muon in found if muon]
+            self._meshes[mesh].compare(self._facts([(name, p) for name, p, _ in found]), matrices)
+
+    def _named(self) -> list[tuple[str, Tensor, bool]]:
+        """Return the name in messages of each parameter, and whether it is in a Muon group."""
+        # Matrices first: the ranks exchange on the device of the first tensor.
+        groups = sorted(enumerate(self.param_groups), key=lambda group: not group[1]["use_muon"])
+        return [
+            (
+                f"parameter {name}" if "param_names" in group else f"parameter {name} of group {i}",
+                p,
+                group["use_muon"],
+            )
+            for i, group in groups
+            for name, p in zip(group.get("param_names") or itertools.count(), group["params"], strict=False)
+        ]
+
     def _facts(self, named: list[tuple[str, Tensor]]) -> list[Fact]:
         """Return the facts that must be the same on every rank and that the host knows."""
         facts = []
         for name, p in named:
-            kind = (
-                "none"
-                if p.grad is None
-                else f"sparse {p.grad.dtype}"
-                if p.grad.is_sparse
-                else f"{p.grad.dtype}"
-            )
+            kind = "none" if p.grad is None else f"{p.grad.dtype}"
+            if p.grad is not None and p.grad.is_sparse:
+                kind = f"sparse {kind}"
+            elif p.grad is not None and self._distributed and mesh_of(p) and not mesh_of(p.grad):
+                kind = f"plain {kind}"
             facts.append(Fact(f"the gradient of {name}", kind))
             facts.append(Fact(name, (tuple(p.shape), str(p.dtype), sorted(self.state.get(p, {})))))
         for i, group in enumerate(self.param_groups):
@@ -302,26 +374,64 @@ class Muon(Optimizer):
 
     def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Bucket]:
         """Update the momentum and return the directions to iterate, matrices of one shape in one bucket."""
-        grads = [p.grad for p in params if p.grad is not None]
+        grads = self._gradients(params)
         buffers = []
         for p, grad in zip(params, grads, strict=True):
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(grad)
+                like = p if self._distributed and mesh_of(p) else grad
+                self.state[p]["momentum_buffer"] = torch.zeros_like(like, dtype=grad.dtype)
             buffers.append(self.state[p]["momentum_buffer"])
+        buffers = self._locals(buffers)
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         nesterov = group["nesterov"]
         directions = torch._foreach_lerp(grads, buffers, group["momentum"]) if nesterov else buffers
-        table = _table(group["ns_coefficients"], group["ns_steps"])
+        table = table_of(group["ns_coefficients"], group["ns_steps"])
         found: dict[tuple[object, ...], _Bucket] = {}
+        key: tuple[object, ...]
         for p, direction in zip(params, directions, strict=True):
-            pieces = (_matrices(t, group["split_sizes"]) for t in (p.detach(), direction))
+            if self._distributed and (ranks := self._ranks_of(p)):
+                for box in boxes(p.shape, group):
+                    key = (box.shape, p.dtype, p.device, ranks)
+                    if (bucket := found.get(key)) is None:
+                        bucket = found[key] = _Bucket(group, table, box.shape, ranks)
+                    bucket.parts.append(Part(ranks.layout(p), box, local(p.detach()), direction))
+                continue
+            pieces = (matrices(t, group) for t in (p.detach(), direction))
             for target, piece in zip(*pieces, strict=True):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
-                bucket = found.setdefault(key, _Bucket(group, table))
+                if (bucket := found.get(key)) is None:
+                    bucket = found[key] = _Bucket(group, table, (matrix.shape[0], matrix.shape[1]))
                 bucket.targets.append(target)
                 bucket.directions.append(matrix)
         return list(found.values())
+
+    def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
+        return [local(t) for t in tensors] if self._distributed else tensors
+
+    def _gradients(self, params: list[Tensor]) -> list[Tensor]:
+        if self._distributed:
+            return [local_gradient(p) for p in params]
+        return [p.grad for p in params if p.grad is not None]
+
+    def _ranks_of(self, p: Tensor) -> MeshRanks | None:
+        return (self._meshes or {}).get(mesh_of(p))
+
+    def _gather(self, buckets: list[_Bucket]) -> list[tuple[_Bucket, Exchange]]:
+        """Start to gather the matrices of distributed parameters to the ranks that iterate them."""
+        by_ranks: dict[MeshRanks, list[_Bucket]] = {}
+        for bucket in buckets:
+            if bucket.ranks is not None:
+                by_ranks.setdefault(bucket.ranks, []).append(bucket)
+        found = []
+        for ranks, own in by_ranks.items():
+            plans = ranks.plans([bucket.parts for bucket in own], [bucket.cost for bucket in own])
+            for bucket, plan in zip(own, plans, strict=True):
+                dtype = _dtype(bucket.parts[0].direction.device)
+                found.append((bucket, Exchange(ranks, plan, bucket.parts, bucket.shape, dtype)))
+        for _, exchange in found:
+            exchange.gather()
+        return found
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
@@ -330,19 +440,19 @@ class Muon(Optimizer):
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            [self.state[p]["exp_avg"] for p in params],
-            [self.state[p]["exp_avg_sq"] for p in params],
+            self._locals(params),
+            self._gradients(params),
+            self._locals([self.state[p]["exp_avg"] for p in params]),
+            self._locals([self.state[p]["exp_avg_sq"] for p in params]),
             [],
             [self.state[p]["step"] for p in params],
-            foreach=not group.get("fused"),
+            foreach=not group.get("fused") and group.get("foreach") is not False,
             fused=bool(group.get("fused")),
             capturable=bool(group.get("capturable")),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=float(group["lr"]),
+            lr=group["lr"] if group.get("capturable") else float(group["lr"]),
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
@@ -351,17 +461,20 @@ class Muon(Optimizer):
 
 @dataclass(frozen=True)
 class _Bucket:
-    """The matrices of one group that have the same shape, dtype and device."""
+    """The matrices of one group that have the same shape, dtype and device, whole or on the same mesh."""
 
     group: dict[str, Any]
     table: tuple[Coefficients, ...]
+    shape: tuple[int, int]
+    ranks: MeshRanks | None = None  # that hold the parts of the matrices
+    parts: list[Part] = field(default_factory=list)  # instead of targets and directions
     targets: list[Tensor] = field(default_factory=list)  # views of parameters, m * n elements each
     directions: list[Tensor] = field(default_factory=list)  # (m, n), input of the polar iteration
 
     @property
     def cost(self) -> int:
         """Multiply-adds to iterate one matrix; each iteration computes X X^T, A^2 and a product with X."""
-        short, long = sorted(self.directions[0].shape)
+        short, long = sorted(self.shape)
         return len(self.table) * short * short * (2 * long + short)
 
 
@@ -372,46 +485,33 @@ def _step_of(p: Tensor, group: dict[str, Any]) -> Tensor:
     return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
-def _matrices(tensor: Tensor, split_sizes: Sequence[int] | None) -> list[Tensor]:
-    """Return views of the matrices in a parameter; the weight of a convolution keeps its dimensions."""
-    stack = tensor.unbind() if tensor.dim() == 3 else (tensor,)
-    if split_sizes is None:
-        return list(stack)
-    return [piece for matrix in stack for piece in torch.split(matrix, list(split_sizes))]
-
-
 def _iterate(bucket: _Bucket, indices: Iterable[int]) -> Tensor:
     """Return the orthogonalized directions `(number of indices, m, n)`, bfloat16 on CUDA, float32 on CPU."""
     directions = [bucket.directions[i] for i in indices]
-    x = torch.stack(directions).to(_dtype(directions[0].device))
+    return _polar(bucket, torch.stack(directions).to(_dtype(directions[0].device)))
+
+
+def _polar(bucket: _Bucket, x: Tensor) -> Tensor:
     if bucket.group["row_normalize"]:
         row_normalize_(x)
     return newton_schulz(x, bucket.table, eps=bucket.group["eps"])
 
 
-def _apply(bucket: _Bucket, updates: Sequence[Tensor]) -> None:
-    group, (rows, cols) = bucket.group, bucket.directions[0].shape
-    lr = float(group["lr"])
+def _apply(bucket: _Bucket, targets: list[Tensor], updates: Sequence[Tensor]) -> None:
+    if not targets:
+        return
+    group, (rows, cols) = bucket.group, bucket.shape
+    live = isinstance(group["lr"], Tensor) and group.get("capturable")
+    lr = group["lr"].view(()) if live else float(group["lr"])
     match = group["adjust_lr_fn"] == "match_rms_adamw"
     ratio = 0.2 * math.sqrt(max(rows, cols)) if match else lr_scale(rows, cols)
-    torch._foreach_mul_(bucket.targets, 1 - lr * group["weight_decay"])
-    shaped = [u.view(t.shape) for u, t in zip(updates, bucket.targets, strict=True)]
-    torch._foreach_add_(bucket.targets, shaped, alpha=-lr * ratio)
-
-
-@functools.lru_cache(maxsize=16)
-def owners(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Return the rank that iterates each matrix, so that the ranks' costs are balanced.
-
-    The most expensive matrix comes first, and each goes to the rank with the lowest cost so far. The largest
-    cost of a rank is then at most 4/3 of the best possible one (Graham 1969). All ranks get the same result.
-    """
-    loads = [(0, rank) for rank in range(ranks)]
-    chosen = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        load, chosen[i] = loads[0]
-        heapq.heapreplace(loads, (load + costs[i], chosen[i]))
-    return tuple(chosen)
+    torch._foreach_mul_(targets, 1 - lr * group["weight_decay"])
+    shaped = [u.view(t.shape) for u, t in zip(updates, targets, strict=True)]
+    if live:
+        wide = [u.to(t.dtype) for u, t in zip(shaped, targets, strict=True)]
+        torch._foreach_sub_(targets, torch._foreach_mul(wide, lr * ratio))
+    else:
+        torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
 
 
 def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:
@@ -451,76 +551,3 @@ def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -
 def _dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which updates are iterated and sent."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def _table(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
-    if not 1 <= steps <= MAX_STEPS:
-        raise ValueError(f"Muon: ns_steps must be in [1, {MAX_STEPS}], got {steps}")
-    if isinstance(ns_coefficients, str):
-        return coefficients(ns_coefficients, steps)
-    rows = list(ns_coefficients)
-    if len(rows) == 3 and not any(isinstance(row, Sequence) for row in rows):
-        rows = [rows] * steps
-    if any(not isinstance(row, Sequence) or len(row) != 3 for row in rows):
-        raise ValueError(
-            "Muon: ns_coefficients must be a triple (a, b, c), a list of triples or a table's name, "
-            f"got {ns_coefficients}"
-        )
-    if len(rows) != steps:
-        raise ValueError(
-            f"Muon: ns_coefficients has {len(rows)} triples, but ns_steps={steps}; pass ns_steps={len(rows)}"
-        )
-    table = tuple((float(a), float(b), float(c)) for a, b, c in rows)
-    check_converges(table)
-    return table
-
-
-def _check_numbers(settings: dict[str, Any]) -> None:
-    """Raise unless each setting is a finite number >= 0, or a tensor with one such element."""
-    for name, value in settings.items():
-        if isinstance(value, Tensor) and value.numel() != 1:
-            raise ValueError(f"Muon: a tensor {name} must have one element, got shape {tuple(value.shape)}")
-        complex_ = isinstance(value, Tensor) and value.is_complex()
-        if isinstance(value, bool | str | bytes | complex) or complex_ or not hasattr(value, "__float__"):
-            raise TypeError(f"Muon: {name} must be a number >= 0, got {value!r}")
-        if not 0 <= float(value) < math.inf:
-            raise ValueError(f"Muon: {name} must be >= 0, got {value}")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError or TypeError if a setting or a parameter of the group cannot be used."""
-    _check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
-    if group.get("maximize"):
-        raise ValueError("Muon: maximize is not supported; negate the loss")
-    if not group["use_muon"]:
-        betas = group["betas"]
-        if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
-            raise ValueError(f"Muon: betas must be two numbers in [0, 1), got {betas}")
-        return
-    _check_numbers({"momentum": group["momentum"]})
-    if not 0 <= group["momentum"] <= 1:
-        raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
-    if group["adjust_lr_fn"] not in ADJUST:
-        raise ValueError(f"Muon: adjust_lr_fn must be one of {ADJUST}, got {group['adjust_lr_fn']!r}")
-    _table(group["ns_coefficients"], group["ns_steps"])
-    names = group.get("param_names") or range(len(group["params"]))
-    for name, p in zip(names, group["params"], strict=True):
-        _check_matrix(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group["split_sizes"])
-
-
-def _check_matrix(what: str, p: Tensor, split_sizes: Sequence[int] | None) -> None:
-    if p.is_complex():
-        raise TypeError(f"{what} is {p.dtype}, expected a real dtype; put it in a group with use_muon=False")
-    if hasattr(p, "device_mesh"):
-        raise TypeError(f"{what} is a DTensor, so no rank holds the whole matrix; use DDP instead of FSDP2")
-    if not 2 <= p.dim() <= 5:
-        raise ValueError(
-            f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
-            "convolutions; put it in a group with use_muon=False"
-        )
-    rows = p.shape[1] if p.dim() == 3 else p.shape[0]
-    if split_sizes is not None and (sum(split_sizes) != rows or min(split_sizes) < 1):
-        raise ValueError(
-            f"{what} has {rows} rows; split_sizes must be numbers >= 1 that add up to it, got "
-            f"{list(split_sizes)}"
-        )

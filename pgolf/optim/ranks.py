@@ -49,28 +49,31 @@ def host_group(process_group: td.ProcessGroup | None) -> td.ProcessGroup | None:
     return group
 
 
-def compare_facts(facts: Sequence[Fact], fresh: bool, group: td.ProcessGroup | None) -> bool:
+def compare_facts(
+    facts: Sequence[Fact], fresh: bool, group: td.ProcessGroup | None, advice: str = ADVICE
+) -> bool:
     """Raise RuntimeError on every rank if `facts` differ between ranks.
 
     Args:
         facts: what this rank holds.
         fresh: whether this rank has not compared its parameters and state yet.
         group: ranks that can exchange CPU tensors.
+        advice: the end of the message: what must be the same, and how to achieve it.
 
     Returns:
         Whether `fresh` is true on any rank.
     """
-    rows = _gather(torch.tensor([zlib.crc32(repr(facts).encode()), len(facts), int(fresh)]), group)
+    rows = gather_rows(torch.tensor([zlib.crc32(repr(facts).encode()), len(facts), int(fresh)]), group)
     if not bool((rows[:, :2] == rows[0, :2]).all()):
-        _raise_facts(facts, rows[:, 1], group)
+        _raise_facts(facts, rows[:, 1], group, advice)
     return bool(rows[:, 2].any())
 
 
-def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup | None) -> None:
+def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup | None, advice: str) -> None:
     codes = [zlib.crc32(repr(fact).encode()) for fact in facts]
     padded = torch.zeros(int(lengths.max()), dtype=torch.int64)
     padded[: len(codes)] = torch.tensor(codes)
-    table = _gather(padded, group)
+    table = gather_rows(padded, group)
     differing = (table != table[0]).any(0).nonzero().flatten().tolist()
     own = td.get_rank(group)
     lines = []
@@ -81,7 +84,7 @@ def _raise_facts(facts: Sequence[Fact], lengths: Tensor, group: td.ProcessGroup 
         )
         lines.append(f"{mine or 'the number of parameters'}: {ranks}")
     more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise RuntimeError(f"Muon: the ranks differ in {'; '.join(lines)}{more}; {ADVICE}")
+    raise RuntimeError(f"Muon: the ranks differ in {'; '.join(lines)}{more}; {advice}")
 
 
 class Comparison:
@@ -164,7 +167,7 @@ def _weighted_sums(tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return absolute, positive
 
 
-def _gather(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:
+def gather_rows(mine: Tensor, group: td.ProcessGroup | None) -> Tensor:
     """Return the int64 vectors of all ranks, one per row."""
     rows = [torch.empty_like(mine) for _ in range(td.get_world_size(group))]
     td.all_gather(rows, mine, group=group)

@@ -248,7 +248,7 @@ def test_the_step_of_adamw_groups_on_cuda_is_kept_where_torch_keeps_it(options):
 @pytest.mark.parametrize(
     ("params", "settings", "error", "message"),
     [
-        (None, {"lr": torch.ones(2)}, TypeError, r"params must be parameters or groups of them, got None"),
+        (None, {"lr": torch.ones(2)}, ValueError, r"tensor lr must have one element, got shape \(2,\)"),
         (None, {}, TypeError, r"pass model.parameters\(\)"),
         (3, {}, TypeError, "params must be parameters"),
         (

@@ -1,0 +1,410 @@
+"""`pgolf.optim.Muon` on DTensors (FSDP2, HSDP, tensor parallelism) compared with one process, bit for bit.
+
+There is one launch each of four, two and one rank over gloo; that of four saves the checkpoint that all of
+them load. Each rank runs this file as a program (torchrun ... FILE FOLDER), which writes
+rank<r>.safetensors and rank<r>.json in FOLDER and asserts nothing.
+"""
+
+import copy
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as td
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import pgolf.optim
+from pgolf.optim import muon
+from pgolf.optim.mesh import Box, Layout
+from pgolf.optim.owners import owners
+
+WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
+# Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
+SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1, 5), (6, 1), (7,)]
+
+BLOCKS = [Shard(0), Shard(1)]
+
+
+def tensors(seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=rng) for shape in SHAPES]
+
+
+def whole(tensor):
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def step_by_hand(place, place_gradient=None):
+    """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors.
+
+    In one step one parameter has no gradient on any rank.
+    """
+    params = [nn.Parameter(place(t)) for t in tensors(0)]
+    groups = [
+        {"params": [*params[:2], params[3]], "row_normalize": True},
+        {"params": params[2:3], "num_heads": 2, "heads_along": "columns"},
+        {"params": params[4:5], "num_heads": 3, "split_sizes": (2, 1)},
+        {"params": params[5:-1], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
+        {"params": params[-1:], "use_muon": False},
+    ]
+    optimizer = pgolf.optim.Muon(groups, lr=0.02)
+    for step in range(STEPS):
+        for i, (p, grad) in enumerate(zip(params, tensors(1 + step), strict=True)):
+            p.grad = None if (step, i) == (1, 5) else (place_gradient or place)(grad)
+        optimizer.step()
+    found = {f"param{i}": whole(p) for i, p in enumerate(params)}
+    states = [(i, k, t) for i, p in enumerate(params) for k, t in optimizer.state[p].items()]
+    return found | {f"{key}{i}": whole(t) for i, key, t in states}
+
+
+def placer(mesh, placements):
+    """Return a function that distributes a tensor; a dimension that it does not have is replicated."""
+
+    def place(tensor):
+        fitting = [p if not p.is_shard() or p.dim < tensor.dim() else Replicate() for p in placements]
+        return distribute_tensor(tensor, mesh, fitting, src_data_rank=None)
+
+    return place
+
+
+def partial(mesh):
+    """Return a function that makes a gradient whose parts have to be added up; the sum is exact."""
+    return lambda tensor: DTensor.from_local(tensor / mesh.size(), mesh, [Partial()])
+
+
+def network():
+    rng = torch.Generator().manual_seed(9)
+    net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3))
+    for p in net.parameters():
+        p.data.copy_(0.4 * torch.randn(p.shape, generator=rng))
+    return net
+
+
+def optimizer_of(net):
+    """Return an optimizer with one group of matrices and one of vectors."""
+    named = list(net.named_parameters())
+    groups = [
+        {"params": [(n, p) for n, p in named if p.dim() == 2]},
+        {"params": [(n, p) for n, p in named if p.dim() != 2], "use_muon": False, "lr": 1e-3},
+    ]
+    return pgolf.optim.Muon(groups, lr=0.02)
+
+
+def train(net, optimizer, first=0, last=STEPS):
+    """Train on the same batch on each rank, so that the mean of 1, 2 or 4 gradients is exact."""
+    for step in range(first, last):
+        rng = torch.Generator().manual_seed(100 + step)
+        x, y = (torch.randn(16, n, generator=rng) for n in (6, 3))
+        optimizer.zero_grad()
+        (net(x) - y).square().mean().backward()
+        optimizer.step()
+    return {name: whole(p) for name, p in net.named_parameters()}
+
+
+def sharded(mesh, *modules):
+    """Return the network after `fully_shard`; with names of modules, only these, the rest stays plain."""
+    net = network()
+    for name in modules:
+        fully_shard(net.get_submodule(name), mesh=mesh)
+    return net if modules else fully_shard(net, mesh=mesh)
+
+
+def save(net, optimizer, folder):
+    model, state = get_state_dict(net, optimizer)
+    dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+
+def resume(mesh, folder):
+    """Load the checkpoint of four ranks on the ranks that there are, and train on."""
+    net = sharded(mesh)
+    optimizer = optimizer_of(net)
+    model, state = get_state_dict(net, optimizer)
+    dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state)
+    return train(net, optimizer, RESUME_AT)
+
+
+def resume_whole(mesh):
+    """Save whole tensors after some steps, load them into a new optimizer, and train on."""
+    net = sharded(mesh)
+    optimizer = optimizer_of(net)
+    train(net, optimizer, 0, RESUME_AT)
+    options = StateDictOptions(full_state_dict=True)
+    model, _ = get_state_dict(net, optimizer, options=options)
+    state = optimizer.state_dict()
+    state["state"] = {i: {k: whole(t) for k, t in s.items()} for i, s in state["state"].items()}
+    again = sharded(mesh)
+    second = optimizer_of(again)
+    for name, p in again.named_parameters():
+        p.data.copy_(distribute_tensor(model[name], p.device_mesh, p.placements, src_data_rank=None))
+    second.load_state_dict(copy.deepcopy(state))
+    return train(again, second, RESUME_AT)
+
+
+def tensor_parallel(mesh):
+    """Take steps by hand on FSDP2 over tensor parallelism along rows and columns."""
+    net = network()
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel()}
+    fully_shard(parallelize_module(net, mesh["tp"], plan), mesh=mesh["fsdp"])
+    return by_hand(net)
+
+
+def by_hand(net):
+    """Take steps with random gradients that are the same on each rank."""
+    optimizer = optimizer_of(net)
+    for step in range(STEPS):
+        rng = torch.Generator().manual_seed(50 + step)
+        for p in net.parameters():
+            grad = torch.randn(p.shape, generator=rng)
+            p.grad = distribute_like(grad, p)
+        optimizer.step()
+    return {name: whole(p) for name, p in net.named_parameters()}
+
+
+def distribute_like(tensor, p):
+    if not isinstance(p, DTensor):
+        return tensor
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def iterated(run):
+    """Return how many matrices this rank iterates in `run`."""
+    original, seen = muon.newton_schulz, []
+
+    def count(x, table, *, eps):
+        seen.append(x.shape[0])
+        return original(x, table, eps=eps)
+
+    muon.newton_schulz = count
+    try:
+        run()
+    finally:
+        muon.newton_schulz = original
+    return sum(seen)
+
+
+def message(call):
+    try:
+        call()
+    except (RuntimeError, ValueError, TypeError) as e:
+        return f"{type(e).__name__}: {e}"
+    return "no error"
+
+
+def differing(mesh, case):
+    """Return the message of a step before which one rank was given something else, or the optimizer was."""
+    net = sharded(mesh)
+    optimizer = optimizer_of(net)
+    train(net, optimizer, 0, 1)
+    weight, odd = net[2].weight, td.get_rank() == td.get_world_size() - 1
+    if case == "no gradient" and odd:
+        weight.grad = None
+    elif case == "no gradient of AdamW" and odd:
+        net[2].bias.grad = None
+    elif case == "other lr" and odd:
+        optimizer.param_groups[0]["lr"] = 0.5
+    before = [whole(p).clone() for p in net.parameters()]
+    text = message(optimizer.step)
+    kept = all(torch.equal(p, whole(q)) for p, q in zip(before, net.parameters(), strict=True))
+    return text if kept else f"parameters changed before: {text}"
+
+
+DIFFERING = {
+    "no gradient": r"RuntimeError: Muon: the ranks differ in the gradient of parameter 2\.weight",
+    "no gradient of AdamW": r"RuntimeError: Muon: the ranks differ in the gradient of parameter 2\.bias",
+    "other lr": "RuntimeError: Muon: the ranks differ in lr of group 0",
+}
+
+
+def refused(mesh):
+    """Return the messages of what cannot be used, the same on each rank."""
+    matrix, convolution = torch.ones(4, 4), torch.ones(2, 2, 4, 4)
+    added = DTensor.from_local(matrix, mesh, [Partial()])
+    deep = distribute_tensor(convolution, mesh, [Shard(2)])
+    rows, columns = (nn.Parameter(distribute_tensor(matrix, mesh, [Shard(dim)])) for dim in (0, 1))
+    first, second = pgolf.optim.Muon([rows]), pgolf.optim.Muon([columns])
+    rows.grad = torch.ones_like(rows)
+    first.step()
+    columns.grad = torch.ones(4, 4)
+    return {
+        "plain": message(second.step),
+        "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
+        "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
+        "placed": message(lambda: second.load_state_dict(first.state_dict())),
+        "not placed": message(
+            lambda: pgolf.optim.Muon([nn.Parameter(matrix)]).load_state_dict(first.state_dict())
+        ),
+    }
+
+
+def cases(world, checkpoint):
+    """Return all tensors of a rank by case."""
+    mesh = init_device_mesh("cpu", (world,))
+    found = {
+        "rows": step_by_hand(placer(mesh, [Shard(0)])),
+        "columns": step_by_hand(placer(mesh, [Shard(1)])),
+        "copies": step_by_hand(placer(mesh, [Replicate()])),
+        "sums": step_by_hand(placer(mesh, [Replicate()]), partial(mesh)),
+        "fsdp": train(net := sharded(mesh), optimizer_of(net)),
+        "some": train(net := sharded(mesh, "0", "4"), optimizer_of(net)),
+        "whole state": resume_whole(mesh),
+    }
+    if world == 4:
+        pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        found |= {
+            "blocks": step_by_hand(placer(pairs, BLOCKS)),
+            "rows twice": step_by_hand(placer(pairs, [Shard(0), Shard(0)])),
+            "copies of rows": step_by_hand(placer(pairs, [Replicate(), Shard(0)])),
+            "columns of copies": step_by_hand(placer(pairs, [Shard(1), Replicate()])),
+            "one dimension": step_by_hand(placer(pairs["tp"], [Shard(0)])),
+            "a part of three dimensions": step_by_hand(
+                placer(init_device_mesh("cpu", (2, 2, 1), mesh_dim_names=("x", "y", "z"))["y", "z"], BLOCKS)
+            ),
+            "hsdp": train(net := sharded(pairs), optimizer_of(net)),
+            "tp": tensor_parallel(pairs),
+        }
+        net = sharded(mesh)
+        train(net, optimizer := optimizer_of(net), 0, RESUME_AT)
+        save(net, optimizer, checkpoint)
+    found["resumed"] = resume(mesh, checkpoint)
+    return {f"{case}.{name}": t for case, named in found.items() for name, t in named.items()}
+
+
+REFUSED = {
+    "partial": r"ValueError: Muon: parameter 0 of shape \(4, 4\) has the placement .*sharded or replicated",
+    "deep": "ValueError: Muon: parameter 0 of shape .* sharded along dimension 2, .* dimension 0 or 1",
+    "placed": "ValueError: .*momentum_buffer is a DTensor that is not placed like .*distributed.checkpoint",
+    "not placed": r"ValueError: .*momentum_buffer is a DTensor that is not placed like .*full_tensor\(\)",
+    "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
+}
+REFERENCES = {
+    **dict.fromkeys(
+        ("rows", "columns", "copies", "sums", "blocks", "rows twice", "copies of rows", "columns of copies"),
+        lambda: step_by_hand(lambda t: t),
+    ),
+    **dict.fromkeys(("one dimension", "a part of three dimensions"), lambda: step_by_hand(lambda t: t)),
+    **dict.fromkeys(
+        ("fsdp", "some", "hsdp", "resumed", "whole state"), lambda: train(net := network(), optimizer_of(net))
+    ),
+    "tp": lambda: by_hand(network()),
+}
+
+FOUR_RANKS = {
+    "blocks",
+    "rows twice",
+    "copies of rows",
+    "columns of copies",
+    "one dimension",
+    "a part of three dimensions",
+    "hsdp",
+    "tp",
+}
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    """The tensors and messages of each rank, by number of ranks."""
+    folder = tmp_path_factory.mktemp("mesh")
+    found = {}
+    for world in WORLDS:
+        own = folder / str(world)
+        own.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
+        done = subprocess.run(
+            [*command, __file__, str(own)], capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found[world] = [
+            (load_file(own / f"rank{r}.safetensors"), json.loads((own / f"rank{r}.json").read_text()))
+            for r in range(world)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("world", "case"), [(w, c) for w in WORLDS for c in REFERENCES if w == 4 or c not in FOUR_RANKS]
+)
+def test_ranks_end_where_one_process_does_bit_for_bit(launches, world, case):
+    wanted = {f"{case}.{name}": t for name, t in REFERENCES[case]().items()}
+    for found, _ in launches[world]:
+        names = [name for name in found if name.startswith(f"{case}.")]
+        assert sorted(names) == sorted(wanted)
+        assert [name for name in names if not torch.equal(found[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_rank_iterates_its_share_only(launches, world):
+    counts = [seen["iterated"] for _, seen in launches[world]]
+    total = iterated(lambda: step_by_hand(lambda t: t))
+    assert total == 17 * STEPS - 1
+    assert sum(counts) == total
+    assert min(counts) > 0
+
+
+@pytest.mark.parametrize("case", list(DIFFERING))
+@pytest.mark.parametrize("world", [w for w in WORLDS if w > 1])
+def test_ranks_that_differ_raise_on_each_rank_before_anything_changes(launches, world, case):
+    for _, seen in launches[world]:
+        assert re.match(DIFFERING[case], seen["differing"][case])
+        assert f"rank {world - 1} against rank 0" in seen["differing"][case]
+        assert "every rank of a device mesh" in seen["differing"][case]
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_cannot_be_used_is_refused(launches, world, case):
+    for _, seen in launches[world]:
+        assert re.match(REFUSED[case], seen["refused"][case]), seen["refused"][case]
+
+
+def homes_of(matrices):
+    return tuple(layout.homes(box) for layout, box in matrices)
+
+
+def test_experts_that_are_sharded_by_expert_stay_where_they_are():
+    by_expert = Layout([Box(2 * r, 2 * r + 2, 0, 5, 0, 7) for r in range(4)])
+    by_row = Layout([Box(0, 8, r, r + 1, 0, 7) for r in range(4)])
+    experts = [(by_expert, Box(b, b + 1, 0, 5, 0, 7)) for b in range(8)]
+    rows = [(by_row, Box(b, b + 1, 0, 4, 0, 7)) for b in range(3)]
+    assert owners((3,) * 8, 4, homes_of(experts)) == (0, 0, 1, 1, 2, 2, 3, 3)
+    # The others fill up what is left: the dearest first, each to the rank with the lowest cost so far.
+    assert owners((3, 3, 3, 3, 2, 4, 2), 4, homes_of(experts[:4] + rows)) == (0, 0, 1, 1, 3, 2, 3)
+
+
+def test_copies_are_shared_out_evenly_among_the_ranks_that_hold_them():
+    pairs = Layout([Box(0, 1, 0, 5, 0, 7), Box(1, 2, 0, 5, 0, 7)] * 2)
+    matrices = [(pairs, Box(b, b + 1, 0, 5, 0, 7)) for b in (0, 0, 1, 1)]
+    assert owners((1,) * 4, 4, homes_of(matrices)) == (0, 2, 1, 3)
+    assert [list(pairs.sources(owner)) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
+
+
+def main(folder):
+    """Run every case on this rank."""
+    torch.set_num_threads(1)
+    td.init_process_group("gloo")
+    rank, world = td.get_rank(), td.get_world_size()
+    found = cases(world, folder.parent / "checkpoint")
+    mesh = init_device_mesh("cpu", (world,))
+    seen = {
+        "iterated": iterated(lambda: step_by_hand(placer(mesh, [Shard(0)]))),
+        "refused": refused(mesh),
+        "differing": {case: differing(mesh, case) for case in DIFFERING} if world > 1 else {},
+    }
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / f"rank{rank}.safetensors")
+    (folder / f"rank{rank}.json").write_text(json.dumps(seen))
+    td.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
