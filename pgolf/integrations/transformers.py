@@ -61,7 +61,7 @@ def patch(model: Model, *, memory: Literal["fast", "low"] = "low") -> Model:
         TypeError: `model` is not a model of Transformers with a linear head and a loss function.
         ValueError: the model is patched already, or its loss is not the one of causal language models.
         RuntimeError: in the first training step, the model does something else to its logits; or its head is
-            a DTensor, split over ranks.
+            split over ranks by tensor parallelism. (FSDP gathers it, and works.)
     """
     try:
         from transformers import PreTrainedModel
@@ -176,11 +176,6 @@ def _loss(
     target = shift_labels.to(hidden.device)
 
     def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if hasattr(weight, "placements"):
-            raise RuntimeError(
-                "patch: the head's weight is a DTensor, split over ranks; the fused loss needs it whole: "
-                "leave the head out of the tensor-parallel plan"
-            )
         return linear_softcap_ce(
             hidden,
             weight,

@@ -46,6 +46,15 @@ def check_weighting(
     refuse_constant(op, "class_weight", class_weight)
 
 
+def refuse_dtensors(op: str, *tensors: Tensor | None) -> None:
+    """Raise RuntimeError for a tensor that is split over ranks."""
+    if any(hasattr(t, "placements") for t in tensors):
+        raise RuntimeError(
+            f"{op}: a DTensor is not supported, because the kernels need the whole vocabulary and width on "
+            "one rank; pass .full_tensor(), or .to_local() of a tensor whose rows are split over ranks"
+        )
+
+
 def integer_target(op: str, target: Tensor) -> Tensor:
     """Return int64 targets; those of int32 are converted."""
     if target.dtype == torch.int64:

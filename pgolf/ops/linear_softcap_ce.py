@@ -24,6 +24,7 @@ from pgolf.ops._loss import (
     integer_target,
     is_traced,
     reduce_rows,
+    refuse_dtensors,
     rescale_once,
     row_weight,
 )
@@ -96,11 +97,12 @@ def linear_softcap_ce(
             from 0 to 1, reduction or memory is unknown, or a target is out of range.
         TypeError: a dtype is not supported.
         RuntimeError: a second derivative, a derivative of forward mode or torch.func, or one with respect to
-            `class_weight` was asked for.
+            `class_weight` was asked for, or a tensor is a DTensor.
 
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
     check_reduction("linear_softcap_ce", reduction)
+    refuse_dtensors("linear_softcap_ce", hidden, weight, target, bias, class_weight)
     target = integer_target("linear_softcap_ce", target)
     _check(hidden, weight, target, bias, memory)
     check_weighting("linear_softcap_ce", hidden, weight.shape[0], class_weight, label_smoothing, logit_scale)

@@ -26,6 +26,7 @@ from pgolf.ops._loss import (
     integer_target,
     is_traced,
     reduce_rows,
+    refuse_dtensors,
     rescale_once,
     row_weight,
 )
@@ -94,11 +95,12 @@ def softcap_ce(
             of range.
         TypeError: a dtype is not supported.
         RuntimeError: a second derivative, a derivative of forward mode or torch.func, or one with respect to
-            `class_weight` was asked for.
+            `class_weight` was asked for, or a tensor is a DTensor.
 
     Source: Gemma 2, section 2. Kernel: csrc/kernels/softcap_ce.h.
     """
     check_reduction("softcap_ce", reduction)
+    refuse_dtensors("softcap_ce", logits, target, class_weight)
     check_weighting("softcap_ce", logits, logits.shape[-1], class_weight, label_smoothing, logit_scale)
     target = integer_target("softcap_ce", target)
     options = (cap, ignore_index, z_loss)
