@@ -105,6 +105,13 @@ def refuse_transforms(op: str, *tensors: Tensor, reference: str | None = None) -
         )
 
 
+def refuse_constant(op: str, name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError if the argument `name`, which has no gradient, would have to be differentiated."""
+    refuse_transforms(op, tensor)
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        raise RuntimeError(f"{op}: {name} has no derivative; pass {name}.detach()")
+
+
 def refuse_recording(op: str, tensors: Iterable[Tensor | None]) -> None:
     """Raise RuntimeError if an operator that works in place would have to be differentiated."""
     found = [t for t in tensors if t is not None]

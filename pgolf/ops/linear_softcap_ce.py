@@ -12,13 +12,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import pgolf.ops._extension  # noqa: F401  (registers the operators)
+import pgolf.ops._smoothed_ce  # noqa: F401  (registers the operators, also those of the extension)
 from pgolf.ops._derivatives import refuse_second_order, refuse_transforms, second_order_error
 from pgolf.ops._loss import (
     CHECK_TARGETS,
     Reduction,
     check_reduction,
+    check_weighting,
+    class_weights,
+    in_float64,
+    integer_target,
+    is_traced,
     reduce_rows,
+    refuse_dtensors,
     rescale_once,
     row_weight,
 )
@@ -34,81 +40,114 @@ def linear_softcap_ce(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
     memory: Literal["fast", "low"] = "fast",
 ) -> Tensor:
     """Compute the cross-entropy of the tanh-capped logits `hidden @ weight.T`, in nats.
 
-        z = cap * tanh(hidden @ weight.T / cap)
-        loss_i = lse_i - z_i,target_i + z_loss * lse_i^2,   lse = logsumexp(z)
+        z = cap * tanh(logit_scale * (hidden @ weight.T + bias) / cap)          lse = logsumexp(z)
+        loss_i = sum_v q_iv class_weight_v (lse_i - z_iv + z_loss * lse_i^2)
+        q_iv = (1 - label_smoothing) [v = target_i] + label_smoothing / vocab
 
-    Equals `F.cross_entropy(cap * torch.tanh(F.linear(hidden, weight) / cap), target)`.
+    With the default arguments this is lse_i - z_i,target_i. It equals
+    `F.cross_entropy(z, target, class_weight, label_smoothing=label_smoothing)` with z computed by `F.linear`.
 
-    The loss can be differentiated once with respect to `hidden` and `weight`, by torch.autograd; a second
-    derivative, forward mode and torch.func raise an error. Each gradient has the dtype of its tensor; the
-    weight's gradient is accumulated in float32. The result is deterministic, bitwise the same from run to
+    The loss can be differentiated once with respect to `hidden`, `weight` and `bias`, by torch.autograd; a
+    second derivative, forward mode and torch.func raise an error. Each gradient has the dtype of its tensor;
+    the weight's gradient is accumulated in float32. The result is deterministic, bitwise the same from run to
     run. Under autocast, `hidden` is cast to the autocast dtype first, as in `F.linear`.
 
+    `bias` and `logit_scale` cost a copy of `hidden`, and `bias` one of `weight`, but no pass over logits;
+    `class_weight` costs nothing. Label smoothing takes chunks of rows with PyTorch operators, computes the
+    logits twice whatever `memory` is, keeps none, and is slower.
+
     Args:
-        hidden: `(rows, width)`, or any leading shape `(..., width)`; float32, bfloat16 or float16.
+        hidden: `(rows, width)`, or any leading shape `(..., width)`; float32, bfloat16 or float16. On the CPU
+            also float64, for checks: computed by `linear_softcap_ce_ref`, with its derivatives.
         weight: `(vocab, width)` float32 or the dtype of `hidden`. A float32 weight is cast to `hidden`'s
             dtype once, but its gradient is not rounded to that dtype.
-        target: `(rows,)`, or the leading shape of `hidden`; int64 in [0, vocab) or `ignore_index`. A target
-            out of range raises on the CPU and gives NaN on CUDA (see `softcap_ce` and PGOLF_CHECK_TARGETS).
+        target: `(rows,)`, or the leading shape of `hidden`; int64 or int32 in [0, vocab), or `ignore_index`.
+            A target out of range raises on the CPU and gives NaN on CUDA (see `softcap_ce` and
+            PGOLF_CHECK_TARGETS).
         cap: soft limit on |z|, > 0, or None for plain cross-entropy.
-        reduction: "mean" over the rows that are not ignored (0 if all rows are ignored, where
-            `F.cross_entropy` gives NaN), "sum", or "none", one loss per row.
+        reduction: "mean" over the rows that are not ignored, each counted with the class weight of its target
+            (0 if all rows are ignored, where `F.cross_entropy` gives NaN), "sum", or "none".
         ignore_index: target value of rows whose loss and gradient are 0.
         z_loss: weight of lse^2, >= 0.
+        bias: `(vocab,)` of a floating-point dtype, added to the logits, or None. It is cast as `weight` is.
+        class_weight: `(vocab,)` of a floating-point dtype, or None for ones; it gets no gradient.
+        label_smoothing: share of each target's probability that is spread over all classes, from 0 to 1.
+        logit_scale: factor of the logits before the cap, > 0. It multiplies `hidden` in its dtype.
         memory: how much is kept for the backward pass. "fast" keeps one `(rows, vocab)` tensor in `hidden`'s
             dtype, which is at most half of what `F.linear` and `F.cross_entropy` keep. "low" keeps no logits
             and holds a chunk of them at a time (on CUDA 256 MiB or 2048 rows, whichever is more): "mean" and
             "sum" compute the gradients together with the loss, "none" (and float16) computes the logits a
-            second time. If no gradient is needed, both are the same and keep nothing.
+            second time, and so do programs of torch.export and torch.jit.trace in both modes. If no gradient
+            is needed, both are the same and keep nothing.
 
     Returns:
-        float32 loss in nats: of the shape of `target` for "none", a scalar for "mean" and "sum".
+        float32 loss in nats (float64 for float64 hidden states): of the shape of `target` for "none", a
+        scalar for "mean" and "sum".
 
     Raises:
-        ValueError: shapes or devices disagree, cap <= 0, z_loss < 0, reduction or memory is unknown, or a
-            target is out of range.
+        ValueError: shapes or devices disagree, cap or logit_scale <= 0, z_loss < 0, label_smoothing is not
+            from 0 to 1, reduction or memory is unknown, or a target is out of range.
         TypeError: a dtype is not supported.
-        RuntimeError: a second derivative, or a derivative of forward mode or torch.func, was asked for.
+        RuntimeError: a second derivative, a derivative of forward mode or torch.func, or one with respect to
+            `class_weight` was asked for, or a tensor is a DTensor.
 
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
     check_reduction("linear_softcap_ce", reduction)
-    refuse_transforms("linear_softcap_ce", hidden, weight)
-    if memory not in ("fast", "low"):
-        raise ValueError(f'linear_softcap_ce: memory must be "fast" or "low", got {memory!r}')
-    if hidden.dim() < 2:
-        raise ValueError(
-            f"linear_softcap_ce: hidden must be (rows, width) or (..., width), got {tuple(hidden.shape)}"
+    refuse_dtensors("linear_softcap_ce", hidden, weight, target, bias, class_weight)
+    target = integer_target("linear_softcap_ce", target)
+    _check(hidden, weight, target, bias, memory)
+    check_weighting("linear_softcap_ce", hidden, weight.shape[0], class_weight, label_smoothing, logit_scale)
+    options = (cap, ignore_index, z_loss)
+    if hidden.dtype == torch.float64 and hidden.is_cpu:
+        return in_float64(
+            "linear_softcap_ce",
+            linear_softcap_ce_ref,
+            hidden,
+            weight,
+            target,
+            cap,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            bias=bias,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            logit_scale=logit_scale,
         )
-    if target.shape != hidden.shape[:-1]:
-        raise ValueError(
-            f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "
-            f"dimension, got {tuple(target.shape)}"
-        )
+    refuse_transforms("linear_softcap_ce", hidden, weight, *([] if bias is None else [bias]))
     # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
     if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     x, y = hidden.flatten(0, -2), target.flatten()
-    options = (cap, ignore_index, z_loss)
-    needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
-    ops = torch.ops.pgolf
-    # A gradient scaler works only if the upstream gradient is applied before rounding to float16, so float16
-    # does not compute its gradients in the forward pass.
-    if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
-        share = row_weight(y, ignore_index, reduction)
-        if not torch.compiler.is_compiling():
-            return _OnePass.apply(x, weight, y, share, options, needs)[0]  # type: ignore[no-any-return,no-untyped-call]
-        total: Tensor = ops.linear_softcap_ce_gradients(share, x, weight, y, *options, *needs, CHECK_TARGETS)[
-            0
-        ]
-        return total
-    keep = memory == "fast" and any(needs)
-    loss: Tensor = ops.linear_softcap_ce(x, weight, y, *options, keep, CHECK_TARGETS)[0]
-    return reduce_rows(loss, y, ignore_index, reduction).reshape(target.shape if reduction == "none" else ())
+    x, weight = _fold(x, weight, bias, logit_scale)
+    weights = None if class_weight is None else class_weights(class_weight.float(), y, ignore_index)
+    if label_smoothing:
+        loss: Tensor = torch.ops.pgolf._smoothed_linear_ce(
+            x, weight, y, class_weight, *options, label_smoothing, CHECK_TARGETS
+        )
+    else:
+        needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
+        # A recorded program keeps nothing, because it may run with or without a backward pass.
+        if is_traced() or torch.compiler.is_exporting():
+            needs = [False, False]
+        # A gradient scaler works only if the upstream gradient is applied before rounding to float16, so
+        # float16 does not compute its gradients in the forward pass.
+        if memory == "low" and any(needs) and reduction != "none" and x.dtype != torch.float16:
+            return _one_pass(x, weight, y, row_weight(y, ignore_index, reduction, weights), options, needs)
+        keep = memory == "fast" and any(needs)
+        loss = torch.ops.pgolf.linear_softcap_ce(x, weight, y, *options, keep, CHECK_TARGETS)[0]
+        loss = loss if weights is None else loss * weights
+    loss = reduce_rows(loss, y, ignore_index, reduction, weights)
+    return loss.reshape(target.shape if reduction == "none" else ())
 
 
 def linear_softcap_ce_ref(
@@ -120,13 +159,80 @@ def linear_softcap_ce_ref(
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     z_loss: float = 0.0,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
 ) -> Tensor:
     """Compute `linear_softcap_ce` with PyTorch operators; float64 input is computed in float64."""
-    logits = torch.nn.functional.linear(hidden, weight.to(hidden.dtype)).flatten(0, -2)
-    loss = softcap_ce_ref(
-        logits, target.flatten(), cap, reduction=reduction, ignore_index=ignore_index, z_loss=z_loss
+    offset = None if bias is None else bias.to(hidden.dtype)
+    return softcap_ce_ref(
+        torch.nn.functional.linear(hidden, weight.to(hidden.dtype), offset),
+        target,
+        cap,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        z_loss=z_loss,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        logit_scale=logit_scale,
     )
-    return loss.reshape(target.shape if reduction == "none" else ())
+
+
+def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, memory: str) -> None:
+    """Check what the operators do not see: the leading dimensions, the bias and the mode."""
+    if memory not in ("fast", "low"):
+        raise ValueError(f'linear_softcap_ce: memory must be "fast" or "low", got {memory!r}')
+    if hidden.dim() < 2:
+        raise ValueError(
+            f"linear_softcap_ce: hidden must be (rows, width) or (..., width), got {tuple(hidden.shape)}"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"linear_softcap_ce: target must be {tuple(hidden.shape[:-1])}, hidden's shape without the last "
+            f"dimension, got {tuple(target.shape)}"
+        )
+    if bias is None:
+        return
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_softcap_ce: bias must be (vocab,)={tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+        )
+    if not bias.is_floating_point():
+        raise TypeError(f"linear_softcap_ce: bias must be of a floating-point dtype, got {bias.dtype}")
+
+
+def _fold(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Return hidden states and a weight whose product is logit_scale (hidden weight^T + bias).
+
+    The bias becomes a column of the weight, which a column of ones in `hidden` multiplies; seven columns of
+    zeros beside it keep a width that is a multiple of eight, as the Hopper kernels need it.
+    """
+    if logit_scale != 1.0:
+        hidden = hidden * logit_scale
+    if bias is None:
+        return hidden, weight
+    column = (bias.float() * logit_scale).to(weight.dtype)[:, None]
+    ones = hidden.new_zeros(hidden.shape[0], 8)
+    ones[:, 0] = 1.0
+    pad = torch.nn.functional.pad
+    return torch.cat([hidden, ones], dim=1), torch.cat([weight, pad(column, (0, 7))], dim=1)
+
+
+def _one_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    share: Tensor,
+    options: tuple[float | None, int, float],
+    needs: list[bool],
+) -> Tensor:
+    """Return the sum of the losses, each multiplied by its row's share; the gradients come with it."""
+    if not torch.compiler.is_compiling():
+        return _OnePass.apply(hidden, weight, target, share, options, needs)[0]  # type: ignore[no-any-return,no-untyped-call]
+    gradients = torch.ops.pgolf.linear_softcap_ce_gradients
+    total: Tensor = gradients(share, hidden, weight, target, *options, *needs, CHECK_TARGETS)[0]
+    return total
 
 
 class _OnePass(torch.autograd.Function):

@@ -393,7 +393,7 @@ def test_cpu_target_out_of_range_names_the_row(bad: int) -> None:
             ValueError,
             r"target must be \(rows,\)=\(4,\), got \[3\]",
         ),
-        (torch.zeros(4, 5), torch.zeros(4).int(), 30.0, TypeError, "target must be int64, got Int"),
+        (torch.zeros(4, 5), torch.zeros(4).short(), 30.0, TypeError, "int64 or int32, got torch.int16"),
         (
             torch.zeros(4, 5),
             torch.zeros(4).long(),
@@ -418,11 +418,11 @@ def test_cpu_target_out_of_range_names_the_row(bad: int) -> None:
         (torch.zeros(4, 5), torch.zeros(4).long(), 1e-40, ValueError, r"got 1e-40; float32 divides by 1\."),
         (torch.zeros(4, 5), torch.zeros(4).long(), 1e38, ValueError, r"got 1e\+38; float32 divides by 1\."),
         (
-            torch.zeros(4, 5).double(),
+            torch.zeros(4, 5).int(),
             torch.zeros(4).long(),
             30.0,
             TypeError,
-            "dtype must be float32, .* got Double",
+            "dtype must be float32, .* got Int",
         ),
     ],
 )

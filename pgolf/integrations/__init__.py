@@ -1,0 +1,1 @@
+"""What makes other people's libraries use the kernels."""
