@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.config import EvaluateConfig, Method
+from pgolf.config import METHODS, EvaluateConfig, Method
 from pgolf.data.challenge import known_text
 from pgolf.data.loader import ValidationText, load_validation
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
@@ -173,6 +173,8 @@ def start_pass(
     Raises:
         ValueError: the text has no BOS, or a setting does not fit.
     """
+    if way not in METHODS:
+        raise UserError(f"a way to score must be one of {METHODS}, got {way!r}")
     context = settings.context or model.config.max_context
     where: dict[str, Any] = {"bos_id": bos_id, "context": context}
     if way == "ttt":

@@ -67,7 +67,9 @@ def main(argv: list[str], program: Path) -> int:
     parser.add_argument(
         "--ttt", action="store_const", const="ttt", dest="mode", help="the same as --mode ttt"
     )
-    parser.add_argument("--mode", choices=METHODS, default="plain", help="how to score")
+    parser.add_argument("--mode", choices=METHODS, help="how to score (default plain)")
+    # Not a default of one of the two arguments: the first of them would give its own, which is None.
+    parser.set_defaults(mode="plain")
     parser.add_argument("--config", type=Path, help="the run's config.json; else the one next to the program")
     args = parser.parse_args(argv)
     try:

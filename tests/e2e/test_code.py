@@ -221,8 +221,17 @@ def test_what_a_user_can_cause_is_one_sentence(run, code, shards, tmp_path, argu
 
 
 def test_the_settings_of_the_run_are_those_of_its_config(run, code, shards, tmp_path):
-    alone(run, code, tmp_path / "alone")
-    (tmp_path / "alone" / "config.json").write_bytes((run / "config.json").read_bytes())
-    done = bare(CODE_NAME, "model.pgolf", "--data", str(shards), "--ttt", cwd=tmp_path / "alone")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert os.linesep in done.stdout and float(done.stdout.split()[0]) > 0
+    folder = tmp_path / "alone"
+    alone(run, code, folder)
+    saved = json.loads((run / "config.json").read_text())
+    saved["evaluate"]["stride"] = 16  # a sliding window would then have another score than segments
+    (folder / "config.json").write_text(json.dumps(saved))
+    found = {}
+    for words in ((), ("--mode", "sliding"), ("--ttt",)):
+        done = bare(CODE_NAME, "model.pgolf", "--data", str(shards), *words, cwd=folder)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert os.linesep in done.stdout
+        found[words[-1] if words else "plain"] = float(done.stdout.split()[0])
+    scores = json.loads((run / "summary.json").read_text())["scores"]
+    assert found["plain"] == pytest.approx(scores["quantized"]["bpb"], abs=1e-6)
+    assert len(set(found.values())) == 3
