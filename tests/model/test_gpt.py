@@ -215,9 +215,9 @@ def test_the_kernels_of_the_mlp_are_no_less_exact_than_composed_operators(change
     config = replace(config, max_context=130)
 
     def run(device: str, mlp: str) -> dict[str, torch.Tensor]:
-        model = randomized(config).prepare(
-            torch.device(device), compile=compile if device == "cuda" else "off", mlp=mlp
-        )
+        torch._dynamo.reset()
+        options = {"compile": compile, "attention": "varlen"} if device == "cuda" else {}
+        model = randomized(config).prepare(torch.device(device), mlp=mlp, **options)
         losses = model(ids.to(device), ids.roll(-1).to(device), cu.to(device), max_seqlen=130, loop=True)
         losses.mean().backward()
         grads = {name: p.grad for name, p in model.named_parameters() if name in GPT.bank_names}
