@@ -26,8 +26,9 @@ from pgolf.ops._derivatives import refuse_derivatives, refuse_second_order, refu
 
 EPS = torch.finfo(torch.float32).eps
 """Added to the mean square before the root, for every dtype, which is also torch's choice for float32."""
-TILE, LEAST_HIDDEN, MOST_WIDTH = 128, 512, 512
-"""Sizes that the kernels take: M a multiple of the first and at least the second, D at most the third."""
+MOST_TOKENS, MOST_WIDTH = 1 << 24, 512
+TILE, LEAST_HIDDEN, MOST_HIDDEN = 128, 512, 1 << 16
+"""Sizes that the kernels take; M is a multiple of TILE."""
 
 
 def norm_mlp(x: Tensor, up: Tensor, down: Tensor, residual: Tensor | None = None, *, slope: float) -> Tensor:
@@ -100,8 +101,9 @@ def _takes(x: Tensor, up: Tensor, slope: float) -> bool:
     (hidden, width), device = up.shape, x.device
     return (
         x.dtype == torch.bfloat16
+        and x.shape[0] <= MOST_TOKENS
         and (width % 8 == 0 and 0 < width <= MOST_WIDTH)
-        and (hidden % TILE == 0 and hidden >= LEAST_HIDDEN)
+        and (hidden % TILE == 0 and LEAST_HIDDEN <= hidden <= MOST_HIDDEN)
         and 0.0 <= slope <= 1.0
         and _has_kernels(device.type, device.index)
         and not torch.is_autocast_enabled(device.type)

@@ -267,10 +267,11 @@ def test_where_the_kernels_are_used(monkeypatch) -> None:
     monkeypatch.setattr(MODULE, "_has_kernels", lambda *_: True)
 
     def takes(width: int, hidden: int, slope: float = 0.5, dtype: torch.dtype = torch.bfloat16) -> bool:
-        return MODULE._takes(torch.zeros(1, width, dtype=dtype), torch.zeros(hidden, width), slope)
+        return MODULE._takes(torch.zeros(1, width, dtype=dtype), torch.zeros(1).expand(hidden, width), slope)
 
     assert takes(512, 2048) and takes(8, 512, 0.0) and takes(256, 640, 1.0)
     assert not takes(520, 2048) and not takes(12, 2048) and not takes(512, 384) and not takes(512, 2000)
+    assert takes(512, 65_536) and not takes(512, 65_664)
     assert not takes(512, 2048, -0.1) and not takes(512, 2048, 1.1)
     assert not takes(512, 2048, dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
