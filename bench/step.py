@@ -124,6 +124,7 @@ FAMILIES = (
     ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
     ("norms_and_mixes", r"triton_"),
+    ("mlp", r"pgolf::.*(UpEpilogue|DactEpilogue|norm_mlp|rho_kernel)"),
     ("pgolf", r"pgolf::"),
 )
 """Name of a family and the names of its kernels; attention first, because its names hold cutlass too."""
@@ -269,6 +270,9 @@ def main() -> None:
     )
     parser.add_argument("--attention", nargs="+", default=["fa4"], help="kernels: varlen fa4")
     parser.add_argument("--compile", nargs="+", default=["blocks"], choices=tuple(FORMS), help="forms")
+    parser.add_argument(
+        "--mlp", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the MLP"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -284,14 +288,13 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    for form in args.compile:
-        for attention in args.attention:
-            model = make_model(config).prepare(device, attention=attention, compile=form)
-            # The default has the plain name.
-            impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
-            measure(recorder, model, work, impl, args)
-            gc.collect()
-            torch._dynamo.reset()
+    for form, attention, mlp in itertools.product(args.compile, args.attention, args.mlp):
+        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp)
+        # The default has the plain name.
+        impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
+        measure(recorder, model, work, impl if mlp == "auto" else f"{impl}, {mlp} mlp", args)
+        gc.collect()
+        torch._dynamo.reset()
     if model is not None and not args.no_tail:
         optimizer_tail(recorder, model, 20)
     recorder.write()

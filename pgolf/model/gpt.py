@@ -35,9 +35,12 @@ from pgolf.model.parameters import layer_order as layer_order
 from pgolf.model.parameters import parameter_shapes as parameter_shapes
 from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
-from pgolf.ops import linear_softcap_ce
+from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref
 
 Observe = Callable[[str, int, Tensor], None]
+MlpKernel = Callable[..., Tensor]
+"""`norm_mlp` or its reference."""
+MlpName = Literal["auto", "composed"]
 Rounding = Callable[[str, Tensor], Tensor]
 """Takes the name of a bank and the bank, returns what a forward pass uses instead, see `fake_quant.py`."""
 
@@ -119,6 +122,13 @@ class Context(NamedTuple):
     values: Tensor | None = None  # (T, G * K), value embeddings
 
 
+class Kernels(NamedTuple):
+    """The functions that compute the two branches of a block, chosen by `GPT.prepare`."""
+
+    attention: AttentionKernel
+    mlp: MlpKernel
+
+
 Tap = Callable[[str, Tensor], None] | None
 
 
@@ -153,19 +163,25 @@ def attend(
     )
 
 
-def feed_forward(config: ModelConfig, x: Tensor, w: LayerWeights, tap: Tap) -> Tensor:
-    """Return the scaled output `(T, D)` of a layer's MLP on the residual stream `x`."""
+def feed_forward(
+    config: ModelConfig, kernel: MlpKernel, x: Tensor, residual: Tensor | None, w: LayerWeights, tap: Tap
+) -> Tensor:
+    """Return `residual` (None: 0) plus the scaled output `(T, D)` of a layer's MLP on the stream `x`."""
+    if tap is None and w.lora is None:
+        return kernel(x, w.up, w.down, residual, slope=config.slope)
     n = rms_norm(x)
     if tap is not None:
         tap("mlp_in", n * w.scales.ln)
     m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
     extra = None if w.lora is None else w.lora.mlp(n * w.scales.ln)
-    return m if extra is None else m + w.scales.mlp * extra
+    if extra is not None:
+        m = m + w.scales.mlp * extra
+    return m if residual is None else residual + m
 
 
 def serial_block(
     config: ModelConfig,
-    kernel: AttentionKernel,
+    kernels: Kernels,
     x: Tensor,
     skip: Skip | None,
     w: LayerWeights,
@@ -179,13 +195,13 @@ def serial_block(
     The MLP comes after the attention, or, if `joint`, both read the same mixed input.
     """
     _, u = mix_streams(x, skip, ctx.x0, w.mix)
-    x = u + attend(config, kernel, u, w, ctx, exclusive, tap)
-    return x + feed_forward(config, u if joint else x, w, tap)
+    x = u + attend(config, kernels.attention, u, w, ctx, exclusive, tap)
+    return feed_forward(config, kernels.mlp, u if joint else x, x, w, tap)
 
 
 def parallel_block(
     config: ModelConfig,
-    kernel: AttentionKernel,
+    kernels: Kernels,
     lanes: tuple[Tensor, Tensor],
     skip: Skip | None,
     w: LayerWeights,
@@ -199,8 +215,8 @@ def parallel_block(
     """
     lane0, lane1 = lanes
     lane0, u = mix_streams(lane0, skip, ctx.x0, w.mix)
-    a = attend(config, kernel, u, w, ctx, exclusive, tap)
-    m = feed_forward(config, lane1, w, tap)
+    a = attend(config, kernels.attention, u, w, ctx, exclusive, tap)
+    m = feed_forward(config, kernels.mlp, lane1, None, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None
     post, keep = w.lane_post, w.lane_resid
     return (
@@ -253,6 +269,7 @@ class GPT(nn.Module):
         self.config = config
         self.compute_dtype = torch.float32
         self._attention: AttentionKernel | None = None
+        self._mlp: MlpKernel = norm_mlp
         self._rope: tuple[Tensor, Tensor] | None = None
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
@@ -275,6 +292,7 @@ class GPT(nn.Module):
         attention: AttentionName = "auto",
         compile: Literal["off", "blocks", "model"] = "off",
         backend: str = "inductor",
+        mlp: MlpName = "auto",
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
 
@@ -287,6 +305,8 @@ class GPT(nn.Module):
                 with it off, which fuses across layers and takes several times as long to compile. "off"
                 compiles nothing.
             backend: backend of torch.compile.
+            mlp: "auto" computes the MLP with `norm_mlp`, which has kernels for Hopper GPUs; "composed" uses
+                torch's operators everywhere, for a comparison.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -294,6 +314,7 @@ class GPT(nn.Module):
         self.attention_name, self._attention, self.attention_note = select_attention(
             attention, device, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim
         )
+        self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         if compile != "off":
             self._stem, self._fold = jit(stem), jit(fold)
@@ -507,11 +528,11 @@ class GPT(nn.Module):
                 self._rope = rope_tables(size, config.rope_dims, base=config.rope_base, device=device)
         return self._rope[0][:tokens], self._rope[1][:tokens]
 
-    def _kernel(self) -> AttentionKernel:
+    def _kernels(self) -> Kernels:
         if self._attention is None:
             self.prepare(self.tok_emb.device)
         assert self._attention is not None
-        return self._attention
+        return Kernels(self._attention, self._mlp)
 
     def _run_serial(
         self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
@@ -519,7 +540,7 @@ class GPT(nn.Module):
         block = self._serial if observe is None else serial_block
         joint = i >= self.config.parallel_from and not self.config.lanes
         return block(
-            self.config, self._kernel(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i)
+            self.config, self._kernels(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i)
         )
 
     def _run_parallel(
@@ -532,7 +553,7 @@ class GPT(nn.Module):
         observe: Observe | None,
     ) -> tuple[Tensor, Tensor]:
         block = self._parallel if observe is None else parallel_block
-        return block(self.config, self._kernel(), lanes, skip, w, ctx, self._exclusive(i), _tap(observe, i))
+        return block(self.config, self._kernels(), lanes, skip, w, ctx, self._exclusive(i), _tap(observe, i))
 
     def _exclusive(self, i: int) -> bool:
         return i >= self.config.layers - self.config.xsa_layers
@@ -556,7 +577,7 @@ def uncompiled(
         context: tokens of the longest segment; 0: as in `model`.
         own: give it a copy of the weights, which may change.
     """
-    model._kernel()  # prepares the model if that has not been done
+    model._kernels()  # prepares the model if that has not been done
     config = replace(model.config, max_context=context or model.config.max_context)
     with torch.device("meta"):
         twin = GPT(config)
@@ -564,7 +585,7 @@ def uncompiled(
     twin.load_state_dict({n: t.clone() for n, t in weights.items()} if own else weights, assign=True)
     twin.requires_grad_(False).eval()
     twin.prepare(model.tok_emb.device, attention=model.attention_name)
-    twin._attention = kernel or twin._attention
+    twin._attention, twin._mlp = kernel or twin._attention, model._mlp
     twin.compute_dtype = model.compute_dtype
     return twin
 

@@ -38,6 +38,7 @@ from pgolf.ops.newton_schulz import (
     newton_schulz_banks_ref,
     newton_schulz_ref,
 )
+from pgolf.ops.norm_mlp import norm_mlp, norm_mlp_ref
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 from pgolf.ops.trellis import trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
@@ -67,6 +68,8 @@ __all__ = [
     "newton_schulz_banks",
     "newton_schulz_banks_ref",
     "newton_schulz_ref",
+    "norm_mlp",
+    "norm_mlp_ref",
     "pack_int6",
     "pack_int6_ref",
     "quantize_pack",

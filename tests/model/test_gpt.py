@@ -9,6 +9,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
 from pgolf.presets import naive, pr1855, tiny
+from tests.conftest import requires_hopper
 from tests.model import reference
 
 BOS = 1
@@ -209,6 +210,34 @@ def test_states_and_gradients_are_those_of_the_plain_formulas(change, loop):
         # A part that no layer of this order uses has no gradient in the plain form, and zeros in the other.
         b = torch.zeros_like(a) if b is None else b
         torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1), rtol=1e-4, msg=name)
+
+
+@requires_hopper
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+@pytest.mark.parametrize("change", [{}, {"parallel": "gptj", "leaky_slope": 0.0}], ids=label)
+def test_the_kernels_of_the_mlp_are_no_less_exact_than_composed_operators(change, compile):
+    config = replace(small(), width=128, mlp_mult=4, **change)
+    ids, cu = packed([11, 130, 24], config.vocab_size)
+    config = replace(config, max_context=130)
+
+    def run(device: str, mlp: str) -> dict[str, torch.Tensor]:
+        torch._dynamo.reset()
+        options = {"compile": compile, "attention": "varlen"} if device == "cuda" else {}
+        model = randomized(config).prepare(torch.device(device), mlp=mlp, **options)
+        losses = model(ids.to(device), ids.roll(-1).to(device), cu.to(device), max_seqlen=130, loop=True)
+        losses.mean().backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if name in GPT.bank_names}
+        return {name: t.detach().cpu() for name, t in {"losses": losses, **grads}.items()}
+
+    want = run("cpu", "composed")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours = run("cuda", "auto")
+    names = [event.key for event in profile.key_averages()]
+    assert "pgolf::norm_mlp_up" in names and "pgolf::norm_mlp_dact" in names
+    composed = run("cuda", "composed")
+    for name, truth in want.items():
+        error, bound = (float((found[name] - truth).norm()) for found in (ours, composed))
+        assert error <= 2 * bound, name
 
 
 def test_ignored_targets_cost_nothing():
