@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 EXTENSION, CODER = "_C", "_coder"
-LOADER = "pgolf.ops._extension"
+LOADERS = {"pgolf.ops._extension", "pgolf.ops._smoothed_ce"}
+"""Modules that are imported because they register operators."""
 TENSOR_FILE = "pgolf.artifact.tensor_file"
 
 
@@ -93,11 +94,11 @@ class _Names(ast.NodeTransformer):
         return node
 
     def visit_Import(self, node: ast.Import) -> ast.AST | None:
-        node.names = [a for a in node.names if a.name != LOADER]
+        node.names = [a for a in node.names if a.name not in LOADERS]
         return node if node.names else None
 
     def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
-        if node.module == LOADER:
+        if node.module in LOADERS:
             return None
         if (node.module or "").split(".")[0] == "safetensors":
             node.module = TENSOR_FILE

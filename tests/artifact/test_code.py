@@ -95,7 +95,7 @@ def test_what_is_counted_is_what_unpacks(code, tmp_path):
     assert found.pop(EVALUATE.coder) == (ROOT / EVALUATE.coder).read_text().strip()
     assert found == code
     assert code_bytes() == len(code_program())
-    assert 30_000 < code_bytes() < 54_000
+    assert 30_000 < code_bytes() < 60_000
 
 
 ALLOWED = {"torch", "numpy", "sentencepiece", "brotli", "triton", "flash_attn", "pgolf"}
@@ -133,7 +133,7 @@ def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code):
 
 
 def test_the_size_of_the_program_that_trains():
-    assert 90_000 < len(code_program(TRAIN)) < 129_000
+    assert 90_000 < len(code_program(TRAIN)) < 137_000
 
 
 @pytest.mark.parametrize("which", [EVALUATE, TRAIN], ids=lambda p: p.name)
