@@ -1,9 +1,9 @@
 """Write range_coder.cpp with all it includes, as small as a compiler takes it: pgolf/ops/range_coder.cpp.
 
-The same without the encoder is pgolf/ops/range_decoder.cpp. Run `python csrc/alone/make.py` after a change to
-the range coder's sources; tests/ops/test_coder.py fails while they differ. The results are committed, because
-they are counted and the package ships no other C++ source. Comments and blanks are left out, and our own
-names become short ones.
+The decoder alone is pgolf/ops/range_decoder.cpp. Run `python csrc/alone/make.py` after a change to the
+sources of the range coder or of the trellis; tests/ops/test_coder.py fails while they differ. The results are
+committed, because they are counted and the package ships no other C++ source. Comments and blanks are left
+out, and our own names become short ones.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from string import ascii_letters
 CSRC = Path(__file__).resolve().parents[1]
 OUT = CSRC.parent / "pgolf" / "ops"
 UNUSED = {"common.h"}
-"""Included for the integer types alone, which range_model.h has too."""
+"""Included for the integer types alone, which range_model.h has too, and for a name that is declared."""
 TOKEN = re.compile(r'"[^"]*"|[A-Za-z_]\w*|\d[\w.]*|\S')
 STANDARD = set(
     re.findall(
         r"\w+",
         """
-        __attribute__ __builtin_cpu_supports __int128 __x86_64__ abs algorithm always_inline array auto
-        begin bit bit_width bool break case catch char clamp class const constexpr continue copy cstdint
-        cstdlib data decltype decode default define defined delete do else empty encode end endif enum
-        explicit extern false fill_n float for gnu if ifdef ifndef include inline int int16_t int32_t
-        int64_t int8_t long max min move namespace new noexcept nullptr operator private protected public
-        push_back reserve resize return short signed size size_t sizeof static static_cast std struct
-        switch target template this throw transform true try typename uint16_t uint32_t uint64_t uint8_t
-        unlikely unsigned using utility vector virtual void while
+        __attribute__ __builtin_cpu_supports __int128 __x86_64__ abs algorithm always_inline array
+        auto begin bit bit_width bool break case catch char clamp class cmath const constexpr
+        continue copy cstdint cstdlib current_exception data decltype decode default define
+        defined delete do else emplace_back empty encode end endif enum exception exception_ptr
+        explicit extern false fill fill_n float for gnu if ifdef ifndef include inline int int16_t
+        int32_t int64_t int8_t join long max min min_element move namespace nearbyint new noexcept
+        nullptr operator private protected public push_back reserve resize rethrow_exception
+        return short signed size size_t sizeof static static_assert static_cast std struct switch
+        system_error target template this thread throw transform trellis true try typename
+        uint16_t uint32_t uint64_t uint8_t unlikely unsigned using utility vector virtual void
+        while
         """,
     )
 )
-"""Names that are not ours to change: the language's, the library's, and the function that is called."""
+"""Names that are not ours to change: the language's, the library's, and the functions that are called."""
 
 
 def joined(path: Path, seen: set[Path]) -> str:

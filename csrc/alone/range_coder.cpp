@@ -1,7 +1,12 @@
-// The coder of kernels/range_coder.h on its own, behind a C interface: for programs that have no compiled
-// pgolf and compile it themselves. csrc/alone/make.py writes it, with what it includes, as one small file;
-// with PGOLF_DECODER_ONLY, which that defines, there is no encoder.
+// The coder of kernels/range_coder.h on its own, and rounding along a trellis, behind a C interface: for
+// programs that have no compiled pgolf and compile it themselves. csrc/alone/make.py writes it, with what it
+// includes, as one small file; with PGOLF_DECODER_ONLY, which that defines, there is the decoder only.
 #include "kernels/range_coder_cpu.cpp"
+
+#ifndef PGOLF_DECODER_ONLY
+struct CUstream_st;  // of the declarations for CUDA in kernels/trellis.h, which nothing here uses
+#include "kernels/trellis_cpu.cpp"
+#endif  // PGOLF_DECODER_ONLY
 
 // Returns nullptr, or what is wrong with the stream. Arguments as of decode_codes_cpu.
 extern "C" const char* decode(const uint8_t* data, int64_t size, const int8_t* pool, int8_t* codes,
@@ -24,5 +29,10 @@ extern "C" int64_t encode(const int8_t* codes, const int8_t* pool, uint8_t* stre
   } catch (...) {
     return -1;
   }
+}
+
+// Arguments as of trellis_round_cpu.
+extern "C" void trellis(const float* x, float* value, int64_t rows, int64_t n, int threads) {
+  pgolf::trellis_round_cpu(x, value, rows, n, threads);
 }
 #endif  // PGOLF_DECODER_ONLY

@@ -1,9 +1,9 @@
 """The range coder of `pgolf._C` where there is no compiled pgolf: C++ that is compiled when it is needed.
 
-range_coder.cpp next to this file is the coder's own source; csrc/alone/make.py wrote it. It is compiled once
-per process, in a folder that does not stay. That takes two seconds and needs a compiler of C++20: `g++` 10 or
-newer, or what the variable CXX names. A program that only reads has range_decoder.cpp in its place. A stream
-is only read, never run.
+range_coder.cpp next to this file is the coder's own source, with that of the trellis; csrc/alone/make.py
+wrote it. It is compiled once per process, in a folder that does not stay. That takes three seconds and needs
+a compiler of C++20: `g++` 10 or newer, or what the variable CXX names. A program that only reads has
+range_decoder.cpp in its place. A stream is only read, never run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from pgolf import env
 from pgolf.errors import UserError
 
-FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC")
+FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-pthread")
 _LOCK = Lock()
 
 
@@ -103,4 +103,6 @@ def _compiled() -> Any:
     if source.name == names[0]:
         coder.encode.restype = size
         coder.encode.argtypes = (text, text, text, size, size, size, ctypes.c_int)
+        coder.trellis.restype = None
+        coder.trellis.argtypes = (ctypes.c_void_p, ctypes.c_void_p, size, size, ctypes.c_int)
     return coder

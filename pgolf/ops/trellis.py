@@ -13,10 +13,8 @@ from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
-
-STATES, CHAIN = 256, 256
-"""Number of states of the machine; number of codes in a chain, after which the machine starts again."""
-SIDE_TAPS, INPUT_TAPS = 0o362 >> 1, 0o515 >> 1
+from pgolf.ops._trellis_machine import CHAIN, INPUT_TAPS, SIDE_TAPS, STATES, parity
+from pgolf.ops._trellis_path import best_values
 
 
 def trellis_round(x: Tensor) -> Tensor:
@@ -61,16 +59,13 @@ def trellis_values(codes: Tensor) -> Tensor:
 
 def trellis_round_ref(x: Tensor) -> Tensor:
     """Compute `trellis_round` with PyTorch operators, in float64."""
-    flat = x.double().reshape(-1, x.shape[-1])
-    starts = range(0, flat.shape[1], CHAIN)
-    pieces = [flat[:, :0], *(_best_path(flat[:, start : start + CHAIN]) for start in starts)]
-    return torch.cat(pieces, dim=1).reshape(x.shape).float()
+    return best_values(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
 
 def trellis_values_ref(codes: Tensor) -> Tensor:
     """Compute `trellis_values` with PyTorch operators, one position of all chains after the other."""
     states = torch.arange(STATES, device=codes.device)
-    shift, after = _parity(states & SIDE_TAPS).float() / 2 - 0.25, _parity(states & INPUT_TAPS)
+    shift, after = parity(states & SIDE_TAPS).float() / 2 - 0.25, parity(states & INPUT_TAPS)
     rows = codes.shape[-2]
     padded = torch.nn.functional.pad(codes, (0, 0, 0, -rows % CHAIN))
     chains = padded.reshape(*codes.shape[:-2], -(-rows // CHAIN), CHAIN, codes.shape[-1])
@@ -79,35 +74,6 @@ def trellis_values_ref(codes: Tensor) -> Tensor:
         values[..., row, :] += shift[state]
         state = (2 * state + ((chains[..., row, :] & 1) ^ after[state])) % STATES
     return values.reshape(padded.shape)[..., :rows, :]
-
-
-def _best_path(x: Tensor) -> Tensor:
-    """Return the values of N chains `(N, n)`, float64, by the Viterbi algorithm."""
-    state = torch.arange(STATES, device=x.device)
-    source = torch.stack((state >> 1, (state >> 1) + STATES // 2))  # (2, S), both lead to `state`
-    back = _parity(source & INPUT_TAPS)
-    residue = 2 * (state & 1 ^ back) + _parity(source & SIDE_TAPS)
-    cost = x.new_full((len(x), STATES), torch.inf)
-    cost[:, 0] = 0
-    decisions = []
-    for target in (2 * x + 0.5).unbind(1):
-        near = residue + 4 * ((target[:, None, None] - residue) / 4).round()
-        cost, decision = (cost[:, source] + (target[:, None, None] - near).square()).min(1)
-        decisions.append(decision)
-    values, at, rows = torch.empty_like(x), cost.argmin(1), torch.arange(len(x), device=x.device)
-    for t in reversed(range(x.shape[1])):
-        decision = decisions[t][rows, at]
-        r = residue[decision, at]
-        values[:, t] = (r + 4 * ((2 * x[:, t] + 0.5 - r) / 4).round()) / 2 - 0.25
-        at = source[decision, at]
-    return values
-
-
-def _parity(x: Tensor) -> Tensor:
-    """Return whether the number of ones in the low eight bits is odd."""
-    for shift in (4, 2, 1):
-        x = x ^ x >> shift
-    return x & 1
 
 
 def _values_fake(codes: Tensor) -> Tensor:

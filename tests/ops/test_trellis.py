@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgolf.ops import trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
+from pgolf.ops import _trellis_compiled, trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
 
 # 256 numbers are a chain; 257 and 700 begin others, 1 and 33 are shorter.
 SHAPES = [(1,), (5, 33), (2, 3, 256), (4, 257), (3, 700), (0, 5), (3, 0)]
@@ -111,3 +111,10 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
 def test_bad_input_is_named(call, error, message: str, device) -> None:
     with pytest.raises(error, match=message):
         call(device)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 255), (5, 257), (2, 1000), (0, 7), (7, 0)])
+def test_the_program_that_trains_rounds_as_the_extension_does(shape):
+    x = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+    assert torch.equal(_trellis_compiled.best_values(x), trellis_round(x))
+    assert _trellis_compiled.best_values(x.T.contiguous().T).shape == x.shape
