@@ -122,6 +122,7 @@ class TrainLoader:
         self._config = config
         self._paths = find_shards(config.dir, "train")
         self._sizes = [shard_tokens(path) for path in self._paths]
+        self._total = sum(self._sizes)
         if config.order in ("sequences", "coprime"):
             require_windows(config.dir, self._sizes, max_context, config.order)
         self._vocab_size, self._bos_id, self._max_context = vocab_size, bos_id, max_context
@@ -237,7 +238,7 @@ class TrainLoader:
             targets=torch.from_numpy(targets),
             cu_seqlens=cut(self._max_context),
             max_seqlen=self._max_context,
-            epoch=(index + 1) * count / sum(self._sizes),
+            epoch=(index + 1) * count / self._total,
             shorter={context: cut(context) for context in self._shorter},
         )
         return _pin(batch) if self._device.type == "cuda" else batch
