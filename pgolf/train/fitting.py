@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from pgolf.config import Config
-from pgolf.ops.norm_mlp import has_kernels
+from pgolf.ops._hopper import has_kernels
 from pgolf.train.memory import MARGIN, estimate_memory, fitting_micro_tokens
 
 LEAST_MICRO_BATCHES = 2
@@ -63,7 +63,7 @@ def fit_to_gpus(config: Config, world_size: int, *, per_gpu: int | None, micro: 
     fitted = config if per_gpu is None else fit_batch(config, world_size, per_gpu)
     if micro:
         room = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-        kernels = all(has_kernels("cuda", i) for i in range(count))
+        kernels = all(has_kernels("norm_mlp_up", "cuda", i) for i in range(count))
         fitted = fit_micro_batch(fitted, world_size, int(0.97 * room), kernels=kernels)
     changes = [
         f"data.{name} is {ours:,} (the preset has {theirs:,})"

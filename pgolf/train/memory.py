@@ -39,7 +39,7 @@ from pgolf.config import Config, ModelConfig
 from pgolf.env import ranks_on_this_host
 from pgolf.errors import UserError
 from pgolf.model.gpt import layer_order, parameter_shapes
-from pgolf.ops.norm_mlp import has_kernels
+from pgolf.ops._hopper import has_kernels
 
 MARGIN = 1.1
 """This many times the estimate must be there: the estimate is right to about 10 %."""
@@ -126,7 +126,7 @@ def estimate_memory(
 
     Args:
         device_type: "cuda" (bfloat16) or another (float32, eager). attention: kernel, for what sdpa copies.
-        kernels: the GPU has the kernels of `norm_mlp`, see `norm_mlp.has_kernels`.
+        kernels: the GPU has the kernels of `norm_mlp`, see `ops._hopper`.
     """
     cuda, model = device_type == "cuda", config.model
     size = 2 if cuda else 4
@@ -307,7 +307,7 @@ def check_memory(config: Config, dist: Place, *, attention: str) -> str:
         RanksFailed: it fits on rank 0 and not on another rank.
     """
     kind, world = dist.device.type, dist.world_size
-    kernels = has_kernels(kind, dist.device.index)
+    kernels = has_kernels("norm_mlp_up", kind, dist.device.index)
     found = estimate_memory(config, device_type=kind, world_size=world, attention=attention, kernels=kernels)
     own = available_memory(dist.device)
     # By rank 0's memory first, so that the usual refusal, on equal machines, is one sentence and not one per
