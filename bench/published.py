@@ -403,7 +403,7 @@ class Comparison:
         for name in GPT.bank_names:
             x = torch.randn(parameter_shapes(self.config.model)[name][1:], generator=rng, dtype=torch.float64)
             with exact():
-                theirs = self.script.names["zeropower_via_newtonschulz5"](x.clone(), steps=steps)
+                theirs = self.script.polar(x.clone(), steps=steps)
             self.check(
                 "polar iteration, float64", name, error(newton_schulz_ref(x, table), theirs), 1.0, "ppm"
             )

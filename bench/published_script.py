@@ -232,6 +232,15 @@ class Script:
         (before, at), (steps, ms) = self.log.pace[-2:]
         return (ms - at) / (steps - before) / self.clock_ms
 
+    @property
+    def polar(self) -> Callable[..., Tensor]:
+        """The polar iteration that its Muon calls; some scripts have two."""
+        other = bool(getattr(self.settings, "use_polar_express", False))
+        function: Callable[..., Tensor] = self.names[
+            "zeropower_via_polar_express" if other else "zeropower_via_newtonschulz5"
+        ]
+        return function
+
     def model(self) -> nn.Module:
         """Return its model in float32, with the weights that it starts from."""
         kind = self.names["GPT"]

@@ -286,6 +286,15 @@ def test_the_source_of_a_packed_script_is_found(tmp_path):
     )
 
 
+def test_of_two_polar_iterations_the_one_in_use_is_compared(tmp_path):
+    name, line = "zeropower_via_polar_express", "max_wallclock_seconds, enable_looping_at ="
+    script = load_script(stand_in(tmp_path, {line: f"use_polar_express = True\n    {line}"}))
+    script.names[name] = torch.neg
+    assert script.polar is torch.neg
+    script = load_script(stand_in(tmp_path))
+    assert script.polar is script.names["zeropower_via_newtonschulz5"]
+
+
 def test_banks_of_a_script_are_float32_in_training(tmp_path):
     script = load_script(stand_in(tmp_path))
     model = script.model()
