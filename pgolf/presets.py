@@ -115,22 +115,32 @@ def pr1874() -> Config:
 
 
 def pr1831() -> Config:
-    """PR #1831's settings, the arm with a triple per iteration: #1493 with five steps of Polar Express."""
-    base = pr1493()
+    """PR #1831's settings, the arm with a triple per iteration: its other arm with Polar Express."""
+    base = pr1831_fixed()
     muon = replace(base.optim.muon, coefficients="polar_express_golf")
     return replace(base, name="pr1831", optim=replace(base.optim, muon=muon))
 
 
 def pr1831_fixed() -> Config:
-    """PR #1831's settings, the arm with one fixed triple: those of #1493."""
-    return replace(pr1493(), name="pr1831_fixed")
+    """PR #1831's settings, the arm with one fixed triple: #1493 with a gain of queries that begins at 5."""
+    base = pr1493()
+    return replace(base, name="pr1831_fixed", model=replace(base.model, qk_gain=5.0))
 
 
 def pr1809() -> Config:
-    """PR #1809's settings: #1493 with the first four of the five steps of Polar Express."""
+    """PR #1809's settings: #1493 with four steps of Polar Express, a learning rate that ends at a tenth."""
     base = pr1493()
-    muon = replace(base.optim.muon, coefficients="polar_express_golf_truncated", ns_steps=4)
-    return replace(base, name="pr1809", optim=replace(base.optim, muon=muon))
+    muon = replace(
+        base.optim.muon,
+        coefficients="polar_express_golf_truncated",
+        ns_steps=4,
+        momentum_warmup=0.253,  # 1,500 steps of 101 ms
+    )
+    return replace(
+        base,
+        name="pr1809",
+        optim=replace(base.optim, muon=muon, min_lr=0.1, ema_horizon=0.0711),  # 285 steps of 149 ms
+    )
 
 
 def pr1516() -> Config:
