@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from pgolf.cli.main import main
+from pgolf.cli.overrides import parse_config
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.model.gpt import parameter_shapes
-from pgolf.optim.schedule import context_at
+from pgolf.optim.schedule import context_at, ema_decay, muon_momentum
 from pgolf.presets import PRESETS, pr1787, pr1851, pr1855, pr2135
 from pgolf.published import PUBLISHED
 
@@ -89,6 +90,17 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets", "pr1"]) == 2
     assert "expected one of pr1855" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0
+
+
+def test_the_schedules_of_the_log_are_a_command(capsys):
+    assert main(["presets", "pr1855"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    command = next(row[2:] for row in rows if row[:2] == ["as", "logged"])
+    assert command[:3] == ["pgolf", "train", "pr1855"]
+    optim = parse_config("config", command[2:]).optim
+    assert muon_momentum(0.239, optim.muon) < optim.muon.momentum == muon_momentum(0.24, optim.muon)
+    steps = -1 / math.log(ema_decay(143.3 / 599_500, optim))  # steps of its end are 141 to 145 ms long
+    assert steps == pytest.approx(-1 / math.log(0.9965), rel=0.02)
 
 
 def test_a_difference_names_the_settings_and_both_values(capsys):

@@ -72,8 +72,12 @@ def one(name: str) -> str:
             f"published    {found.bpb:.5f} bits per byte ({seeds}, {found.scored})",
             f"             {found.steps:,} steps of {found.ms:.1f} ms, {found.bytes:,} bytes",
             f"parameters   {found.parameters:,}{_left_out(found)}",
-            *textwrap.wrap(f"differs      {found.differs}", 100, subsequent_indent=" " * 13),
+            *textwrap.wrap(
+                f"differs      {found.differs}", 100, subsequent_indent=" " * 13, break_on_hyphens=False
+            ),
         ]
+        if found.as_logged:
+            lines.append(f"as logged    pgolf train {name} {found.as_logged}")
         if found.pull_request:
             lines.append(f"source       {found.url}")
     lines.append(f"settings     pgolf config {name}; pgolf config {name} --diff pr1855")

@@ -257,7 +257,7 @@ class GPT(nn.Module):
     value_scale: nn.Parameter
     value_layer_scale: nn.Parameter
     bank_names: tuple[str, ...] = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-    """Parameters for Muon; a model with projections of tables has more of them."""
+    """Parameters for Muon. The projections of further tables are not among them, as in published stacks."""
     embed_names: tuple[str, ...] = ("tok_emb",)
     """Embeddings; a model with further tables has more of them."""
     attention_name: AttentionName
@@ -282,7 +282,6 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
             if used:
-                self.bank_names += (f"{part}_proj",)
                 self.embed_names += (f"{part}_table",)
 
     def prepare(
