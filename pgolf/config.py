@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
-from pgolf.config_checks import check_finite, parse_stages, require
+from pgolf.config_checks import check_finite, parse_fractions, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_evaluate import ADAPTIVE as ADAPTIVE
 from pgolf.config_evaluate import LOOSE as LOOSE
@@ -198,7 +198,19 @@ class TrainConfig:
     init: Path | None = None
     """raw.safetensors or ema.safetensors of a run with the same model, whose weights replace the random ones.
     Only weights are loaded: optimizer state and schedules start from the beginning. To continue a finished
-    run, lower the learning rates and set optim.muon.momentum_warmup=0."""
+    run, lower the learning rates and set optim.muon.momentum_warmup=0. Parameters that the other model lacks
+    start so that the function is the same (pgolf/model/neutral.py)."""
+    start: Path | None = None
+    """A snapshot of another run, RUN/snapshots/0.75: this run continues from it. Weights, average, momentum,
+    moments and place in the text are the snapshot's, and every schedule goes on from its fraction to until;
+    steps and seconds count from there. State that the snapshot lacks starts in a neutral way."""
+    until: float = 1.0
+    """Fraction of the schedules, above 0, at which this run's steps or seconds end; below 1, the run is a
+    trunk that others continue (train.start)."""
+    snapshots: str = ""
+    """Fractions of the schedules at which the whole state of training is written to RUN/snapshots and kept,
+    rising and at most until: 0.7,0.75. A snapshot has about 11 bytes per parameter; it is written while
+    training goes on."""
     quantize: bool = True
     """Quantize after training, then write and score the artifact. If false, the run ends with its raw and
     averaged weights, from which `pgolf quantize` can make an artifact later."""
@@ -256,12 +268,28 @@ class TrainConfig:
             f"train.fake_quant_from is a fraction in [0, 1], got {self.fake_quant_from}",
         )
         parse_stages(self.context_stages, "train.context_stages")
+        self._check_part_of_schedule()
         reserve = self.quantize_reserve or 0.0
         require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         require(
             self.seconds == 0 or reserve < self.seconds,
             f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
+
+    def _check_part_of_schedule(self) -> None:
+        """Check which part of the schedules the run covers, and where it writes snapshots."""
+        require(0 < self.until <= 1, f"train.until is a fraction in (0, 1], got {self.until}")
+        parse_fractions(self.snapshots, "train.snapshots", most=self.until)
+        require(
+            self.init is None or self.start is None,
+            "train.init and train.start both say where the weights come from; init takes weights alone, "
+            "start continues with the optimizer's state: take one of them out",
+        )
+
+    @property
+    def snapshot_fractions(self) -> tuple[float, ...]:
+        """`snapshots` as numbers."""
+        return parse_fractions(self.snapshots, "train.snapshots", most=self.until)
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
