@@ -178,7 +178,7 @@ CHANGES: tuple[Change, ...] = (
     Change("97234a6", {"model.smear_kind": "token", "model.smear_window": 0}),
     Change("dbd4a8c", {"data.order": "documents"}),
     Change("8f943db", {"artifact.coder": "range"}),
-    Change("0000000", {"train.start": None, "train.until": 1.0, "train.snapshots": ""}),
+    Change("9d4a786", {"train.start": None, "train.until": 1.0, "train.snapshots": ""}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
