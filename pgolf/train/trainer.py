@@ -135,6 +135,13 @@ class Trainer:
         self._loader.restart()
         self._synchronize()
 
+    def take_steps(self, steps: int, *, loop: bool) -> None:
+        """Take whole steps, as in the middle of a run, of which only the time is of interest."""
+        decay = None if self._ema is None else 0.5
+        for _ in range(steps):
+            self._accumulate(Mode(loop))
+            self._optimizer.step(0.5, ema_decay=decay)
+
     def parts(self) -> Parts:
         """Return the live tensors that the next step depends on, for a checkpoint."""
         whole, sharded = self._optimizer.live_state()
