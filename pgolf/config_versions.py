@@ -179,6 +179,18 @@ CHANGES: tuple[Change, ...] = (
     Change("dbd4a8c", {"data.order": "documents"}),
     Change("8f943db", {"artifact.coder": "range"}),
     Change("9d4a786", {"train.start": None, "train.until": 1.0, "train.snapshots": ""}),
+    Change(
+        "0000000",
+        {
+            "optim.adam.embed_warmup": 0.0,
+            "optim.adam.embed_warmdown": -1.0,
+            "optim.adam.scalar_warmdown": -1.0,
+            "optim.ema_nesterov": 0.0,
+            "optim.ema_nesterov_horizon": 0.032,
+            "optim.ema_nesterov_from": 0.16,
+            "optim.ema_nesterov_until": 0.76,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

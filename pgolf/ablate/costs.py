@@ -118,12 +118,15 @@ def read_rates(value: object, where: str) -> Rates:
 
 
 NUMBERS = {
-    "optim": ("grad_clip", "warmdown", "min_lr", "ema_horizon", "swa_from", "swa_every", "recurrence_at"),
+    "optim": (
+        *("grad_clip", "warmdown", "min_lr", "ema_horizon", "swa_from", "swa_every", "recurrence_at"),
+        *("ema_nesterov", "ema_nesterov_horizon", "ema_nesterov_from", "ema_nesterov_until"),
+    ),
     "optim.muon": ("lr", "weight_decay", "momentum", "momentum_start", "momentum_warmup"),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }
 """Settings that a step reads as numbers: what is computed, and how long it takes, does not depend on them.
-Whether there is an average at all is told apart."""
+Whether there is an average or a velocity at all is told apart."""
 
 
 def work_key(config: Config) -> str:
@@ -131,7 +134,7 @@ def work_key(config: Config) -> str:
     data = to_dict(config)
     for part in ("version", "name", "train", "quant", "artifact", "evaluate"):
         del data[part]
-    data["optim"]["averages"] = config.optim.averages
+    data["optim"] |= {"averages": config.optim.averages, "nesterov": config.optim.ema_nesterov > 0}
     for section, names in NUMBERS.items():
         node = data
         for key in section.split("."):

@@ -162,7 +162,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         weights=weights,
         gradients=weights,
         averages=averages,
-        optimizer=_optimizer(shapes, world_size, size),
+        optimizer=_optimizer(shapes, world_size, size) + 2 * weights * (config.optim.ema_nesterov > 0),
         quantization=peak - sum(parts.values()),
         **parts,
     )

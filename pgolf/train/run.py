@@ -384,7 +384,8 @@ class Run:
         cuda = self._dist.device.type == "cuda"
         # On CUDA in another stream than the main one, which may wait for a rank that is gone.
         with torch.cuda.stream(torch.cuda.Stream(self._dist.device)) if cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
-            raw = {n: p.detach().to("cpu", copy=True) for n, p in self._model.named_parameters()}
+            live = {**dict(self._model.named_parameters()), **self._optimizer.weights()}
+            raw = {n: p.detach().to("cpu", copy=True) for n, p in live.items()}
             best = raw if averages is None else {n: t.to("cpu", copy=True) for n, t in averages.items()}
         self._save_files(Weights(raw, best), interrupted=True)
         self._log.line(f"the weights after {self._result.steps} steps are in {self._folder / RAW}")

@@ -40,6 +40,9 @@ NOT_TOLD = ("name", "data.dir", "evaluate", "quant", "artifact", "train.out", "t
 RUN_OF_ITS_OWN = ("train.start", "train.steps", "train.seconds", "train.until")
 """Settings that say which part of the schedules a run covers."""
 
+BASE = "nesterov.base."
+"""Before the names of the optimizer's state that are the weights where the parameters are ahead of them."""
+
 
 class Snapshots:
     """The snapshots that a run is to write, by the fraction of the schedules."""
@@ -193,7 +196,9 @@ def _multiplied(tensors: dict[str, Tensor], factors: Mapping[str, float]) -> dic
     for name, factor in factors.items():
         for key in tensors:
             kind, _, rest = key.partition(".")
-            if rest == name and kind in ("weights", "ema"):
+            if (rest == name and kind in ("weights", "ema")) or (
+                "nesterov." in key and rest.endswith(f".{name}")
+            ):
                 tensors[key] = tensors[key] * factor
             elif key.endswith(f".mean.{name}"):
                 tensors[key] = tensors[key] / factor
@@ -209,6 +214,10 @@ def _completed(
     shapes = {name: tuple(t.shape) for name, t in parts.whole.items()}
     shapes |= {name: (s.spans[-1][1], *s.tensor.shape[1:]) for name, s in parts.sharded.items()}
     found: dict[str, Tensor] = {}
+    if not any(name.startswith(f"optim.{BASE}") for name in shapes):
+        # The snapshot's parameters are ahead of its weights, and nothing here would take them back.
+        for name in [n for n in tensors if n.startswith(f"optim.{BASE}")]:
+            tensors[f"weights.{name.removeprefix(f'optim.{BASE}')}"] = tensors[name]
     # Weights first: an average that is new starts at them.
     for name in sorted(shapes, key=lambda n: (not n.startswith("weights."), n)):
         kind, _, rest = name.partition(".")
@@ -216,12 +225,16 @@ def _completed(
             found[name] = tensors[name]
         elif kind == "ema":
             found[name] = found[f"weights.{rest}"].to(torch.float32)
+        elif rest.startswith(BASE):
+            found[name] = found[f"weights.{rest.removeprefix(BASE)}"].clone()
         elif kind == "weights" and rest not in zeros:
             found[name] = parts.whole[name].detach().cpu().clone()
         else:
             found[name] = torch.zeros(shapes[name])
     notes = []
-    empty = [n for n in found if n not in tensors and n.startswith("optim.")]
+    empty = [
+        n for n in found if n not in tensors and n.startswith("optim.") and not n.startswith(f"optim.{BASE}")
+    ]
     if empty:
         notes.append(f"new state of the optimizer, which starts at 0: {', '.join(empty)}")
     if not any(name.startswith("ema.") for name in tensors) and any(n.startswith("ema.") for n in found):

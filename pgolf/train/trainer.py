@@ -234,13 +234,17 @@ class Trainer:
                 traces.begin(tick.step, loop=loop)
                 self._accumulate(self._mode(tick, loop, log), numbers)
                 with timer.span():
-                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac, result.snapshots))
+                    decay = self._decay(tick, frac, result.snapshots)
+                    optimizer.step(
+                        tick.frac, ema_decay=decay, delta=None if frac is None else tick.frac - frac
+                    )
                 # A step that the device skips, which the host learns later, counts as well.
                 result.snapshots += took_snapshot(tick.frac, self._origin.steps + tick.step, config.optim)
                 steps.begun(tick, loop=loop)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
                 frac = tick.frac
+            optimizer.settle()
             self._synchronize()
             result.optimizer_ms = timer.read()
             steps.norm_arrived(float(optimizer.grad_norm), int(optimizer.skipped))
@@ -268,7 +272,8 @@ class Trainer:
         if validate is None or not tick.step:
             return tick
         self._synchronize()  # or the rest of the last step would count as part of the validation
-        seconds = validate(tick)
+        with self._optimizer.at_weights():
+            seconds = validate(tick)
         clock.leave_out(seconds)
         return replace(tick, elapsed=tick.elapsed + seconds)
 

@@ -153,6 +153,36 @@ def test_two_ranks_continue_what_one_wrote_and_the_other_way_round(shards, whole
         torch.testing.assert_close(b[name], a[name], atol=2e-3, rtol=2e-2, msg=lambda m, n=name: f"{n}: {m}")
 
 
+AHEAD = ["--optim.ema-nesterov=0.6", "--optim.ema-nesterov-horizon=0.2"]
+
+
+def test_velocities_are_part_of_the_state_that_goes_on(shards, tmp_path):
+    whole = train(tmp_path / "a", shards, *AHEAD, SAVED)
+    start = f"--train.start={whole}/snapshots/0.5"
+    branch = train(tmp_path / "b", shards, *AHEAD, start, "--steps=6", "--train.snapshots=1.0")
+    assert_same_state(whole, branch)
+    middle = state(whole, "0.5")
+    ahead = {n: t for n, t in middle.items() if n.startswith("weights.")}
+    base = {n: middle[f"optim.nesterov.base.{n.removeprefix('weights.')}"] for n in ahead}
+    assert not torch.equal(ahead["weights.tok_emb"], base["weights.tok_emb"]), "inside of its window"
+    # Without it, a branch that changes nothing keeps the weights, not the points ahead of them.
+    still = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
+    off = train(tmp_path / "c", shards, *still, start, "--steps=1")
+    raw = load_weights(off / "raw.safetensors")[0]
+    assert all(torch.equal(raw[n.removeprefix("weights.")], t) for n, t in base.items())
+    assert "state that this run has no use for: optim.nesterov" in (off / "log.txt").read_text()
+
+
+def test_an_arm_with_velocities_begins_where_its_trunk_ended(shards, whole, tmp_path):
+    start = [f"--train.start={whole}/snapshots/0.5", "--steps=6"]
+    one, two = (train(tmp_path / n, shards, *start, *more) for n, more in (("a", []), ("b", AHEAD)))
+    first, second = (read_metrics(folder / "metrics.jsonl") for folder in (one, two))
+    # One step later there is a velocity.
+    assert [r["loss"] for r in first[:1]] == [r["loss"] for r in second[:1]]
+    assert first[1]["loss"] != second[1]["loss"]
+    assert re.search(r"starts at 0: optim\.nesterov\.velocity\.", (two / "log.txt").read_text())
+
+
 ADDITIONS = {
     "smear": (["--model.no-smear-gate"], ["--model.smear-gate"], ["smear_lambda"]),
     "bigram": ([], ["--model.bigram-buckets=64"], ["bigram_table"]),
