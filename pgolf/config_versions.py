@@ -180,7 +180,7 @@ CHANGES: tuple[Change, ...] = (
     Change("8f943db", {"artifact.coder": "range"}),
     Change("9d4a786", {"train.start": None, "train.until": 1.0, "train.snapshots": ""}),
     Change(
-        "0000000",
+        "8d97928",
         {
             "optim.adam.embed_warmup": 0.0,
             "optim.adam.embed_warmdown": -1.0,
