@@ -95,6 +95,26 @@ def parse_stages(text: str, name: str) -> tuple[tuple[int, float], ...]:
     return tuple(stages)
 
 
+def parse_fractions(text: str, name: str, *, most: float) -> tuple[float, ...]:
+    """Return the numbers of a text such as "0.7,0.75".
+
+    Args:
+        name: of the setting, for errors. most: largest fraction that is allowed.
+
+    Raises:
+        ValueError: a part is no number, or they do not rise within (0, most].
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise UserError(f"{name} must look like 0.7,0.75, got {text!r}") from e
+    require(
+        all(before < value <= most for before, value in itertools.pairwise((0.0, *found))),
+        f"{name}: fractions must rise within (0, {most:g}], got {text!r}",
+    )
+    return found
+
+
 def parse_sizes(text: str, name: str) -> tuple[int, ...]:
     """Return the whole numbers of a text such as "8,16,24".
 

@@ -38,13 +38,14 @@ class Ablate:
 def main(argv: list[str]) -> int:
     """Run the plan; return 0 when every cell has finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.ablate.costs import measure, measured
     from pgolf.ablate.page import write_report
     from pgolf.ablate.plan import read_plan
     from pgolf.ablate.results import Ablation, gather
     from pgolf.ablate.run import run_plan, start_process
     from pgolf.ablate.tables import markdown
     from pgolf.env import commit_name, share_of_cores
-    from pgolf.train.guard import HeldError
+    from pgolf.train.guard import HeldError, held
 
     say = functools.partial(print, flush=True)
     plan = read_plan(args.plan, load_base, out=args.out)
@@ -65,6 +66,9 @@ def main(argv: list[str]) -> int:
         start = functools.partial(start_process, environment=environment)
         try:
             run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
+            if plan.costs.steps and not measured(plan.out, plan.costs):
+                with held(plan.out):
+                    measure(plan.out, plan.costs, commit=commit_name(12), say=say)
         except HeldError:
             raise  # the process that holds the plan writes its report
         except BaseException:

@@ -29,6 +29,7 @@ from pgolf.data.shards import (
     list_files,
     read_shard,
 )
+from pgolf.data.tail import TailJob, make_tail
 from pgolf.data.text import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from pgolf.errors import UserError
@@ -198,8 +199,14 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 def main(argv: list[str]) -> int:
     """Run `pgolf data VERB ...`."""
-    job: TokenizerJob | ShardsJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
-        {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob, "fetch": FetchJob},
+    job: TokenizerJob | ShardsJob | TailJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
+        {
+            "tokenizer": TokenizerJob,
+            "shards": ShardsJob,
+            "tail": TailJob,
+            "inspect": InspectJob,
+            "fetch": FetchJob,
+        },
         prog="pgolf data",
         description="Train a tokenizer, make shards from text, inspect shards, download the challenge's.",
         args=argv,
@@ -208,6 +215,8 @@ def main(argv: list[str]) -> int:
         run_tokenizer(job)
     elif isinstance(job, ShardsJob):
         run_shards(job)
+    elif isinstance(job, TailJob):
+        make_tail(job, report=lambda line: print(line, flush=True))
     elif isinstance(job, FetchJob):
         run_fetch(job)
     else:

@@ -170,6 +170,8 @@ class Summary:
     """Of Python and the packages that are installed; cuda is what torch was built for."""
     data: dict[str, Any] = field(default_factory=dict)
     """What was checked of the data, see `DataFolder.facts`."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The snapshot that the run continued from, with its steps, tokens and fraction; empty: from none."""
     sessions: list[SessionEntry] = field(default_factory=list)
     """The processes that the run took, in order."""
     overrun: float | None = None
@@ -260,6 +262,7 @@ class Summary:
             "seconds": self.seconds(),
             "train": {} if self.train is None else vars(self.train),
             **{key: getattr(self, key) for key in told},
+            **({"origin": self.origin} if self.origin else {}),
             "sessions": [entry.to_dict() for entry in self.sessions],
             "overrun": self.overrun,
             "scores": {name: vars(score) for name, score in self.scores.items()},
@@ -311,6 +314,7 @@ class Summary:
             ledger=None if data["bytes"] is None else _ledger(data["bytes"], f"{where}: bytes"),
             versions=versions,
             data=text,
+            origin=_object(data.get("origin", {}), f"{where}: origin"),
             sessions=[SessionEntry.from_dict(s, f"{where}: each of sessions") for s in sessions],
         )
 

@@ -170,7 +170,7 @@ def estimate_memory(
         weights=weights,
         gradients=weights,
         averages=averages,
-        optimizer=_optimizer(shapes, world_size, size),
+        optimizer=_optimizer(shapes, world_size, size) + 2 * weights * (config.optim.ema_nesterov > 0),
         quantization=peak - sum(parts.values()),
         **parts,
     )
