@@ -21,6 +21,7 @@ from pgolf.config_evaluate import EvaluateConfig as EvaluateConfig
 from pgolf.config_evaluate import Method as Method
 from pgolf.config_evaluate import PhasesConfig as PhasesConfig
 from pgolf.config_evaluate import SgdConfig as SgdConfig
+from pgolf.config_evaluate import TiltConfig as TiltConfig
 from pgolf.config_evaluate import TttConfig as TttConfig
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash

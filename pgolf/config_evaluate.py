@@ -121,6 +121,29 @@ class SgdConfig:
         require(0 <= self.momentum < 1, f"sgd.momentum must be in [0, 1), got {self.momentum}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TiltConfig:
+    """The n-gram tilt: a token that followed the same context before becomes more probable (PR #2135)."""
+
+    on: bool = False
+    """Tilt the distributions of every further way to score. It uses the tokens before each token alone."""
+    order: int = 16
+    """Tokens of an n-gram, 2 to 1,024: the context has one token less. It reaches over a document's start."""
+    threshold: float = 0.8
+    """Share of the earlier places with this context that one token must have followed, above 0, at most 1."""
+    boost: float = 2.625
+    """The probability of that token is multiplied by exp(boost) before all are made to sum to 1; 0 to 50."""
+    seen: int = 1
+    """Earlier places with this context that there must be, >= 1."""
+
+    def __post_init__(self) -> None:
+        check_finite("tilt", self)
+        require(2 <= self.order <= 1024, f"tilt.order must be in [2, 1024], got {self.order}")
+        require(0 < self.threshold <= 1, f"tilt.threshold must be in (0, 1], got {self.threshold}")
+        require(0 <= self.boost <= 50, f"tilt.boost must be in [0, 50], got {self.boost}")
+        require(self.seen >= 1, f"tilt.seen must be >= 1, got {self.seen}")
+
+
 def _published_adapters() -> TttConfig:
     return TttConfig(chunk_growth=0, chunk_max=48, warm_a=True, batch_tokens=131_072, batch_documents=64)
 
@@ -191,6 +214,8 @@ class EvaluateConfig:
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`."""
+    tilt: TiltConfig = field(default_factory=TiltConfig)
+    """The n-gram tilt on top of the further ways to score."""
 
     def __post_init__(self) -> None:
         check_finite("evaluate", self)
@@ -214,8 +239,9 @@ class EvaluateConfig:
     def settings_of(self, way: Method) -> dict[str, Any]:
         """Return the settings on which a score of `way` depends, by dotted name."""
         kept = {"sliding": ["stride"], "ttt": ["adapters"], "sgd": ["stride", "sgd"], "phased": ["phases"]}
+        kept_here = ["context", *kept.get(way, []), *(["tilt"] if self.tilt.on else [])]
         data = to_dict(self)
-        return flat({key: data[key] for key in ["context", *kept.get(way, [])]})
+        return flat({key: data[key] for key in kept_here})
 
     def remark(self, way: str) -> str:
         """Return what every output says of a score of `way`: `LOOSE`, or nothing."""

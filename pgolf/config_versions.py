@@ -178,6 +178,16 @@ CHANGES: tuple[Change, ...] = (
     Change("97234a6", {"model.smear_kind": "token", "model.smear_window": 0}),
     Change("dbd4a8c", {"data.order": "documents"}),
     Change("8f943db", {"artifact.coder": "range"}),
+    Change(
+        "options",
+        {
+            "evaluate.tilt.on": False,
+            "evaluate.tilt.order": 16,
+            "evaluate.tilt.threshold": 0.8,
+            "evaluate.tilt.boost": 2.625,
+            "evaluate.tilt.seen": 1,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -24,6 +24,7 @@ from pgolf.config import (
     OptimConfig,
     QuantConfig,
     SgdConfig,
+    TiltConfig,
     TrainConfig,
 )
 
@@ -93,7 +94,7 @@ def pr2135() -> Config:
         optim=replace(base.optim, muon=muon),
         train=replace(base.train, context_stages="2048@1"),
         quant=replace(base.quant, calibration_batches=32),
-        evaluate=EvaluateConfig(phases=phases),
+        evaluate=EvaluateConfig(phases=phases, tilt=TiltConfig(on=True)),
     )
 
 

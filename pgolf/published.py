@@ -102,7 +102,7 @@ PUBLISHED = {
         bytes=15_947_490,
         parameters=35_945_673,
         differs="the text had CaseOps; the quantizer (GPTQ with SDClip and LQER in groups of 32) and the "
-        "coder are pgolf's here; an n-gram tilt is left out; its README says that its smear gate stops at a "
+        "coder are pgolf's here; its README says that its smear gate stops at a "
         "BOS, but its command switches that off (SMEAR_GATE_BOS_FIX=0), so it leaks, which "
         "model.smear_over_bos repeats and the challenge does not allow; momentum and average differ as in "
         "pr1855; GPTQ's calibration (6.9 s) ran after the clock; its gain on #2130 (1.05670) has p = 0.14, "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from pgolf.cli.overrides import check_output
-from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TttConfig, to_dict
+from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TiltConfig, TttConfig, to_dict
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
-SETTINGS = ("stride", "context", "sgd", "phases")
+SETTINGS = ("stride", "context", "sgd", "phases", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
@@ -54,6 +54,8 @@ class Evaluate:
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`, with its adapters."""
+    tilt: TiltConfig = field(default_factory=TiltConfig)
+    """The n-gram tilt on top of every way to score."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -63,7 +65,12 @@ class Evaluate:
     def settings(self) -> EvaluateConfig:
         """All settings of the ways to score."""
         return EvaluateConfig(
-            stride=self.stride, context=self.context, adapters=self.ttt, sgd=self.sgd, phases=self.phases
+            stride=self.stride,
+            context=self.context,
+            adapters=self.ttt,
+            sgd=self.sgd,
+            phases=self.phases,
+            tilt=self.tilt,
         )
 
 
@@ -91,6 +98,7 @@ def main(argv: list[str]) -> int:
     if dist.is_main:
         note = f"  (first {documents:,} documents only)" if documents else ""
         note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
+        note = (" with tilt" if args.tilt.on else "") + note
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             remark = args.settings.remark(mode)

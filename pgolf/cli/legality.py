@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from pgolf.config import Config, EvaluateConfig, Method, from_dict, read_json
+from pgolf.config import LOOSE, Config, EvaluateConfig, Method, from_dict, read_json
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ def _test(
             bos_id=bos_id,
             vocab_size=model.config.vocab_size,
             dist=dist,
-            loose=bool(settings.remark(way)),
+            loose=settings.remark(way) == LOOSE,
+            tilted=settings.tilt.on,
         )
 
 
