@@ -2,9 +2,9 @@
 
     python -m bench.tilt --set val.jsonl.xz sp8192.model --set fineweb.jsonl.xz fineweb.model --seen 1 2
 
-No model is needed. Where a model gives the hint the probability q, a hint costs log(1 + q (exp(boost) - 1)) nats
-and gains `boost` nats if it is right. So `break_even_q` is the probability above which the hints of this text
-lose on the average, and `most_gain` is what they would bring at q = 0.
+No model is needed. Where a model gives the hint the probability q, the tilt costs log(1 + q (exp(boost) - 1))
+nats and gains `boost` nats if the hint is right. So `break_even_q` is the probability above which the hints
+of this text lose on the average, and `most_gain` is what they would bring at q = 0.
 """
 
 from __future__ import annotations

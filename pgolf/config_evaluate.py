@@ -57,10 +57,13 @@ class TttConfig:
     """Most documents per batch, >= 1; each needs memory for its own adapters (`pr1855`: 84 MB)."""
     seed: int = 0
     """Seed of the initial adapters, >= 0; they are the same for every document."""
+    members: int = 1
+    """Sets of adapters per document, >= 1, with the seeds from `seed` on. Each learns on its own; the mean of
+    their probabilities is scored. A pass takes as many times as long, and its adapters as much memory."""
 
     def __post_init__(self) -> None:
         check_finite("ttt", self)
-        for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
+        for name in ("rank", "chunk", "batch_tokens", "batch_documents", "members"):
             value = getattr(self, name)
             require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
         require(
@@ -175,6 +178,11 @@ class PhasesConfig(SgdConfig):
         require(
             self.count <= self.documents,
             f"phases.count must be at most phases.documents={self.documents}, got {self.count}",
+        )
+        require(
+            self.adapters.members == 1,
+            f"phases.adapters.members must be 1 (an ensemble is possible with ttt alone), got "
+            f"{self.adapters.members}",
         )
 
     @property

@@ -186,6 +186,8 @@ CHANGES: tuple[Change, ...] = (
             "evaluate.tilt.threshold": 0.8,
             "evaluate.tilt.boost": 2.625,
             "evaluate.tilt.seen": 1,
+            "evaluate.adapters.members": 1,
+            "evaluate.phases.adapters.members": 1,
         },
     ),
 )

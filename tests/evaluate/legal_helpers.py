@@ -71,7 +71,7 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> EvaluateConfig:
-    phases = replace(PHASES, adapters=config)
+    phases = replace(PHASES, adapters=replace(config, members=1))
     return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, **changes)
 
 
