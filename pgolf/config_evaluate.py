@@ -13,11 +13,13 @@ PLACES = ("q", "k", "v", "o", "mlp", "head")
 MLP, and the output projection."""
 LOOSE = "accepted by the challenge, fails the strict reading: scores depend on other documents"
 """What every output says of a score that does not depend on the earlier tokens of the text alone."""
-Method = Literal["plain", "sliding", "ttt", "sgd", "phased"]
+ILLEGAL = "not allowed: scores positions it learned from"
+"""What every output says of a score that the challenge does not accept in any reading."""
+Method = Literal["plain", "sliding", "ttt", "sgd", "phased", "causal_slot", "slot"]
 """A way to score."""
 METHODS: tuple[Method, ...] = get_args(Method)
 """All ways to score."""
-ADAPTIVE: tuple[Method, ...] = ("phased", "ttt", "sgd")
+ADAPTIVE: tuple[Method, ...] = ("phased", "ttt", "sgd", "causal_slot", "slot")
 """Ways in which something learns while it scores; the first one of a run is its headline."""
 
 
@@ -125,6 +127,21 @@ class SgdConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SlotConfig:
+    """SLOT: a shift of the last states that is fitted anew for every window (PR #1298)."""
+
+    steps: int = 8
+    """Steps of AdamW on each window, >= 0."""
+    lr: float = 0.005
+    """Learning rate of AdamW, without decay; >= 0."""
+
+    def __post_init__(self) -> None:
+        check_finite("slot", self)
+        for name in ("steps", "lr"):
+            require(getattr(self, name) >= 0, f"slot.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TiltConfig:
     """The n-gram tilt: a token that followed the same context before becomes more probable (PR #2135)."""
 
@@ -205,14 +222,16 @@ class EvaluateConfig:
     sliding: bool = False
     """Also score the quantized weights with a sliding window, in which more tokens see a long context."""
     stride: int = 64
-    """Tokens that each window of `sliding` scores, 1 to model.max_context; a smaller stride is slower."""
+    """Tokens that each window of `sliding`, `sgd`, `slot` and `causal_slot` scores, 1 to model.max_context; a
+    smaller stride is slower."""
     ttt: bool = False
     """Also score the quantized weights with test-time training: adapters that learn each document."""
     adapters: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     method: Method = "phased"
     """The way to score of the preset's pull request: plain, sliding, ttt, sgd (a sliding window over a model
-    that learns from each chunk after it is scored) or phased (ttt with phases)."""
+    that learns from each chunk after it is scored), phased (ttt with phases), slot (SLOT of PR #1298, which
+    the challenge does not allow) or causal_slot (the same from scored tokens alone)."""
     published: bool = False
     """Also score the quantized weights by `method`."""
     context: int = 0
@@ -222,6 +241,8 @@ class EvaluateConfig:
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`."""
+    slot: SlotConfig = field(default_factory=SlotConfig)
+    """Settings of `slot` and `causal_slot`."""
     tilt: TiltConfig = field(default_factory=TiltConfig)
     """The n-gram tilt on top of the further ways to score."""
 
@@ -246,11 +267,20 @@ class EvaluateConfig:
 
     def settings_of(self, way: Method) -> dict[str, Any]:
         """Return the settings on which a score of `way` depends, by dotted name."""
-        kept = {"sliding": ["stride"], "ttt": ["adapters"], "sgd": ["stride", "sgd"], "phased": ["phases"]}
-        kept_here = ["context", *kept.get(way, []), *(["tilt"] if self.tilt.on else [])]
+        kept = {
+            "sliding": ["stride"],
+            "ttt": ["adapters"],
+            "sgd": ["stride", "sgd"],
+            "phased": ["phases"],
+            "slot": ["stride", "slot"],
+            "causal_slot": ["stride", "slot"],
+        }
         data = to_dict(self)
-        return flat({key: data[key] for key in kept_here})
+        names = ["context", *kept.get(way, []), *(["tilt"] if self.tilt.on else [])]
+        return flat({key: data[key] for key in names})
 
     def remark(self, way: str) -> str:
-        """Return what every output says of a score of `way`: `LOOSE`, or nothing."""
+        """Return what every output says of a score of `way`: `LOOSE`, `ILLEGAL` or nothing."""
+        if way == "slot":
+            return ILLEGAL
         return LOOSE if way == "phased" or (way == "ttt" and self.adapters.warm_a) else ""

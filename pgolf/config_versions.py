@@ -181,6 +181,8 @@ CHANGES: tuple[Change, ...] = (
     Change(
         "options",
         {
+            "evaluate.slot.steps": 8,
+            "evaluate.slot.lr": 0.005,
             "evaluate.tilt.on": False,
             "evaluate.tilt.order": 16,
             "evaluate.tilt.threshold": 0.8,

@@ -233,7 +233,7 @@ def pr1298() -> Config:
             warmdown=0.5806,  # 4,000 of 6,890 steps
             ema_horizon=0.0484,  # 333 of 6,890 steps
         ),
-        evaluate=EvaluateConfig(method="sliding"),
+        evaluate=EvaluateConfig(method="slot"),
     )
 
 

@@ -202,9 +202,11 @@ PUBLISHED = {
         ms=87.0,
         bytes=15_824_588,
         parameters=26_895_452,
-        differs="SLOT learns from the tokens that it then scores; without it the logs have 1.11954 with a "
-        "sliding window; no run without Polar Express or without row normalization is published, and the "
-        "README describes row normalization as another method than its script has; otherwise as pr549",
+        differs="SLOT learns from the tokens that it then scores: evaluate.published repeats it with a label "
+        "and pgolf submit refuses it (--evaluate.method causal_slot learns from scored tokens alone); in the "
+        "logs the sliding window without it has 1.11954; no run without Polar Express or without row "
+        "normalization is published, and the README describes row normalization as another method than its "
+        "script has; otherwise as pr549",
     ),
     "pr549": Published(
         pull_request=549,

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from pgolf.cli.overrides import check_output
-from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TiltConfig, TttConfig, to_dict
+from pgolf.config import (
+    EvaluateConfig,
+    Method,
+    PhasesConfig,
+    SgdConfig,
+    SlotConfig,
+    TiltConfig,
+    TttConfig,
+    to_dict,
+)
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +32,7 @@ if TYPE_CHECKING:
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
-SETTINGS = ("stride", "context", "sgd", "phases", "tilt")
+SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
@@ -39,21 +48,25 @@ class Evaluate:
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
     sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
-    model that learns from scored documents in pauses."""
+    model that learns from scored documents in pauses. slot: SLOT of PR #1298, which the challenge does not
+    allow, because it learns from what it then scores. causal_slot: the same from scored tokens alone."""
     context: int = 0
     """Tokens of the longest window, 0 = the model's max_context; it may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of `sliding` and `sgd` scores, 1 to context; a smaller stride is slower."""
+    """Tokens that each window of all ways but plain, ttt and phased scores, 1 to context; a smaller stride is
+    slower."""
     tokens: int = 98_304
-    """Tokens per forward pass of plain, sliding and sgd; changes speed and memory, not the score."""
+    """Tokens per forward pass of all ways but ttt and phased; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`, with its adapters."""
+    slot: SlotConfig = field(default_factory=SlotConfig)
+    """Settings of `slot` and `causal_slot`."""
     tilt: TiltConfig = field(default_factory=TiltConfig)
     """The n-gram tilt on top of every way to score."""
     json: Path | None = None
@@ -70,6 +83,7 @@ class Evaluate:
             adapters=self.ttt,
             sgd=self.sgd,
             phases=self.phases,
+            slot=self.slot,
             tilt=self.tilt,
         )
 

@@ -22,6 +22,7 @@ from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Pass, evaluating, read
 from pgolf.evaluate.sgd import sgd_pass
 from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.slot import slot_pass
 from pgolf.evaluate.tilt import Tilted
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.files import file_sha256
@@ -140,7 +141,8 @@ def score_as(
     Args:
         way: "plain" cuts documents into segments, "sliding" moves a window over each document, "ttt" lets
             adapters learn each document, "sgd" lets the model learn each chunk of the text, "phased" lets
-            adapters learn each document and the model learn scored documents.
+            adapters learn each document and the model learn scored documents, "slot" and "causal_slot" fit
+            a shift of the states to each window, the former to what it then scores, which is not allowed.
         model: prepared on dist.device.
         text: from `data_folder.validation`.
         dist: ranks that share the work.
@@ -185,6 +187,9 @@ def start_pass(
         run = phased_pass(model, text, dist, phases=settings.phases, **where)
     elif way == "sgd":
         run = sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where, **windows)
+    elif way in ("slot", "causal_slot"):
+        causal = way == "causal_slot"
+        run = slot_pass(model, text, dist, config=settings.slot, causal=causal, **where, **windows)
     else:
         run = window_pass(model, text, dist, **where, **windows)
     if not settings.tilt.on:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pgolf.config import Method
+from pgolf.config import ILLEGAL, Method
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun
@@ -51,16 +51,21 @@ def checked_reports(runs: Sequence[FinishedRun], *, illegal: bool) -> dict[int, 
 
     Raises:
         UserError: a report is of another artifact, another way to score or other settings than the run's
-            headline; or a condition fails.
+            headline; or a condition fails; or the headline is of a way that is not allowed.
     """
     found = {}
     for run in runs:
-        path = run.folder / NAME
-        if not path.is_file():
-            continue
-        report, settings = read_report(path), run.config.evaluate
+        path, settings = run.folder / NAME, run.config.evaluate
         headline = run.summary.headline
         way: Method = next((way for way in settings.ways if way == headline), "plain")
+        if settings.remark(way) == ILLEGAL and not illegal:
+            raise UserError(
+                f"{run.folder}: the headline score is {way}, {ILLEGAL}; the challenge does not accept it. "
+                "Score the run in another way, or write the folder all the same with --although-illegal"
+            )
+        if not path.is_file():
+            continue
+        report = read_report(path)
         again = f"run `pgolf legality {run.folder}` again"
         if report["artifact"] != file_sha256(run.folder / "model.pgolf"):
             raise UserError(f"{path} is of another file than {run.folder / 'model.pgolf'}; {again}")

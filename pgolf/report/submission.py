@@ -396,6 +396,15 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
             f"The model learns after it scores: the losses of {config.evaluate.sgd.chunk_tokens:,} tokens "
             "are fixed before it learns from them."
         )
+    elif headline in ("slot", "causal_slot"):
+        s, causal = config.evaluate.slot, headline == "causal_slot"
+        what = (
+            "tokens that were scored before" if causal else "ALL its tokens, ALSO THOSE THAT IT THEN SCORES"
+        )
+        facts.append(
+            f"SLOT: for each window a shift of the last states takes {s.steps} steps of AdamW on {what}; the "
+            "model is the file and does not change."
+        )
     else:
         facts.append("No test-time training: the model that scores is the file and does not change.")
     if "sliding" in run.summary.scores:
