@@ -279,6 +279,13 @@ class EvaluateConfig:
         names = ["context", *kept.get(way, []), *(["tilt"] if self.tilt.on else [])]
         return flat({key: data[key] for key in names})
 
+    def keeps_apart(self, way: str) -> bool:
+        """Return whether documents do not influence each other's scores in `way`."""
+        alone = way in ("plain", "sliding", "slot", "causal_slot") or (
+            way == "ttt" and not self.adapters.warm_a
+        )
+        return alone and not self.tilt.on
+
     def remark(self, way: str) -> str:
         """Return what every output says of a score of `way`: `LOOSE`, `ILLEGAL` or nothing."""
         if way == "slot":

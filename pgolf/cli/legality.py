@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -13,8 +13,10 @@ from pgolf.errors import UserError
 
 if TYPE_CHECKING:
     from pgolf.data.loader import ValidationText
-    from pgolf.evaluate.legality import Make, Tested
-    from pgolf.evaluate.validation import DataFolder
+    from pgolf.dist import Dist
+    from pgolf.evaluate.legality import Tested
+    from pgolf.evaluate.predictor import Pass
+    from pgolf.evaluate.rounding import Limit
     from pgolf.model.gpt import GPT
 
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class Legality:
     """Test on a sample of the validation text whether a way to score meets the conditions of a submission.
 
-    C1: no score knows a later token. C2: probabilities sum to 1. C3: tokens are scored before they are
-    learned. C4: each is scored once. The exit status is 1 if one fails.
+    C1: no score knows a later token, and the counted program next to the file gives the same score alone. C2:
+    probabilities sum to 1. C3: tokens are scored before they are learned. C4: each is scored once, on two
+    ranks too. By how much losses may differ is measured. The exit status is 1 if one fails.
     """
 
     run: tyro.conf.Positional[Path]
@@ -34,7 +37,7 @@ class Legality:
     """The way to score; without it the one of the run's headline."""
     sample: int = 2048
     """Tokens of the sample, at least 256: the beginnings of the first documents. The whole way to score runs
-    on it 20 to 30 times, in float32, so a GPU helps. Chunks and phases are made small enough for it."""
+    on it 25 to 40 times, in float32, so a GPU helps. Chunks and phases are made small enough for it."""
     out: Path | None = None
     """The report, JSON; without it legality.json in the run's folder."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -47,9 +50,11 @@ def main(argv: list[str]) -> int:
     from pgolf.artifact.read import build_model, read_artifact
     from pgolf.cli.overrides import check_output
     from pgolf.dist import Dist
+    from pgolf.evaluate.legality import sample_text
     from pgolf.evaluate.validation import DataFolder
     from pgolf.files import file_sha256, write_json
     from pgolf.report.legality_report import NAME
+    from pgolf.report.reproduced import check_code, find_program
 
     if args.sample < 256:
         raise UserError(f"--sample must be at least 256 tokens, got {args.sample}")
@@ -65,20 +70,28 @@ def main(argv: list[str]) -> int:
     if artifact.header.tokenizer_sha256 != folder.sha256:
         raise UserError(f"{path} was trained with another tokenizer than the one in {folder.folder}")
     model = build_model(artifact, dist.device).prepare(dist.device, attention="sdpa").exact()
-    found = _test(way, model, folder, config.evaluate, args.sample, dist)
+    text = sample_text(folder.validation(), folder.tokenizer.bos_id, args.sample)
+    limit, found = _test(way, model, text, folder.tokenizer.bos_id, config.evaluate, dist)
+    found += [check_code(path, text, way=way, folder=folder, config=config, dist=dist, limit=limit.nats)]
+    print(f"rounding: {limit.text}")
     for tested in found:
         print(f"{tested.verdict:<10}{tested.condition}  {tested.test:<8}{tested.text}")
+    program = find_program(path)
     report = {
         "artifact": file_sha256(path),
+        "code": None if program is None else file_sha256(program),
         "mode": way,
         "settings": config.evaluate.settings_of(way),
         "sample": args.sample,
+        "limit": limit._asdict(),
         "legal": all(tested.verdict != "fails" for tested in found),
         "remark": config.evaluate.remark(way),
         "conditions": [asdict(tested) for tested in found],
     }
     write_json(out, report)
     print(f"{out}: {way}: {'no condition fails' if report['legal'] else 'NOT LEGAL'}")
+    if report["remark"]:
+        print(f"{way}: {report['remark']}")
     return 0 if report["legal"] else 1
 
 
@@ -89,38 +102,50 @@ def _config(path: Path) -> Config:
 
 
 def _test(
-    way: Method, model: GPT, folder: DataFolder, settings: EvaluateConfig, sample: int, dist: Any
-) -> list[Tested]:
-    from pgolf.evaluate.legality import check_way, sample_text
+    way: Method, model: GPT, text: ValidationText, bos_id: int, settings: EvaluateConfig, dist: Dist
+) -> tuple[Limit, list[Tested]]:
+    """Return by how much losses may differ, and what was found about the way to score."""
+    from pgolf.evaluate.legality import check_way
+    from pgolf.evaluate.neighbours import check_neighbours
+    from pgolf.evaluate.predictor import evaluating
+    from pgolf.evaluate.rounding import measured_limit
     from pgolf.evaluate.validation import start_pass, widened
 
-    bos_id = folder.tokenizer.bos_id
-    text = sample_text(folder.validation(), bos_id, sample)
-    small = small_settings(settings, text, bos_id)
+    small, loose = small_settings(settings, text, bos_id), settings.remark(way) == LOOSE
+    # Small enough that two ranks have something to do.
+    batch_tokens = max(text.tokens.size // 4, settings.context or model.config.max_context)
 
-    def make(part: ValidationText) -> Any:
+    def start(part: ValidationText, place: Dist) -> Pass:
+        size = text.tokens.size
         return start_pass(
-            way,
-            model,
-            part,
-            dist,
-            bos_id=bos_id,
-            batch_tokens=max(sample, model.config.max_context),
-            settings=small,
-            whole=text.tokens.size,
+            way, model, part, place, bos_id=bos_id, batch_tokens=batch_tokens, settings=small, whole=size
         )
 
-    evaluator: Make = make
-    with widened(model, small.context):
-        return check_way(
-            evaluator,
+    def make(part: ValidationText) -> Pass:
+        return start(part, dist)
+
+    with evaluating(model), widened(model, small.context):
+        limit = measured_limit(make, text, model, bos_id=bos_id, dist=dist)
+        found = check_way(
+            make,
             text,
             bos_id=bos_id,
             vocab_size=model.config.vocab_size,
             dist=dist,
-            loose=settings.remark(way) == LOOSE,
+            loose=loose,
             tilted=settings.tilt.on,
+            limit=limit.nats,
         )
+        found += check_neighbours(
+            start,
+            text,
+            bos_id=bos_id,
+            dist=dist,
+            apart=settings.keeps_apart(way),
+            limit=limit.nats,
+            loose=loose,
+        )
+    return limit, found
 
 
 def small_settings(settings: EvaluateConfig, text: ValidationText, bos_id: int) -> EvaluateConfig:
