@@ -71,6 +71,9 @@ class Evaluate:
     """The n-gram tilt on top of every way to score."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
+    legality: bool = False
+    """Also test each way on a sample of the text, as `pgolf legality` does; the exit status is 1 if a condition
+    fails."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses the GPU if there is one."""
 
@@ -107,6 +110,7 @@ def main(argv: list[str]) -> int:
         data_folder = _open(args, artifact)
         text, documents = _text(args.documents, data_folder)
         scores = _score(args, artifact, data_folder, text, dist)
+        reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
     finally:
         dist.close()
     if dist.is_main:
@@ -119,8 +123,8 @@ def main(argv: list[str]) -> int:
             said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
         if args.json is not None:
-            _write(args.json, args, data_folder, documents, scores)
-    return 0
+            _write(args.json, args, data_folder, documents, scores, reports)
+    return 0 if all(report["legal"] for report in reports.values()) else 1
 
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
@@ -184,8 +188,31 @@ def _score(
     }
 
 
+def _legality(
+    args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Dist
+) -> dict[str, dict[str, Any]]:
+    """Return what the tests say of every way that was asked for, and print it."""
+    from pgolf.cli.legality import config_of, examine, verdict_line
+
+    if dist.world_size > 1:
+        raise UserError(
+            "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
+        )
+    config = dataclasses.replace(config_of(args.artifact), evaluate=args.settings)
+    reports: dict[str, dict[str, Any]] = {}
+    for way in dict.fromkeys(args.mode):
+        reports[way] = examine(args.artifact, artifact, data_folder, config, way=way, dist=dist)
+        print(verdict_line(reports[way]))
+    return reports
+
+
 def _write(
-    path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
+    path: Path,
+    args: Evaluate,
+    data_folder: DataFolder,
+    documents: int,
+    scores: dict[str, Score],
+    reports: dict[str, dict[str, Any]],
 ) -> None:
     """Write the scores as JSON, with the data, the number of documents (0 means all) and the settings."""
     from pgolf.files import atomic_file
@@ -200,6 +227,7 @@ def _write(
             mode: dataclasses.asdict(score) | {"remark": args.settings.remark(mode)}
             for mode, score in scores.items()
         },
+        **({"legality": reports} if reports else {}),
     }
     with atomic_file(path) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
@@ -12,12 +12,17 @@ from pgolf.config import LOOSE, Config, EvaluateConfig, Method, from_dict, read_
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
+    from pgolf.artifact.read import Artifact
     from pgolf.data.loader import ValidationText
     from pgolf.dist import Dist
     from pgolf.evaluate.legality import Tested
     from pgolf.evaluate.predictor import Pass
     from pgolf.evaluate.rounding import Limit
+    from pgolf.evaluate.validation import DataFolder
     from pgolf.model.gpt import GPT
+
+SAMPLE = 2048
+"""Tokens of the sample."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class Legality:
     """Folder of shards with the tokenizer; without it that of config.json."""
     mode: Method | None = None
     """The way to score; without it the one of the run's headline."""
-    sample: int = 2048
+    sample: int = SAMPLE
     """Tokens of the sample, at least 256: the beginnings of the first documents. The whole way to score runs
     on it 25 to 40 times, in float32, so a GPU helps. Chunks and phases are made small enough for it."""
     out: Path | None = None
@@ -47,21 +52,19 @@ class Legality:
 def main(argv: list[str]) -> int:
     """Test, print one line per condition, and write the report."""
     args = tyro.cli(Legality, prog="pgolf legality", args=argv)
-    from pgolf.artifact.read import build_model, read_artifact
+    from pgolf.artifact.read import read_artifact
     from pgolf.cli.overrides import check_output
     from pgolf.dist import Dist
-    from pgolf.evaluate.legality import sample_text
     from pgolf.evaluate.validation import DataFolder
-    from pgolf.files import file_sha256, write_json
+    from pgolf.files import write_json
     from pgolf.report.legality_report import NAME
-    from pgolf.report.reproduced import check_code, find_program
 
     if args.sample < 256:
         raise UserError(f"--sample must be at least 256 tokens, got {args.sample}")
     path = args.run / "model.pgolf" if args.run.is_dir() else args.run
     out = args.out or path.with_name(NAME)
     check_output(out, "--out")
-    artifact, config = read_artifact(path), _config(path)
+    artifact, config = read_artifact(path), config_of(path)
     way = args.mode or config.evaluate.headline
     dist = Dist.start(args.device)
     if dist.world_size > 1:
@@ -69,33 +72,68 @@ def main(argv: list[str]) -> int:
     folder = DataFolder.open(args.data or config.data.dir, vocab_size=artifact.header.model.vocab_size)
     if artifact.header.tokenizer_sha256 != folder.sha256:
         raise UserError(f"{path} was trained with another tokenizer than the one in {folder.folder}")
+    report = examine(path, artifact, folder, config, way=way, sample=args.sample, dist=dist)
+    write_json(out, report)
+    print(f"{out}: {verdict_line(report)}")
+    return 0 if report["legal"] else 1
+
+
+def examine(
+    path: Path,
+    artifact: Artifact,
+    folder: DataFolder,
+    config: Config,
+    *,
+    way: Method,
+    sample: int = SAMPLE,
+    dist: Dist,
+) -> dict[str, Any]:
+    """Test a way to score on an artifact, print one line per condition, and return the report.
+
+    Args:
+        path: of the artifact; the counted program is looked for next to it.
+        artifact: what was read from there.
+        folder: the data.
+        config: with the settings of scoring.
+        way: the way to score.
+        sample: tokens of the sample.
+        dist: the device; one rank.
+    """
+    from pgolf.artifact.read import build_model
+    from pgolf.evaluate.legality import sample_text
+    from pgolf.files import file_sha256
+    from pgolf.report.reproduced import check_code, find_program
+
+    settings = config.evaluate
     model = build_model(artifact, dist.device).prepare(dist.device, attention="sdpa").exact()
-    text = sample_text(folder.validation(), folder.tokenizer.bos_id, args.sample)
-    limit, found = _test(way, model, text, folder.tokenizer.bos_id, config.evaluate, dist)
+    text = sample_text(folder.validation(), folder.tokenizer.bos_id, sample)
+    limit, found = _test(way, model, text, folder.tokenizer.bos_id, settings, dist)
     found += [check_code(path, text, way=way, folder=folder, config=config, dist=dist, limit=limit.nats)]
     print(f"rounding: {limit.text}")
     for tested in found:
         print(f"{tested.verdict:<10}{tested.condition}  {tested.test:<8}{tested.text}")
     program = find_program(path)
-    report = {
+    return {
         "artifact": file_sha256(path),
         "code": None if program is None else file_sha256(program),
         "mode": way,
-        "settings": config.evaluate.settings_of(way),
-        "sample": args.sample,
+        "settings": settings.settings_of(way),
+        "sample": sample,
         "limit": limit._asdict(),
         "legal": all(tested.verdict != "fails" for tested in found),
-        "remark": config.evaluate.remark(way),
+        "remark": settings.remark(way),
         "conditions": [asdict(tested) for tested in found],
     }
-    write_json(out, report)
-    print(f"{out}: {way}: {'no condition fails' if report['legal'] else 'NOT LEGAL'}")
-    if report["remark"]:
-        print(f"{way}: {report['remark']}")
-    return 0 if report["legal"] else 1
 
 
-def _config(path: Path) -> Config:
+def verdict_line(report: dict[str, Any]) -> str:
+    """Return what a report says of a way, in a line."""
+    verdict = "no condition fails" if report["legal"] else "NOT LEGAL"
+    remark = f" ({report['remark']})" if report["remark"] else ""
+    return f"{report['mode']}: {verdict}{remark}"
+
+
+def config_of(path: Path) -> Config:
     """Return the configuration next to an artifact; the defaults if there is none."""
     file = path.with_name("config.json")
     return from_dict(Config, read_json(file), where=str(file)) if file.is_file() else Config()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ def verdict_of(report: dict[str, Any]) -> str:
     if failed:
         return f"{' and '.join(failed)} FAIL of the conditions of issue 1017"
     said = "none of the four conditions of issue 1017 fails"
+    said += "".join(f"; not tested: {c['test']}" for c in report["conditions"] if c["verdict"] == "untested")
     return f"{said} ({report['remark']})" if report["remark"] else said
 
 
@@ -50,8 +52,8 @@ def checked_reports(runs: Sequence[FinishedRun], *, illegal: bool) -> dict[int, 
         illegal: accept reports in which a condition fails.
 
     Raises:
-        UserError: a report is of another artifact, another way to score or other settings than the run's
-            headline; or a condition fails; or the headline is of a way that is not allowed.
+        UserError: a report is of another artifact, another program, another way to score or other settings
+            than the run's headline; or a condition fails; or the headline is of a way that is not allowed.
     """
     found = {}
     for run in runs:
@@ -73,6 +75,9 @@ def checked_reports(runs: Sequence[FinishedRun], *, illegal: bool) -> dict[int, 
             raise UserError(f"{path} tested {report['mode']}, the run's headline is {way}; {again}")
         if report["settings"] != settings.settings_of(way):
             raise UserError(f"{path} tested other settings than the run's config.json has; {again}")
+        code = report.get("code")  # reports of older versions have none
+        if code is not None and code != hashlib.sha256(run.code).hexdigest():
+            raise UserError(f"{path} tested another program than the run's {run.code_name}; {again}")
         if not report["legal"] and not illegal:
             raise UserError(
                 f"{path}: {verdict_of(report)}, so the challenge does not accept this submission; mend the "

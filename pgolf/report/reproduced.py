@@ -1,6 +1,6 @@
 """Whether the counted program alone gives the score: it runs on a sample, in a folder with nothing else.
 
-The program and the artifact are copied into a new folder, with the run's settings. Python starts isolated (no
+The program and the artifact are copied into a new folder, with the settings. Python starts isolated (no
 variables of Python, no user packages) and finds the installed packages without pgolf: a folder of links that
 leaves it out. So a program that needs a file of the run, the installed package or its extension fails, and a
 program that prints another number than the package finds is caught. Not prevented: a program that opens a
@@ -18,12 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from pgolf.artifact.code_rule import CODE_NAME, TRAIN_NAME
 from pgolf.artifact.read import load_model
-from pgolf.config import Config, Method
+from pgolf.config import Config, Method, from_dict, read_json, to_dict
 from pgolf.data.loader import ValidationText
 from pgolf.data.shards import TOKENIZER_NAME, sidecar_path, write_shard
 from pgolf.dist import Dist
@@ -68,11 +69,11 @@ def check_code(
     """Run the counted program next to an artifact on a sample, and compare its score with the package's.
 
     Args:
-        artifact: the model file; the program and the run's config.json are looked for next to it.
+        artifact: the model file; the program is looked for next to it.
         text: the sample.
         way: the way to score.
         folder: the data folder, for its tokenizer.
-        config: the run's settings.
+        config: the settings.
         dist: the device; one rank.
         limit: nats per token by which losses may differ from rounding, on a CPU.
     """
@@ -88,7 +89,7 @@ def check_code(
         way, model, folder, text, dist, batch_tokens=config.data.micro_tokens, settings=settings
     ).bpb
     with TemporaryDirectory() as place:
-        found, said = _run(Path(place), program, artifact, text, way, folder, dist)
+        found, said = _run(Path(place), program, artifact, text, way, folder, config, dist)
     if found is None:
         return Tested("C1", "code", "fails", f"{program.name} alone does not score: {said}")
     per_byte = (text.tokens.size - 1) / math.log(2) / int(text.bytes[1:].sum())
@@ -104,6 +105,7 @@ def _run(
     text: ValidationText,
     way: Method,
     folder: DataFolder,
+    config: Config,
     dist: Dist,
 ) -> tuple[float | None, str]:
     """Return the score that the program prints; or None, and what it said."""
@@ -116,11 +118,7 @@ def _run(
     shard = data / "sample_val_000000.bin"
     write_shard(shard, text.tokens)
     write_shard(sidecar_path(shard), text.bytes.astype(np.int64))
-    settings = artifact.with_name("config.json")
-    if settings.is_file():
-        saved = json.loads(settings.read_text(encoding="utf-8"))
-        saved["train"]["device"] = dist.device.type
-        (alone / "config.json").write_text(json.dumps(saved), encoding="utf-8")
+    (alone / "config.json").write_text(json.dumps(_settings(artifact, config, dist)), encoding="utf-8")
     words = ["--evaluate"] if program.name == TRAIN_NAME else []
     words += ["model.pgolf", "--data", str(data), "--mode", way]
     libraries = str(libraries_without_pgolf(place / "libraries"))
@@ -137,6 +135,17 @@ def _run(
         last = (done.stderr.strip() or done.stdout.strip() or "nothing was printed").splitlines()[-1]
         return None, f"exit status {done.returncode}, {last:.300}"
     return float(number[1]), ""
+
+
+def _settings(artifact: Path, config: Config, dist: Dist) -> dict[str, Any]:
+    """Return what the program gets as config.json: that of the run as it is, because it may be older."""
+    saved = artifact.with_name("config.json")
+    settings: dict[str, Any] = to_dict(config)
+    if saved.is_file():
+        run = read_json(saved)
+        same = from_dict(Config, run, where=str(saved)).evaluate == config.evaluate
+        settings = run if same else {**run, "evaluate": settings["evaluate"]}
+    return {**settings, "train": {**settings["train"], "device": dist.device.type}}
 
 
 def libraries_without_pgolf(folder: Path) -> Path:

@@ -8,7 +8,9 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.config import ILLEGAL, Config, from_dict, read_json
 from pgolf.dist import Dist
+from pgolf.evaluate import legality
 from pgolf.evaluate.legality import sample_text
+from pgolf.evaluate.rounding import Limit
 from pgolf.evaluate.validation import DataFolder
 from pgolf.files import file_sha256
 from pgolf.report.reproduced import check_code, find_program, libraries_without_pgolf
@@ -68,10 +70,35 @@ def test_slot_fails_and_says_so(run, tmp_path, capsys):
     words = ["legality", str(run), "--mode", "slot", "--sample", "256", "--out", str(out), "--device", "cpu"]
     assert main(words) == 1
     text = capsys.readouterr().out
-    assert "slot: NOT LEGAL" in text and f"slot: {ILLEGAL}" in text
+    assert f"slot: NOT LEGAL ({ILLEGAL})" in text
     report = json.loads(out.read_text())
     assert not report["legal"] and report["remark"] == ILLEGAL
     assert {c["test"] for c in report["conditions"] if c["verdict"] == "fails"} == {"self", "future"}
+
+
+def test_evaluate_tests_the_ways_that_it_scores_with_their_settings(
+    run, shards, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("pgolf.cli.legality.SAMPLE", 256)
+    asked = []
+    monkeypatch.setattr(
+        "pgolf.cli.legality._test", lambda way, *rest: asked.append((way, rest)) or found_of(way)
+    )
+    out = tmp_path / "scores.json"
+    words = ["evaluate", str(run / "model.pgolf"), "--data", str(shards), "--documents", "2", "--legality"]
+    words += ["--json", str(out), "--device", "cpu", "--stride", "48", "--tokens", "512"]
+    assert main([*words, "--mode", "sliding"]) == 0
+    assert asked[-1][0] == "sliding" and asked[-1][1][3].stride == 48
+    assert "sliding: no condition fails" in capsys.readouterr().out
+    report = json.loads(out.read_text())["legality"]["sliding"]
+    assert report["settings"] == {"context": 0, "stride": 48}
+    assert [c["verdict"] for c in report["conditions"] if c["test"] == "code"] == ["ok"]
+    assert main([*words, "--mode", "slot"]) == 1
+    assert f"slot: NOT LEGAL ({ILLEGAL})" in capsys.readouterr().out
+
+
+def found_of(way):
+    return Limit(1e-5, 1e-6), [legality.Tested("C1", "self", "fails" if way == "slot" else "ok", "")]
 
 
 WRONG = {
