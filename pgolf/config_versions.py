@@ -179,7 +179,7 @@ CHANGES: tuple[Change, ...] = (
     Change("dbd4a8c", {"data.order": "documents"}),
     Change("8f943db", {"artifact.coder": "range"}),
     Change(
-        "options",
+        "37f2c08",
         {
             "evaluate.slot.steps": 8,
             "evaluate.slot.lr": 0.005,

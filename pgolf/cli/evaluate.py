@@ -72,8 +72,8 @@ class Evaluate:
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     legality: bool = False
-    """Also test each way on a sample of the text, as `pgolf legality` does; the exit status is 1 if a condition
-    fails."""
+    """Also test each way on a sample of the text, as `pgolf legality` does; the exit status is 1 if one
+    of the conditions fails."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses the GPU if there is one."""
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.config import ILLEGAL, Config, EvaluateConfig, SlotConfig
+from pgolf.config import ILLEGAL, Config, EvaluateConfig, SlotConfig, TiltConfig
 from pgolf.errors import UserError
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.predictor import evaluating
@@ -164,6 +164,14 @@ def test_slot_is_labelled_wherever_it_appears_and_the_causal_form_is_not():
     assert any("ALSO THOSE THAT IT THEN SCORES" in fact for fact in facts)
     causal = finished(scores={"quantized": score(1.1), "causal_slot": score(1.0)})
     assert not any(ILLEGAL in fact or "ALSO THOSE" in fact for fact in rules([causal], {}, None))
+
+
+def test_a_tilt_is_named_in_the_submission():
+    run = finished(scores={"quantized": score(1.1), "ttt": score(1.0)})
+    tilted = replace(run.config.evaluate, tilt=TiltConfig(on=True))
+    facts = rules([replace(run, config=replace(run.config, evaluate=tilted))], {}, None)
+    assert any("n-gram tilt of order 16, threshold 0.8 and boost 2.625 is on top" in fact for fact in facts)
+    assert not any("tilt" in fact for fact in rules([run], {}, None))
 
 
 def test_a_submission_of_slot_is_refused_with_and_without_a_report_unless_the_user_says_so(tmp_path):
