@@ -31,7 +31,7 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import Head
 from pgolf.evaluate.predictor import Inputs, Pass, Question, Turn
 from pgolf.evaluate.sliding import Fixed, sliding_windows
-from pgolf.model.gpt import GPT
+from pgolf.model.gpt import GPT, uncompiled
 
 
 class CausalSlot(Fixed):
@@ -49,7 +49,7 @@ class CausalSlot(Fixed):
     def predict(self, inputs: Inputs) -> Head:
         """Return the distributions in the last `asked` tokens of each window."""
         head, width = super().predict(inputs), inputs.width
-        states = head.hidden.detach().view(-1, width, head.hidden.shape[-1])
+        states = head.hidden.view(-1, width, head.hidden.shape[-1])
         weight = head.weight.detach()
         shift = self._fit(states, weight, head.cap, self._learned(inputs))
         last = (states[:, width - inputs.asked :] + shift.to(states.dtype)).flatten(0, 1)
@@ -126,7 +126,8 @@ def slot_pass(
     windows = sliding_windows(*document_bounds(text, bos_id), context=context, stride=stride)
     turns = [Turn([question]) for question in slot_questions(windows, context, stride, batch_tokens)]
     tokens = torch.from_numpy(text.tokens.astype(np.int64)).to(dist.device)
-    predictor = CausalSlot(model, config) if causal else Slot(model, config, tokens)
+    plain = uncompiled(model, context=context)  # the number of tokens changes from batch to batch
+    predictor = CausalSlot(plain, config) if causal else Slot(plain, config, tokens)
     label = f"{'causal ' if causal else ''}slot, stride {stride}"
     return Pass(predictor, turns[dist.rank :: dist.world_size], label)
 

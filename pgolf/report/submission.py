@@ -433,7 +433,7 @@ def _way_rules(run: FinishedRun) -> list[str]:
         t = config.evaluate.tilt
         facts.append(
             f"An n-gram tilt of order {t.order}, threshold {t.threshold:g} and boost {t.boost:g} is on top: "
-            "it reads the earlier tokens of the text alone, earlier documents too, inside the time of scoring."
+            "it reads the earlier tokens of the text alone, other documents too, inside the time of scoring."
         )
     return facts
 
