@@ -14,6 +14,7 @@ from pgolf import config_versions
 from pgolf.config_checks import check_finite, parse_fractions, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_evaluate import ADAPTIVE as ADAPTIVE
+from pgolf.config_evaluate import ILLEGAL as ILLEGAL
 from pgolf.config_evaluate import LOOSE as LOOSE
 from pgolf.config_evaluate import METHODS as METHODS
 from pgolf.config_evaluate import PLACES as PLACES
@@ -21,6 +22,8 @@ from pgolf.config_evaluate import EvaluateConfig as EvaluateConfig
 from pgolf.config_evaluate import Method as Method
 from pgolf.config_evaluate import PhasesConfig as PhasesConfig
 from pgolf.config_evaluate import SgdConfig as SgdConfig
+from pgolf.config_evaluate import SlotConfig as SlotConfig
+from pgolf.config_evaluate import TiltConfig as TiltConfig
 from pgolf.config_evaluate import TttConfig as TttConfig
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
@@ -469,7 +472,8 @@ class Config:
         )
         widest = self.evaluate.context or longest
         require(
-            not {"sliding", "sgd"} & set(self.evaluate.ways) or self.evaluate.stride <= widest,
+            not {"sliding", "sgd", "slot", "causal_slot"} & set(self.evaluate.ways)
+            or self.evaluate.stride <= widest,
             f"evaluate.stride must be at most {'evaluate.context' if self.evaluate.context else ''}"
             f"{'' if self.evaluate.context else 'model.max_context'}={widest}, got {self.evaluate.stride}",
         )

@@ -34,6 +34,7 @@ MOST = {
     "quant.gradient_batches": 2**20,
     "ttt.rank": 65_536,
     "ttt.seed": 2**63 - 1,
+    "ttt.members": 1024,
 }
 """Largest whole numbers that settings may have. Larger ones have no use and would hang or crash the run."""
 MOST_ELSE = 2**40

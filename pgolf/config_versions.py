@@ -191,6 +191,20 @@ CHANGES: tuple[Change, ...] = (
             "optim.ema_nesterov_until": 0.76,
         },
     ),
+    Change(
+        "37f2c08",
+        {
+            "evaluate.slot.steps": 8,
+            "evaluate.slot.lr": 0.005,
+            "evaluate.tilt.on": False,
+            "evaluate.tilt.order": 16,
+            "evaluate.tilt.threshold": 0.8,
+            "evaluate.tilt.boost": 2.625,
+            "evaluate.tilt.seen": 1,
+            "evaluate.adapters.members": 1,
+            "evaluate.phases.adapters.members": 1,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

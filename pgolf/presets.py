@@ -24,6 +24,7 @@ from pgolf.config import (
     OptimConfig,
     QuantConfig,
     SgdConfig,
+    TiltConfig,
     TrainConfig,
 )
 
@@ -98,7 +99,7 @@ def pr2135() -> Config:
         optim=replace(base.optim, muon=muon, ema_horizon=0.0665),  # 285 steps of 140 ms
         train=replace(base.train, context_stages="2048@1"),
         quant=replace(base.quant, calibration_batches=32),
-        evaluate=EvaluateConfig(phases=phases),
+        evaluate=EvaluateConfig(phases=phases, tilt=TiltConfig(on=True)),
     )
 
 
@@ -247,7 +248,7 @@ def pr1298() -> Config:
             warmdown=0.58,  # 4,000 steps of 87.0 ms: its log has a factor of 0.1499 at step 6,298 of 6,898
             ema_horizon=0.0484,  # 333 steps of 87.2 ms
         ),
-        evaluate=EvaluateConfig(method="sliding"),
+        evaluate=EvaluateConfig(method="slot"),
     )
 
 

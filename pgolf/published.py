@@ -105,7 +105,7 @@ PUBLISHED = {
         bytes=15_947_490,
         parameters=35_945_673,
         differs="the text had CaseOps; the quantizer (GPTQ with SDClip and LQER in groups of 32) and the "
-        "coder are pgolf's here; an n-gram tilt is left out; its README says that its smear gate stops at a "
+        "coder are pgolf's here; its README says that its smear gate stops at a "
         "BOS, but its command switches that off (SMEAR_GATE_BOS_FIX=0), so it leaks, which "
         "model.smear_over_bos repeats and the challenge does not allow; GPTQ's calibration (6.9 s) ran "
         "after the clock; its gain on #2130 (1.05670) has p = 0.14, and an audit excluded #2130 for "
@@ -209,12 +209,14 @@ PUBLISHED = {
         ms=87.0,
         bytes=15_824_588,
         parameters=26_895_452,
-        differs="SLOT learns from the tokens that it then scores; without it the logs have 1.11954 with a "
-        "sliding window; no run without Polar Express or without row normalization is published, and the "
-        "README describes row normalization as another method than its script has; its script takes the "
-        "number of iterations of Polar Express from MUON_BACKEND_STEPS, which is 5 unless it is set, and the "
-        "README sets a name that the script does not read, so the runs may have had five and not four; its "
-        "logs show a warm-down of 4,000 steps where the README has 3,500; otherwise as pr549",
+        differs="SLOT learns from the tokens that it then scores: evaluate.published repeats it with a label "
+        "and pgolf submit refuses it (--evaluate.method causal_slot learns from scored tokens alone); without "
+        "it the logs have 1.11954 with a sliding window; no run without Polar Express or without row "
+        "normalization is published, and the README describes row normalization as another method than its "
+        "script has; its script takes the number of iterations of Polar Express from MUON_BACKEND_STEPS, which "
+        "is 5 unless it is set, and the README sets a name that the script does not read, so the runs may have "
+        "had five and not four; its logs show a warm-down of 4,000 steps where the README has 3,500; otherwise "
+        "as pr549",
     ),
     "pr549": Published(
         pull_request=549,

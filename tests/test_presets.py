@@ -64,7 +64,7 @@ def test_the_way_to_score_is_that_of_the_pull_request_and_does_not_run_by_itself
         "sliding window and score-first SGD": "sgd",
         "phased test-time training": "phased",
         "plain": "plain",
-        "SLOT, which the challenge does not allow": "sliding",
+        "SLOT, which the challenge does not allow": "slot",
     }
     for name, found in PUBLISHED.items():
         evaluate = PRESETS[name]().evaluate

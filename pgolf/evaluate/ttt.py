@@ -24,7 +24,7 @@ Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +36,9 @@ from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
+from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Question, Turn
+from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Predictor, Question, Turn
 from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import bind, initial_adapters
 
@@ -267,5 +268,9 @@ def adapted_pass(
     batches = plan_batches(bounds[1], context, config)
     mine = share_batches(batches, dist.rank, dist.world_size)
     room = max((batch.documents.size for batch in mine), default=1)
-    predictor = Adapted(uncompiled(model, context=context), config, documents=room)
+    plain = uncompiled(model, context=context)
+    members = [
+        Adapted(plain, replace(config, seed=config.seed + k), documents=room) for k in range(config.members)
+    ]
+    predictor: Predictor = members[0] if config.members == 1 else Ensemble(members)
     return Pass(predictor, [turn for batch in mine for turn in batch_turns(batch, bounds)], "ttt")

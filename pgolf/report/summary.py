@@ -22,7 +22,7 @@ import torch
 
 from pgolf.artifact.fit import fill_note
 from pgolf.artifact.size import Ledger
-from pgolf.config import ADAPTIVE, LOOSE, read_json
+from pgolf.config import ADAPTIVE, ILLEGAL, LOOSE, read_json
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import ShardInfo
 from pgolf.errors import UserError
@@ -41,6 +41,8 @@ SCORES = {
     "ttt": "quantized file, test-time training",
     "sgd": "quantized file, sliding window and score-first SGD",
     "phased": "quantized file, test-time training with phases",
+    "causal_slot": "quantized file, SLOT from scored tokens",
+    "slot": "quantized file, SLOT (not allowed)",
 }
 """Every score that a run can have, with what was scored."""
 
@@ -427,6 +429,7 @@ def format_table(s: Summary) -> str:
             f"{name:<12}{score.bpb:>9.4f}{score.loss:>12.4f}{score.tokens:>12,}{score.bytes:>13,}{score.seconds:>9.1f}"
         )
     lines += [f"phased: {LOOSE}"] if "phased" in s.scores else []
+    lines += [f"slot: {ILLEGAL}"] if "slot" in s.scores else []
     t = s.trained
     ms = f"{t.ms_loop_off:.1f} ms" if t.ms_loop_off is not None else "-"
     ms += f" loop off, {t.ms_loop_on:.1f} ms loop on" if t.ms_loop_on is not None else ""

@@ -468,7 +468,8 @@ class Run:
             score = score_as(
                 way, self._model, self._data, text, self._dist, batch_tokens=batch_tokens, settings=config
             )
-            self._add_score(way, score, config.remark(way))
+            tilt = "with the n-gram tilt" if config.tilt.on else ""
+            self._add_score(way, score, "; ".join(filter(None, (tilt, config.remark(way)))))
 
     def _add_score(self, name: str, score: Score, remark: str = "") -> None:
         self._summary.scores[name] = score
