@@ -210,13 +210,13 @@ PUBLISHED = {
         bytes=15_824_588,
         parameters=26_895_452,
         differs="SLOT learns from the tokens that it then scores: evaluate.published repeats it with a label "
-        "and pgolf submit refuses it (--evaluate.method causal_slot learns from scored tokens alone); without "
-        "it the logs have 1.11954 with a sliding window; no run without Polar Express or without row "
+        "and pgolf submit refuses it (--evaluate.method causal_slot learns from scored tokens alone); the "
+        "logs have 1.11954 with a sliding window and without it; no run without Polar Express or without row "
         "normalization is published, and the README describes row normalization as another method than its "
-        "script has; its script takes the number of iterations of Polar Express from MUON_BACKEND_STEPS, which "
-        "is 5 unless it is set, and the README sets a name that the script does not read, so the runs may have "
-        "had five and not four; its logs show a warm-down of 4,000 steps where the README has 3,500; otherwise "
-        "as pr549",
+        "script has; its script takes the number of iterations of Polar Express from MUON_BACKEND_STEPS, "
+        "which is 5 unless it is set, and the README sets a name that the script does not read, so the runs "
+        "may have had five and not four; its logs show a warm-down of 4,000 steps where the README has "
+        "3,500; otherwise as pr549",
     ),
     "pr549": Published(
         pull_request=549,
