@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._compiler import constant_result
 from pgolf.ops._derivatives import refuse_derivatives, refuse_second_order, refuse_transforms
 
 EPS = torch.finfo(torch.float32).eps
@@ -110,7 +111,7 @@ def _takes(x: Tensor, up: Tensor, slope: float) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_result
 def _has_kernels(device: str, index: int | None) -> bool:
     """Return whether the device is a Hopper GPU and this build has its kernels."""
     if device != "cuda" or not torch._C._dispatch_has_kernel_for_dispatch_key("pgolf::norm_mlp_up", "CUDA"):
