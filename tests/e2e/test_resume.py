@@ -29,7 +29,6 @@ from tests.e2e.test_run import summary, torchrun
 
 STEPS = 12
 SETTINGS = [*SMALL, f"--steps={STEPS}", "--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def start(words: list[str], **place: object) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT | {k: str(v) for k, v in place.items()},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in place.items()},
     )
 
 
