@@ -10,8 +10,8 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.data.text import iterate_documents, sample_paths
 
-VAL_DOCUMENTS = 10
-"""Documents of the validation text of `make_shards`."""
+VAL_DOCUMENTS, VAL_TOKENS = 10, 6_974
+"""Documents of the validation text of `make_shards`, and its tokens that are scored."""
 
 
 def make_shards(folder: Path) -> Path:

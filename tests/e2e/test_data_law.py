@@ -15,7 +15,7 @@ from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import train_tokenizer
 from pgolf.evaluate.validation import DataFolder
 from pgolf.files import file_sha256
-from tests.e2e.conftest import SMALL, VAL_DOCUMENTS
+from tests.e2e.conftest import SMALL, VAL_DOCUMENTS, VAL_TOKENS
 
 SIDE = "text_val_bytes_000000.bin"
 
@@ -146,7 +146,7 @@ def test_evaluate_says_how_many_documents_it_scored(
         assert note in out and ("documents only" in out) == bool(note)
         told = json.loads((tmp_path / "j").read_text())
         assert told["documents"] == (3 if note else "all")
-        assert (told["scores"]["plain"]["tokens"] == 48_545) == (not note)
+        assert (told["scores"]["plain"]["tokens"] == VAL_TOKENS) == (not note)
 
 
 def test_evaluate_refuses_what_it_cannot_do_before_it_reads_the_data(
