@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from pgolf.ops._compiler import constant_result
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+
+@constant_result
 def has_kernels(operator: str, device: str, index: int | None) -> bool:
     """Return whether the device is a Hopper GPU and this build has the operator's CUDA kernels.
 

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import signal
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -10,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pgolf.cli.main import main
-from pgolf.train import session
 from tests.e2e.conftest import SMALL
+from tests.e2e.test_resume import stop_here
 from tests.e2e.test_run import torchrun
 from tests.test_track import scalars, wandb_records
 
@@ -34,20 +33,11 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, tmp_path):
     pytest.importorskip("tensorboard")
     track = ["--train.track=tensorboard", "--train.checkpoint-every=0"]
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, *track]
-    metric = session.RunLog.metric
-
-    def stop_at_step_2(log, **fields):
-        metric(log, **fields)
-        if fields.get("step") == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(session.RunLog, "metric", stop_at_step_2)
-    assert main(words) == 128 + signal.SIGTERM
-    monkeypatch.undo()
+    stop_here(words, 2)
     folder = one_folder(tmp_path)
     assert 2 <= scalars(folder)["training/loss"][-1][0] < 5
     assert main(["train", "--resume", str(folder)]) == 0
