@@ -573,7 +573,8 @@ def main() -> int:
         metavar="NAME=VALUE",
         help="environment variables of that run which its log does not print; see the command in its README",
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where passes run")
+    where = "where passes run; cuda is written and was not tried"
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help=where)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     script = load_script(args.script, args.log, dict(text.partition("=")[::2] for text in args.set))
