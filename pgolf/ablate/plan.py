@@ -13,7 +13,8 @@ seed continue from its snapshot, with its optimizer's state and in its text, thr
 an arm changes then change in the middle of a training.
 
 `"costs"` (`costs.py`) says at which size the milliseconds and bytes of the arms are found, and `"rates"` what
-one percent of either is worth, bits per byte.
+one percent of either is worth, bits per byte. `"ladders"` (`ladder_plan.py`) compares arms at their own best
+learning rates.
 
 Overrides are settings of config.json with dots between the levels. An override that changes nothing is
 allowed, with a warning: a published submission of the challenge (PR #1769) claimed a gain from one.
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgolf.ablate.costs import Costs, Rates, read_costs, read_rates
+from pgolf.ablate.ladder_plan import Ladders, read_ladders
 from pgolf.ablate.overrides import override, read_overrides
 from pgolf.config import Config, config_hash, from_dict, read_json
 from pgolf.errors import UserError, UserTypeError
@@ -60,6 +62,7 @@ class _File:
     seeds: object = None
     costs: object = None
     rates: object = None
+    ladders: object = None
     metric: Metric = "quantized"
     effect: float = 0.0005
 
@@ -138,6 +141,7 @@ class Plan:
     trunk: Trunk | None = None
     costs: Costs
     rates: Rates
+    ladders: Ladders | None = None
 
     def trunks(self) -> dict[int, Cell]:
         """Return the trunk of every seed; empty in a plan without trunks."""
@@ -192,13 +196,16 @@ def is_continued(trunk: Config) -> bool:
     return trunk.train.until < 1
 
 
-def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:
+def read_plan(
+    path: Path, load_base: Callable[[str], Config], *, out: Path | None = None, data: Path | None = None
+) -> Plan:
     """Read and check a plan file.
 
     Args:
         path: the JSON file.
         load_base: from the name of a preset or the path of a config.json to its configuration.
         out: folder of the results instead of the plan's own (results that were moved).
+        data: data folder instead of the plan's own.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not JSON, a key given twice, an unknown key or setting (with the nearest known one), a
@@ -208,14 +215,16 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     if not path.is_file():
         raise FileNotFoundError(f"no plan file {path}; bench/ablations/example.json is one to start from")
     try:
-        data = read_json(path)
+        content = read_json(path)
     except ValueError as e:
         why = str(e).replace(f"{path} ", "it ", 1).replace(f"{path}: ", "", 1)
         raise UserError(f"{path} is not a plan: {why}") from e
-    if not isinstance(data, dict):
-        raise UserTypeError(f"{path}: expected an object, got {type(data).__name__}")
-    file = from_dict(_File, data, where=str(path))
+    if not isinstance(content, dict):
+        raise UserTypeError(f"{path}: expected an object, got {type(content).__name__}")
+    file = from_dict(_File, content, where=str(path))
     _check_file(file, path)
+    if data is not None:
+        file = replace(file, data=data)
     common = read_overrides(file.overrides or {}, f"{path}: overrides")
     changes = _arms(file.arms, path)
     if file.baseline not in changes:
@@ -254,6 +263,7 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         trunk=trunk,
         costs=read_costs(file.costs, base, common, changes, str(path)),
         rates=read_rates(file.rates, str(path)),
+        ladders=read_ladders(file.ladders, arms, str(path)),
     )
 
 

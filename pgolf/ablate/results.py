@@ -18,6 +18,7 @@ from statistics import mean
 from typing import Any, Literal
 
 from pgolf.ablate.costs import Rates, file_bytes, measured, work_key
+from pgolf.ablate.ladder_plan import Ladders
 from pgolf.ablate.plan import Cell, Plan, is_continued, run_key
 from pgolf.config import Config, from_dict, read_json
 from pgolf.data.shards import list_files
@@ -97,6 +98,7 @@ class Ablation:
     """None: the arms start from random weights, or from what train.init or train.start names."""
     costs: CostTable | None = None
     """None: nothing is known of them."""
+    ladders: Ladders | None = None
     held_out: bool | None = None
     """Whether the scored text is the end of the training text, see `pgolf data tail`; None: not known."""
 
@@ -147,6 +149,7 @@ def gather(plan: Plan, plan_file: Path) -> Ablation:
         warnings=plan.warnings,
         trunk=_gather_trunk(plan),
         costs=_gather_costs(plan, cells),
+        ladders=plan.ladders,
         held_out=_held_out(plan),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pgolf.ablate.compare import PARTS, Comparison, arm_mean, compare_arms, training_gaps
+from pgolf.ablate.ladder import compare_ladders
 from pgolf.ablate.net import DROP, net_of_costs
 from pgolf.ablate.results import DONE, WEIGHTS, Ablation
 from pgolf.data.manifest import NO_MANIFEST
@@ -24,6 +25,7 @@ def tables(ablation: Ablation) -> list[Table]:
     found = [
         Table("Verdicts", ("arm", "verdict", "in words"), [_words(c, ablation) for c in compared]),
         Table(title, head, [_comparison_row(c) for c in compared]),
+        *_ladders(ablation),
         *_nets(ablation),
         _means(ablation),
         *_gaps(ablation),
@@ -181,6 +183,32 @@ def _nets(ablation: Ablation) -> list[Table]:
     )
     head += ("net difference", "95 % interval", "decision")
     title = f"Net at equal seconds and equal bytes, bpb {ablation.metric} (negative is better)"
+    return [Table(title, head, rows)]
+
+
+def _ladders(ablation: Ablation) -> list[Table]:
+    """Return the table of the ladders at their best rates; none in a plan without ladders."""
+    if ablation.ladders is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for r in compare_ladders(ablation, ablation.ladders):
+        p, is_base = r.pairs, r.ladder == ablation.ladders.baseline
+        rows.append(
+            (
+                r.ladder,
+                _figure(r.best, lambda v: f"{v:.4g}"),
+                "at its end: extend the ladder" if r.at_end else "inside",
+                "baseline" if is_base else r.verdict,
+                str(p.n),
+                _figure(p.mean, lambda v: f"{v:+.5f}"),
+                f"{p.low:+.5f} to {p.high:+.5f}" if p.n >= 2 and not is_base else "-",
+                _figure(r.p_adjusted, lambda v: f"{v:.4f}"),
+            )
+        )
+    setting = ablation.ladders.setting
+    head: tuple[str, ...] = ("ladder", f"best {setting}", "where", "verdict", "pairs", "mean difference")
+    head += ("95 % interval", "p (t, Holm)")
+    title = f"Each ladder at its best {setting}, bpb {ablation.metric} (negative is better)"
     return [Table(title, head, rows)]
 
 

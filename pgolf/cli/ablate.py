@@ -26,6 +26,8 @@ class Ablate:
     """JSON file; bench/ablations/example.json is one to start from."""
     out: Path | None = None
     """Folder of the results; without it, the one that the plan names."""
+    data: Path | None = None
+    """Data folder; without it, the one that the plan names."""
     report_only: bool = False
     """Run nothing; write the report of the results that are there."""
     gpus: int | None = None
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
     from pgolf.train.guard import HeldError, held
 
     say = functools.partial(print, flush=True)
-    plan = read_plan(args.plan, load_base, out=args.out)
+    plan = read_plan(args.plan, load_base, out=args.out, data=args.data)
     say_note(base_note(plan.base))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
