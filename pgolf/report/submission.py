@@ -408,6 +408,10 @@ def _way_rules(run: FinishedRun) -> list[str]:
             f"Test-time training scores first: the loss of a chunk of {a.chunk} to {a.chunk_max} tokens is "
             f"fixed before adapters of rank {a.rank} learn from it; every document starts anew."
         )
+        if a.members > 1:
+            facts.append(
+                f"Every document has {a.members} sets of adapters; the mean of their probabilities counts."
+            )
     elif headline == "sgd":
         facts.append(
             f"The model learns after it scores: the losses of {config.evaluate.sgd.chunk_tokens:,} tokens "

@@ -14,6 +14,7 @@ from pgolf.evaluate.rounding import Limit
 from pgolf.evaluate.validation import DataFolder
 from pgolf.files import file_sha256
 from pgolf.report.reproduced import check_code, find_program, libraries_without_pgolf
+from tests.e2e.conftest import SMALL
 
 
 @pytest.mark.parametrize("mode", ["plain", "ttt"])
@@ -74,6 +75,25 @@ def test_slot_fails_and_says_so(run, tmp_path, capsys):
     report = json.loads(out.read_text())
     assert not report["legal"] and report["remark"] == ILLEGAL
     assert {c["test"] for c in report["conditions"] if c["verdict"] == "fails"} == {"self", "future"}
+
+
+def test_a_run_with_slot_is_labelled_everywhere_and_its_submission_is_refused(shards, tmp_path, capsys):
+    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "runs"), *SMALL, "--steps=2"]
+    words += ["--evaluate.method", "slot", "--evaluate.published", "--evaluate.slot.steps", "1"]
+    assert main([*words, "--evaluate.stride", "64", "--evaluate.no-raw", "--evaluate.no-ema"]) == 0
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (
+        f"({ILLEGAL})" in (folder / "log.txt").read_text() and f"slot: {ILLEGAL}" in capsys.readouterr().out
+    )
+    record = tmp_path / "record"
+    assert main(["submit", str(folder), "--out", str(record)]) == 2
+    said = capsys.readouterr().err
+    assert f"the headline score is slot, {ILLEGAL}" in said and not record.exists()
+    assert main(["submit", str(folder), "--out", str(record), "--although-illegal"]) == 0
+    assert f"The headline score is {ILLEGAL}." in (record / "README.md").read_text()
+    words = ["evaluate", str(folder / "model.pgolf"), "--data", str(shards), "--documents", "2"]
+    assert main([*words, "--mode", "slot", "--slot.steps", "1", "--stride", "64", "--device", "cpu"]) == 0
+    assert f"({ILLEGAL})" in capsys.readouterr().out
 
 
 def test_evaluate_tests_the_ways_that_it_scores_with_their_settings(

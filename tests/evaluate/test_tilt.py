@@ -1,5 +1,6 @@
 """The n-gram tilt: hints as a dictionary gives them token by token, and distributions as the formula says."""
 
+import time
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from tests.evaluate.legal_helpers import (
     losses_of,
     make_pass,
     make_text,
+    run_pass,
     small_config,
     small_model,
 )
@@ -222,6 +224,15 @@ def test_the_tilt_is_off_unless_it_is_asked_for_and_its_settings_are_checked():
     ):
         with pytest.raises(UserError, match=message):
             TiltConfig(**wrong)
+
+
+def test_finding_the_hints_is_part_of_the_time_of_scoring(model, text, monkeypatch):
+    def slowly(tokens, config):
+        time.sleep(0.5)
+        return find_hints(tokens, config)
+
+    monkeypatch.setattr("pgolf.evaluate.tilt.find_hints", slowly)
+    assert 0.5 <= run_pass("plain", model, text, tilt=TILT).seconds < 5
 
 
 def test_adapters_are_those_without_tilt(model, text):
