@@ -37,7 +37,7 @@ from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Question, Turn
+from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Question, Turn
 from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import bind, initial_adapters
 
@@ -242,12 +242,34 @@ def batch_turns(batch: DocumentBatch, bounds: tuple[NDArray[np.int64], NDArray[n
         windows = np.stack((here + chunk.start, here + chunk.begin, here + ends), axis=1)
         question = Question(windows, chunk.end - chunk.start, asked=chunk.end - chunk.begin)
         learning = int((lengths > chunk.end).sum())
-        turns.append(Turn([question], begins=chunk.begin == 0, learners=learning))
+        last = chunk is batch.chunks[-1]
+        turns.append(Turn([question], begins=chunk.begin == 0, learners=learning, settles=last))
     return turns
 
 
+def left_over(
+    batches: list[DocumentBatch], bounds: tuple[NDArray[np.int64], NDArray[np.int64]], done: Done | None
+) -> list[DocumentBatch]:
+    """Return the batches that are not done, see `Done`."""
+    if done is None:
+        return batches
+
+    def windows(batch: DocumentBatch) -> NDArray[np.int64]:
+        starts, lengths = (of[batch.documents] for of in bounds)
+        return np.stack((starts, starts, starts + lengths), axis=1)
+
+    return [batch for batch in batches if not done(windows(batch))]
+
+
 def adapted_pass(
-    model: GPT, text: ValidationText, dist: Dist, *, bos_id: int, context: int, config: TttConfig
+    model: GPT,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    bos_id: int,
+    context: int,
+    config: TttConfig,
+    done: Done | None = None,
 ) -> Pass:
     """Return the pass of test-time training over a text.
 
@@ -259,12 +281,13 @@ def adapted_pass(
         bos_id: the id that starts a document.
         context: tokens of the longest window.
         config: settings.
+        done: see `Done`; it is of no use with config.warm_a.
 
     Raises:
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    batches = plan_batches(bounds[1], context, config)
+    batches = left_over(plan_batches(bounds[1], context, config), bounds, done)
     mine = share_batches(batches, dist.rank, dist.world_size)
     room = max((batch.documents.size for batch in mine), default=1)
     predictor = Adapted(uncompiled(model, context=context), config, documents=room)
