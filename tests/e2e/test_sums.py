@@ -12,9 +12,9 @@ from pgolf.cli.main import main
 from tests.e2e.test_resume import start, two_ranks
 
 WAYS = {
-    "sliding": ["--stride=6", "--tokens=640"],
-    "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=1024", "--sgd.epochs=1"],
-    "ttt": ["--ttt.rank=4", "--ttt.chunk=24", "--ttt.batch-tokens=256"],
+    "sliding": ["--stride=8", "--tokens=640", "--documents=6"],
+    "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=1024", "--sgd.epochs=1", "--documents=6"],
+    "ttt": ["--ttt.rank=4", "--ttt.chunk=32", "--ttt.batch-tokens=256", "--documents=6"],
 }
 
 
@@ -67,7 +67,8 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_p
     assert process.returncode == 0, err
     assert f"note: {mode} goes on: " in err and "of them scored before)" in out
     found = score(tmp_path, mode)
-    assert main(without_sums(command)) == 0
+    process = start(without_sums(command))  # a process of the same kind, as the threads round differently
+    end(process)
     whole = score(tmp_path, mode)
     assert 0 < found["kept"] < found["tokens"] and whole["kept"] == 0
     for key in ("nats", "bpb", "tokens", "bytes"):
@@ -90,7 +91,7 @@ def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
     _, err = end(process)
     assert process.returncode == 0, err
     found = score(tmp_path, "sliding")
-    assert main(without_sums(command)) == 0
+    end(start(without_sums(command)))
     assert found["kept"] > 0 and found["nats"] == score(tmp_path, "sliding")["nats"]
 
 

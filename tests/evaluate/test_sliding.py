@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pgolf.config import METHODS
 from pgolf.data.loader import validation_segments
 from pgolf.evaluate.documents import document_bounds, first_documents
 from pgolf.evaluate.sliding import sliding_windows, window_questions
@@ -15,6 +16,7 @@ from pgolf.log import Progress
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
+    make_pass,
     make_text,
     random_documents,
     run_pass,
@@ -105,6 +107,14 @@ def test_a_short_text_is_not_padded_to_the_whole_buffer(text):
     sizes = [q.size for q in window_questions(windows, context=CONTEXT, batch_tokens=98_304)]
     tokens = text.tokens.size - 1
     assert len(sizes) == 1 and tokens <= sizes[0] < tokens + 64
+
+
+@pytest.mark.parametrize("mode", METHODS)
+def test_a_handful_of_tokens_is_not_padded_in_any_mode(mode):
+    short = make_text(random_documents([9, 6]))
+    run = make_pass(mode, small_model(), short, batch_tokens=98_304)
+    fed = [q.size or q.width * len(q.windows) for turn in run.turns for q in turn.questions]
+    assert 0 < sum(fed) <= 4 * short.tokens.size, fed
 
 
 @pytest.mark.parametrize(("mode", "label"), [("plain", "plain: "), ("sliding", "sliding, stride 5: ")])
