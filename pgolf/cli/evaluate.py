@@ -187,7 +187,8 @@ def _score(
         progress.doing = "choosing and compiling the attention"
         model = build_model(artifact, dist.device)
         model.prepare(dist.device, compile="blocks" if worth else "off")
-    settings, scores = args.settings, {}
+    settings = args.settings
+    scores: dict[str, Score] = {}
     for mode in dict.fromkeys(args.mode):
         facts = _facts(args, mode, model, text, dist, compiled=worth)
         with _sums(args, mode, facts, text, dist) as sums:

@@ -5,8 +5,8 @@ losses of a document are summed in float64, on the device, so that the loop does
 documents are added as whole numbers of 2^-60 nats, so that the total is the same in any order, and so at any
 number of ranks and after an interruption. Every token must be counted exactly once, and in each document from
 left to right, otherwise an error is raised.
-Legend: `K` windows, `D` documents. Source: the metric of the parameter-golf challenge (its README); the bytes of a target
-are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 % of it.
+Legend: `K` windows, `D` documents. Source: the metric of the parameter-golf challenge (its README); the bytes
+of a target are counted as in the baseline script, PR #1855, whose pass over the text left out up to 0.3 %.
 """
 
 from __future__ import annotations

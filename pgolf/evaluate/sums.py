@@ -43,8 +43,9 @@ EVERY_S = 2.0
 
 def text_sha256(text: ValidationText) -> str:
     """Return the SHA-256 of the tokens and bytes of a text, hexadecimal."""
-    digest = hashlib.sha256(np.ascontiguousarray(text.tokens, dtype="<i8"))
-    digest.update(np.ascontiguousarray(text.bytes, dtype="<i8"))
+    digest = hashlib.sha256()
+    for part in (text.tokens, text.bytes):
+        digest.update(np.ascontiguousarray(part, dtype="<i8").data)
     return digest.hexdigest()
 
 
@@ -133,7 +134,8 @@ def _line(data: Any, digest: Any) -> bytes:
     """Return a line with its checksum, and add it to `digest`."""
     text = json.dumps(data, separators=(",", ":")).encode()
     digest.update(text)
-    return text + b" " + digest.hexdigest()[:DIGITS].encode() + b"\n"
+    checksum: str = digest.hexdigest()
+    return text + b" " + checksum[:DIGITS].encode() + b"\n"
 
 
 @contextmanager
@@ -168,7 +170,9 @@ def open_sums(folder: Path, facts: dict[str, Any], dist: Dist, *, fresh: bool = 
         digests = dist.gather_ints([int.from_bytes(_fingerprint(before), "little", signed=True)])
         with _together(dist):
             if any(row != digests[0] for row in digests):
-                raise UserError(f"{folder} has other files for other ranks; pass a folder that all hosts share")
+                raise UserError(
+                    f"{folder} has other files on other hosts; pass a folder that all ranks share"
+                )
         yield sums
     finally:
         if file >= 0:
@@ -233,8 +237,8 @@ def _read(path: Path, facts: dict[str, Any], file: int = -1) -> tuple[Any, list[
         digest.update(text)
         if found != digest.hexdigest()[:DIGITS].encode():
             raise UserError(
-                f"{path} is damaged in line {number + 1}: its checksum does not fit; delete the file, and what "
-                "is in it will be scored again"
+                f"{path} is damaged in line {number + 1}: its checksum does not fit; delete the file, and "
+                "its part of the text will be scored again"
             )
         if number:
             rows += json.loads(text)
@@ -254,6 +258,6 @@ def _check(path: Path, found: dict[str, Any], facts: dict[str, Any]) -> None:
     if names:
         shown = "; ".join(f"{n} is {wanted.get(n)} now and was {found.get(n)}" for n in names)
         raise UserError(
-            f"{path} has the sums of another evaluation: {shown}. Pass another folder, or delete this file to "
-            "begin anew"
+            f"{path} has the sums of another evaluation: {shown}. Pass another folder, or delete this file "
+            "to begin anew"
         )

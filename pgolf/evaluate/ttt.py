@@ -82,40 +82,71 @@ class DocumentBatch:
     """`(n,)` indices of the documents, the longest first."""
     chunks: list[Chunk]
     """The chunks of the longest document."""
-    tokens: int
-    """Window tokens of all chunks and documents."""
+    cost: float
+    """What reading them takes, in units of a token of a short window."""
+
+
+MOST_SHARE = 1 / 12
+"""Largest part of the cost of all documents that a batch may have, so that eight ranks can share the work."""
+LEAST_COST = 1e6
+"""Cost below which batches are not made smaller: a second or two on a GPU."""
+ATTENTION_WIDTH = 4096
+"""Tokens of a window at which attention costs a token as much as everything else (counted)."""
+DOCUMENT_COST = 128
+"""Cost of the optimizer's step on one document's adapters (counted from the bytes that it moves)."""
+STEP_COST = 8192
+"""Least cost of a step: below it, launching its kernels takes longer than running them (counted)."""
+
+
+def step_cost(documents: int, width: int) -> float:
+    """Return the cost of a step on some documents with windows of `width` tokens."""
+    return max(documents * (width * (1 + width / ATTENTION_WIDTH) + DOCUMENT_COST), STEP_COST)
 
 
 def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) -> list[DocumentBatch]:
     """Group documents of similar length so that a forward pass has at most batch_tokens tokens.
 
-    A batch of a single document may have more.
+    A batch of a single document may have more. A batch that has too much of the cost of all documents, as the
+    one with the longest has, gets half of its documents, as often as necessary. The batches do not depend on
+    the number of ranks.
 
     Args:
         lengths: `(n,)` number of targets of each document, all >= 1.
         context: tokens of the longest window.
     """
     order = np.argsort(-lengths, kind="stable")
-    batches, first = [], 0
-    while first < order.size:
-        chunks = plan_chunks(int(lengths[order[first]]), context, config)
-        widest = max(c.end - c.start for c in chunks)
-        count = max(1, min(config.batch_documents, config.batch_tokens // widest))
+
+    def batch(first: int, count: int, chunks: list[Chunk]) -> DocumentBatch:
         documents = order[first : first + count]
         read = [int((lengths[documents] > c.begin).sum()) for c in chunks]
-        work = sum(n * (c.end - c.start) for n, c in zip(read, chunks, strict=True))
-        batches.append(DocumentBatch(documents, chunks, work))
-        first += count
-    return batches
+        cost = sum(step_cost(n, c.end - c.start) for n, c in zip(read, chunks, strict=True))
+        return DocumentBatch(documents, chunks, cost)
+
+    def plan(limit: float) -> list[DocumentBatch]:
+        batches, first = [], 0
+        while first < order.size:
+            chunks = plan_chunks(int(lengths[order[first]]), context, config)
+            widest = max(c.end - c.start for c in chunks)
+            count = max(1, min(config.batch_documents, config.batch_tokens // widest))
+            found = batch(first, count, chunks)
+            while found.cost > limit and count > 1:
+                count = max(1, min(count - 1, int(count * limit / found.cost)))
+                found = batch(first, count, chunks)
+            batches.append(found)
+            first += count
+        return batches
+
+    whole = plan(float("inf"))
+    return plan(max(LEAST_COST, MOST_SHARE * sum(found.cost for found in whole)))
 
 
 def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> list[DocumentBatch]:
-    """Return this rank's batches; the largest comes first, and each goes to the rank with the least work."""
-    load = [0] * world_size
+    """Return this rank's batches; the most costly comes first, and each goes to the rank with the least."""
+    load = [0.0] * world_size
     mine = []
-    for batch in sorted(batches, key=lambda b: -b.tokens):
+    for batch in sorted(batches, key=lambda b: -b.cost):
         to = load.index(min(load))
-        load[to] += batch.tokens
+        load[to] += batch.cost
         if to == rank:
             mine.append(batch)
     return mine

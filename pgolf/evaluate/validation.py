@@ -152,7 +152,7 @@ def score_as(
         sums: keeps sums on disk, and has those of an interrupted evaluation, see `sums.py`.
     """
     bos_id = data_folder.tokenizer.bos_id
-    more = {"batch_tokens": batch_tokens, "settings": settings, "done": sums and sums.done}
+    more: dict[str, Any] = {"batch_tokens": batch_tokens, "settings": settings, "done": sums and sums.done}
     with evaluating(model), widened(model, settings.context):
         run = start_pass(way, model, text, dist, bos_id=bos_id, **more)
         return read(run, text, dist, bos_id=bos_id, sums=sums)

@@ -21,8 +21,9 @@ WAYS = {
 @pytest.fixture
 def words(run: Path, shards: Path, tmp_path: Path) -> list[str]:
     """The command without a mode; it writes the score to score.json."""
-    folders = ["--data", str(shards), "--sums", str(tmp_path / "sums"), "--json", str(tmp_path / "score.json")]
-    return ["evaluate", str(run / "model.pgolf"), "--device=cpu", *folders]
+    paths = {"data": shards, "sums": tmp_path / "sums", "json": tmp_path / "score.json"}
+    options = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
+    return ["evaluate", str(run / "model.pgolf"), "--device=cpu", *options]
 
 
 def score(tmp_path: Path, mode: str) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """An interrupted evaluation goes on from its file of sums, with the same score; damaged and other files."""
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -114,7 +115,7 @@ def test_the_sums_of_a_file_are_those_of_the_documents(model, text, tmp_path):
     lines = (tmp_path / "ttt.sums").read_text().splitlines()
     rows = sorted(row for line in lines[1:] for row in json.loads(line.rpartition(" ")[0]))
     starts = np.cumsum([0, *(n + 1 for n in LENGTHS)])
-    assert [row[:2] for row in rows] == [[a, b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert [row[:2] for row in rows] == [[a, b] for a, b in itertools.pairwise(starts)]
     losses = []
 
     def see(question, distributions, nats):
@@ -164,7 +165,7 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path):
     data = path.read_bytes()
     for place in range(len(data) - 1):
         path.write_bytes(data[:place] + bytes([data[place] ^ 1 << place % 8]) + data[place + 1 :])
-        with pytest.raises(ValueError, match=r"plain.sums is damaged in line [1-4]: its checksum does not fit"):
+        with pytest.raises(ValueError, match=r"plain.sums is damaged in line [1-4]: its checksum"):
             before(tmp_path)
     # In the last line's end it looks like a line that was being written.
     path.write_bytes(data[:-1] + b"x")
@@ -182,13 +183,13 @@ def test_a_missing_or_repeated_line_is_found(tmp_path):
 
 def test_sums_of_something_else_are_refused_by_name(tmp_path):
     a_file(tmp_path)
-    with pytest.raises(ValueError, match=r"has the sums of another evaluation: artifact is b now and was a\. "):
+    with pytest.raises(ValueError, match=r"sums of another evaluation: artifact is b now and was a\. "):
         before(tmp_path, {"artifact": "b"})
     with pytest.raises(ValueError, match="stride is 64 now and was None"):
         before(tmp_path, {"stride": 64})
     assert before(tmp_path, {"way": "ttt", "artifact": "b"}).first.size == 0  # a file of its own
     a_file(tmp_path / "other")
-    os.replace(tmp_path / "other" / "plain.sums", tmp_path / "plain.1.sums")
+    (tmp_path / "other" / "plain.sums").replace(tmp_path / "plain.1.sums")
     with pytest.raises(ValueError, match=r"token 1 is in two sums; all ranks must see the same folder"):
         before(tmp_path)
 
@@ -209,14 +210,16 @@ def test_ranks_that_see_different_folders_are_told(tmp_path):
         def gather_ints(self, values):
             return [values, [7]]
 
-    with pytest.raises(ValueError, match="has other files for other ranks; pass a folder that all hosts share"):  # noqa: SIM117
-        with open_sums(tmp_path, {"way": "plain"}, Apart()):
-            pass
+    with (
+        pytest.raises(ValueError, match="has other files on other hosts; pass a folder that all ranks share"),
+        open_sums(tmp_path, {"way": "plain"}, Apart()),
+    ):
+        pass
 
 
 def test_beginning_anew_forgets_the_files_of_all_ranks(tmp_path):
     a_file(tmp_path)
-    os.replace(a_file(tmp_path / "other", rows=1), tmp_path / "plain.3.sums")
+    a_file(tmp_path / "other", rows=1).replace(tmp_path / "plain.3.sums")
     with open_sums(tmp_path, {"way": "plain", "artifact": "b"}, FakeDist(), fresh=True) as sums:
         assert sums.tokens == 0
     assert before(tmp_path, {"artifact": "b"}).first.size == 0
