@@ -48,6 +48,8 @@ class Inputs(NamedTuple):
     asked: int
     """Rows are wanted of the last `asked` tokens of each of the windows, which all have `width` tokens; 0: of
     all T tokens."""
+    lane: int = 0
+    """Place of the first window's document among those that were begun together."""
 
 
 class Distributions(Protocol):
@@ -99,6 +101,8 @@ class Question(NamedTuple):
     """Tokens of the buffer into which the windows are packed; 0: each is padded to `width` tokens."""
     asked: int = 0
     """Of padded windows: `width` minus the tokens before `first`, the same in all of them."""
+    lane: int = 0
+    """See `Inputs`."""
 
     @property
     def work(self) -> int:
@@ -116,7 +120,7 @@ class Question(NamedTuple):
         """Return what the predictor sees, and the targets `(R,)`, -100 where none is asked for."""
         ids, targets, cu_seqlens = self._packed(text) if self.size else self._padded(text)
         ids, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in (ids, targets, cu_seqlens))
-        return Inputs(ids, cu_seqlens, self.width, self.asked), targets
+        return Inputs(ids, cu_seqlens, self.width, self.asked, self.lane), targets
 
     def _packed(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor]:
         ids = torch.zeros(self.size, dtype=torch.int64)
@@ -243,9 +247,9 @@ def _ask(
     if turn.begins:
         predictor.begin()
     nats = None
-    for question in turn.questions:
+    for number, question in enumerate(turn.questions, 1):
         inputs, targets = question.tensors(text, dist.device)
-        with torch.set_grad_enabled(turn.learners > 0):
+        with torch.set_grad_enabled(turn.learners > 0 and number == len(turn.questions)):
             distributions = predictor.predict(inputs)
             nats = distributions.nats(targets)
         tally.add(question.windows, question.sizes, nats.detach())
