@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from pgolf.cli.overrides import check_output
+from pgolf.cli.overrides import check_output, say
 from pgolf.config import (
     EvaluateConfig,
     Method,
@@ -28,10 +30,14 @@ if TYPE_CHECKING:
     from pgolf.data.loader import ValidationText
     from pgolf.dist import Dist
     from pgolf.evaluate.bpb import Score
+    from pgolf.evaluate.sums import Sums
     from pgolf.evaluate.validation import DataFolder
+    from pgolf.model.gpt import GPT
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
+ALONE = ("plain", "sliding", "ttt", "slot", "causal_slot")
+"""Modes in which documents are scored on their own, so that any number of ranks can go on."""
 SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
@@ -69,6 +75,9 @@ class Evaluate:
     """Settings of `slot` and `causal_slot`."""
     tilt: TiltConfig = field(default_factory=TiltConfig)
     """The n-gram tilt on top of every way to score."""
+    sums: Path | None = None
+    """Keep the sums of every document in this folder, and go on from those that are in it: the same command
+    continues an evaluation that was interrupted, and gives the same score."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     legality: bool = False
@@ -94,13 +103,32 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     """Read the artifact, score it and print the results."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
-    from pgolf.artifact.read import read_artifact
-    from pgolf.dist import Dist
+    from pgolf.train.signals import Signals, Stopped
 
     if args.json is not None:
         check_output(args.json, "--json")
     _check_kind(args.artifact)
-    artifact = read_artifact(args.artifact)
+    try:
+        with Signals():
+            return _evaluate(args)
+    except Stopped as stop:
+        if args.sums is None:
+            advice = "nothing is kept; with --sums DIR, the same command would go on"
+        else:
+            advice = f"the same command goes on with the sums in {args.sums}"
+        stop.args = (f"{stop}; {advice}",)
+        raise
+
+
+def _evaluate(args: Evaluate) -> int:
+    from pgolf.artifact.read import read_artifact
+    from pgolf.dist import Dist
+    from pgolf.env import launch
+    from pgolf.log import Progress
+
+    with Progress(f"reading {args.artifact.name}", 1, is_main=launch().rank == 0) as progress:
+        progress.doing = "decoding the weights"
+        artifact = read_artifact(args.artifact)
     longest = args.settings.context or artifact.header.model.max_context
     if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
         what = "--context" if args.context else "the model's max_context"
@@ -120,6 +148,7 @@ def main(argv: list[str]) -> int:
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             remark = args.settings.remark(mode)
+            counts += f" ({s.kept:,} of them scored before)" if s.kept else ""
             said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
         if args.json is not None:
@@ -176,15 +205,52 @@ def _score(
     """Return the scores of all modes that were asked for."""
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
+    from pgolf.log import Progress
 
-    model = build_model(artifact, dist.device)
     # Compiling takes longer than a short text.
     worth = dist.device.type == "cuda" and text.tokens.size > SHORT_TEXT
-    model.prepare(dist.device, compile="blocks" if worth else "off")
+    with Progress("preparing the model", 1, is_main=dist.is_main) as progress:
+        progress.doing = "choosing and compiling the attention"
+        model = build_model(artifact, dist.device)
+        model.prepare(dist.device, compile="blocks" if worth else "off")
     settings = args.settings
+    scores: dict[str, Score] = {}
+    for mode in dict.fromkeys(args.mode):
+        facts = _facts(args, mode, model, text, dist, compiled=worth)
+        with _sums(args, mode, facts, text, dist) as sums:
+            scores[mode] = score_as(
+                mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings, sums=sums
+            )
+    return scores
+
+
+def _facts(
+    args: Evaluate, mode: Method, model: GPT, text: ValidationText, dist: Dist, *, compiled: bool
+) -> dict[str, Any]:
+    """Return all on which the losses of a mode depend to the last bit; nothing without --sums."""
+    import torch
+
+    import pgolf
+    from pgolf.env import commit_name
+    from pgolf.evaluate.sums import text_sha256
+    from pgolf.files import file_sha256
+
+    if args.sums is None:
+        return {}
+    cuda = dist.device.type == "cuda"
     return {
-        mode: score_as(mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings)
-        for mode in dict.fromkeys(args.mode)
+        "way": mode,
+        "artifact": file_sha256(args.artifact),
+        "text": text_sha256(text),
+        **args.settings.settings_of(mode),
+        **({} if mode in ("ttt", "phased") else {"tokens": args.tokens}),
+        # What is learned on several ranks is a sum over them, whose rounding depends on their number.
+        "ranks": "any" if mode in ALONE else dist.world_size,
+        "device": torch.cuda.get_device_name(dist.device) if cuda else "cpu",
+        "attention": model.attention_name,
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "pgolf": f"{pgolf.__version__} {commit_name(12) or ''}".strip(),
     }
 
 
@@ -204,6 +270,27 @@ def _legality(
         reports[way] = examine(args.artifact, artifact, data_folder, config, way=way, dist=dist)
         print(verdict_line(reports[way]))
     return reports
+
+
+@contextmanager
+def _sums(
+    args: Evaluate, mode: Method, facts: dict[str, Any], text: ValidationText, dist: Dist
+) -> Iterator[Sums | None]:
+    """Open the sums of a mode, if there is --sums, and say how much is in them."""
+    from pgolf.evaluate.sums import open_sums
+
+    if args.sums is None:
+        yield None
+        return
+    warm = {"ttt": args.ttt.warm_a, "phased": args.phases.adapters.warm_a}
+    fresh = warm.get(mode, mode not in (*ALONE, "sgd"))
+    with open_sums(args.sums, facts, dist, fresh=fresh) as sums:
+        if fresh:
+            say(f"{mode} begins anew: what it has learned from earlier documents is not kept in {args.sums}")
+        if sums.tokens:
+            total = text.tokens.size - 1
+            say(f"{mode} goes on: {args.sums} has {sums.tokens:,} of {total:,} tokens")
+        yield sums
 
 
 def _write(

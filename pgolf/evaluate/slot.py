@@ -29,7 +29,7 @@ from pgolf.data.loader import IGNORED_TARGET, ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import Head
-from pgolf.evaluate.predictor import Inputs, Pass, Question, Turn
+from pgolf.evaluate.predictor import Done, Inputs, Pass, Question, Turn
 from pgolf.evaluate.sliding import Fixed, sliding_windows
 from pgolf.model.gpt import GPT, uncompiled
 
@@ -112,6 +112,7 @@ def slot_pass(
     batch_tokens: int,
     config: SlotConfig,
     causal: bool,
+    done: Done | None = None,
 ) -> Pass:
     """Return the pass of SLOT over a text.
 
@@ -119,12 +120,14 @@ def slot_pass(
         model, text, dist, bos_id, context, stride, batch_tokens: as in `window_pass`.
         config: settings.
         causal: fit to scored targets only, which is allowed.
+        done: see `Done`; such questions are left out.
 
     Raises:
         ValueError: as in `sliding_windows`.
     """
     windows = sliding_windows(*document_bounds(text, bos_id), context=context, stride=stride)
-    turns = [Turn([question]) for question in slot_questions(windows, context, stride, batch_tokens)]
+    questions = slot_questions(windows, context, stride, batch_tokens)
+    turns = [Turn([question]) for question in questions if done is None or not done(question.windows)]
     tokens = torch.from_numpy(text.tokens.astype(np.int64)).to(dist.device)
     plain = uncompiled(model, context=context)  # the number of tokens changes from batch to batch
     predictor = CausalSlot(plain, config) if causal else Slot(plain, config, tokens)

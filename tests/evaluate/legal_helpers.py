@@ -40,6 +40,13 @@ class FakeDist:
             tensor += self.others.pop(0)
         return tensor
 
+    def check(self, error):
+        if error is not None:
+            raise error
+
+    def gather_ints(self, values):
+        return [values]
+
 
 def small_config(**changes) -> ModelConfig:
     sizes = {"vocab_size": VOCAB, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4}
@@ -79,7 +86,7 @@ def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> Evaluate
 def make_pass(
     mode: str, model: GPT, text: ValidationText, dist=None, *, batch_tokens: int = 3 * CONTEXT, **changes
 ) -> Pass:
-    whole = changes.pop("whole", 0)
+    whole, done = changes.pop("whole", 0), changes.pop("done", None)
     return start_pass(
         mode,
         model,
@@ -89,6 +96,7 @@ def make_pass(
         batch_tokens=batch_tokens,
         settings=settings(**changes),
         whole=whole,
+        done=done,
     )
 
 
