@@ -147,7 +147,7 @@ def pr1809() -> Config:
 def pr1516() -> Config:
     """PR #1516's settings: #1514 (Muon momentum 0.97) with Polar Express."""
     base = pr1394()
-    muon = replace(base.optim.muon, momentum=0.97, coefficients="polar_express_golf")
+    muon = replace(base.optim.muon, momentum=0.97, coefficients="polar_express_margin")
     return replace(
         base,
         name="pr1516",
