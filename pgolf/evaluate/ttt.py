@@ -221,12 +221,13 @@ class AdapterState:
         self._steps += 1
         groups = (self._values, self._squares, gradients, self._copies)
         values, squares, found, copies = ([group[n][:count] for n in gradients] for group in groups)
-        correction: float | Tensor = 1 - self._config.beta2**self._steps
+        correction = 1 - self._config.beta2**self._steps
         if self._compiled and count > 1:  # a size of 1 would need a graph of its own
             for t in (*values, *squares, *found, *copies):
                 torch._dynamo.mark_dynamic(t, 0)
-            correction = torch.full((), correction, device=values[0].device)
-            self._adamw(values, squares, found, copies, self._config, correction)
+            # A tensor, because the compiler makes a constant of a number.
+            number = torch.full((), correction, device=values[0].device)
+            self._adamw(values, squares, found, copies, self._config, number)
         else:
             adamw(values, squares, found, copies, self._config, correction)
 
