@@ -57,8 +57,8 @@ class CellResult:
     """Where it ran."""
     manifest: str | None = ""
     """SHA-256 of the manifest of its data, None for data without one; "" where it has no summary."""
-    shared: bool = False
-    """Whether other runs used its GPU, so that its milliseconds mean nothing."""
+    shared: bool = True
+    """Whether other runs used its GPU, or that is not known, so that its milliseconds mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,8 @@ def read_cell(cell: Cell) -> CellResult:
     noted = _read_json(cell.folder / CELL)
     noted = noted if noted.get("key") == rooted.key else {}
     result = CellResult(cell.arm, cell.seed, "missing", commit=str(noted.get("commit", "")))
-    result = replace(result, shared=bool(noted.get("shared", False)))
+    # Results of earlier versions do not say whether the GPU was shared.
+    result = replace(result, shared=bool(noted.get("shared", True)))
     run = _run_of(rooted)
     if run is not None:
         return _read_run(run, result)
