@@ -21,8 +21,8 @@ from pgolf.ablate.costs import Rates, file_bytes, measured, work_key
 from pgolf.ablate.ladder_plan import Ladders
 from pgolf.ablate.plan import Cell, Plan, is_continued, run_key
 from pgolf.config import Config, from_dict, read_json
+from pgolf.data.held_out import NAME as HELD_OUT
 from pgolf.data.shards import list_files
-from pgolf.data.tail import NAME as TAIL
 from pgolf.errors import UserError
 from pgolf.report.summary import SUMMARY, Summary
 from pgolf.train.checkpoint import INDEX, SNAPSHOTS
@@ -57,8 +57,8 @@ class CellResult:
     """Where it ran."""
     manifest: str | None = ""
     """SHA-256 of the manifest of its data, None for data without one; "" where it has no summary."""
-    shared: bool = False
-    """Whether other runs used its GPU, so that its milliseconds mean nothing."""
+    shared: bool = True
+    """Whether other runs used its GPU, or that is not known, so that its milliseconds mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Ablation:
     """None: nothing is known of them."""
     ladders: Ladders | None = None
     held_out: bool | None = None
-    """Whether the scored text is the end of the training text, see `pgolf data tail`; None: not known."""
+    """Whether the scored text is the end of the training text, see `pgolf data held-out`; None: not known."""
 
     def of(self, arm: str, status: Status = "finished") -> dict[int, CellResult]:
         """Return the cells of `arm` in this state, by seed."""
@@ -176,11 +176,11 @@ def _gather_costs(plan: Plan, cells: tuple[CellResult, ...]) -> CostTable:
 
 
 def _held_out(plan: Plan) -> bool | None:
-    """Return whether the plan's data folder is one of `pgolf data tail`; None if it is not there."""
+    """Return whether the plan's data folder is one of `pgolf data held-out`; None if it is not there."""
     folder = plan.arms[plan.baseline].data.dir
     if folder is None or not folder.is_dir():
         return None
-    return all(path.name.startswith(f"{TAIL}_") for path in list_files(folder, "val"))
+    return all(path.name.startswith(f"{HELD_OUT}_") for path in list_files(folder, "val"))
 
 
 def _gather_trunk(plan: Plan) -> TrunkResult | None:
@@ -207,7 +207,8 @@ def read_cell(cell: Cell) -> CellResult:
     noted = _read_json(cell.folder / CELL)
     noted = noted if noted.get("key") == rooted.key else {}
     result = CellResult(cell.arm, cell.seed, "missing", commit=str(noted.get("commit", "")))
-    result = replace(result, shared=bool(noted.get("shared", False)))
+    # Results of earlier versions do not say whether the GPU was shared.
+    result = replace(result, shared=bool(noted.get("shared", True)))
     run = _run_of(rooted)
     if run is not None:
         return _read_run(run, result)

@@ -62,7 +62,7 @@ def facts(ablation: Ablation) -> list[str]:
     elif ablation.held_out is False:
         lines.append(
             "WARNING: scored on the validation text, on which a setting that is chosen here is tuned; choose "
-            "on the folder that `pgolf data tail` makes, and confirm once on the validation text."
+            "on the folder that `pgolf data held-out` makes, and confirm once on the validation text."
         )
     if not ablation.complete:
         lines.append(

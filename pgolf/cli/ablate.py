@@ -62,6 +62,7 @@ def main(argv: list[str]) -> int:
         return result
 
     if not args.report_only:
+        _check_data(plan.arms[plan.baseline].data.dir)
         gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
         processes = max(1, gpus) * args.per_gpu
         environment = share_of_cores(processes) if processes > 1 else None
@@ -77,6 +78,19 @@ def main(argv: list[str]) -> int:
             report()
             raise
     return 0 if report().complete else 1
+
+
+def _check_data(folder: Path | None) -> None:
+    """Refuse a plan whose cells would all end because there are no data.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data folder at {folder}; make text to choose settings by from your shards with `pgolf data "
+            "held-out SHARDS --out FOLDER`, and pass --data FOLDER"
+        )
 
 
 def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:

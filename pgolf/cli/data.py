@@ -17,6 +17,7 @@ from pgolf.data.build import ShardsJob, build_shards
 from pgolf.data.challenge import known_text
 from pgolf.data.fetch import FetchJob, fetch
 from pgolf.data.foreign import check_foreign
+from pgolf.data.held_out import HeldOutJob, make_held_out
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -29,7 +30,6 @@ from pgolf.data.shards import (
     list_files,
     read_shard,
 )
-from pgolf.data.tail import TailJob, make_tail
 from pgolf.data.text import TEXT_KEY, check_text_file, iterate_documents
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from pgolf.errors import UserError
@@ -199,11 +199,11 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 def main(argv: list[str]) -> int:
     """Run `pgolf data VERB ...`."""
-    job: TokenizerJob | ShardsJob | TailJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
+    job: TokenizerJob | ShardsJob | HeldOutJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
         {
             "tokenizer": TokenizerJob,
             "shards": ShardsJob,
-            "tail": TailJob,
+            "held-out": HeldOutJob,
             "inspect": InspectJob,
             "fetch": FetchJob,
         },
@@ -215,8 +215,8 @@ def main(argv: list[str]) -> int:
         run_tokenizer(job)
     elif isinstance(job, ShardsJob):
         run_shards(job)
-    elif isinstance(job, TailJob):
-        make_tail(job, report=lambda line: print(line, flush=True))
+    elif isinstance(job, HeldOutJob):
+        make_held_out(job, report=lambda line: print(line, flush=True))
     elif isinstance(job, FetchJob):
         run_fetch(job)
     else:

@@ -260,6 +260,7 @@ class Run:
 
     def _save(self) -> Weights:
         """Keep raw and averaged weights in memory and on disk; leave the averaged ones in the model."""
+        self._optimizer.settle()
         raw = clone_parameters(self._model)
         weights = Weights(raw, self._ema.state_dict() if self._ema is not None else raw)
         copy_parameters(self._model, weights.best)

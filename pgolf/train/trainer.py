@@ -244,7 +244,6 @@ class Trainer:
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
                 frac = tick.frac
-            optimizer.settle()
             self._synchronize()
             result.optimizer_ms = timer.read()
             steps.norm_arrived(float(optimizer.grad_norm), int(optimizer.skipped))

@@ -26,9 +26,9 @@ NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup")
 
 
 @pytest.fixture(scope="module")
-def tail(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tail") / "tail"
-    assert main(["data", "tail", str(shards), "--out", str(out), "--tokens", "5000"]) == 0
+def held_out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("held_out") / "text"
+    assert main(["data", "held-out", str(shards), "--out", str(out), "--tokens", "5000"]) == 0
     return out
 
 
@@ -59,9 +59,9 @@ def start(cell, gpu):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, tail, tmp_path):
+def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, held_out, tmp_path):
     path = tiny(name, tmp_path)
-    plan = read_plan(path, load_base, out=tmp_path / "out", data=tail)
+    plan = read_plan(path, load_base, out=tmp_path / "out", data=held_out)
     run_plan(plan, start, gpus=0, commit="abc", say=print, poll_seconds=0.0)
     if plan.costs.steps:
         measure(plan.out, plan.costs, commit="abc", say=print)
@@ -85,11 +85,11 @@ def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, tail,
 
 
 @pytest.mark.slow
-def test_one_command_makes_the_tail_runs_the_plan_and_goes_on(shards, tmp_path):
+def test_one_command_cuts_the_text_runs_the_plan_and_goes_on(shards, tmp_path):
     path = tiny("embed_warmup", tmp_path, arms={"base": {}, "warm": {"optim.adam.embed_warmup": 0.5}})
     script = Path(__file__).parents[2] / "bench" / "screen.sh"
     words = [str(script), str(shards), str(tmp_path / "out"), "1", str(path)]
-    place = {**os.environ, "PYTHON": sys.executable, "TAIL_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
+    place = {**os.environ, "PYTHON": sys.executable, "HELD_OUT_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
     for expected in ("[2/2]", "2 of 2 cells are there already"):
         done = subprocess.run(words, capture_output=True, text=True, env=place, timeout=300)
         assert done.returncode == 0 and expected in done.stdout, done.stderr[-2000:]

@@ -173,6 +173,19 @@ def test_velocities_are_part_of_the_state_that_goes_on(shards, tmp_path):
     assert "state that this run has no use for: optim.nesterov" in (off / "log.txt").read_text()
 
 
+def test_weights_of_a_run_that_was_stopped_or_ends_early_are_not_those_ahead(shards, tmp_path):
+    short = train(tmp_path, shards, *AHEAD, "--steps=6", "--train.until=0.5", "--train.snapshots=0.5")
+    end, raw = state(short, "0.5"), load_weights(short / "raw.safetensors")[0]
+    assert all(torch.equal(raw[n], end[f"optim.nesterov.base.{n}"]) for n in raw)
+    assert not torch.equal(raw["tok_emb"], end["weights.tok_emb"])
+
+
+def test_ranks_with_velocities_stay_equal(shards, tmp_path):
+    """The run itself compares the weights of its ranks at the end, bit for bit."""
+    done = torchrun(2, [*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_an_arm_with_velocities_begins_where_its_trunk_ended(shards, whole, tmp_path):
     start = [f"--train.start={whole}/snapshots/0.5", "--steps=6"]
     one, two = (train(tmp_path / n, shards, *start, *more) for n, more in (("a", []), ("b", AHEAD)))

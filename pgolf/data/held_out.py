@@ -1,6 +1,6 @@
 """A data folder for choosing settings: the end of the training text takes the place of the validation text.
 
-Settings that are chosen by the validation text are tuned on it. So they are chosen by a tail: the last
+Settings that are chosen by the validation text are tuned on it. So they are chosen by held-out text: the last
 documents of the last training shard, which become the validation text of a new folder and are taken out of
 its training text. All other shards are links to those of the source folder (copies on another disk).
 """
@@ -33,12 +33,12 @@ from pgolf.data.tokenizer import Tokenizer, find_tokenizer
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 
-NAME = "tail"
+NAME = "heldout"
 """Prefix of the names of the shards in such a folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TailJob:
+class HeldOutJob:
     """Make a data folder whose validation text is the end of the training text, to choose settings with."""
 
     source: tyro.conf.Positional[Path]
@@ -49,10 +49,10 @@ class TailJob:
     """Tokens of the new validation text, at least; it begins at a document."""
 
 
-def make_tail(job: TailJob, *, report: Callable[[str], None]) -> Manifest | None:
+def make_held_out(job: HeldOutJob, *, report: Callable[[str], None]) -> Manifest | None:
     """Make the folder `job.out`; it is there completely or not at all.
 
-    Documents of the tail that are in the rest of the training text too are not scored.
+    Documents of the held-out text that are in the rest of the training text too are not scored.
 
     Returns:
         Its manifest; None if the source has none, because another tool made it.
