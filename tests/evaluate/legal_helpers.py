@@ -113,12 +113,12 @@ def token_losses(mode: str, model: GPT, text: ValidationText, **changes) -> np.n
         return losses_of(make_pass(mode, model, text, **changes), text)
 
 
-def losses_of(run: Pass, text: ValidationText) -> np.ndarray:
+def losses_of(run: Pass, text: ValidationText, dist=None) -> np.ndarray:
     losses = np.full(text.tokens.size, np.nan)
 
     def put(question, distributions, nats) -> None:
         for row, first, count in question.rows():
-            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().numpy()
+            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().cpu().numpy()
 
-    read(run, text, FakeDist(), bos_id=BOS, observe=put)
+    read(run, text, dist or FakeDist(), bos_id=BOS, observe=put)
     return losses

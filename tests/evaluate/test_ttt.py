@@ -10,7 +10,8 @@ import torch
 from pgolf.config import TttConfig
 from pgolf.evaluate import ttt
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, share_batches
+from pgolf.evaluate.predictor import evaluating
+from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, share_batches, worth_compiling
 from pgolf.model.gpt import layer_order, uncompiled
 from pgolf.model.lora import adapter_shapes, bind, initial_adapters
 from pgolf.presets import pr1855
@@ -21,6 +22,8 @@ from tests.evaluate.legal_helpers import (
     TTT,
     VOCAB,
     FakeDist,
+    losses_of,
+    make_pass,
     make_text,
     random_documents,
     run_pass,
@@ -267,6 +270,71 @@ def test_the_step_is_adamw_without_momentum_on_a_prefix():
     for n, t in state.leaves(3).items():
         torch.testing.assert_close(t[:2].detach(), theirs[n].detach(), atol=1e-6, rtol=1e-5)
         assert torch.equal(t[2], mine[n][2])
+
+
+def test_the_step_on_all_tensors_at_once_is_that_on_each_to_the_last_bit():
+    rng = torch.Generator().manual_seed(0)
+    shapes = [(3, 4, 8), (3, 17), (3, 5, 2, 2)]
+    values, gradients = ([torch.randn(s, generator=rng) for s in shapes] for _ in range(2))
+    squares = [torch.rand(s, generator=rng) for s in shapes]
+    wanted = []
+    for p, g, v in zip(values, gradients, squares, strict=True):
+        p, v = p.clone(), v.clone()
+        v.mul_(TTT.beta2).addcmul_(g, g, value=1 - TTT.beta2)
+        p.mul_(1 - TTT.lr * TTT.weight_decay)
+        p.addcdiv_(g, v.div(0.03).sqrt_().add_(TTT.eps), value=-TTT.lr)
+        wanted += [p, v]
+    ttt.adamw(values, squares, gradients, values, TTT, 0.03)
+    for p, v, want_p, want_v in zip(values, squares, wanted[::2], wanted[1::2], strict=True):
+        assert torch.equal(p, want_p) and torch.equal(v, want_v)
+
+
+def test_the_model_reads_a_rounded_copy_and_the_step_is_in_float32():
+    """As with CUDA's dtype: gradients are those of the copy, values keep what the copy rounds away."""
+    model, config = small_model(), replace(TTT, lr=1e-4, weight_decay=0.0)
+    exact = AdapterState(model, config, 2)
+    model.compute_dtype = torch.bfloat16
+    state = AdapterState(model, config, 2)
+    assert len(state.tensors()) == 3 * len(exact.tensors()) // 2
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        g = {n: torch.randn(t.shape, generator=rng).bfloat16() for n, t in state.leaves(2).items()}
+        state.step(g, 2)
+        exact.step({n: t.float() for n, t in g.items()}, 2)
+    for n, copy in state.leaves(2).items():
+        assert copy.dtype == torch.bfloat16 and torch.equal(copy, exact.leaves(2)[n].bfloat16()), n
+        assert torch.equal(state._values[n], exact._values[n]), n
+    state.reset(warm=True)
+    for n, copy in state.leaves(2).items():
+        start = exact.leaves(2)[n] if n.endswith("_a") else torch.zeros(())
+        assert torch.equal(copy, start.bfloat16().expand_as(copy)), n
+
+
+def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):
+    model, text = small_model(), make_text(random_documents([20, 20, 20, 50, 50]))
+    want = token_losses("ttt", model, text, config=replace(TTT, batch_tokens=1024))
+    monkeypatch.setattr(ttt, "SPLIT_TOKENS", 1)
+    run = make_pass("ttt", model, text, config=replace(TTT, batch_tokens=1024))
+    lanes = [[(q.lane, len(q.windows)) for q in turn.questions] for turn in run.turns]
+    assert [(3, 2)] not in lanes and [(2, 3), (0, 2)] in lanes
+    graphs = []
+
+    class Watch:
+        def __init__(self, predictor):
+            self.predictor = predictor
+
+        def __getattr__(self, name):
+            return getattr(self.predictor, name)
+
+        def predict(self, inputs):
+            graphs.append((inputs.lane, torch.is_grad_enabled()))
+            return self.predictor.predict(inputs)
+
+    with evaluating(model):
+        got = losses_of(run._replace(predictor=Watch(run.predictor)), text)
+    np.testing.assert_allclose(got[1:], want[1:], atol=5e-5)
+    assert {grad for lane, grad in graphs if lane} == {False} and (0, True) in graphs
+    assert not worth_compiling([], torch.device("cpu"))
 
 
 def test_without_learning_the_scores_are_those_of_the_windows():
