@@ -11,7 +11,7 @@ import pytest
 from pgolf.cli.main import main
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_resume import stop_here
-from tests.e2e.test_run import torchrun
+from tests.e2e.test_run import two_ranks
 from tests.test_track import scalars, wandb_records
 
 
@@ -72,7 +72,7 @@ def test_of_two_ranks_only_the_main_one_records_in_wandb(shards, tmp_path, monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--train.track=wandb"]
-    result = torchrun(2, words)
+    result = two_ranks(words)
     assert result.returncode == 0, result.stderr
     (record,) = one_folder(tmp_path).glob("wandb/offline-run-*/*.wandb")
     kinds = [r.WhichOneof("record_type") for r in wandb_records(record)]
