@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -56,7 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     dist = Dist.start(options.device)
     artifact = read_artifact(options.artifact)
-    model = build_model(artifact, dist.device).prepare(dist.device)
+    compile: Literal["off", "blocks"] = "blocks" if dist.device.type == "cuda" else "off"
+    model = build_model(artifact, dist.device).prepare(dist.device, compile=compile)
     folder = DataFolder.open(options.data, vocab_size=model.config.vocab_size)
     text = folder.validation(documents=options.documents)
     recorder, first = Recorder("options", dist.device, options.out), None
