@@ -192,7 +192,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change(
-        "0000000",
+        "8890361",
         {
             "optim.warmdown_power": 1.0,
             "optim.muon.momentum_end": 0.9,
