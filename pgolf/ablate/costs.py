@@ -119,10 +119,14 @@ def read_rates(value: object, where: str) -> Rates:
 
 NUMBERS = {
     "optim": (
-        *("grad_clip", "warmdown", "min_lr", "ema_horizon", "swa_from", "swa_every", "recurrence_at"),
+        *("grad_clip", "warmdown", "warmdown_power", "min_lr"),
+        *("ema_horizon", "swa_from", "swa_every", "recurrence_at"),
         *("ema_nesterov", "ema_nesterov_horizon", "ema_nesterov_from", "ema_nesterov_until"),
     ),
-    "optim.muon": ("lr", "weight_decay", "momentum", "momentum_start", "momentum_warmup"),
+    "optim.muon": (
+        *("lr", "weight_decay", "late_lr", "late_from"),
+        *("momentum", "momentum_start", "momentum_warmup", "momentum_end", "momentum_cooldown"),
+    ),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }
 """Settings that a step reads as numbers: what is computed, and how long it takes, does not depend on them.
