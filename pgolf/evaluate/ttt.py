@@ -181,9 +181,9 @@ class AdapterState:
         self._copies = self._values
         if dtype != torch.float32:
             self._copies = {n: torch.empty_like(t, dtype=dtype) for n, t in self._values.items()}
-        jit = torch.compile(adamw, fullgraph=True, dynamic=False) if compiled else adamw
-        self._adamw: Callable[..., None] = jit
-        self._compiled = compiled
+        self._adamw: Callable[..., None] | None = None
+        if compiled:
+            self._adamw = torch.compile(adamw, fullgraph=True, dynamic=False)
         self._steps = 0
         self.reset(warm=False)
 
@@ -219,16 +219,14 @@ class AdapterState:
         """
         self._steps += 1
         groups = (self._values, self._squares, gradients, self._copies)
-        tensors = [[group[name][:count] for name in gradients] for group in groups]
-        correction: float | Tensor = 1 - self._config.beta2**self._steps
-        if self._compiled and count > 1:  # a size of 1 would need a graph of its own
-            for group in tensors:
-                for t in group:
-                    torch._dynamo.mark_dynamic(t, 0)
-            correction = torch.full((), correction, device=tensors[0][0].device)
-            self._adamw(*tensors, self._config, correction)
-        else:
-            adamw(*tensors, self._config, correction)
+        p, v, g, copies = ([group[name][:count] for name in gradients] for group in groups)
+        correction = 1 - self._config.beta2**self._steps
+        if self._adamw is None or count == 1:  # a size of 1 would need a graph of its own
+            adamw(p, v, g, copies, self._config, correction)
+            return
+        for t in (*p, *v, *g, *copies):
+            torch._dynamo.mark_dynamic(t, 0)
+        self._adamw(p, v, g, copies, self._config, torch.full((), correction, device=p[0].device))
 
 
 def adamw(
