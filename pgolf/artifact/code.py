@@ -31,7 +31,7 @@ from __future__ import annotations
 import ast
 import re
 from base64 import b85encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -152,8 +152,8 @@ def reader_code(program: Program = EVALUATE) -> dict[str, str]:
         size = (len(names), len(modules))
         for module in sorted(modules):
             for node in sources.kept(module, names):
-                names |= _mentioned(node)
-                modules |= {part for name in _imported(node) if sources.has(name) for part in _packages(name)}
+                names |= sources.mentioned(node)
+                modules |= sources.imported(node)
     trees = {sources.path(module): sources.kept(module, names) for module in modules}
     return {path: ast.unparse(ast.Module(trees[path], [])) for path in sorted(trees)}
 
@@ -164,6 +164,11 @@ class _Sources:
     def __init__(self, root: Path, swapped: dict[str, str]) -> None:
         self._root, self._swapped = root, swapped
         self._trees: dict[str, list[ast.stmt]] = {}
+        # What was found of a node, which every round asks for again.
+        self._mentioned: dict[ast.AST, frozenset[str]] = {}
+        self._imported: dict[ast.AST, frozenset[str]] = {}
+        self._stays: dict[ast.AST, bool] = {}
+        self._has: dict[str, bool] = {}
         self._references = references(root / "pgolf" / "ops")
 
     def path(self, module: str) -> str:
@@ -173,7 +178,9 @@ class _Sources:
 
     def has(self, module: str) -> bool:
         """Tell whether this is a module of the package, not a name in one or somebody else's."""
-        return module.split(".")[0] == "pgolf" and (self._root / self.path(module)).is_file()
+        if module not in self._has:
+            self._has[module] = module.split(".")[0] == "pgolf" and (self._root / self.path(module)).is_file()
+        return self._has[module]
 
     def kept(self, module: str, names: set[str]) -> list[ast.stmt]:
         """Return the statements of a module that stay if `names` are the names that are used."""
@@ -185,8 +192,21 @@ class _Sources:
             self._trees[module] = _Strip().visit(tree).body
         pruned = (self._prune(node, names) for node in self._trees[module])
         kept = [node for node in pruned if node is not None]
-        here = {name for node in kept for name in _mentioned(node)}
+        here = {name for node in kept for name in self.mentioned(node)}
         return [node for node in (self._import(node, here) for node in kept) if node is not None]
+
+    def mentioned(self, node: ast.stmt) -> frozenset[str]:
+        """Return every identifier in a statement that could mean a function or class of another."""
+        return frozenset().union(*(_remembered(self._mentioned, part, _mentioned) for part in _parts(node)))
+
+    def imported(self, node: ast.stmt) -> frozenset[str]:
+        """Return the modules of the package that a statement imports, with the packages around them."""
+
+        def find(part: ast.AST) -> frozenset[str]:
+            found = (name for name in _imported(part) if self.has(name))
+            return frozenset(package for name in found for package in _packages(name))
+
+        return frozenset().union(*(_remembered(self._imported, part, find) for part in _parts(node)))
 
     def _import(self, node: ast.stmt, here: set[str]) -> ast.stmt | None:
         """Return an import of another package without the names that nothing uses `here`."""
@@ -201,16 +221,38 @@ class _Sources:
 
     def _prune(self, node: ast.stmt, names: set[str]) -> ast.stmt | None:
         if isinstance(node, ast.FunctionDef):
-            return node if node.name in names or not _only_wrapped(node) else None
+            return node if node.name in names or self._stays_unnamed(node) else None
         if isinstance(node, ast.ClassDef):
-            return _prune_class(node, names) if node.name in names else None
+            return self._prune_class(node, names) if node.name in names else None
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name, calls = node.targets[0].id, any(isinstance(n, ast.Call) for n in ast.walk(node.value))
-            return node if calls or name in names else None
+            return node if node.targets[0].id in names or self._stays_unnamed(node) else None
         if isinstance(node, ast.ImportFrom) and self.has(node.module or ""):
             aliases = [a for a in node.names if (a.asname or a.name) in names]
             return ast.ImportFrom(node.module, aliases, node.level) if aliases else None
         return node
+
+    def _prune_class(self, node: ast.ClassDef, names: set[str]) -> ast.ClassDef:
+        """Return a class without the methods that nothing names; a class with bases stays whole."""
+        if node.bases:
+            return node
+
+        def stays(part: ast.stmt) -> bool:
+            if not isinstance(part, ast.FunctionDef) or part.name.startswith("__"):
+                return True
+            return part.name in names or self._stays_unnamed(part)
+
+        body = [part for part in node.body if stays(part)]
+        return ast.ClassDef(**{**dict(ast.iter_fields(node)), "body": body or [ast.Pass()]})
+
+    def _stays_unnamed(self, node: ast.FunctionDef | ast.Assign) -> bool:
+        """Tell whether a function or a value may register something, so that it stays if nothing names it."""
+        if node not in self._stays:
+            self._stays[node] = (
+                any(isinstance(n, ast.Call) for n in ast.walk(node.value))
+                if isinstance(node, ast.Assign)
+                else not _only_wrapped(node)
+            )
+        return self._stays[node]
 
 
 def _only_wrapped(node: ast.FunctionDef) -> bool:
@@ -218,18 +260,18 @@ def _only_wrapped(node: ast.FunctionDef) -> bool:
     return all(ast.unparse(d).rpartition(".")[2] in WRAPPERS for d in node.decorator_list)
 
 
-def _prune_class(node: ast.ClassDef, names: set[str]) -> ast.ClassDef:
-    """Return a class without the methods that nothing names; a class with bases stays whole."""
-    if node.bases:
-        return node
+def _parts(node: ast.stmt) -> list[ast.AST]:
+    """Return a statement, or the parts of a class: what is left of one is another class in every round."""
+    return list(ast.iter_child_nodes(node)) if isinstance(node, ast.ClassDef) else [node]
 
-    def stays(part: ast.stmt) -> bool:
-        if not isinstance(part, ast.FunctionDef) or part.name.startswith("__"):
-            return True
-        return part.name in names or not _only_wrapped(part)
 
-    body = [part for part in node.body if stays(part)]
-    return ast.ClassDef(**{**dict(ast.iter_fields(node)), "body": body or [ast.Pass()]})
+def _remembered(
+    known: dict[ast.AST, frozenset[str]], node: ast.AST, find: Callable[[ast.AST], frozenset[str]]
+) -> frozenset[str]:
+    """Return what `find` finds of a node, which it is asked once."""
+    if node not in known:
+        known[node] = find(node)
+    return known[node]
 
 
 class _Strip(ast.NodeTransformer):
@@ -275,8 +317,8 @@ def _packages(module: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _mentioned(node: ast.AST) -> set[str]:
-    """Return every identifier in a statement that could mean a function or class of another."""
+def _mentioned(node: ast.AST) -> frozenset[str]:
+    """Return every identifier in a node that could mean a function or class of another."""
     found: set[str] = set()
     top = isinstance(node, ast.Import | ast.ImportFrom)  # says what may be used, not that it is
     for n in () if top else ast.walk(node):
@@ -288,7 +330,7 @@ def _mentioned(node: ast.AST) -> set[str]:
             found.add(n.name.rpartition(".")[2])
         elif isinstance(n, ast.Constant) and isinstance(n.value, str) and " " not in n.value:
             found.update(re.findall(r"\w+", n.value))
-    return found
+    return frozenset(found)
 
 
 def _imported(node: ast.AST) -> Iterator[str]:

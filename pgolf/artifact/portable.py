@@ -60,15 +60,16 @@ def _functions(tree: ast.Module) -> Iterator[ast.FunctionDef]:
 
 def _still_named(body: list[ast.stmt]) -> list[ast.stmt]:
     """Leave out private functions and classes that no other statement of the module names."""
+    names = {node: {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} for node in body}
 
     def named(node: ast.stmt) -> bool:
         if not isinstance(node, ast.FunctionDef | ast.ClassDef) or not node.name.startswith("_"):
             return True
-        others = (n for other in body if other is not node for n in ast.walk(other))
-        return any(isinstance(n, ast.Name) and n.id == node.name for n in others)
+        return any(node.name in names[other] for other in body if other is not node)
 
-    kept = [node for node in body if named(node)]
-    return kept if len(kept) == len(body) else _still_named(kept)
+    while len(kept := [node for node in body if named(node)]) < len(body):
+        body = kept
+    return body
 
 
 def _registers(node: ast.stmt) -> bool:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import tyro
 
 from pgolf.cli.overrides import check_output, say
-from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TttConfig, to_dict
+from pgolf.config import (
+    EvaluateConfig,
+    Method,
+    PhasesConfig,
+    SgdConfig,
+    SlotConfig,
+    TiltConfig,
+    TttConfig,
+    to_dict,
+)
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,9 +36,9 @@ if TYPE_CHECKING:
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
-ALONE = ("plain", "sliding", "ttt")
+ALONE = ("plain", "sliding", "ttt", "slot", "causal_slot")
 """Modes in which documents are scored on their own, so that any number of ranks can go on."""
-SETTINGS = ("stride", "context", "sgd", "phases")
+SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
@@ -45,26 +54,35 @@ class Evaluate:
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
     sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
-    model that learns from scored documents in pauses."""
+    model that learns from scored documents in pauses. slot: SLOT of PR #1298, which the challenge does not
+    allow, because it learns from what it then scores. causal_slot: the same from scored tokens alone."""
     context: int = 0
     """Tokens of the longest window, 0 = the model's max_context; it may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of `sliding` and `sgd` scores, 1 to context; a smaller stride is slower."""
+    """Tokens that each window of all ways but plain, ttt and phased scores, 1 to context; a smaller stride is
+    slower."""
     tokens: int = 98_304
-    """Tokens per forward pass of plain, sliding and sgd; changes speed and memory, not the score."""
+    """Tokens per forward pass of all ways but ttt and phased; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`, with its adapters."""
+    slot: SlotConfig = field(default_factory=SlotConfig)
+    """Settings of `slot` and `causal_slot`."""
+    tilt: TiltConfig = field(default_factory=TiltConfig)
+    """The n-gram tilt on top of every way to score."""
     sums: Path | None = None
     """Keep the sums of every document in this folder, and go on from those that are in it: the same command
     continues an evaluation that was interrupted, and gives the same score."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
+    legality: bool = False
+    """Also test each way on a sample of the text, as `pgolf legality` does; the exit status is 1 if one
+    of the conditions fails."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses the GPU if there is one."""
 
@@ -72,7 +90,13 @@ class Evaluate:
     def settings(self) -> EvaluateConfig:
         """All settings of the ways to score."""
         return EvaluateConfig(
-            stride=self.stride, context=self.context, adapters=self.ttt, sgd=self.sgd, phases=self.phases
+            stride=self.stride,
+            context=self.context,
+            adapters=self.ttt,
+            sgd=self.sgd,
+            phases=self.phases,
+            slot=self.slot,
+            tilt=self.tilt,
         )
 
 
@@ -114,11 +138,13 @@ def _evaluate(args: Evaluate) -> int:
         data_folder = _open(args, artifact)
         text, documents = _text(args.documents, data_folder)
         scores = _score(args, artifact, data_folder, text, dist)
+        reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
     finally:
         dist.close()
     if dist.is_main:
         note = f"  (first {documents:,} documents only)" if documents else ""
         note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
+        note = (" with tilt" if args.tilt.on else "") + note
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             remark = args.settings.remark(mode)
@@ -126,8 +152,8 @@ def _evaluate(args: Evaluate) -> int:
             said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
         if args.json is not None:
-            _write(args.json, args, data_folder, documents, scores)
-    return 0
+            _write(args.json, args, data_folder, documents, scores, reports)
+    return 0 if all(report["legal"] for report in reports.values()) else 1
 
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
@@ -228,6 +254,24 @@ def _facts(
     }
 
 
+def _legality(
+    args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Dist
+) -> dict[str, dict[str, Any]]:
+    """Return what the tests say of every way that was asked for, and print it."""
+    from pgolf.cli.legality import config_of, examine, verdict_line
+
+    if dist.world_size > 1:
+        raise UserError(
+            "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
+        )
+    config = dataclasses.replace(config_of(args.artifact), evaluate=args.settings)
+    reports: dict[str, dict[str, Any]] = {}
+    for way in dict.fromkeys(args.mode):
+        reports[way] = examine(args.artifact, artifact, data_folder, config, way=way, dist=dist)
+        print(verdict_line(reports[way]))
+    return reports
+
+
 @contextmanager
 def _sums(
     args: Evaluate, mode: Method, facts: dict[str, Any], text: ValidationText, dist: Dist
@@ -250,7 +294,12 @@ def _sums(
 
 
 def _write(
-    path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
+    path: Path,
+    args: Evaluate,
+    data_folder: DataFolder,
+    documents: int,
+    scores: dict[str, Score],
+    reports: dict[str, dict[str, Any]],
 ) -> None:
     """Write the scores as JSON, with the data, the number of documents (0 means all) and the settings."""
     from pgolf.files import atomic_file
@@ -265,6 +314,7 @@ def _write(
             mode: dataclasses.asdict(score) | {"remark": args.settings.remark(mode)}
             for mode, score in scores.items()
         },
+        **({"legality": reports} if reports else {}),
     }
     with atomic_file(path) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")

@@ -48,6 +48,8 @@ class Inputs(NamedTuple):
     asked: int
     """Rows are wanted of the last `asked` tokens of each of the windows, which all have `width` tokens; 0: of
     all T tokens."""
+    positions: Tensor
+    """`(R,)` int64, where the inputs of the rows are in the text; -1 for padding."""
     lane: int = 0
     """Place of the first window's document among those that were begun together."""
 
@@ -118,25 +120,28 @@ class Question(NamedTuple):
 
     def tensors(self, text: ValidationText, device: torch.device) -> tuple[Inputs, Tensor]:
         """Return what the predictor sees, and the targets `(R,)`, -100 where none is asked for."""
-        ids, targets, cu_seqlens = self._packed(text) if self.size else self._padded(text)
-        ids, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in (ids, targets, cu_seqlens))
-        return Inputs(ids, cu_seqlens, self.width, self.asked, self.lane), targets
+        made = self._packed(text) if self.size else self._padded(text)
+        ids, targets, cu_seqlens, positions = (t.to(device, non_blocking=True) for t in made)
+        return Inputs(ids, cu_seqlens, self.width, self.asked, positions, self.lane), targets
 
-    def _packed(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ids = torch.zeros(self.size, dtype=torch.int64)
+        positions = torch.full((self.size,), -1)
         targets = torch.full((self.size,), IGNORED_TARGET, dtype=torch.int64)
         starts, at = [], 0
         for begin, first, end in self.windows.tolist():
             tokens = torch.from_numpy(text.tokens[begin : end + 1].astype(np.int64))
             stop = at + end - begin
             ids[at:stop] = tokens[:-1]
+            positions[at:stop] = torch.arange(begin, end)
             targets[at + first - begin : stop] = tokens[1 + first - begin :]
             starts.append(at)
             at = stop
         bounds = np.array(starts if at == self.size else [*starts, at], dtype=np.int64)
-        return ids, targets, padded_cu_seqlens(cut_segments(bounds, self.size, self.width), self.size)
+        cu_seqlens = padded_cu_seqlens(cut_segments(bounds, self.size, self.width), self.size)
+        return ids, targets, cu_seqlens, positions
 
-    def _padded(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         begin, _, end = (column[:, None] for column in self.windows.T)
         at = begin + np.arange(self.width)
         inside = at < end
@@ -144,12 +149,14 @@ class Question(NamedTuple):
         # The tokens are unsigned, and -100 is not.
         ids, after = (text.tokens[np.minimum(at + k, last)].astype(np.int64) for k in (0, 1))
         ids, after = np.where(inside, ids, 0), np.where(inside, after, IGNORED_TARGET)
-        targets = after[:, self.width - self.asked :]
+        rows = slice(self.width - self.asked, None)
+        targets, positions = after[:, rows], np.where(inside, at, -1)[:, rows]
         starts = np.arange(0, ids.size + 1, self.width, dtype=np.int32)
         return (
             torch.from_numpy(ids).flatten(),
             torch.from_numpy(np.ascontiguousarray(targets)).flatten(),
             torch.from_numpy(starts),
+            torch.from_numpy(np.ascontiguousarray(positions)).flatten(),
         )
 
     def rows(self) -> Iterator[tuple[int, int, int]]:

@@ -25,7 +25,7 @@ Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -37,8 +37,9 @@ from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
+from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Question, Turn
+from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Predictor, Question, Turn
 from pgolf.model.adapted import compile_adapted
 from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import bind, initial_adapters
@@ -219,14 +220,16 @@ class AdapterState:
         """
         self._steps += 1
         groups = (self._values, self._squares, gradients, self._copies)
-        p, v, g, copies = ([group[name][:count] for name in gradients] for group in groups)
+        values, squares, found, copies = ([group[n][:count] for n in gradients] for group in groups)
         correction = 1 - self._config.beta2**self._steps
-        if self._adamw is None or count == 1:  # a size of 1 would need a graph of its own
-            adamw(p, v, g, copies, self._config, correction)
-            return
-        for t in (*p, *v, *g, *copies):
-            torch._dynamo.mark_dynamic(t, 0)
-        self._adamw(p, v, g, copies, self._config, torch.full((), correction, device=p[0].device))
+        if self._adamw is not None and count > 1:  # a size of 1 would need a graph of its own
+            for t in (*values, *squares, *found, *copies):
+                torch._dynamo.mark_dynamic(t, 0)
+            # A tensor, because the compiler makes a constant of a number.
+            number = torch.full((), correction, device=values[0].device)
+            self._adamw(values, squares, found, copies, self._config, number)
+        else:
+            adamw(values, squares, found, copies, self._config, correction)
 
 
 def adamw(
@@ -401,5 +404,10 @@ def adapted_pass(
     batches = left_over(whole, bounds, done)
     mine = share_batches(batches, dist.rank, dist.world_size)
     room = max((batch.documents.size for batch in mine), default=1)
-    predictor = Adapted(uncompiled(model, context=context), config, documents=room, compiled=compiled)
+    plain = uncompiled(model, context=context)
+    members = [
+        Adapted(plain, replace(config, seed=config.seed + k), documents=room, compiled=compiled)
+        for k in range(config.members)
+    ]
+    predictor: Predictor = members[0] if config.members == 1 else Ensemble(members)
     return Pass(predictor, [turn for batch in mine for turn in batch_turns(batch, bounds)], "ttt")

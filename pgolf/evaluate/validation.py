@@ -22,6 +22,8 @@ from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Done, Pass, evaluating, read
 from pgolf.evaluate.sgd import sgd_pass
 from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.slot import slot_pass
+from pgolf.evaluate.tilt import Tilted
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.files import file_sha256
 from pgolf.model.gpt import GPT
@@ -143,7 +145,8 @@ def score_as(
     Args:
         way: "plain" cuts documents into segments, "sliding" moves a window over each document, "ttt" lets
             adapters learn each document, "sgd" lets the model learn each chunk of the text, "phased" lets
-            adapters learn each document and the model learn scored documents.
+            adapters learn each document and the model learn scored documents, "slot" and "causal_slot" fit
+            a shift of the states to each window, the former to what it then scores, which is not allowed.
         model: prepared on dist.device.
         text: from `data_folder.validation`.
         dist: ranks that share the work.
@@ -185,14 +188,25 @@ def start_pass(
         raise UserError(f"a way to score must be one of {METHODS}, got {way!r}")
     context = settings.context or model.config.max_context
     where: dict[str, Any] = {"bos_id": bos_id, "context": context, "done": done}
+    windows: dict[str, Any] = {
+        "batch_tokens": batch_tokens,
+        "stride": context if way == "plain" else settings.stride,
+    }
     if way == "ttt":
-        return adapted_pass(model, text, dist, config=settings.adapters, **where)
-    if way == "phased":
-        return phased_pass(model, text, dist, phases=settings.phases, **where)
-    where |= {"batch_tokens": batch_tokens, "stride": context if way == "plain" else settings.stride}
-    if way == "sgd":
-        return sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where)
-    return window_pass(model, text, dist, **where)
+        run = adapted_pass(model, text, dist, config=settings.adapters, **where)
+    elif way == "phased":
+        run = phased_pass(model, text, dist, phases=settings.phases, **where)
+    elif way == "sgd":
+        run = sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where, **windows)
+    elif way in ("slot", "causal_slot"):
+        causal = way == "causal_slot"
+        run = slot_pass(model, text, dist, config=settings.slot, causal=causal, **where, **windows)
+    else:
+        run = window_pass(model, text, dist, **where, **windows)
+    if not settings.tilt.on:
+        return run
+    tilted = Tilted(run.predictor, text, settings.tilt, dist.device)
+    return run._replace(predictor=tilted, label=f"{run.label} with tilt")
 
 
 @contextmanager

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pgolf.ops._compiler import not_compiled
+
 _functorch: Any = torch._C._functorch
 
 
@@ -123,7 +125,7 @@ def refuse_recording(op: str, tensors: Iterable[Tensor | None]) -> None:
         )
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@not_compiled
 def _is_differentiated(tensor: Tensor, forward: bool) -> bool:
     """Return whether `tensor` carries a tangent or is differentiated at some level of torch.func."""
     while True:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.ops._compiler import constant_result
 from pgolf.optim.mesh import Box, check_placed, mesh_of
 from pgolf.optim.polar import Coefficients, check_converges, coefficients
 
@@ -63,7 +64,7 @@ def boxes(shape: Sequence[int], group: Mapping[str, Any]) -> list[Box]:
     ]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # would be traced for a minute
+@constant_result  # would be traced for a minute
 def table_of(ns_coefficients: Any, steps: int) -> tuple[Coefficients, ...]:
     """Return one triple per iteration, from a triple, a list of triples or the name of a table."""
     if not 1 <= steps <= MAX_STEPS:

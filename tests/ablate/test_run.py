@@ -19,7 +19,6 @@ from pgolf.ablate.results import gather, read_cell
 from pgolf.ablate.run import end, run_plan, start_process
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
-from pgolf.data.text import sample_paths
 from pgolf.env import share_of_cores
 from pgolf.train.guard import HeldError, held
 from pgolf.train.signals import Stopped
@@ -32,6 +31,7 @@ from tests.ablate.ablate_helpers import (
     run_all,
     small_overrides,
 )
+from tests.e2e.conftest import make_shards
 
 
 def test_finished_cells_are_skipped_and_crashed_ones_run_again(tmp_path):
@@ -192,13 +192,7 @@ def test_runs_of_fixed_seconds_share_no_gpu(tmp_path):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    train, val = (str(p) for p in sample_paths())
-    model = str(folder / "tokenizer.model")
-    assert main(["data", "tokenizer", "--inputs", val, "--vocab-size", "512", "--out", model]) == 0
-    split = ["--train", train, "--val", val, "--tokenizer", model, "--out", str(folder / "shards")]
-    assert main(["data", "shards", *split]) == 0
-    return folder / "shards"
+    return make_shards(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """The program that each rank of the distributed tests runs; it writes its results and asserts nothing.
 
-torchrun ... rank_program.py FOLDER DEVICE: reads resume.safetensors and writes rank<r>.json and
+rank_program.py FOLDER DEVICE: reads resume.safetensors and writes rank<r>.json and
 rank<r>.safetensors in FOLDER.
 """
 

@@ -1,4 +1,4 @@
-"""Started with torchrun by `test_score_ranks.py`: every way to score, of one small text on all ranks."""
+"""Started by `test_score_ranks.py`: every way to score, of one small text on all ranks."""
 
 import json
 import sys

@@ -2,8 +2,6 @@
 
 import json
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from pgolf.dist import Dist
 from pgolf.ops.adam_step import STEPS
 from tests.conftest import requires_two_gpus
+from tests.ranks import run_ranks
 
 PROGRAM = Path(rank_program.__file__)
 
@@ -37,14 +36,8 @@ def ranks(request, alone, tmp_path_factory):
     """The results of all ranks: a list of (json, tensors)."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param[1]
     save_file(alone[1][0], folder / "resume.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*command, str(PROGRAM), str(folder), request.param[0]],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    device = request.param[0]
+    done = run_ranks(world, PROGRAM, str(folder), device, device=device, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return [
         (json.loads((folder / f"rank{r}.json").read_text()), load_file(folder / f"rank{r}.safetensors"))

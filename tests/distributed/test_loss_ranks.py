@@ -1,11 +1,10 @@
 """The losses beside tensors that are split over two ranks (gloo): FSDP2 under the patch, DTensors by hand.
 
-Each rank runs this file as a program (torchrun ... FILE FOLDER), which writes rank<r>.txt in FOLDER.
+Each rank runs this file as a program (FILE FOLDER), which writes rank<r>.txt in FOLDER.
 """
 
 import copy
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.distributed as td
 from torch import Tensor
 
 from pgolf.ops import linear_softcap_ce, softcap_ce
+from tests.ranks import run_ranks
 
 HAS = importlib.util.find_spec("transformers") is not None
 
@@ -91,8 +91,7 @@ def program(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("ranks")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(folder)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    done = run_ranks(2, Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return [(folder / f"rank{r}.txt").read_text() for r in range(2)]
 

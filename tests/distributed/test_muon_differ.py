@@ -1,12 +1,11 @@
 """Sharded `pgolf.optim.Muon` on ranks that hold different values: every rank raises in the same step.
 
-There is one launch of three ranks over gloo. Each rank runs this file as a program (torchrun ... FILE
+There is one launch of three ranks over gloo. Each rank runs this file as a program (FILE
 FOLDER), which writes rank<r>.json in FOLDER, by case [number of complete steps, error], and asserts nothing.
 """
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 import pgolf.optim
 from pgolf.optim.ranks import fingerprint
 from tests.conftest import requires_gpu, requires_two_gpus
+from tests.ranks import run_ranks
 
 WORLD, STEPS, ODD = 3, 3, 1  # in the last step rank ODD is another
 
@@ -121,10 +121,7 @@ def run(rank, case, group=None):
 def ranks(tmp_path_factory):
     """The results of each rank by case."""
     folder = tmp_path_factory.mktemp("differ")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_ranks(WORLD, Path(__file__), str(folder), timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(WORLD)]
 
@@ -166,10 +163,7 @@ def test_fingerprints_on_cuda_see_one_element_and_are_the_same_each_time(dtype):
 
 @requires_two_gpus
 def test_ranks_over_nccl_raise_within_the_step(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*command, __file__, str(tmp_path), "nccl"], capture_output=True, text=True, timeout=300, check=False
-    )
+    done = run_ranks(2, Path(__file__), str(tmp_path), "nccl", device="cuda")
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
     for case, message in (("other gradients", "values of the gradient"), ("no gradient", "the gradient of")):

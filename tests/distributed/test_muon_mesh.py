@@ -1,14 +1,13 @@
 """`pgolf.optim.Muon` on DTensors (FSDP2, HSDP, tensor parallelism) compared with one process, bit for bit.
 
 There is one launch each of four, two and one rank over gloo; that of four saves the checkpoint that all of
-them load. Each rank runs this file as a program (torchrun ... FILE FOLDER), which writes
+them load. Each rank runs this file as a program (FILE FOLDER), which writes
 rank<r>.safetensors and rank<r>.json in FOLDER and asserts nothing.
 """
 
 import copy
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -25,9 +24,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pgolf.optim
-from pgolf.optim import muon
 from pgolf.optim.mesh import Box, Layout
 from pgolf.optim.owners import owners
+from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors, whole
+from tests.ranks import run_ranks
 
 WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
 # Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
@@ -36,21 +36,12 @@ SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1
 BLOCKS = [Shard(0), Shard(1)]
 
 
-def tensors(seed):
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=rng) for shape in SHAPES]
-
-
-def whole(tensor):
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
 def step_by_hand(place, place_gradient=None):
     """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors.
 
     In one step one parameter has no gradient on any rank.
     """
-    params = [nn.Parameter(place(t)) for t in tensors(0)]
+    params = [nn.Parameter(place(t)) for t in tensors(SHAPES, 0)]
     groups = [
         {"params": [*params[:2], params[3]], "row_normalize": True},
         {"params": params[2:3], "num_heads": 2, "heads_along": "columns"},
@@ -58,14 +49,11 @@ def step_by_hand(place, place_gradient=None):
         {"params": params[5:-1], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
         {"params": params[-1:], "use_muon": False},
     ]
-    optimizer = pgolf.optim.Muon(groups, lr=0.02)
-    for step in range(STEPS):
-        for i, (p, grad) in enumerate(zip(params, tensors(1 + step), strict=True)):
-            p.grad = None if (step, i) == (1, 5) else (place_gradient or place)(grad)
-        optimizer.step()
-    found = {f"param{i}": whole(p) for i, p in enumerate(params)}
-    states = [(i, k, t) for i, p in enumerate(params) for k, t in optimizer.state[p].items()]
-    return found | {f"{key}{i}": whole(t) for i, key, t in states}
+
+    def gradient(step, i, grad):
+        return None if (step, i) == (1, 5) else (place_gradient or place)(grad)
+
+    return take_steps(params, groups, STEPS, gradient)
 
 
 def placer(mesh, placements):
@@ -178,22 +166,6 @@ def distribute_like(tensor, p):
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def iterated(run):
-    """Return how many matrices this rank iterates in `run`."""
-    original, seen = muon.newton_schulz, []
-
-    def count(x, table, *, eps):
-        seen.append(x.shape[0])
-        return original(x, table, eps=eps)
-
-    muon.newton_schulz = count
-    try:
-        run()
-    finally:
-        muon.newton_schulz = original
-    return sum(seen)
-
-
 def message(call):
     try:
         call()
@@ -278,7 +250,7 @@ def cases(world, checkpoint):
         train(net, optimizer := optimizer_of(net), 0, RESUME_AT)
         save(net, optimizer, checkpoint)
     found["resumed"] = resume(mesh, checkpoint)
-    return {f"{case}.{name}": t for case, named in found.items() for name, t in named.items()}
+    return flat(found)
 
 
 REFUSED = {
@@ -320,10 +292,7 @@ def launches(tmp_path_factory):
     for world in WORLDS:
         own = folder / str(world)
         own.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-        done = subprocess.run(
-            [*command, __file__, str(own)], capture_output=True, text=True, timeout=300, check=False
-        )
+        done = run_ranks(world, Path(__file__), str(own))
         assert done.returncode == 0, done.stderr[-4000:]
         found[world] = [
             (load_file(own / f"rank{r}.safetensors"), json.loads((own / f"rank{r}.json").read_text()))
@@ -336,11 +305,9 @@ def launches(tmp_path_factory):
     ("world", "case"), [(w, c) for w in WORLDS for c in REFERENCES if w == 4 or c not in FOUR_RANKS]
 )
 def test_ranks_end_where_one_process_does_bit_for_bit(launches, world, case):
-    wanted = {f"{case}.{name}": t for name, t in REFERENCES[case]().items()}
+    wanted = REFERENCES[case]()
     for found, _ in launches[world]:
-        names = [name for name in found if name.startswith(f"{case}.")]
-        assert sorted(names) == sorted(wanted)
-        assert [name for name in names if not torch.equal(found[name], wanted[name])] == []
+        assert_equal(of_case(found, case), wanted)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -1,11 +1,10 @@
 """Sharded `pgolf.optim.Muon` on several ranks (gloo) compared with one process.
 
 There is one launch of four ranks: first all four share the matrices, then two pairs do. Each rank runs this
-file as a program (torchrun ... FILE FOLDER), which writes rank<r>.safetensors in FOLDER and asserts nothing.
+file as a program (FILE FOLDER), which writes rank<r>.safetensors in FOLDER and asserts nothing.
 """
 
 import functools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,16 +16,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pgolf.optim
-from pgolf.optim import muon
+from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors
+from tests.ranks import run_ranks
 
 WORLD, STEPS, BATCH = 4, 3, 16
 # 11 matrices of five shapes, a number that neither 2 nor 4 divides, and then the parameters of AdamW.
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7)]
-
-
-def tensors(shapes, seed):
-    rng = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=rng) for shape in shapes]
 
 
 def train_matrices(shapes, **sharing):
@@ -39,15 +34,7 @@ def train_matrices(shapes, **sharing):
         {"params": matrices[5:], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
         {"params": params[-1:], "use_muon": False},
     ]
-    optimizer = pgolf.optim.Muon([g for g in groups if g["params"]], lr=0.02, **sharing)
-    for step in range(STEPS):
-        for p, grad in zip(params, tensors([*shapes, (4,)], 1 + step), strict=True):
-            p.grad = grad
-        optimizer.step()
-    found = {f"param{i}": p.detach() for i, p in enumerate(params)}
-    return found | {
-        f"state{i}": t for i, p in enumerate(params) for t in optimizer.state[p].values() if t.dim()
-    }
+    return take_steps(params, groups, STEPS, **sharing)
 
 
 def train_ddp(rank, world, **sharing):
@@ -69,22 +56,6 @@ def train_ddp(rank, world, **sharing):
     return {name: p.detach() for name, p in net.named_parameters()}
 
 
-def iterated(run):
-    """Return how many matrices the call iterates, counted where the kernel is called."""
-    original, seen = muon.newton_schulz, []
-
-    def count(x, table, *, eps):
-        seen.append(x.shape[0])
-        return original(x, table, eps=eps)
-
-    muon.newton_schulz = count
-    try:
-        run()
-    finally:
-        muon.newton_schulz = original
-    return torch.tensor(sum(seen))
-
-
 def cases(rank=0, world=1, pair=None):
     """Return all tensors of a rank by case."""
     sharing = {"sharded": world > 1}
@@ -94,35 +65,34 @@ def cases(rank=0, world=1, pair=None):
         "one": train_matrices(SHAPES[:1], **sharing),
         "ddp": train_ddp(rank, world, **sharing),
     }
-    return {f"{case}.{name}": t for case, named in found.items() for name, t in named.items()}
+    return flat(found)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """The tensors of each rank at the end."""
     folder = tmp_path_factory.mktemp("dropin")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}"]
-    done = subprocess.run(
-        [*command, __file__, str(folder)], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run_ranks(WORLD, Path(__file__), str(folder), timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return [load_file(folder / f"rank{r}.safetensors") for r in range(WORLD)]
 
 
+@pytest.fixture(scope="module")
+def alone():
+    """The tensors of one process at the end."""
+    return cases()
+
+
 @pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp"])
 def test_ranks_end_identical_bit_for_bit(ranks, case):
-    names = [name for name in ranks[0] if name.startswith(f"{case}.")]
-    assert names
     for other in ranks[1:]:
-        assert [n for n in names if not torch.equal(ranks[0][n], other[n])] == []
+        assert_equal(of_case(other, case), of_case(ranks[0], case))
 
 
 @pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp"])
-def test_ranks_end_where_one_process_does(ranks, case):
-    for name, wanted in cases().items():
-        if name.startswith(f"{case}."):
-            # Products of a batch round like those of its parts to the last bits; the map amplifies by 990.
-            torch.testing.assert_close(ranks[0][name], wanted, rtol=2e-4, atol=2e-5)
+def test_ranks_end_where_one_process_does(ranks, alone, case):
+    # Products of a batch round like those of its parts to the last bits; the map amplifies by 990.
+    torch.testing.assert_close(of_case(ranks[0], case), of_case(alone, case), rtol=2e-4, atol=2e-5)
 
 
 def test_each_rank_iterates_only_its_share(ranks):
@@ -144,7 +114,7 @@ def main(folder):
     found = cases(rank, WORLD, pairs[rank // 2])
     for name, group in (("world", None), ("pairs", pairs[rank // 2])):
         run = functools.partial(train_matrices, SHAPES, sharded=True, process_group=group)
-        found[f"iterated.{name}"] = iterated(run)
+        found[f"iterated.{name}"] = torch.tensor(iterated(run))
     save_file({name: t.contiguous() for name, t in found.items()}, folder / f"rank{rank}.safetensors")
     td.destroy_process_group()
 

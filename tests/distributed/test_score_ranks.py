@@ -1,28 +1,18 @@
 """Three ranks (gloo) score a text of two documents as one process does, in every way."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pgolf.config import METHODS
 from pgolf.dist import Dist
-from tests.conftest import ROOT
 from tests.distributed import score_program
+from tests.ranks import run_ranks
 
 
 def test_three_ranks_score_as_one_does_in_every_way(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3"]
-    done = subprocess.run(
-        [*command, "-m", "tests.distributed.score_program", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = run_ranks(3, Path(score_program.__file__), str(tmp_path), timeout=240)
     assert done.returncode == 0, done.stderr[-4000:]
     alone = score_program.scores(Dist.start("cpu"))
     files = sorted(Path(tmp_path).glob("*.json"))

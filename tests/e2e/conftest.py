@@ -1,24 +1,58 @@
 """Fixtures of the end-to-end tests: a small data folder and a small run."""
 
+import itertools
+import json
+import os
 from pathlib import Path
 
 import pytest
 
 from pgolf.cli.main import main
-from pgolf.data.text import sample_paths
+from pgolf.data.text import iterate_documents, sample_paths
+
+VAL_DOCUMENTS, VAL_TOKENS = 10, 6_974
+"""Documents of the validation text of `make_shards`, and its tokens that are scored."""
+
+
+def make_shards(folder: Path) -> Path:
+    """Return shards of the sample text with a tokenizer of 512 tokens, in a folder below `folder`.
+
+    The validation text is the beginning of ten of its documents, because every run scores it three times.
+    """
+    sample = sample_paths()
+    model, val = str(folder / "tokenizer.model"), folder / "val.jsonl"
+    assert (
+        main(["data", "tokenizer", "--inputs", str(sample.val), "--vocab-size", "512", "--out", model]) == 0
+    )
+    documents = itertools.islice(iterate_documents(sample.val), VAL_DOCUMENTS)
+    val.write_text("".join(json.dumps({"text": d.text[:2000]}) + "\n" for d in documents))
+    split = ["--train", str(sample.train), "--val", str(val), "--tokenizer", model]
+    assert main(["data", "shards", *split, "--out", str(folder / "shards")]) == 0
+    return folder / "shards"
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards of the sample text with a tokenizer of 512 tokens."""
-    folder = tmp_path_factory.mktemp("corpus")
-    train, val = (str(p) for p in sample_paths())
-    model = str(folder / "tokenizer.model")
-    assert main(["data", "tokenizer", "--inputs", val, "--vocab-size", "512", "--out", model]) == 0
-    # The small validation text serves as training text too: two files, no shared document, quick to encode.
-    split = ["--train", train, "--val", val, "--tokenizer", model, "--out", str(folder / "shards")]
-    assert main(["data", "shards", *split]) == 0
-    return folder / "shards"
+    return make_shards(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def without_matplotlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that hides matplotlib when it is the first of Python's path."""
+    folder = tmp_path_factory.mktemp("without_matplotlib")
+    (folder / "matplotlib.py").write_text("raise ImportError('left out of this test')\n")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plots(without_matplotlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of a test draw nothing, here and in other processes: drawing takes a third of a small run.
+
+    Runs of fixtures for a module or the session are made before, and draw.
+    """
+    for module in ("report.plots", "report.watched_page", "ablate.page"):
+        monkeypatch.setattr(f"pgolf.{module}.why_no_plots", lambda: "left out of this test")
+    monkeypatch.setenv("PYTHONPATH", f"{without_matplotlib}{os.pathsep}{os.environ['PYTHONPATH']}")
 
 
 SMALL = [

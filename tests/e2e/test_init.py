@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgolf.ablate.plan import read_plan
+from pgolf.ablate import run as ablate
+from pgolf.ablate.plan import Cell, read_plan
 from pgolf.ablate.results import gather
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
+from pgolf.config import to_dict
 from pgolf.data.text import sample_paths
+from pgolf.files import write_json
 from pgolf.report.plots import read_metrics
 from pgolf.train.weights import load_weights, save_weights
-from tests.ablate.ablate_helpers import small_overrides
+from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 from tests.e2e.conftest import SMALL
-from tests.e2e.test_run import summary, torchrun
+from tests.e2e.test_run import summary, two_ranks
 
 STILL = ["--optim.muon.lr=0", "--optim.adam.embed-lr=0", "--optim.adam.scalar-lr=0"]
 """Learning rates of 0, with which training changes nothing."""
@@ -57,11 +60,11 @@ def test_training_goes_on_from_the_checkpoint_and_warm_up_leaves_no_trace(run, s
 def test_every_rank_starts_from_the_checkpoint(run, shards, tmp_path):
     words = ["train", "tiny", "--data", str(shards), *SMALL, "--steps=2", *STILL, "--train.no-quantize"]
     start = run / "raw.safetensors"
-    done = torchrun(2, [*words, "--out", str(tmp_path / "out"), f"--train.init={start}"])
+    done = two_ranks([*words, "--out", str(tmp_path / "out"), f"--train.init={start}"])
     assert done.returncode == 0, done.stderr[-2000:]
     (folder,) = (tmp_path / "out").iterdir()
     assert same(start, folder / "raw.safetensors")
-    done = torchrun(2, [*words, "--out", str(tmp_path / "none"), f"--train.init={tmp_path / 'no'}"])
+    done = two_ranks([*words, "--out", str(tmp_path / "none"), f"--train.init={tmp_path / 'no'}"])
     assert done.returncode != 0 and "no checkpoint at" in done.stderr and not (tmp_path / "none").exists()
 
 
@@ -110,8 +113,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run(run, shards, t
 
 
 @pytest.mark.slow
+def train_here(cell: Cell, gpu: int | None, **_: object) -> FakeProcess:
+    """Train a cell in this process, for what is tested is what it writes."""
+    config = cell.folder / "config.json"
+    write_json(config, to_dict(cell.config))
+    return FakeProcess(main(["train", str(config)]))
+
+
 def test_arms_start_from_their_trunk_and_the_report_needs_no_weights(shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(ablate, "start_process", train_here)
     path, out, moved = tmp_path / "plan.json", tmp_path / "out", tmp_path / "moved"
     plan = {
         "name": "trunk",

@@ -1,7 +1,6 @@
 """A run with all parts of published stacks that `pr1855` does not have: resumed, stored, scored."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from pgolf.config import Config, from_dict, read_json
 from pgolf.optim.step import Optimizer
 from pgolf.train.weights import load_weights
 from tests.e2e.test_code import alone, bare
-from tests.e2e.test_resume import SETTINGS, STEPS, assert_same, hit, start
+from tests.e2e.test_resume import SETTINGS, STEPS, assert_same, here, stop_here
 
 PARTS = [
     "--model.leaky-slope=0.3",
@@ -37,9 +36,7 @@ PARTS = [
 def whole(shards, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("parts")
     words = ["train", "tiny", "--data", str(shards), "--out", str(out), *SETTINGS, *PARTS]
-    process = start(words)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert here(words) == 0
     (folder,) = out.iterdir()
     return folder
 
@@ -76,13 +73,9 @@ def test_the_average_is_the_mean_of_the_snapshots(shards, tmp_path, monkeypatch)
 @pytest.mark.parametrize("step", [3, 8])
 def test_it_resumes_bit_for_bit_before_and_after_the_switches(shards, whole, tmp_path, step):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, *PARTS]
-    process = start([*words, "--train.checkpoint-every=0"])
-    hit(process, signal.SIGTERM, step)
-    process.communicate(timeout=60)
+    stop_here([*words, "--train.checkpoint-every=0"], step)
     (folder,) = tmp_path.iterdir()
-    process = start(["train", "--resume", str(folder)])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert here(["train", "--resume", str(folder)]) == 0
     assert_same(folder, whole)
 
 

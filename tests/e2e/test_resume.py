@@ -6,7 +6,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,17 +18,17 @@ from pgolf.artifact.export import describe
 from pgolf.cli.main import main
 from pgolf.files import atomic_file
 from pgolf.train import run as run_module
+from pgolf.train import session
 from pgolf.train import weights as weights_module
 from pgolf.train.guard import held
 from pgolf.train.progress import PROGRESS
 from pgolf.train.signals import Stopped
 from pgolf.train.weights import load_weights
 from tests.e2e.conftest import SMALL
-from tests.e2e.test_run import summary, torchrun
+from tests.e2e.test_run import start_ranks, summary, two_ranks
 
 STEPS = 12
 SETTINGS = [*SMALL, f"--steps={STEPS}", "--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -41,22 +40,38 @@ def whole(shards, tmp_path_factory) -> Path:
     return folder
 
 
-def start(words: list[str], **place: object) -> "subprocess.Popen[str]":
+def start(words: list[str]) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "pgolf", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT | {k: str(v) for k, v in place.items()},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
-def two_ranks(words: list[str]) -> "list[subprocess.Popen[str]]":
-    """Start two ranks without torchrun, which would end one rank when the other ends."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
-    return [start(words, **place, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
+def here(words: list[str]) -> int:
+    """Run the command line in this process, with one thread, so that it computes the bits of `start`."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return main(words)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def stop_here(words: list[str], at_step: int) -> None:
+    """Run the command line in this process until SIGTERM stops it, which comes when the step is logged."""
+    metric = session.RunLog.metric
+
+    def stopping(log: session.RunLog, **fields: object) -> None:
+        metric(log, **fields)
+        if fields.get("step") == at_step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session.RunLog, "metric", stopping)
+        assert here(words) == 128 + signal.SIGTERM
 
 
 def hit(process: "subprocess.Popen[str]", number: int, at_step: int) -> None:
@@ -122,28 +137,29 @@ def test_a_signal_saves_the_last_step_and_the_run_goes_on(shards, whole, tmp_pat
     text = (folder / "log.txt").read_text()
     assert f"stopped by {number.name} during train; go on with: pgolf train --resume {folder}" in text
     assert load_weights(folder / "raw.safetensors")[2]["steps"] >= 4
-    process = start(["train", "--resume", str(folder), "--train.checkpoint-every=0.05"])
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert here(["train", "--resume", str(folder), "--train.checkpoint-every=0.05"]) == 0
     assert_same(folder, whole)
     one, two = summary(folder).sessions
     assert one.end == number.name and two.from_step == one.to_step
     assert two.lost_seconds < 1.0
 
 
-@pytest.fixture
-def stopped(shards, tmp_path) -> Path:
-    """A run of one process that was stopped after some steps."""
-    words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "runs"), *SETTINGS]
-    process = start(words)
-    hit(process, signal.SIGTERM, 5)
-    process.communicate(timeout=60)
-    (folder,) = (tmp_path / "runs").iterdir()
+@pytest.fixture(scope="module")
+def stopped_once(shards, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("stopped")
+    stop_here(["train", "tiny", "--data", str(shards), "--out", str(out), *SETTINGS], 5)
+    (folder,) = out.iterdir()
     return folder
 
 
+@pytest.fixture
+def stopped(stopped_once, tmp_path) -> Path:
+    """A run of one process that was stopped after some steps."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "runs" / stopped_once.name))
+
+
 def test_a_run_goes_on_with_two_ranks_and_back_with_one(stopped, whole):
-    done = torchrun(2, ["train", "--resume", str(stopped), "--train.device=cpu"])
+    done = two_ranks(["train", "--resume", str(stopped), "--train.device=cpu"])
     assert done.returncode == 0, done.stderr[-3000:]
     alone, together = (load_weights(f / "raw.safetensors")[0] for f in (whole, stopped))
     for name in alone:
@@ -156,16 +172,16 @@ def test_a_run_goes_on_with_two_ranks_and_back_with_one(stopped, whole):
 
 def test_two_ranks_that_are_killed_go_on_bit_for_bit_and_also_as_one(shards, tmp_path):
     words = ["train", "tiny", "--data", str(shards), "--train.device=cpu", *SETTINGS]
-    done = torchrun(2, [*words, "--out", str(tmp_path / "whole")])
+    done = two_ranks([*words, "--out", str(tmp_path / "whole")])
     assert done.returncode == 0, done.stderr[-3000:]
-    ranks = two_ranks([*words, "--out", str(tmp_path / "runs")])
+    ranks = start_ranks(2, [*words, "--out", str(tmp_path / "runs")])
     hit(ranks[0], signal.SIGKILL, 6)
     ranks[1].send_signal(signal.SIGKILL)
     for process in ranks:
         process.communicate(timeout=60)
     (folder,) = (tmp_path / "runs").iterdir()
-    ranks = two_ranks(["train", "--resume", str(folder)])
-    assert [process.wait(120) for process in ranks] == [0, 0], ranks[0].stderr.read()
+    done = two_ranks(["train", "--resume", str(folder)])
+    assert done.returncode == 0, done.stderr[-3000:]
     (whole,) = (tmp_path / "whole").iterdir()
     assert_same(folder, whole)
 
@@ -173,7 +189,7 @@ def test_two_ranks_that_are_killed_go_on_bit_for_bit_and_also_as_one(shards, tmp
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_other_in_seconds_with_its_number(shards, tmp_path, victim):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, "--steps=100000"]
-    ranks = two_ranks(words)
+    ranks = start_ranks(2, words)
     assert ranks[0].stdout is not None
     for line in ranks[0].stdout:
         if line.startswith("step     4"):
@@ -197,7 +213,7 @@ def test_a_killed_rank_ends_the_other_in_seconds_with_its_number(shards, tmp_pat
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_stopped_rank_is_noticed_in_the_stated_time(shards, tmp_path, victim):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SETTINGS, "--steps=100000"]
-    ranks = two_ranks(words)
+    ranks = start_ranks(2, words)
     assert ranks[0].stdout is not None
     for line in ranks[0].stdout:
         if line.startswith("step     4"):
@@ -344,9 +360,7 @@ def test_an_overrun_is_remembered_by_the_process_that_scores(shards, tmp_path, m
 
 def test_checkpoints_of_another_run_are_not_taken(stopped, shards, tmp_path):
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "other"), *SETTINGS]
-    process = start([*words, "--train.seed=7"])
-    hit(process, signal.SIGTERM, 8)
-    process.communicate(timeout=60)
+    stop_here([*words, "--train.seed=7"], 8)
     (other,) = (tmp_path / "other").iterdir()
     shutil.rmtree(stopped / "checkpoints")
     shutil.copytree(other / "checkpoints", stopped / "checkpoints")
@@ -360,9 +374,7 @@ def test_checkpoints_of_another_run_are_not_taken(stopped, shards, tmp_path):
 def test_initial_weights_are_not_needed_again(whole, shards, tmp_path):
     base = shutil.copy(whole / "raw.safetensors", tmp_path / "base.safetensors")
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path / "runs"), *SETTINGS]
-    process = start([*words, f"--train.init={base}"])
-    hit(process, signal.SIGTERM, 4)
-    process.communicate(timeout=60)
+    stop_here([*words, f"--train.init={base}"], 4)
     Path(base).unlink()
     (folder,) = (tmp_path / "runs").iterdir()
     assert main(["train", "--resume", str(folder)]) == 0

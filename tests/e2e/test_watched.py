@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import signal
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -10,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from pgolf.cli.main import main
-from pgolf.train import session
 from tests.e2e.conftest import SMALL
-from tests.e2e.test_run import torchrun
+from tests.e2e.test_resume import stop_here
+from tests.e2e.test_run import two_ranks
 from tests.test_track import scalars, wandb_records
 
 
@@ -34,20 +33,11 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, tmp_path, monkeypatch):
+def test_a_run_that_is_stopped_and_goes_on_is_one_record_in_tensorboard(shards, tmp_path):
     pytest.importorskip("tensorboard")
     track = ["--train.track=tensorboard", "--train.checkpoint-every=0"]
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, *track]
-    metric = session.RunLog.metric
-
-    def stop_at_step_2(log, **fields):
-        metric(log, **fields)
-        if fields.get("step") == 2:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(session.RunLog, "metric", stop_at_step_2)
-    assert main(words) == 128 + signal.SIGTERM
-    monkeypatch.undo()
+    stop_here(words, 2)
     folder = one_folder(tmp_path)
     assert 2 <= scalars(folder)["training/loss"][-1][0] < 5
     assert main(["train", "--resume", str(folder)]) == 0
@@ -82,7 +72,7 @@ def test_of_two_ranks_only_the_main_one_records_in_wandb(shards, tmp_path, monke
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--train.track=wandb"]
-    result = torchrun(2, words)
+    result = two_ranks(words)
     assert result.returncode == 0, result.stderr
     (record,) = one_folder(tmp_path).glob("wandb/offline-run-*/*.wandb")
     kinds = [r.WhichOneof("record_type") for r in wandb_records(record)]

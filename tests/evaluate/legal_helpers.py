@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pgolf.config import EvaluateConfig, ModelConfig, PhasesConfig, SgdConfig, TttConfig
+from pgolf.config import EvaluateConfig, ModelConfig, PhasesConfig, SgdConfig, SlotConfig, TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.predictor import Pass, evaluating, read
@@ -14,13 +14,14 @@ from pgolf.model.gpt import GPT
 from pgolf.presets import tiny
 
 BOS, VOCAB, CONTEXT = 1, 24, 32
-ALONE = ("plain", "sliding", "ttt")
+ALONE = ("plain", "sliding", "ttt", "causal_slot")
 """The ways to score in which documents do not influence each other."""
 MODES = (*ALONE, "sgd")
 """The ways to score that meet the strict reading of the rules."""
 TTT = TttConfig(rank=4, alpha=8.0, lr=0.02, chunk=8, chunk_growth=1, chunk_max=16, batch_tokens=128)
 """Settings with which a few chunks change the model visibly, and chunks grow within short documents."""
 SGD = SgdConfig(lr=0.2, epochs=2, chunk_tokens=40, batch_tokens=CONTEXT)
+SLOT = SlotConfig(steps=4, lr=0.1)
 PHASES = PhasesConfig(documents=4, count=2, lr=0.2, chunk_tokens=40, batch_tokens=CONTEXT)
 
 
@@ -78,8 +79,8 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> EvaluateConfig:
-    phases = replace(PHASES, adapters=config)
-    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, **changes)
+    phases = replace(PHASES, adapters=replace(config, members=1))
+    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, slot=SLOT, **changes)
 
 
 def make_pass(
