@@ -126,17 +126,22 @@ def _evaluate(args: Evaluate) -> int:
     from pgolf.env import launch
     from pgolf.log import Progress
 
-    with Progress(f"reading {args.artifact.name}", 1, is_main=launch().rank == 0) as progress:
-        progress.doing = "decoding the weights"
+    main_rank = launch().rank == 0
+    with Progress("evaluate", 1, is_main=main_rank) as progress:
+        progress.doing = f"decoding the weights of {args.artifact.name}"
         artifact = read_artifact(args.artifact)
     longest = args.settings.context or artifact.header.model.max_context
     if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
         what = "--context" if args.context else "the model's max_context"
         raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
-    dist = Dist.start(args.device)
+    with Progress("evaluate", 1, is_main=main_rank) as progress:
+        progress.doing = "starting the device and the ranks"
+        dist = Dist.start(args.device)
     try:
-        data_folder = _open(args, artifact)
-        text, documents = _text(args.documents, data_folder)
+        with Progress("evaluate", 1, is_main=main_rank) as progress:
+            progress.doing = f"reading and checking {args.data}"
+            data_folder = _open(args, artifact)
+            text, documents = _text(args.documents, data_folder)
         scores = _score(args, artifact, data_folder, text, dist)
         reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
     finally:
@@ -209,7 +214,7 @@ def _score(
 
     # Compiling takes longer than a short text.
     worth = dist.device.type == "cuda" and text.tokens.size > SHORT_TEXT
-    with Progress("preparing the model", 1, is_main=dist.is_main) as progress:
+    with Progress("evaluate", 1, is_main=dist.is_main) as progress:
         progress.doing = "choosing and compiling the attention"
         model = build_model(artifact, dist.device)
         model.prepare(dist.device, compile="blocks" if worth else "off")

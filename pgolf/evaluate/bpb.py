@@ -119,8 +119,11 @@ class Tally:
         self._batches += 1
         documents = self._count(windows)
         changes = np.flatnonzero(np.diff(documents, prepend=-1))
-        sizes = torch.from_numpy(np.add.reduceat(rows, changes)).to(nats.device)
-        at = torch.from_numpy(documents[changes]).to(nats.device)
+        counts = np.add.reduceat(rows, changes)
+        # A copy that blocks would wait for all that the device has still to do.
+        sizes, at = (
+            torch.from_numpy(part).to(nats.device, non_blocking=True) for part in (counts, documents[changes])
+        )
         sums = torch.segment_reduce(nats[: rows.sum()].double(), "sum", lengths=sizes, unsafe=True)
         self._nats.index_add_(0, at, sums)
         self._running += sums.sum()
@@ -151,7 +154,7 @@ class Tally:
         if not self._begun:
             return None
         documents = np.array(sorted(self._begun), dtype=np.int64)
-        at = torch.from_numpy(documents).to(self._nats.device)
+        at = torch.from_numpy(documents).to(self._nats.device, non_blocking=True)
         first = np.array([self._begun[d] for d in documents.tolist()], dtype=np.int64)
         piece = Piece(first, self._frontier[documents], self._nats[at])
         self._nats[at] = 0

@@ -182,9 +182,9 @@ class AdapterState:
         self._copies = self._values
         if dtype != torch.float32:
             self._copies = {n: torch.empty_like(t, dtype=dtype) for n, t in self._values.items()}
-        jit = torch.compile(adamw, fullgraph=True, dynamic=False) if compiled else adamw
-        self._adamw: Callable[..., None] = jit
-        self._compiled = compiled
+        self._adamw: Callable[..., None] | None = None
+        if compiled:
+            self._adamw = torch.compile(adamw, fullgraph=True, dynamic=False)
         self._steps = 0
         self.reset(warm=False)
 
@@ -222,7 +222,7 @@ class AdapterState:
         groups = (self._values, self._squares, gradients, self._copies)
         values, squares, found, copies = ([group[n][:count] for n in gradients] for group in groups)
         correction = 1 - self._config.beta2**self._steps
-        if self._compiled and count > 1:  # a size of 1 would need a graph of its own
+        if self._adamw is not None and count > 1:  # a size of 1 would need a graph of its own
             for t in (*values, *squares, *found, *copies):
                 torch._dynamo.mark_dynamic(t, 0)
             # A tensor, because the compiler makes a constant of a number.
