@@ -6,6 +6,8 @@ Each word is a row: a preset, perhaps with a suffix after "+" that tells two row
 of shards. A row takes one GPU, and as many rows run at the same time as there are GPUs. Rows that are done
 are kept, so the same command continues a table that was stopped. What follows "--" is passed to every run.
 
+Every quantized file is also scored in the way of the preset's pull request (`evaluate.method`).
+
 A preset that does not fit its scales to the limit of the challenge may exceed it, as some pull requests did;
 the table shows its bytes.
 """
@@ -25,6 +27,7 @@ import torch
 from bench.common import RESULTS, Recorder, Sample
 from bench.run import figures
 from pgolf.cli.train import OVERRUN
+from pgolf.config import Method
 from pgolf.env import share_of_cores, with_parent
 from pgolf.presets import PRESETS
 from pgolf.report.summary import SUMMARY, Summary
@@ -36,6 +39,8 @@ COLUMNS = {
     "bpb_raw": ("bpb raw", ".4f"),
     "bpb_ema": ("averaged", ".4f"),
     "bpb_quantized": ("quantized", ".4f"),
+    "bpb_published": ("in the way of the pull request", ".4f"),
+    "seconds_published": ("seconds of that", ",.0f"),
     "bytes": ("bytes", ",.0f"),
 }
 """Metric -> heading and format of a column of the table."""
@@ -63,10 +68,27 @@ class Row:
         """What the run printed."""
         return self.out / f"{self.name}.txt"
 
+    @property
+    def method(self) -> Method:
+        """The preset's way to score."""
+        return PRESETS[self.preset]().evaluate.method
+
     def summary(self) -> Summary | None:
         """Return the summary of the newest finished run; None if there is none."""
         found = sorted((self.out / self.name).glob(f"*/{SUMMARY}"), key=lambda path: path.stat().st_mtime)
         return Summary.load(found[-1]) if found else None
+
+    def figures(self) -> dict[str, tuple[float, str]]:
+        """Return metric -> (value, unit) of the row; empty if its run is not done."""
+        summary = self.summary()
+        if summary is None:
+            return {}
+        found = figures(summary)
+        score = summary.scores.get("quantized" if self.method == "plain" else self.method)
+        if score is not None:
+            found["bpb_published"] = (score.bpb, "bits/byte")
+            found["seconds_published"] = (score.seconds, "s")
+        return found
 
 
 def read_rows(words: list[str], out: Path) -> list[Row]:
@@ -97,7 +119,7 @@ def start(
     """Start the run of a row with its output in `row.log`; gpu None: wherever its settings say."""
     row.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pgolf", "train", row.preset, "--data", str(row.data)]
-    command += ["--seconds", f"{seconds:g}", "--out", str(row.out / row.name)]
+    command += ["--seconds", f"{seconds:g}", "--out", str(row.out / row.name), "--evaluate.published"]
     if not PRESETS[row.preset]().artifact.fit:
         command += ["--artifact.limit", str(NO_LIMIT)]
     command += rest
@@ -151,14 +173,13 @@ def run(rows: list[Row], seconds: float, rest: list[str], gpus: int) -> list[str
 
 def table(rows: list[Row]) -> str:
     """Return the finished rows as a Markdown table; a dash for what a run did not measure."""
-    lines = ["| preset | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " |"]
-    lines.append("|---" * (1 + len(COLUMNS)) + "|")
+    lines = ["| preset | " + " | ".join(heading for heading, _ in COLUMNS.values()) + " | its way to score |"]
+    lines.append("|---" * (2 + len(COLUMNS)) + "|")
     for row in rows:
-        summary = row.summary()
-        if summary is not None:
-            found = figures(summary)
+        found = row.figures()
+        if found:
             cells = [format(found[m][0], form) if m in found else "-" for m, (_, form) in COLUMNS.items()]
-            lines.append(f"| {row.name} | " + " | ".join(cells) + " |")
+            lines.append(f"| {row.name} | " + " | ".join([*cells, row.method]) + " |")
     return "\n".join(lines)
 
 
@@ -186,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     for row in rows:
         summary = row.summary()
         if summary is not None:
-            for metric, (value, unit) in figures(summary).items():
+            for metric, (value, unit) in row.figures().items():
                 recorder.add(
                     f"{row.name}_{name}", f"pgolf {summary.attention}", metric, Sample(value, 0.0, 1), unit
                 )

@@ -3,11 +3,13 @@
 The script is a `train_gpt.py` of github.com/openai/parameter-golf that the user has; nothing of it is part of
 this project. Its definitions are executed, its training is not: packed scripts are unpacked by parsing, and
 what is defined inside of its training function (schedules; in early scripts the optimizers) is executed by
-itself, from its syntax tree. The settings are those that the log next to the script prints.
+itself, from its syntax tree. The settings are those that the log next to the script prints, and those that
+its command sets, which the caller has to name where the log prints none.
 
 The module flash_attn_interface is replaced by masked attention of torch, and triton, where it is not
 installed, by names without a function. On the CPU the model takes its own plain form of what Triton fuses,
-which these scripts use outside of training.
+which these scripts use outside of training. Triton reads the source of a kernel through `inspect`, so the
+source is registered with `linecache`, under a name of its own: that of a packed script is in no file.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import base64
 import copy
 import importlib.util
 import inspect
+import linecache
 import lzma
 import os
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,15 +75,18 @@ def _unpack(packed: bytes, path: Path) -> str:
     raise UserError(f"{path}: expected a script, or one that is packed with lzma and base85, below 4 MiB")
 
 
-def parse(source: str) -> ast.Module:
+def parse(source: str, name: str = "") -> ast.Module:
     """Return the syntax tree of a script, without the definitions that this Python cannot parse.
 
     Some scripts need Python 3.12 for a line of their quantizer. Such a definition is left out, with a line
-    that says so.
+    that says so. With a `name`, `inspect` finds the source of what is compiled under this name.
     """
     while True:
         try:
-            return ast.parse(source)
+            tree = ast.parse(source)
+            if name:
+                linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+            return tree
         except SyntaxError as error:
             lines = source.splitlines(keepends=True)
             at = (error.lineno or 1) - 1
@@ -202,6 +208,8 @@ class Script:
     settings: Any
     """Its own object of settings."""
     log: Log
+    environment: Mapping[str, str]
+    """Its settings as environment variables, some of which its model reads by itself."""
 
     @property
     def packs_documents(self) -> bool:
@@ -224,14 +232,25 @@ class Script:
         (before, at), (steps, ms) = self.log.pace[-2:]
         return (ms - at) / (steps - before) / self.clock_ms
 
+    @property
+    def polar(self) -> Callable[..., Tensor]:
+        """The polar iteration that its Muon calls; some scripts have two."""
+        other = bool(getattr(self.settings, "use_polar_express", False))
+        function: Callable[..., Tensor] = self.names[
+            "zeropower_via_polar_express" if other else "zeropower_via_newtonschulz5"
+        ]
+        return function
+
     def model(self) -> nn.Module:
         """Return its model in float32, with the weights that it starts from."""
         kind = self.names["GPT"]
         wanted = list(inspect.signature(kind).parameters)
-        if wanted == ["h"]:
-            model = kind(self.settings)
-        else:
-            model = kind(**{n: getattr(self.settings, n) for n in wanted if hasattr(self.settings, n)})
+        with mock.patch.dict(os.environ, self.environment):
+            if wanted == ["h"]:
+                model = kind(self.settings)
+            else:
+                given = {n: getattr(self.settings, n) for n in wanted if hasattr(self.settings, n)}
+                model = kind(**given)
         model.float()
         return model
 
@@ -247,6 +266,9 @@ class Script:
         for module in model.modules():
             if isinstance(module, self.names["CastedLinear"]):
                 module.float()
+        for name, p in model.named_parameters():
+            if name.endswith("_bank"):  # #549 does so in its training function
+                p.data = p.data.float()
         restore = ("restore_fp32_params", "restore_low_dim_params_to_fp32")
         next(self.names[name] for name in restore if name in self.names)(model)
         return model
@@ -260,9 +282,27 @@ class Script:
             result = model(ids[None], targets[None], cu_seqlens=cu, max_seqlen=longest)
         else:
             length = int(cu[1] - cu[0])
-            result = model(ids.view(-1, length), targets.view(-1, length))
+            with self._rows_of(length, model):
+                result = model(ids.view(-1, length), targets.view(-1, length))
         assert isinstance(result, Tensor)
         return result
+
+    @contextmanager
+    def _rows_of(self, length: int, model: nn.Module) -> Iterator[None]:
+        """Rotate rows of `length` as those of training: some scripts stretch the rotation by the length."""
+        rotary = [m for m in model.modules() if hasattr(m, "_cos_cached") and hasattr(m, "train_seq_len")]
+        before = [m.train_seq_len for m in rotary]
+        for m in rotary:
+            m.train_seq_len *= length / self.settings.train_seq_len
+        yield
+        for m, value in zip(rotary, before, strict=True):
+            m.train_seq_len = value
+
+    def rope(self, model: nn.Module, tokens: int) -> tuple[Tensor, Tensor]:
+        """Return the cosines and sines `(tokens, rotated pairs)` by which its first layer rotates."""
+        rotary = next(m for m in model.modules() if hasattr(m, "_cos_cached"))
+        cos, sin = rotary(tokens, next(model.parameters()).device, torch.float32)
+        return cos.reshape(tokens, -1), sin.reshape(tokens, -1)
 
     def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """Return its optimizers of `model`, which stays on its device."""
@@ -272,7 +312,8 @@ class Script:
             with mock.patch.object(torch.cuda, "Stream", _Anything):
                 return list(self.names["Optimizers"](self.settings, model))
         body = next(f.body for f in _functions(self.tree) if _stored(f.body, "optimizers"))
-        first = next(i for i, n in enumerate(body) if _stored([n], "block_named_params"))
+        groups = ("matrix_params", "block_named_params")
+        first = next(i for i, n in enumerate(body) if any(_stored([n], group) for group in groups))
         last = max(i for i, n in enumerate(body) if _stored([n], "optimizers"))
         found = self._run(body[first : last + 1], base_model=model)
         return list(found["optimizers"])
@@ -281,9 +322,17 @@ class Script:
         """Return its factor on the learning rates at `frac` of the clock."""
         node = next(f for f in _functions(self.tree) if f.name == "lr_mul")
         function: Callable[..., float] = self._run([node], max_wallclock_ms=self.clock_ms)["lr_mul"]
-        if len(inspect.signature(function).parameters) == 1:
-            return function(frac)
-        return function(self.step_at(frac), frac * self.clock_ms)
+        given = {"step": self.step_at(frac), "elapsed_ms": frac * self.clock_ms, "frac": frac}
+        return function(**{name: given[name] for name in inspect.signature(function).parameters})
+
+    @property
+    def ema_decay(self) -> float:
+        """The decay of its weight average per step; 0: it has none."""
+        if hasattr(self.settings, "ema_decay"):
+            return float(self.settings.ema_decay)
+        bodies = [f.body for f in _functions(self.tree)]
+        found = [n for body in bodies for n in body if _stored([n], "ema_decay")]
+        return float(self._run(found)["ema_decay"]) if found else 0.0
 
     def muon_momentum(self, frac: float) -> float:
         """Return its momentum at `frac` of the clock; it counts steps, so the pace of the run matters."""
@@ -310,15 +359,17 @@ def _stored(block: list[ast.stmt], name: str) -> bool:
     return any(isinstance(t, ast.Name) and t.id == name for t in targets)
 
 
-def load_script(path: Path, log: Path | None = None) -> Script:
+def load_script(path: Path, log: Path | None = None, given: Mapping[str, str] | None = None) -> Script:
     """Execute the definitions of a script with the settings that its log prints.
 
     Args:
         path: a `train_gpt.py`.
         log: of a run of it; None takes the first `train*.log` next to the script.
+        given: environment variables of the run that the log does not print.
 
     Raises:
-        UserError: there is no log, or the script does not understand a setting that the log prints.
+        UserError: there is no log, or the script does not understand a setting that the log prints, or does
+            not read a variable of `given`.
     """
     logs = sorted(path.parent.glob("train*.log")) if log is None else [log]
     if not logs:
@@ -327,7 +378,14 @@ def load_script(path: Path, log: Path | None = None) -> Script:
     settings = {k: v for k, v in found.settings.items() if not re.fullmatch(OF_THE_MACHINE, k)}
     words = {"True": "1", "False": "0"}
     environment = {key.upper(): words.get(value, value) for key, value in settings.items()}
-    tree = parse(read_source(path))
+    environment |= given or {}
+    source, name = read_source(path), f"<published {path}>"
+    unread = [key for key in given or {} if f'"{key}"' not in source]
+    if unread:
+        raise UserError(
+            f"{path}: the script does not read {', '.join(unread)}; expected names of its settings"
+        )
+    tree = parse(source, name)
     module = types.ModuleType("published_script")
     module.__file__ = str(path)
     with (
@@ -335,7 +393,7 @@ def load_script(path: Path, log: Path | None = None) -> Script:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch, "compile", _uncompiled),
     ):
-        exec(compile(tree, str(path), "exec"), module.__dict__)
+        exec(compile(tree, name, "exec"), module.__dict__)
         own = module.__dict__["Hyperparameters"]()
     if "BOS_ID" in module.__dict__:
         module.__dict__["BOS_ID"] = 1  # its loader sets it
@@ -344,4 +402,4 @@ def load_script(path: Path, log: Path | None = None) -> Script:
         raise UserError(
             f"{path}: the script does not have these settings of {logs[0].name}: {', '.join(wrong)}"
         )
-    return Script(module.__dict__, tree, own, found)
+    return Script(module.__dict__, tree, own, found, environment)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pgolf import config_versions
-from pgolf.config_checks import check_finite, parse_stages, require
+from pgolf.config_checks import check_finite, parse_fractions, parse_stages, require
 from pgolf.config_checks import check_name as check_name
 from pgolf.config_evaluate import ADAPTIVE as ADAPTIVE
+from pgolf.config_evaluate import ILLEGAL as ILLEGAL
 from pgolf.config_evaluate import LOOSE as LOOSE
 from pgolf.config_evaluate import METHODS as METHODS
 from pgolf.config_evaluate import PLACES as PLACES
@@ -21,6 +22,8 @@ from pgolf.config_evaluate import EvaluateConfig as EvaluateConfig
 from pgolf.config_evaluate import Method as Method
 from pgolf.config_evaluate import PhasesConfig as PhasesConfig
 from pgolf.config_evaluate import SgdConfig as SgdConfig
+from pgolf.config_evaluate import SlotConfig as SlotConfig
+from pgolf.config_evaluate import TiltConfig as TiltConfig
 from pgolf.config_evaluate import TttConfig as TttConfig
 from pgolf.config_io import MAY_CHANGE as MAY_CHANGE
 from pgolf.config_io import config_hash as config_hash
@@ -86,6 +89,14 @@ class MuonConfig:
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
     """Fraction of the run, 0 to 1, over which momentum rises linearly (PR #1855: 1,500 of 4,930 steps)."""
+    momentum_end: float = 0.9
+    """Momentum at the end of the run, in [0, 1), where momentum_cooldown is above 0."""
+    momentum_cooldown: float = 0.0
+    """Last fraction of the run, 0 to 1, over which momentum falls linearly to momentum_end; 0: it stays."""
+    late_lr: float = 1.0
+    """Factor on the learning rate of the banks alone at the end of the run, >= 0; 1: as all rates."""
+    late_from: float = 0.6
+    """Fraction of the run, 0 to 1, from which on that factor goes linearly from 1 to late_lr."""
     nesterov: bool = True
     """Use gradient + momentum * buffer as the direction of the update; false uses the buffer."""
     row_normalize: bool = True
@@ -101,16 +112,15 @@ class MuonConfig:
     def __post_init__(self) -> None:
         check_finite("optim.muon", self)
         require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "late_lr"):
             value = getattr(self, name)
             require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
-        for name in ("momentum", "momentum_start"):
+        for name in ("momentum", "momentum_start", "momentum_end"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        require(
-            0 <= self.momentum_warmup <= 1,
-            f"optim.muon.momentum_warmup is a fraction of the run in [0, 1], got {self.momentum_warmup}",
-        )
+        for name in ("momentum_warmup", "momentum_cooldown", "late_from"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +131,14 @@ class AdamConfig:
     """Learning rate of the token embedding before the schedule, >= 0."""
     embed_weight_decay: float = 0.085
     """Decoupled weight decay of the token embedding, >= 0."""
+    embed_warmup: float = 0.0
+    """Fraction of the run, 0 to 1, over which the embedding's learning rate rises from a tenth of its value:
+    0.004 are ten of 2,500 steps. Adam's first steps have the full rate, however small the gradient, and with
+    a tied embedding the loss then jumps from 9 to 13."""
+    embed_warmdown: float = -1.0
+    """Last fraction of the run, 0 to 1, over which the embedding's rate falls; -1: as optim.warmdown."""
+    scalar_warmdown: float = -1.0
+    """Last fraction of the run, 0 to 1, over which the scalars' rate falls; -1: as optim.warmdown."""
     scalar_lr: float = 0.02
     """Learning rate of the scalars (gains, gates, mixes) before the schedule, >= 0."""
     scalar_weight_decay: float = 0.02
@@ -137,6 +155,16 @@ class AdamConfig:
         for name in ("embed_lr", "embed_weight_decay", "scalar_lr", "scalar_weight_decay"):
             value = getattr(self, name)
             require(value >= 0, f"optim.adam.{name} must be >= 0, got {value}")
+        require(
+            0 <= self.embed_warmup <= 1,
+            f"optim.adam.embed_warmup is a fraction of the run in [0, 1], got {self.embed_warmup}",
+        )
+        for name in ("embed_warmdown", "scalar_warmdown"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1 or value == -1,
+                f"optim.adam.{name} is a fraction in [0, 1], or -1 for that of optim.warmdown, got {value}",
+            )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.adam.{name} must be in [0, 1), got {value}")
@@ -154,9 +182,22 @@ class OptimConfig:
     grad_clip: float = 0.3
     """Largest global norm of the averaged gradient; a longer one is scaled down to it. 0 = no clip."""
     warmdown: float = 0.85
-    """Last fraction of the run, 0 to 1, over which the learning rates fall linearly."""
+    """Last fraction of the run, 0 to 1, over which the learning rates fall."""
+    warmdown_power: float = 1.0
+    """Power of the warm-down, > 0: rates fall as (what is left of it)^warmdown_power. 1 is linear; 1.2 is the
+    PowerCool of modded-nanogpt's track 3."""
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
+    ema_nesterov: float = 0.0
+    """EMA-Nesterov (arXiv 2605.25395): gradients are taken, and steps made, this many velocities ahead of the
+    weights, times the learning rate's multiplier; in [0, 1), 0 = off. A steady direction moves 1 / (1 - s)
+    times as fast, so compare at several learning rates."""
+    ema_nesterov_horizon: float = 0.032
+    """Horizon of the average that is the velocity, fraction of the run, > 0."""
+    ema_nesterov_from: float = 0.16
+    """Fraction of the run, 0 to 1, from which on the velocity is used; it is averaged from the beginning."""
+    ema_nesterov_until: float = 0.76
+    """Fraction of the run, 0 to 1, from which on it is not used any more."""
     average: Literal["ema", "swa"] = "ema"
     """How the weights are averaged: ema, exponentially over ema_horizon; swa, equally over snapshots that are
     taken every swa_every steps from swa_from on."""
@@ -173,9 +214,20 @@ class OptimConfig:
     def __post_init__(self) -> None:
         check_finite("optim", self)
         require(self.grad_clip >= 0, f"optim.grad_clip must be >= 0, got {self.grad_clip}")
-        for name in ("warmdown", "min_lr", "ema_horizon", "swa_from", "recurrence_at"):
+        fractions = ("warmdown", "min_lr", "ema_horizon", "swa_from", "recurrence_at")
+        for name in (*fractions, "ema_nesterov_from", "ema_nesterov_until"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name} is a fraction in [0, 1], got {value}")
+        require(
+            0 <= self.ema_nesterov < 1,
+            f"optim.ema_nesterov must be in [0, 1), got {self.ema_nesterov}; at 1 a steady direction would "
+            "grow without end",
+        )
+        require(
+            self.ema_nesterov_horizon > 0,
+            f"optim.ema_nesterov_horizon must be > 0, got {self.ema_nesterov_horizon}",
+        )
+        require(self.warmdown_power > 0, f"optim.warmdown_power must be > 0, got {self.warmdown_power}")
         require(self.swa_every >= 1, f"optim.swa_every must be >= 1 steps, got {self.swa_every}")
 
     @property
@@ -198,7 +250,19 @@ class TrainConfig:
     init: Path | None = None
     """raw.safetensors or ema.safetensors of a run with the same model, whose weights replace the random ones.
     Only weights are loaded: optimizer state and schedules start from the beginning. To continue a finished
-    run, lower the learning rates and set optim.muon.momentum_warmup=0."""
+    run, lower the learning rates and set optim.muon.momentum_warmup=0. Parameters that the other model lacks
+    start so that the function is the same (pgolf/model/neutral.py)."""
+    start: Path | None = None
+    """A snapshot of another run, RUN/snapshots/0.75: this run continues from it. Weights, average, momentum,
+    moments and place in the text are the snapshot's, and every schedule goes on from its fraction to until;
+    steps and seconds count from there. State that the snapshot lacks starts in a neutral way."""
+    until: float = 1.0
+    """Fraction of the schedules, above 0, at which this run's steps or seconds end; below 1, the run is a
+    trunk that others continue (train.start)."""
+    snapshots: str = ""
+    """Fractions of the schedules at which the whole state of training is written to RUN/snapshots and kept,
+    rising and at most until: 0.7,0.75. A snapshot has about 11 bytes per parameter; it is written while
+    training goes on."""
     quantize: bool = True
     """Quantize after training, then write and score the artifact. If false, the run ends with its raw and
     averaged weights, from which `pgolf quantize` can make an artifact later."""
@@ -256,12 +320,28 @@ class TrainConfig:
             f"train.fake_quant_from is a fraction in [0, 1], got {self.fake_quant_from}",
         )
         parse_stages(self.context_stages, "train.context_stages")
+        self._check_part_of_schedule()
         reserve = self.quantize_reserve or 0.0
         require(reserve >= 0, f"train.quantize_reserve must be >= 0 s, got {reserve}")
         require(
             self.seconds == 0 or reserve < self.seconds,
             f"train.quantize_reserve={reserve} leaves no time to train in train.seconds={self.seconds}",
         )
+
+    def _check_part_of_schedule(self) -> None:
+        """Check which part of the schedules the run covers, and where it writes snapshots."""
+        require(0 < self.until <= 1, f"train.until is a fraction in (0, 1], got {self.until}")
+        parse_fractions(self.snapshots, "train.snapshots", most=self.until)
+        require(
+            self.init is None or self.start is None,
+            "train.init and train.start both say where the weights come from; init takes weights alone, "
+            "start continues with the optimizer's state: take one of them out",
+        )
+
+    @property
+    def snapshot_fractions(self) -> tuple[float, ...]:
+        """`snapshots` as numbers."""
+        return parse_fractions(self.snapshots, "train.snapshots", most=self.until)
 
     @property
     def stages(self) -> tuple[tuple[int, float], ...]:
@@ -403,7 +483,8 @@ class Config:
         )
         widest = self.evaluate.context or longest
         require(
-            not {"sliding", "sgd"} & set(self.evaluate.ways) or self.evaluate.stride <= widest,
+            not {"sliding", "sgd", "slot", "causal_slot"} & set(self.evaluate.ways)
+            or self.evaluate.stride <= widest,
             f"evaluate.stride must be at most {'evaluate.context' if self.evaluate.context else ''}"
             f"{'' if self.evaluate.context else 'model.max_context'}={widest}, got {self.evaluate.stride}",
         )

@@ -34,6 +34,7 @@ MOST = {
     "quant.gradient_batches": 2**20,
     "ttt.rank": 65_536,
     "ttt.seed": 2**63 - 1,
+    "ttt.members": 1024,
 }
 """Largest whole numbers that settings may have. Larger ones have no use and would hang or crash the run."""
 MOST_ELSE = 2**40
@@ -93,6 +94,26 @@ def parse_stages(text: str, name: str) -> tuple[tuple[int, float], ...]:
         f"{name}: lengths must be >= 1 and fractions must rise within (0, 1], got {text!r}",
     )
     return tuple(stages)
+
+
+def parse_fractions(text: str, name: str, *, most: float) -> tuple[float, ...]:
+    """Return the numbers of a text such as "0.7,0.75".
+
+    Args:
+        name: of the setting, for errors. most: largest fraction that is allowed.
+
+    Raises:
+        ValueError: a part is no number, or they do not rise within (0, most].
+    """
+    try:
+        found = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError as e:
+        raise UserError(f"{name} must look like 0.7,0.75, got {text!r}") from e
+    require(
+        all(before < value <= most for before, value in itertools.pairwise((0.0, *found))),
+        f"{name}: fractions must rise within (0, {most:g}], got {text!r}",
+    )
+    return found
 
 
 def parse_sizes(text: str, name: str) -> tuple[int, ...]:

@@ -13,11 +13,13 @@ PLACES = ("q", "k", "v", "o", "mlp", "head")
 MLP, and the output projection."""
 LOOSE = "accepted by the challenge, fails the strict reading: scores depend on other documents"
 """What every output says of a score that does not depend on the earlier tokens of the text alone."""
-Method = Literal["plain", "sliding", "ttt", "sgd", "phased"]
+ILLEGAL = "not allowed: scores positions it learned from"
+"""What every output says of a score that the challenge does not accept in any reading."""
+Method = Literal["plain", "sliding", "ttt", "sgd", "phased", "causal_slot", "slot"]
 """A way to score."""
 METHODS: tuple[Method, ...] = get_args(Method)
 """All ways to score."""
-ADAPTIVE: tuple[Method, ...] = ("phased", "ttt", "sgd")
+ADAPTIVE: tuple[Method, ...] = ("phased", "ttt", "sgd", "causal_slot", "slot")
 """Ways in which something learns while it scores; the first one of a run is its headline."""
 
 
@@ -57,10 +59,13 @@ class TttConfig:
     """Most documents per batch, >= 1; each needs memory for its own adapters (`pr1855`: 84 MB)."""
     seed: int = 0
     """Seed of the initial adapters, >= 0; they are the same for every document."""
+    members: int = 1
+    """Sets of adapters per document, >= 1, with the seeds from `seed` on. Each learns on its own; the mean of
+    their probabilities is scored. A pass takes as many times as long, and its adapters as much memory."""
 
     def __post_init__(self) -> None:
         check_finite("ttt", self)
-        for name in ("rank", "chunk", "batch_tokens", "batch_documents"):
+        for name in ("rank", "chunk", "batch_tokens", "batch_documents", "members"):
             value = getattr(self, name)
             require(value >= 1, f"ttt.{name} must be >= 1, got {value}")
         require(
@@ -121,6 +126,44 @@ class SgdConfig:
         require(0 <= self.momentum < 1, f"sgd.momentum must be in [0, 1), got {self.momentum}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlotConfig:
+    """SLOT: a shift of the last states that is fitted anew for every window (PR #1298)."""
+
+    steps: int = 8
+    """Steps of AdamW on each window, >= 0."""
+    lr: float = 0.005
+    """Learning rate of AdamW, without decay; >= 0."""
+
+    def __post_init__(self) -> None:
+        check_finite("slot", self)
+        for name in ("steps", "lr"):
+            require(getattr(self, name) >= 0, f"slot.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TiltConfig:
+    """The n-gram tilt: a token that followed the same context before becomes more probable (PR #2135)."""
+
+    on: bool = False
+    """Tilt the distributions of every further way to score. It uses the tokens before each token alone."""
+    order: int = 16
+    """Tokens of an n-gram, 2 to 1,024: the context has one token less. It reaches over a document's start."""
+    threshold: float = 0.8
+    """Share of the earlier places with this context that one token must have followed, above 0, at most 1."""
+    boost: float = 2.625
+    """The probability of that token is multiplied by exp(boost) before all are made to sum to 1; 0 to 50."""
+    seen: int = 1
+    """Earlier places with this context that there must be, >= 1."""
+
+    def __post_init__(self) -> None:
+        check_finite("tilt", self)
+        require(2 <= self.order <= 1024, f"tilt.order must be in [2, 1024], got {self.order}")
+        require(0 < self.threshold <= 1, f"tilt.threshold must be in (0, 1], got {self.threshold}")
+        require(0 <= self.boost <= 50, f"tilt.boost must be in [0, 50], got {self.boost}")
+        require(self.seen >= 1, f"tilt.seen must be >= 1, got {self.seen}")
+
+
 def _published_adapters() -> TttConfig:
     return TttConfig(chunk_growth=0, chunk_max=48, warm_a=True, batch_tokens=131_072, batch_documents=64)
 
@@ -153,6 +196,11 @@ class PhasesConfig(SgdConfig):
             self.count <= self.documents,
             f"phases.count must be at most phases.documents={self.documents}, got {self.count}",
         )
+        require(
+            self.adapters.members == 1,
+            f"phases.adapters.members must be 1 (an ensemble is possible with ttt alone), got "
+            f"{self.adapters.members}",
+        )
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -174,14 +222,16 @@ class EvaluateConfig:
     sliding: bool = False
     """Also score the quantized weights with a sliding window, in which more tokens see a long context."""
     stride: int = 64
-    """Tokens that each window of `sliding` scores, 1 to model.max_context; a smaller stride is slower."""
+    """Tokens that each window of `sliding`, `sgd`, `slot` and `causal_slot` scores, 1 to model.max_context; a
+    smaller stride is slower."""
     ttt: bool = False
     """Also score the quantized weights with test-time training: adapters that learn each document."""
     adapters: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     method: Method = "phased"
     """The way to score of the preset's pull request: plain, sliding, ttt, sgd (a sliding window over a model
-    that learns from each chunk after it is scored) or phased (ttt with phases)."""
+    that learns from each chunk after it is scored), phased (ttt with phases), slot (SLOT of PR #1298, which
+    the challenge does not allow) or causal_slot (the same from scored tokens alone)."""
     published: bool = False
     """Also score the quantized weights by `method`."""
     context: int = 0
@@ -191,6 +241,10 @@ class EvaluateConfig:
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`."""
+    slot: SlotConfig = field(default_factory=SlotConfig)
+    """Settings of `slot` and `causal_slot`."""
+    tilt: TiltConfig = field(default_factory=TiltConfig)
+    """The n-gram tilt on top of the further ways to score."""
 
     def __post_init__(self) -> None:
         check_finite("evaluate", self)
@@ -213,10 +267,27 @@ class EvaluateConfig:
 
     def settings_of(self, way: Method) -> dict[str, Any]:
         """Return the settings on which a score of `way` depends, by dotted name."""
-        kept = {"sliding": ["stride"], "ttt": ["adapters"], "sgd": ["stride", "sgd"], "phased": ["phases"]}
+        kept = {
+            "sliding": ["stride"],
+            "ttt": ["adapters"],
+            "sgd": ["stride", "sgd"],
+            "phased": ["phases"],
+            "slot": ["stride", "slot"],
+            "causal_slot": ["stride", "slot"],
+        }
         data = to_dict(self)
-        return flat({key: data[key] for key in ["context", *kept.get(way, [])]})
+        names = ["context", *kept.get(way, []), *(["tilt"] if self.tilt.on else [])]
+        return flat({key: data[key] for key in names})
+
+    def keeps_apart(self, way: str) -> bool:
+        """Return whether documents do not influence each other's scores in `way`."""
+        alone = way in ("plain", "sliding", "slot", "causal_slot") or (
+            way == "ttt" and not self.adapters.warm_a
+        )
+        return alone and not self.tilt.on
 
     def remark(self, way: str) -> str:
-        """Return what every output says of a score of `way`: `LOOSE`, or nothing."""
+        """Return what every output says of a score of `way`: `LOOSE`, `ILLEGAL` or nothing."""
+        if way == "slot":
+            return ILLEGAL
         return LOOSE if way == "phased" or (way == "ttt" and self.adapters.warm_a) else ""

@@ -178,6 +178,43 @@ CHANGES: tuple[Change, ...] = (
     Change("97234a6", {"model.smear_kind": "token", "model.smear_window": 0}),
     Change("dbd4a8c", {"data.order": "documents"}),
     Change("8f943db", {"artifact.coder": "range"}),
+    Change("9d4a786", {"train.start": None, "train.until": 1.0, "train.snapshots": ""}),
+    Change(
+        "8d97928",
+        {
+            "optim.adam.embed_warmup": 0.0,
+            "optim.adam.embed_warmdown": -1.0,
+            "optim.adam.scalar_warmdown": -1.0,
+            "optim.ema_nesterov": 0.0,
+            "optim.ema_nesterov_horizon": 0.032,
+            "optim.ema_nesterov_from": 0.16,
+            "optim.ema_nesterov_until": 0.76,
+        },
+    ),
+    Change(
+        "37f2c08",
+        {
+            "evaluate.slot.steps": 8,
+            "evaluate.slot.lr": 0.005,
+            "evaluate.tilt.on": False,
+            "evaluate.tilt.order": 16,
+            "evaluate.tilt.threshold": 0.8,
+            "evaluate.tilt.boost": 2.625,
+            "evaluate.tilt.seen": 1,
+            "evaluate.adapters.members": 1,
+            "evaluate.phases.adapters.members": 1,
+        },
+    ),
+    Change(
+        "8890361",
+        {
+            "optim.warmdown_power": 1.0,
+            "optim.muon.momentum_end": 0.9,
+            "optim.muon.momentum_cooldown": 0.0,
+            "optim.muon.late_lr": 1.0,
+            "optim.muon.late_from": 0.6,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

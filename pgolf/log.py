@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -113,18 +114,56 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+FIRST_S = 1.5
+"""Seconds after which something long that has printed nothing yet says what it is doing."""
+
+
 class Progress:
     """Lines on stderr while something long runs: how much of it is done, and how many seconds are left.
+
+    In a `with` block there are lines from another thread too, while no work is counted: the first after
+    `FIRST_S` seconds, in which kernels may be compiled, then about every `every_s` seconds.
 
     Args:
         label: begins every line. total: amount of work in any unit, > 0.
         is_main: whether this rank prints. every_s: seconds between two lines.
+
+    Attributes:
+        doing: what is said of work that is not counted yet.
     """
 
     def __init__(self, label: str, total: float, *, is_main: bool, every_s: float = 5.0) -> None:
         self._label, self._total, self._is_main, self._every_s = label, total, is_main, every_s
         self._start = self._last = time.perf_counter()
         self._done = 0.0
+        self._spoke = False
+        self._end = threading.Event()
+        self._thread: threading.Thread | None = None
+        self.doing = "in the first step, which compiles and loads kernels"
+
+    def __enter__(self) -> Progress:
+        if self._is_main:
+            self._thread = threading.Thread(target=self._beat, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _beat(self) -> None:
+        """Print a line whenever nothing was printed for long, until the block ends."""
+        while not self._end.wait(0.1):
+            now = time.perf_counter()
+            # Later than a line of `advance` would come, so that there is none between two of them.
+            if now - self._last >= (self._every_s + 1.0 if self._spoke else min(FIRST_S, self._every_s)):
+                self._say(now, self.doing)
+
+    def _say(self, now: float, text: str) -> None:
+        self._last, self._spoke = now, True
+        share = min(100 * self._done / self._total, 100.0)
+        _complain(f"{self._label}: {share:3.0f} %  {now - self._start:.0f} s, {text}".rstrip() + "\n")
 
     def begin(self, note: str) -> None:
         """Print a first line before there is anything to estimate from."""
@@ -134,13 +173,12 @@ class Progress:
     def advance(self, amount: float, note: Callable[[], str] = lambda: "") -> None:
         """Count work that is done; every `every_s` seconds print a line, which ends with `note()`."""
         self._done += amount
+        self.doing = "in the next step"
         now = time.perf_counter()
         if not self._is_main or now - self._last < self._every_s or self._done <= 0:
             return
-        text = note()  # may wait for the device, so the clock is read after it
-        self._last = time.perf_counter()
-        elapsed = self._last - self._start
-        left = elapsed * max(self._total / self._done - 1, 0.0)
-        share = min(100 * self._done / self._total, 100.0)
-        line = f"{self._label}: {share:3.0f} %  {elapsed:.0f} s, {left:.0f} s left  {text}"
-        _complain(line.rstrip() + "\n")
+        self._last = now  # else the other thread may print a line while `note` waits for the device
+        text = note()
+        now = time.perf_counter()  # after that
+        left = (now - self._start) * max(self._total / self._done - 1, 0.0)
+        self._say(now, f"{left:.0f} s left  {text}")

@@ -24,6 +24,7 @@ from pgolf.config import (
     OptimConfig,
     QuantConfig,
     SgdConfig,
+    TiltConfig,
     TrainConfig,
 )
 
@@ -75,6 +76,11 @@ def pr2014() -> Config:
         base,
         name="pr2014",
         model=replace(base.model, max_context=3072, qk_gain=5.25),
+        optim=replace(
+            base.optim,
+            muon=replace(base.optim.muon, momentum_warmup=0.2386),  # 1,500 steps of 94.8 ms
+            ema_horizon=0.07,  # 285 steps of 146 ms
+        ),
         train=replace(base.train, context_stages="1024@0.1,2048@0.7"),
         evaluate=EvaluateConfig(phases=phases),
     )
@@ -83,17 +89,17 @@ def pr2014() -> Config:
 def pr2135() -> Config:
     """PR #2135's training: #1855 with a higher rate of Muon and twice the calibration, scored at 2,560."""
     base = pr1855()
-    muon = replace(base.optim.muon, lr=0.028)
+    muon = replace(base.optim.muon, lr=0.028, momentum_warmup=0.2383)  # 1,500 steps of 95.2 ms
     adapters = replace(base.evaluate.phases.adapters, on="q,v,o,mlp,head", lr=8e-5, weight_decay=2.0)
     phases = replace(base.evaluate.phases, count=1, adapters=adapters, two_caps=True)
     return replace(
         base,
         name="pr2135",
         model=replace(base.model, max_context=2560),
-        optim=replace(base.optim, muon=muon),
+        optim=replace(base.optim, muon=muon, ema_horizon=0.0665),  # 285 steps of 140 ms
         train=replace(base.train, context_stages="2048@1"),
         quant=replace(base.quant, calibration_batches=32),
-        evaluate=EvaluateConfig(phases=phases),
+        evaluate=EvaluateConfig(phases=phases, tilt=TiltConfig(on=True)),
     )
 
 
@@ -110,28 +116,38 @@ def pr1874() -> Config:
 
 
 def pr1831() -> Config:
-    """PR #1831's settings, the arm with a triple per iteration: #1493 with five steps of Polar Express."""
-    base = pr1493()
+    """PR #1831's settings, the arm with a triple per iteration: its other arm with Polar Express."""
+    base = pr1831_fixed()
     muon = replace(base.optim.muon, coefficients="polar_express_golf")
     return replace(base, name="pr1831", optim=replace(base.optim, muon=muon))
 
 
 def pr1831_fixed() -> Config:
-    """PR #1831's settings, the arm with one fixed triple: those of #1493."""
-    return replace(pr1493(), name="pr1831_fixed")
+    """PR #1831's settings, the arm with one fixed triple: #1493 with a gain of queries that begins at 5."""
+    base = pr1493()
+    return replace(base, name="pr1831_fixed", model=replace(base.model, qk_gain=5.0))
 
 
 def pr1809() -> Config:
-    """PR #1809's settings: #1493 with the first four of the five steps of Polar Express."""
+    """PR #1809's settings: #1493 with four steps of Polar Express, a learning rate that ends at a tenth."""
     base = pr1493()
-    muon = replace(base.optim.muon, coefficients="polar_express_golf_truncated", ns_steps=4)
-    return replace(base, name="pr1809", optim=replace(base.optim, muon=muon))
+    muon = replace(
+        base.optim.muon,
+        coefficients="polar_express_golf_truncated",
+        ns_steps=4,
+        momentum_warmup=0.253,  # 1,500 steps of 101 ms
+    )
+    return replace(
+        base,
+        name="pr1809",
+        optim=replace(base.optim, muon=muon, min_lr=0.1, ema_horizon=0.0711),  # 285 steps of 149 ms
+    )
 
 
 def pr1516() -> Config:
     """PR #1516's settings: #1514 (Muon momentum 0.97) with Polar Express."""
     base = pr1394()
-    muon = replace(base.optim.muon, momentum=0.97, coefficients="polar_express_golf")
+    muon = replace(base.optim.muon, momentum=0.97, coefficients="polar_express_margin")
     return replace(
         base,
         name="pr1516",
@@ -217,7 +233,7 @@ def pr1298() -> Config:
     base = pr549()
     muon = replace(
         base.optim.muon,
-        momentum_warmup=0.2177,  # 1,500 of 6,890 steps
+        momentum_warmup=0.2171,  # 1,500 steps of 86.8 ms
         row_normalize=True,
         coefficients="polar_express_golf_truncated",
         ns_steps=4,
@@ -229,10 +245,10 @@ def pr1298() -> Config:
         optim=replace(
             base.optim,
             muon=muon,
-            warmdown=0.5806,  # 4,000 of 6,890 steps
-            ema_horizon=0.0484,  # 333 of 6,890 steps
+            warmdown=0.58,  # 4,000 steps of 87.0 ms: its log has a factor of 0.1499 at step 6,298 of 6,898
+            ema_horizon=0.0484,  # 333 steps of 87.2 ms
         ),
-        evaluate=EvaluateConfig(method="sliding"),
+        evaluate=EvaluateConfig(method="slot"),
     )
 
 
@@ -267,7 +283,7 @@ def pr549() -> Config:
                 weight_decay=0.04,
                 momentum=0.99,
                 momentum_start=0.92,
-                momentum_warmup=0.2088,  # 1,500 of 7,185 steps
+                momentum_warmup=0.2078,  # 1,500 steps of 83.1 ms
             ),
             adam=replace(
                 base.optim.adam,
@@ -277,8 +293,8 @@ def pr549() -> Config:
                 scalar_weight_decay=0.04,
             ),
             grad_clip=0.3,
-            warmdown=0.4871,  # 3,500 of 7,185 steps
-            ema_horizon=0.0464,  # 333 of 7,185 steps
+            warmdown=0.4866,  # 3,500 steps of 83.4 ms
+            ema_horizon=0.0474,  # 333 steps of 85.3 ms
         ),
         quant=QuantConfig(),
         artifact=ArtifactConfig(coder="lzma"),

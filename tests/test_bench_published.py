@@ -1,6 +1,7 @@
 """The bench that compares a preset with a published script, on a stand-in with the same names."""
 
 import base64
+import inspect
 import lzma
 from dataclasses import replace
 from pathlib import Path
@@ -44,10 +45,17 @@ class CastedLinear(nn.Linear):
 def norm(x):
     return F.rms_norm(x, (x.shape[-1],))
 
-def turn(x):
-    rate = 10000 ** -(torch.arange(0, x.shape[-1], 2) / x.shape[-1])
-    angle = torch.outer(torch.arange(x.shape[0]).float(), rate)
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)
+class Rotary(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.register_buffer("inv_freq", 10000 ** -(torch.arange(0, dim, 2) / dim), persistent=False)
+        self._cos_cached = None
+
+    def forward(self, seq_len, device, dtype):
+        angle = torch.outer(torch.arange(seq_len, device=device).float(), self.inv_freq.float())
+        return angle.cos()[None, :, None].to(dtype), angle.sin()[None, :, None].to(dtype)
+
+def turn(x, cos, sin):
     one, two = x.chunk(2, dim=-1)
     return torch.cat((one * cos + two * sin, two * cos - one * sin), dim=-1)
 
@@ -58,6 +66,7 @@ class Attention(nn.Module):
             CastedLinear(dim, out, bias=False) for out in (dim, dim // 2, dim // 2, dim)
         )
         self.q_gain = nn.Parameter(torch.full((4,), 1.5))
+        self.rotary = Rotary(dim // 4)
         for layer in (self.c_q, self.c_k, self.c_v):
             nn.init.orthogonal_(layer.weight)
         nn.init.zeros_(self.proj.weight)
@@ -65,7 +74,8 @@ class Attention(nn.Module):
     def forward(self, x, cu, size):
         heads = (self.c_q, 4), (self.c_k, 2), (self.c_v, 2)
         q, k, v = (layer(x).view(len(x), count, -1) for layer, count in heads)
-        q, k = turn(norm(q)) * self.q_gain.to(x.dtype)[:, None], turn(norm(k))
+        cos, sin = (table[0] for table in self.rotary(len(x), x.device, x.dtype))
+        q, k = turn(norm(q), cos, sin) * self.q_gain.to(x.dtype)[:, None], turn(norm(k), cos, sin)
         y = flash_attn_varlen_func(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=size, causal=True)
         return self.proj(y.flatten(1))
 
@@ -151,6 +161,7 @@ def main():
     args = Hyperparameters()
     base_model = GPT(args).cuda()
     block_named_params = list(base_model.blocks.named_parameters())
+    ema_decay = 0.99
     matrix = [p for n, p in block_named_params if n.endswith("weight")]
     rest = [p for n, p in block_named_params if not n.endswith("weight")]
     optimizers: list = [Muon(matrix, RATE), adam([base_model.tok_emb.weight], 0.05)]
@@ -201,7 +212,8 @@ def config() -> Config:
     sizes = {"vocab_size": 512, "layers": 3, "width": 64, "heads": 4, "kv_heads": 2, "rope_dims": 16}
     model = replace(base.model, **sizes, activation="leaky_relu2", parallel_from=3)
     muon = replace(base.optim.muon, momentum=0.9, momentum_start=0.5, momentum_warmup=0.1)
-    optim = replace(base.optim, muon=muon, grad_clip=1.0, warmdown=0.25)
+    # The average reaches 99 steps back, each of which took 1/200 of the clock.
+    optim = replace(base.optim, muon=muon, grad_clip=1.0, warmdown=0.25, ema_horizon=0.4975)
     return replace(
         base, model=model, optim=optim, data=replace(base.data, batch_tokens=100, micro_tokens=100)
     )
@@ -222,11 +234,13 @@ def test_a_script_with_our_formulas_has_no_differences(tmp_path):
     script = load_script(stand_in(tmp_path, packed=True))
     assert script.packs_documents and script.clock_ms == 10_000
     assert script.step_at(0.25) == 50 and script.last_step() == pytest.approx(0.005)
+    assert script.ema_decay == 0.99
     assert compared(script) == []
 
 
 FORMULAS = {
     "0.5).square()": ("0.4).square()", "loop off, float32, mlp_up_bank", "loop off, bfloat16, mlp_up_bank"),
+    "10000 **": ("9900 **", "rotation, float32, cos", "rotation, float32, sin"),
     "2.0315": ("2.0316", "polar iteration, float64, kv_bank"),
     '-group["lr"])': ('-group["lr"] / 2)', "change by three steps, qo_bank"),
 }
@@ -236,7 +250,8 @@ SETTINGS = {
     "(0.25 * max": ("(0.5 * max", "learning rate at 55% of the clock", "learning rate at 95% of the clock"),
     "torch.full((4,), 1.5)": ("torch.full((4,), 1.6)", "initial values, q_gain"),
     "range(a, b, longest)": ("range(a, b, 2 * longest)", "cut documents, segments"),
-    "train_seq_len = 1024": ("train_seq_len = 512", "train_seq_len of the script is 512"),
+    "train_seq_len = 1024": ("train_seq_len = 512", "longest segment at 5% of the clock: 1024"),
+    "ema_decay = 0.99": ("ema_decay = 0.98", "the weight average reaches 99 steps back, not 49"),
 }
 
 
@@ -254,12 +269,64 @@ def test_a_setting_that_the_script_does_not_take_over_is_an_error(tmp_path):
         load_script(stand_in(tmp_path, {'"WARM", 20': '"HEAT", 30'}))
 
 
+def test_settings_that_the_log_does_not_print_are_given(tmp_path):
+    path = stand_in(
+        tmp_path, {"grad_clip_norm, muon": 'grad_clip_norm, half = 1.0, os.environ.get("HALF")\n    muon'}
+    )
+    assert load_script(path, given={"HALF": "yes"}).settings.half == "yes"
+    with pytest.raises(UserError, match="the script does not read WHOLE"):
+        load_script(path, given={"WHOLE": "no"})
+
+
+def test_the_source_of_a_packed_script_is_found(tmp_path):
+    # Triton compiles a kernel from what inspect finds.
+    script = load_script(stand_in(tmp_path, packed=True))
+    assert inspect.getsource(script.names["turn"]).startswith(
+        "def turn(x, cos, sin):\n    one, two = x.chunk"
+    )
+
+
+def test_of_two_polar_iterations_the_one_in_use_is_compared(tmp_path):
+    name, line = "zeropower_via_polar_express", "max_wallclock_seconds, enable_looping_at ="
+    script = load_script(stand_in(tmp_path, {line: f"use_polar_express = True\n    {line}"}))
+    script.names[name] = torch.neg
+    assert script.polar is torch.neg
+    script = load_script(stand_in(tmp_path))
+    assert script.polar is script.names["zeropower_via_newtonschulz5"]
+
+
+def test_banks_of_a_script_are_float32_in_training(tmp_path):
+    script = load_script(stand_in(tmp_path))
+    model = script.model()
+    model.qo_bank = torch.nn.Parameter(torch.zeros(2, 64, 64))
+    assert script.as_trained(model).qo_bank.dtype == torch.float32
+    assert model.tok_emb.weight.dtype == torch.bfloat16
+
+
+def test_rows_shorter_than_those_of_training_rotate_as_those(tmp_path):
+    script = load_script(stand_in(tmp_path))
+    model = script.model()
+    rotary = model.blocks[1].attn.rotary
+    rotary.train_seq_len = 512  # the script stretches rows of 1,024 tokens by 2
+    with script._rows_of(128, model):
+        assert rotary.train_seq_len == 64
+    assert rotary.train_seq_len == 512
+
+
+def test_a_preset_is_compared_with_the_leak_of_its_script(tmp_path):
+    script, recorder = load_script(stand_in(tmp_path)), Recorder("published", torch.device("cpu"))
+    for name, leaks in (("pr1874", True), ("pr1851", False)):
+        found = Comparison(script, replace(config(), name=name), recorder)
+        assert found.config.model.smear_over_bos is leaks
+
+
 def test_parameters_without_a_counterpart_are_named(tmp_path):
     theirs = dict(load_script(stand_in(tmp_path)).model().named_parameters())
     mapped = map_parameters(config(), theirs)
     assert mapped["kv_bank"].gather(theirs)[4].equal(theirs["blocks.1.attn.c_v.weight"])
     with pytest.raises(UserError, match=r"nothing for extra of the script"):
         map_parameters(config(), theirs | {"extra": torch.zeros(1)})
+    map_parameters(config(), theirs | {"softcap_pos": torch.zeros(())})
     del theirs["blocks.2.mlp.fc.weight"]
     with pytest.raises(UserError, match=r"the script has nothing for mlp_up_bank"):
         map_parameters(config(), theirs)

@@ -1,12 +1,14 @@
 """The log of a run: its contents, the rank that writes it, and that a full disk does not stop a run."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from pgolf.log import Progress, RunLog
+from pgolf.log import FIRST_S, Progress, RunLog
 
 
 def rows(log):
@@ -83,3 +85,43 @@ def test_progress_waits_between_lines(capsys):
     progress = Progress("plain", 10, is_main=True, every_s=60.0)
     progress.advance(5, lambda: pytest.fail("nobody asked for a line"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_long_first_step_says_what_it_does_within_two_seconds(capsys):
+    """Nothing is counted, as while kernels are compiled."""
+    began = time.perf_counter()
+    with Progress("ttt", 10, is_main=True) as progress:
+        while not (said := capsys.readouterr().err):
+            assert time.perf_counter() - began < 10
+            time.sleep(0.05)
+        progress.advance(5)
+    assert FIRST_S < 2.0 and said.startswith("ttt:   0 %")
+    assert "in the first step, which compiles and loads kernels" in said and said.count("\n") == 1
+    assert capsys.readouterr().err == "", "the next line is due after 5 s"
+
+
+def test_a_long_step_later_on_is_not_silent_either(capsys):
+    with Progress("ttt", 10, is_main=True, every_s=0.1) as progress:
+        time.sleep(0.15)
+        progress.advance(4)
+        time.sleep(1.5)
+        progress.doing = "learning"
+        time.sleep(1.5)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line for line in lines if "40 %" in line and "in the next step" in line]
+    assert "learning" in lines[-1]
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_what_is_short_prints_nothing(is_main, capsys):
+    with Progress("ttt", 10, is_main=is_main) as progress:
+        progress.advance(10)
+        time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_error_ends_the_lines(capsys):
+    before = threading.active_count()
+    with pytest.raises(ValueError, match="x"), Progress("ttt", 10, is_main=True):
+        raise ValueError("x")
+    assert threading.active_count() == before

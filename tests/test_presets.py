@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from pgolf.cli.main import main
+from pgolf.cli.overrides import parse_config
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.model.gpt import parameter_shapes
-from pgolf.optim.schedule import context_at
+from pgolf.optim.schedule import context_at, ema_decay, muon_momentum
 from pgolf.presets import PRESETS, pr1787, pr1851, pr1855, pr2135
 from pgolf.published import PUBLISHED
 
@@ -63,7 +64,7 @@ def test_the_way_to_score_is_that_of_the_pull_request_and_does_not_run_by_itself
         "sliding window and score-first SGD": "sgd",
         "phased test-time training": "phased",
         "plain": "plain",
-        "SLOT, which the challenge does not allow": "sliding",
+        "SLOT, which the challenge does not allow": "slot",
     }
     for name, found in PUBLISHED.items():
         evaluate = PRESETS[name]().evaluate
@@ -86,9 +87,27 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert "of them in its evaluation" not in text
     assert main(["presets", "pr2135"]) == 0
     assert "parameters   35,945,673, 2 of them in its evaluation only" in capsys.readouterr().out
+    assert rows["pr1298"].split()[3] == "SLOT" and rows["pr1787"].split()[3] == "phased"
+    assert "PR #" not in rows["pr1855"] and "pgolf train` without a name trains pr1855" in lines[-2]
+    for number in ("2135", "#2135"):
+        assert main(["presets", number]) == 0
+        assert capsys.readouterr().out.startswith("pr2135: PR #2135")
+    assert main(["config", "#2135"]) == 2
+    assert "the preset of the pull request #2135 is called pr2135" in capsys.readouterr().err
     assert main(["presets", "pr1"]) == 2
     assert "expected one of pr1855" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0
+
+
+def test_the_schedules_of_the_log_are_a_command(capsys):
+    assert main(["presets", "pr1855"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    command = next(row[2:] for row in rows if row[:2] == ["as", "logged"])
+    assert command[:3] == ["pgolf", "train", "pr1855"]
+    optim = parse_config("config", command[2:]).optim
+    assert muon_momentum(0.239, optim.muon) < optim.muon.momentum == muon_momentum(0.24, optim.muon)
+    steps = -1 / math.log(ema_decay(143.3 / 599_500, optim))  # steps of its end are 141 to 145 ms long
+    assert steps == pytest.approx(-1 / math.log(0.9965), rel=0.02)
 
 
 def test_a_difference_names_the_settings_and_both_values(capsys):

@@ -34,9 +34,10 @@ def html_page(ablation: Ablation) -> str:
     """Return the whole report as one self-contained XHTML page."""
     found = tables(ablation)
     body = ["<ul>", *(_fact(line) for line in facts(ablation)), "</ul>"]
-    body += [table(each) for each in found[:2]]
+    first = 2 + (ablation.costs is not None) + (ablation.ladders is not None)
+    body += [table(each) for each in found[:first]]
     body += _plots(ablation)
-    body += [table(each) for each in found[2:]]
+    body += [table(each) for each in found[first:]]
     return page(f"Ablation {ablation.name}", body)
 
 

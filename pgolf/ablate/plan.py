@@ -7,7 +7,14 @@
 A plan may have a trunk, `"trunk": {"steps": 3000, "overrides": {"optim.warmdown": 0.0}}`: with every seed,
 the baseline, changed like this, is trained for so many steps first, and all arms of that seed start from its
 raw weights, with a fresh optimizer and the whole schedule. From random weights each run takes the fast fall
-of the loss some steps earlier or later, which scatters the differences of the pairs.
+of the loss some steps earlier or later, which scatters the differences of the pairs. With
+`"trunk": {"steps": 1200, "until": 0.15}` the trunk is the first 15 % of every schedule, and the arms of its
+seed continue from its snapshot, with its optimizer's state and in its text, through the rest. Settings that
+an arm changes then change in the middle of a training.
+
+`"costs"` (`costs.py`) says at which size the milliseconds and bytes of the arms are found, and `"rates"` what
+one percent of either is worth, bits per byte. `"ladders"` (`ladder_plan.py`) compares arms at their own best
+learning rates.
 
 Overrides are settings of config.json with dots between the levels. An override that changes nothing is
 allowed, with a warning: a published submission of the challenge (PR #1769) claimed a gain from one.
@@ -15,16 +22,18 @@ allowed, with a warning: a published submission of the challenge (PR #1769) clai
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pgolf.config import Config, config_hash, from_dict, read_json, to_dict
-from pgolf.config_versions import present
+from pgolf.ablate.costs import Costs, Rates, read_costs, read_rates
+from pgolf.ablate.ladder_plan import Ladders, read_ladders
+from pgolf.ablate.overrides import override, read_overrides
+from pgolf.config import Config, config_hash, from_dict, read_json
 from pgolf.errors import UserError, UserTypeError
+from pgolf.model.neutral import additions
 from pgolf.optim.polar import coefficients
 
 Metric = Literal["raw", "ema", "quantized"]
@@ -33,17 +42,6 @@ TRUNK = "trunk"
 """Name of the trunks' cells."""
 TRUNK_SEEDS = 1_000_000
 """The trunk of seed s is trained with seed s + this, so that its arms do not read the same batches again."""
-
-OWNED = {
-    "name": "the arm's name",
-    "version": "the code",
-    "data.dir": "the plan's data",
-    "train.seed": "the plan's seeds",
-    "train.out": "the plan's out",
-    "train.steps": "the plan's steps or seconds",
-    "train.seconds": "the plan's steps or seconds",
-}
-"""Settings that the plan itself gives every cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +60,9 @@ class _File:
     baseline: str = ""
     arms: object = None
     seeds: object = None
+    costs: object = None
+    rates: object = None
+    ladders: object = None
     metric: Metric = "quantized"
     effect: float = 0.0005
 
@@ -71,6 +72,7 @@ class _TrunkFile:
     """The keys of a plan's trunk."""
 
     steps: int = 0
+    until: float = 0.0
     overrides: object = None
 
 
@@ -83,7 +85,7 @@ class Cell:
     config: Config
     """Everything the run does; train.out is the cell's folder."""
     trunk: Cell | None = None
-    """Whose raw weights it starts from; train.init of `config` is set when they are there."""
+    """What it starts from; train.start or train.init of `config` is set when that is there."""
 
     @property
     def folder(self) -> Path:
@@ -98,12 +100,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trunk:
-    """What is trained with every seed before its arms, which start from the raw weights."""
+    """What is trained with every seed before its arms, which start from it."""
 
     config: Config
     """Resolved, before seed and folder."""
     overrides: dict[str, Any]
     """What it changes in the baseline, as written."""
+
+    @property
+    def continues(self) -> bool:
+        """Whether the arms continue from its snapshot, and do not start anew from its raw weights."""
+        return is_continued(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +139,19 @@ class Plan:
     """Smallest difference worth seeing, bits per byte; the power figure is for it."""
     warnings: tuple[str, ...]
     trunk: Trunk | None = None
+    costs: Costs
+    rates: Rates
+    ladders: Ladders | None = None
 
     def trunks(self) -> dict[int, Cell]:
         """Return the trunk of every seed; empty in a plan without trunks."""
         if self.trunk is None:
             return {}
         config = self.trunk.config
-        return {s: self._cell(TRUNK, s, config, seed_of_run=s + TRUNK_SEEDS) for s in self.seeds}
+        # Arms that continue go on in the trunk's text. The others begin at its beginning again, in which they
+        # would read the trunk's batches a second time.
+        shift = 0 if self.trunk.continues else TRUNK_SEEDS
+        return {s: self._cell(TRUNK, s, config, seed_of_run=s + shift) for s in self.seeds}
 
     def _cell(
         self, arm: str, seed: int, config: Config, *, seed_of_run: int, trunk: Cell | None = None
@@ -171,20 +184,28 @@ def run_key(config: Config) -> str:
     run), so that results and checkpoints may be moved.
     """
     init = config.train.init and Path(*config.train.init.parts[-2:])
-    train = replace(
-        config.train, out=Path(), init=init, checkpoint_every=0.0, rank_timeout=30.0, track="none"
-    )
+    start = config.train.start and Path(*config.train.start.parts[-3:])  # RUN/snapshots/0.75
+    train = replace(config.train, out=Path(), init=init, start=start)
+    train = replace(train, checkpoint_every=0.0, rank_timeout=30.0, track="none")
     data = replace(config.data, verify=False)
     return config_hash(replace(config, name="run", train=train, data=data))
 
 
-def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | None = None) -> Plan:
+def is_continued(trunk: Config) -> bool:
+    """Return whether the arms of this trunk continue from its snapshot."""
+    return trunk.train.until < 1
+
+
+def read_plan(
+    path: Path, load_base: Callable[[str], Config], *, out: Path | None = None, data: Path | None = None
+) -> Plan:
     """Read and check a plan file.
 
     Args:
         path: the JSON file.
         load_base: from the name of a preset or the path of a config.json to its configuration.
         out: folder of the results instead of the plan's own (results that were moved).
+        data: data folder instead of the plan's own.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not JSON, a key given twice, an unknown key or setting (with the nearest known one), a
@@ -194,15 +215,17 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
     if not path.is_file():
         raise FileNotFoundError(f"no plan file {path}; bench/ablations/example.json is one to start from")
     try:
-        data = read_json(path)
+        content = read_json(path)
     except ValueError as e:
         why = str(e).replace(f"{path} ", "it ", 1).replace(f"{path}: ", "", 1)
         raise UserError(f"{path} is not a plan: {why}") from e
-    if not isinstance(data, dict):
-        raise UserTypeError(f"{path}: expected an object, got {type(data).__name__}")
-    file = from_dict(_File, data, where=str(path))
+    if not isinstance(content, dict):
+        raise UserTypeError(f"{path}: expected an object, got {type(content).__name__}")
+    file = from_dict(_File, content, where=str(path))
     _check_file(file, path)
-    common = _overrides(file.overrides or {}, f"{path}: overrides")
+    if data is not None:
+        file = replace(file, data=data)
+    common = read_overrides(file.overrides or {}, f"{path}: overrides")
     changes = _arms(file.arms, path)
     if file.baseline not in changes:
         raise UserError(f"{path}: baseline must be one of the arms {list(changes)}, got {file.baseline!r}")
@@ -238,49 +261,10 @@ def read_plan(path: Path, load_base: Callable[[str], Config], *, out: Path | Non
         effect=file.effect,
         warnings=tuple(warnings),
         trunk=trunk,
+        costs=read_costs(file.costs, base, common, changes, str(path)),
+        rates=read_rates(file.rates, str(path)),
+        ladders=read_ladders(file.ladders, arms, str(path)),
     )
-
-
-def override(config: Config, changes: dict[str, Any], *, where: str) -> tuple[Config, list[str]]:
-    """Return `config` with dotted settings changed, and a warning for each that had its value already.
-
-    Raises:
-        ValueError: an unknown setting (with the nearest known one), one of the plan's, or a bad value.
-        TypeError: a value of the wrong type.
-    """
-    changes = present(changes, where)
-    # On the saved form of the configuration, so that a plan is checked exactly as a config.json is.
-    before = to_dict(config)
-    data = json.loads(json.dumps(before))
-    for key, value in changes.items():
-        if key in OWNED:
-            raise UserError(f"{where}: {key} is given by {OWNED[key]}; take it out of the overrides")
-        if isinstance(value, (dict, list)):
-            raise UserTypeError(f"{where}: {key} must be one value; write one dotted key for each setting")
-        *sections, last = key.split(".")
-        node = data
-        for section in sections:
-            node = node.setdefault(section, {})
-            if not isinstance(node, dict):
-                raise UserError(f"{where}: {key}: {section!r} is a setting, not a section")
-        if isinstance(node.get(last), dict):
-            raise UserError(f"{where}: {key} is a section; name one of {', '.join(node[last])} in it")
-        node[last] = value
-    try:
-        changed = from_dict(Config, data)
-    except (ValueError, TypeError) as e:
-        raise type(e)(f"{where}: {e}") from e
-    after = to_dict(changed)
-    idle = [key for key in changes if _get(before, key) == _get(after, key)]
-    return changed, [
-        f"{where}: {key} = {_get(after, key)!r} changes nothing: it had this value before" for key in idle
-    ]
-
-
-def _get(data: dict[str, Any], key: str) -> Any:
-    for part in key.split("."):
-        data = data[part]
-    return data
 
 
 def _check_file(file: _File, path: Path) -> None:
@@ -302,12 +286,6 @@ def _check_name(name: str, where: str) -> None:
         raise UserError(f"{where} names a folder: letters, digits, '.', '_', '-' only, got {name!r}")
 
 
-def _overrides(value: object, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise UserTypeError(f"{where}: expected an object of dotted settings, got {type(value).__name__}")
-    return value
-
-
 def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(value, dict) or len(value) < 2:
         raise UserError(f"{path}: arms must be an object of at least two arms, the baseline one of them")
@@ -317,7 +295,7 @@ def _arms(value: object, path: Path) -> dict[str, dict[str, Any]]:
         _check_name(arm, f"{path}: arm {arm!r}")
         if lower.count(arm.lower()) > 1:
             raise UserError(f"{path}: arm {arm!r} is named twice: folders may not tell capitals apart")
-    return {arm: _overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
+    return {arm: read_overrides(change, f"{path}: arm {arm!r}") for arm, change in value.items()}
 
 
 def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, list[str]]:
@@ -330,8 +308,15 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
     file = from_dict(_TrunkFile, value, where=where)
     if file.steps < 1:
         raise UserError(f"{where}: steps must be >= 1, got {file.steps}")
-    changes = _overrides(file.overrides or {}, f"{where}: overrides")
+    if not 0 <= file.until < 1:
+        raise UserError(
+            f"{where}: until is a fraction of the schedules below 1, at which the arms continue, got "
+            f"{file.until:g}; leave it out for arms that start anew from the trunk's weights"
+        )
+    changes = read_overrides(file.overrides or {}, f"{where}: overrides")
     train = replace(baseline.train, steps=file.steps, seconds=0.0)
+    if file.until:
+        train = replace(train, until=file.until, snapshots=str(file.until))
     config, idle = override(replace(baseline, train=train), changes, where=f"{where}: overrides")
     return Trunk(config, changes), idle
 
@@ -340,20 +325,23 @@ def _check_trunk_conflicts(common: dict[str, Any], arms: dict[str, dict[str, Any
     """Refuse an arm that would share the trunk's folder, and settings that the trunk gives the arms."""
     if TRUNK in (arm.lower() for arm in arms):
         raise UserError(f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm")
-    if any("train.init" in changes for changes in (common, *arms.values())):
-        raise UserError(
-            f"{path}: train.init of the arms is the plan's trunk; take it out of the overrides, or the trunk "
-            "out of the plan"
-        )
+    for key in ("train.init", "train.start", "train.until"):
+        if any(key in changes for changes in (common, *arms.values())):
+            raise UserError(
+                f"{path}: {key} of the arms is given by the plan's trunk; take it out of the overrides, or "
+                "the trunk out of the plan"
+            )
 
 
 def _check_one_model(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
-    other = [arm for arm, config in arms.items() if config.model != trunk.config.model]
-    if other:
-        raise UserError(
-            f"{path}: arms {other} have another model than the trunk, whose weights they start from; "
-            "change model settings in the plan's overrides, which hold for the trunk too"
-        )
+    for arm, config in arms.items():
+        try:
+            additions(config.model, trunk.config.model, where="the trunk")
+        except UserError as e:
+            raise UserError(
+                f"{path}: arm {arm!r} cannot start from the trunk: {e}. Other model settings belong into the "
+                "plan's overrides, which hold for the trunk too"
+            ) from e
 
 
 def _seeds(value: object, path: Path) -> tuple[int, ...]:

@@ -14,19 +14,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
-from pgolf.ablate.plan import Cell, Plan, run_key
+from pgolf.ablate.costs import Rates, file_bytes, measured, work_key
+from pgolf.ablate.ladder_plan import Ladders
+from pgolf.ablate.plan import Cell, Plan, is_continued, run_key
 from pgolf.config import Config, from_dict, read_json
+from pgolf.data.held_out import NAME as HELD_OUT
+from pgolf.data.shards import list_files
 from pgolf.errors import UserError
 from pgolf.report.summary import SUMMARY, Summary
+from pgolf.train.checkpoint import INDEX, SNAPSHOTS
 
 Status = Literal["finished", "diverged", "crashed", "missing"]
 DONE: tuple[Status, ...] = ("finished", "diverged")
 """States of a cell that is not run again: a run that diverged would diverge again."""
 CELL = "cell.json"
 START = "raw.safetensors"
-"""Weights of a trunk that its cells start from: those that training had reached, not their average."""
+"""Weights of a trunk that its cells start from anew: those that training had reached, not their average."""
 WEIGHTS = ("raw", "ema", "quantized")
 """Scores that a plan may be decided by."""
 
@@ -51,6 +57,8 @@ class CellResult:
     """Where it ran."""
     manifest: str | None = ""
     """SHA-256 of the manifest of its data, None for data without one; "" where it has no summary."""
+    shared: bool = True
+    """Whether other runs used its GPU, or that is not known, so that its milliseconds mean nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class TrunkResult:
     overrides: dict[str, object]
     """What they change in the baseline."""
     cells: tuple[CellResult, ...]
+    until: float = 1.0
+    """Fraction of the schedules at which the arms continue from its snapshot; 1: they start anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +95,12 @@ class Ablation:
     """Overrides of all arms."""
     warnings: tuple[str, ...] = ()
     trunk: TrunkResult | None = None
-    """None: the arms start from random weights, or from a checkpoint that train.init names."""
+    """None: the arms start from random weights, or from what train.init or train.start names."""
+    costs: CostTable | None = None
+    """None: nothing is known of them."""
+    ladders: Ladders | None = None
+    held_out: bool | None = None
+    """Whether the scored text is the end of the training text, see `pgolf data held-out`; None: not known."""
 
     def of(self, arm: str, status: Status = "finished") -> dict[int, CellResult]:
         """Return the cells of `arm` in this state, by seed."""
@@ -97,8 +112,27 @@ class Ablation:
         return all(c.status in DONE for c in self.cells)
 
 
+@dataclass(frozen=True)
+class CostTable:
+    """What the arms cost, and what that is worth."""
+
+    rates: Rates
+    ms: dict[str, float]
+    """Milliseconds per step by arm, timed on an idle device or of unshared runs; empty: not known."""
+    ms_from: str
+    """Where the milliseconds are from, in words."""
+    bytes: dict[str, float]
+    """Bytes of the file by arm; all the same where no arm changes them."""
+    bytes_from: str
+    charges_time: bool
+    """False where runs have equal seconds, and the score holds the cost of time already."""
+    charges_bytes: bool
+    """False where every file fills the limit, and the score holds the cost of bytes already."""
+
+
 def gather(plan: Plan, plan_file: Path) -> Ablation:
     """Return the plan with the results that are in its folder."""
+    cells = tuple(read_cell(cell) for cell in plan.cells())
     return Ablation(
         name=plan.name,
         comment=plan.comment,
@@ -111,17 +145,50 @@ def gather(plan: Plan, plan_file: Path) -> Ablation:
         common=dict(plan.common),
         arms={arm: dict(changes) for arm, changes in plan.overrides.items()},
         seeds=plan.seeds,
-        cells=tuple(read_cell(cell) for cell in plan.cells()),
+        cells=cells,
         warnings=plan.warnings,
         trunk=_gather_trunk(plan),
+        costs=_gather_costs(plan, cells),
+        ladders=plan.ladders,
+        held_out=_held_out(plan),
     )
+
+
+def _gather_costs(plan: Plan, cells: tuple[CellResult, ...]) -> CostTable:
+    """Return the costs of the arms: timed ones where there are any, else those of the runs."""
+    done = [c for c in cells if c.status == "finished"]
+    by_arm = {arm: [c.values for c in done if c.arm == arm] for arm in plan.arms}
+    whole = all(by_arm.values())
+    timed = measured(plan.out, plan.costs)
+    ms, ms_from = {arm: time.ms for arm, time in timed.items()}, "timed one at a time on an idle device"
+    if not timed and whole and not any(c.shared for c in done):
+        # Arms that compute the same take the same time, whatever the scatter of their runs.
+        first: dict[str, str] = {}
+        same = {arm: first.setdefault(work_key(config), arm) for arm, config in plan.arms.items()}
+        ms, ms_from = {arm: mean(v["ms"] for v in by_arm[same[arm]]) for arm in by_arm}, "of the runs"
+    fills = plan.metric == "quantized" and all(c.artifact.fit for c in plan.arms.values())
+    if plan.metric == "quantized" and whole:
+        size, size_from = {a: mean(v["bytes"] for v in rows) for a, rows in by_arm.items()}, "of the files"
+    else:
+        predicted = file_bytes(plan.costs, plan.baseline)
+        size, size_from = {arm: float(b) for arm, b in predicted.items()}, "predicted from the shapes"
+    return CostTable(plan.rates, ms, ms_from, size, size_from, plan.fixed_steps, not fills)
+
+
+def _held_out(plan: Plan) -> bool | None:
+    """Return whether the plan's data folder is one of `pgolf data held-out`; None if it is not there."""
+    folder = plan.arms[plan.baseline].data.dir
+    if folder is None or not folder.is_dir():
+        return None
+    return all(path.name.startswith(f"{HELD_OUT}_") for path in list_files(folder, "val"))
 
 
 def _gather_trunk(plan: Plan) -> TrunkResult | None:
     if plan.trunk is None:
         return None
     cells = tuple(read_cell(cell) for cell in plan.trunks().values())
-    return TrunkResult(plan.trunk.config.train.steps, dict(plan.trunk.overrides), cells)
+    train = plan.trunk.config.train
+    return TrunkResult(train.steps, dict(plan.trunk.overrides), cells, train.until)
 
 
 def read_cell(cell: Cell) -> CellResult:
@@ -140,6 +207,8 @@ def read_cell(cell: Cell) -> CellResult:
     noted = _read_json(cell.folder / CELL)
     noted = noted if noted.get("key") == rooted.key else {}
     result = CellResult(cell.arm, cell.seed, "missing", commit=str(noted.get("commit", "")))
+    # Results of earlier versions do not say whether the GPU was shared.
+    result = replace(result, shared=bool(noted.get("shared", True)))
     run = _run_of(rooted)
     if run is not None:
         return _read_run(run, result)
@@ -205,17 +274,37 @@ def has_weights(trunk: Cell | None) -> bool:
     if trunk is None:
         return True
     run = finished_run(trunk)
-    return run is not None and (run / START).is_file()
+    if run is None:
+        return False
+    start = _start(trunk, run)
+    return (start / INDEX if _continued(trunk) else start).is_file()
+
+
+def _continued(trunk: Cell) -> bool:
+    return is_continued(trunk.config)
+
+
+def _start(trunk: Cell, run: Path) -> Path:
+    """Return what the arms of `trunk` start from, in its run folder."""
+    return run / SNAPSHOTS / trunk.config.train.snapshots if _continued(trunk) else run / START
 
 
 def start_from_trunk(cell: Cell) -> Cell | None:
-    """Return `cell` with the weights of its trunk as train.init; None where the trunk did not finish."""
+    """Return `cell` with its trunk's snapshot as train.start, or the trunk's weights as train.init.
+
+    None where the trunk did not finish.
+    """
     if cell.trunk is None:
         return cell
     run = finished_run(cell.trunk)
     if run is None:
         return None
-    return replace(cell, config=replace(cell.config, train=replace(cell.config.train, init=run / START)))
+    start = _start(cell.trunk, run)
+    if _continued(cell.trunk):
+        train = replace(cell.config.train, start=start)
+    else:
+        train = replace(cell.config.train, init=start)
+    return replace(cell, config=replace(cell.config, train=train))
 
 
 def finished_run(cell: Cell) -> Path | None:

@@ -131,16 +131,25 @@ def run_plan(
         )
     places: list[int | None] = [*range(gpus)] * per_gpu if gpus else [None] * per_gpu
     with held(plan.out), Signals() as signals:
-        _Runner(plan, start, places, commit, say).run(poll_seconds, signals)
+        _Runner(plan, start, places, commit, say, shared=per_gpu > 1).run(poll_seconds, signals)
 
 
 class _Runner:
     """Runs the open cells of a plan whose folder this process holds."""
 
     def __init__(
-        self, plan: Plan, start: Start, places: list[int | None], commit: str, say: Callable[[str], None]
+        self,
+        plan: Plan,
+        start: Start,
+        places: list[int | None],
+        commit: str,
+        say: Callable[[str], None],
+        *,
+        shared: bool,
     ) -> None:
-        self._plan, self._start, self._commit, self._say = plan, start, commit, say
+        """`shared`: more than one run uses a place's GPU."""
+        self._plan, self._start, self._say = plan, start, say
+        self._facts: dict[str, object] = {"commit": commit, "shared": shared}
         self._free = places
         self._queue, self._running = open_cells(plan), list[_Running]()
         self._total = len(plan.cells()) + len(plan.trunks())
@@ -195,7 +204,7 @@ class _Runner:
         for r in ended:
             self._running.remove(r)
             self._free.append(r.gpu)
-            self._progress.report(_finish(r, self._commit), self._plan.metric, time.monotonic() - r.began)
+            self._progress.report(_finish(r, self._facts), self._plan.metric, time.monotonic() - r.began)
         return bool(ended)
 
 
@@ -236,8 +245,8 @@ class _Progress:
         self._say(f"[{self.done}/{self._total}] {cell.arm} seed {cell.seed}: not run, its trunk failed")
 
 
-def _finish(running: _Running, commit: str) -> CellResult:
-    """Decide what became of a cell that ended, and write it down as cell.json."""
+def _finish(running: _Running, facts: dict[str, object]) -> CellResult:
+    """Decide what became of a cell that ended, and write it down as cell.json, with `facts`."""
     cell = running.cell
     result = read_cell(cell)
     status, message = result.status, result.message
@@ -248,7 +257,7 @@ def _finish(running: _Running, commit: str) -> CellResult:
         status = "diverged" if found else "crashed"
         message = found.group() if found else f"exit code {running.process.poll()}: {_last_word(text)}"
     known = {"arm": cell.arm, "seed": cell.seed, "status": status, "message": message, "key": cell.key}
-    facts = {"commit": commit, "gpu": running.gpu, "seconds": time.monotonic() - running.began}
+    facts = {**facts, "gpu": running.gpu, "seconds": time.monotonic() - running.began}
     write_json(cell.folder / CELL, {**known, **facts})
     return read_cell(cell)
 

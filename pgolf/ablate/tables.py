@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pgolf.ablate.compare import PARTS, Comparison, arm_mean, compare_arms, training_gaps
+from pgolf.ablate.ladder import compare_ladders
+from pgolf.ablate.net import DROP, net_of_costs
 from pgolf.ablate.results import DONE, WEIGHTS, Ablation
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.report.page import Table
@@ -23,6 +25,8 @@ def tables(ablation: Ablation) -> list[Table]:
     found = [
         Table("Verdicts", ("arm", "verdict", "in words"), [_words(c, ablation) for c in compared]),
         Table(title, head, [_comparison_row(c) for c in compared]),
+        *_ladders(ablation),
+        *_nets(ablation),
         _means(ablation),
         *_gaps(ablation),
         Table("What each arm sets", ("arm", "overrides"), _changes(ablation)),
@@ -51,7 +55,15 @@ def facts(ablation: Ablation) -> list[str]:
         f"Code: {', '.join(commits) or 'unknown'}. Device: {', '.join(devices) or 'unknown'}.",
         f"Decided by bpb {ablation.metric}, paired t test at {ALPHA:g}, Holm over the arms; intervals "
         "are each arm's own 95 %. Other columns are described, not tested.",
+        *_cost_words(ablation),
     ]
+    if ablation.held_out:
+        lines.append("Scored on the end of the training text, which no run was trained on.")
+    elif ablation.held_out is False:
+        lines.append(
+            "WARNING: scored on the validation text, on which a setting that is chosen here is tuned; choose "
+            "on the folder that `pgolf data held-out` makes, and confirm once on the validation text."
+        )
     if not ablation.complete:
         lines.append(
             f"INTERIM: {len(done)} of {len(ablation.cells)} cells are done. A verdict read before the end of "
@@ -70,12 +82,20 @@ def facts(ablation: Ablation) -> list[str]:
 
 def _start(ablation: Ablation) -> list[str]:
     """Say what the arms start from, where it is not random weights."""
-    init = ablation.common.get("train.init")
-    if init:
-        return [f"Every run starts from the weights of {init}: seeds change the order of the data alone."]
+    for key, what in (("train.init", "starts from the weights of"), ("train.start", "continues from")):
+        if origin := ablation.common.get(key):
+            return [f"Every run {what} {origin}: seeds change the order of the data alone."]
     if ablation.trunk is None:
         return []
     losses = [f"seed {c.seed} {c.values['last_loss']:.4f}" for c in ablation.trunk.cells if c.values]
+    if ablation.trunk.until < 1:
+        share = f"{100 * ablation.trunk.until:g} %"
+        return [
+            f"The arms of a seed continue one trunk, with its optimizer's state, through the rest of the "
+            f"schedules: {ablation.trunk.steps:,} steps of {ablation.baseline}, the first {share}, with "
+            f"{_settings(ablation.trunk.overrides)}. Last loss of the trunks, nats per token: "
+            f"{', '.join(losses) or 'none yet'}."
+        ]
     return [
         f"The arms of a seed start from the same weights: a trunk of {ablation.trunk.steps:,} steps of "
         f"{ablation.baseline} with {_settings(ablation.trunk.overrides)}. Last loss of the trunks, nats per "
@@ -124,6 +144,90 @@ def _comparison_row(c: Comparison) -> tuple[str, ...]:
         "-" if c.needed is None else f"{c.needed:,}",
         c.note,
     )
+
+
+def _nets(ablation: Ablation) -> list[Table]:
+    """Return the table of what each arm brings after its costs; none where nothing is known of them."""
+    costs = ablation.costs
+    if costs is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for net in net_of_costs(ablation):
+        interval = (
+            f"{net.low:+.5f} to {net.high:+.5f}"
+            if net.compared.pairs.n >= 2 and net.charge == net.charge
+            else "-"
+        )
+        rows.append(
+            (
+                net.compared.arm,
+                _figure(net.compared.pairs.mean, lambda v: f"{v:+.5f}"),
+                _figure(net.ms, lambda v: f"{v:.2f}"),
+                _figure(net.time_percent, lambda v: f"{v:+.2f}"),
+                f"{net.bytes:,.0f}" if net.bytes else "as baseline",
+                f"{net.bytes_percent:+.2f}",
+                _figure(net.charge, lambda v: f"{v:+.5f}"),
+                _figure(net.mean, lambda v: f"{v:+.5f}"),
+                interval,
+                net.decision,
+            )
+        )
+    head: tuple[str, ...] = (
+        "arm",
+        "difference",
+        "ms per step",
+        "% of time",
+        "bytes",
+        "% of bytes",
+        "cost in bpb",
+    )
+    head += ("net difference", "95 % interval", "decision")
+    title = f"Net at equal seconds and equal bytes, bpb {ablation.metric} (negative is better)"
+    return [Table(title, head, rows)]
+
+
+def _ladders(ablation: Ablation) -> list[Table]:
+    """Return the table of the ladders at their best rates; none in a plan without ladders."""
+    if ablation.ladders is None:
+        return []
+    rows: list[tuple[str, ...]] = []
+    for r in compare_ladders(ablation, ablation.ladders):
+        p, is_base = r.pairs, r.ladder == ablation.ladders.baseline
+        rows.append(
+            (
+                r.ladder,
+                _figure(r.best, lambda v: f"{v:.4g}"),
+                "at its end: extend the ladder" if r.at_end else "inside",
+                "baseline" if is_base else r.verdict,
+                str(p.n),
+                _figure(p.mean, lambda v: f"{v:+.5f}"),
+                f"{p.low:+.5f} to {p.high:+.5f}" if p.n >= 2 and not is_base else "-",
+                _figure(r.p_adjusted, lambda v: f"{v:.4f}"),
+            )
+        )
+    setting = ablation.ladders.setting
+    head: tuple[str, ...] = ("ladder", f"best {setting}", "where", "verdict", "pairs", "mean difference")
+    head += ("95 % interval", "p (t, Holm)")
+    title = f"Each ladder at its best {setting}, bpb {ablation.metric} (negative is better)"
+    return [Table(title, head, rows)]
+
+
+def _cost_words(ablation: Ablation) -> list[str]:
+    """Say where the costs are from, what they are worth, and what the decisions mean."""
+    costs = ablation.costs
+    if costs is None:
+        return []
+    time = f"1 % of time counts {costs.rates.time:g} bpb" if costs.charges_time else "time is not charged: "
+    time += "" if costs.charges_time else "runs of equal seconds have paid for it"
+    size = f"1 % of bytes {costs.rates.bytes:g} bpb" if costs.charges_bytes else "bytes are not charged: "
+    size += "" if costs.charges_bytes else "every file fills the limit"
+    ms = costs.ms_from if costs.ms else "not known: no arm was timed, and the runs shared a GPU"
+    base = f"{costs.ms[ablation.baseline]:.2f} ms of the baseline, " if costs.ms else ""
+    return [
+        f"Costs: {time}; {size}. Milliseconds: {base}{ms}. Bytes: {costs.bytes_from}.",
+        "Decisions: adopt, better at equal steps and by more than it costs; drop, the interval of the net "
+        f"difference leaves no gain of {DROP:g} bpb; park, neither; none, too few pairs or unknown costs.",
+    ]
 
 
 def _means(ablation: Ablation) -> Table:
@@ -187,7 +291,9 @@ def _trunks(ablation: Ablation) -> list[Table]:
     for c in ablation.trunk.cells:
         figures = (f"{c.values[k]:,.{digits}f}" if k in c.values else "-" for k, digits in TRUNK_FIGURES)
         rows.append((str(c.seed), c.status, *figures, c.message))
-    return [Table("Trunks, whose raw weights the arms start from", head, rows)]
+    continued = ablation.trunk.until < 1
+    what = "from whose snapshot the arms continue" if continued else "whose raw weights the arms start from"
+    return [Table(f"Trunks, {what}", head, rows)]
 
 
 def _figure(value: float, show: Callable[[float], str]) -> str:

@@ -26,6 +26,8 @@ class Ablate:
     """JSON file; bench/ablations/example.json is one to start from."""
     out: Path | None = None
     """Folder of the results; without it, the one that the plan names."""
+    data: Path | None = None
+    """Data folder; without it, the one that the plan names."""
     report_only: bool = False
     """Run nothing; write the report of the results that are there."""
     gpus: int | None = None
@@ -38,16 +40,17 @@ class Ablate:
 def main(argv: list[str]) -> int:
     """Run the plan; return 0 when every cell has finished or diverged, 1 when some are open."""
     args = tyro.cli(Ablate, prog="pgolf ablate", args=argv)
+    from pgolf.ablate.costs import measure, measured
     from pgolf.ablate.page import write_report
     from pgolf.ablate.plan import read_plan
     from pgolf.ablate.results import Ablation, gather
     from pgolf.ablate.run import run_plan, start_process
     from pgolf.ablate.tables import markdown
     from pgolf.env import commit_name, share_of_cores
-    from pgolf.train.guard import HeldError
+    from pgolf.train.guard import HeldError, held
 
     say = functools.partial(print, flush=True)
-    plan = read_plan(args.plan, load_base, out=args.out)
+    plan = read_plan(args.plan, load_base, out=args.out, data=args.data)
     say_note(base_note(plan.base))
     for warning in plan.warnings:
         print(f"warning: {warning}", file=sys.stderr)
@@ -59,18 +62,35 @@ def main(argv: list[str]) -> int:
         return result
 
     if not args.report_only:
+        _check_data(plan.arms[plan.baseline].data.dir)
         gpus = _count_gpus(args.gpus, on_cpu=any(c.train.device == "cpu" for c in plan.arms.values()))
         processes = max(1, gpus) * args.per_gpu
         environment = share_of_cores(processes) if processes > 1 else None
         start = functools.partial(start_process, environment=environment)
         try:
             run_plan(plan, start, gpus=gpus, per_gpu=args.per_gpu, commit=commit_name(12), say=say)
+            if plan.costs.steps and not measured(plan.out, plan.costs):
+                with held(plan.out):
+                    measure(plan.out, plan.costs, commit=commit_name(12), say=say)
         except HeldError:
             raise  # the process that holds the plan writes its report
         except BaseException:
             report()
             raise
     return 0 if report().complete else 1
+
+
+def _check_data(folder: Path | None) -> None:
+    """Refuse a plan whose cells would all end because there are no data.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if folder is None or not folder.is_dir():
+        raise FileNotFoundError(
+            f"no data folder at {folder}; make text to choose settings by from your shards with `pgolf data "
+            "held-out SHARDS --out FOLDER`, and pass --data FOLDER"
+        )
 
 
 def _count_gpus(asked: int | None, *, on_cpu: bool) -> int:

@@ -17,6 +17,7 @@ from pgolf.data.build import ShardsJob, build_shards
 from pgolf.data.challenge import known_text
 from pgolf.data.fetch import FetchJob, fetch
 from pgolf.data.foreign import check_foreign
+from pgolf.data.held_out import HeldOutJob, make_held_out
 from pgolf.data.loader import validation_totals
 from pgolf.data.manifest import NO_MANIFEST, verify_folder
 from pgolf.data.shards import (
@@ -198,8 +199,14 @@ def _print_validation(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 def main(argv: list[str]) -> int:
     """Run `pgolf data VERB ...`."""
-    job: TokenizerJob | ShardsJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
-        {"tokenizer": TokenizerJob, "shards": ShardsJob, "inspect": InspectJob, "fetch": FetchJob},
+    job: TokenizerJob | ShardsJob | HeldOutJob | InspectJob | FetchJob = tyro.extras.subcommand_cli_from_dict(
+        {
+            "tokenizer": TokenizerJob,
+            "shards": ShardsJob,
+            "held-out": HeldOutJob,
+            "inspect": InspectJob,
+            "fetch": FetchJob,
+        },
         prog="pgolf data",
         description="Train a tokenizer, make shards from text, inspect shards, download the challenge's.",
         args=argv,
@@ -208,6 +215,8 @@ def main(argv: list[str]) -> int:
         run_tokenizer(job)
     elif isinstance(job, ShardsJob):
         run_shards(job)
+    elif isinstance(job, HeldOutJob):
+        make_held_out(job, report=lambda line: print(line, flush=True))
     elif isinstance(job, FetchJob):
         run_fetch(job)
     else:

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
-from pgolf.cli.overrides import check_output
-from pgolf.config import EvaluateConfig, Method, PhasesConfig, SgdConfig, TttConfig, to_dict
+from pgolf.cli.overrides import check_output, say
+from pgolf.config import (
+    EvaluateConfig,
+    Method,
+    PhasesConfig,
+    SgdConfig,
+    SlotConfig,
+    TiltConfig,
+    TttConfig,
+    to_dict,
+)
 from pgolf.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,11 +30,15 @@ if TYPE_CHECKING:
     from pgolf.data.loader import ValidationText
     from pgolf.dist import Dist
     from pgolf.evaluate.bpb import Score
+    from pgolf.evaluate.sums import Sums
     from pgolf.evaluate.validation import DataFolder
+    from pgolf.model.gpt import GPT
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
-SETTINGS = ("stride", "context", "sgd", "phases")
+ALONE = ("plain", "sliding", "ttt", "slot", "causal_slot")
+"""Modes in which documents are scored on their own, so that any number of ranks can go on."""
+SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
@@ -39,23 +54,35 @@ class Evaluate:
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
     sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
-    model that learns from scored documents in pauses."""
+    model that learns from scored documents in pauses. slot: SLOT of PR #1298, which the challenge does not
+    allow, because it learns from what it then scores. causal_slot: the same from scored tokens alone."""
     context: int = 0
     """Tokens of the longest window, 0 = the model's max_context; it may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of `sliding` and `sgd` scores, 1 to context; a smaller stride is slower."""
+    """Tokens that each window of all ways but plain, ttt and phased scores, 1 to context; a smaller stride is
+    slower."""
     tokens: int = 98_304
-    """Tokens per forward pass of plain, sliding and sgd; changes speed and memory, not the score."""
+    """Tokens per forward pass of all ways but ttt and phased; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
     """Settings of `phased`, with its adapters."""
+    slot: SlotConfig = field(default_factory=SlotConfig)
+    """Settings of `slot` and `causal_slot`."""
+    tilt: TiltConfig = field(default_factory=TiltConfig)
+    """The n-gram tilt on top of every way to score."""
+    sums: Path | None = None
+    """Keep the sums of every document in this folder, and go on from those that are in it: the same command
+    continues an evaluation that was interrupted, and gives the same score."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
+    legality: bool = False
+    """Also test each way on a sample of the text, as `pgolf legality` does; the exit status is 1 if one
+    of the conditions fails."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses the GPU if there is one."""
 
@@ -63,42 +90,75 @@ class Evaluate:
     def settings(self) -> EvaluateConfig:
         """All settings of the ways to score."""
         return EvaluateConfig(
-            stride=self.stride, context=self.context, adapters=self.ttt, sgd=self.sgd, phases=self.phases
+            stride=self.stride,
+            context=self.context,
+            adapters=self.ttt,
+            sgd=self.sgd,
+            phases=self.phases,
+            slot=self.slot,
+            tilt=self.tilt,
         )
 
 
 def main(argv: list[str]) -> int:
     """Read the artifact, score it and print the results."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
-    from pgolf.artifact.read import read_artifact
-    from pgolf.dist import Dist
+    from pgolf.train.signals import Signals, Stopped
 
     if args.json is not None:
         check_output(args.json, "--json")
     _check_kind(args.artifact)
-    artifact = read_artifact(args.artifact)
+    try:
+        with Signals():
+            return _evaluate(args)
+    except Stopped as stop:
+        if args.sums is None:
+            advice = "nothing is kept; with --sums DIR, the same command would go on"
+        else:
+            advice = f"the same command goes on with the sums in {args.sums}"
+        stop.args = (f"{stop}; {advice}",)
+        raise
+
+
+def _evaluate(args: Evaluate) -> int:
+    from pgolf.artifact.read import read_artifact
+    from pgolf.dist import Dist
+    from pgolf.env import launch
+    from pgolf.log import Progress
+
+    main_rank = launch().rank == 0
+    with Progress("evaluate", 1, is_main=main_rank) as progress:
+        progress.doing = f"decoding the weights of {args.artifact.name}"
+        artifact = read_artifact(args.artifact)
     longest = args.settings.context or artifact.header.model.max_context
     if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
         what = "--context" if args.context else "the model's max_context"
         raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
-    dist = Dist.start(args.device)
+    with Progress("evaluate", 1, is_main=main_rank) as progress:
+        progress.doing = "starting the device and the ranks"
+        dist = Dist.start(args.device)
     try:
-        data_folder = _open(args, artifact)
-        text, documents = _text(args.documents, data_folder)
+        with Progress("evaluate", 1, is_main=main_rank) as progress:
+            progress.doing = f"reading and checking {args.data}"
+            data_folder = _open(args, artifact)
+            text, documents = _text(args.documents, data_folder)
         scores = _score(args, artifact, data_folder, text, dist)
+        reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
     finally:
         dist.close()
     if dist.is_main:
         note = f"  (first {documents:,} documents only)" if documents else ""
         note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
+        note = (" with tilt" if args.tilt.on else "") + note
         for mode, s in scores.items():
             counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
             remark = args.settings.remark(mode)
+            counts += f" ({s.kept:,} of them scored before)" if s.kept else ""
             said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
             print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
         if args.json is not None:
-            _write(args.json, args, data_folder, documents, scores)
-    return 0
+            _write(args.json, args, data_folder, documents, scores, reports)
+    return 0 if all(report["legal"] for report in reports.values()) else 1
 
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
@@ -150,20 +210,101 @@ def _score(
     """Return the scores of all modes that were asked for."""
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
+    from pgolf.log import Progress
 
-    model = build_model(artifact, dist.device)
     # Compiling takes longer than a short text.
     worth = dist.device.type == "cuda" and text.tokens.size > SHORT_TEXT
-    model.prepare(dist.device, compile="blocks" if worth else "off")
+    with Progress("evaluate", 1, is_main=dist.is_main) as progress:
+        progress.doing = "choosing and compiling the attention"
+        model = build_model(artifact, dist.device)
+        model.prepare(dist.device, compile="blocks" if worth else "off")
     settings = args.settings
+    scores: dict[str, Score] = {}
+    for mode in dict.fromkeys(args.mode):
+        facts = _facts(args, mode, model, text, dist, compiled=worth)
+        with _sums(args, mode, facts, text, dist) as sums:
+            scores[mode] = score_as(
+                mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings, sums=sums
+            )
+    return scores
+
+
+def _facts(
+    args: Evaluate, mode: Method, model: GPT, text: ValidationText, dist: Dist, *, compiled: bool
+) -> dict[str, Any]:
+    """Return all on which the losses of a mode depend to the last bit; nothing without --sums."""
+    import torch
+
+    import pgolf
+    from pgolf.env import commit_name
+    from pgolf.evaluate.sums import text_sha256
+    from pgolf.files import file_sha256
+
+    if args.sums is None:
+        return {}
+    cuda = dist.device.type == "cuda"
     return {
-        mode: score_as(mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings)
-        for mode in dict.fromkeys(args.mode)
+        "way": mode,
+        "artifact": file_sha256(args.artifact),
+        "text": text_sha256(text),
+        **args.settings.settings_of(mode),
+        **({} if mode in ("ttt", "phased") else {"tokens": args.tokens}),
+        # What is learned on several ranks is a sum over them, whose rounding depends on their number.
+        "ranks": "any" if mode in ALONE else dist.world_size,
+        "device": torch.cuda.get_device_name(dist.device) if cuda else "cpu",
+        "attention": model.attention_name,
+        "compiled": compiled,
+        "torch": torch.__version__,
+        "pgolf": f"{pgolf.__version__} {commit_name(12) or ''}".strip(),
     }
 
 
+def _legality(
+    args: Evaluate, artifact: Artifact, data_folder: DataFolder, dist: Dist
+) -> dict[str, dict[str, Any]]:
+    """Return what the tests say of every way that was asked for, and print it."""
+    from pgolf.cli.legality import config_of, examine, verdict_line
+
+    if dist.world_size > 1:
+        raise UserError(
+            "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
+        )
+    config = dataclasses.replace(config_of(args.artifact), evaluate=args.settings)
+    reports: dict[str, dict[str, Any]] = {}
+    for way in dict.fromkeys(args.mode):
+        reports[way] = examine(args.artifact, artifact, data_folder, config, way=way, dist=dist)
+        print(verdict_line(reports[way]))
+    return reports
+
+
+@contextmanager
+def _sums(
+    args: Evaluate, mode: Method, facts: dict[str, Any], text: ValidationText, dist: Dist
+) -> Iterator[Sums | None]:
+    """Open the sums of a mode, if there is --sums, and say how much is in them."""
+    from pgolf.evaluate.sums import open_sums
+
+    if args.sums is None:
+        yield None
+        return
+    warm = {"ttt": args.ttt.warm_a, "phased": args.phases.adapters.warm_a}
+    fresh = warm.get(mode, mode not in (*ALONE, "sgd"))
+    with open_sums(args.sums, facts, dist, fresh=fresh) as sums:
+        if fresh:
+            say(f"{mode} begins anew: what it has learned from earlier documents is not kept in {args.sums}")
+        if sums.tokens:
+            total = text.tokens.size - 1
+            say(f"{mode} goes on: {args.sums} has {sums.tokens:,} of {total:,} tokens")
+        yield sums
+
+
 def _write(
-    path: Path, args: Evaluate, data_folder: DataFolder, documents: int, scores: dict[str, Score]
+    path: Path,
+    args: Evaluate,
+    data_folder: DataFolder,
+    documents: int,
+    scores: dict[str, Score],
+    reports: dict[str, dict[str, Any]],
 ) -> None:
     """Write the scores as JSON, with the data, the number of documents (0 means all) and the settings."""
     from pgolf.files import atomic_file
@@ -178,6 +319,7 @@ def _write(
             mode: dataclasses.asdict(score) | {"remark": args.settings.remark(mode)}
             for mode, score in scores.items()
         },
+        **({"legality": reports} if reports else {}),
     }
     with atomic_file(path) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from pgolf.cli.table import align
 from pgolf.config import Config, from_dict, read_json, to_dict
 from pgolf.config_versions import REMOVED, RENAMED, missing_note
 from pgolf.env import launch
@@ -38,6 +39,12 @@ def is_preset(name: str) -> bool:
     return (name in PRESETS or name in OLD_NAMES) and not Path(name).exists()
 
 
+def preset_of(number: str) -> str:
+    """Return the preset of a pull request, given as `1787` or `#1787`; empty if there is none."""
+    name = f"pr{number.removeprefix('#')}"
+    return name if name in PRESETS else ""
+
+
 def sets(words: list[str], setting: str) -> bool:
     """Return whether the words of a command line set the dotted name `setting`."""
     flags = {f"--{setting}", f"--{setting}".replace("_", "-")}
@@ -55,6 +62,8 @@ def load_base(name: str) -> Config:
         return PRESETS[name]()
     path = Path(name)
     if path.suffix != ".json" or not path.is_file():
+        if preset_of(name):
+            raise UserError(f"the preset of the pull request {name} is called {preset_of(name)}")
         raise UserError(
             f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a saved config.json; "
             "see `pgolf config --help`"
@@ -97,9 +106,12 @@ def parse_config(verb: str, args: list[str]) -> Config:
         ValueError: the first argument is not a preset or a file.
     """
     if not args or args[0].startswith("-"):
-        names = "\n".join(f"  {name:<8}{make.__doc__}" for name, make in PRESETS.items())
+        rows = align([(f"  {name}", str(make.__doc__)) for name, make in PRESETS.items()])
+        names = "\n".join(rows)
         short = ", ".join(f"{k} = {v}" for k, v in SHORT.items())
-        text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n\npresets:\n{names}\n\n"
+        text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n"
+        text += "       pgolf config A --diff B   the settings in which two of them differ\n"
+        text += f"\npresets (`pgolf presets NAME` says more):\n{names}\n\n"
         text += f"short names: {short}\nall settings: pgolf {verb} pr1855 --help"
         if args and args[0] in ("-h", "--help"):
             print(text)

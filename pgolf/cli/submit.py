@@ -31,8 +31,8 @@ class Submit(Entry):
     overwrite: bool = False
     """Replace an older submission in that folder."""
     although_illegal: bool = False
-    """Write the folder even if the report of `pgolf legality` in a run's folder says that a condition fails.
-    The folder then says so."""
+    """Write the folder even if the report of `pgolf legality` in a run's folder says that a condition fails,
+    or the headline is SLOT, which learns from what it then scores. The folder then says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

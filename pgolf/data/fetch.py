@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import shlex
 import time
 import urllib.error
@@ -38,7 +39,14 @@ PAUSE_S = 1.0
 """Seconds before the second attempt; each further pause is twice as long."""
 PROGRESS_S = 5.0
 LINKED_HASH = "X-Linked-Etag"
-"""Header in which the Hub states the SHA-256 of a large file, before it redirects to where the file is."""
+"""Header in which the Hub states the SHA-256 of a large file, before it redirects to where the file is. Of a
+file that is stored in git it is the SHA-1 of git's object (`hf_hub_url` of huggingface_hub 2.4.0)."""
+
+
+def stated_hash(headers: Any) -> str:
+    """Return the SHA-256 that the headers of an answer state; empty if they state none."""
+    stated = str(headers.get(LINKED_HASH, "")).removeprefix("W/").strip('"')
+    return stated if re.fullmatch("[0-9a-f]{64}", stated) else ""
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -51,7 +59,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         """Note the stated hash; the rest is the library's."""
-        self.stated = headers.get(LINKED_HASH, "").strip('"') or self.stated
+        self.stated = stated_hash(headers) or self.stated
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -123,7 +131,7 @@ class Download:
             self.part.unlink()
             return False
         with answer:
-            self.stated = redirects.stated or answer.headers.get(LINKED_HASH, "").strip('"') or self.stated
+            self.stated = redirects.stated or stated_hash(answer.headers) or self.stated
             more = have if answer.status == 206 else 0
             length = answer.headers.get("Content-Length")
             total = more + int(length) if length is not None else None

@@ -13,8 +13,8 @@ whole evaluator on a sample of the text, and compares losses and full distributi
   lesson, the losses up to that lesson are the same, and later ones are not.
 - once (C4): `predictor.read` found no token that was scored twice, out of order, or not at all.
 
-The evaluator runs in float32, where a text that is cut changes rounding only. What is not tested: that
-several ranks score as one does, and that the counted program gives the same score.
+The evaluator runs in float32, where a text that is cut changes rounding only; `rounding.py` measures how much
+that may be. `neighbours.py` tests other documents and ranks, `pgolf.report.reproduced` the counted program.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, Question, read
 
 ROUNDING = 1e-4
-"""Nats by which losses and logarithms may differ, from products of other shapes in float32."""
+"""Nats by which losses and logarithms may differ where it was not measured, see `rounding.py`."""
 SUM_ERROR = 1e-5
 """By which the sum of all probabilities may differ from 1."""
 PLACES = 6
@@ -45,7 +45,7 @@ PLACES = 6
 
 Make = Callable[[ValidationText], Pass]
 """Starts the evaluator on a text."""
-Verdict = Literal["ok", "accepted", "fails"]
+Verdict = Literal["ok", "accepted", "fails", "untested"]
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,21 @@ def trace(
     return Trace(losses, asked, taught, vectors, max(off), watched.changed, watched.lessons, error)
 
 
+def losses_of(run: Pass, text: ValidationText, dist: Dist, *, bos_id: int) -> tuple[NDArray[np.float64], str]:
+    """Return the loss of every token that this rank scores, NaN elsewhere, and what `read` refused."""
+    losses = np.full(text.tokens.size, np.nan)
+
+    def see(question: Question, distributions: Distributions, nats: Tensor) -> None:  # noqa: ARG001
+        for row, first, count in question.rows():
+            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().cpu().numpy()
+
+    try:
+        read(run._replace(label="legality"), text, dist, bos_id=bos_id, observe=see)
+    except (UserError, RunError) as e:
+        return losses, brief(e)
+    return losses, ""
+
+
 def _vectors(distributions: Distributions, rows: list[int], nats: Tensor) -> tuple[list[Tensor], float]:
     """Return the logarithms in some rows, and how far losses of several targets are from them."""
     at = torch.tensor(rows, device=nats.device)
@@ -195,7 +210,8 @@ def gap(a: Tensor, b: Tensor) -> float:
     return float(torch.nan_to_num(difference, nan=float("inf")).max()) if a.numel() else 0.0
 
 
-def _gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+def loss_gap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Return the same of losses."""
     return gap(torch.from_numpy(a), torch.from_numpy(b))
 
 
@@ -207,6 +223,8 @@ def check_way(
     vocab_size: int,
     dist: Dist,
     loose: bool = False,
+    tilted: bool = False,
+    limit: float = ROUNDING,
     seed: int = 0,
 ) -> list[Tested]:
     """Test all conditions on one evaluator.
@@ -219,19 +237,21 @@ def check_way(
         dist: the device; one rank.
         loose: the evaluator is known to fail the strict reading (on other text, if not on this); then the
             verdict is "accepted" if it meets the accepted one.
+        tilted: the evaluator reads earlier text for its hints, also of documents that it scores later.
+        limit: nats by which losses and logarithms may differ, from rounding.
         seed: of the places and replacements.
     """
-    probe = _Probe(make, text, bos_id, vocab_size, dist, np.random.default_rng(seed))
+    probe = _Probe(make, text, bos_id, vocab_size, dist, np.random.default_rng(seed), limit)
     base = probe.run(text)
     found = [_once(base)]
     if found[0].verdict == "fails":
         return found  # the losses of the others mean nothing
     return [
         *found,
-        _sum(base),
+        _sum(base, limit),
         _state(probe, base),
         _self(probe, base),
-        _future(probe, base, loose=loose),
+        _future(probe, base, loose=loose, tilted=tilted),
     ]
 
 
@@ -246,7 +266,9 @@ class _Probe:
         vocab_size: int,
         dist: Dist,
         rng: np.random.Generator,
+        limit: float,
     ) -> None:
+        self.limit = limit
         self.text, self._make, self._bos, self._vocab = text, make, bos_id, vocab_size
         self._dist, self._rng = dist, rng
         starts, lengths = document_bounds(text, bos_id)
@@ -276,16 +298,16 @@ def _once(base: Trace) -> Tested:
     return Tested("C4", "once", "fails" if base.error else "ok", text)
 
 
-def _sum(base: Trace) -> Tested:
+def _sum(base: Trace, limit: float) -> Tested:
     totals = [float(vector.exp().sum()) - 1 for vector in base.vectors.values()]
     worst = max(map(abs, totals), default=float("inf"))
-    good = worst <= SUM_ERROR and base.off <= ROUNDING
+    good = worst <= SUM_ERROR and base.off <= limit
     return Tested(
         "C2",
         "sum",
         "ok" if good else "fails",
         f"{len(totals)} distributions: the probabilities sum to 1 within {worst:.1g} (limit {SUM_ERROR:g}); "
-        f"the losses of 8 tokens tried in each are theirs within {base.off:.1g} nats (limit {ROUNDING:g})",
+        f"the losses of 8 tokens tried in each are theirs within {base.off:.1g} nats (limit {limit:.1g})",
     )
 
 
@@ -299,11 +321,11 @@ def _state(probe: _Probe, base: Trace) -> Tested:
         destroyed, skipped = (probe.run(probe.text, at, how) for how in ("destroy", "skip"))
         before = base.taught < at
         for other in (destroyed, skipped):
-            worst = _gap(base.losses[before][1:], other.losses[before][1:])
-            if worst > 0:
+            worst = loss_gap(base.losses[before][1:], other.losses[before][1:])
+            if worst > probe.limit:
                 text = f"a loss before lesson {at} depends on that lesson, by {worst:.1g} nats"
                 return Tested("C3", "state", "fails", text)
-        learns = _gap(base.losses[~before], skipped.losses[~before]) > ROUNDING
+        learns = loss_gap(base.losses[~before], skipped.losses[~before]) > probe.limit
         if learns and np.isfinite(destroyed.losses[~before]).all():
             text = "with everything that the predictor says it keeps destroyed, it still scores as before"
             return Tested("C3", "state", "fails", text)
@@ -322,19 +344,24 @@ def _self(probe: _Probe, base: Trace) -> Tested:
         other = probe.run(probe.changed(where))
         worst = max(worst, gap(base.vectors[place], other.vectors[place]))
     text = f"{len(probe.places)} tokens replaced: the distribution at each one's place moves by {worst:.1g}"
-    return Tested("C1", "self", "ok" if worst <= ROUNDING else "fails", f"{text} nats (limit {ROUNDING:g})")
+    verdict: Verdict = "ok" if worst <= probe.limit else "fails"
+    return Tested("C1", "self", verdict, f"{text} nats (limit {probe.limit:.1g})")
 
 
-def _future(probe: _Probe, base: Trace, *, loose: bool) -> Tested:
+def _future(probe: _Probe, base: Trace, *, loose: bool, tilted: bool) -> Tested:
     worst = _strict(probe, base)
-    limit = f"(limit {ROUNDING:g})"
+    limit = f"(limit {probe.limit:.1g})"
     text = f"text cut or replaced after a token: losses before it move by {worst:.1g} nats {limit}"
     if not loose:
-        return Tested("C1", "future", "ok" if worst <= ROUNDING else "fails", text)
-    worst = _processed(probe, base)
-    text = f"{LOOSE}; everything scored after a token replaced: losses of those scored before it move by "
-    text += f"{worst:.1g} nats {limit}"
-    return Tested("C1", "future", "accepted" if worst <= ROUNDING else "fails", text)
+        return Tested("C1", "future", "ok" if worst <= probe.limit else "fails", text)
+    worst = _processed(probe, base, tilted=tilted)
+    what = (
+        "everything that is scored after a token and comes later"
+        if tilted
+        else "everything scored after a token"
+    )
+    text = f"{LOOSE}; {what} replaced: losses of those scored before it move by {worst:.1g} nats {limit}"
+    return Tested("C1", "future", "accepted" if worst <= probe.limit else "fails", text)
 
 
 def _strict(probe: _Probe, base: Trace) -> float:
@@ -346,18 +373,20 @@ def _strict(probe: _Probe, base: Trace) -> float:
         others = [cut] if cut.bytes[1:].any() else []
         others += [probe.changed(np.arange(size) > place)] if number % 2 else []
         for other in map(probe.run, others):
-            worst = max(worst, _gap(base.losses[1 : place + 1], other.losses[1 : place + 1]))
+            worst = max(worst, loss_gap(base.losses[1 : place + 1], other.losses[1 : place + 1]))
     return worst
 
 
-def _processed(probe: _Probe, base: Trace) -> float:
-    """Return the largest change of a loss by tokens that are scored later."""
+def _processed(probe: _Probe, base: Trace, *, tilted: bool) -> float:
+    """Return the largest change of a loss by tokens that are scored later (and come later, if `tilted`)."""
     worst = 0.0
     for place in sorted(probe.places)[1::2]:
         which = base.asked[place]
-        other = probe.run(probe.changed(base.asked > which))
+        after = np.arange(base.asked.size) > place if tilted else np.ones(base.asked.size, dtype=np.bool_)
+        other = probe.run(probe.changed((base.asked > which) & after))
         before = (base.asked >= 0) & (base.asked <= which)
-        worst = max(worst, _gap(base.losses[before], other.losses[before]))
+        before &= ~after | (not tilted)
+        worst = max(worst, loss_gap(base.losses[before], other.losses[before]))
     return worst
 
 

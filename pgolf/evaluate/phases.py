@@ -28,9 +28,17 @@ from pgolf.config import PhasesConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
-from pgolf.evaluate.predictor import Lesson, Pass, Turn
+from pgolf.evaluate.predictor import Done, Lesson, Pass, Turn
 from pgolf.evaluate.sgd import Learner
-from pgolf.evaluate.ttt import Adapted, DocumentBatch, batch_turns, plan_batches, share_batches
+from pgolf.evaluate.ttt import (
+    Adapted,
+    DocumentBatch,
+    batch_turns,
+    left_over,
+    plan_batches,
+    share_batches,
+    worth_compiling,
+)
 from pgolf.log import Progress
 from pgolf.model.gpt import GPT
 
@@ -42,10 +50,15 @@ class Phased(Adapted):
         learner: the model that learns.
         phases: settings of the phases and of the adapters.
         documents: largest number of documents per batch.
+        compiled: as in `Adapted`.
     """
 
-    def __init__(self, learner: Learner, phases: PhasesConfig, *, documents: int) -> None:
-        super().__init__(learner.model, phases.adapters, documents=documents, caps=learner.caps)
+    def __init__(
+        self, learner: Learner, phases: PhasesConfig, *, documents: int, compiled: bool = False
+    ) -> None:
+        super().__init__(
+            learner.model, phases.adapters, documents=documents, caps=learner.caps, compiled=compiled
+        )
         self._learner, self._chunk = learner, phases.chunk_tokens
 
     def learn(self, lesson: Lesson) -> None:
@@ -113,30 +126,38 @@ def phased_pass(
     bos_id: int,
     context: int,
     phases: PhasesConfig,
+    done: Done | None = None,
+    compiled: bool | None = None,
 ) -> Pass:
     """Return the pass of test-time training with phases over a text.
 
     Args:
         model, text, dist, bos_id, context: as in `adapted_pass`.
         phases: settings of the phases and of the adapters.
+        done: see `Done`; such documents are not scored, but phases learn from them again. It is of no use
+            with adapters.warm_a.
+        compiled: as in `adapted_pass`.
 
     Raises:
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    parts = plan_phases(plan_batches(bounds[1], context, phases.adapters), phases)
+    whole = plan_batches(bounds[1], context, phases.adapters)
+    if compiled is None:
+        compiled = worth_compiling(whole, dist.device)
+    parts = plan_phases(whole, phases)
     turns: list[Turn] = []
-    room, done = 1, 0
+    room, past = 1, 0
     for number, part in enumerate(parts):
-        mine = share_batches(part, dist.rank, dist.world_size)
+        mine = share_batches(left_over(part, bounds, done), dist.rank, dist.world_size)
         room = max([room, *(batch.documents.size for batch in mine)])
         turns += [turn for batch in mine for turn in batch_turns(batch, bounds)]
-        done += sum(batch.documents.size for batch in part)
+        past += sum(batch.documents.size for batch in part)
         if number < len(parts) - 1:
-            read = np.concatenate([batch.documents for past in parts[: number + 1] for batch in past])
-            turns.append(Turn(passages=_passages(read, bounds, _boundary(phases, done))))
+            read = np.concatenate([batch.documents for old in parts[: number + 1] for batch in old])
+            turns.append(Turn(passages=_passages(read, bounds, _boundary(phases, past))))
     learner = Learner(model, phases, dist, context=context, two_caps=phases.two_caps)
-    return Pass(Phased(learner, phases, documents=room), turns, "phased")
+    return Pass(Phased(learner, phases, documents=room, compiled=compiled), turns, "phased")
 
 
 def _boundary(phases: PhasesConfig, done: int) -> int:

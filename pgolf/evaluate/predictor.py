@@ -30,6 +30,8 @@ from pgolf.log import Progress
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from pgolf.evaluate.sums import Sums
+
 LONG_WORK = 1_000_000
 """Window tokens of this rank from which on a first line of progress is printed before any work is done."""
 
@@ -46,6 +48,10 @@ class Inputs(NamedTuple):
     asked: int
     """Rows are wanted of the last `asked` tokens of each of the windows, which all have `width` tokens; 0: of
     all T tokens."""
+    positions: Tensor
+    """`(R,)` int64, where the inputs of the rows are in the text; -1 for padding."""
+    lane: int = 0
+    """Place of the first window's document among those that were begun together."""
 
 
 class Distributions(Protocol):
@@ -97,33 +103,45 @@ class Question(NamedTuple):
     """Tokens of the buffer into which the windows are packed; 0: each is padded to `width` tokens."""
     asked: int = 0
     """Of padded windows: `width` minus the tokens before `first`, the same in all of them."""
+    lane: int = 0
+    """See `Inputs`."""
 
     @property
     def work(self) -> int:
         """Tokens of the windows."""
         return int((self.windows[:, 2] - self.windows[:, 0]).sum())
 
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """`(K,)` rows of the distributions that each window has, one after another."""
+        if not self.size:
+            return np.full(len(self.windows), self.asked)
+        return self.windows[:, 2] - self.windows[:, 0]
+
     def tensors(self, text: ValidationText, device: torch.device) -> tuple[Inputs, Tensor]:
         """Return what the predictor sees, and the targets `(R,)`, -100 where none is asked for."""
-        ids, targets, cu_seqlens = self._packed(text) if self.size else self._padded(text)
-        ids, targets, cu_seqlens = (t.to(device, non_blocking=True) for t in (ids, targets, cu_seqlens))
-        return Inputs(ids, cu_seqlens, self.width, self.asked), targets
+        made = self._packed(text) if self.size else self._padded(text)
+        ids, targets, cu_seqlens, positions = (t.to(device, non_blocking=True) for t in made)
+        return Inputs(ids, cu_seqlens, self.width, self.asked, positions, self.lane), targets
 
-    def _packed(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor]:
+    def _packed(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ids = torch.zeros(self.size, dtype=torch.int64)
+        positions = torch.full((self.size,), -1)
         targets = torch.full((self.size,), IGNORED_TARGET, dtype=torch.int64)
         starts, at = [], 0
         for begin, first, end in self.windows.tolist():
             tokens = torch.from_numpy(text.tokens[begin : end + 1].astype(np.int64))
             stop = at + end - begin
             ids[at:stop] = tokens[:-1]
+            positions[at:stop] = torch.arange(begin, end)
             targets[at + first - begin : stop] = tokens[1 + first - begin :]
             starts.append(at)
             at = stop
         bounds = np.array(starts if at == self.size else [*starts, at], dtype=np.int64)
-        return ids, targets, padded_cu_seqlens(cut_segments(bounds, self.size, self.width), self.size)
+        cu_seqlens = padded_cu_seqlens(cut_segments(bounds, self.size, self.width), self.size)
+        return ids, targets, cu_seqlens, positions
 
-    def _padded(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor]:
+    def _padded(self, text: ValidationText) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         begin, _, end = (column[:, None] for column in self.windows.T)
         at = begin + np.arange(self.width)
         inside = at < end
@@ -131,12 +149,14 @@ class Question(NamedTuple):
         # The tokens are unsigned, and -100 is not.
         ids, after = (text.tokens[np.minimum(at + k, last)].astype(np.int64) for k in (0, 1))
         ids, after = np.where(inside, ids, 0), np.where(inside, after, IGNORED_TARGET)
-        targets = after[:, self.width - self.asked :]
+        rows = slice(self.width - self.asked, None)
+        targets, positions = after[:, rows], np.where(inside, at, -1)[:, rows]
         starts = np.arange(0, ids.size + 1, self.width, dtype=np.int32)
         return (
             torch.from_numpy(ids).flatten(),
             torch.from_numpy(np.ascontiguousarray(targets)).flatten(),
             torch.from_numpy(starts),
+            torch.from_numpy(np.ascontiguousarray(positions)).flatten(),
         )
 
     def rows(self) -> Iterator[tuple[int, int, int]]:
@@ -157,6 +177,8 @@ class Turn(NamedTuple):
     """See `Lesson`; 0: nothing is learned from the last question."""
     passages: NDArray[np.int64] | None = None
     """`(P, 2)` inputs [begin, end) of parts of the text to be learned, the same on all ranks; None: none."""
+    settles: bool = True
+    """Whether what was scored up to here need not be scored again after an interruption."""
 
 
 class Pass(NamedTuple):
@@ -173,8 +195,18 @@ Observe = Callable[[Question, Distributions, Tensor], None]
 """Called with every question, its distributions and its losses `(R,)`, after they were counted."""
 
 
+Done = Callable[[NDArray[np.int64]], bool]
+"""Tells whether the targets of windows, `(K, 3)` as in `Question`, were scored before an interruption."""
+
+
 def read(
-    run: Pass, text: ValidationText, dist: Dist, *, bos_id: int, observe: Observe | None = None
+    run: Pass,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    bos_id: int,
+    observe: Observe | None = None,
+    sums: Sums | None = None,
 ) -> Score:
     """Score the text: ask, count, and only then let the predictor learn.
 
@@ -184,40 +216,69 @@ def read(
         dist: ranks that share the work; every rank must call this.
         bos_id: the id that starts a document.
         observe: see `Observe`.
+        sums: where sums are kept; the pass leaves out what is `done` there, and all the rest is scored.
 
     Raises:
         ValueError: the text is empty; a token is scored twice, not at all, out of order, or in a window of
             two documents; or something is to be learned that is not scored yet.
         RuntimeError: a loss is NaN or infinite.
     """
-    predictor, tally = run.predictor, Tally(dist, text, bos_id=bos_id)
+    tally = Tally(dist, text, bos_id=bos_id)
+    if sums is not None and dist.is_main:
+        tally.resume(sums.before)
     work = sum(question.work for turn in run.turns for question in turn.questions)
-    progress = Progress(run.label, work, is_main=dist.is_main)
-    if work >= LONG_WORK:
-        progress.begin(f"{text.tokens.size - 1:,} tokens to score, {work:,} to read on this rank")
-    for turn in run.turns:
-        if turn.begins:
-            predictor.begin()
-        nats = None
-        for question in turn.questions:
-            inputs, targets = question.tensors(text, dist.device)
-            with torch.set_grad_enabled(turn.learners > 0):
-                distributions = predictor.predict(inputs)
-                nats = distributions.nats(targets)
-            tally.add(question.windows, nats.detach())
-            if observe is not None:
-                observe(question, distributions, nats.detach())
-            del distributions
-            progress.advance(question.work, lambda: f"{tally.so_far():.4f} bpb")
-        if turn.passages is not None:
-            tally.check_scored(turn.passages)
-        if turn.learners or turn.passages is not None:
-            passages = [] if turn.passages is None else turn.passages.tolist()
-            told = [torch.from_numpy(text.tokens[a : b + 1].astype(np.int64)) for a, b in passages]
-            predictor.learn(
-                Lesson(nats if turn.learners else None, turn.learners, [t.to(dist.device) for t in told])
-            )
+    with Progress(run.label, max(work, 1), is_main=dist.is_main) as progress:
+        if work >= LONG_WORK:
+            progress.begin(f"{text.tokens.size - 1:,} tokens to score, {work:,} to read on this rank")
+        for turn in run.turns:
+            nats = _ask(run.predictor, turn, text, dist, tally, progress, observe)
+            _teach(run.predictor, turn, nats, text, dist, tally)
+            piece = tally.settle() if turn.settles else None
+            if piece is not None and sums is not None:
+                sums.add(piece)
+        if sums is not None:
+            sums.flush()
     return tally.total()
+
+
+def _ask(
+    predictor: Predictor,
+    turn: Turn,
+    text: ValidationText,
+    dist: Dist,
+    tally: Tally,
+    progress: Progress,
+    observe: Observe | None,
+) -> Tensor | None:
+    """Ask and count all questions of a turn; return the losses of the last one, with their graph."""
+    if turn.begins:
+        predictor.begin()
+    nats = None
+    for number, question in enumerate(turn.questions, 1):
+        inputs, targets = question.tensors(text, dist.device)
+        with torch.set_grad_enabled(turn.learners > 0 and number == len(turn.questions)):
+            distributions = predictor.predict(inputs)
+            nats = distributions.nats(targets)
+        tally.add(question.windows, question.sizes, nats.detach())
+        if observe is not None:
+            observe(question, distributions, nats.detach())
+        del distributions
+        progress.advance(question.work, lambda: f"{tally.so_far():.4f} bpb")
+    return nats
+
+
+def _teach(
+    predictor: Predictor, turn: Turn, nats: Tensor | None, text: ValidationText, dist: Dist, tally: Tally
+) -> None:
+    """Let the predictor learn what a turn says, of what is in the tally."""
+    if turn.passages is not None:
+        tally.check_scored(turn.passages)
+    if turn.learners or turn.passages is not None:
+        passages = [] if turn.passages is None else turn.passages.tolist()
+        told = [torch.from_numpy(text.tokens[a : b + 1].astype(np.int64)) for a, b in passages]
+        predictor.learn(
+            Lesson(nats if turn.learners else None, turn.learners, [t.to(dist.device) for t in told])
+        )
 
 
 @contextmanager

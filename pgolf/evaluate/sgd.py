@@ -27,7 +27,7 @@ from pgolf.data.loader import ValidationText, padded_cu_seqlens
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.predictor import Lesson, Pass, Turn
+from pgolf.evaluate.predictor import Done, Lesson, Pass, Turn
 from pgolf.evaluate.sliding import Fixed, sliding_windows, window_questions
 from pgolf.model.gpt import GPT, uncompiled
 
@@ -159,6 +159,7 @@ def sgd_pass(
     batch_tokens: int,
     config: SgdConfig,
     whole: int = 0,
+    done: Done | None = None,
 ) -> Pass:
     """Return the pass of score-first SGD over a text.
 
@@ -170,6 +171,7 @@ def sgd_pass(
         config: settings.
         whole: tokens of the text whose number of chunks sets the rate; 0: `text`. The beginning of a text has
             the scores that it has in the whole text only with the same number.
+        done: see `Done`; what is done is not scored, but learned again.
 
     Raises:
         ValueError: as in `sliding_windows`.
@@ -185,7 +187,11 @@ def sgd_pass(
         # Every rank gets equal parts of the chunk, as all of them must have scored it before it is learned.
         first, last = (low + (high - low) * (dist.rank + k) // dist.world_size for k in (0, 1))
         questions = window_questions(
-            windows[first:last], context=context, batch_tokens=max(batch_tokens, context), device=dist.device
+            windows[first:last],
+            context=context,
+            batch_tokens=max(batch_tokens, context),
+            device=dist.device,
+            done=done,
         )
         passages = None if end == inputs else _documents_in(bounds[0], begin, end)
         turns.append(Turn(questions, passages=passages))

@@ -21,7 +21,7 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import Head
-from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Question, Turn
+from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Question, Turn
 from pgolf.model.gpt import GPT
 
 CPU = torch.device("cpu")
@@ -88,20 +88,23 @@ def window_questions(
     device: torch.device = CPU,
     rank: int = 0,
     world_size: int = 1,
+    done: Done | None = None,
 ) -> list[Question]:
-    """Return this rank's buffers of whole windows as questions; buffer b belongs to rank b mod world_size.
+    """Return this rank's buffers of whole windows as questions; each goes to the next rank.
 
     Args:
         windows, context, batch_tokens: as in `window_buffers`.
         device: where the model runs; the length of the last buffer depends on it (`buffer_size`).
         rank, world_size: select this rank's buffers.
+        done: see `Done`; such buffers are left out.
 
     Raises:
         ValueError: batch_tokens < context.
     """
     buffers = window_buffers(windows, context=context, batch_tokens=batch_tokens)
+    left = [i for i, (inside, _) in enumerate(buffers) if done is None or not done(inside)]
     questions = []
-    for index in range(rank, len(buffers), world_size):
+    for index in left[rank::world_size]:
         inside, count = buffers[index]
         last = index == len(buffers) - 1
         size = buffer_size(count, batch_tokens, first=index == 0, last=last, device=device)
@@ -145,6 +148,7 @@ def window_pass(
     context: int,
     stride: int,
     batch_tokens: int,
+    done: Done | None = None,
 ) -> Pass:
     """Return the pass of a sliding window over a text.
 
@@ -157,6 +161,7 @@ def window_pass(
         stride: tokens by which windows move, in [1, context]; context: plain scoring.
         batch_tokens: largest number of tokens per forward pass (at least one window); it changes speed and
             memory, not the score.
+        done: see `Done`.
 
     Raises:
         ValueError: as in `sliding_windows`.
@@ -169,6 +174,7 @@ def window_pass(
         device=dist.device,
         rank=dist.rank,
         world_size=dist.world_size,
+        done=done,
     )
     label = "plain" if stride == context else f"sliding, stride {stride}"
     return Pass(Fixed(model), [Turn([question]) for question in questions], label)

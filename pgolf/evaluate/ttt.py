@@ -24,7 +24,8 @@ Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -36,8 +37,10 @@ from pgolf.config import TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
 from pgolf.evaluate.documents import document_bounds
+from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
-from pgolf.evaluate.predictor import Inputs, Lesson, Pass, Question, Turn
+from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Predictor, Question, Turn
+from pgolf.model.adapted import compile_adapted
 from pgolf.model.gpt import GPT, layer_order, uncompiled
 from pgolf.model.lora import bind, initial_adapters
 
@@ -82,40 +85,75 @@ class DocumentBatch:
     """`(n,)` indices of the documents, the longest first."""
     chunks: list[Chunk]
     """The chunks of the longest document."""
-    tokens: int
-    """Window tokens of all chunks and documents."""
+    cost: float
+    """What reading them takes, in units of a token of a short window."""
+
+
+MOST_SHARE = 1 / 12
+"""Largest part of the cost of all documents that a batch may have, so that eight ranks can share the work."""
+LEAST_COST = 1e6
+"""Cost below which batches are not made smaller: a second or two on a GPU."""
+ATTENTION_WIDTH = 4096
+"""Tokens of a window at which attention costs a token as much as everything else (counted)."""
+DOCUMENT_COST = 128
+"""Cost of the optimizer's step on one document's adapters (counted from the bytes that it moves)."""
+STEP_COST = 8192
+"""Least cost of a step: below it, launching its kernels takes longer than running them (counted)."""
+
+
+COMPILE_COST = 3e7
+"""Cost of all batches from which on compiling is worth its time (estimated)."""
+
+
+def step_cost(documents: int, width: int) -> float:
+    """Return the cost of a step on some documents with windows of `width` tokens."""
+    return max(documents * (width * (1 + width / ATTENTION_WIDTH) + DOCUMENT_COST), STEP_COST)
 
 
 def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) -> list[DocumentBatch]:
     """Group documents of similar length so that a forward pass has at most batch_tokens tokens.
 
-    A batch of a single document may have more.
+    A batch of a single document may have more. A batch that has too much of the cost of all documents, as the
+    one with the longest has, gets half of its documents, as often as necessary. The batches do not depend on
+    the number of ranks.
 
     Args:
         lengths: `(n,)` number of targets of each document, all >= 1.
         context: tokens of the longest window.
     """
     order = np.argsort(-lengths, kind="stable")
-    batches, first = [], 0
-    while first < order.size:
-        chunks = plan_chunks(int(lengths[order[first]]), context, config)
-        widest = max(c.end - c.start for c in chunks)
-        count = max(1, min(config.batch_documents, config.batch_tokens // widest))
+
+    def batch(first: int, count: int, chunks: list[Chunk]) -> DocumentBatch:
         documents = order[first : first + count]
         read = [int((lengths[documents] > c.begin).sum()) for c in chunks]
-        work = sum(n * (c.end - c.start) for n, c in zip(read, chunks, strict=True))
-        batches.append(DocumentBatch(documents, chunks, work))
-        first += count
-    return batches
+        cost = sum(step_cost(n, c.end - c.start) for n, c in zip(read, chunks, strict=True))
+        return DocumentBatch(documents, chunks, cost)
+
+    def plan(limit: float) -> list[DocumentBatch]:
+        batches, first = [], 0
+        while first < order.size:
+            chunks = plan_chunks(int(lengths[order[first]]), context, config)
+            widest = max(c.end - c.start for c in chunks)
+            count = max(1, min(config.batch_documents, config.batch_tokens // widest))
+            found = batch(first, count, chunks)
+            while found.cost > limit and count > 1:
+                count = max(1, min(count - 1, int(count * limit / found.cost)))
+                found = batch(first, count, chunks)
+            batches.append(found)
+            first += count
+        return batches
+
+    whole = plan(float("inf"))
+    return plan(max(LEAST_COST, MOST_SHARE * sum(found.cost for found in whole)))
 
 
 def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> list[DocumentBatch]:
-    """Return this rank's batches; the largest comes first, and each goes to the rank with the least work."""
-    load = [0] * world_size
+    """Return this rank's batches; the most costly comes first, and each goes to the rank with the least."""
+    load = [0.0] * world_size
     mine = []
-    for batch in sorted(batches, key=lambda b: -b.tokens):
+    for batch in sorted(batches, key=lambda b: -b.cost):
         to = load.index(min(load))
-        load[to] += batch.tokens
+        load[to] += batch.cost
         if to == rank:
             mine.append(batch)
     return mine
@@ -124,20 +162,29 @@ def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> l
 class AdapterState:
     """Float32 adapters of many documents with their second moments, and AdamW on the first ones of them.
 
+    Where the model computes in another dtype, there is a copy in that dtype, which the model reads.
+
     Args:
-        model: determines the sizes, the device and the number of executed layers.
+        model: determines the sizes, the dtype, the device and the number of executed layers.
         config: rank, learning rate and the other settings.
         documents: largest number of documents.
+        compiled: take the step in compiled kernels, which read and write every tensor once.
     """
 
-    def __init__(self, model: GPT, config: TttConfig, documents: int) -> None:
+    def __init__(self, model: GPT, config: TttConfig, documents: int, *, compiled: bool = False) -> None:
         slots = sum(map(len, layer_order(model.config, loop=True)))
-        device = model.tok_emb.device
+        device, dtype = model.tok_emb.device, model.compute_dtype
         self._config = config
         start = initial_adapters(model.config, slots, config.rank, seed=config.seed, places=config.places)
         self._start = {name: t.to(device) for name, t in start.items()}
         self._values = {n: t.new_empty((documents, *t.shape)) for n, t in self._start.items()}
         self._squares = {n: torch.empty_like(t) for n, t in self._values.items()}
+        self._copies = self._values
+        if dtype != torch.float32:
+            self._copies = {n: torch.empty_like(t, dtype=dtype) for n, t in self._values.items()}
+        self._adamw: Callable[..., None] | None = None
+        if compiled:
+            self._adamw = torch.compile(adamw, fullgraph=True, dynamic=False)
         self._steps = 0
         self.reset(warm=False)
 
@@ -150,35 +197,72 @@ class AdapterState:
         for name, start in self._start.items():
             if not (warm and name.endswith("_a")):
                 self._values[name].copy_(start.expand_as(self._values[name]))
+                self._copies[name].copy_(self._values[name])
             self._squares[name].zero_()
         self._steps = 0
 
     def tensors(self) -> list[Tensor]:
         """Return everything that changes."""
-        return [*self._values.values(), *self._squares.values()]
+        copies = [] if self._copies is self._values else self._copies.values()
+        return [*self._values.values(), *self._squares.values(), *copies]
 
-    def leaves(self, count: int) -> dict[str, Tensor]:
-        """Return the adapters of the first `count` documents as autograd leaves that share their memory."""
-        return {n: t[:count].detach().requires_grad_() for n, t in self._values.items()}
+    def leaves(self, count: int, first: int = 0) -> dict[str, Tensor]:
+        """Return the adapters of `count` documents as autograd leaves that share their memory."""
+        return {n: t[first : first + count].detach().requires_grad_() for n, t in self._copies.items()}
 
     @torch.no_grad()
     def step(self, gradients: dict[str, Tensor], count: int) -> None:
-        """Take one step of AdamW with beta1 = 0 on the adapters of the first `count` documents.
-
-        v <- beta2 v + (1 - beta2) g^2;  p <- (1 - lr wd) p - lr g / (sqrt(v / (1 - beta2^t)) + eps)
+        """Take one step of AdamW with beta1 = 0 on the adapters of the first `count` documents, see `adamw`.
 
         Args:
             gradients: of the `leaves`, `(N, ...)` with N >= count.
             count: number of documents that learn.
         """
-        c = self._config
         self._steps += 1
-        correction = 1 - c.beta2**self._steps
-        for name, gradient in gradients.items():
-            g, v, p = gradient[:count], self._squares[name][:count], self._values[name][:count]
-            v.mul_(c.beta2).addcmul_(g, g, value=1 - c.beta2)
-            p.mul_(1 - c.lr * c.weight_decay)
-            p.addcdiv_(g, v.div(correction).sqrt_().add_(c.eps), value=-c.lr)
+        groups = (self._values, self._squares, gradients, self._copies)
+        values, squares, found, copies = ([group[n][:count] for n in gradients] for group in groups)
+        correction = 1 - self._config.beta2**self._steps
+        if self._adamw is not None and count > 1:  # a size of 1 would need a graph of its own
+            for t in (*values, *squares, *found, *copies):
+                torch._dynamo.mark_dynamic(t, 0)
+            # A tensor, because the compiler makes a constant of a number.
+            number = torch.full((), correction, device=values[0].device)
+            self._adamw(values, squares, found, copies, self._config, number)
+        else:
+            adamw(values, squares, found, copies, self._config, correction)
+
+
+def adamw(
+    values: list[Tensor],
+    squares: list[Tensor],
+    gradients: list[Tensor],
+    copies: list[Tensor],
+    config: TttConfig,
+    correction: float | Tensor,
+) -> None:
+    """Take one step of AdamW without momentum on lists of tensors, with few launches for all of them.
+
+    v <- beta2 v + (1 - beta2) g^2;  p <- (1 - lr wd) p - lr g / (sqrt(v / (1 - beta2^t)) + eps)
+
+    Args:
+        values, squares: float32, p and v; updated.
+        gradients: g, in the dtype of `copies`.
+        copies: p rounded to the compute dtype; updated. In float32 it has the tensors of `values`.
+        config: lr, weight decay wd, beta2 and eps.
+        correction: 1 - beta2^t.
+    """
+    c = config
+    same = gradients[0].dtype == values[0].dtype
+    g = gradients if same else [t.to(torch.float32) for t in gradients]
+    torch._foreach_mul_(squares, c.beta2)
+    torch._foreach_addcmul_(squares, g, g, value=1 - c.beta2)
+    torch._foreach_mul_(values, 1 - c.lr * c.weight_decay)
+    roots = torch._foreach_div(squares, correction)
+    torch._foreach_sqrt_(roots)
+    torch._foreach_add_(roots, c.eps)
+    torch._foreach_addcdiv_(values, g, roots, value=-c.lr)
+    if not same:
+        torch._foreach_copy_(copies, values)
 
 
 class Adapted:
@@ -189,11 +273,22 @@ class Adapted:
         config: settings.
         documents: largest number of documents per batch.
         caps: `(2,)` caps of the logits above and below 0, None for those of the model; they may change.
+        compiled: compile the blocks and the optimizer, see `compile_adapted`.
     """
 
-    def __init__(self, model: GPT, config: TttConfig, *, documents: int, caps: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        config: TttConfig,
+        *,
+        documents: int,
+        caps: Tensor | None = None,
+        compiled: bool = False,
+    ) -> None:
+        if compiled:  # of the same weights, so that others may use the model as it is
+            model = compile_adapted(uncompiled(model, context=model.config.max_context))
         self._model, self._config, self._caps = model, config, caps
-        self._state = AdapterState(model, config, documents)
+        self._state = AdapterState(model, config, documents, compiled=compiled)
         self._leaves: dict[str, Tensor] = {}
 
     def begin(self) -> None:
@@ -204,7 +299,7 @@ class Adapted:
         """Return the distributions in the last tokens of each document's window."""
         model, config, width = self._model, self._config, inputs.width
         count = inputs.ids.numel() // width
-        self._leaves = self._state.leaves(count)
+        self._leaves = self._state.leaves(count, inputs.lane)
         adapters = bind(self._leaves, model.config, model.compute_dtype, scale=config.alpha / config.rank)
         hidden, table = model.hidden(
             inputs.ids, inputs.cu_seqlens, max_seqlen=width, loop=True, adapters=adapters
@@ -227,6 +322,11 @@ class Adapted:
         return self._state.tensors()
 
 
+SPLIT_TOKENS = 8192
+"""Window tokens of documents that end in a chunk from which on they are scored apart and without gradients:
+fewer do not keep a GPU busy. That saves 3.5 % of the backward pass on the project's validation text."""
+
+
 def batch_turns(batch: DocumentBatch, bounds: tuple[NDArray[np.int64], NDArray[np.int64]]) -> list[Turn]:
     """Return the turns that read a batch of documents, one for each chunk.
 
@@ -240,14 +340,46 @@ def batch_turns(batch: DocumentBatch, bounds: tuple[NDArray[np.int64], NDArray[n
         reading = int((lengths > chunk.begin).sum())
         here, ends = starts[:reading], np.minimum(chunk.end, lengths[:reading])
         windows = np.stack((here + chunk.start, here + chunk.begin, here + ends), axis=1)
-        question = Question(windows, chunk.end - chunk.start, asked=chunk.end - chunk.begin)
+        width, asked = chunk.end - chunk.start, chunk.end - chunk.begin
         learning = int((lengths > chunk.end).sum())
-        turns.append(Turn([question], begins=chunk.begin == 0, learners=learning))
+        parts = [(0, reading)]
+        if learning and (reading - learning) * width >= SPLIT_TOKENS:
+            parts = [(learning, reading), (0, learning)]
+        questions = [Question(windows[a:b], width, asked=asked, lane=a) for a, b in parts]
+        last = chunk is batch.chunks[-1]
+        turns.append(Turn(questions, begins=chunk.begin == 0, learners=learning, settles=last))
     return turns
 
 
+def left_over(
+    batches: list[DocumentBatch], bounds: tuple[NDArray[np.int64], NDArray[np.int64]], done: Done | None
+) -> list[DocumentBatch]:
+    """Return the batches that are not done, see `Done`."""
+    if done is None:
+        return batches
+
+    def windows(batch: DocumentBatch) -> NDArray[np.int64]:
+        starts, lengths = (of[batch.documents] for of in bounds)
+        return np.stack((starts, starts, starts + lengths), axis=1)
+
+    return [batch for batch in batches if not done(windows(batch))]
+
+
+def worth_compiling(batches: list[DocumentBatch], device: torch.device) -> bool:
+    """Tell whether compiling takes less time than it saves; the same before and after an interruption."""
+    return device.type == "cuda" and sum(batch.cost for batch in batches) >= COMPILE_COST
+
+
 def adapted_pass(
-    model: GPT, text: ValidationText, dist: Dist, *, bos_id: int, context: int, config: TttConfig
+    model: GPT,
+    text: ValidationText,
+    dist: Dist,
+    *,
+    bos_id: int,
+    context: int,
+    config: TttConfig,
+    done: Done | None = None,
+    compiled: bool | None = None,
 ) -> Pass:
     """Return the pass of test-time training over a text.
 
@@ -259,13 +391,23 @@ def adapted_pass(
         bos_id: the id that starts a document.
         context: tokens of the longest window.
         config: settings.
+        done: see `Done`; it is of no use with config.warm_a.
+        compiled: see `Adapted`; None: on a GPU if the text is long, see `worth_compiling`.
 
     Raises:
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    batches = plan_batches(bounds[1], context, config)
+    whole = plan_batches(bounds[1], context, config)
+    if compiled is None:
+        compiled = worth_compiling(whole, dist.device)
+    batches = left_over(whole, bounds, done)
     mine = share_batches(batches, dist.rank, dist.world_size)
     room = max((batch.documents.size for batch in mine), default=1)
-    predictor = Adapted(uncompiled(model, context=context), config, documents=room)
+    plain = uncompiled(model, context=context)
+    members = [
+        Adapted(plain, replace(config, seed=config.seed + k), documents=room, compiled=compiled)
+        for k in range(config.members)
+    ]
+    predictor: Predictor = members[0] if config.members == 1 else Ensemble(members)
     return Pass(predictor, [turn for batch in mine for turn in batch_turns(batch, bounds)], "ttt")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pgolf.config import METHODS, EvaluateConfig, Method
 from pgolf.data.challenge import known_text
@@ -19,12 +19,17 @@ from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.documents import first_documents
 from pgolf.evaluate.phases import phased_pass
-from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.predictor import Done, Pass, evaluating, read
 from pgolf.evaluate.sgd import sgd_pass
 from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.slot import slot_pass
+from pgolf.evaluate.tilt import Tilted
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.files import file_sha256
 from pgolf.model.gpt import GPT
+
+if TYPE_CHECKING:
+    from pgolf.evaluate.sums import Sums
 
 PLAIN = EvaluateConfig()
 """Settings with the model's own context, for plain scores."""
@@ -133,23 +138,27 @@ def score_as(
     *,
     batch_tokens: int,
     settings: EvaluateConfig = PLAIN,
+    sums: Sums | None = None,
 ) -> Score:
     """Return the score of `model` on `text`, with checked counts.
 
     Args:
         way: "plain" cuts documents into segments, "sliding" moves a window over each document, "ttt" lets
             adapters learn each document, "sgd" lets the model learn each chunk of the text, "phased" lets
-            adapters learn each document and the model learn scored documents.
+            adapters learn each document and the model learn scored documents, "slot" and "causal_slot" fit
+            a shift of the states to each window, the former to what it then scores, which is not allowed.
         model: prepared on dist.device.
         text: from `data_folder.validation`.
         dist: ranks that share the work.
         batch_tokens: tokens per forward pass of plain and sliding windows.
         settings: stride, context, and the settings of each way.
+        sums: keeps sums on disk, and has those of an interrupted evaluation, see `sums.py`.
     """
     bos_id = data_folder.tokenizer.bos_id
+    more: dict[str, Any] = {"batch_tokens": batch_tokens, "settings": settings, "done": sums and sums.done}
     with evaluating(model), widened(model, settings.context):
-        run = start_pass(way, model, text, dist, bos_id=bos_id, batch_tokens=batch_tokens, settings=settings)
-        return read(run, text, dist, bos_id=bos_id)
+        run = start_pass(way, model, text, dist, bos_id=bos_id, **more)
+        return read(run, text, dist, bos_id=bos_id, sums=sums)
 
 
 def start_pass(
@@ -162,6 +171,7 @@ def start_pass(
     batch_tokens: int,
     settings: EvaluateConfig,
     whole: int = 0,
+    done: Done | None = None,
 ) -> Pass:
     """Return what `predictor.read` needs to score `text`.
 
@@ -169,6 +179,7 @@ def start_pass(
         way, model, text, dist, batch_tokens, settings: as in `score_as`.
         bos_id: the id that starts a document.
         whole: see `sgd_pass`.
+        done: see `Done`.
 
     Raises:
         ValueError: the text has no BOS, or a setting does not fit.
@@ -176,15 +187,26 @@ def start_pass(
     if way not in METHODS:
         raise UserError(f"a way to score must be one of {METHODS}, got {way!r}")
     context = settings.context or model.config.max_context
-    where: dict[str, Any] = {"bos_id": bos_id, "context": context}
+    where: dict[str, Any] = {"bos_id": bos_id, "context": context, "done": done}
+    windows: dict[str, Any] = {
+        "batch_tokens": batch_tokens,
+        "stride": context if way == "plain" else settings.stride,
+    }
     if way == "ttt":
-        return adapted_pass(model, text, dist, config=settings.adapters, **where)
-    if way == "phased":
-        return phased_pass(model, text, dist, phases=settings.phases, **where)
-    where |= {"batch_tokens": batch_tokens, "stride": context if way == "plain" else settings.stride}
-    if way == "sgd":
-        return sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where)
-    return window_pass(model, text, dist, **where)
+        run = adapted_pass(model, text, dist, config=settings.adapters, **where)
+    elif way == "phased":
+        run = phased_pass(model, text, dist, phases=settings.phases, **where)
+    elif way == "sgd":
+        run = sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where, **windows)
+    elif way in ("slot", "causal_slot"):
+        causal = way == "causal_slot"
+        run = slot_pass(model, text, dist, config=settings.slot, causal=causal, **where, **windows)
+    else:
+        run = window_pass(model, text, dist, **where, **windows)
+    if not settings.tilt.on:
+        return run
+    tilted = Tilted(run.predictor, text, settings.tilt, dist.device)
+    return run._replace(predictor=tilted, label=f"{run.label} with tilt")
 
 
 @contextmanager

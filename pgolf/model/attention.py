@@ -74,7 +74,7 @@ def _varlen_has_gqa_flag() -> bool:
 
 # Asked when this module is loaded, because torch.compile does not follow `inspect`; and only where the kernel
 # can run, because its module loads torch's compiler, which takes longer than all of pgolf.
-_VARLEN_HAS_GQA_FLAG = torch.backends.cuda.is_built() and _varlen_has_gqa_flag()
+_VARLEN_HAS_GQA_FLAG = torch.backends.cuda.is_built() and _varlen_has_gqa_flag()  # type: ignore[no-untyped-call]
 
 
 def find_fa4() -> Peer:

@@ -257,7 +257,7 @@ class GPT(nn.Module):
     value_scale: nn.Parameter
     value_layer_scale: nn.Parameter
     bank_names: tuple[str, ...] = ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank")
-    """Parameters for Muon; a model with projections of tables has more of them."""
+    """Parameters for Muon. The projections of further tables are not among them, as in published stacks."""
     embed_names: tuple[str, ...] = ("tok_emb",)
     """Embeddings; a model with further tables has more of them."""
     attention_name: AttentionName
@@ -282,7 +282,6 @@ class GPT(nn.Module):
             self.register_parameter(name, nn.Parameter(value))
         for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
             if used:
-                self.bank_names += (f"{part}_proj",)
                 self.embed_names += (f"{part}_table",)
 
     def prepare(
@@ -300,10 +299,9 @@ class GPT(nn.Module):
 
         Args:
             attention: see `select_attention`.
-            compile: "blocks" compiles a few small graphs, which all layers share with the loop on and off;
-                compilation is short. "model" compiles all layers as one graph, once with the loop on and once
-                with it off, which fuses across layers and takes several times as long to compile. "off"
-                compiles nothing.
+            compile: "blocks" compiles a few small graphs, which layers share with the loop on and off.
+                "model" compiles all layers as one graph, once with the loop and once without, which fuses
+                across layers and takes several times as long to compile. "off" compiles nothing.
             backend: backend of torch.compile.
             mlp: "auto" computes the MLP with `norm_mlp`, which has kernels for Hopper GPUs; "composed" uses
                 torch's operators everywhere, for a comparison.
@@ -317,6 +315,8 @@ class GPT(nn.Module):
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         if compile != "off":
+            # Each kind of layer has its own graphs to train and to score; torch's default allows 8 in all.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * c.layers)
             self._stem, self._fold = jit(stem), jit(fold)
             self._value_embeddings = jit(value_embeddings)
         if compile == "blocks":

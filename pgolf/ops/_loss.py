@@ -123,6 +123,15 @@ def is_traced() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
+def is_exported() -> bool:
+    """Return whether torch.export records the call.
+
+    In PyTorch 2.11, torch.compile takes the public `torch.compiler.is_exporting()` for true, so this reads
+    the flag that it returns elsewhere.
+    """
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def rescale_once(grad: Tensor, grad_loss: Tensor) -> Tensor:
     """Multiply a saved gradient by the upstream gradient, in place, and return it.
 

@@ -3,6 +3,9 @@
 This is the Python interface of `torch.ops.pgolf.square_sums`, `clip_scale` and `adam_step`. The numbers that
 change from step to step are read from the tensor `hyper` on the device, which is the same as `muon_step`'s;
 `clip_scale` writes the factor of the clip into it. Kernels: csrc/kernels/adam_step.h.
+
+The references do not synchronize the host either: the counted `train_gpt.py` takes its steps with them, and
+captures them in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -116,13 +119,14 @@ def clip_scale_ref(
 ) -> None:
     """Compute `clip_scale` with PyTorch operators."""
     norm = sums.sum().sqrt()
-    finite = bool(norm.isfinite())
+    finite = norm.isfinite()
     factor = (clip / (norm + CLIP_EPS)).clamp(max=1.0) if clip > 0 else torch.ones_like(norm)
-    hyper[GRAD_SCALE] = factor if finite else torch.nan
+    hyper[GRAD_SCALE] = factor.masked_fill(~finite, torch.nan)
     state[NORM] = norm
-    state[STEPS if finite else SKIPPED] += 1
-    steps = max(float(state[STEPS]), 1.0)
-    corrections.copy_(torch.tensor([1 / (1 - beta1**steps), 1 / (1 - beta2**steps)]))
+    state[STEPS] += finite
+    state[SKIPPED] += ~finite
+    steps = state[STEPS].double().clamp(min=1.0)
+    corrections.copy_(torch.stack([1 / (1 - beta1**steps), 1 / (1 - beta2**steps)]))
 
 
 def adam_step(
@@ -169,17 +173,17 @@ def adam_step(
 def adam_step_ref(
     tensors: Sequence[AdamTensor], lr: Tensor, hyper: Tensor, corrections: Tensor, rule: AdamRule
 ) -> None:
-    """Compute `adam_step` with PyTorch operators."""
-    finite = bool(hyper[GRAD_SCALE].isfinite())
+    """Compute `adam_step` with PyTorch operators; a step that is skipped has rates and weights of 0."""
+    taken = hyper[GRAD_SCALE].isfinite()
+    lr, weight = lr * taken, hyper[AVERAGE_WEIGHT] * taken
     for t in tensors:
-        if finite:
-            g = t.grad * hyper[GRAD_SCALE]
-            t.mean.lerp_(g, 1 - rule.beta1)
-            t.square.mul_(rule.beta2).addcmul_(g, g, value=1 - rule.beta2)
-            denominator = (corrections[1] * t.square).sqrt_().add_(rule.eps)
-            t.param.mul_(1 - lr * rule.weight_decay).sub_(lr * corrections[0] * t.mean / denominator)
-            if t.average is not None:
-                t.average.lerp_(t.param, hyper[AVERAGE_WEIGHT])
+        g = (t.grad * hyper[GRAD_SCALE]).masked_fill_(~taken, 0.0)
+        t.mean.lerp_(g, taken.to(g) * (1 - rule.beta1))
+        t.square.lerp_(g * g, taken.to(g) * (1 - rule.beta2))
+        denominator = (corrections[1] * t.square).sqrt_().add_(rule.eps)
+        t.param.mul_(1 - lr * rule.weight_decay).sub_(lr * corrections[0] * t.mean / denominator)
+        if t.average is not None:
+            t.average.lerp_(t.param, weight.to(g))
         t.grad.zero_()
 
 

@@ -22,6 +22,7 @@ from pgolf.ops._loss import (
     class_weights,
     in_float64,
     integer_target,
+    is_exported,
     is_traced,
     reduce_rows,
     refuse_dtensors,
@@ -137,7 +138,7 @@ def linear_softcap_ce(
     else:
         needs = [torch.is_grad_enabled() and t.requires_grad for t in (x, weight)]
         # A recorded program keeps nothing, because it may run with or without a backward pass.
-        if is_traced() or torch.compiler.is_exporting():
+        if is_traced() or is_exported():
             needs = [False, False]
         # A gradient scaler works only if the upstream gradient is applied before rounding to float16, so
         # float16 does not compute its gradients in the forward pass.

@@ -133,23 +133,25 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
 
 
 def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
-    """Compute `muon_step` with PyTorch operators, bank by bank, in float32 (float64 tensors in float64)."""
-    if not hyper[GRAD_SCALE].isfinite():
-        for bank in banks:
-            bank.update.zero_()
-        return
+    """Compute `muon_step` with PyTorch operators, bank by bank, in float32 (float64 tensors in float64).
+
+    It does not synchronize the host either, so a step that is skipped is computed and not used.
+    """
+    taken = hyper[GRAD_SCALE].isfinite()
     mu, scale = hyper[MOMENTUM], hyper[GRAD_SCALE]
     for bank in banks:
         wide = torch.float64 if bank.grad.dtype == torch.float64 else torch.float32
         g = bank.grad.to(wide) * scale
         if rule.lerp:
             g = g * (1 - mu)
-        bank.momentum.copy_(mu * bank.momentum.to(wide) + g)
+        before = bank.momentum.to(wide)
+        bank.momentum.copy_(torch.where(taken, mu * before + g, before))
         buffer = bank.momentum.to(wide)
         u = g + mu * buffer if rule.nesterov else buffer
         if rule.row_normalize:
             u = u / u.norm(dim=-1, keepdim=True).clamp(min=ROW_EPS)
-        bank.update.copy_(newton_schulz_ref(u.to(bank.update.dtype), rule.coefficients, eps=rule.eps))
+        u = newton_schulz_ref(u.to(bank.update.dtype), rule.coefficients, eps=rule.eps)
+        bank.update.copy_(u.masked_fill(~taken, 0.0))
     params = _all_or_none([bank.param for bank in banks], "param")
     if params:
         averages = _all_or_none([bank.average for bank in banks], "average")
@@ -198,14 +200,14 @@ def muon_apply_ref(
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
 ) -> None:
-    """Compute `muon_apply` with PyTorch operators."""
-    if not hyper[GRAD_SCALE].isfinite():
-        return
-    lr = hyper[LR]
+    """Compute `muon_apply` with PyTorch operators; a step that is skipped has rates and weights of 0."""
+    taken = hyper[GRAD_SCALE].isfinite()
+    lr, weight = hyper[LR] * taken, hyper[AVERAGE_WEIGHT] * taken
     for i, param in enumerate(params):
-        param.mul_(1 - lr * hyper[WEIGHT_DECAY]).sub_(lr * lr_scales[i] * updates[i].to(param.dtype))
+        change = (lr * lr_scales[i] * updates[i].to(param.dtype)).masked_fill_(~taken, 0.0)
+        param.mul_(1 - lr * hyper[WEIGHT_DECAY]).sub_(change)
         if averages:
-            averages[i].lerp_(param, hyper[AVERAGE_WEIGHT].to(param.dtype))
+            averages[i].lerp_(param, weight.to(param.dtype))
 
 
 def _all_or_none(tensors: list[Tensor | None], what: str) -> list[Tensor]:

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
-from pgolf.ops._compiler import constant_result
 from pgolf.ops._derivatives import refuse_derivatives, refuse_second_order, refuse_transforms
+from pgolf.ops._hopper import has_kernels
 
 EPS = torch.finfo(torch.float32).eps
 """Added to the mean square before the root, for every dtype, which is also torch's choice for float32."""
@@ -106,17 +106,9 @@ def _takes(x: Tensor, up: Tensor, slope: float) -> bool:
         and (width % 8 == 0 and 0 < width <= MOST_WIDTH)
         and (hidden % TILE == 0 and LEAST_HIDDEN <= hidden <= MOST_HIDDEN)
         and 0.0 <= slope <= 1.0
-        and _has_kernels(device.type, device.index)
+        and has_kernels("norm_mlp_up", device.type, device.index)
         and not torch.is_autocast_enabled(device.type)
     )
-
-
-@constant_result
-def _has_kernels(device: str, index: int | None) -> bool:
-    """Return whether the device is a Hopper GPU and this build has its kernels."""
-    if device != "cuda" or not torch._C._dispatch_has_kernel_for_dispatch_key("pgolf::norm_mlp_up", "CUDA"):
-        return False
-    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 def _forward(

@@ -21,7 +21,8 @@ class Groups:
     embed: dict[str, nn.Parameter]
     """Embeddings, float32, for AdamW with the embedding's learning rate."""
     scalars: dict[str, nn.Parameter]
-    """All other parameters (gains, gates, mixes), float32, for AdamW with the scalars' learning rate."""
+    """All other parameters (gains, gates, mixes, projections of tables), float32, for AdamW with the scalars'
+    learning rate."""
 
 
 def split_parameters(model: nn.Module) -> Groups:

@@ -61,8 +61,11 @@ NAMES = (
     "polar_express",
     "polar_express_golf",
     "polar_express_golf_truncated",
+    "polar_express_margin",
     "polar_express_refit",
 )
+MARGIN = 1.02
+"""Factor by which PR #1516 divides in addition to the norm."""
 
 
 @functools.lru_cache(maxsize=64)
@@ -78,6 +81,8 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
       anywhere in [0.42, 1.58].
     - `polar_express_golf_truncated`: the published behaviour `table[:steps]`, for comparison; it has five
       iterations at most.
+    - `polar_express_margin`: the same list after a division by `MARGIN`, as in PR #1516: the first
+      polynomial p(x) becomes p(x / 1.02).
     - `polar_express_refit`: as `polar_express_golf` below five iterations. From five on it is the same
       recipe solved on [3e-3, 1], because smaller singular values are rare: the RMS deviation from 1 on that
       interval is 0.005, compared with 0.094 if it is solved on [1e-3, 1].
@@ -105,6 +110,9 @@ def coefficients(name: str, steps: int) -> tuple[Coefficients, ...]:
         return tuple(polar_express(golf_lower(steps), steps, cushion=0.02, safety=1.02))
     if name == "polar_express_golf_truncated":
         return POLAR_EXPRESS_GOLF[:steps]
+    if name == "polar_express_margin":
+        (a, b, c), *rest = POLAR_EXPRESS_GOLF[:steps]
+        return ((a / MARGIN, b / MARGIN**3, c / MARGIN**5), *rest)
     if name == "polar_express_refit":
         return tuple(polar_express(max(golf_lower(steps), 3e-3), steps, cushion=0.02, safety=1.02))
     raise UserError(f"polar coefficients must be one of {NAMES}, got {name!r}")

@@ -12,8 +12,10 @@ replays the step as a CUDA graph; it has ten kernels on Hopper GPUs.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +28,10 @@ from pgolf.ops.muon_step import HYPER
 from pgolf.optim.adam import AdamW
 from pgolf.optim.bank_muon import BankMuon, Shard
 from pgolf.optim.ema import Ema
+from pgolf.optim.ema_nesterov import EmaNesterov
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import split_parameters
-from pgolf.optim.schedule import lr_multiplier, muon_momentum
+from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum
 
 
 class Optimizer:
@@ -80,6 +83,7 @@ class Optimizer:
         averages = None if ema is None else ema.tensors
         self._muon = BankMuon(banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages)
         adam = config.adam
+        self._nesterov = EmaNesterov(self._params) if config.ema_nesterov else None
         self._embed, self._scalars = (
             AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages)
             for group, decay in (
@@ -96,7 +100,7 @@ class Optimizer:
         self._capture_next = capture and dist.device.type == "cuda" and dist.world_size == 1
 
     @torch.no_grad()
-    def step(self, frac: float, *, ema_decay: float | None = None) -> None:
+    def step(self, frac: float, *, ema_decay: float | None = None, delta: float | None = None) -> None:
         """Apply and zero the accumulated gradients, with the schedules at `frac` of the run.
 
         Every rank must call it with the same arguments. If a gradient is not finite, the device skips the
@@ -105,6 +109,8 @@ class Optimizer:
         Args:
             frac: fraction of the run, 0 to 1.
             ema_decay: decay of the averages in this step, as in `Ema.update`; None does not move them.
+            delta: fraction of the run that the step before took, for EMA-Nesterov's velocity; None does not
+                move it.
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
@@ -113,12 +119,18 @@ class Optimizer:
         """
         self._check_attached()
         self._set(frac, ema_decay)
+        before = self.skipped.clone() if self._nesterov is not None else None
         if self._graph is not None:
             self._graph.replay()
-            return
-        self._launch()
-        if self._capture_next:
-            self._capture()
+        else:
+            self._launch()
+            if self._capture_next:
+                self._capture()
+        if self._nesterov is not None and before is not None:
+            # After the averages have moved, which take in x and not the shifted point.
+            gamma = 1.0 if delta is None else math.exp(-delta / self._config.ema_nesterov_horizon)
+            done, shift = before - self.skipped + 1, ema_nesterov_shift(frac, self._config)
+            self._nesterov.after_step(done, gamma=gamma, shift=shift)
 
     def _set(self, frac: float, ema_decay: float | None) -> None:
         """Send this step's numbers to the device.
@@ -129,16 +141,16 @@ class Optimizer:
             if self._ema is None:
                 raise ValueError("ema_decay needs averages; pass ema=Ema(...) to Optimizer")
             self._ema.check_update(ema_decay)
-        config, factor = self._config, lr_multiplier(frac, self._config)
+        config, factors = self._config, lr_multipliers(frac, self._config)
         muon, adam = config.muon, config.adam
         numbers = [
-            factor * muon.lr,
+            factors.muon * muon.lr,
             muon_momentum(frac, muon),
             muon.weight_decay,
             1.0,  # grad_scale, which `_clip` computes on the device
             0.0 if ema_decay is None else 1 - ema_decay,
-            factor * adam.embed_lr,
-            factor * adam.scalar_lr,
+            factors.embed * adam.embed_lr,
+            factors.scalar * adam.scalar_lr,
         ]
         self._hyper.copy_(torch.tensor(numbers), non_blocking=True)
 
@@ -204,12 +216,28 @@ class Optimizer:
         self._scalars.reset()
         self.zero_grad()
         self._counts.zero_()
+        if self._nesterov is not None:
+            self._nesterov.reset()
+
+    def settle(self) -> None:
+        """Put the weights themselves into the parameters, which EMA-Nesterov holds ahead of them."""
+        if self._nesterov is not None:
+            self._nesterov.settle()
+
+    def at_weights(self) -> AbstractContextManager[None]:
+        """Return a context in which the parameters are the weights themselves, as after `settle`."""
+        return nullcontext() if self._nesterov is None else self._nesterov.at_base()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the live weights by name: the parameters, or what EMA-Nesterov holds them ahead of."""
+        return dict(self._params if self._nesterov is None else self._nesterov.base)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return copies of all state as a flat dict of tensors, the same on every rank and at any world size.
 
         The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
-        `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`.
+        `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`;
+        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition.
         This is a collective, because the momentum is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
@@ -250,6 +278,8 @@ class Optimizer:
     def _replicated_state(self) -> dict[str, Tensor]:
         groups = {"embed": self._embed, "scalars": self._scalars}
         state = {f"{prefix}.{key}": t for prefix, adam in groups.items() for key, t in adam.state().items()}
+        if self._nesterov is not None:
+            state |= {f"nesterov.{key}": t for key, t in self._nesterov.state().items()}
         return state | {"counts": self._counts}
 
     def _check_attached(self) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pgolf.config import Method
+from pgolf.config import ILLEGAL, Method
 from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun
@@ -39,6 +40,7 @@ def verdict_of(report: dict[str, Any]) -> str:
     if failed:
         return f"{' and '.join(failed)} FAIL of the conditions of issue 1017"
     said = "none of the four conditions of issue 1017 fails"
+    said += "".join(f"; not tested: {c['test']}" for c in report["conditions"] if c["verdict"] == "untested")
     return f"{said} ({report['remark']})" if report["remark"] else said
 
 
@@ -50,17 +52,22 @@ def checked_reports(runs: Sequence[FinishedRun], *, illegal: bool) -> dict[int, 
         illegal: accept reports in which a condition fails.
 
     Raises:
-        UserError: a report is of another artifact, another way to score or other settings than the run's
-            headline; or a condition fails.
+        UserError: a report is of another artifact, another program, another way to score or other settings
+            than the run's headline; or a condition fails; or the headline is of a way that is not allowed.
     """
     found = {}
     for run in runs:
-        path = run.folder / NAME
-        if not path.is_file():
-            continue
-        report, settings = read_report(path), run.config.evaluate
+        path, settings = run.folder / NAME, run.config.evaluate
         headline = run.summary.headline
         way: Method = next((way for way in settings.ways if way == headline), "plain")
+        if settings.remark(way) == ILLEGAL and not illegal:
+            raise UserError(
+                f"{run.folder}: the headline score is {way}, {ILLEGAL}; the challenge does not accept it. "
+                "Score the run in another way, or write the folder all the same with --although-illegal"
+            )
+        if not path.is_file():
+            continue
+        report = read_report(path)
         again = f"run `pgolf legality {run.folder}` again"
         if report["artifact"] != file_sha256(run.folder / "model.pgolf"):
             raise UserError(f"{path} is of another file than {run.folder / 'model.pgolf'}; {again}")
@@ -68,6 +75,9 @@ def checked_reports(runs: Sequence[FinishedRun], *, illegal: bool) -> dict[int, 
             raise UserError(f"{path} tested {report['mode']}, the run's headline is {way}; {again}")
         if report["settings"] != settings.settings_of(way):
             raise UserError(f"{path} tested other settings than the run's config.json has; {again}")
+        code = report.get("code")  # reports of older versions have none
+        if code is not None and code != hashlib.sha256(run.code).hexdigest():
+            raise UserError(f"{path} tested another program than the run's {run.code_name}; {again}")
         if not report["legal"] and not illegal:
             raise UserError(
                 f"{path}: {verdict_of(report)}, so the challenge does not accept this submission; mend the "

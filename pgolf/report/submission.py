@@ -385,24 +385,7 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         calibrated += " The search for the factor that fills the limit repeats the rounding, from the same "
         calibrated += "Hessians, after it."
     facts.append(calibrated)
-    if headline in ("ttt", "phased"):
-        a = config.evaluate.phases.adapters if headline == "phased" else config.evaluate.adapters
-        facts.append(
-            f"Test-time training scores first: the loss of a chunk of {a.chunk} to {a.chunk_max} tokens is "
-            f"fixed before adapters of rank {a.rank} learn from it; every document starts anew."
-        )
-    elif headline == "sgd":
-        facts.append(
-            f"The model learns after it scores: the losses of {config.evaluate.sgd.chunk_tokens:,} tokens "
-            "are fixed before it learns from them."
-        )
-    else:
-        facts.append("No test-time training: the model that scores is the file and does not change.")
-    if "sliding" in run.summary.scores:
-        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
-    if headline == "phased":
-        p = config.evaluate.phases
-        facts.append(f"The model learns from documents that were scored, in {p.count} phases.")
+    facts += _way_rules(run)
     if remark := config.evaluate.remark(headline):
         facts.append(f"The headline score is {remark}.")
     tests = [f"`{name}`, {what}" for name, what in files.items() if name.startswith("legality_seed")]
@@ -412,6 +395,50 @@ def rules(runs: Sequence[FinishedRun], files: dict[str, str], manifest: Manifest
         facts.append(f"{config.model.illegal[0].upper()}{config.model.illegal[1:]}.")
     where = "" if TOKENIZER_NAME in files else "; it was not found and is not in this folder"
     facts.append(f"Tokenizer: SHA-256 {run.tokenizer_sha256}, not counted{where}.")
+    return facts
+
+
+def _way_rules(run: FinishedRun) -> list[str]:
+    """Return what the headline's way to score does."""
+    config, headline = run.config, run.summary.headline
+    facts = []
+    if headline in ("ttt", "phased"):
+        a = config.evaluate.phases.adapters if headline == "phased" else config.evaluate.adapters
+        facts.append(
+            f"Test-time training scores first: the loss of a chunk of {a.chunk} to {a.chunk_max} tokens is "
+            f"fixed before adapters of rank {a.rank} learn from it; every document starts anew."
+        )
+        if a.members > 1:
+            facts.append(
+                f"Every document has {a.members} sets of adapters; the mean of their probabilities counts."
+            )
+    elif headline == "sgd":
+        facts.append(
+            f"The model learns after it scores: the losses of {config.evaluate.sgd.chunk_tokens:,} tokens "
+            "are fixed before it learns from them."
+        )
+    elif headline in ("slot", "causal_slot"):
+        s, causal = config.evaluate.slot, headline == "causal_slot"
+        what = (
+            "tokens that were scored before" if causal else "ALL its tokens, ALSO THOSE THAT IT THEN SCORES"
+        )
+        facts.append(
+            f"SLOT: for each window a shift of the last states takes {s.steps} steps of AdamW on {what}; the "
+            "model is the file and does not change."
+        )
+    else:
+        facts.append("No test-time training: the model that scores is the file and does not change.")
+    if "sliding" in run.summary.scores:
+        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    if headline == "phased":
+        p = config.evaluate.phases
+        facts.append(f"The model learns from documents that were scored, in {p.count} phases.")
+    if config.evaluate.tilt.on and headline != "quantized":
+        t = config.evaluate.tilt
+        facts.append(
+            f"An n-gram tilt of order {t.order}, threshold {t.threshold:g} and boost {t.boost:g} is on top: "
+            "it reads the earlier tokens of the text alone, other documents too, inside the time of scoring."
+        )
     return facts
 
 

@@ -22,7 +22,7 @@ import torch
 
 from pgolf.artifact.fit import fill_note
 from pgolf.artifact.size import Ledger
-from pgolf.config import ADAPTIVE, LOOSE, read_json
+from pgolf.config import ADAPTIVE, ILLEGAL, LOOSE, read_json
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import ShardInfo
 from pgolf.errors import UserError
@@ -41,6 +41,8 @@ SCORES = {
     "ttt": "quantized file, test-time training",
     "sgd": "quantized file, sliding window and score-first SGD",
     "phased": "quantized file, test-time training with phases",
+    "causal_slot": "quantized file, SLOT from scored tokens",
+    "slot": "quantized file, SLOT (not allowed)",
 }
 """Every score that a run can have, with what was scored."""
 
@@ -170,6 +172,8 @@ class Summary:
     """Of Python and the packages that are installed; cuda is what torch was built for."""
     data: dict[str, Any] = field(default_factory=dict)
     """What was checked of the data, see `DataFolder.facts`."""
+    origin: dict[str, Any] = field(default_factory=dict)
+    """The snapshot that the run continued from, with its steps, tokens and fraction; empty: from none."""
     sessions: list[SessionEntry] = field(default_factory=list)
     """The processes that the run took, in order."""
     overrun: float | None = None
@@ -260,6 +264,7 @@ class Summary:
             "seconds": self.seconds(),
             "train": {} if self.train is None else vars(self.train),
             **{key: getattr(self, key) for key in told},
+            **({"origin": self.origin} if self.origin else {}),
             "sessions": [entry.to_dict() for entry in self.sessions],
             "overrun": self.overrun,
             "scores": {name: vars(score) for name, score in self.scores.items()},
@@ -311,6 +316,7 @@ class Summary:
             ledger=None if data["bytes"] is None else _ledger(data["bytes"], f"{where}: bytes"),
             versions=versions,
             data=text,
+            origin=_object(data.get("origin", {}), f"{where}: origin"),
             sessions=[SessionEntry.from_dict(s, f"{where}: each of sessions") for s in sessions],
         )
 
@@ -423,6 +429,7 @@ def format_table(s: Summary) -> str:
             f"{name:<12}{score.bpb:>9.4f}{score.loss:>12.4f}{score.tokens:>12,}{score.bytes:>13,}{score.seconds:>9.1f}"
         )
     lines += [f"phased: {LOOSE}"] if "phased" in s.scores else []
+    lines += [f"slot: {ILLEGAL}"] if "slot" in s.scores else []
     t = s.trained
     ms = f"{t.ms_loop_off:.1f} ms" if t.ms_loop_off is not None else "-"
     ms += f" loop off, {t.ms_loop_on:.1f} ms loop on" if t.ms_loop_on is not None else ""

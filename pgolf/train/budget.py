@@ -2,7 +2,8 @@
 
 The budget of training is `seconds - quantize_reserve`. Learning rate, momentum, the switch of depth
 recurrence and the end of training are functions of the fraction of the budget that is gone. With
-`seconds = 0` the fraction counts steps instead, so that a run can be repeated exactly.
+`seconds = 0` the fraction counts steps instead, so that a run can be repeated exactly. A run that continues
+another one, or that ends before its schedules do, has a part of the fractions (`Origin`, train.until).
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pgolf.config import TrainConfig
 from pgolf.dist import Dist
 from pgolf.errors import UserError
+from pgolf.train.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Tick:
     elapsed: float
     """Seconds since the clock started, on rank 0."""
     frac: float
-    """Fraction of the run that is gone, in [0, 1]."""
+    """Fraction of the schedules that is gone, in [0, 1]."""
     stop: bool
     """Whether training ends before this step."""
     last_loss: float
@@ -61,9 +64,14 @@ class Clock:
     """Counts from `start` and decides, on rank 0, when the run is over."""
 
     def __init__(
-        self, config: TrainConfig, dist: Dist, *, now: Callable[[], float] = time.perf_counter
+        self,
+        config: TrainConfig,
+        dist: Dist,
+        *,
+        origin: Origin = Origin(),  # noqa: B008 - frozen
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._config, self._dist, self._now = config, dist, now
+        self._config, self._dist, self._origin, self._now = config, dist, origin, now
         self._begun = self._previous = 0.0
         self._longest_recent = 0.0
 
@@ -95,20 +103,21 @@ class Clock:
         config, now = self._config, self._now()
         elapsed, duration = now - self._begun, now - self._previous
         self._previous = now
-        frac, stop = 0.0, False
+        done, stop = Fraction(0), False
         if config.steps:
-            frac, stop = step / config.steps, step >= config.steps
+            done, stop = Fraction(step, config.steps), step >= config.steps
         if config.seconds:
             budget = training_seconds(config)
             # Where both are limited, the limit that comes first counts: the learning rate must have fallen
             # by then.
-            frac = max(frac, elapsed / budget)
+            done = max(done, Fraction(elapsed / budget))
             # The next step is taken to last as long as the one before. One that would end after the budget
             # is not begun, so that the seconds of the reserve are whole.
             stop = stop or elapsed + (duration * (1 + ahead) if step else 0.0) > budget
         # One collective for everything. The clocks of two hosts differ; only rank 0's decides, or one rank
         # would stop a step before another one, which would wait for it in that step's collectives.
-        rows = self._dist.gather([elapsed, min(frac, 1.0), float(stop), last_loss, signal, writer])
+        frac = float(self._origin.at(min(done, Fraction(1)), config.until))
+        rows = self._dist.gather([elapsed, frac, float(stop), last_loss, signal, writer])
         shared = rows[0]
         left = training_seconds(config) - shared[0] if config.seconds else math.nan
         states = [int(row[5]) for row in rows]

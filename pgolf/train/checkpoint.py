@@ -37,6 +37,8 @@ from pgolf.files import atomic_file, file_sha256
 from pgolf.optim.bank_muon import Shard
 
 FOLDER = "checkpoints"
+SNAPSHOTS = "snapshots"
+"""Folder of the checkpoints that stay, see `pgolf.train.snapshot`."""
 INDEX = "index.json"
 FORMAT = "pgolf checkpoint 1"
 KEEP = 2
@@ -107,7 +109,7 @@ class Checkpointer:
 
     def __init__(self, run: Path, dist: Dist, parts: Parts, *, identity: str = "") -> None:
         """Write below `run`; `identity` marks the checkpoints as this run's."""
-        self._folder, self._dist, self._identity = run / FOLDER, dist, identity
+        self._run, self._folder, self._dist, self._identity = run, run / FOLDER, dist, identity
         name = shard_name(dist.rank, dist.world_size)
         mine = _deal(parts.whole, dist.world_size)[dist.rank]
         self._live = {name: parts.whole[name] for name in mine}
@@ -148,11 +150,12 @@ class Checkpointer:
             return WRITING
         return FAILED if self._writing.exception() else WRITTEN
 
-    def start(self, step: int, facts: dict[str, Any]) -> None:
+    def start(self, step: int, facts: dict[str, Any], *, keep: str = "") -> None:
         """Begin a checkpoint of the state after `step` steps; every rank calls it, in state IDLE.
 
         Args:
             step: names the checkpoint. facts: plain JSON data of the main rank, for the index.
+            keep: name of a folder below `SNAPSHOTS` instead, which is never removed for newer ones.
         """
         assert self.state == IDLE
         self.prepare()
@@ -163,7 +166,7 @@ class Checkpointer:
         if self._dist.device.type == "cuda":
             copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             copied.record()
-        self._target = self._folder / f"step-{step:08d}"
+        self._target = self._run / SNAPSHOTS / keep if keep else self._folder / f"step-{step:08d}"
         self._facts = {**facts, "step": step, "run": self._identity}
         self._writing = self._pool.submit(self._write, self._target, copied)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from pgolf.config import Config
+from pgolf.ops._hopper import has_kernels
 from pgolf.train.memory import MARGIN, estimate_memory, fitting_micro_tokens
 
 LEAST_MICRO_BATCHES = 2
@@ -24,16 +25,23 @@ def fit_batch(config: Config, world_size: int, per_gpu: int) -> Config:
     return replace(config, data=replace(config.data, batch_tokens=tokens))
 
 
-def fit_micro_batch(config: Config, world_size: int, room: int) -> Config:
+def fit_micro_batch(config: Config, world_size: int, room: int, *, kernels: bool) -> Config:
     """Return the settings with the largest micro-batch that fits into a GPU's memory of `room` bytes.
 
     The step keeps its tokens, so the result changes by rounding only. Where not even the smallest fits, the
     settings are returned as they are, and the check before the run says what to do.
+
+    Args:
+        kernels: as in `estimate_memory`.
     """
-    found = estimate_memory(config, device_type="cuda", world_size=world_size, attention="auto")
+    found = estimate_memory(
+        config, device_type="cuda", world_size=world_size, attention="auto", kernels=kernels
+    )
     if MARGIN * found.total <= room:
         return config
-    micro = fitting_micro_tokens(config, room, device_type="cuda", world_size=world_size, attention="auto")
+    micro = fitting_micro_tokens(
+        config, room, device_type="cuda", world_size=world_size, attention="auto", kernels=kernels
+    )
     if micro is None or micro > config.data.micro_tokens:
         return config
     return replace(config, data=replace(config.data, micro_tokens=micro))
@@ -55,7 +63,8 @@ def fit_to_gpus(config: Config, world_size: int, *, per_gpu: int | None, micro: 
     fitted = config if per_gpu is None else fit_batch(config, world_size, per_gpu)
     if micro:
         room = min(torch.cuda.get_device_properties(i).total_memory for i in range(count))
-        fitted = fit_micro_batch(fitted, world_size, int(0.97 * room))
+        kernels = all(has_kernels("norm_mlp_up", "cuda", i) for i in range(count))
+        fitted = fit_micro_batch(fitted, world_size, int(0.97 * room), kernels=kernels)
     changes = [
         f"data.{name} is {ours:,} (the preset has {theirs:,})"
         for name in ("batch_tokens", "micro_tokens")

@@ -4,7 +4,8 @@ Nearly all of it is what the backward pass needs of the forward pass. Counted wi
 execution of a block (each repeat of the loop is one) keeps for each token, with `D` width, `G` width of the
 keys and `M` hidden width:
     eagerly     9 D + 3 G + 3 M, and D each for the mix, a head gate and exclusive self-attention;
-    compiled    5 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion.
+    compiled    5 D + 3 G + 2 M, and D each for mix, rotation, gate or exclusion;
+    of it the kernels of norm_mlp keep, in place of D + 2 M, one M and a bit for each of its elements.
 The stem, the skips and, for the loss, one row of the vocabulary come on top. glibc keeps tensors under 32 MiB
 in its heap, most of whose holes stay empty, so on a CPU those tensors count `HEAP` times.
 
@@ -15,7 +16,10 @@ Measured and estimated MiB. CPU (x86, torch 2.13, one thread), resident, steps w
 with calibration and quantization after them:
     tiny    2,048 664 641    8,192 1,560 1,547    naive 1,024 1,398 1,295    4,096 2,635 2,648
     pr1855  1,024 4,725 4,337
-CUDA (H200, allocated), pr1855 with 98,304 tokens: 32,294 32,348; no other shape was measured.
+CUDA (H200, allocated), 98,304 tokens, compiled:
+    composed operators       pr1855 32,294 32,348 (without quantization)
+    kernels of norm_mlp      pr1855 25,240 24,596    pr1787 24,458 23,921
+                             pr1394 21,471 21,449    pr1493 23,951 23,921
 tests/train/test_memory.py holds the estimate to 10 % of the first, to 5 % of the second.
 Not counted: the text and its shards, and test-time training, which does not depend on the micro-batch.
 """
@@ -35,6 +39,7 @@ from pgolf.config import Config, ModelConfig
 from pgolf.env import ranks_on_this_host
 from pgolf.errors import UserError
 from pgolf.model.gpt import layer_order, parameter_shapes
+from pgolf.ops._hopper import has_kernels
 
 MARGIN = 1.1
 """This many times the estimate must be there: the estimate is right to about 10 %."""
@@ -114,11 +119,14 @@ def gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
-def estimate_memory(config: Config, *, device_type: str, world_size: int, attention: str) -> MemoryEstimate:
+def estimate_memory(
+    config: Config, *, device_type: str, world_size: int, attention: str, kernels: bool = False
+) -> MemoryEstimate:
     """Return what one rank needs at the peak of its phases: steps with the loop on, calibration, rounding.
 
     Args:
         device_type: "cuda" (bfloat16) or another (float32, eager). attention: kernel, for what sdpa copies.
+        kernels: the GPU has the kernels of `norm_mlp`, see `ops._hopper`.
     """
     cuda, model = device_type == "cuda", config.model
     size = 2 if cuda else 4
@@ -126,7 +134,7 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
     weights = 4 * sum(map(prod, shapes.values()))
     banks = 4 * sum(prod(shapes[name]) for name in BANKS)
     averages = weights if config.optim.averages else 0
-    activations, in_heap = _activations(config, cuda=cuda, attention=attention)
+    activations, in_heap = _activations(config, cuda=cuda, attention=attention, kernels=kernels)
     tokens, row = config.data.micro_tokens, model.vocab_size * size
     loss = tokens * (row + 2 * model.width * size) + shapes["tok_emb"][0] * model.width * 4
     # Eagerly, each step of a block's backward pass is a tensor of its own.
@@ -162,13 +170,13 @@ def estimate_memory(config: Config, *, device_type: str, world_size: int, attent
         weights=weights,
         gradients=weights,
         averages=averages,
-        optimizer=_optimizer(shapes, world_size, size),
+        optimizer=_optimizer(shapes, world_size, size) + 2 * weights * (config.optim.ema_nesterov > 0),
         quantization=peak - sum(parts.values()),
         **parts,
     )
 
 
-def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, int]:
+def _activations(config: Config, *, cuda: bool, attention: str, kernels: bool) -> tuple[int, int]:
     """Return the bytes of one micro-batch's activations, and how many of them a CPU's heap holds."""
     c, tokens = config.model, config.data.micro_tokens
     compiled = cuda and config.train.compile != "off"
@@ -178,14 +186,16 @@ def _activations(config: Config, *, cuda: bool, attention: str) -> tuple[int, in
     lanes = (c.layers - c.parallel_from) * c.lanes
     if compiled:
         wide = 5.0 + c.resid_mix + (gated or exclusive > 0) + (c.rope_dims > 0)
-        narrow, hidden, ends = 3, 2, 4 + c.smear_gate + skips / 2
+        narrow, hidden, ends = 3.0, 2.0, 4 + c.smear_gate + skips / 2
     else:
         wide = 9 + c.resid_mix + gated + exclusive + (cuda and attention == "sdpa")
-        narrow, hidden = 3, 3
+        narrow, hidden = 3.0, 3.0
         smears = c.smear_gate * (2 if c.smear_kind == "token" else 1)
         ends = 3 + smears + skips + max(2 * lanes - 1, 0) + lanes * (c.skip != "none" and c.resid_mix)
         # Joint layers have no stream between attention and MLP.
         ends -= sum(i >= c.parallel_from for i in encoder + decoder) * (c.parallel == "gptj")
+    if cuda and kernels:
+        wide, hidden = wide - 1, 1 + 1 / 16
     runs = len(encoder) + len(decoder)
     streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
     wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))
@@ -270,7 +280,7 @@ def _cgroup_room(root: Path) -> Iterator[int]:
 
 
 def fitting_micro_tokens(
-    config: Config, room: int, *, device_type: str, world_size: int, attention: str
+    config: Config, room: int, *, device_type: str, world_size: int, attention: str, kernels: bool = False
 ) -> int | None:
     """Return the largest data.micro_tokens that fits into `room` bytes and divides the batch; None: none."""
     # The divisors of a rank's tokens, in pairs about the square root; the largest that fits is the fastest.
@@ -278,7 +288,9 @@ def fitting_micro_tokens(
     low = [d for d in range(1, isqrt(share) + 1) if share % d == 0]
     for micro in sorted({*low, *(share // d for d in low)} - set(range(SMALLEST)), reverse=True):
         smaller = replace(config, data=replace(config.data, micro_tokens=micro))
-        found = estimate_memory(smaller, device_type=device_type, world_size=world_size, attention=attention)
+        found = estimate_memory(
+            smaller, device_type=device_type, world_size=world_size, attention=attention, kernels=kernels
+        )
         if MARGIN * found.total <= room:
             return micro
     return None
@@ -295,15 +307,16 @@ def check_memory(config: Config, dist: Place, *, attention: str) -> str:
         RanksFailed: it fits on rank 0 and not on another rank.
     """
     kind, world = dist.device.type, dist.world_size
-    found = estimate_memory(config, device_type=kind, world_size=world, attention=attention)
+    kernels = has_kernels("norm_mlp_up", kind, dist.device.index)
+    found = estimate_memory(config, device_type=kind, world_size=world, attention=attention, kernels=kernels)
     own = available_memory(dist.device)
     # By rank 0's memory first, so that the usual refusal, on equal machines, is one sentence and not one per
     # rank; then each rank by its own.
     whole = int(dist.share([float(own)])[0])
-    error = _refusal(config, found, whole, kind, world, attention)
+    error = _refusal(config, found, whole, kind, world, attention, kernels)
     if error is not None:
         raise UserError(error)
-    dist.check(_refusal(config, found, own, kind, world, attention))
+    dist.check(_refusal(config, found, own, kind, world, attention, kernels))
     return (
         f"memory: about {gib(found.total)} at the peak of {gib(whole)} {_for_whom(world)} ({found.parts()})"
     )
@@ -314,14 +327,25 @@ def _for_whom(world_size: int) -> str:
 
 
 def _refusal(
-    config: Config, found: MemoryEstimate, room: int, kind: str, world_size: int, attention: str
+    config: Config,
+    found: MemoryEstimate,
+    room: int,
+    kind: str,
+    world_size: int,
+    attention: str,
+    kernels: bool,
 ) -> str | None:
     """Return why `found` does not fit into `room` bytes, and what would; None where it fits."""
     if MARGIN * found.total <= room:
         return None
     # With slack, because the memory that is free changes from one command to the next.
     micro = fitting_micro_tokens(
-        config, int(SLACK * room), device_type=kind, world_size=world_size, attention=attention
+        config,
+        int(SLACK * room),
+        device_type=kind,
+        world_size=world_size,
+        attention=attention,
+        kernels=kernels,
     )
     where = "GPU" if kind == "cuda" else "machine"
     advice = (

@@ -10,6 +10,7 @@ import torch
 
 from pgolf.errors import UserError
 from pgolf.report.summary import Training
+from pgolf.train.origin import Origin
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Position:
     """Snapshots of the weights in the average, with optim.average=swa."""
     row: dict[str, Any] = field(default_factory=dict)
     """The line of metrics.jsonl that still waits for its gradient norm, see `StepLog`."""
+
+    @classmethod
+    def beginning(cls, origin: Origin) -> Position:
+        """Return the position before the first step of a run that continues from `origin`."""
+        return cls(frac=origin.last, snapshots=origin.taken)
 
     def to_facts(self) -> dict[str, Any]:
         """Return the fields as strict JSON data (a NaN becomes null)."""

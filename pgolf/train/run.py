@@ -44,7 +44,8 @@ from pgolf.report.summary import Summary, format_table
 from pgolf.report.watched_page import report_note
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import FOLDER as CHECKPOINTS
-from pgolf.train.checkpoint import Checkpointer, remove_after
+from pgolf.train.checkpoint import INDEX, SNAPSHOTS, Checkpointer, remove_after
+from pgolf.train.origin import Origin
 from pgolf.train.position import Position, TrainResult
 from pgolf.train.progress import Past, keep_metrics
 from pgolf.train.rehearse import rehearse
@@ -52,9 +53,10 @@ from pgolf.train.saver import Saver
 from pgolf.train.session import Around, Session, take_folder
 from pgolf.train.setup import LESS_MEMORY, SetUp, set_up
 from pgolf.train.signals import Signals, Stopped
+from pgolf.train.snapshot import Snapshot, Snapshots, discard_later, snapshot_name
 from pgolf.train.timing import process_seconds
 from pgolf.train.trace import Traces
-from pgolf.train.trainer import Trainer, open_loader, passes_per_step
+from pgolf.train.trainer import Trainer, open_loader
 from pgolf.train.weights import (
     ARTIFACT,
     RAW,
@@ -78,9 +80,10 @@ class Run:
     def __init__(self, config: Config, around: Around, folder: Path, made: SetUp) -> None:
         self._config, self._around, self._dist, self._past = config, around, around.dist, made.past
         self._data, self._model, self._ema, self._optimizer = made.data, made.model, made.ema, made.optimizer
-        self._summary, self._trains = made.summary, made.trains
+        self._summary, self._trains, self._start = made.summary, made.trains, made.start
+        self._origin = Origin.from_dict(made.summary.origin)
         self._notes = (*around.notes, made.model.attention_note, threads_note(torch.get_num_threads()))
-        self._notes += (made.data.checked, made.memory, config.model.illegal)
+        self._notes += (made.data.checked, made.memory, config.model.illegal, made.added)
         self._result = TrainResult()
         self._validation_s = 0.0
         self._session = Session(
@@ -137,7 +140,9 @@ class Run:
         """Train, or take up what an earlier process trained; then quantize and write. Return the weights."""
         config, s = self._config, self._summary
         with open_loader(config, self._data, self._dist) as loader:
-            trainer = Trainer(config, self._model, self._optimizer, self._ema, loader, self._dist)
+            trainer = Trainer(
+                config, self._model, self._optimizer, self._ema, loader, self._dist, self._origin
+            )
             # Calibration runs the compiled passes too, so a process that only quantizes warms up as well.
             if self._trains or config.train.quantize:
                 with s.phase("warm_up"):
@@ -145,7 +150,7 @@ class Run:
             if self._trains:
                 raw, best = self._train(trainer, loader)
             else:
-                raw, best = self._take_up(trainer, loader)
+                raw, best = self._take_up(trainer)
                 self._session.reach("trained", self._session.clock.elapsed)
             self._session.leave_if_asked()
             quantizer = self._calibrate(loader, best) if config.train.quantize else None
@@ -160,8 +165,10 @@ class Run:
     def _train(self, trainer: Trainer, loader: TrainLoader) -> Weights:
         """Run the loop from the beginning or from a checkpoint, and save; leave if a signal asks for it."""
         past, result = self._past, self._result
-        clock = Clock(self._with_reserve(loader), self._dist)
+        clock = Clock(self._with_reserve(loader), self._dist, origin=self._origin)
         position = self._restore(trainer, past) if past is not None else None
+        if position is None and self._start is not None:
+            position = self._continue(trainer, self._start)
         used = past.clock if past is not None else 0.0
         self._summary.under_way = "train"
         self._writer = Checkpointer(
@@ -173,6 +180,7 @@ class Run:
             self._log,
             every_s=self._config.train.checkpoint_every,
             began=used,
+            snapshots=self._snapshots(),
         )
         # Everything that is slow and not training (compiling, rehearsing, allocating) is behind us.
         with self._around.signals.deferred():
@@ -252,6 +260,7 @@ class Run:
 
     def _save(self) -> Weights:
         """Keep raw and averaged weights in memory and on disk; leave the averaged ones in the model."""
+        self._optimizer.settle()
         raw = clone_parameters(self._model)
         weights = Weights(raw, self._ema.state_dict() if self._ema is not None else raw)
         copy_parameters(self._model, weights.best)
@@ -263,7 +272,35 @@ class Run:
         facts = {"steps": self._result.steps, "tokenizer_sha256": self._data.sha256, **more}
         save_pair(self._folder, weights, self._config, **facts)
 
-    # A run that goes on: what another process left is put in place.
+    # A run that continues another one, or itself: what was left is put in place.
+
+    def _continue(self, trainer: Trainer, snapshot: Snapshot) -> Position:
+        """Put the state of a snapshot in place; return the position at which the run begins."""
+        origin, error, notes = self._origin, None, list[str]()
+        position = Position.beginning(origin)
+        try:
+            tensors, notes = snapshot.state(trainer.parts())
+            trainer.restore(tensors, position)
+        except (OSError, ValueError) as e:
+            error = UserError(f"train.start={origin.snapshot}: {e}; use a snapshot that this code wrote")
+        self._dist.check(error)
+        self._dist.assert_replicas_equal(dict(self._model.named_parameters()))
+        self._result.take_up(position, [])
+        self._log.line(
+            f"continues from {origin.snapshot}: {origin.steps:,} steps and {origin.tokens:,} tokens are "
+            f"done, the schedules are at {float(origin.frac):g} and go to {self._config.train.until:g}"
+        )
+        for note in (*notes, *snapshot.notes):
+            self._log.line(note)
+        return position
+
+    def _snapshots(self) -> Snapshots:
+        """Return the snapshots that are still to be written."""
+        wanted = [snapshot_name(f) for f in self._config.train.snapshot_fractions]
+        # Rank 0's look at the folder: all ranks must take the same ones.
+        there = self._dist.share([float((self._folder / SNAPSHOTS / n / INDEX).is_file()) for n in wanted])
+        written = [name for name, found in zip(wanted, there, strict=True) if found]
+        return Snapshots(self._config, self._origin, self._data, written=written)
 
     def _restore(self, trainer: Trainer, past: Past) -> Position | None:
         """Put the newest checkpoint's state in place, and cut the metrics there; None where there is none."""
@@ -286,6 +323,7 @@ class Run:
         steps = 0 if position is None else position.steps
         if self._dist.is_main:
             remove_after(self._folder, steps)
+            discard_later(self._folder, steps)
             # The line of the last step waits in the checkpoint for its gradient norm.
             rows = keep_metrics(self._folder / "metrics.jsonl", max(0, steps - 1))
             if position is not None:
@@ -294,16 +332,14 @@ class Run:
             self._result.take_up(position, [])
         return position
 
-    def _take_up(self, trainer: Trainer, loader: TrainLoader) -> Weights:
+    def _take_up(self, trainer: Trainer) -> Weights:
         """Put trained weights in place without training, with the loader behind the text they have seen."""
         past = self._past
         assert past is not None
         trained = past.stage == "trained"
         weights = self._load_trained() if trained else self._take_up_unfinished(trainer, past)
         # Calibration then reads the batches that it would have read in one process.
-        loader.restart(
-            at=self._summary.trained.steps * passes_per_step(self._config.data, self._dist.world_size)
-        )
+        trainer.seek(self._summary.trained.steps)
         self._session.start_clock(Clock(self._config.train, self._dist), at=past.clock)
         return weights
 
@@ -349,7 +385,8 @@ class Run:
         cuda = self._dist.device.type == "cuda"
         # On CUDA in another stream than the main one, which may wait for a rank that is gone.
         with torch.cuda.stream(torch.cuda.Stream(self._dist.device)) if cuda else contextlib.nullcontext():  # type: ignore[no-untyped-call]
-            raw = {n: p.detach().to("cpu", copy=True) for n, p in self._model.named_parameters()}
+            live = {**dict(self._model.named_parameters()), **self._optimizer.weights()}
+            raw = {n: p.detach().to("cpu", copy=True) for n, p in live.items()}
             best = raw if averages is None else {n: t.to("cpu", copy=True) for n, t in averages.items()}
         self._save_files(Weights(raw, best), interrupted=True)
         self._log.line(f"the weights after {self._result.steps} steps are in {self._folder / RAW}")
@@ -432,7 +469,8 @@ class Run:
             score = score_as(
                 way, self._model, self._data, text, self._dist, batch_tokens=batch_tokens, settings=config
             )
-            self._add_score(way, score, config.remark(way))
+            tilt = "with the n-gram tilt" if config.tilt.on else ""
+            self._add_score(way, score, "; ".join(filter(None, (tilt, config.remark(way)))))
 
     def _add_score(self, name: str, score: Score, remark: str = "") -> None:
         self._summary.scores[name] = score

@@ -1,12 +1,15 @@
-"""When checkpoints are taken: every so many seconds of the clock, and when a signal asks the run to stop."""
+"""When checkpoints are taken: every so many seconds of the clock, when a signal asks the run to stop, and, as
+snapshots that stay, at chosen fractions of the schedules.
+"""
 
 from __future__ import annotations
 
 from pgolf.log import RunLog
 from pgolf.train.budget import Tick
-from pgolf.train.checkpoint import FAILED, IDLE, WRITTEN, Checkpointer
+from pgolf.train.checkpoint import FAILED, IDLE, SNAPSHOTS, WRITTEN, Checkpointer
 from pgolf.train.position import Position
 from pgolf.train.signals import Signals
+from pgolf.train.snapshot import Snapshots
 
 
 class Saver:
@@ -17,12 +20,20 @@ class Saver:
     """
 
     def __init__(
-        self, writer: Checkpointer, signals: Signals, log: RunLog, *, every_s: float, began: float = 0.0
+        self,
+        writer: Checkpointer,
+        signals: Signals,
+        log: RunLog,
+        *,
+        every_s: float,
+        began: float = 0.0,
+        snapshots: Snapshots | None = None,
     ) -> None:
         """Take one every `every_s` seconds of the clock, which shows `began`; 0: only on a signal."""
         self.signals = signals
         self._writer, self._log, self._every_s, self._last = writer, log, every_s, began
-        if every_s:
+        self._snapshots, self._keeping = snapshots, False
+        if every_s or (snapshots is not None and snapshots.left):
             writer.prepare()
 
     @property
@@ -32,10 +43,13 @@ class Saver:
 
     def attend(self, tick: Tick, place: Position) -> None:
         """Complete, start or skip a checkpoint between two steps; every rank calls it with one `tick`."""
+        kept = self._keep(tick, place)
         lowest, highest = tick.writers
         # By the state of the slowest and the fastest writer, which are in the tick: a rank that went by its
         # own writer would enter `settle`, which is a collective, while another one still trains.
-        if lowest >= WRITTEN:
+        if kept:
+            pass  # what the tick says of the writers is no longer so
+        elif lowest >= WRITTEN:
             self._settle()
         elif highest == IDLE and self._due(tick) and not tick.signal:
             self._last = tick.elapsed
@@ -45,7 +59,21 @@ class Saver:
             self.finish()
             self._writer.start(place.steps, place.to_facts())
             self.finish()
+        if tick.stop and self._keeping:
+            self.finish()  # unlike a checkpoint, it is of use after the run
         self._tell(self._writer.problem)
+
+    def _keep(self, tick: Tick, place: Position) -> bool:
+        """Start the snapshots that are due before this step; tell whether there was one."""
+        due = self._snapshots.due(tick.frac) if self._snapshots is not None else []
+        for name in due:
+            assert self._snapshots is not None
+            # Of this very step, so what is under way is completed first, on every rank.
+            self.finish()
+            self._writer.start(place.steps, self._snapshots.facts(place, tick.frac), keep=name)
+            self._log.line(f"snapshot {SNAPSHOTS}/{name} after {place.steps} steps")
+            self._keeping = True
+        return bool(due)
 
     def _due(self, tick: Tick) -> bool:
         return bool(self._every_s) and tick.elapsed - self._last >= self._every_s and not tick.stop

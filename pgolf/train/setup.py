@@ -17,12 +17,14 @@ from pgolf.env import commit_name
 from pgolf.errors import MemoryAdvice, RanksFailed, RunError, UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.model.gpt import GPT
+from pgolf.model.neutral import Added
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.report.summary import Summary, device_name, versions
 from pgolf.track import check_tracker
 from pgolf.train.memory import check_memory
 from pgolf.train.progress import Past, read_past, utc
+from pgolf.train.snapshot import Snapshot, open_snapshot
 from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import passes_per_step
 from pgolf.train.weights import load_initial
@@ -45,6 +47,10 @@ class SetUp:
     """What an earlier process of the run left; None where the run begins."""
     trains: bool
     """Whether this process trains, or only quantizes and scores what an earlier one trained."""
+    start: Snapshot | None = None
+    """What training continues from; None where it does not, or where the run has a checkpoint of its own."""
+    added: str = ""
+    """The line of the log on parameters that train.init lacks."""
     memory: str = ""
     """The line of the log on what memory the run needs."""
 
@@ -97,7 +103,7 @@ def set_up(config: Config, dist: Dist, *, resume: Path | None, train: bool) -> S
         train: False: train no further, even if training is not over.
     Raises:
         RanksFailed: some rank failed; from its error on that rank. With one process the error itself: see
-            `check_ready`, `read_past`, `load_initial` and `check_memory`.
+            `check_ready`, `read_past`, `load_initial`, `open_snapshot` and `check_memory`.
     """
     before, began = process_seconds(), time.perf_counter()
     error: Exception | None = None
@@ -131,15 +137,21 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
         compile=config.train.compile if dist.device.type == "cuda" else "off",
     )
     # A run that goes on has its weights in its checkpoint, and the initial ones may be gone by then.
-    if config.train.init is not None and trains and not (past and past.checkpoint):
-        load_initial(config.train.init, model, config, tokenizer_sha256=data.sha256)
+    begins, added, start = trains and not (past and past.checkpoint), Added(), None
+    if config.train.start is not None and begins:
+        start = open_snapshot(config.train.start, config, data)
+    if config.train.init is not None and begins:
+        added = load_initial(config.train.init, model, config, tokenizer_sha256=data.sha256)
     # After the initial weights are in place: the average starts as a copy of them.
     ema = Ema(dict(model.named_parameters())) if config.optim.averages else None
     optimizer = Optimizer(model, config.optim, dist, ema=ema)
     summary = _summary(config, dist, model, data)
+    if start is not None:
+        summary.origin = start.origin.to_dict()
     if past is not None:
         summary = _taken_up(summary, past, config, trains=trains)
-    return SetUp(data, model, ema, optimizer, summary, past, trains)
+    new = str(added) if added.names else ""
+    return SetUp(data, model, ema, optimizer, summary, past, trains, start, new)
 
 
 def _summary(config: Config, dist: Dist, model: GPT, data: DataFolder) -> Summary:
@@ -160,7 +172,7 @@ def _summary(config: Config, dist: Dist, model: GPT, data: DataFolder) -> Summar
 
 def _taken_up(summary: Summary, past: Past, config: Config, *, trains: bool) -> Summary:
     """Return the summary of this process with what the run knew before it."""
-    kept = ["phases", "reserve", "clock", "train", "ledger", "started"]
+    kept = ["phases", "reserve", "clock", "train", "ledger", "started", "origin"]
     if not trains:
         # The summary is of the machine that trained; the sessions tell which processes there were.
         kept += ["device", "world_size", "attention", "commit", "versions", "peak_mib"]

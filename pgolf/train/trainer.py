@@ -30,6 +30,7 @@ from pgolf.optim.schedule import context_at, ema_decay, fake_quant_on, loop_on, 
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
 from pgolf.train.checkpoint import Parts
+from pgolf.train.origin import Origin
 from pgolf.train.position import Position, TrainResult
 from pgolf.train.saver import Saver
 from pgolf.train.steplog import DeviceNumbers, Known, StepLog
@@ -96,7 +97,10 @@ class Trainer:
         ema: Ema | None,
         loader: TrainLoader,
         dist: Dist,
+        origin: Origin = Origin(),  # noqa: B008 - frozen
     ) -> None:
+        """Train `model`, which goes on from `origin`; its state comes with `restore`."""
+        self._origin = origin
         self._config, self._model, self._optimizer = config, model, optimizer
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
@@ -131,6 +135,13 @@ class Trainer:
         self._loader.restart()
         self._synchronize()
 
+    def take_steps(self, steps: int, *, loop: bool) -> None:
+        """Take whole steps, as in the middle of a run, of which only the time is of interest."""
+        decay = None if self._ema is None else 0.5
+        for _ in range(steps):
+            self._accumulate(Mode(loop))
+            self._optimizer.step(0.5, ema_decay=decay)
+
     def parts(self) -> Parts:
         """Return the live tensors that the next step depends on, for a checkpoint."""
         whole, sharded = self._optimizer.live_state()
@@ -156,8 +167,14 @@ class Trainer:
         self._optimizer.load_state_dict(groups["optim"])
         if self._ema is not None:
             self._ema.load_state_dict(groups["ema"])
-        self._loader.restart(at=position.steps * self._passes)
+        self.seek(position.steps)
         self._synchronize()
+
+    def seek(self, steps: int) -> None:
+        """Go to the place in the text at which the run is after `steps` steps of its own."""
+        # In passes of this run; where those of the run before were other ones, less than a pass is left out.
+        per_pass = self._config.data.micro_tokens * self._dist.world_size
+        self._loader.restart(at=-(-self._origin.tokens // per_pass) + steps * self._passes)
 
     def run(
         self,
@@ -190,7 +207,7 @@ class Trainer:
         steps, timer = StepLog(log, config, result, start.row), DeviceTimer(self._dist.device)
         # With a clock, work that was lost moved the fraction on: the average then skips the first step, as it
         # does in a new run. With fixed steps the fraction is exactly what it would have been.
-        frac = start.frac if not config.train.seconds else None
+        frac = start.frac if not (config.train.seconds and start.steps) else None
         ahead = BACKWARD_SHARE / self._passes if self._dist.device.type == "cuda" else 0.0
         try:
             while True:
@@ -217,9 +234,12 @@ class Trainer:
                 traces.begin(tick.step, loop=loop)
                 self._accumulate(self._mode(tick, loop, log), numbers)
                 with timer.span():
-                    optimizer.step(tick.frac, ema_decay=self._decay(tick, frac, result.snapshots))
+                    decay = self._decay(tick, frac, result.snapshots)
+                    optimizer.step(
+                        tick.frac, ema_decay=decay, delta=None if frac is None else tick.frac - frac
+                    )
                 # A step that the device skips, which the host learns later, counts as well.
-                result.snapshots += took_snapshot(tick.frac, tick.step, config.optim)
+                result.snapshots += took_snapshot(tick.frac, self._origin.steps + tick.step, config.optim)
                 steps.begun(tick, loop=loop)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
@@ -251,7 +271,8 @@ class Trainer:
         if validate is None or not tick.step:
             return tick
         self._synchronize()  # or the rest of the last step would count as part of the validation
-        seconds = validate(tick)
+        with self._optimizer.at_weights():
+            seconds = validate(tick)
         clock.leave_out(seconds)
         return replace(tick, elapsed=tick.elapsed + seconds)
 
@@ -272,7 +293,7 @@ class Trainer:
     def _decay(self, tick: Tick, before: float | None, snapshots: int) -> float | None:
         """Return the decay of the average; None: it stays, or the length of the last step is not known."""
         if self._config.optim.average == "swa":
-            return swa_decay(tick.frac, tick.step, snapshots, self._config.optim)
+            return swa_decay(tick.frac, self._origin.steps + tick.step, snapshots, self._config.optim)
         if self._ema is None or before is None:
             return None
         return ema_decay(tick.frac - before, self._config.optim)

@@ -20,6 +20,7 @@ from pgolf.artifact.export import write_tensors
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.config_versions import missing_note
 from pgolf.errors import UserError
+from pgolf.model.neutral import Added, additions
 
 ARTIFACT = "model.pgolf"
 RAW, AVERAGED = "raw.safetensors", "ema.safetensors"
@@ -103,8 +104,11 @@ def pair_steps(folder: Path) -> int:
     return int(raw.get("steps", 0)) if pair is not None and pair == averaged.get("pair") else 0
 
 
-def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> None:
+@torch.no_grad()
+def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenizer_sha256: str) -> Added:
     """Overwrite the parameters of `model`, made by `config`, with a checkpoint's (train.init).
+
+    Parameters that the checkpoint lacks start so that the function is the same; they are returned.
 
     Raises:
         FileNotFoundError: no such file.
@@ -112,18 +116,18 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
     """
     tensors, saved, facts = load_weights(path)
     # The settings before the tensors: a setting that differs (a soft cap, say) need not change any shape.
-    ours, theirs = to_dict(config.model), to_dict(saved.model)
-    different = [f"model.{k} is {theirs[k]} there and {ours[k]} here" for k in ours if ours[k] != theirs[k]]
-    if different:
-        raise UserError(
-            f"train.init={path} is of another model: {', '.join(different)}; give this run the same settings "
-            "or start from another checkpoint"
-        )
+    added = additions(config.model, saved.model, where=f"train.init={path}")
     check_tokenizer(path, facts, tokenizer_sha256)
+    own = dict(model.named_parameters())
+    for name in added.names:
+        tensors[name] = torch.zeros_like(own[name]) if name in added.zeros else own[name].detach().clone()
+    for name, factor in added.factors.items():
+        tensors[name] = factor * tensors[name]
     try:
         copy_parameters(model, tensors)
     except ValueError as e:
         raise UserError(f"train.init={path}: {e}; start from a checkpoint that this code wrote") from e
+    return added
 
 
 def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) -> None:

@@ -96,6 +96,11 @@ PLANS = {
     "polar_small": 64,
     "polar_trunk": 64,
     "polar_full": 32,
+    "rates": 88,
+    "ema_nesterov": 72,
+    "muon_rate_late": 16,
+    "embed_warmup": 12,
+    "late": 36,
 }
 
 

@@ -18,14 +18,18 @@ class FakeTrunks(FakeCells):
 
     def __init__(self, **fates):
         super().__init__(**fates)
-        self.inits = {}
+        self.inits, self.starts = {}, {}
 
     def __call__(self, cell, gpu):
         process = super().__call__(cell, gpu)
         self.inits[cell.arm, cell.seed] = cell.config.train.init
         run = max(cell.folder.glob("run*"))
+        self.starts[cell.arm, cell.seed] = cell.config.train.start
         if (run / "summary.json").is_file():
             (run / "raw.safetensors").touch()
+            for name in filter(None, cell.config.train.snapshots.split(",")):
+                (run / "snapshots" / name).mkdir(parents=True)
+                (run / "snapshots" / name / "index.json").touch()
         return process
 
     @property
@@ -66,12 +70,18 @@ BAD = [
     (
         {"trunk": TRUNK, "overrides": {"train.init": "a"}},
         ValueError,
-        r"train.init of the arms is the plan's trunk",
+        r"train.init of the arms is given by the plan's trunk",
     ),
     (
         {"trunk": TRUNK, "arms": {"base": {}, "wide": {"model.mlp_mult": 5}}},
         ValueError,
-        r"arms \['wide'\] have another model than the trunk",
+        r"arm 'wide' cannot start from the trunk: the trunk is of another model: model\.mlp_mult is 3 there",
+    ),
+    ({"trunk": {"steps": 7, "until": 1.0}}, ValueError, r"until is a fraction of the schedules below 1"),
+    (
+        {"trunk": {"steps": 7, "until": 0.5}, "overrides": {"train.until": 0.7}},
+        ValueError,
+        r"train.until of the arms is given by the plan's trunk",
     ),
     ({"trunk": TRUNK, "arms": {"base": {}, "Trunk": {}}}, ValueError, r"arm 'trunk' would share its folder"),
 ]
@@ -170,3 +180,39 @@ def test_arms_of_a_trunk_that_failed_do_not_run(tmp_path, fate):
     assert gather(plan, Path("p")).complete == (status == "diverged")
     again = run(plan)
     assert again == ([] if status == "diverged" else WHOLE[:3])
+
+
+CONTINUED = {"steps": 7, "until": 0.25, "overrides": {"train.quantize": False}}
+
+
+def test_arms_continue_from_the_snapshot_of_a_trunk_that_ends_early(tmp_path):
+    plan, cells = make_plan(tmp_path, trunk=CONTINUED, seeds=[1, 2]), FakeTrunks()
+    run_all(plan, cells)
+    one = plan.trunks()[1].config.train
+    assert (one.steps, one.until, one.snapshots, one.seed) == (7, 0.25, "0.25", 1), "the text goes on"
+    assert cells.names == WHOLE and set(cells.inits.values()) == {None}
+    for (arm, seed), start in cells.starts.items():
+        where = Path(plan.out, "cells", "trunk", f"seed{seed}", "run0", "snapshots", "0.25")
+        assert start == (None if arm == "trunk" else where)
+    assert gather(plan, Path("p")).complete and run(plan) == []
+    report = markdown(gather(plan, Path("p")))
+    assert "continue one trunk, with its optimizer's state" in report and "the first 25 %" in report
+    assert "## Trunks, from whose snapshot the arms continue" in report
+
+
+def test_a_snapshot_that_is_gone_is_trained_again_with_its_arms(tmp_path):
+    plan = make_plan(tmp_path, trunk=CONTINUED, seeds=[1, 2])
+    run(plan)
+    for index in plan.out.rglob("index.json"):
+        index.unlink()
+    assert run(plan) == []
+    next((plan.out / "cells" / "base" / "seed2").glob("*/summary.json")).unlink()
+    assert run(plan) == WHOLE[3:]
+    plan.out.rename(tmp_path / "moved")
+    assert gather(replace(plan, out=tmp_path / "moved"), Path("p")).complete
+
+
+def test_an_arm_may_add_a_part_with_a_neutral_start(tmp_path):
+    arms = {"base": {}, "pairs": {"model.bigram_buckets": 64}}
+    plan = make_plan(tmp_path, trunk=CONTINUED, arms=arms)
+    assert plan.arms["pairs"].model.bigram_buckets == 64 and not plan.trunks()[1].config.model.bigram_buckets

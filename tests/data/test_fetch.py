@@ -14,7 +14,7 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.data import challenge, fetch
 from pgolf.data.challenge import SEQUENCE, VARIANTS, known_text
-from pgolf.data.fetch import RECORD, FetchJob
+from pgolf.data.fetch import RECORD, FetchJob, stated_hash
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import MARKER_NAME, TOKENIZER_NAME, find_shards, write_shard
 from pgolf.data.text import sample_paths
@@ -212,6 +212,16 @@ def test_the_stated_hash_is_compared_and_a_wrong_file_removed(hub, tmp_path):
     hub.stated.clear()  # then the hash of the first download counts
     with pytest.raises(ValueError, match="first download"):
         run(hub, out)
+
+
+def test_the_hash_that_git_gives_a_small_file_is_not_taken_for_its_sha256(hub, tmp_path):
+    name = "datasets/fineweb10B_small/fineweb_train_000000.bin"
+    hub.stated[name] = hashlib.sha1(b"blob").hexdigest()
+    record, _ = run(hub, tmp_path / "data")
+    assert record["files"]["fineweb_train_000000.bin"]["compared"] == "first download"
+    for text, wanted in (('"%s"', "a" * 64), ('W/"%s"', "a" * 64), ('"%s"', "a" * 40), ('"%s"', "")):
+        assert stated_hash({"X-Linked-Etag": text % wanted}) == (wanted if len(wanted) == 64 else "")
+    assert stated_hash({}) == ""
 
 
 def test_the_challenges_tokenizer_is_pinned(hub, tmp_path, monkeypatch, tokenizer):

@@ -13,7 +13,7 @@ from pgolf.artifact.code import CODE_NAME, code_bytes
 from pgolf.artifact.read import load_model, read_artifact, read_state
 from pgolf.artifact.write import write_artifact
 from pgolf.cli.main import main
-from pgolf.config import EvaluateConfig, PhasesConfig, SgdConfig, TttConfig
+from pgolf.config import METHODS, EvaluateConfig, PhasesConfig, SgdConfig, TiltConfig, TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
 
@@ -38,7 +38,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[3])
 import torch
 from pgolf.artifact.read import load_model
-from pgolf.config import EvaluateConfig, PhasesConfig, SgdConfig, TttConfig
+from pgolf.config import METHODS, EvaluateConfig, PhasesConfig, SgdConfig, TiltConfig, TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as
 
@@ -48,7 +48,8 @@ data_folder = DataFolder.open(Path(sys.argv[2]), vocab_size=model.config.vocab_s
 text, dist = data_folder.validation(documents=2), Dist.start("cpu")
 settings = EvaluateConfig(
     stride=16,
-    adapters=TttConfig(rank=2),
+    adapters=TttConfig(rank=2, members=2),
+    tilt=TiltConfig(on=True, order=3),
     sgd=SgdConfig(chunk_tokens=512, epochs=1),
     phases=PhasesConfig(
         documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
@@ -56,7 +57,7 @@ settings = EvaluateConfig(
 )
 found = {
     mode: score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb
-    for mode in ("plain", "sliding", "ttt", "sgd", "phased")
+    for mode in METHODS
 }
 print(json.dumps(found))
 """
@@ -190,13 +191,16 @@ def test_every_way_to_score_agrees(run, code, shards, tmp_path, one_thread):
     text, dist = data_folder.validation(documents=2), Dist.start("cpu")
     settings = EvaluateConfig(
         stride=16,
-        adapters=TttConfig(rank=2),
+        adapters=TttConfig(rank=2, members=2),
+        tilt=TiltConfig(on=True, order=3),
         sgd=SgdConfig(chunk_tokens=512, epochs=1),
         phases=PhasesConfig(
             documents=1, count=1, chunk_tokens=512, adapters=TttConfig(rank=2, batch_documents=1)
         ),
     )
-    for mode, bpb in json.loads(done.stdout.splitlines()[-1]).items():
+    scores = json.loads(done.stdout.splitlines()[-1])
+    assert list(scores) == list(METHODS)
+    for mode, bpb in scores.items():
         ours = score_as(mode, model, data_folder, text, dist, batch_tokens=512, settings=settings).bpb
         assert bpb == pytest.approx(ours, abs=1e-6), mode
 

@@ -24,6 +24,9 @@ def test_two_rows_become_one_table(shards: Path, tmp_path: Path, capsys: pytest.
     row = next(line for line in printed.splitlines() if line.startswith("| tiny |"))
     assert [cell.strip() for cell in row.strip("|").split("|")][3] == "6"
     assert f"| {bpb['tiny_600s_1gpu']:.4f} |" in row
+    # `tiny` scores with phases, as its settings say; the table has that score and the name of the way.
+    phased = {line["case"]: line["value"] for line in lines if line["metric"] == "bpb_phased"}
+    assert f"| {phased['tiny_600s_1gpu']:.4f} |" in row and row.endswith("| phased |")
     # Once more: nothing is trained again.
     assert bench.main([*words, *short]) == 0
     assert "begins" not in capsys.readouterr().out

@@ -358,7 +358,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert s.phases["save"].seconds >= 1.0 and s.reserve >= 1.15 * 1.0
     assert s.spent("inside") == pytest.approx(s.clock, abs=0.3)
     scores = {f"score_{name}" for name in ("raw", "ema", "quantized")}
-    further = {f"score_{way}" for way in ("sliding", "ttt", "sgd", "phased")}
+    further = {f"score_{way}" for way in ("sliding", "ttt", "sgd", "phased", "causal_slot", "slot")}
     assert s.phases.keys() - {"start"} == PHASES.keys() - {"start"} - further >= scores
     parts = s.spent("before") + s.clock + s.spent("after")
     assert parts == pytest.approx(s.total, abs=0.5) and parts <= s.total

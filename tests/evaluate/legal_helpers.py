@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from pgolf.config import EvaluateConfig, ModelConfig, PhasesConfig, SgdConfig, TttConfig
+from pgolf.config import EvaluateConfig, ModelConfig, PhasesConfig, SgdConfig, SlotConfig, TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.predictor import Pass, evaluating, read
@@ -14,13 +14,14 @@ from pgolf.model.gpt import GPT
 from pgolf.presets import tiny
 
 BOS, VOCAB, CONTEXT = 1, 24, 32
-ALONE = ("plain", "sliding", "ttt")
+ALONE = ("plain", "sliding", "ttt", "causal_slot")
 """The ways to score in which documents do not influence each other."""
 MODES = (*ALONE, "sgd")
 """The ways to score that meet the strict reading of the rules."""
 TTT = TttConfig(rank=4, alpha=8.0, lr=0.02, chunk=8, chunk_growth=1, chunk_max=16, batch_tokens=128)
 """Settings with which a few chunks change the model visibly, and chunks grow within short documents."""
 SGD = SgdConfig(lr=0.2, epochs=2, chunk_tokens=40, batch_tokens=CONTEXT)
+SLOT = SlotConfig(steps=4, lr=0.1)
 PHASES = PhasesConfig(documents=4, count=2, lr=0.2, chunk_tokens=40, batch_tokens=CONTEXT)
 
 
@@ -38,6 +39,13 @@ class FakeDist:
         if self.others:
             tensor += self.others.pop(0)
         return tensor
+
+    def check(self, error):
+        if error is not None:
+            raise error
+
+    def gather_ints(self, values):
+        return [values]
 
 
 def small_config(**changes) -> ModelConfig:
@@ -71,14 +79,14 @@ def random_documents(lengths: list[int], seed: int = 0) -> list[list[int]]:
 
 
 def settings(config: TttConfig = TTT, *, stride: int = 5, **changes) -> EvaluateConfig:
-    phases = replace(PHASES, adapters=config)
-    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, **changes)
+    phases = replace(PHASES, adapters=replace(config, members=1))
+    return EvaluateConfig(adapters=config, stride=stride, sgd=SGD, phases=phases, slot=SLOT, **changes)
 
 
 def make_pass(
     mode: str, model: GPT, text: ValidationText, dist=None, *, batch_tokens: int = 3 * CONTEXT, **changes
 ) -> Pass:
-    whole = changes.pop("whole", 0)
+    whole, done = changes.pop("whole", 0), changes.pop("done", None)
     return start_pass(
         mode,
         model,
@@ -88,6 +96,7 @@ def make_pass(
         batch_tokens=batch_tokens,
         settings=settings(**changes),
         whole=whole,
+        done=done,
     )
 
 
@@ -104,12 +113,12 @@ def token_losses(mode: str, model: GPT, text: ValidationText, **changes) -> np.n
         return losses_of(make_pass(mode, model, text, **changes), text)
 
 
-def losses_of(run: Pass, text: ValidationText) -> np.ndarray:
+def losses_of(run: Pass, text: ValidationText, dist=None) -> np.ndarray:
     losses = np.full(text.tokens.size, np.nan)
 
     def put(question, distributions, nats) -> None:
         for row, first, count in question.rows():
-            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().numpy()
+            losses[first + 1 : first + 1 + count] = nats[row : row + count].double().cpu().numpy()
 
-    read(run, text, FakeDist(), bos_id=BOS, observe=put)
+    read(run, text, dist or FakeDist(), bos_id=BOS, observe=put)
     return losses

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pgolf.data.loader import ValidationText
+from pgolf.evaluate.bpb import _exactly
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.predictor import Lesson, Pass, Question, Turn, read
 from pgolf.evaluate.sliding import sliding_windows, window_questions
@@ -111,7 +112,19 @@ def test_score_does_not_depend_on_the_number_of_ranks(text, world_size):
             text, table_pass(text, rank=rank, world_size=world_size), FakeDist(rank, world_size, others)
         )
         assert (found.tokens, found.bytes) == (alone.tokens, alone.bytes)
-        assert found.nats == pytest.approx(alone.nats, rel=1e-12)
+        assert found.nats == alone.nats
+
+
+def test_sums_are_added_without_rounding():
+    """In any order: 2^30 hides 2^-30 in float64, and thousands of float64 sums round in every order."""
+    rng = np.random.default_rng(0)
+    sums = np.concatenate((rng.gamma(2.0, 1e3, 5000), rng.random(5000) / 16, [2.0**30, 2.0**-30, 0.0]))
+    found = []
+    for order in (slice(None), slice(None, None, -1), rng.permutation(sums.size)):
+        high, low = _exactly(sums[order])
+        found.append(((high << 40) + low) / 2**60)
+    assert found == [math.fsum(sums)] * 3
+    assert _exactly(np.array([np.nan, np.inf, 1.5])) == (1536 * 1024, 0)
 
 
 def window(*row):
@@ -145,7 +158,8 @@ def test_a_token_that_two_ranks_score_is_found_although_the_counts_agree(text):
     with pytest.raises(ValueError, match="scored"):
         score(text, Pass(Table(), half, ""), others)
     sums, bad, scored = others.seen
-    missing = torch.tensor([0.0, text.tokens.size - 1 - 2 * sums[1], int(text.bytes.sum()) - 2 * sums[2]])
+    rest = text.tokens.size - 1 - 2 * sums[0], int(text.bytes.sum()) - 2 * sums[1]
+    missing = torch.tensor([*rest, 0, 0, 0])
     dist = FakeDist(others=[sums + missing, bad, scored])
     with pytest.raises(ValueError, match=r"[0-9]+ tokens were scored by several ranks, or by none"):
         score(text, Pass(Table(), half, ""), dist)

@@ -158,8 +158,13 @@ def undeclared_phases(model):
     return lambda text: make_pass("phased", model, text, FakeDist(), config=config)
 
 
+def published_slot(model):
+    return lambda text: make_pass("slot", model, text)
+
+
 VIOLATORS = {
     "slot": (on_windows(Slot), "C1"),
+    "published_slot": (published_slot, "C1"),
     "learns_first": (on_adapters(LearnsFirst), "C3"),
     "hides": (on_adapters(Hides), "C3"),
     "byte_mixture": (on_windows(ByteMixture), "C2"),

@@ -49,9 +49,10 @@ def test_they_begin_as_published_and_each_part_learns():
     assert model.bigram_table.grad.any() and model.value_proj.grad.any()
 
 
-def test_projections_go_to_muon_and_tables_to_the_embeddings():
+def test_projections_go_to_the_scalars_and_tables_to_the_embeddings():
     groups = split_parameters(GPT(replace(small(), **TABLES)))
-    assert {"bigram_proj", "value_proj"} < groups.banks.keys()
+    assert {"bigram_proj", "value_proj"} < groups.scalars.keys()
+    assert groups.banks.keys() == set(GPT.bank_names)
     assert groups.embed.keys() == {"tok_emb", "bigram_table", "value_table"}
     assert {"bigram_scale", "value_scale", "value_layer_scale"} < groups.scalars.keys()
     assert split_parameters(GPT(small())).embed.keys() == {"tok_emb"}

@@ -8,7 +8,7 @@ import torch
 
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
-from pgolf.presets import naive, pr1855, tiny
+from pgolf.presets import naive, pr549, pr1855, tiny
 from tests.conftest import requires_hopper
 from tests.model import reference
 
@@ -327,3 +327,17 @@ def test_layers_trace_without_breaks_into_few_graphs(compile, change, graphs):
     torch.testing.assert_close(compiled, eager, atol=1e-4, rtol=1e-4)
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs
+
+
+def test_no_network_has_more_graphs_than_the_compiler_keeps():
+    # A trained and a scored layer are two graphs, and #549 has five kinds of layers.
+    sizes = {"vocab_size": 96, "width": 32, "heads": 4, "kv_heads": 2, "rope_dims": 4, "max_context": 24}
+    config = replace(pr549().model, **sizes)
+    model, (ids, cu) = GPT(config), packed([11, 13], config.vocab_size)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        model.prepare(torch.device("cpu"), compile="blocks", backend="eager")
+        model._attention = torch.ops.pgolf_test.attention
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode():
+                model(ids, ids, cu, max_seqlen=24, loop=True)

@@ -264,7 +264,7 @@ def test_bad_input_is_named(changed: dict, error: type[Exception], message: str)
 
 
 def test_where_the_kernels_are_used(monkeypatch) -> None:
-    monkeypatch.setattr(MODULE, "_has_kernels", lambda *_: True)
+    monkeypatch.setattr(MODULE, "has_kernels", lambda *_: True)
 
     def takes(width: int, hidden: int, slope: float = 0.5, dtype: torch.dtype = torch.bfloat16) -> bool:
         return MODULE._takes(torch.zeros(1, width, dtype=dtype), torch.zeros(1).expand(hidden, width), slope)

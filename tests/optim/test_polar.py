@@ -162,6 +162,13 @@ def test_golf_with_four_steps_is_nearly_as_good_as_five():
     assert quality(coefficients("polar_express_golf_truncated", 4))[2] > 0.38
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+def test_margin_is_the_published_list_on_smaller_values(steps):
+    shrunk, table = coefficients("polar_express_margin", steps), POLAR_EXPRESS_GOLF[:steps]
+    for value in (0.003, 0.4, 1.0):
+        assert scalar_map(shrunk, value) == pytest.approx(scalar_map(table, value / 1.02), rel=1e-12)
+
+
 @pytest.mark.parametrize("steps", [6, 10])
 def test_golf_with_more_steps_converges(steps):
     low, high, *_ = quality(coefficients("polar_express_golf", steps), 1e-3)

@@ -4,13 +4,15 @@ import math
 
 import pytest
 
-from pgolf.config import Config, MuonConfig, OptimConfig, TrainConfig
+from pgolf.config import AdamConfig, Config, MuonConfig, OptimConfig, TrainConfig
 from pgolf.optim.schedule import (
     context_at,
     ema_decay,
+    ema_nesterov_shift,
     fake_quant_on,
     loop_on,
     lr_multiplier,
+    lr_multipliers,
     muon_momentum,
     swa_decay,
     took_snapshot,
@@ -141,3 +143,60 @@ def test_stages_that_are_none_are_refused(text):
     Config(train=TrainConfig(context_stages="2048@0.5"))
     with pytest.raises(ValueError, match=r"must not be above model\.max_context=2048, got \[2049\]"):
         Config(train=TrainConfig(context_stages="2049@0.5"))
+
+
+@pytest.mark.parametrize(
+    ("frac", "muon", "embed", "scalar"),
+    # Banks 0.8 from 0.2 on, embedding 0.4 from 0.6 on, scalars as the banks; floor 0.05 for all.
+    [(0.0, 1, 1, 1), (0.2, 1, 1, 1), (0.6, 0.5, 1, 0.5), (0.8, 0.25, 0.5, 0.25), (0.99, 0.05, 0.05, 0.05)],
+)
+def test_groups_may_have_warmdowns_of_their_own(frac, muon, embed, scalar):
+    config = OptimConfig(warmdown=0.8, min_lr=0.05, adam=AdamConfig(embed_warmdown=0.4))
+    assert lr_multipliers(frac, config) == pytest.approx((muon, embed, scalar), abs=1e-12)
+    scalars = OptimConfig(warmdown=0.8, min_lr=0.05, adam=AdamConfig(scalar_warmdown=0.4))
+    assert lr_multipliers(frac, scalars).scalar == pytest.approx(embed, abs=1e-12)
+    none = OptimConfig(warmdown=0.8, min_lr=0.05, adam=AdamConfig(embed_warmdown=0.0))
+    assert lr_multipliers(frac, none).embed == 1.0
+
+
+def test_without_their_own_settings_all_groups_have_one_factor():
+    for frac in (0.0, 0.001, 0.3, 0.9, 1.0):
+        assert set(lr_multipliers(frac, RECORD)) == {lr_multiplier(frac, RECORD)}
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (1, 0.19), (5, 0.55), (9, 0.91), (10, 1), (11, 1)])
+def test_the_embedding_warms_up_alone(step, expected):
+    config = OptimConfig(adam=AdamConfig(embed_warmup=0.004))
+    found = lr_multipliers(step / 2500, config)
+    assert found.embed == pytest.approx(expected, abs=1e-12) and found.muon == found.scalar == 1
+
+
+@pytest.mark.parametrize(
+    ("frac", "expected"), [(0.1, 0), (0.16, 0.6 * 0.84 / 0.85), (0.575, 0.3), (0.76, 0), (1.0, 0)]
+)
+def test_shift_of_ema_nesterov_follows_the_rate_inside_its_window(frac, expected):
+    assert ema_nesterov_shift(frac, OptimConfig(ema_nesterov=0.6)) == pytest.approx(expected, abs=1e-12)
+    assert ema_nesterov_shift(frac, RECORD) == 0
+
+
+@pytest.mark.parametrize(
+    ("frac", "expected"), [(0.1, 1), (0.2, 1), (0.6, 0.5**1.2), (0.84, 0.2**1.2), (0.99, 0.1)]
+)
+def test_the_warmdown_has_a_power(frac, expected):
+    config = OptimConfig(warmdown=0.8, warmdown_power=1.2)
+    assert lr_multiplier(frac, config) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("frac", "factor"), [(0.0, 1), (0.6, 1), (0.8, 0.85), (1.0, 0.7), (1.2, 0.7)])
+def test_only_the_rate_of_the_banks_has_a_late_factor(frac, factor):
+    found = lr_multipliers(frac, OptimConfig(muon=MuonConfig(late_lr=0.7)))
+    plain = lr_multiplier(frac, RECORD)
+    assert found == pytest.approx((factor * plain, plain, plain), abs=1e-12)
+    never = lr_multipliers(frac, OptimConfig(muon=MuonConfig(late_lr=0.7, late_from=1.0)))
+    assert never.muon == plain
+
+
+@pytest.mark.parametrize(("frac", "expected"), [(0.15, 0.945), (0.92, 0.97), (0.965, 0.935), (1.0, 0.9)])
+def test_momentum_falls_at_the_end(frac, expected):
+    config = MuonConfig(momentum_cooldown=0.07, momentum_end=0.9)
+    assert muon_momentum(frac, config) == pytest.approx(expected, abs=1e-12)

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import pgolf.ops
 from pgolf.config import AdamConfig, MuonConfig, OptimConfig
 from pgolf.dist import Dist
 from pgolf.ops.adam_step import STEPS
+from pgolf.optim import adam, bank_muon
+from pgolf.optim import step as step_module
 from pgolf.optim.bank_muon import BankMuon
 from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
@@ -304,3 +308,78 @@ def test_step_and_average_do_not_wait_for_the_gpu(device):
         ema.update(0.5)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture
+def references(monkeypatch):
+    """Replace the operators by their references, as in the counted train_gpt.py."""
+    for module, names in (
+        (adam, ["adam_step"]),
+        (bank_muon, ["muon_step", "muon_apply"]),
+        (step_module, ["clip_scale", "square_sums"]),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, getattr(pgolf.ops, f"{name}_ref"))
+
+
+class WithoutHost(TorchDispatchMode):
+    """Refuse what waits for the device or sends it numbers, which no CUDA graph can hold."""
+
+    REFUSED = ("_local_scalar_dense", "lift_fresh", "equal", "nonzero", "is_nonzero", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket.__name__ not in self.REFUSED, func
+        return func(*args, **(kwargs or {}))
+
+
+def test_references_leave_the_host_alone_and_take_the_same_steps(references, monkeypatch):
+    models = [Toy(), Toy()]
+    emas = [Ema(dict(m.named_parameters())) for m in models]
+    optimizers = [Optimizer(m, CONFIG, Dist.start("cpu"), ema=e) for m, e in zip(models, emas, strict=True)]
+    for number in range(4):
+        if number == 2:  # the device skips this step
+            before = optimizers[0].state_dict()
+            models[0].up.grad[0, 0, 0] = float("nan")
+            weights = snapshot(models[0])
+        else:
+            for model in models:
+                backward(model, number)
+        optimizers[0]._set(0.2 * number, 0.5)
+        with WithoutHost():
+            optimizers[0]._launch()
+        if number == 2:
+            assert optimizers[0].skipped == 1
+            assert all(torch.equal(p, weights[n]) for n, p in models[0].named_parameters())
+            after = optimizers[0].state_dict()
+            assert [k for k in after if k != "counts" and not torch.equal(after[k], before[k])] == []
+            continue
+        with monkeypatch.context() as undo:
+            for name in ("clip_scale", "square_sums"):
+                undo.setattr(step_module, name, getattr(pgolf.ops, name))
+            undo.setattr(adam, "adam_step", pgolf.ops.adam_step)
+            undo.setattr(bank_muon, "muon_step", pgolf.ops.muon_step)
+            optimizers[1].step(0.2 * number, ema_decay=0.5)
+    for name, p in models[0].named_parameters():
+        torch.testing.assert_close(p, models[1].get_parameter(name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(emas[0].tensors[name], emas[1].tensors[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), WithoutHost():
+        bool(torch.ones(1).isfinite())
+    with pytest.raises(AssertionError, match="lift_fresh"), WithoutHost():
+        torch.tensor([1.0])
+
+
+@pytest.mark.parametrize("device", DEVICES[1:])
+def test_a_captured_step_of_the_references_equals_launched_ones(references, device):
+    models = [Toy(device) for _ in range(2)]
+    optimizers = [
+        Optimizer(m, CONFIG, Dist.start(device), capture=capture)
+        for m, capture in zip(models, (True, False), strict=True)
+    ]
+    for number in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            backward(model, number)
+            if number == 2:
+                model.up.grad[0, 0, 0] = float("nan")
+            optimizer.step(0.2 * number)
+        assert_same_bits(*models)
+    assert optimizers[0]._graph is not None and optimizers[0].skipped == 1

@@ -53,6 +53,7 @@ def test_a_report_of_the_run_is_taken_and_a_run_without_one_says_so(run):
     ("change", "message"),
     [
         ({"artifact": "0" * 64}, "is of another file than"),
+        ({"code": "0" * 64}, "tested another program than the run's evaluate_gpt.py"),
         ({"mode": "plain"}, "tested plain, the run's headline is ttt"),
         ({"settings": {"context": 5}}, "tested other settings than the run's config.json has"),
         (FAILED, r"C1 FAIL of the conditions .* write the folder all the same with --although-illegal"),
@@ -65,6 +66,13 @@ def test_a_report_of_something_else_or_of_a_failure_is_refused(run, change, mess
     write(run, **change)
     with pytest.raises(UserError, match=message):
         checked_reports([run], illegal=False)
+
+
+def test_what_was_not_tested_is_said(run):
+    untested = {"condition": "C1", "verdict": "untested", "test": "code", "text": ""}
+    write(run, conditions=[untested])
+    ((_, said),) = checked_reports([run], illegal=False).values()
+    assert said == "none of the four conditions of issue 1017 fails; not tested: code"
 
 
 def test_a_failure_is_taken_if_the_user_says_so_and_the_folder_tells(run):

@@ -20,6 +20,7 @@ def gpus(monkeypatch, count: int, memory: float) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     found = SimpleNamespace(total_memory=int(memory * GIB))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: found)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i=None: (8, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,146 @@
+"""Speed, score and memory of the costly ways to score, with eager and with compiled blocks side by side.
+
+`python -m bench.ttt MODEL.pgolf --data SHARDS` scores the whole validation text, or its first `--documents`,
+with adapters, with the published phased recipe (PR #1855) and with a sliding window of stride 64. Every case
+is measured eager first, then compiled; `seconds` is the wall time of the whole score, so it has the time of
+compiling in it. With `--again` the compiled form runs a second time in the same process, which gives
+`seconds_again`, without compiling. `tokens_per_s` is scored tokens per second and GPU; `peak_mib` is the
+largest GPU memory that torch held. The two forms must give the same bits per byte up to rounding; the
+difference is printed. Under torchrun all ranks score together and rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import RESULTS, Recorder, Sample
+from pgolf.artifact.read import Artifact, build_model, read_artifact
+from pgolf.config import EvaluateConfig, PhasesConfig, TttConfig
+from pgolf.data.loader import ValidationText
+from pgolf.dist import Dist
+from pgolf.evaluate.bpb import Score
+from pgolf.evaluate.phases import phased_pass
+from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.ttt import adapted_pass
+from pgolf.evaluate.validation import DataFolder
+from pgolf.model.gpt import GPT
+
+CASES = ("plain", "record_adapters", "record_phased", "sliding64")
+"""`plain` is what the others are compared with."""
+FORMS = ("eager", "compiled")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all cases share."""
+
+    artifact: Artifact
+    text: ValidationText
+    dist: Dist
+    bos_id: int
+    tokens: int
+    """Tokens per forward pass of windows."""
+    settings: EvaluateConfig
+
+    def model(self, *, compiled: bool) -> GPT:
+        """Return the model, prepared."""
+        model = build_model(self.artifact, self.dist.device)
+        return model.prepare(self.dist.device, compile="blocks" if compiled else "off")
+
+    def start(self, case: str, model: GPT, *, compiled: bool) -> Pass:
+        """Return the pass of a case."""
+        context = model.config.max_context
+        where: dict[str, Any] = {"bos_id": self.bos_id, "context": context}
+        if case == "record_adapters":
+            config = self.settings.adapters
+            return adapted_pass(model, self.text, self.dist, config=config, compiled=compiled, **where)
+        if case == "record_phased":
+            phases = self.settings.phases
+            return phased_pass(model, self.text, self.dist, phases=phases, compiled=compiled, **where)
+        where |= {"stride": context if case == "plain" else 64, "batch_tokens": self.tokens}
+        return window_pass(model, self.text, self.dist, **where)
+
+    def score(self, case: str, model: GPT, *, compiled: bool) -> tuple[Score, float, float]:
+        """Return the score, the seconds with all preparation, and MiB of GPU memory (0 on a CPU)."""
+        device = self.dist.device
+        cuda = device.type == "cuda"
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        with evaluating(model):
+            run = self.start(case, model, compiled=compiled)
+            found = read(run, self.text, self.dist, bos_id=self.bos_id)
+        seconds = time.perf_counter() - began
+        peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else 0.0
+        return found, seconds, peak
+
+
+def measure(bench: Bench, case: str, recorder: Recorder, name: str, *, again: bool) -> None:
+    """Measure one case in all forms, and print by how much their scores differ."""
+    scores = {}
+    for form in FORMS:
+        torch.compiler.reset()
+        model = bench.model(compiled=form == "compiled")
+        found, seconds, peak = bench.score(case, model, compiled=form == "compiled")
+        scores[form] = found
+        rate = found.tokens / bench.dist.world_size
+        values = {
+            "seconds": (seconds, "s"),
+            "tokens_per_s": (rate / seconds, "1/s"),
+            "bpb": (found.bpb, "bits/byte"),
+        }
+        if peak:
+            values["peak_mib"] = (peak, "MiB")
+        if again and form == "compiled":
+            _, warm, _ = bench.score(case, model, compiled=True)
+            values |= {"seconds_again": (warm, "s"), "tokens_per_s_again": (rate / warm, "1/s")}
+        for metric, (value, unit) in values.items() if bench.dist.is_main else ():
+            impl = "pgolf" if form == "compiled" else "pgolf eager"
+            recorder.add(name, impl, metric, Sample(value, 0.0, 1), unit)
+        del model
+    if bench.dist.is_main:
+        gap = scores["compiled"].bpb - scores["eager"].bpb
+        print(f"{name}: compiled minus eager {gap:+.6f} bits per byte", flush=True)
+
+
+def main() -> None:
+    """Run the bench."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("artifact", type=Path, help="the model file, .pgolf")
+    parser.add_argument("--data", type=Path, required=True, help="folder of shards and tokenizer")
+    parser.add_argument("--documents", type=int, default=0, help="score the first n documents; 0 = all")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--rank", type=int, default=TttConfig.rank, help="rank of the adapters")
+    parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass of windows")
+    parser.add_argument("--again", action="store_true", help="also time the compiled form without compiling")
+    parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
+    args = parser.parse_args()
+    artifact = read_artifact(args.artifact)
+    dist = Dist.start(args.device)
+    folder = DataFolder.open(args.data, vocab_size=artifact.header.model.vocab_size)
+    adapters, published = TttConfig(rank=args.rank), PhasesConfig().adapters
+    phases = PhasesConfig(adapters=replace(published, rank=args.rank))
+    settings = EvaluateConfig(adapters=adapters, phases=phases)
+    text = folder.validation(documents=args.documents)
+    bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings)
+    recorder = Recorder("ttt", dist.device, args.out)
+    for case in args.cases:
+        suffix = f"_first{args.documents}" if args.documents else "_wiki_val"
+        measure(bench, case, recorder, case + suffix, again=args.again)
+    if dist.is_main:
+        recorder.write()
+    dist.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The plans that screen candidates, run as they are on a CPU with a tiny network."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pgolf.ablate.costs import measure, measured
+from pgolf.ablate.ladder import compare_ladders
+from pgolf.ablate.net import net_of_costs
+from pgolf.ablate.plan import read_plan
+from pgolf.ablate.results import gather
+from pgolf.ablate.run import run_plan
+from pgolf.ablate.tables import markdown
+from pgolf.cli.main import main
+from pgolf.cli.overrides import load_base
+from pgolf.config import to_dict
+from pgolf.report.plots import read_metrics
+from tests.ablate.ablate_helpers import FakeProcess, small_overrides
+
+FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
+NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
+
+
+@pytest.fixture(scope="module")
+def held_out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("held_out") / "text"
+    assert main(["data", "held-out", str(shards), "--out", str(out), "--tokens", "5000"]) == 0
+    return out
+
+
+def tiny(name: str, folder: Path, **changes: object) -> Path:
+    """Write the plan with the network of the end-to-end tests, few steps and one seed."""
+    plan = json.loads((FOLDER / f"{name}.json").read_text())
+    small = small_overrides()
+    kept = {k: v for k, v in plan["overrides"].items() if k.startswith(("train.", "optim."))}
+    quick = {"train.device": "cpu", "train.warmup_steps": 0, "optim.ema_nesterov_from": 0.0}
+    plan |= {"base": "tiny", "overrides": {**small, **kept, **quick}, "steps": 5, "seeds": [1]}
+    if "trunk" in plan:
+        plan["trunk"]["steps"] = 3
+    if "costs" in plan:
+        plan["costs"] = {"steps": 1, "rounds": 1, "overrides": {**small, "train.device": "cpu"}}
+    for change in plan["arms"].values():
+        if "optim.adam.embed_warmup" in change:  # a step here is as long as ten of the plan's
+            change["optim.adam.embed_warmup"] *= 10
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({**plan, **changes}))
+    return path
+
+
+def start(cell, gpu):
+    """Run a cell in this process, where Python and PyTorch are loaded already."""
+    config = cell.folder / "config.json"
+    config.write_text(json.dumps(to_dict(cell.config)))
+    return FakeProcess(main(["train", str(config)]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, held_out, tmp_path):
+    path = tiny(name, tmp_path)
+    plan = read_plan(path, load_base, out=tmp_path / "out", data=held_out)
+    run_plan(plan, start, gpus=0, commit="abc", say=print, poll_seconds=0.0)
+    if plan.costs.steps:
+        measure(plan.out, plan.costs, commit="abc", say=print)
+        assert measured(plan.out, plan.costs)
+    result = gather(plan, path)
+    assert result.complete and result.held_out
+    report = markdown(result)
+    assert "Scored on the end of the training text" in report and "WARNING: scored on" not in report
+    assert len(net_of_costs(result)) == len(plan.arms) - 1
+    # Arms that differ from the baseline in numbers alone cost nothing.
+    free = {n.compared.arm for n in net_of_costs(result) if n.charge == 0.0}
+    assert free >= {arm for arm in plan.arms if "s0" not in arm and arm != "base"}
+    losses = {arm: read_metrics(result.of(arm)[1].metrics) for arm in plan.arms}
+    if plan.trunk is not None:
+        first = {rows[0]["loss"] for rows in losses.values()}
+        assert len(first) == 1, "all arms begin with the weights and the batch of the trunk's next step"
+        assert {rows[0]["frac"] for rows in losses.values()} == {plan.trunk.config.train.until}
+    assert len({rows[-1]["loss"] for rows in losses.values()}) == len(losses), "every change reaches its run"
+    if plan.ladders is not None:
+        assert [r.pairs.n for r in compare_ladders(result, plan.ladders)] == [1] * len(plan.ladders.rungs)
+
+
+@pytest.mark.slow
+def test_one_command_cuts_the_text_runs_the_plan_and_goes_on(shards, tmp_path):
+    path = tiny("embed_warmup", tmp_path, arms={"base": {}, "warm": {"optim.adam.embed_warmup": 0.5}})
+    script = Path(__file__).parents[2] / "bench" / "screen.sh"
+    words = [str(script), str(shards), str(tmp_path / "out"), "1", str(path)]
+    place = {**os.environ, "PYTHON": sys.executable, "HELD_OUT_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
+    for expected in ("[2/2]", "2 of 2 cells are there already"):
+        done = subprocess.run(words, capture_output=True, text=True, env=place, timeout=300)
+        assert done.returncode == 0 and expected in done.stdout, done.stderr[-2000:]
+    assert (tmp_path / "out" / "embed_warmup" / "report.md").is_file()
+    usage = subprocess.run([str(script)], capture_output=True, text=True)
+    assert usage.returncode == 2 and usage.stdout.startswith("Screens candidates")
