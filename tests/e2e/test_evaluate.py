@@ -1,4 +1,4 @@
-"""`pgolf evaluate`: what is known stays known when something later fails, and what cannot work fails first."""
+"""`pgolf evaluate`: what is known stays known when something fails later; what cannot work fails first."""
 
 import json
 from pathlib import Path
