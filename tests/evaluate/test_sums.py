@@ -179,7 +179,7 @@ def test_a_file_without_a_line_is_kept_unless_it_is_the_beginning_of_one(text, t
     if text == b"{":
         assert before(tmp_path).first.size == 0
         return
-    with pytest.raises(ValueError, match="plain.sums is not a file of sums; move it away"):
+    with pytest.raises(ValueError, match=r"plain\.sums is not a file of sums; move it away"):
         before(tmp_path)
     assert path.read_bytes() == text
 
