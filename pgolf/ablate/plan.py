@@ -241,7 +241,7 @@ def read_plan(
     trunk, idle = _trunk(file.trunk, arms[file.baseline], path)
     warnings += idle
     if trunk is not None:
-        _check_trunk_conflicts(common, changes, path)
+        _check_trunk_conflicts(trunk, arms, path)
         _check_one_model(trunk, arms, path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
         raise UserError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
@@ -314,6 +314,8 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
             f"{file.until:g}; leave it out for arms that start anew from the trunk's weights"
         )
     changes = read_overrides(file.overrides or {}, f"{where}: overrides")
+    for key in {"train.until", "train.snapshots"} & set(changes):
+        raise UserError(f"{where}: {key} is given by the trunk's until; take it out of the overrides")
     train = replace(baseline.train, steps=file.steps, seconds=0.0)
     if file.until:
         train = replace(train, until=file.until, snapshots=str(file.until))
@@ -321,15 +323,24 @@ def _trunk(value: object, baseline: Config, path: Path) -> tuple[Trunk | None, l
     return Trunk(config, changes), idle
 
 
-def _check_trunk_conflicts(common: dict[str, Any], arms: dict[str, dict[str, Any]], path: Path) -> None:
+def _check_trunk_conflicts(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
     """Refuse an arm that would share the trunk's folder, and settings that the trunk gives the arms."""
     if TRUNK in (arm.lower() for arm in arms):
         raise UserError(f"{path}: arm {TRUNK!r} would share its folder with the plan's trunk; rename the arm")
-    for key in ("train.init", "train.start", "train.until"):
-        if any(key in changes for changes in (common, *arms.values())):
+    until = trunk.config.train.until
+    for arm, config in arms.items():
+        train = config.train
+        # They may come from the base as well, and would fail only when the trunk is trained.
+        given = {"init": train.init is not None, "start": train.start is not None, "until": train.until < 1}
+        for key in (key for key, is_given in given.items() if is_given):
             raise UserError(
-                f"{path}: {key} of the arms is given by the plan's trunk; take it out of the overrides, or "
-                "the trunk out of the plan"
+                f"{path}: train.{key} of the arms is given by the plan's trunk; take it out of the overrides "
+                "or the base, or the trunk out of the plan"
+            )
+        early = [f for f in train.snapshot_fractions if trunk.continues and f <= until]
+        if early:
+            raise UserError(
+                f"{path}: arm {arm!r}: train.snapshots={early[0]:g} is not after the trunk's end, {until:g}"
             )
 
 

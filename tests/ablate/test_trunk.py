@@ -1,5 +1,6 @@
 """Arms that start from a trunk: the plan, the order of the runner, and what is run again when."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from pgolf.ablate.plan import TRUNK_SEEDS
 from pgolf.ablate.results import gather, read_cell
 from pgolf.ablate.tables import markdown
+from pgolf.config import to_dict
+from pgolf.presets import tiny
 from tests.ablate.ablate_helpers import DIVERGED, FakeCells, FakeProcess, make_plan, run_all
 
 TRUNK = {"steps": 7, "overrides": {"optim.warmdown": 0.0, "train.quantize": False}}
@@ -83,6 +86,26 @@ BAD = [
         ValueError,
         r"train.until of the arms is given by the plan's trunk",
     ),
+    (
+        {"trunk": {"steps": 7, "until": 0.5, "overrides": {"train.until": 0.7}}},
+        ValueError,
+        r"trunk: train\.until is given by the trunk's until",
+    ),
+    (
+        {"trunk": {"steps": 7, "overrides": {"train.until": 0.7}}},
+        ValueError,
+        r"trunk: train\.until is given by the trunk's until",
+    ),
+    (
+        {"trunk": {"steps": 7, "until": 0.5, "overrides": {"train.snapshots": "0.1"}}},
+        ValueError,
+        r"trunk: train\.snapshots is given by the trunk's until",
+    ),
+    (
+        {"trunk": {"steps": 7, "until": 0.5}, "overrides": {"train.snapshots": "0.3,0.8"}},
+        ValueError,
+        r"arm 'base': train\.snapshots=0\.3 is not after the trunk's end, 0\.5",
+    ),
     ({"trunk": TRUNK, "arms": {"base": {}, "Trunk": {}}}, ValueError, r"arm 'trunk' would share its folder"),
 ]
 
@@ -91,6 +114,20 @@ BAD = [
 def test_bad_trunk_says_what_is_wrong(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         make_plan(tmp_path, **change)
+
+
+@pytest.mark.parametrize("until", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize(
+    "setting", [{"until": 0.5}, {"start": "run/snapshots/0.2"}, {"init": "raw.safetensors"}]
+)
+def test_a_base_that_is_a_part_of_a_training_is_refused_before_the_trunk_is_trained(tmp_path, setting, until):
+    base = to_dict(tiny())
+    base["train"] |= setting
+    (tmp_path / "base.json").write_text(json.dumps(base))
+    trunk = {"steps": 7, **({"until": until} if until else {})}
+    (key,) = setting
+    with pytest.raises(ValueError, match=rf"train\.{key} of the arms is given by the plan's trunk"):
+        make_plan(tmp_path, base=str(tmp_path / "base.json"), trunk=trunk)
 
 
 def test_every_seed_has_its_trunk_first_and_its_arms_start_from_it(tmp_path):
