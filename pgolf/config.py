@@ -227,6 +227,11 @@ class OptimConfig:
             self.ema_nesterov_horizon > 0,
             f"optim.ema_nesterov_horizon must be > 0, got {self.ema_nesterov_horizon}",
         )
+        require(
+            not self.ema_nesterov or self.ema_nesterov_from <= self.ema_nesterov_until,
+            f"optim.ema_nesterov_from must be at most ema_nesterov_until={self.ema_nesterov_until}, or "
+            f"ema_nesterov={self.ema_nesterov} would have no effect; got {self.ema_nesterov_from}",
+        )
         require(self.warmdown_power > 0, f"optim.warmdown_power must be > 0, got {self.warmdown_power}")
         require(self.swa_every >= 1, f"optim.swa_every must be >= 1 steps, got {self.swa_every}")
 

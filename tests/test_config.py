@@ -69,6 +69,13 @@ def test_a_setting_out_of_range_is_refused(section, key, value, message):
         from_dict(Config, {section: {key: value}})
 
 
+def test_a_window_of_ema_nesterov_that_ends_before_it_begins_is_refused():
+    late = {"ema_nesterov_from": 0.8, "ema_nesterov_until": 0.7}
+    with pytest.raises(ValueError, match=r"ema_nesterov_from must be at most ema_nesterov_until=0\.7"):
+        from_dict(Config, {"optim": {**late, "ema_nesterov": 0.5}})
+    from_dict(Config, {"optim": late})  # off
+
+
 def test_an_order_that_is_unknown_or_asks_for_two_orders_is_refused():
     with pytest.raises(ValueError, match=r"config\.data\.order must be one of .*'stream'.*, got 'shuffled'"):
         from_dict(Config, {"data": {"order": "shuffled"}})

@@ -43,6 +43,10 @@ SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
+USERS = {"ttt": ("ttt",), "sgd": ("sgd",), "phases": ("phased",), "slot": ("slot", "causal_slot")}
+"""The modes that use each section of settings."""
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """Score an artifact on the validation text of a data folder, and print one line per mode."""
@@ -126,6 +130,17 @@ def main(argv: list[str]) -> int:
         raise
 
 
+def _unused(args: Evaluate) -> Iterator[str]:
+    """Yield what was set and has no effect on any mode that was asked for."""
+    sections = {name: getattr(args, name) for name in USERS}
+    for name, section in sections.items():
+        if section != type(section)() and not set(USERS[name]) & set(args.mode):
+            advice = "; its adapters are --phases.adapters" if name == "ttt" and "phased" in args.mode else ""
+            yield f"--{name} has no effect on {', '.join(args.mode)}{advice}"
+    if args.tilt != TiltConfig() and not args.tilt.on:
+        yield "--tilt has no effect without --tilt.on"
+
+
 def _evaluate(args: Evaluate) -> int:
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
@@ -133,6 +148,8 @@ def _evaluate(args: Evaluate) -> int:
     from pgolf.log import Progress
 
     main_rank = launch().rank == 0
+    for text in _unused(args):
+        say(text)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = f"decoding the weights of {args.artifact.name}"
         artifact = read_artifact(args.artifact)

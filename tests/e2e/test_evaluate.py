@@ -71,3 +71,15 @@ def test_sums_that_are_kept_decide_whether_adapters_are_compiled(words, monkeypa
     (tmp_path / "sums" / "ttt.sums").unlink()
     assert main(command) == 0
     assert main(words[:-1]) == 0 and asked == [True, True, False]
+
+
+def test_settings_that_no_way_uses_are_named(words, capsys):
+    unused = ["--ttt.rank=2", "--sgd.epochs=1", "--tilt.boost=1", "--slot.steps=1"]
+    assert main([*words, "--mode=phased", "--phases.adapters.rank=2", *unused]) == 0
+    said = capsys.readouterr().err
+    for name in ("sgd", "slot", "ttt"):
+        assert f"note: --{name} has no effect on phased" in said
+    assert "; its adapters are --phases.adapters" in said and "--tilt has no effect without --tilt.on" in said
+    assert "--phases has" not in said
+    assert main([*words, "--mode", "ttt", "causal_slot", "--ttt.rank=2", "--slot.steps=1"]) == 0
+    assert "has no effect" not in capsys.readouterr().err
