@@ -291,7 +291,8 @@ def _compiled(
     if isinstance(kept, bool) and not args.ttt.warm_a:
         return kept
     lengths = document_bounds(text, data_folder.tokenizer.bos_id)[1]
-    return worth_compiling(plan_batches(lengths, args.context or model.config.max_context, args.ttt), dist)
+    batches = plan_batches(lengths, args.context or model.config.max_context, args.ttt)
+    return worth_compiling(batches, model, dist)
 
 
 def _facts(

@@ -367,8 +367,13 @@ def left_over(
     return [batch for batch in batches if not done(windows(batch))]
 
 
-def worth_compiling(batches: list[DocumentBatch], dist: Dist) -> bool:
-    """Tell whether compiling takes less time than it saves: it depends on the number of ranks."""
+def worth_compiling(batches: list[DocumentBatch], model: GPT, dist: Dist) -> bool:
+    """Tell whether compiling takes less time than it saves: it depends on the number of ranks.
+
+    A model that was prepared without compiling stays so; the compiler may not work here.
+    """
+    if not model.compiled:
+        return False
     cost = sum(batch.cost for batch in batches) / dist.world_size
     return dist.device.type == "cuda" and cost >= COMPILE_COST
 
@@ -403,7 +408,7 @@ def adapted_pass(
     bounds = document_bounds(text, bos_id)
     whole = plan_batches(bounds[1], context, config)
     if compiled is None:
-        compiled = worth_compiling(whole, dist)
+        compiled = worth_compiling(whole, model, dist)
     batches = left_over(whole, bounds, done)
     mine = share_batches(batches, dist.rank, dist.world_size)
     room = max((batch.documents.size for batch in mine), default=1)

@@ -263,6 +263,8 @@ class GPT(nn.Module):
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
+    compiled = False
+    """Whether it was prepared to be compiled, with an attention kernel that can be in a graph."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -314,6 +316,7 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        self.compiled = compile != "off" and self.attention_name != "sdpa"
         if compile != "off":
             # Each kind of layer has its own graphs to train and to score; torch's default allows 8 in all.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * c.layers)

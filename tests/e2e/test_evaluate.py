@@ -65,7 +65,7 @@ def test_sums_that_are_kept_decide_whether_adapters_are_compiled(words, monkeypa
     monkeypatch.setattr("pgolf.evaluate.validation.adapted_pass", asks)
     command = [*words, "--mode=ttt", "--ttt.rank=2", f"--sums={tmp_path / 'sums'}"]
     for worth in (True, False):
-        monkeypatch.setattr(ttt, "worth_compiling", lambda batches, dist, worth=worth: worth)
+        monkeypatch.setattr(ttt, "worth_compiling", lambda *of, worth=worth: worth)
         assert main(command) == 0
     assert asked == [True, True]
     (tmp_path / "sums" / "ttt.sums").unlink()

@@ -345,13 +345,25 @@ def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "ranks", "worth"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)]
+    ("device", "ranks", "may", "worth"),
+    [("cuda", 1, True, True), ("cuda", 2, True, False), ("cpu", 1, True, False), ("cuda", 1, False, False)],
 )
-def test_blocks_are_compiled_where_each_rank_has_enough_to_do(device, ranks, worth):
+def test_blocks_are_compiled_where_each_rank_has_enough_to_do(device, ranks, may, worth):
     batch = plan_batches(np.array([2000] * 64), 2048, TttConfig())[0]
     batches = [batch] * round(1.5 * COMPILE_COST / batch.cost)
     dist = SimpleNamespace(device=torch.device(device), world_size=ranks)
-    assert worth_compiling(batches, dist) is worth
+    assert worth_compiling(batches, SimpleNamespace(compiled=may), dist) is worth
+
+
+def test_a_model_says_whether_it_was_prepared_to_be_compiled(monkeypatch):
+    """Adapters of a run with train.compile=off, or with sdpa, which no graph can hold, are not compiled."""
+    cpu, kernel = torch.device("cpu"), lambda q, k, v, cu_seqlens, max_seqlen: q
+    assert not small_model().compiled
+    assert not small_model().prepare(cpu, compile="blocks", attention="sdpa").compiled
+    chosen = "pgolf.model.gpt.select_attention"
+    monkeypatch.setattr(chosen, lambda *of, **more: ("varlen", kernel, ""))
+    assert small_model().prepare(cpu, compile="blocks").compiled
+    assert not small_model().prepare(cpu, compile="off").compiled
 
 
 def test_without_learning_the_scores_are_those_of_the_windows():
