@@ -46,7 +46,7 @@ def measure(recorder: Recorder, case: str, tokens: torch.Tensor, size: int, conf
     has = hints[:-1] >= 0
     fires, targets = int(has.sum()), tokens.numel() - 1
     right = int((hints[:-1] == tokens[1:])[has].sum())
-    share = right / fires
+    share = right / max(fires, 1)  # a short text has no hints
     even = math.expm1(share * config.boost) / math.expm1(config.boost)
     most = right * config.boost / math.log(2) / size
     name = f"{case}, order {config.order}, threshold {config.threshold}, seen {config.seen}"
