@@ -36,7 +36,7 @@ def lr_multiplier(frac: float, config: OptimConfig, warmdown: float = -1.0) -> f
     frac, last = _clamp(frac), config.warmdown if warmdown < 0 else warmdown
     if last == 0 or frac < 1 - last:
         return 1.0
-    return max(((1 - frac) / last) ** config.warmdown_power, config.min_lr)
+    return max(math.pow((1 - frac) / last, config.warmdown_power), config.min_lr)
 
 
 def lr_multipliers(frac: float, config: OptimConfig) -> Multipliers:
