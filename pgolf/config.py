@@ -89,6 +89,14 @@ class MuonConfig:
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
     """Fraction of the run, 0 to 1, over which momentum rises linearly (PR #1855: 1,500 of 4,930 steps)."""
+    momentum_end: float = 0.9
+    """Momentum at the end of the run, in [0, 1), where momentum_cooldown is above 0."""
+    momentum_cooldown: float = 0.0
+    """Last fraction of the run, 0 to 1, over which momentum falls linearly to momentum_end; 0: it stays."""
+    late_lr: float = 1.0
+    """Factor on the learning rate of the banks alone at the end of the run, >= 0; 1: as all rates."""
+    late_from: float = 0.6
+    """Fraction of the run, 0 to 1, from which on that factor goes linearly from 1 to late_lr."""
     nesterov: bool = True
     """Use gradient + momentum * buffer as the direction of the update; false uses the buffer."""
     row_normalize: bool = True
@@ -104,16 +112,15 @@ class MuonConfig:
     def __post_init__(self) -> None:
         check_finite("optim.muon", self)
         require(1 <= self.ns_steps <= 10, f"optim.muon.ns_steps must be in [1, 10], got {self.ns_steps}")
-        for name in ("lr", "weight_decay"):
+        for name in ("lr", "weight_decay", "late_lr"):
             value = getattr(self, name)
             require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
-        for name in ("momentum", "momentum_start"):
+        for name in ("momentum", "momentum_start", "momentum_end"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        require(
-            0 <= self.momentum_warmup <= 1,
-            f"optim.muon.momentum_warmup is a fraction of the run in [0, 1], got {self.momentum_warmup}",
-        )
+        for name in ("momentum_warmup", "momentum_cooldown", "late_from"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +182,10 @@ class OptimConfig:
     grad_clip: float = 0.3
     """Largest global norm of the averaged gradient; a longer one is scaled down to it. 0 = no clip."""
     warmdown: float = 0.85
-    """Last fraction of the run, 0 to 1, over which the learning rates fall linearly."""
+    """Last fraction of the run, 0 to 1, over which the learning rates fall."""
+    warmdown_power: float = 1.0
+    """Power of the warm-down, > 0: rates fall as (what is left of it)^warmdown_power. 1 is linear; 1.2 is the
+    PowerCool of modded-nanogpt's track 3."""
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
     ema_nesterov: float = 0.0
@@ -217,6 +227,7 @@ class OptimConfig:
             self.ema_nesterov_horizon > 0,
             f"optim.ema_nesterov_horizon must be > 0, got {self.ema_nesterov_horizon}",
         )
+        require(self.warmdown_power > 0, f"optim.warmdown_power must be > 0, got {self.warmdown_power}")
         require(self.swa_every >= 1, f"optim.swa_every must be >= 1 steps, got {self.swa_every}")
 
     @property

@@ -205,6 +205,16 @@ CHANGES: tuple[Change, ...] = (
             "evaluate.phases.adapters.members": 1,
         },
     ),
+    Change(
+        "8890361",
+        {
+            "optim.warmdown_power": 1.0,
+            "optim.muon.momentum_end": 0.9,
+            "optim.muon.momentum_cooldown": 0.0,
+            "optim.muon.late_lr": 1.0,
+            "optim.muon.late_from": 0.6,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

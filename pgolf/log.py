@@ -136,6 +136,7 @@ class Progress:
         self._label, self._total, self._is_main, self._every_s = label, total, is_main, every_s
         self._start = self._last = time.perf_counter()
         self._done = 0.0
+        self._marks = [(self._start, 0.0)]
         self._spoke = False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -180,5 +181,8 @@ class Progress:
         self._last = now  # else the other thread may print a line while `note` waits for the device
         text = note()
         now = time.perf_counter()  # after that
-        left = (now - self._start) * max(self._total / self._done - 1, 0.0)
+        # By the rate of the latter half of what is done, since the first step may have compiled for minutes.
+        then, before = next(m for m in reversed(self._marks) if m[1] <= self._done / 2)
+        self._marks.append((now, self._done))
+        left = (now - then) / (self._done - before) * max(self._total - self._done, 0.0)
         self._say(now, f"{left:.0f} s left  {text}")

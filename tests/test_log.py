@@ -81,6 +81,18 @@ def test_progress_says_what_is_done_and_left_on_the_main_rank_only(capsys):
     assert captured.out == ""
 
 
+def test_the_time_left_does_not_count_a_first_step_that_compiles(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("pgolf.log.time.perf_counter", lambda: now[0])
+    progress = Progress("ttt", 1000, is_main=True)
+    for seconds, amount in ((80.0, 1), (10.0, 99), (10.0, 100), (10.0, 100)):
+        now[0] += seconds
+        progress.advance(amount)
+    # After 80 s the rate is 10 a second.
+    left = [line.split(" s left")[0].split()[-1] for line in capsys.readouterr().err.splitlines()]
+    assert left[1:] == ["91", "80", "70"]
+
+
 def test_progress_waits_between_lines(capsys):
     progress = Progress("plain", 10, is_main=True, every_s=60.0)
     progress.advance(5, lambda: pytest.fail("nobody asked for a line"))

@@ -12,6 +12,7 @@ else a prediction from the shapes at the same size.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,10 +120,14 @@ def read_rates(value: object, where: str) -> Rates:
 
 NUMBERS = {
     "optim": (
-        *("grad_clip", "warmdown", "min_lr", "ema_horizon", "swa_from", "swa_every", "recurrence_at"),
+        *("grad_clip", "warmdown", "warmdown_power", "min_lr"),
+        *("ema_horizon", "swa_from", "swa_every", "recurrence_at"),
         *("ema_nesterov", "ema_nesterov_horizon", "ema_nesterov_from", "ema_nesterov_until"),
     ),
-    "optim.muon": ("lr", "weight_decay", "momentum", "momentum_start", "momentum_warmup"),
+    "optim.muon": (
+        *("lr", "weight_decay", "late_lr", "late_from"),
+        *("momentum", "momentum_start", "momentum_warmup", "momentum_end", "momentum_cooldown"),
+    ),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }
 """Settings that a step reads as numbers: what is computed, and how long it takes, does not depend on them.
@@ -134,6 +139,7 @@ def work_key(config: Config) -> str:
     data = to_dict(config)
     for part in ("version", "name", "train", "quant", "artifact", "evaluate"):
         del data[part]
+    del data["data"]["dir"]
     data["optim"] |= {"averages": config.optim.averages, "nesterov": config.optim.ema_nesterov > 0}
     for section, names in NUMBERS.items():
         node = data
@@ -172,30 +178,25 @@ def measure(folder: Path, costs: Costs, *, commit: str, say: Callable[[str], Non
     """
     from pgolf.dist import Dist
     from pgolf.report.summary import device_name
-    from pgolf.train.timed import Timed
+    from pgolf.train.timed import Timed, room_for_graphs
 
     configs = {work_key(config): config for config in costs.arms.values()}
     dist = Dist.start(next(iter(configs.values())).train.device)
-    try:
-        say(f"timing {len(configs)} different computations of {len(costs.arms)} arms")
+    say(f"timing {len(configs)} different computations of {len(costs.arms)} arms")
+    found: dict[str, list[tuple[float, float | None]]] = {key: [] for key in configs}
+    with contextlib.ExitStack() as opened:
+        opened.callback(dist.close)
+        opened.enter_context(room_for_graphs(len(configs)))
         timed = {key: Timed(config, dist, folder / "costs") for key, config in configs.items()}
-        found: dict[str, list[tuple[float, float | None]]] = {key: [] for key in timed}
+        for each in timed.values():
+            opened.callback(each.close)
         # In turns, so that a drift of the machine affects all of them.
         for _ in range(costs.rounds):
             for key, each in timed.items():
                 found[key].append(each.milliseconds(costs.steps))
-        for each in timed.values():
-            each.close()
-    finally:
-        dist.close()
     ms = {key: [_median(rows, 0), _median(rows, 1)] for key, rows in found.items()}
-    facts = {
-        "device": device_name(dist.device),
-        "commit": commit,
-        "steps": costs.steps,
-        "rounds": costs.rounds,
-    }
-    write_json(folder / COSTS, {**facts, "ms": ms})
+    facts = {"device": device_name(dist.device), "commit": commit, "steps": costs.steps}
+    write_json(folder / COSTS, {**facts, "rounds": costs.rounds, "ms": ms})
 
 
 def _median(rows: list[tuple[float, float | None]], column: int) -> float | None:

@@ -144,7 +144,7 @@ def phased_pass(
     bounds = document_bounds(text, bos_id)
     whole = plan_batches(bounds[1], context, phases.adapters)
     if compiled is None:
-        compiled = worth_compiling(whole, dist.device)
+        compiled = worth_compiling(whole, dist)
     parts = plan_phases(whole, phases)
     turns: list[Turn] = []
     room, past = 1, 0

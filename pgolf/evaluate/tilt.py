@@ -56,7 +56,9 @@ def find_hints(tokens: Tensor, config: TiltConfig) -> Tensor:
     rises[1:] = most[1:] > most[:-1]
     last = torch.cummax(torch.where(rises, at, 0), dim=0).values
     best = last[(at - 1).clamp_min(0)]  # exclusive: what the places before this one say
-    fires = (earlier >= config.seen) & (count[best] >= config.threshold * earlier.double())
+    # A quotient, because 14 / 25 is rounded as the setting 0.56 is, while 0.56 * 25 is above 14.
+    share = count[best].double() / earlier.clamp_min(1)
+    fires = (earlier >= config.seen) & (share >= config.threshold)
     hints[begins[order[fires]] + length - 1] = follows[best[fires]]
     return hints
 

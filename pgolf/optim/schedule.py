@@ -27,8 +27,8 @@ class Multipliers(NamedTuple):
 def lr_multiplier(frac: float, config: OptimConfig, warmdown: float = -1.0) -> float:
     """Return the factor on the learning rate of the banks, or of another group with its own `warmdown`.
 
-    It is 1 until the warm-down starts at 1 - warmdown, then max((1 - frac) / warmdown, min_lr). There is no
-    warm-up of this learning rate.
+    It is 1 until the warm-down starts at 1 - warmdown, then max(((1 - frac) / warmdown)^warmdown_power,
+    min_lr). There is no warm-up of this learning rate.
 
     Args:
         warmdown: of the group; -1: that of `config`.
@@ -36,20 +36,22 @@ def lr_multiplier(frac: float, config: OptimConfig, warmdown: float = -1.0) -> f
     frac, last = _clamp(frac), config.warmdown if warmdown < 0 else warmdown
     if last == 0 or frac < 1 - last:
         return 1.0
-    return max((1 - frac) / last, config.min_lr)
+    return max(math.pow((1 - frac) / last, config.warmdown_power), config.min_lr)
 
 
 def lr_multipliers(frac: float, config: OptimConfig) -> Multipliers:
     """Return the factors on the learning rates of all groups.
 
-    Embedding and scalars have the warm-down of the banks unless they have their own. That of the embedding is
-    also multiplied by min(1, 0.1 + 0.9 frac / embed_warmup).
+    Embedding and scalars have the warm-down of the banks unless they have their own. The factor of the
+    embedding is also multiplied by min(1, 0.1 + 0.9 frac / embed_warmup), that of the banks by a line from 1
+    at late_from to late_lr at the end of the run.
     """
-    adam, rise = config.adam, 1.0
+    adam, muon, rise = config.adam, config.muon, 1.0
+    late = max(0.0, _clamp(frac) - muon.late_from) / (1 - muon.late_from) if muon.late_from < 1 else 0.0
     if adam.embed_warmup:
         rise = min(1.0, EMBED_START + (1 - EMBED_START) * _clamp(frac) / adam.embed_warmup)
     return Multipliers(
-        lr_multiplier(frac, config),
+        (1 + late * (muon.late_lr - 1)) * lr_multiplier(frac, config),
         rise * lr_multiplier(frac, config, adam.embed_warmdown),
         lr_multiplier(frac, config, adam.scalar_warmdown),
     )
@@ -65,8 +67,15 @@ def ema_nesterov_shift(frac: float, config: OptimConfig) -> float:
 
 
 def muon_momentum(frac: float, config: MuonConfig) -> float:
-    """Return Muon's momentum, linear from momentum_start to momentum over momentum_warmup, then constant."""
+    """Return Muon's momentum.
+
+    It is linear from momentum_start to momentum over momentum_warmup, then constant, then linear to
+    momentum_end over momentum_cooldown. Where the two overlap, the cool-down holds.
+    """
     frac = _clamp(frac)
+    if config.momentum_cooldown and frac > 1 - config.momentum_cooldown:
+        fall = (frac - 1 + config.momentum_cooldown) / config.momentum_cooldown
+        return config.momentum + (config.momentum_end - config.momentum) * fall
     if frac >= config.momentum_warmup:
         return config.momentum
     rise = frac / config.momentum_warmup

@@ -27,7 +27,7 @@ from torch import Tensor
 from pgolf.config import Config
 from pgolf.errors import RanksFailed
 from pgolf.log import RunLog
-from pgolf.optim.schedule import lr_multiplier, muon_momentum
+from pgolf.optim.schedule import lr_multipliers, muon_momentum
 from pgolf.train.budget import Tick
 from pgolf.train.position import TrainResult
 
@@ -115,7 +115,7 @@ class StepLog:
         self._result.count_ms(tick.step, 1000 * seconds, loop=loop)
         self._result.losses.append(loss)
         self._result.last_loss = loss
-        batch, lr = self._config.data.batch_tokens, lr_multiplier(tick.frac, self._config.optim)
+        batch, lr = self._config.data.batch_tokens, lr_multipliers(tick.frac, self._config.optim).muon
         self.row = {
             "step": tick.step,
             "loss": loss,

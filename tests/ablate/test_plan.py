@@ -100,6 +100,7 @@ PLANS = {
     "ema_nesterov": 72,
     "muon_rate_late": 16,
     "embed_warmup": 12,
+    "late": 36,
 }
 
 

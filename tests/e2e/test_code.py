@@ -79,7 +79,7 @@ def bare(*arguments: str, cwd: Path, environment: dict[str, str] | None = None):
     return subprocess.run(
         [sys.executable, "-I", "-S", "-c", start, *arguments],
         cwd=cwd,
-        env={"OMP_NUM_THREADS": "1", **(environment or {})},
+        env={"OMP_NUM_THREADS": "1", "CXX": os.environ["CXX"], **(environment or {})},
         capture_output=True,
         text=True,
         check=False,

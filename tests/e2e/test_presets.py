@@ -8,7 +8,7 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.presets import PRESETS
 
-STEPS = 20
+STEPS = 12
 REDUCED = [
     "--model.vocab-size=512",
     "--model.width=32",

@@ -22,7 +22,7 @@ from pgolf.report.plots import read_metrics
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
-NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup")
+NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def tiny(name: str, folder: Path, **changes: object) -> Path:
     small = small_overrides()
     kept = {k: v for k, v in plan["overrides"].items() if k.startswith(("train.", "optim."))}
     quick = {"train.device": "cpu", "train.warmup_steps": 0, "optim.ema_nesterov_from": 0.0}
-    plan |= {"base": "tiny", "overrides": {**small, **kept, **quick}, "steps": 5, "seeds": [1]}
+    plan |= {"base": "tiny", "overrides": {**small, **kept, **quick}, "seeds": [1]}
+    plan["steps"] = 20 if name == "late" else 5  # so that a step begins below each floor of the rates
     if "trunk" in plan:
         plan["trunk"]["steps"] = 3
     if "costs" in plan:
@@ -79,7 +80,8 @@ def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, held_
         first = {rows[0]["loss"] for rows in losses.values()}
         assert len(first) == 1, "all arms begin with the weights and the batch of the trunk's next step"
         assert {rows[0]["frac"] for rows in losses.values()} == {plan.trunk.config.train.until}
-    assert len({rows[-1]["loss"] for rows in losses.values()}) == len(losses), "every change reaches its run"
+    scores = {arm: (result.of(arm)[1].values["raw"], result.of(arm)[1].values["ema"]) for arm in plan.arms}
+    assert len(set(scores.values())) == len(scores), "every change reaches its run"
     if plan.ladders is not None:
         assert [r.pairs.n for r in compare_ladders(result, plan.ladders)] == [1] * len(plan.ladders.rungs)
 

@@ -70,6 +70,9 @@ def test_the_token_that_reached_the_highest_count_first_is_the_hint_and_the_thre
     assert found[[0, 2, 4, 6, 8]].tolist() == [-1, 3, 3, 4, 4]
     four_of_five = torch.tensor([7, 3, 7, 3, 7, 4, 7, 3, 7, 3, 7, 0])
     assert find_hints(four_of_five, TiltConfig(order=2, threshold=0.8))[10] == 3
+    followers = [3] * 14 + [4] * 11
+    fourteen_of_25 = torch.tensor([token for after in followers for token in (7, after)] + [7, 0])
+    assert find_hints(fourteen_of_25, TiltConfig(order=2, threshold=0.56))[50] == 3
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 7, 8, 15])

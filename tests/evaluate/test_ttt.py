@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,14 @@ from pgolf.config import TttConfig
 from pgolf.evaluate import ttt
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import evaluating
-from pgolf.evaluate.ttt import AdapterState, plan_batches, plan_chunks, share_batches, worth_compiling
+from pgolf.evaluate.ttt import (
+    COMPILE_COST,
+    AdapterState,
+    plan_batches,
+    plan_chunks,
+    share_batches,
+    worth_compiling,
+)
 from pgolf.model.gpt import layer_order, uncompiled
 from pgolf.model.lora import adapter_shapes, bind, initial_adapters
 from pgolf.presets import pr1855
@@ -334,7 +342,16 @@ def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):
         got = losses_of(run._replace(predictor=Watch(run.predictor)), text)
     np.testing.assert_allclose(got[1:], want[1:], atol=5e-5)
     assert {grad for lane, grad in graphs if lane} == {False} and (0, True) in graphs
-    assert not worth_compiling([], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "worth"), [("cuda", 1, True), ("cuda", 2, False), ("cpu", 1, False)]
+)
+def test_blocks_are_compiled_where_each_rank_has_enough_to_do(device, ranks, worth):
+    batch = plan_batches(np.array([2000] * 64), 2048, TttConfig())[0]
+    batches = [batch] * round(1.5 * COMPILE_COST / batch.cost)
+    dist = SimpleNamespace(device=torch.device(device), world_size=ranks)
+    assert worth_compiling(batches, dist) is worth
 
 
 def test_without_learning_the_scores_are_those_of_the_windows():

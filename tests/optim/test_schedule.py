@@ -177,3 +177,26 @@ def test_the_embedding_warms_up_alone(step, expected):
 def test_shift_of_ema_nesterov_follows_the_rate_inside_its_window(frac, expected):
     assert ema_nesterov_shift(frac, OptimConfig(ema_nesterov=0.6)) == pytest.approx(expected, abs=1e-12)
     assert ema_nesterov_shift(frac, RECORD) == 0
+
+
+@pytest.mark.parametrize(
+    ("frac", "expected"), [(0.1, 1), (0.2, 1), (0.6, 0.5**1.2), (0.84, 0.2**1.2), (0.99, 0.1)]
+)
+def test_the_warmdown_has_a_power(frac, expected):
+    config = OptimConfig(warmdown=0.8, warmdown_power=1.2)
+    assert lr_multiplier(frac, config) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(("frac", "factor"), [(0.0, 1), (0.6, 1), (0.8, 0.85), (1.0, 0.7), (1.2, 0.7)])
+def test_only_the_rate_of_the_banks_has_a_late_factor(frac, factor):
+    found = lr_multipliers(frac, OptimConfig(muon=MuonConfig(late_lr=0.7)))
+    plain = lr_multiplier(frac, RECORD)
+    assert found == pytest.approx((factor * plain, plain, plain), abs=1e-12)
+    never = lr_multipliers(frac, OptimConfig(muon=MuonConfig(late_lr=0.7, late_from=1.0)))
+    assert never.muon == plain
+
+
+@pytest.mark.parametrize(("frac", "expected"), [(0.15, 0.945), (0.92, 0.97), (0.965, 0.935), (1.0, 0.9)])
+def test_momentum_falls_at_the_end(frac, expected):
+    config = MuonConfig(momentum_cooldown=0.07, momentum_end=0.9)
+    assert muon_momentum(frac, config) == pytest.approx(expected, abs=1e-12)
