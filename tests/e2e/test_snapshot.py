@@ -113,10 +113,15 @@ def test_a_shorter_branch_runs_through_the_rest_of_the_schedules(shards, whole, 
 
 def test_a_branch_of_seconds_goes_on_from_the_fraction(shards, whole, tmp_path):
     start = [f"--train.start={whole}/snapshots/0.5", "--steps=0", "--seconds=1.5"]
-    start += ["--train.quantize-reserve=0.5"]
-    rows = read_metrics(train(tmp_path, shards, *start) / "metrics.jsonl")
+    start += ["--train.quantize-reserve=0.5", "--train.snapshots=1.0"]
+    run = train(tmp_path, shards, *start)
+    rows = read_metrics(run / "metrics.jsonl")
     fractions = [row["frac"] for row in rows]
-    assert 0.5 <= fractions[0] < 0.6 and fractions == sorted(fractions) and 0.8 < fractions[-1] <= 1.0
+    assert 0.5 <= fractions[0] < 0.75 and fractions == sorted(fractions) and fractions[-1] <= 1.0
+    end = read_checkpoint(run / "snapshots" / "1.0").facts
+    assert end["steps"] == len(rows), "the clock stops before 1, and the last state is the snapshot"
+    place = end["snapshot"]["origin"]["frac"]
+    assert fractions[-1] < place[0] / place[1] <= 1.0
 
 
 def test_a_branch_that_is_killed_goes_on_with_its_origin(shards, whole, tmp_path, monkeypatch):
