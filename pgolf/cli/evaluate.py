@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -103,11 +104,16 @@ class Evaluate:
 def main(argv: list[str]) -> int:
     """Read the artifact, score it and print the results."""
     args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
+    from pgolf.env import launch
     from pgolf.train.signals import Signals, Stopped
 
     if args.json is not None:
         check_output(args.json, "--json")
     _check_kind(args.artifact)
+    if args.legality and launch().world_size > 1:
+        raise UserError(
+            "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
+        )
     try:
         with Signals():
             return _evaluate(args)
@@ -130,10 +136,7 @@ def _evaluate(args: Evaluate) -> int:
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = f"decoding the weights of {args.artifact.name}"
         artifact = read_artifact(args.artifact)
-    longest = args.settings.context or artifact.header.model.max_context
-    if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
-        what = "--context" if args.context else "the model's max_context"
-        raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
+    _check_windows(args, artifact.header.model.max_context)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = "starting the device and the ranks"
         dist = Dist.start(args.device)
@@ -142,23 +145,39 @@ def _evaluate(args: Evaluate) -> int:
             progress.doing = f"reading and checking {args.data}"
             data_folder = _open(args, artifact)
             text, documents = _text(args.documents, data_folder)
-        scores = _score(args, artifact, data_folder, text, dist)
+        scores = _score(args, artifact, data_folder, text, documents, dist)
+        keep = partial(_write, args, data_folder, documents, scores) if dist.is_main and args.json else None
+        if keep is not None:
+            keep({})  # the tests of legality take minutes, and may fail
         reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
+        if keep is not None and reports:
+            keep(reports)
     finally:
         dist.close()
-    if dist.is_main:
-        note = f"  (first {documents:,} documents only)" if documents else ""
-        note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
-        note = (" with tilt" if args.tilt.on else "") + note
-        for mode, s in scores.items():
-            counts = f"{s.tokens:,} tokens  {s.bytes:,} B"
-            remark = args.settings.remark(mode)
-            counts += f" ({s.kept:,} of them scored before)" if s.kept else ""
-            said = f"{mode}{note}" + (f"  ({remark})" if remark else "")
-            print(f"{s.bpb:.4f} bpb  {s.loss:.4f} nats/token  {counts}  {s.seconds:.1f} s  {said}")
-        if args.json is not None:
-            _write(args.json, args, data_folder, documents, scores, reports)
     return 0 if all(report["legal"] for report in reports.values()) else 1
+
+
+def _check_windows(args: Evaluate, max_context: int) -> None:
+    """Raise UserError if some way has windows that do not fit, before another way takes its time."""
+    longest, what = max_context, "the model's max_context"
+    if args.context:
+        longest, what = args.context, "--context"
+    if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
+        raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
+    if set(args.mode) - {"plain", "ttt", "phased"} and not 1 <= args.stride <= longest:
+        raise UserError(f"--stride must be in [1, {longest:,}] ({what}), got {args.stride:,}")
+
+
+def _print(args: Evaluate, data_folder: DataFolder, documents: int, mode: Method, score: Score) -> None:
+    """Print the line of a mode."""
+    note = f"  (first {documents:,} documents only)" if documents else ""
+    note += f"  ({data_folder.checked})" if data_folder.manifest is None else ""
+    remark = args.settings.remark(mode)
+    said = f"{mode}{' with tilt' if args.tilt.on else ''}{note}" + (f"  ({remark})" if remark else "")
+    counts = f"{score.tokens:,} tokens  {score.bytes:,} B"
+    counts += f" ({score.kept:,} of them scored before)" if score.kept else ""
+    line = f"{score.bpb:.4f} bpb  {score.loss:.4f} nats/token  {counts}  {score.seconds:.1f} s  {said}"
+    print(line, flush=True)
 
 
 def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
@@ -205,9 +224,14 @@ def _text(documents: int, data_folder: DataFolder) -> tuple[ValidationText, int]
 
 
 def _score(
-    args: Evaluate, artifact: Artifact, data_folder: DataFolder, text: ValidationText, dist: Dist
+    args: Evaluate,
+    artifact: Artifact,
+    data_folder: DataFolder,
+    text: ValidationText,
+    documents: int,
+    dist: Dist,
 ) -> dict[str, Score]:
-    """Return the scores of all modes that were asked for."""
+    """Return the scores of all modes that were asked for; print each as soon as it is known."""
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
     from pgolf.log import Progress
@@ -226,6 +250,8 @@ def _score(
             scores[mode] = score_as(
                 mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings, sums=sums
             )
+        if dist.is_main:
+            _print(args, data_folder, documents, mode, scores[mode])
     return scores
 
 
@@ -265,10 +291,6 @@ def _legality(
     """Return what the tests say of every way that was asked for, and print it."""
     from pgolf.cli.legality import config_of, examine, verdict_line
 
-    if dist.world_size > 1:
-        raise UserError(
-            "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
-        )
     config = dataclasses.replace(config_of(args.artifact), evaluate=args.settings)
     reports: dict[str, dict[str, Any]] = {}
     for way in dict.fromkeys(args.mode):
@@ -299,7 +321,6 @@ def _sums(
 
 
 def _write(
-    path: Path,
     args: Evaluate,
     data_folder: DataFolder,
     documents: int,
@@ -309,6 +330,7 @@ def _write(
     """Write the scores as JSON, with the data, the number of documents (0 means all) and the settings."""
     from pgolf.files import atomic_file
 
+    assert args.json is not None
     data: dict[str, Any] = {
         "artifact": str(args.artifact),
         "data": {**data_folder.facts(), "checked": data_folder.checked},
@@ -321,5 +343,5 @@ def _write(
         },
         **({"legality": reports} if reports else {}),
     }
-    with atomic_file(path) as file:
+    with atomic_file(args.json) as file:
         file.write(json.dumps(data, indent=2).encode() + b"\n")

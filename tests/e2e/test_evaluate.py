@@ -1,0 +1,52 @@
+"""`pgolf evaluate`: what is known stays known when something fails later; what cannot work fails first."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pgolf.cli.main import main
+from pgolf.errors import RunError
+
+
+@pytest.fixture
+def words(run: Path, shards: Path, tmp_path: Path) -> list[str]:
+    artifact, out = str(run / "model.pgolf"), str(tmp_path / "score.json")
+    return ["evaluate", artifact, "--data", str(shards), "--documents=1", "--device=cpu", f"--json={out}"]
+
+
+def test_scores_are_printed_before_a_later_way_fails(words, monkeypatch, capsys):
+    def fails(*arguments, **settings):
+        raise RunError("the loss is NaN")
+
+    monkeypatch.setattr("pgolf.evaluate.validation.adapted_pass", fails)
+    assert main([*words, "--mode", "plain", "ttt"]) == 2
+    out, err = capsys.readouterr()
+    assert " bpb  " in out and "  plain  (first 1 documents only)" in out and "the loss is NaN" in err
+
+
+def test_scores_are_written_before_a_test_of_legality_fails(words, monkeypatch, capsys, tmp_path):
+    def fails(*arguments, **settings):
+        raise RunError("no memory")
+
+    monkeypatch.setattr("pgolf.cli.legality.examine", fails)
+    assert main([*words, "--mode=plain", "--legality"]) == 2
+    assert "  plain  " in capsys.readouterr().out
+    assert json.loads((tmp_path / "score.json").read_text())["scores"]["plain"]["tokens"] > 0
+
+
+def test_a_stride_that_does_not_fit_is_refused_before_anything_is_scored(words, capsys):
+    assert main([*words, "--mode", "plain", "sliding", "--stride=65"]) == 2
+    out, err = capsys.readouterr()
+    assert not out and "--stride must be in [1, 64] (the model's max_context), got 65" in err
+    assert main([*words, "--mode", "ttt", "sliding", "--context=32", "--stride=33"]) == 2
+    assert "--stride must be in [1, 32] (--context), got 33" in capsys.readouterr().err
+    assert main([*words, "--mode", "plain", "--stride=65"]) == 0  # plain has no stride
+
+
+def test_legality_on_several_ranks_is_refused_before_anything_is_scored(words, monkeypatch, capsys):
+    monkeypatch.setattr("pgolf.artifact.read.read_artifact", lambda path: pytest.fail("too late"))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert main([*words, "--legality"]) == 2
+    assert "--legality runs on one rank; score without torchrun" in capsys.readouterr().err
