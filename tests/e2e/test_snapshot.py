@@ -15,7 +15,7 @@ from pgolf.train.checkpoint import INDEX, read_checkpoint
 from pgolf.train.weights import load_weights
 from tests.conftest import requires_gpu
 from tests.e2e.conftest import SMALL
-from tests.e2e.test_run import summary, torchrun
+from tests.e2e.test_run import summary, two_ranks
 
 STEPS = 12
 SAVED = "--train.snapshots=0.25,0.5,1.0"
@@ -157,7 +157,7 @@ def test_snapshots_after_the_checkpoint_are_written_again(shards, whole, tmp_pat
 def test_two_ranks_continue_what_one_wrote_and_the_other_way_round(shards, whole, tmp_path):
     """Any number of ranks reads the snapshot of any other; the state that they begin with is the same."""
     start = [f"--train.start={whole}/snapshots/0.5", "--steps=6", "--train.snapshots=1.0"]
-    done = torchrun(2, [*words(shards, *start), "--train.device=cpu", "--out", str(tmp_path / "two")])
+    done = two_ranks([*words(shards, *start), "--train.device=cpu", "--out", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     (two,) = (tmp_path / "two").iterdir()
     a, b = state(whole), state(two)
@@ -192,7 +192,7 @@ def test_weights_of_a_run_that_was_stopped_or_ends_early_are_not_those_ahead(sha
 
 def test_ranks_with_velocities_stay_equal(shards, tmp_path):
     """The run itself compares the weights of its ranks at the end, bit for bit."""
-    done = torchrun(2, [*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
+    done = two_ranks([*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from pgolf.cli.main import main
-from tests.e2e.test_resume import start, two_ranks
+from pgolf.data.text import sample_paths
+from tests.e2e.test_resume import start
+from tests.e2e.test_run import start_ranks
 
 WAYS = {
     "sliding": ["--stride=8", "--tokens=640", "--documents=6"],
@@ -18,10 +20,20 @@ WAYS = {
 }
 
 
+@pytest.fixture(scope="module")
+def long(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of the whole validation text, so that an evaluation lasts until it is killed."""
+    out, sample = tmp_path_factory.mktemp("long") / "shards", sample_paths()
+    split = ["--train", str(sample.train), "--val", str(sample.val)]
+    tokenizer = str(shards / "tokenizer.model")
+    assert main(["data", "shards", *split, "--tokenizer", tokenizer, "--out", str(out)]) == 0
+    return out
+
+
 @pytest.fixture
-def words(run: Path, shards: Path, tmp_path: Path) -> list[str]:
+def words(run: Path, long: Path, tmp_path: Path) -> list[str]:
     """The command without a mode; it writes the score to score.json."""
-    paths = {"data": shards, "sums": tmp_path / "sums", "json": tmp_path / "score.json"}
+    paths = {"data": long, "sums": tmp_path / "sums", "json": tmp_path / "score.json"}
     options = [word for name, path in paths.items() for word in (f"--{name}", str(path))]
     return ["evaluate", str(run / "model.pgolf"), "--device=cpu", *options]
 
@@ -78,7 +90,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_p
 
 def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
     command = [*words, "--mode=sliding", *WAYS["sliding"]]
-    ranks = two_ranks(command)
+    ranks = start_ranks(2, command)
     files = [tmp_path / "sums" / name for name in ("sliding.sums", "sliding.1.sums")]
     until = time.monotonic() + 120
     while not all(f.exists() and f.read_bytes().count(b"\n") > 1 for f in files):
