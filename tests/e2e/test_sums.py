@@ -1,21 +1,47 @@
 """`pgolf evaluate --sums`: real evaluations that are killed go on and give the same score."""
 
 import json
+import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from pgolf.cli.main import main
-from tests.e2e.test_resume import start, two_ranks
 
 WAYS = {
-    "sliding": ["--stride=8", "--tokens=640", "--documents=6"],
-    "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=1024", "--sgd.epochs=1", "--documents=6"],
-    "ttt": ["--ttt.rank=4", "--ttt.chunk=32", "--ttt.batch-tokens=256", "--documents=6"],
+    "sliding": ["--stride=4", "--tokens=256"],
+    "sgd": ["--stride=8", "--tokens=256", "--sgd.chunk-tokens=256", "--sgd.epochs=1"],
+    "ttt": ["--ttt.rank=4", "--ttt.chunk=16", "--ttt.batch-tokens=64"],
 }
+"""Settings with which a short text takes seconds and many sums."""
+AT_ONCE = (
+    "import sys, pgolf.evaluate.sums as sums; sums.EVERY_S = 0.0; "
+    "from pgolf.cli.main import main; sys.exit(main())"
+)
+"""The program, with every sum on disk as soon as it is known."""
+
+
+def start(words: list[str], **place: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", AT_ONCE, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}},
+    )
+
+
+def two_ranks(words: list[str]) -> "list[subprocess.Popen[str]]":
+    """Start two ranks without torchrun, which would end one rank when the other ends."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": probe.getsockname()[1], "WORLD_SIZE": 2}
+    return [start(words, **place, RANK=rank, LOCAL_RANK=rank) for rank in range(2)]
 
 
 @pytest.fixture
@@ -54,6 +80,7 @@ def end(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(WAYS))
 def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_path):
     command = [*words, f"--mode={mode}", *WAYS[mode]]
@@ -76,6 +103,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_p
         assert found[key] == whole[key], key
 
 
+@pytest.mark.slow
 def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
     command = [*words, "--mode=sliding", *WAYS["sliding"]]
     ranks = two_ranks(command)
@@ -98,11 +126,11 @@ def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_signal_says_how_to_go_on(words, kept, tmp_path):
-    command = [*words, "--mode=sliding", *WAYS["sliding"]]
+    command = [*words, "--mode=sliding", "--stride=1", "--tokens=128"]
     process = start(command if kept else without_sums(command))
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("sliding, stride 6:"):
+        if line.startswith("sliding, stride 1:"):
             break
     process.send_signal(signal.SIGTERM)
     _, err = end(process)
