@@ -246,14 +246,36 @@ def _score(
     settings = args.settings
     scores: dict[str, Score] = {}
     for mode in dict.fromkeys(args.mode):
-        facts = _facts(args, mode, model, text, dist, compiled=worth)
+        adapters = _compiled(args, text, data_folder, model, dist) if mode == "ttt" else None
+        compiled = worth if adapters is None else adapters
+        facts = _facts(args, mode, model, text, dist, compiled=compiled)
+        more: dict[str, Any] = {"batch_tokens": args.tokens, "settings": settings, "compiled": adapters}
         with _sums(args, mode, facts, text, dist) as sums:
-            scores[mode] = score_as(
-                mode, model, data_folder, text, dist, batch_tokens=args.tokens, settings=settings, sums=sums
-            )
+            scores[mode] = score_as(mode, model, data_folder, text, dist, sums=sums, **more)
         if dist.is_main:
             _print(args, data_folder, documents, mode, scores[mode])
     return scores
+
+
+def _compiled(
+    args: Evaluate, text: ValidationText, data_folder: DataFolder, model: GPT, dist: Dist
+) -> bool | None:
+    """Return whether `ttt` is to compile; None without --sums: the pass decides.
+
+    Sums that are kept decide, because compiled kernels round differently, and what is worth compiling
+    depends on the number of GPUs.
+    """
+    from pgolf.evaluate.documents import document_bounds
+    from pgolf.evaluate.sums import kept_facts
+    from pgolf.evaluate.ttt import plan_batches, worth_compiling
+
+    if args.sums is None:
+        return None
+    kept = kept_facts(args.sums, "ttt").get("compiled")
+    if isinstance(kept, bool) and not args.ttt.warm_a:
+        return kept
+    lengths = document_bounds(text, data_folder.tokenizer.bos_id)[1]
+    return worth_compiling(plan_batches(lengths, args.context or model.config.max_context, args.ttt), dist)
 
 
 def _facts(

@@ -14,6 +14,7 @@ same shapes, so the score is the same to the last bit, as far as the device give
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -35,6 +36,8 @@ from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Piece
 
 FORMAT = "pgolf sums 1"
+BEGINNING = f'{{"format":"{FORMAT}"'.encode()
+"""Of every file; the rest of the first line depends on what was scored."""
 DIGITS = 16
 """Hexadecimal digits of a line's checksum."""
 EVERY_S = 2.0
@@ -47,6 +50,18 @@ def text_sha256(text: ValidationText) -> str:
     for part in (text.tokens, text.bytes):
         digest.update(np.ascontiguousarray(part, dtype="<i8").data)
     return digest.hexdigest()
+
+
+def kept_facts(folder: Path, way: str) -> dict[str, Any]:
+    """Return what the sums of a way in a folder say that they are of; nothing if there are none."""
+    for path in _files(folder, way) if folder.is_dir() else []:
+        with path.open("rb") as file:
+            line = file.readline()
+        if line.endswith(b"\n"):  # else it was being written when the process was killed
+            with contextlib.suppress(ValueError):  # damaged, as `open_sums` will say
+                found = json.loads(line.rpartition(b" ")[0])
+                return found if isinstance(found, dict) else {}
+    return {}
 
 
 class Sums:
@@ -231,6 +246,8 @@ def _read(path: Path, facts: dict[str, Any], file: int = -1) -> tuple[Any, list[
     """
     data = path.read_bytes()
     whole = data.rfind(b"\n") + 1
+    if not whole and data[: len(BEGINNING)] != BEGINNING[: len(data)]:
+        raise UserError(f"{path} is not a file of sums; move it away, or pass another folder")
     digest, rows = hashlib.sha256(), list[list[float]]()
     for number, line in enumerate(data[:whole].split(b"\n")[:-1]):
         text, _, found = line.rpartition(b" ")

@@ -368,7 +368,7 @@ def left_over(
 
 
 def worth_compiling(batches: list[DocumentBatch], dist: Dist) -> bool:
-    """Tell whether compiling takes less time than it saves; the same before and after an interruption."""
+    """Tell whether compiling takes less time than it saves: it depends on the number of ranks."""
     cost = sum(batch.cost for batch in batches) / dist.world_size
     return dist.device.type == "cuda" and cost >= COMPILE_COST
 

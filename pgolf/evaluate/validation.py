@@ -139,6 +139,7 @@ def score_as(
     batch_tokens: int,
     settings: EvaluateConfig = PLAIN,
     sums: Sums | None = None,
+    compiled: bool | None = None,
 ) -> Score:
     """Return the score of `model` on `text`, with checked counts.
 
@@ -153,9 +154,11 @@ def score_as(
         batch_tokens: tokens per forward pass of plain and sliding windows.
         settings: stride, context, and the settings of each way.
         sums: keeps sums on disk, and has those of an interrupted evaluation, see `sums.py`.
+        compiled: as in `adapted_pass`, for "ttt".
     """
     bos_id = data_folder.tokenizer.bos_id
     more: dict[str, Any] = {"batch_tokens": batch_tokens, "settings": settings, "done": sums and sums.done}
+    more["compiled"] = compiled
     with evaluating(model), widened(model, settings.context):
         run = start_pass(way, model, text, dist, bos_id=bos_id, **more)
         return read(run, text, dist, bos_id=bos_id, sums=sums)
@@ -172,6 +175,7 @@ def start_pass(
     settings: EvaluateConfig,
     whole: int = 0,
     done: Done | None = None,
+    compiled: bool | None = None,
 ) -> Pass:
     """Return what `predictor.read` needs to score `text`.
 
@@ -180,6 +184,7 @@ def start_pass(
         bos_id: the id that starts a document.
         whole: see `sgd_pass`.
         done: see `Done`.
+        compiled: as in `adapted_pass`, for "ttt".
 
     Raises:
         ValueError: the text has no BOS, or a setting does not fit.
@@ -193,7 +198,7 @@ def start_pass(
         "stride": context if way == "plain" else settings.stride,
     }
     if way == "ttt":
-        run = adapted_pass(model, text, dist, config=settings.adapters, **where)
+        run = adapted_pass(model, text, dist, config=settings.adapters, compiled=compiled, **where)
     elif way == "phased":
         run = phased_pass(model, text, dist, phases=settings.phases, **where)
     elif way == "sgd":

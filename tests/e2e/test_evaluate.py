@@ -50,3 +50,24 @@ def test_legality_on_several_ranks_is_refused_before_anything_is_scored(words, m
         monkeypatch.setenv(name, value)
     assert main([*words, "--legality"]) == 2
     assert "--legality runs on one rank; score without torchrun" in capsys.readouterr().err
+
+
+def test_sums_that_are_kept_decide_whether_adapters_are_compiled(words, monkeypatch, tmp_path):
+    """What is worth compiling depends on the number of GPUs, and compiled kernels round differently."""
+    from pgolf.evaluate import ttt
+
+    made, asked = ttt.adapted_pass, []
+
+    def asks(*arguments, compiled=None, **settings):
+        asked.append(compiled)
+        return made(*arguments, compiled=False, **settings)
+
+    monkeypatch.setattr("pgolf.evaluate.validation.adapted_pass", asks)
+    command = [*words, "--mode=ttt", "--ttt.rank=2", f"--sums={tmp_path / 'sums'}"]
+    for worth in (True, False):
+        monkeypatch.setattr(ttt, "worth_compiling", lambda batches, dist, worth=worth: worth)
+        assert main(command) == 0
+    assert asked == [True, True]
+    (tmp_path / "sums" / "ttt.sums").unlink()
+    assert main(command) == 0
+    assert main(words[:-1]) == 0 and asked == [True, True, False]

@@ -12,7 +12,7 @@ import torch
 from pgolf.evaluate import sums as sums_module
 from pgolf.evaluate.bpb import Piece
 from pgolf.evaluate.predictor import evaluating, read
-from pgolf.evaluate.sums import open_sums, text_sha256
+from pgolf.evaluate.sums import kept_facts, open_sums, text_sha256
 from tests.evaluate.legal_helpers import (
     BOS,
     TTT,
@@ -170,6 +170,27 @@ def test_a_changed_byte_is_found_wherever_it_is(tmp_path):
     # In the last line's end it looks like a line that was being written.
     path.write_bytes(data[:-1] + b"x")
     assert before(tmp_path).first.size == 4
+
+
+@pytest.mark.parametrize("text", [b"notes", b"\0" * 9, b"{"])
+def test_a_file_without_a_line_is_kept_unless_it_is_the_beginning_of_one(text, tmp_path):
+    path = tmp_path / "plain.sums"
+    path.write_bytes(text)
+    if text == b"{":
+        assert before(tmp_path).first.size == 0
+        return
+    with pytest.raises(ValueError, match=r"plain\.sums is not a file of sums; move it away"):
+        before(tmp_path)
+    assert path.read_bytes() == text
+
+
+def test_facts_that_are_kept_are_those_of_the_first_whole_line(tmp_path):
+    assert kept_facts(tmp_path / "none", "plain") == {}
+    path = a_file(tmp_path)
+    assert kept_facts(tmp_path, "plain")["artifact"] == "a" and kept_facts(tmp_path, "ttt") == {}
+    for text in (path.read_bytes()[:20], b"[1, 2] 00\n", b"\xff\xfe 00\n", b"\n"):
+        path.write_bytes(text)
+        assert kept_facts(tmp_path, "plain") == {}
 
 
 def test_a_missing_or_repeated_line_is_found(tmp_path):
