@@ -88,13 +88,13 @@ class MuonConfig:
     momentum_start: float = 0.92
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
-    """Fraction of the run, 0 to 1, over which momentum rises linearly (PR #1855: 1,500 of 4,930 steps)."""
+    """Fraction of the run, 0 to 1, over which momentum rises linearly (0.24 in PR #1855's logs)."""
     momentum_end: float = 0.9
     """Momentum at the end of the run, in [0, 1), where momentum_cooldown is above 0."""
     momentum_cooldown: float = 0.0
     """Last fraction of the run, 0 to 1, over which momentum falls linearly to momentum_end; 0: it stays."""
     late_lr: float = 1.0
-    """Factor on the learning rate of the banks alone at the end of the run, >= 0; 1: as all rates."""
+    """Further factor on the learning rate of the banks at the end of the run, >= 0; 1 = none."""
     late_from: float = 0.6
     """Fraction of the run, 0 to 1, from which on that factor goes linearly from 1 to late_lr."""
     nesterov: bool = True
@@ -133,12 +133,12 @@ class AdamConfig:
     """Decoupled weight decay of the token embedding, >= 0."""
     embed_warmup: float = 0.0
     """Fraction of the run, 0 to 1, over which the embedding's learning rate rises from a tenth of its value:
-    0.004 are ten of 2,500 steps. Adam's first steps have the full rate, however small the gradient, and with
-    a tied embedding the loss then jumps from 9 to 13."""
+    0.004 are ten of 2,500 steps; 0 = no warm-up. Adam's first steps have the full size however small the
+    gradient is, so that the loss jumps up with an embedding that is also the output projection."""
     embed_warmdown: float = -1.0
-    """Last fraction of the run, 0 to 1, over which the embedding's rate falls; -1: as optim.warmdown."""
+    """Last fraction of the run, 0 to 1, over which embed_lr falls; -1 = that of optim.warmdown."""
     scalar_warmdown: float = -1.0
-    """Last fraction of the run, 0 to 1, over which the scalars' rate falls; -1: as optim.warmdown."""
+    """Last fraction of the run, 0 to 1, over which scalar_lr falls; -1 = that of optim.warmdown."""
     scalar_lr: float = 0.02
     """Learning rate of the scalars (gains, gates, mixes) before the schedule, >= 0."""
     scalar_weight_decay: float = 0.02
@@ -184,8 +184,8 @@ class OptimConfig:
     warmdown: float = 0.85
     """Last fraction of the run, 0 to 1, over which the learning rates fall."""
     warmdown_power: float = 1.0
-    """Power of the warm-down, > 0: rates fall as (what is left of it)^warmdown_power. 1 is linear; 1.2 is the
-    PowerCool of modded-nanogpt's track 3."""
+    """Power of the warm-down, > 0: learning rates fall as (the part of it that is left)^warmdown_power. 1 is
+    linear; 1.2 is the PowerCool of modded-nanogpt's track 3."""
     min_lr: float = 0.1
     """Lowest learning rate in the warm-down, as a fraction (0 to 1) of its peak."""
     ema_nesterov: float = 0.0
@@ -202,7 +202,7 @@ class OptimConfig:
     """How the weights are averaged: ema, exponentially over ema_horizon; swa, equally over snapshots that are
     taken every swa_every steps from swa_from on."""
     ema_horizon: float = 0.058
-    """Averaging horizon 1 / (1 - decay), fraction of the run (PR #1855: 286 of 4,931 steps); 0 = no EMA."""
+    """Averaging horizon 1 / (1 - decay), fraction of the run (0.068 in PR #1855's logs); 0 = no EMA."""
     swa_from: float = 0.9
     """Fraction of the run from which on average=swa takes snapshots, 0 to 1; PR #549 takes them where the
     learning rate is below 0.2 of its peak, which is from 1 - 0.2 * warmdown on."""
@@ -254,20 +254,21 @@ class TrainConfig:
     None: a rehearsal before the clock measures how long they take, and 15 % is added."""
     init: Path | None = None
     """raw.safetensors or ema.safetensors of a run with the same model, whose weights replace the random ones.
-    Only weights are loaded: optimizer state and schedules start from the beginning. To continue a finished
-    run, lower the learning rates and set optim.muon.momentum_warmup=0. Parameters that the other model lacks
-    start so that the function is the same (pgolf/model/neutral.py)."""
+    Only weights are loaded: optimizer state and schedules start from the beginning (train.start keeps them).
+    To train a finished model further, lower the learning rates and set optim.muon.momentum_warmup=0.
+    Parameters that the file lacks start so that the network computes the same (pgolf/model/neutral.py)."""
     start: Path | None = None
-    """A snapshot of another run, RUN/snapshots/0.75: this run continues from it. Weights, average, momentum,
-    moments and place in the text are the snapshot's, and every schedule goes on from its fraction to until;
-    steps and seconds count from there. State that the snapshot lacks starts in a neutral way."""
+    """A snapshot of another run, such as RUN/snapshots/0.75, from which this run continues. Weights, average,
+    momentum, moments and place in the text are the snapshot's, and every schedule continues from its fraction
+    to until; train.steps and train.seconds count from there. State that the snapshot lacks starts in a
+    neutral way."""
     until: float = 1.0
-    """Fraction of the schedules, above 0, at which this run's steps or seconds end; below 1, the run is a
-    trunk that others continue (train.start)."""
+    """Fraction of the schedules, above 0 and at most 1, that is reached when this run's steps or seconds end;
+    below 1, the run is a trunk that others continue (train.start)."""
     snapshots: str = ""
-    """Fractions of the schedules at which the whole state of training is written to RUN/snapshots and kept,
-    rising and at most until: 0.7,0.75. A snapshot has about 11 bytes per parameter; it is written while
-    training goes on."""
+    """Fractions of the schedules, such as 0.7,0.75, rising and at most until, at which the whole state of
+    training is written to RUN/snapshots and kept. A snapshot has about 11 bytes per parameter; it is written
+    while training goes on."""
     quantize: bool = True
     """Quantize after training, then write and score the artifact. If false, the run ends with its raw and
     averaged weights, from which `pgolf quantize` can make an artifact later."""

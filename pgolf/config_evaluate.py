@@ -28,7 +28,8 @@ class TttConfig:
     """Test-time training: adapters per document learn from each chunk after it is scored (as in PR #1855)."""
 
     on: str = "q,k,v,o,mlp,head"
-    """Where the adapters are, some of q, k, v, o, mlp and head; PR #1953 has k,o,mlp,head."""
+    """Where the adapters are, some of q, k, v, o, mlp and head: queries, keys, values, the whole attention,
+    the whole MLP and the output projection. PR #1953 has k,o,mlp,head."""
     rank: int = 80
     """Rank r of every adapter, >= 1."""
     alpha: float = 144.0
@@ -60,8 +61,8 @@ class TttConfig:
     seed: int = 0
     """Seed of the initial adapters, >= 0; they are the same for every document."""
     members: int = 1
-    """Sets of adapters per document, >= 1, with the seeds from `seed` on. Each learns on its own; the mean of
-    their probabilities is scored. A pass takes as many times as long, and its adapters as much memory."""
+    """Sets of adapters per document, >= 1, with the seeds from `seed` on: an ensemble. Each set learns on its
+    own, and the mean of their probabilities is scored. k sets take k times the time and adapter memory."""
 
     def __post_init__(self) -> None:
         check_finite("ttt", self)
@@ -146,15 +147,17 @@ class TiltConfig:
     """The n-gram tilt: a token that followed the same context before becomes more probable (PR #2135)."""
 
     on: bool = False
-    """Tilt the distributions of every further way to score. It uses the tokens before each token alone."""
+    """Make the token more probable that followed the same tokens earlier in the text; it depends on the
+    tokens before it only. A run's plain scores are never tilted."""
     order: int = 16
-    """Tokens of an n-gram, 2 to 1,024: the context has one token less. It reaches over a document's start."""
+    """Tokens of an n-gram, 2 to 1,024: the context is all but the last of them. It may begin in an earlier
+    document."""
     threshold: float = 0.8
-    """Share of the earlier places with this context that one token must have followed, above 0, at most 1."""
+    """Least share of the earlier places with this context after which the token came, above 0, at most 1."""
     boost: float = 2.625
     """The probability of that token is multiplied by exp(boost) before all are made to sum to 1; 0 to 50."""
     seen: int = 1
-    """Earlier places with this context that there must be, >= 1."""
+    """Least number of earlier places with this context, >= 1."""
 
     def __post_init__(self) -> None:
         check_finite("tilt", self)
@@ -235,8 +238,8 @@ class EvaluateConfig:
     published: bool = False
     """Also score the quantized weights by `method`."""
     context: int = 0
-    """Tokens of the longest window of the further ways to score; 0: model.max_context. It may be larger than
-    that (PR #1953 has 2,560 and PR #2014 has 3,072), which takes more time."""
+    """Tokens of the longest window of all ways to score but a run's plain scores; 0 = model.max_context. It
+    may be larger than that (PR #1953 has 2,560 and PR #2014 has 3,072), which takes more time."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
@@ -244,7 +247,7 @@ class EvaluateConfig:
     slot: SlotConfig = field(default_factory=SlotConfig)
     """Settings of `slot` and `causal_slot`."""
     tilt: TiltConfig = field(default_factory=TiltConfig)
-    """The n-gram tilt on top of the further ways to score."""
+    """The n-gram tilt, on top of all ways to score but a run's plain scores."""
 
     def __post_init__(self) -> None:
         check_finite("evaluate", self)

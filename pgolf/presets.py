@@ -87,7 +87,7 @@ def pr2014() -> Config:
 
 
 def pr2135() -> Config:
-    """PR #2135's training: #1855 with a higher rate of Muon and twice the calibration, scored at 2,560."""
+    """PR #2135's training: #1855, a higher learning rate of Muon, twice the calibration, 2,560 context."""
     base = pr1855()
     muon = replace(base.optim.muon, lr=0.028, momentum_warmup=0.2383)  # 1,500 steps of 95.2 ms
     adapters = replace(base.evaluate.phases.adapters, on="q,v,o,mlp,head", lr=8e-5, weight_decay=2.0)
@@ -158,7 +158,7 @@ def pr1516() -> Config:
 
 
 def pr1493() -> Config:
-    """PR #1493's settings: #1394 with three layers repeated, attention beside the MLP from layer 7 on."""
+    """PR #1493's settings: #1394, three layers repeated, attention parallel to the MLP from layer 7 on."""
     base = pr1394()
     muon = replace(base.optim.muon, lr=0.022, weight_decay=0.095)
     return replace(

@@ -14,6 +14,7 @@ import pytest
 import tyro
 
 from pgolf import ops
+from pgolf.artifact.code import EVALUATE, TRAIN, code_program
 from pgolf.artifact.write import write_artifact
 from pgolf.cli import main as cli
 from pgolf.config import to_dict
@@ -282,6 +283,13 @@ def test_readme_is_short_and_its_snippets_too():
     for block in snippets:
         assert len(block.text.splitlines()) <= 12, block.name
         assert any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(block.text))), block.name
+
+
+def test_sizes_of_the_counted_programs_are_those_of_the_sources():
+    row = re.search(r"^\| size .*$", (DOCS / "file-format.md").read_text(), flags=re.M)
+    stated = [1000 * float(size) for size in re.findall(r"([\d.]+) kB:", row[0])]
+    measured = [len(code_program(program)) for program in (EVALUATE, TRAIN)]
+    assert stated == pytest.approx(measured, rel=0.05), "write the sizes of `pgolf artifact code` into it"
 
 
 def test_every_public_operator_has_an_api_page():

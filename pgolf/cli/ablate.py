@@ -18,12 +18,13 @@ from pgolf.errors import RunError, UserError
 class Ablate:
     """Run every arm of a plan with every seed, then write report.md and report.html.
 
-    One run of one arm with one seed is a cell. Finished cells are kept and skipped, so you may stop with
-    Ctrl-C or a signal at any time and start again. Only one process at a time can work on a plan's folder.
+    A plan names a base configuration, and arms: the settings that are compared. Finished runs are kept and
+    skipped, so you may stop with Ctrl-C or a signal at any time and start again. Only one process at a time
+    can work on a plan's folder. docs/quickstart/screen.md explains plans and reports.
     """
 
     plan: tyro.conf.Positional[Path]
-    """JSON file; bench/ablations/example.json is one to start from."""
+    """The plan, a JSON file; bench/ablations/example.json is one to start from."""
     out: Path | None = None
     """Folder of the results; without it, the one that the plan names."""
     data: Path | None = None

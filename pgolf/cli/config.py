@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     print(f"parameters      {total:,}")
     for loop in (False, True):
         encoder, decoder = layer_order(config.model, loop=loop)
-        print(f"layers loop {'on ' if loop else 'off'} {encoder} | {decoder}")
+        print(f"recurrence {'on ' if loop else 'off'} {encoder} | {decoder}  (layers of encoder | decoder)")
     print(f"step            {config.data.batch_tokens:,} tokens in {passes} x {config.data.micro_tokens:,}")
     print(f"artifact        about {ledger.total:,} bytes of {ledger.limit:,}; pgolf size says where")
     return 0

@@ -1,4 +1,4 @@
-"""`pgolf data`: train a tokenizer, make shards, inspect shards, download the challenge's."""
+"""`pgolf data`: train a tokenizer; make, inspect, hold out or download shards."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def main(argv: list[str]) -> int:
             "fetch": FetchJob,
         },
         prog="pgolf data",
-        description="Train a tokenizer, make shards from text, inspect shards, download the challenge's.",
+        description="Train a tokenizer; make, inspect, hold out or download shards.",
         args=argv,
     )
     if isinstance(job, TokenizerJob):

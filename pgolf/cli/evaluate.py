@@ -60,9 +60,10 @@ class Evaluate:
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
     sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
     model that learns from scored documents in pauses. slot: SLOT of PR #1298, which the challenge does not
-    allow, because it learns from what it then scores. causal_slot: the same from scored tokens alone."""
+    allow, because it learns from what it then scores. causal_slot: the same, learned from scored tokens only.
+    docs/scoring.md describes all of them."""
     context: int = 0
-    """Tokens of the longest window, 0 = the model's max_context; it may be larger than that."""
+    """Tokens of the longest window; 0 = the model's max_context. It may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
@@ -81,8 +82,8 @@ class Evaluate:
     tilt: TiltConfig = field(default_factory=TiltConfig)
     """The n-gram tilt on top of every way to score."""
     sums: Path | None = None
-    """Keep the sums of every document in this folder, and go on from those that are in it: the same command
-    continues an evaluation that was interrupted, and gives the same score."""
+    """Keep the summed loss of every document in this folder, so that the same command continues an evaluation
+    that was interrupted, and gives the same score. Documents that are in the folder are not scored again."""
     json: Path | None = None
     """Also write the results to this file, as JSON."""
     legality: bool = False

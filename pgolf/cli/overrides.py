@@ -15,6 +15,15 @@ from pgolf.env import launch
 from pgolf.errors import UserError
 from pgolf.presets import OLD_NAMES, PRESETS
 
+OTHER_USES = {
+    "config": "       pgolf config A --diff B   the settings in which two of them differ\n",
+    "train": "       pgolf train --data DIR ...   the preset pr1855\n"
+    "       pgolf train --resume RUN [--section.key VALUE ...]   go on from its newest checkpoint\n"
+    "       pgolf train --finish RUN [--section.key VALUE ...]   train no further; quantize and score\n",
+    "size": "       pgolf size RUN|WEIGHTS|ARTIFACT   the bytes of what a run saved\n"
+    "       pgolf size RUN|ARTIFACT --coders   the bytes of the same codes in every coder\n",
+}
+"""What else the usage of a verb names, where the verb takes more than a configuration."""
 SHORT = {
     "--data": "--data.dir",
     "--seconds": "--train.seconds",
@@ -99,6 +108,15 @@ def check_output(path: Path, option: str) -> None:
         raise PermissionError(f"cannot write to {path.parent} for {option} {path}; choose another folder")
 
 
+def usage(verb: str) -> str:
+    """Return the help of a verb that takes a configuration."""
+    names = "\n".join(align([(f"  {name}", str(make.__doc__)) for name, make in PRESETS.items()]))
+    short = ", ".join(f"{k} = {v}" for k, v in SHORT.items())
+    text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n{OTHER_USES.get(verb, '')}"
+    text += f"\npresets (`pgolf presets NAME` says more):\n{names}\n\n"
+    return f"{text}short names: {short}\nall settings: pgolf {verb} pr1855 --help"
+
+
 def parse_config(verb: str, args: list[str]) -> Config:
     """Return the configuration that `args` describe; print help and exit on `--help`.
 
@@ -106,13 +124,7 @@ def parse_config(verb: str, args: list[str]) -> Config:
         ValueError: the first argument is not a preset or a file.
     """
     if not args or args[0].startswith("-"):
-        rows = align([(f"  {name}", str(make.__doc__)) for name, make in PRESETS.items()])
-        names = "\n".join(rows)
-        short = ", ".join(f"{k} = {v}" for k, v in SHORT.items())
-        text = f"usage: pgolf {verb} PRESET|config.json [--section.key VALUE ...]\n"
-        text += "       pgolf config A --diff B   the settings in which two of them differ\n"
-        text += f"\npresets (`pgolf presets NAME` says more):\n{names}\n\n"
-        text += f"short names: {short}\nall settings: pgolf {verb} pr1855 --help"
+        text = usage(verb)
         if args and args[0] in ("-h", "--help"):
             print(text)
             raise SystemExit(0)

@@ -19,12 +19,13 @@ class Submit(Entry):
     """Write README, submission.json, logs, artifacts and counted code of finished runs, one run per seed.
 
     All figures come from the summaries of the runs. The folder appears when it is complete, or not at all.
+    `pgolf submit --check FOLDER [--against FOLDER]` checks a submission folder instead.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders of one configuration with different seeds."""
     out: Path
-    """The folder to make."""
+    """The submission folder to make."""
     data: Path | None = None
     """Folder of the runs' shards, for the tokenizer and the manifest. Without it, the folder that the runs
     name is taken; if it is gone, the tokenizer comes from a run's folder."""
@@ -47,7 +48,8 @@ class Check:
 
 def run_check(argv: list[str]) -> int:
     """Print what was found about every rule; return 1 if one fails."""
-    args = tyro.cli(Check, prog="pgolf submit", args=argv)
+    asked = [word for word in argv if word in ("-h", "--help")]  # not the folder that --check lacks then
+    args = tyro.cli(Check, prog="pgolf submit", args=asked or argv)
     from pgolf.report.check import check_folder
 
     found = check_folder(args.check, args.against)

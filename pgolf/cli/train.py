@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from pgolf.cli.overrides import base_note, is_preset, load_base, override, parse_config, sets
+from pgolf.cli.overrides import base_note, is_preset, load_base, override, parse_config, sets, usage
 from pgolf.config import MAY_CHANGE, Config, flat, to_dict
 from pgolf.errors import RanksFailed, UserError, is_checked
 
@@ -15,12 +15,9 @@ DEFAULT = "pr1855"
 OVERRUN = 3
 """Exit status of a run that is complete but used more seconds than its clock allows."""
 USAGE = """
-go on with a run that was stopped or killed:
-  pgolf train --resume RUN [--section.key VALUE ...]   train on from its newest checkpoint
-  pgolf train --finish RUN [--section.key VALUE ...]   train no further; quantize and score what there is
-Both also work on another number of GPUs (under torchrun). The exit status is 0; 2 after an error; 3 if the
-clock was overrun; 128 + the number of the signal (SIGTERM, SIGHUP, SIGINT) that stopped the run, after it was
-saved."""
+--resume and --finish are for runs that were stopped or killed, and also work on another number of GPUs (under
+torchrun). The exit status is 0; 2 after an error; 3 if the clock was overrun; 128 + the number of the signal
+(SIGTERM, SIGHUP, SIGINT) that stopped the run, after it was saved."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +27,9 @@ def main(argv: list[str]) -> int:
         config, resume, train = parse_resume(argv)
     else:
         if argv and argv[0] in ("-h", "--help"):
-            print(USAGE.strip() + "\n")
-        elif argv and argv[0].startswith("--"):
+            print(f"{usage('train')}\n{USAGE}")
+            return 0
+        if argv and argv[0].startswith("--"):
             argv = [DEFAULT, *argv]
         config = parse_config("train", argv)
     notes = [base_note(str(resume / "config.json") if resume is not None else argv[0])]

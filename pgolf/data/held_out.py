@@ -46,7 +46,7 @@ class HeldOutJob:
     out: Path
     """Folder to make; it must not exist."""
     tokens: int = 2_000_000
-    """Tokens of the new validation text, at least; it begins at a document."""
+    """Least number of tokens of the new validation text, which begins with a whole document."""
 
 
 def make_held_out(job: HeldOutJob, *, report: Callable[[str], None]) -> Manifest | None:

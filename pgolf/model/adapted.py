@@ -21,6 +21,9 @@ from pgolf.model.embed import stem, value_embeddings
 from pgolf.model.gates import Skip
 from pgolf.model.gpt import GPT, Context, LayerWeights, join_lanes, parallel_block, serial_block
 
+RECOMPILE_LIMIT = 32
+"""Most graphs of one function."""
+
 
 def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
     """Compile the blocks of a model that is called with adapters only; return the model.
@@ -29,6 +32,9 @@ def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
         model: prepared and not compiled, see `uncompiled`.
         backend: backend of torch.compile.
     """
+    # Each kind of block (with or without a skip, value embeddings, gradients of its input) has a graph, and
+    # sizes that are equal by chance when it is traced may add one. Beyond the limit a pass would fail.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     model._serial = _with_symbols(serial_block, jit)
     model._parallel = _with_symbols(parallel_block, jit)

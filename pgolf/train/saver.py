@@ -4,6 +4,8 @@ snapshots that stay, at chosen fractions of the schedules.
 
 from __future__ import annotations
 
+import math
+
 from pgolf.log import RunLog
 from pgolf.train.budget import Tick
 from pgolf.train.checkpoint import FAILED, IDLE, SNAPSHOTS, WRITTEN, Checkpointer
@@ -65,7 +67,9 @@ class Saver:
 
     def _keep(self, tick: Tick, place: Position) -> bool:
         """Start the snapshots that are due before this step; tell whether there was one."""
-        due = self._snapshots.due(tick.frac) if self._snapshots is not None else []
+        # A clock stops before a step that would end too late, so a little before the last fraction.
+        frac = math.inf if tick.stop else tick.frac
+        due = self._snapshots.due(frac) if self._snapshots is not None else []
         for name in due:
             assert self._snapshots is not None
             # Of this very step, so what is under way is completed first, on every rank.

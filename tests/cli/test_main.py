@@ -152,3 +152,22 @@ def test_old_names_work_and_say_what_the_new_ones_are(capsys, tmp_path):
     assert "no data folder at" in capsys.readouterr().err
     assert main(["record", str(tmp_path / "none"), "--out", str(tmp_path / "x")]) == 2
     assert "pgolf record is now called pgolf submit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["train", "config", "size"])
+def test_the_usage_of_a_verb_names_the_uses_of_this_verb(verb, capsys):
+    try:
+        code: object = main([verb, "--help"])
+    except SystemExit as e:
+        code = e.code
+    assert code == 0
+    uses = re.findall(r"^(?:usage:|      ) pgolf (\w+) (\S+)", capsys.readouterr().out, flags=re.M)
+    assert {name for name, _ in uses} == {verb}
+    assert len(uses) >= 2
+
+
+def test_help_of_a_check_needs_no_folder(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["submit", "--check", "--help"])
+    assert done.value.code == 0
+    assert "--against" in capsys.readouterr().out

@@ -40,9 +40,9 @@ def whole(shards, tmp_path_factory) -> Path:
     return folder
 
 
-def start(words: list[str]) -> "subprocess.Popen[str]":
+def start(words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "pgolf", *words],
+        [sys.executable, *program, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -45,7 +45,9 @@ def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def start_ranks(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
+def start_ranks(
+    world: int, words: list[str], program: tuple[str, ...] = ("-m", "pgolf")
+) -> list[subprocess.Popen[str]]:
     """Start the command line on `world` ranks without torchrun, which would end the others when one ends."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -53,7 +55,7 @@ def start_ranks(world: int, words: list[str]) -> list[subprocess.Popen[str]]:
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "pgolf", *words],
+            [sys.executable, *program, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,7 +15,7 @@ from pgolf.train.checkpoint import INDEX, read_checkpoint
 from pgolf.train.weights import load_weights
 from tests.conftest import requires_gpu
 from tests.e2e.conftest import SMALL
-from tests.e2e.test_run import summary, torchrun
+from tests.e2e.test_run import summary, two_ranks
 
 STEPS = 12
 SAVED = "--train.snapshots=0.25,0.5,1.0"
@@ -113,10 +113,15 @@ def test_a_shorter_branch_runs_through_the_rest_of_the_schedules(shards, whole, 
 
 def test_a_branch_of_seconds_goes_on_from_the_fraction(shards, whole, tmp_path):
     start = [f"--train.start={whole}/snapshots/0.5", "--steps=0", "--seconds=1.5"]
-    start += ["--train.quantize-reserve=0.5"]
-    rows = read_metrics(train(tmp_path, shards, *start) / "metrics.jsonl")
+    start += ["--train.quantize-reserve=0.5", "--train.snapshots=1.0"]
+    run = train(tmp_path, shards, *start)
+    rows = read_metrics(run / "metrics.jsonl")
     fractions = [row["frac"] for row in rows]
-    assert 0.5 <= fractions[0] < 0.6 and fractions == sorted(fractions) and 0.8 < fractions[-1] <= 1.0
+    assert 0.5 <= fractions[0] < 0.75 and fractions == sorted(fractions) and fractions[-1] <= 1.0
+    end = read_checkpoint(run / "snapshots" / "1.0").facts
+    assert end["steps"] == len(rows), "the clock stops before 1, and the last state is the snapshot"
+    place = end["snapshot"]["origin"]["frac"]
+    assert fractions[-1] < place[0] / place[1] <= 1.0
 
 
 def test_a_branch_that_is_killed_goes_on_with_its_origin(shards, whole, tmp_path, monkeypatch):
@@ -157,7 +162,7 @@ def test_snapshots_after_the_checkpoint_are_written_again(shards, whole, tmp_pat
 def test_two_ranks_continue_what_one_wrote_and_the_other_way_round(shards, whole, tmp_path):
     """Any number of ranks reads the snapshot of any other; the state that they begin with is the same."""
     start = [f"--train.start={whole}/snapshots/0.5", "--steps=6", "--train.snapshots=1.0"]
-    done = torchrun(2, [*words(shards, *start), "--train.device=cpu", "--out", str(tmp_path / "two")])
+    done = two_ranks([*words(shards, *start), "--train.device=cpu", "--out", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     (two,) = (tmp_path / "two").iterdir()
     a, b = state(whole), state(two)
@@ -192,7 +197,7 @@ def test_weights_of_a_run_that_was_stopped_or_ends_early_are_not_those_ahead(sha
 
 def test_ranks_with_velocities_stay_equal(shards, tmp_path):
     """The run itself compares the weights of its ranks at the end, bit for bit."""
-    done = torchrun(2, [*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
+    done = two_ranks([*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
 
 

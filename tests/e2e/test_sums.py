@@ -3,19 +3,38 @@
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from pgolf.cli.main import main
-from tests.e2e.test_resume import start, two_ranks
+from tests.e2e.test_resume import start
+from tests.e2e.test_run import start_ranks
 
 WAYS = {
-    "sliding": ["--stride=8", "--tokens=640", "--documents=6"],
-    "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=1024", "--sgd.epochs=1", "--documents=6"],
-    "ttt": ["--ttt.rank=4", "--ttt.chunk=32", "--ttt.batch-tokens=256", "--documents=6"],
+    "sliding": ["--stride=8", "--tokens=640"],
+    "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=512", "--sgd.epochs=1"],
+    "ttt": ["--ttt.rank=4", "--ttt.chunk=32", "--ttt.batch-tokens=128"],
 }
+
+
+HIT = """
+import os, sys
+from pgolf.cli.main import main
+from pgolf.evaluate import predictor, sums
+
+original, calls = {place}, []
+
+def counted(*arguments):
+    found = original(*arguments)
+    calls.append(1)
+    if len(calls) == 2:
+        os.kill(os.getpid(), {number})
+    return found
+
+{place}, sums.EVERY_S = counted, 0.0
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture
@@ -31,17 +50,9 @@ def score(tmp_path: Path, mode: str) -> dict[str, float]:
     return found
 
 
-def records(tmp_path: Path) -> int:
-    """Return the number of sums on disk, without the lines that say what they are of."""
-    return sum(max(f.read_bytes().count(b"\n") - 1, 0) for f in (tmp_path / "sums").glob("*.sums"))
-
-
-def wait_for_records(process: "subprocess.Popen[str]", tmp_path: Path, count: int) -> None:
-    until = time.monotonic() + 120
-    while records(tmp_path) < count:
-        assert process.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < until, "no sums in two minutes"
-        time.sleep(0.02)
+def hit(number: int, place: str = "sums.Sums.add") -> tuple[str, ...]:
+    """Return the program that gets a signal when a function was called twice: with two sums on disk."""
+    return ("-c", HIT.format(number=int(number), place=place))
 
 
 def without_sums(command: list[str]) -> list[str]:
@@ -58,9 +69,7 @@ def end(process: "subprocess.Popen[str]") -> tuple[str, str]:
 def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_path):
     command = [*words, f"--mode={mode}", *WAYS[mode]]
     for _ in range(2):
-        process = start(command)
-        wait_for_records(process, tmp_path, records(tmp_path) + 1)
-        process.kill()
+        process = start(command, hit(signal.SIGKILL))
         end(process)
         assert process.returncode == -signal.SIGKILL
     process = start(command)
@@ -78,16 +87,12 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_score(words, mode, tmp_p
 
 def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
     command = [*words, "--mode=sliding", *WAYS["sliding"]]
-    ranks = two_ranks(command)
-    files = [tmp_path / "sums" / name for name in ("sliding.sums", "sliding.1.sums")]
-    until = time.monotonic() + 120
-    while not all(f.exists() and f.read_bytes().count(b"\n") > 1 for f in files):
-        assert all(r.poll() is None for r in ranks) and time.monotonic() < until
-        time.sleep(0.02)
-    for rank in ranks:
-        rank.kill()
+    ranks = start_ranks(2, command, hit(signal.SIGKILL))
     for rank in ranks:
         end(rank)
+    assert [rank.returncode for rank in ranks] == [-signal.SIGKILL] * 2
+    files = [tmp_path / "sums" / name for name in ("sliding.sums", "sliding.1.sums")]
+    assert all(f.read_bytes().count(b"\n") > 1 for f in files)
     process = start(command)
     _, err = end(process)
     assert process.returncode == 0, err
@@ -99,12 +104,9 @@ def test_one_rank_goes_on_where_two_were_killed(words, tmp_path):
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_signal_says_how_to_go_on(words, kept, tmp_path):
     command = [*words, "--mode=sliding", *WAYS["sliding"]]
-    process = start(command if kept else without_sums(command))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("sliding, stride 6:"):
-            break
-    process.send_signal(signal.SIGTERM)
+    process = start(
+        command if kept else without_sums(command), hit(signal.SIGTERM, "predictor.Question.tensors")
+    )
     _, err = end(process)
     assert process.returncode == 128 + signal.SIGTERM
     advice = f"the same command goes on with the sums in {tmp_path / 'sums'}"

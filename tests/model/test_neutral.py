@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pgolf.config import ModelConfig
+from pgolf.config import Config, ModelConfig
 from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
 from pgolf.model.neutral import PARTS, additions
+from pgolf.train.weights import clone_parameters, load_initial, save_weights
 
 OTHER = ModelConfig(
     **{"vocab_size": 64, "layers": 4, "width": 32, "heads": 4, "kv_heads": 2, "max_context": 32},
@@ -68,6 +69,18 @@ def test_losses_are_the_same_bit_for_bit_and_the_new_part_has_a_gradient(case, d
     assert torch.equal(losses[0], losses[1])
     losses[1].mean().backward()
     assert dict(larger.named_parameters())[moving].grad.any()
+
+
+def test_weights_alone_may_gain_parts_too(tmp_path):
+    """train.init: the parameters are those of the grown model."""
+    model = trained(OTHER)
+    config = replace(OTHER, **ADDED["all"][0])
+    save_weights(tmp_path / "raw.safetensors", clone_parameters(model), Config(model=OTHER))
+    larger = GPT(config, seed=5)
+    added = load_initial(tmp_path / "raw.safetensors", larger, Config(model=config), tokenizer_sha256="")
+    expected = dict(grown(model, config).named_parameters())
+    assert [n for n, p in larger.named_parameters() if not torch.equal(p, expected[n])] == []
+    assert "head_gate" in str(added) and "attn_scale is multiplied by 2" in str(added)
 
 
 def test_each_part_is_tested():
