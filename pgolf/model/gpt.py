@@ -263,8 +263,7 @@ class GPT(nn.Module):
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
-    compiled = False
-    """Whether it was prepared to be compiled, with an attention kernel that can be in a graph."""
+    compiled = False  # prepared to be compiled, with an attention kernel that can be in a graph
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -320,8 +319,7 @@ class GPT(nn.Module):
         if compile != "off":
             # Each kind of layer has its own graphs to train and to score; torch's default allows 8 in all.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * c.layers)
-            self._stem, self._fold = jit(stem), jit(fold)
-            self._value_embeddings = jit(value_embeddings)
+            self._stem, self._fold, self._value_embeddings = jit(stem), jit(fold), jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._join = jit(join_lanes)
