@@ -46,12 +46,18 @@ def check_weighting(
     refuse_constant(op, "class_weight", class_weight)
 
 
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is split over ranks; torch's module of DTensors need not be loaded for it."""
+    return hasattr(tensor, "placements")
+
+
 def refuse_dtensors(op: str, *tensors: Tensor | None) -> None:
     """Raise RuntimeError for a tensor that is split over ranks."""
-    if any(hasattr(t, "placements") for t in tensors):
+    if any(is_dtensor(t) for t in tensors):
         raise RuntimeError(
-            f"{op}: a DTensor is not supported, because the kernels need the whole vocabulary and width on "
-            "one rank; pass .full_tensor(), or .to_local() of a tensor whose rows are split over ranks"
+            f"{op}: a DTensor is not supported, because the kernels need the whole vocabulary on one rank; pass "
+            ".full_tensor(), or .to_local() of a tensor whose rows are split over ranks, or compute the loss from "
+            "hidden states with linear_softcap_ce, which takes DTensors"
         )
 
 

@@ -22,10 +22,10 @@ from pgolf.ops._loss import (
     class_weights,
     in_float64,
     integer_target,
+    is_dtensor,
     is_exported,
     is_traced,
     reduce_rows,
-    refuse_dtensors,
     rescale_once,
     row_weight,
 )
@@ -103,10 +103,27 @@ def linear_softcap_ce(
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
     check_reduction("linear_softcap_ce", reduction)
-    refuse_dtensors("linear_softcap_ce", hidden, weight, target, bias, class_weight)
     target = integer_target("linear_softcap_ce", target)
     _check(hidden, weight, target, bias, memory)
     check_weighting("linear_softcap_ce", hidden, weight.shape[0], class_weight, label_smoothing, logit_scale)
+    if any(is_dtensor(t) for t in (hidden, weight, target, bias, class_weight)):
+        # Loaded here, because torch.distributed.tensor takes about as long to load as pgolf.
+        from pgolf.ops._sharded_ce import sharded_linear_ce
+
+        return sharded_linear_ce(
+            hidden,
+            weight,
+            target,
+            cap=cap,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            z_loss=z_loss,
+            bias=bias,
+            class_weight=class_weight,
+            label_smoothing=label_smoothing,
+            logit_scale=logit_scale,
+            memory=memory,
+        )
     options = (cap, ignore_index, z_loss)
     if hidden.dtype == torch.float64 and hidden.is_cpu:
         return in_float64(
@@ -125,11 +142,8 @@ def linear_softcap_ce(
             logit_scale=logit_scale,
         )
     refuse_transforms("linear_softcap_ce", hidden, weight, *([] if bias is None else [bias]))
-    # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
-    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    x, y = hidden.flatten(0, -2), target.flatten()
-    x, weight = _fold(x, weight, bias, logit_scale)
+    x, y = to_autocast(hidden).flatten(0, -2), target.flatten()
+    x, weight = fold(x, weight, bias, logit_scale)
     weights = None if class_weight is None else class_weights(class_weight.float(), y, ignore_index)
     if label_smoothing:
         loss: Tensor = torch.ops.pgolf._smoothed_linear_ce(
@@ -203,7 +217,15 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         raise TypeError(f"linear_softcap_ce: bias must be of a floating-point dtype, got {bias.dtype}")
 
 
-def _fold(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> tuple[Tensor, Tensor]:
+def to_autocast(hidden: Tensor) -> Tensor:
+    """Return hidden states in the dtype of autocast, if it is on."""
+    # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
+    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def fold(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> tuple[Tensor, Tensor]:
     """Return hidden states and a weight whose product is logit_scale (hidden weight^T + bias).
 
     The bias becomes a column of the weight, which a column of ones in `hidden` multiplies; seven columns of
@@ -213,7 +235,8 @@ def _fold(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: floa
         hidden = hidden * logit_scale
     if bias is None:
         return hidden, weight
-    column = (bias.float() * logit_scale).to(weight.dtype)[:, None]
+    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    column = (wide * logit_scale).to(weight.dtype)[:, None]
     ones = hidden.new_zeros(hidden.shape[0], 8)
     ones[:, 0] = 1.0
     pad = torch.nn.functional.pad
