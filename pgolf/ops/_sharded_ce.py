@@ -1,10 +1,11 @@
 """`linear_softcap_ce` of DTensors: which part each rank computes, and what the ranks exchange.
 
-A dimension of the device mesh either splits the vocabulary (the weight is Shard(0) along it), or splits rows (the
-hidden states are sharded along it and the weight is not), or repeats the work. Hidden states that are sharded along
-the vocabulary's dimension, as sequence parallelism leaves them, are gathered along it first. Each rank then computes
-with plain tensors, by pgolf/ops/_vocab_ce.py if the vocabulary is split and by the usual operators if it is not, and
-DTensor's own redistribution brings each gradient to the placements of its tensor.
+A dimension of the device mesh either splits the vocabulary (the weight is Shard(0) along it), or splits rows
+(the hidden states are sharded along it and the weight is not), or repeats the work. Hidden states that are
+sharded along the vocabulary's dimension, as sequence parallelism leaves them, are gathered along it first.
+Each rank then computes with plain tensors, by pgolf/ops/_vocab_ce.py if the vocabulary is split and by the
+usual operators if it is not, and DTensor's own redistribution brings each gradient to the placements of its
+tensor.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 import pgolf.ops._vocab_ce  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_transforms
-from pgolf.ops._loss import CHECK_TARGETS, Reduction, class_weights
-from pgolf.ops.linear_softcap_ce import fold, linear_softcap_ce, to_autocast
+from pgolf.ops._loss import CHECK_TARGETS, Reduction, class_weights, fold_head, to_autocast
+from pgolf.ops.linear_softcap_ce import linear_softcap_ce
 
 OP = "linear_softcap_ce"
 SUPPORTED = (
-    "weight must be a DTensor with Replicate(), or Shard(0) along one mesh dimension, and hidden a DTensor on the "
-    "same mesh with Replicate() or Shard(d), d a dimension of rows"
+    "weight must be a DTensor with Replicate(), or Shard(0) along one mesh dimension, and hidden a DTensor "
+    "on the same mesh with Replicate() or Shard(d), d a dimension of rows"
 )
 
 
@@ -51,7 +52,7 @@ class _Layout:
         return [Shard(0) if i == self.vocab else Replicate() for i in range(self.mesh.ndim)]
 
     def summed(self, placements: list[Placement]) -> list[Placement]:
-        """Return the placements of a gradient, or loss, of which ranks with different rows have a part each."""
+        """Return placements of a sum to which each of the ranks with different rows adds a part."""
         pairs = zip(placements, self.rows, strict=True)
         return [Partial() if row.is_shard() else p for p, row in pairs]
 
@@ -103,7 +104,8 @@ def _layout(hidden: Tensor, weight: Tensor, **others: Tensor | None) -> _Layout:
     if not isinstance(weight, DTensor):
         raise _unsupported(
             "weight is a plain tensor and another one a DTensor",
-            "use distribute_tensor(weight, mesh, [Replicate()]), or pass .to_local() or .full_tensor() of the others",
+            "use distribute_tensor(weight, mesh, [Replicate()]), or pass .to_local() or .full_tensor() of "
+            "the others",
         )
     mesh = weight.device_mesh
     for name, tensor in {"hidden": hidden, **others}.items():
@@ -119,9 +121,10 @@ def _layout(hidden: Tensor, weight: Tensor, **others: Tensor | None) -> _Layout:
         placed = (Replicate(),) * mesh.ndim
         if any(mesh.size(i) > 1 for i in range(mesh.ndim) if i != vocab):
             raise _unsupported(
-                f"hidden is a plain tensor and weight has {weight.placements} on {mesh}, so that it is unknown "
-                "whether the ranks have the same rows",
-                "use DTensor.from_local(hidden, mesh, placements) with Shard(0) where ranks have rows of their own",
+                f"hidden is a plain tensor and weight has {weight.placements} on {mesh}, so that it is "
+                "unknown whether the ranks have the same rows",
+                "use DTensor.from_local(hidden, mesh, placements) with Shard(0) where ranks have rows of "
+                "their own",
             )
     rows = tuple(Replicate() if i == vocab or mesh.size(i) == 1 else p for i, p in enumerate(placed))
     return _Layout(mesh, vocab, rows, placed)
@@ -203,18 +206,18 @@ def _vocab_rows(
     """Return the loss of each row, `(rows,)`, the same on all ranks that share the vocabulary."""
     assert layout.vocab is not None
     refuse_transforms(OP, x, w, *([] if b is None else [b]))
-    x, w = fold(to_autocast(x).flatten(0, -2), w, b, logit_scale)
+    x, w = fold_head(to_autocast(x).flatten(0, -2), w, b, logit_scale)
     y = y.flatten()
     if x.dtype != torch.float64:
-        # The fused operator without rows checks dtypes, sizes and options; a weight without rows would not pass.
+        # The fused operator, called with no rows, checks dtypes, sizes and options; it wants a class.
         one = w.new_empty(1, w.shape[1])
         torch.ops.pgolf.linear_softcap_ce(x[:0], one, y[:0], cap, ignore_index, z_loss, False, False)
     each = -(-vocab // layout.mesh.size(layout.vocab))
     begin = min(each * layout.mesh.get_local_rank(layout.vocab), vocab)
     if len(w) != min(each, vocab - begin):
         raise ValueError(
-            f"{OP}: this rank must have rows {begin} to {min(begin + each, vocab) - 1} of weight, as Shard(0) splits "
-            f"{vocab}, but has {len(w)} rows; make the DTensor with distribute_tensor"
+            f"{OP}: this rank must have rows {begin} to {min(begin + each, vocab) - 1} of weight, as "
+            f"Shard(0) splits {vocab}, but has {len(w)} rows; make the DTensor with distribute_tensor"
         )
     rule = (class_weight, cap, ignore_index, z_loss, label_smoothing, begin, vocab)
     group = layout.mesh.get_group(layout.vocab).group_name
@@ -225,7 +228,7 @@ def _vocab_rows(
 def _divisor(
     layout: _Layout, y: Tensor, ignore_index: int, class_weight: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return the number of rows that are not ignored, or the sum of their weights, on all ranks; 1 if it is 0."""
+    """Return how many rows of all ranks are not ignored, or the sum of their weights; 1 if it is 0."""
     if class_weight is None:
         part = (y != ignore_index).sum()
     else:

@@ -184,7 +184,7 @@ def _from_hidden_backward(
 ) -> tuple[Tensor, Tensor]:
     *rule, need_hidden, need_weight = options
     w = weight.to(hidden.dtype)
-    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = torch.zeros(w.shape if need_weight else 0, dtype=torch.float32, device=hidden.device)
     for part in product_chunks(hidden, len(w)):
         x = hidden[part]
@@ -249,6 +249,7 @@ def register(name: str, schema: str, kernel: Any, fake: Any) -> None:
 
 def register_second_order(name: str, op: str) -> None:
     """Make the derivative of a backward operator an error that names `op`."""
+
     def refuse(_ctx: Any, *_grads: Tensor) -> None:
         raise second_order_error(op)
 

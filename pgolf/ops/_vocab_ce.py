@@ -1,18 +1,19 @@
 """Cross-entropy of capped logits when each rank of a group has some rows of the weight: the operators.
 
-Every rank has all `hidden` states and targets of the group, and the logits z of its own part of the vocabulary.
+Every rank has all hidden states and targets of the group, and the logits z of its own part of the vocabulary.
 Per call there are two all-reduces of a few numbers per row: the maximum, then sums relative to it. With m the
 maximum over the vocabulary, t the target, and a_i, s and w_v as in pgolf/ops/_smoothed_ce.py:
 
-    rest_i = sum_{v != t} exp(z_v - m)       ce_i = m - z_t + log(exp(z_t - m) + rest_i)       lse_i = z_t + ce_i
+    rest_i = sum_{v != t} exp(z_v - m)     ce_i = m - z_t + log(exp(z_t - m) + rest_i)     lse_i = z_t + ce_i
     loss_i = a_i (ce_i + z_loss lse_i^2) + s (mean(w) z_t - mean(w z))
     dloss_i / dz_v = a_i exp(z_v - lse_i) (1 + 2 z_loss lse_i) - s w_v / vocab              for v != t
     dloss_i / dz_t = a_i (expm1(-ce_i) + 2 z_loss lse_i exp(z_t - lse_i)) + s mean(w) - s w_t / vocab
 
-The target's own term is not part of `rest`, so that nothing is lost by subtraction where a probability is close
-to 1. Chunks of rows are taken as there, no logits are kept, and the backward operator, which has no collective,
-computes them again: the gradient of `hidden` is that of the rank's part, which the caller adds up. float64 is
-computed in float64. Only PyTorch operators are used, so any device and any backend of torch.distributed will do.
+The target's own term is not part of `rest`, so that nothing is lost by subtraction where a probability is
+close to 1. Chunks of rows are taken as there, no logits are kept, and the backward operator, which has no
+collective, computes them again: the gradient of `hidden` is that of the rank's part, and the caller adds up
+the parts. float64 is computed in float64. Only PyTorch operators are used, so that no device and no backend
+of torch.distributed is special.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ class _Part:
             spread = upstream * (self.smoothing / self.vocab)
             weights = self._weights(x)
             grad.sub_(spread[:, None] * weights)
-            at_target += upstream * self.smoothing * self._mean_weight(x.dtype) - spread * weights[index[:, 0]]
+            at_target += (
+                upstream * self.smoothing * self._mean_weight(x.dtype) - spread * weights[index[:, 0]]
+            )
         grad.scatter_(1, index, torch.where(own[:, None], at_target[:, None], grad.gather(1, index)))
         return grad.mul_(cap_slope(x, self.cap)).masked_fill_(ignored[:, None], 0.0)
 
@@ -151,9 +154,7 @@ def _local_statistics(hidden: Tensor, weight: Tensor, target: Tensor, part: _Par
     return found.unbind()
 
 
-def _forward(
-    hidden: Tensor, weight: Tensor, target: Tensor, *options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the cross-entropy without weights, and the lse of each row."""
     *rule, group, check = options
     part = _Part(*rule)
@@ -166,8 +167,8 @@ def _forward(
         row = int(differ.nonzero()[0])
         raise ValueError(
             f"{OP}: the ranks that share the vocabulary have different targets at row {row} "
-            f"({-int(smallest[row])} to {int(largest[row])}), but each needs the same rows; if each rank has rows of "
-            "its own, say so with DTensor.from_local(hidden, mesh, [Shard(0)]) and the same for the target"
+            f"({-int(smallest[row])} to {int(largest[row])}), but each needs the same rows; if each rank has "
+            "rows of its own, say so with DTensor.from_local(hidden, mesh, [Shard(0)]), and the target alike"
         )
     sums = [rest * torch.exp(top - highest), at_target, own, weighted]
     rest, at_target, own, weighted = _reduced(sums, "sum", group)
@@ -187,7 +188,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     *rule, need_hidden, need_weight = options
     part, w, dtype = _Part(*rule), weight.to(hidden.dtype), ce.dtype
-    grad_hidden = torch.zeros_like(hidden) if need_hidden else hidden.new_empty(0)
+    grad_hidden = hidden.new_zeros(hidden.shape if need_hidden else 0)
     grad_weight = torch.zeros(w.shape if need_weight else 0, dtype=dtype, device=hidden.device)
     if len(w) == 0:
         return grad_hidden, grad_weight.to(weight.dtype)
@@ -211,9 +212,7 @@ def _forward_fake(hidden: Tensor, *_others: object) -> tuple[Tensor, Tensor, Ten
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
-def _backward_fake(
-    _grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
+def _backward_fake(_grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     need_hidden, need_weight = others[-2:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),

@@ -1,19 +1,20 @@
-"""Cases of `linear_softcap_ce` with DTensors, which each rank computes and compares with one process in float64.
+"""Cases of `linear_softcap_ce` with DTensors, which ranks compare with one process in float64.
 
 A case returns nothing and raises if something is wrong; `run_cases` turns that into text.
 """
 
+import functools
 import itertools
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as td
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from pgolf.ops import _smoothed_ce as smoothed
 from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
 
 WIDTH = 8
@@ -147,20 +148,50 @@ def cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
         add(f"{name}, defaults", placed, {})
         add(f"{name}, float64", placed, OPTIONS["all"], dtype=torch.float64)
         add(f"{name}, bfloat16", placed, OPTIONS["bias"], dtype=torch.bfloat16)
-        for labels in ("last", "ignored"):
-            add(f"{name}, {labels}", placed, OPTIONS["all"], labels=labels)
-            add(f"{name}, {labels}, defaults", placed, {}, labels=labels)
+        add(f"{name}, targets on the last rank", placed, {}, labels="last")
+        add(f"{name}, all ignored", placed, OPTIONS["all"], labels="ignored")
         add(f"{name}, ranks without classes", placed, OPTIONS["all"], vocab=3)
-        add(f"{name}, two-dimensional", {**placed}, {}, leading=(7, 2))
         add(f"{name}, no rows", placed, {}, leading=(0, 2))
+    found["several chunks"] = lambda: in_chunks(found["vocabulary, all, mean"])
     return found
+
+
+def grid_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
+    """Return the cases of a mesh with one dimension that splits rows and one that splits the vocabulary."""
+    found: dict[str, Callable[[], None]] = {}
+    weight = [REP, Shard(0)]
+    layouts: dict[str, dict[str, Any]] = {
+        "rows": {"hidden": [Shard(0), REP], "weight": weight},
+        "rows and sequence": {"hidden": [Shard(0), Shard(1)], "weight": weight},
+        "rows twice": {"hidden": [Shard(0), Shard(0)], "weight": weight},
+        "sequence": {"hidden": [REP, Shard(1)], "weight": weight},
+        "same rows": {"hidden": [REP, REP], "weight": weight, "target": None},
+        "transposed": {"hidden": [Shard(1), Shard(0)], "weight": [Shard(0), REP]},
+        "rows only": {"hidden": [Shard(0), Shard(1)], "weight": [REP, REP]},
+    }
+    for (name, placed), reduction in itertools.product(layouts.items(), ("mean", "none")):
+        for options in ("defaults", "all"):
+            found[f"{name}, {options}, {reduction}"] = functools.partial(
+                compare, mesh, placed, OPTIONS[options], reduction
+            )
+    return found
+
+
+def in_chunks(case: Callable[[], None]) -> None:
+    """Run a case with chunks of a few rows."""
+    kept = smoothed._CHUNK_BYTES, smoothed._PRODUCT_BYTES, smoothed._PRODUCT_ROWS
+    try:
+        smoothed._CHUNK_BYTES, smoothed._PRODUCT_BYTES = {"cpu": 3 * 4 * 103}, {"cpu": 1}
+        smoothed._PRODUCT_ROWS = {"cpu": 7}
+        case()
+    finally:
+        smoothed._CHUNK_BYTES, smoothed._PRODUCT_BYTES, smoothed._PRODUCT_ROWS = kept
 
 
 def run_cases(named: dict[str, Callable[[], None]]) -> dict[str, str]:
     """Run all cases; return "right" or the traceback of each."""
     results = {}
     for name, case in named.items():
-        td.barrier()
         try:
             case()
             results[name] = "right"
