@@ -147,6 +147,55 @@ def confident(mesh: DeviceMesh) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
 
 
+def frozen(mesh: DeviceMesh) -> None:
+    """A tensor without gradient changes nothing about the others, and costs no all-reduce."""
+    t = given(mesh, [REP], [Shard(0)])
+    leaves = {n: t[n] for n in ("hidden", "weight")}
+    want = dict(zip(leaves, torch.autograd.grad(linear_softcap_ce(**t), tuple(leaves.values())), strict=True))
+    for name, tensor in leaves.items():
+        only = {n: v if v is tensor else v.detach() for n, v in t.items()}
+        (grad,) = torch.autograd.grad(linear_softcap_ce(**only), tensor)
+        assert torch.equal(whole(grad), whole(want[name])), name
+    with torch.no_grad():
+        assert not linear_softcap_ce(**t).requires_grad
+    other = torch.ones((), requires_grad=True)
+    (linear_softcap_ce(**t).to_local() + other).backward()
+    assert torch.equal(whole(t["weight"].grad), whole(want["weight"])) and other.grad == 1.0
+
+
+def mixed(mesh: DeviceMesh) -> None:
+    """Autocast, and bfloat16 hidden states with a float32 weight, are as accurate as on one process."""
+    exact, options = inputs(), {"z_loss": 1e-2, "label_smoothing": 0.1}
+    names = ("hidden", "weight", "bias")
+    for low, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        results = []
+        for layout in (None, [Shard(0)]):
+            dtypes = (low, torch.float32, torch.float32)
+            places = (layout and [REP], layout, layout)
+            leaves = [place(exact[n].to(d), mesh, p) for n, d, p in zip(names, dtypes, places, strict=True)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden, weight, bias = leaves
+                loss = linear_softcap_ce(hidden, weight, exact["target"], bias=bias, **options)
+            grads = torch.autograd.grad(loss, leaves)
+            assert [g.dtype for g in grads] == list(dtypes)
+            results.append([loss, *grads])
+        for ours, theirs in zip(*reversed(results), strict=True):
+            error, size = (whole(ours) - whole(theirs)).norm(), whole(theirs).norm()
+            assert error <= 5e-3 * size, f"{error} of {size}"
+
+
+def transposed(mesh: DeviceMesh) -> None:
+    """Hidden states of any strides and any leading shape will do."""
+    t = given(mesh, [REP], [Shard(0)], leading=(4, 3, 2))
+    want = linear_softcap_ce(**t)
+    grads = torch.autograd.grad(want, (t["hidden"], t["weight"]))
+    across = t["hidden"].to_local().detach().transpose(0, -1).contiguous().transpose(0, -1)
+    x = DTensor.from_local(across, mesh, [REP]).requires_grad_()
+    got = linear_softcap_ce(x, t["weight"], t["target"].to_local().int())
+    for ours, theirs in zip((got, *torch.autograd.grad(got, (x, t["weight"]))), (want, *grads), strict=True):
+        torch.testing.assert_close(whole(ours), whole(theirs), rtol=1e-6, atol=1e-8)
+
+
 def collectives(mesh: DeviceMesh) -> None:
     """However many chunks there are, two all-reduces make the loss, one the gradient; no logits are kept."""
     t = given(mesh, [REP], [Shard(0)], vocab=8192 * mesh.size(), leading=(2048,))
@@ -277,7 +326,7 @@ def all_cases() -> dict[str, dict[str, Callable[[], None]]]:
     """Return the cases of these ranks in groups."""
     world = td.get_world_size()
     mesh = init_device_mesh("cpu", (world,))
-    each = [refusals, second_order, not_a_number, confident]
+    each = [refusals, second_order, not_a_number, confident, frozen, mixed, transposed]
     each += {1: [alone], 2: [collectives, opcheck, compiled], 4: []}[world]
     found = {
         "layouts": cases(mesh),
