@@ -208,7 +208,7 @@ def _vocab_rows(
     refuse_transforms(OP, x, w, *([] if b is None else [b]))
     x, w = fold_head(to_autocast(x).flatten(0, -2), w, b, logit_scale)
     y = y.flatten()
-    if x.dtype != torch.float64:
+    if not (x.dtype == torch.float64 and x.is_cpu):
         # The fused operator, called with no rows, checks dtypes, sizes and options; it wants a class.
         one = w.new_empty(1, w.shape[1])
         torch.ops.pgolf.linear_softcap_ce(x[:0], one, y[:0], cap, ignore_index, z_loss, False, False)

@@ -1,12 +1,14 @@
 """`linear_softcap_ce` with DTensors on 1, 2 and 4 ranks (gloo), against one process in float64.
 
-Each rank runs this file as a program (FILE FOLDER), which writes what went wrong in each case to rank<r>.json
+Each rank runs this file as a program (FILE FOLDER BACKEND), which writes what went wrong in each case to
+rank<r>.json
 in FOLDER. The layouts are in vocab_cases.py.
 """
 
 import copy
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from pgolf.ops import linear_softcap_ce
+from tests.conftest import requires_two_gpus
 from tests.distributed.vocab_cases import OPTIONS, REP, cases, grid_cases, inputs, place, run_cases, whole
 from tests.ranks import run_ranks
 
@@ -345,24 +348,51 @@ def all_cases() -> dict[str, dict[str, Callable[[], None]]]:
     return found
 
 
-def program(folder: Path) -> None:
+def cuda_cases() -> dict[str, dict[str, Callable[[], None]]]:
+    """Return the cases that also run on GPUs."""
+    world = td.get_world_size()
+    grids = {s: init_device_mesh("cuda", s, mesh_dim_names=("dp", "tp")) for s in ((1, world), (world, 1))}
+    found = {f"grid {shape}": grid_cases(mesh) for shape, mesh in grids.items()}
+    return {"layouts": cases(init_device_mesh("cuda", (world,))), **found}
+
+
+def program(folder: Path, backend: str) -> None:
     torch.set_num_threads(1)
-    td.init_process_group("gloo")
-    results = {name: run_cases(group) for name, group in all_cases().items()}
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    td.init_process_group(backend)
+    groups = cuda_cases() if backend == "nccl" else all_cases()
+    results = {name: run_cases(group) for name, group in groups.items()}
     (folder / f"rank{td.get_rank()}.json").write_text(json.dumps(results))
     td.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=WORLDS)
 def finished(request, tmp_path_factory) -> list[dict[str, dict[str, str]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    done = run_ranks(request.param, Path(__file__), str(folder))
+    return results_of(request.param, tmp_path_factory.mktemp("ranks"), "gloo")
+
+
+def results_of(world: int, folder: Path, backend: str) -> list[dict[str, dict[str, str]]]:
+    """Return the results of each rank by group and case."""
+    device = "cuda" if backend == "nccl" else "cpu"
+    done = run_ranks(world, Path(__file__), str(folder), backend, device=device)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(request.param)]
+    return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(world)]
 
 
 @pytest.mark.parametrize("group", ["layouts", "grid", "training", "others"])
 def test_ranks_compute_what_one_process_computes(finished, group: str) -> None:
+    assert_right(finished, group)
+
+
+@requires_two_gpus
+def test_gpus_compute_what_one_process_computes(tmp_path) -> None:
+    results = results_of(2, tmp_path, "nccl")
+    for group in ("layouts", "grid"):
+        assert_right(results, group)
+
+
+def assert_right(finished: list[dict[str, dict[str, str]]], group: str) -> None:
     wrong, count = [], 0
     for rank, results in enumerate(finished):
         for name in (n for n in results if n.startswith(group)):
@@ -373,4 +403,4 @@ def test_ranks_compute_what_one_process_computes(finished, group: str) -> None:
 
 
 if __name__ == "__main__":
-    program(Path(sys.argv[1]))
+    program(Path(sys.argv[1]), sys.argv[2])
