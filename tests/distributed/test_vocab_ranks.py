@@ -1,8 +1,7 @@
 """`linear_softcap_ce` with DTensors on 1, 2 and 4 ranks (gloo), against one process in float64.
 
 Each rank runs this file as a program (FILE FOLDER BACKEND), which writes what went wrong in each case to
-rank<r>.json
-in FOLDER. The layouts are in vocab_cases.py.
+rank<r>.json in FOLDER. The layouts are in vocab_cases.py.
 """
 
 import copy
