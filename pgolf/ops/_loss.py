@@ -51,16 +51,6 @@ def is_dtensor(tensor: Tensor | None) -> bool:
     return hasattr(tensor, "placements")
 
 
-def refuse_dtensors(op: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError for a tensor that is split over ranks."""
-    if any(is_dtensor(t) for t in tensors):
-        raise RuntimeError(
-            f"{op}: a DTensor is not supported, because the kernels need the whole vocabulary on one rank; "
-            "pass .full_tensor(), or .to_local() of a tensor whose rows are split over ranks, or compute the "
-            "loss from hidden states with linear_softcap_ce, which takes DTensors"
-        )
-
-
 def integer_target(op: str, target: Tensor) -> Tensor:
     """Return int64 targets; those of int32 are converted."""
     if target.dtype == torch.int64:

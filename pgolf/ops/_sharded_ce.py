@@ -1,8 +1,8 @@
-"""`linear_softcap_ce` of DTensors: which part each rank computes, and what the ranks exchange.
+"""The cross-entropies of DTensors: which part each rank computes, and what the ranks exchange.
 
-A dimension of the device mesh either splits the vocabulary (the weight is Shard(0) along it), or splits rows
-(the hidden states are sharded along it and the weight is not), or repeats the work. Hidden states that are
-sharded along the vocabulary's dimension, as sequence parallelism leaves them, are gathered along it first.
+A dimension of the device mesh either splits the vocabulary (the weight is Shard(0) along it, or the logits
+Shard(-1)), or splits rows (hidden states or logits are sharded along it), or repeats the work. Hidden states
+that are sharded along the vocabulary's dimension, as sequence parallelism leaves them, are gathered first.
 Each rank then computes with plain tensors, by pgolf/ops/_vocab_ce.py if the vocabulary is split and by the
 usual operators if it is not, and DTensor's own redistribution brings each gradient to the placements of its
 tensor.
@@ -22,12 +22,15 @@ import pgolf.ops._vocab_ce  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_transforms
 from pgolf.ops._loss import CHECK_TARGETS, Reduction, class_weights, fold_head, to_autocast
 from pgolf.ops.linear_softcap_ce import linear_softcap_ce
+from pgolf.ops.softcap_ce import softcap_ce
 
-OP = "linear_softcap_ce"
-SUPPORTED = (
-    "weight must be a DTensor with Replicate(), or Shard(0) along one mesh dimension, and hidden a DTensor "
-    "on the same mesh with Replicate() or Shard(d), d a dimension of rows"
-)
+LINEAR, LOGITS = "linear_softcap_ce", "softcap_ce"
+SUPPORTED = {
+    LINEAR: "weight must be a DTensor with Replicate(), or Shard(0) along one mesh dimension, and hidden a "
+    "DTensor on the same mesh with Replicate() or Shard(d), d a dimension of rows",
+    LOGITS: "logits must be a DTensor with Replicate(), Shard(d), d a dimension of rows, or Shard(-1) along "
+    "one mesh dimension",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,10 @@ class _Layout:
     def splits_rows(self) -> bool:
         """Return whether ranks have different rows."""
         return any(p.is_shard() for p in self.rows)
+
+    def reduced(self, reduction: Reduction) -> Reduction:
+        """Return how a rank reduces its own rows: a mean needs the number of all."""
+        return "sum" if reduction == "mean" and self.splits_rows() else reduction
 
     def classes(self) -> list[Placement]:
         """Return the placements of what has an entry per class."""
@@ -78,49 +85,76 @@ def sharded_linear_ce(
     Returns:
         DTensor: replicated for "mean" and "sum", placed as the rows of `hidden` for "none".
     """
-    layout = _layout(hidden, weight, target=target, bias=bias, class_weight=class_weight)
+    layout = _linear_layout(hidden, weight, target=target, bias=bias, class_weight=class_weight)
     if isinstance(class_weight, DTensor):
         class_weight = class_weight.full_tensor()
     x, w, b, y = _parts(layout, hidden, weight, bias, target)
     options["class_weight"] = class_weight
     if layout.vocab is not None:
-        loss = _vocab_rows(layout, x, w, b, y, vocab=weight.shape[0], **options)
+        loss = _rows_of_hidden(layout, x, w, b, y, vocab=weight.shape[0], **options)
         loss = loss.reshape(y.shape) if reduction == "none" else loss.sum()
     else:
-        sums: Reduction = "sum" if reduction == "mean" and layout.splits_rows() else reduction
-        loss = linear_softcap_ce(x, w, y, bias=b, reduction=sums, **options)
+        loss = linear_softcap_ce(x, w, y, bias=b, reduction=layout.reduced(reduction), **options)
+    return _placed(layout, loss, y, target.shape, reduction, options["ignore_index"], class_weight)
+
+
+def sharded_ce(
+    logits: Tensor, target: Tensor, *, reduction: Reduction, class_weight: Tensor | None, **options: Any
+) -> Tensor:
+    """Compute `softcap_ce` if one of the tensors is a DTensor; as `sharded_linear_ce`."""
+    layout = _logits_layout(logits, target=target, class_weight=class_weight)
+    if isinstance(class_weight, DTensor):
+        class_weight = class_weight.full_tensor()
+    rows, last = list(layout.rows), logits.dim() - 1
+    split = [Shard(last) if i == layout.vocab else p for i, p in enumerate(rows)]
+    x, y = _local(layout, logits, split, split), _local(layout, target, rows, rows)
+    options["class_weight"] = class_weight
+    if layout.vocab is not None:
+        loss = _rows_of_logits(layout, x, y, vocab=logits.shape[-1], **options)
+        loss = loss.reshape(y.shape) if reduction == "none" else loss.sum()
+    else:
+        loss = softcap_ce(x, y, reduction=layout.reduced(reduction), **options)
+    return _placed(layout, loss, y, target.shape, reduction, options["ignore_index"], class_weight)
+
+
+def _placed(
+    layout: _Layout,
+    loss: Tensor,
+    y: Tensor,
+    shape: torch.Size,
+    reduction: Reduction,
+    ignore_index: int,
+    class_weight: Tensor | None,
+) -> Tensor:
+    """Return the loss as a DTensor, from this rank's losses of rows or their sum."""
     if reduction == "none":
-        shape = target.shape
         stride = torch.empty(shape, device="meta").stride()
         rows = DTensor.from_local(loss, layout.mesh, layout.rows, run_check=False, shape=shape, stride=stride)
         return rows.redistribute(placements=layout.result)
     if reduction == "mean" and (layout.vocab is not None or layout.splits_rows()):
-        loss = loss / _divisor(layout, y, options["ignore_index"], class_weight, loss.dtype)
+        loss = loss / _divisor(layout, y, ignore_index, class_weight, loss.dtype)
     return layout.total(loss)
 
 
-def _layout(hidden: Tensor, weight: Tensor, **others: Tensor | None) -> _Layout:
+def _linear_layout(hidden: Tensor, weight: Tensor, **others: Tensor | None) -> _Layout:
     """Return how the work is split, or raise an error that names the placement that cannot be used."""
     if not isinstance(weight, DTensor):
         raise _unsupported(
+            LINEAR,
             "weight is a plain tensor and another one a DTensor",
             "use distribute_tensor(weight, mesh, [Replicate()]), or pass .to_local() or .full_tensor() of "
             "the others",
         )
     mesh = weight.device_mesh
-    for name, tensor in {"hidden": hidden, **others}.items():
-        if isinstance(tensor, DTensor) and tensor.device_mesh != mesh:
-            raise _unsupported(
-                f"{name} is on {tensor.device_mesh} and weight on {mesh}",
-                "make both on one mesh, with Replicate() along the dimensions that do not split them",
-            )
+    _check_meshes(LINEAR, "weight", mesh, hidden=hidden, **others)
     vocab = _vocabulary_dim(weight)
     if isinstance(hidden, DTensor):
-        placed = _row_placements(hidden)
+        placed = _row_placements(LINEAR, "hidden", hidden)
     else:
         placed = (Replicate(),) * mesh.ndim
         if any(mesh.size(i) > 1 for i in range(mesh.ndim) if i != vocab):
             raise _unsupported(
+                LINEAR,
                 f"hidden is a plain tensor and weight has {weight.placements} on {mesh}, so that it is "
                 "unknown whether the ranks have the same rows",
                 "use DTensor.from_local(hidden, mesh, placements) with Shard(0) where ranks have rows of "
@@ -138,6 +172,7 @@ def _vocabulary_dim(weight: DTensor) -> int | None:
             continue
         if found is not None or type(placement) is not Shard or placement.dim != 0:
             raise _unsupported(
+                LINEAR,
                 f"weight has {weight.placements} on {mesh}",
                 "use weight.redistribute(placements=...), or FSDP2's unsharded weight",
             )
@@ -145,25 +180,55 @@ def _vocabulary_dim(weight: DTensor) -> int | None:
     return found
 
 
-def _row_placements(hidden: DTensor) -> tuple[Placement, ...]:
-    """Return the placements of the rows of `hidden`, which those of losses are too."""
-    mesh, last = hidden.device_mesh, hidden.dim() - 1
+def _logits_layout(logits: Tensor, **others: Tensor | None) -> _Layout:
+    """Return how the work is split, or raise an error that names the placement that cannot be used."""
+    if not isinstance(logits, DTensor):
+        raise _unsupported(
+            LOGITS,
+            "logits is a plain tensor and another one a DTensor",
+            "use distribute_tensor(logits, mesh, [Replicate()]), or pass .to_local() or .full_tensor() of "
+            "the others",
+        )
+    mesh, last = logits.device_mesh, logits.dim() - 1
+    _check_meshes(LOGITS, "logits", mesh, **others)
+    split = [i for i, p in enumerate(logits.placements) if type(p) is Shard and p.dim == last]
+    vocab = next((i for i in split if mesh.size(i) > 1), None)
+    placed = _row_placements(LOGITS, "logits", logits, vocab)
+    rows = tuple(Replicate() if mesh.size(i) == 1 else p for i, p in enumerate(placed))
+    return _Layout(mesh, vocab, rows, placed)
+
+
+def _check_meshes(op: str, owner: str, mesh: DeviceMesh, **others: Tensor | None) -> None:
+    """Raise RuntimeError if a DTensor is on another mesh."""
+    for name, tensor in others.items():
+        if isinstance(tensor, DTensor) and tensor.device_mesh != mesh:
+            raise _unsupported(
+                op,
+                f"{name} is on {tensor.device_mesh} and {owner} on {mesh}",
+                "make both on one mesh, with Replicate() along the dimensions that do not split them",
+            )
+
+
+def _row_placements(op: str, name: str, tensor: DTensor, vocab: int | None = None) -> tuple[Placement, ...]:
+    """Return the placements of rows, in which those along the vocabulary's dimension do not count."""
+    mesh, last = tensor.device_mesh, tensor.dim() - 1
     placed: list[Placement] = []
-    for i, placement in enumerate(hidden.placements):
+    for i, placement in enumerate(tensor.placements):
         if type(placement) is Shard and placement.dim < last:
             placed.append(placement)
-        elif placement.is_replicate() or mesh.size(i) == 1:
+        elif placement.is_replicate() or mesh.size(i) == 1 or i == vocab:
             placed.append(Replicate())
         else:
             raise _unsupported(
-                f"hidden has {hidden.placements} on {mesh}",
-                "use hidden.redistribute(placements=...), for example with Replicate()",
+                op,
+                f"{name} has {tensor.placements} on {mesh}",
+                f"use {name}.redistribute(placements=...), for example with Replicate()",
             )
     return tuple(placed)
 
 
-def _unsupported(given: str, advice: str) -> RuntimeError:
-    return RuntimeError(f"{OP}: {given}, which is not supported: {SUPPORTED}; {advice}")
+def _unsupported(op: str, given: str, advice: str) -> RuntimeError:
+    return RuntimeError(f"{op}: {given}, which is not supported: {SUPPORTED[op]}; {advice}")
 
 
 def _parts(
@@ -187,7 +252,7 @@ def _local(layout: _Layout, tensor: Tensor, wanted: list[Placement], gradient: l
     return tensor.redistribute(placements=wanted).to_local(grad_placements=gradient)
 
 
-def _vocab_rows(
+def _rows_of_hidden(
     layout: _Layout,
     x: Tensor,
     w: Tensor,
@@ -204,25 +269,61 @@ def _vocab_rows(
     memory: str,  # noqa: ARG001  (no logits are kept in either mode)
 ) -> Tensor:
     """Return the loss of each row, `(rows,)`, the same on all ranks that share the vocabulary."""
-    assert layout.vocab is not None
-    refuse_transforms(OP, x, w, *([] if b is None else [b]))
+    refuse_transforms(LINEAR, x, w, *([] if b is None else [b]))
     x, w = fold_head(to_autocast(x).flatten(0, -2), w, b, logit_scale)
     y = y.flatten()
     if not (x.dtype == torch.float64 and x.is_cpu):
         # The fused operator, called with no rows, checks dtypes, sizes and options; it wants a class.
         one = w.new_empty(1, w.shape[1])
         torch.ops.pgolf.linear_softcap_ce(x[:0], one, y[:0], cap, ignore_index, z_loss, False, False)
+    begin = _begin(layout, LINEAR, len(w), vocab)
+    rule = (class_weight, cap, ignore_index, z_loss, label_smoothing, begin, vocab)
+    loss: Tensor = torch.ops.pgolf._vocab_linear_ce(x, w, y, *rule, _group(layout), CHECK_TARGETS)[0]
+    return loss
+
+
+def _rows_of_logits(
+    layout: _Layout,
+    x: Tensor,
+    y: Tensor,
+    *,
+    vocab: int,
+    cap: float | None,
+    ignore_index: int,
+    z_loss: float,
+    class_weight: Tensor | None,
+    label_smoothing: float,
+    logit_scale: float,
+) -> Tensor:
+    """Return the loss of each row, `(rows,)`, the same on all ranks that share the vocabulary."""
+    refuse_transforms(LOGITS, x)
+    x, y = x.flatten(0, -2), y.flatten()
+    if not (x.dtype == torch.float64 and x.is_cpu):
+        torch.ops.pgolf.softcap_ce(x.new_empty(0, 1), y[:0], cap, ignore_index, z_loss, False)
+    begin = _begin(layout, LOGITS, x.shape[1], vocab)
+    rule = (class_weight, cap, ignore_index, z_loss, label_smoothing, begin, vocab, logit_scale)
+    loss: Tensor = torch.ops.pgolf._vocab_ce(x, y, *rule, _group(layout), CHECK_TARGETS)[0]
+    return loss
+
+
+def _begin(layout: _Layout, op: str, classes: int, vocab: int) -> int:
+    """Return this rank's first class, after a check that it has as many as Shard() gives it."""
+    assert layout.vocab is not None
     each = -(-vocab // layout.mesh.size(layout.vocab))
     begin = min(each * layout.mesh.get_local_rank(layout.vocab), vocab)
-    if len(w) != min(each, vocab - begin):
+    if classes != min(each, vocab - begin):
         raise ValueError(
-            f"{OP}: this rank must have rows {begin} to {min(begin + each, vocab) - 1} of weight, as "
-            f"Shard(0) splits {vocab}, but has {len(w)} rows; make the DTensor with distribute_tensor"
+            f"{op}: this rank must have the {min(each, vocab - begin)} classes from {begin} on, as Shard() "
+            f"splits {vocab}, but has {classes}; make the DTensor with distribute_tensor"
         )
-    rule = (class_weight, cap, ignore_index, z_loss, label_smoothing, begin, vocab)
-    group = layout.mesh.get_group(layout.vocab).group_name
-    loss: Tensor = torch.ops.pgolf._vocab_linear_ce(x, w, y, *rule, group, CHECK_TARGETS)[0]
-    return loss
+    return begin
+
+
+def _group(layout: _Layout) -> str:
+    """Return the name of the group of ranks that share the vocabulary."""
+    assert layout.vocab is not None
+    name: str = layout.mesh.get_group(layout.vocab).group_name
+    return name
 
 
 def _divisor(

@@ -1,6 +1,6 @@
-"""Cross-entropy of capped logits when each rank of a group has some rows of the weight: the operators.
+"""Cross-entropy of capped logits when each rank of a group has a part of the vocabulary: the operators.
 
-Every rank has all hidden states and targets of the group, and the logits z of its own part of the vocabulary.
+Every rank has all targets of the group, and all hidden states or the logits of its part, which capped are z.
 Per call there are two all-reduces of a few numbers per row: the maximum, then sums relative to it. With m the
 maximum over the vocabulary, t the target, and a_i, s and w_v as in pgolf/ops/_smoothed_ce.py:
 
@@ -34,8 +34,6 @@ from pgolf.ops._smoothed_ce import (
     register_second_order,
     row_chunks,
 )
-
-OP = "linear_softcap_ce"
 
 
 @dataclass(frozen=True)
@@ -140,35 +138,30 @@ def _reduced(values: list[Tensor], how: str, group: str) -> tuple[Tensor, ...]:
     return stacked.unbind()
 
 
-def _local_statistics(hidden: Tensor, weight: Tensor, target: Tensor, part: _Part) -> tuple[Tensor, ...]:
-    """Return `_Part.statistics` of all rows; those of a rank without classes are neutral."""
-    found = hidden.new_zeros(5, len(hidden), dtype=_accumulator(hidden))
+def _statistics(logits: Tensor, target: Tensor, part: _Part, scale: float = 1.0) -> Tensor:
+    """Return `_Part.statistics` of all rows, `(5, rows)`; those of a rank without classes are neutral."""
+    found = logits.new_zeros(5, len(logits), dtype=_accumulator(logits))
     found[0] = float("-inf")
-    if len(weight) == 0:
-        return found.unbind()
-    for rows in product_chunks(hidden, len(weight)):
-        logits = torch.mm(hidden[rows], weight.t(), out=hidden.new_empty(0))
-        there, labels = found[:, rows], target[rows]
-        for sub in row_chunks(logits):
-            there[:, sub] = torch.stack(part.statistics(logits[sub].to(found.dtype), labels[sub]))
-    return found.unbind()
+    for rows in row_chunks(logits) if logits.shape[1] else ():
+        x = logits[rows].to(found.dtype) * scale
+        found[:, rows] = torch.stack(part.statistics(x, target[rows]))
+    return found
 
 
-def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss, the cross-entropy without weights, and the lse of each row."""
-    *rule, group, check = options
-    part = _Part(*rule)
-    check_targets(OP, target, part.vocab, part.ignore_index, check)
-    top, rest, at_target, own, weighted = _local_statistics(hidden, weight.to(hidden.dtype), target, part)
+def _combine(
+    op: str, part: _Part, statistics: Tensor, target: Tensor, group: str, check: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the loss, the cross-entropy without weights, and the lse of each row, of the whole group."""
+    top, rest, at_target, own, weighted = statistics.unbind()
     labels = target.to(top.dtype)
     highest, largest, smallest = _reduced([top, labels, -labels], "max", group)
     differ = largest != -smallest
     if (check or target.is_cpu) and differ.any():
         row = int(differ.nonzero()[0])
         raise ValueError(
-            f"{OP}: the ranks that share the vocabulary have different targets at row {row} "
+            f"{op}: the ranks that share the vocabulary have different targets at row {row} "
             f"({-int(smallest[row])} to {int(largest[row])}), but each needs the same rows; if each rank has "
-            "rows of its own, say so with DTensor.from_local(hidden, mesh, [Shard(0)]), and the target alike"
+            "rows of its own, say so with DTensor.from_local(..., mesh, [Shard(0)]), for the target too"
         )
     sums = [rest * torch.exp(top - highest), at_target, own, weighted]
     rest, at_target, own, weighted = _reduced(sums, "sum", group)
@@ -183,7 +176,39 @@ def _forward(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> t
     return tuple(t.masked_fill(wrong, float("nan")) for t in (loss, ce, lse))  # type: ignore[return-value]
 
 
-def _backward(
+def _from_hidden(
+    hidden: Tensor, weight: Tensor, target: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *rule, group, check = options
+    part, w = _Part(*rule), weight.to(hidden.dtype)
+    check_targets("linear_softcap_ce", target, part.vocab, part.ignore_index, check)
+    found = [hidden.new_empty(5, 0, dtype=_accumulator(hidden))]
+    for rows in product_chunks(hidden, len(w)):
+        logits = torch.mm(hidden[rows], w.t(), out=hidden.new_empty(0))
+        found.append(_statistics(logits, target[rows], part))
+    return _combine("linear_softcap_ce", part, torch.cat(found, dim=1), target, group, check)
+
+
+def _from_logits(logits: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *rule, scale, group, check = options
+    part = _Part(*rule)
+    check_targets("softcap_ce", target, part.vocab, part.ignore_index, check)
+    return _combine("softcap_ce", part, _statistics(logits, target, part, scale), target, group, check)
+
+
+def _from_logits_backward(
+    grad_loss: Tensor, logits: Tensor, target: Tensor, ce: Tensor, lse: Tensor, *options: Any
+) -> Tensor:
+    *rule, scale = options
+    part, grad = _Part(*rule), torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in row_chunks(logits) if logits.shape[1] else ():
+        x = logits[rows].to(ce.dtype) * scale
+        there = (t[rows] for t in (target, grad_loss, ce, lse))
+        grad[rows] = part.gradient(x, *there).mul_(scale)
+    return grad
+
+
+def _from_hidden_backward(
     grad_loss: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, ce: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
     *rule, need_hidden, need_weight = options
@@ -207,12 +232,18 @@ def _backward(
     return grad_hidden, grad_weight.to(weight.dtype)
 
 
-def _forward_fake(hidden: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
-    rows = hidden.new_empty(len(hidden), dtype=_accumulator(hidden))
+def _forward_fake(states: Tensor, *_others: object) -> tuple[Tensor, Tensor, Tensor]:
+    rows = states.new_empty(states.shape[0], dtype=_accumulator(states))
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
-def _backward_fake(_grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _from_logits_backward_fake(_grad_loss: Tensor, logits: Tensor, *_others: object) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _from_hidden_backward_fake(
+    _grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
     need_hidden, need_weight = others[-2:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -220,14 +251,24 @@ def _backward_fake(_grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: 
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, target, class_weight, *ctx.numbers, _group, _check = inputs
+    _save(ctx, hidden, weight, target, *output[1:], class_weight)
     ctx.mark_non_differentiable(*output[1:])
+
+
+def _save_logits(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, target, class_weight, *ctx.numbers, _group, _check = inputs
+    _save(ctx, logits, target, *output[1:], class_weight)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _save(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, target, *output[1:], class_weight)
+    ctx.save_for_backward(*tensors)
 
 
-def _differentiate(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
+def _differentiate_hidden(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 12
     needed = ctx.needs_input_grad[:2]
@@ -235,20 +276,43 @@ def _differentiate(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tupl
     return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 10
 
 
+def _differentiate_logits(ctx: Any, grad_loss: Tensor | None, *_others: object) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 12
+    grad = torch.ops.pgolf._vocab_ce_backward(grad_loss, *ctx.saved_tensors, *ctx.numbers)
+    return grad, *(None,) * 11
+
+
 _TENSORS = "Tensor hidden, Tensor weight, Tensor target"
 _PART = f"{RULE}, int begin, int vocab"
+_RESULT = "(Tensor loss, Tensor ce, Tensor lse)"
 register(
     "_vocab_linear_ce",
-    f"({_TENSORS}, {_PART}, str group, bool check_targets) -> (Tensor loss, Tensor ce, Tensor lse)",
-    _forward,
+    f"({_TENSORS}, {_PART}, str group, bool check_targets) -> {_RESULT}",
+    _from_hidden,
     _forward_fake,
 )
 register(
     "_vocab_linear_ce_backward",
     f"(Tensor grad_loss, {_TENSORS}, Tensor ce, Tensor lse, {_PART}, bool need_hidden, bool need_weight)"
     " -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    _from_hidden_backward,
+    _from_hidden_backward_fake,
 )
-torch.library.register_autograd("pgolf::_vocab_linear_ce", _differentiate, setup_context=_save)
-register_second_order("_vocab_linear_ce_backward", OP)
+register(
+    "_vocab_ce",
+    f"(Tensor logits, Tensor target, {_PART}, float scale, str group, bool check_targets) -> {_RESULT}",
+    _from_logits,
+    _forward_fake,
+)
+register(
+    "_vocab_ce_backward",
+    f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor ce, Tensor lse, {_PART}, float scale)"
+    " -> Tensor",
+    _from_logits_backward,
+    _from_logits_backward_fake,
+)
+torch.library.register_autograd("pgolf::_vocab_linear_ce", _differentiate_hidden, setup_context=_save_hidden)
+torch.library.register_autograd("pgolf::_vocab_ce", _differentiate_logits, setup_context=_save_logits)
+register_second_order("_vocab_linear_ce_backward", "linear_softcap_ce")
+register_second_order("_vocab_ce_backward", "softcap_ce")

@@ -23,9 +23,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from pgolf.ops import linear_softcap_ce
+from pgolf.ops import linear_softcap_ce, softcap_ce
 from tests.conftest import requires_two_gpus
-from tests.distributed.vocab_cases import OPTIONS, REP, cases, grid_cases, inputs, place, run_cases, whole
+from tests.distributed.vocab_cases import (
+    OPTIONS,
+    REP,
+    cases,
+    grid_cases,
+    inputs,
+    logits_cases,
+    place,
+    run_cases,
+    whole,
+)
 from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 4)
@@ -68,6 +78,14 @@ def alone(mesh: DeviceMesh) -> None:
             for plain, split in zip(*results, strict=True):
                 assert isinstance(split, DTensor), name
                 assert torch.equal(plain, split.to_local()), f"{name} {memory} {reduction}"
+            call = {k: v for k, v in call.items() if k not in ("memory", "bias")}
+            results = []
+            for placements in (None, [Shard(2)]):
+                logits = place(exact["logits"].float(), mesh, placements)
+                loss = softcap_ce(logits, exact["target"], **call)
+                results.append([loss, *torch.autograd.grad(loss.sum(), logits)])
+            for plain, split in zip(*results, strict=True):
+                assert torch.equal(plain, split.to_local()), f"logits, {name} {reduction}"
 
 
 def refusals(mesh: DeviceMesh) -> None:
@@ -84,6 +102,15 @@ def refusals(mesh: DeviceMesh) -> None:
         raises(ValueError, "cap must be", lambda: linear_softcap_ce(**t, cap=-1.0))
         narrow = given(mesh, [REP], [Shard(0)])["weight"][:, :4]
         raises(ValueError, "weight must be", lambda: linear_softcap_ce(**{**t, "weight": narrow}))
+        narrow = place(inputs()["logits"].float(), mesh, [Shard(2)])
+        raises(ValueError, "softcap_ce: target must be", lambda: softcap_ce(narrow, t["target"][0]))
+        raises(ValueError, "softcap_ce: target must be in", lambda: softcap_ce(narrow, out))
+        raises(ValueError, "softcap_ce: cap must be", lambda: softcap_ce(narrow, t["target"], -1.0))
+        raises(
+            RuntimeError,
+            "softcap_ce: logits is a plain",
+            lambda: softcap_ce(torch.ones(3, 6, 9), t["target"]),
+        )
     if not ranks:
         return
     wide = given(mesh, [REP], [Shard(1)])["weight"]
@@ -102,6 +129,9 @@ def refusals(mesh: DeviceMesh) -> None:
         (r"hidden is a plain tensor and weight has \(Replicate\(\),\)", {"weight": same, "hidden": plain}),
     ):
         raises(RuntimeError, pattern, lambda change=change: linear_softcap_ce(**{**t, **change}))
+    sums = DTensor.from_local(inputs()["logits"].float(), mesh, [Partial()])
+    pattern = r"softcap_ce: logits has \(Partial\(sum\),\).*Shard\(-1\) along one mesh dimension; use"
+    raises(RuntimeError, pattern, lambda: softcap_ce(sums, t["target"]))
     odd = t["target"].to_local().clone()
     odd[1, 2] = td.get_rank()
     message = r"different targets at row 8 \(0 to .*each needs the same rows.*Shard\(0\)"
@@ -114,6 +144,10 @@ def second_order(mesh: DeviceMesh) -> None:
     grads = torch.autograd.grad(linear_softcap_ce(**t), leaves, create_graph=True)
     call = lambda: torch.autograd.grad(whole(grads[0]).sum(), leaves)  # noqa: E731
     raises(RuntimeError, "linear_softcap_ce: second derivatives are not implemented", call)
+    logits = place(inputs()["logits"].float(), mesh, [Shard(2)])
+    (grad,) = torch.autograd.grad(softcap_ce(logits, t["target"]), logits, create_graph=True)
+    call = lambda: torch.autograd.grad(whole(grad).sum(), logits)  # noqa: E731
+    raises(RuntimeError, "softcap_ce: second derivatives are not implemented", call)
 
 
 def not_a_number(mesh: DeviceMesh) -> None:
@@ -224,6 +258,12 @@ def opcheck(mesh: DeviceMesh) -> None:
     leaves = (x.clone().requires_grad_(), w.clone().requires_grad_())
     torch.library.opcheck(ops._vocab_linear_ce, (*leaves, y, *rule, group, False))
     _, ce, lse = ops._vocab_linear_ce(x, w, y, *rule, group, False)
+    rule = (*rule, 0.3)
+    logits = (x @ w.t()).requires_grad_()
+    torch.library.opcheck(ops._vocab_ce, (logits, y, *rule, group, False))
+    _, ce, lse = ops._vocab_ce(logits.detach(), y, *rule, group, False)
+    torch.library.opcheck(ops._vocab_ce_backward, (torch.ones(5), logits.detach(), y, ce, lse, *rule))
+    rule = rule[:-1]
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops._vocab_linear_ce_backward, (torch.ones(5), x, w, y, ce, lse, *rule, *needs))
 
@@ -250,6 +290,16 @@ def compiled(mesh: DeviceMesh) -> None:
         for eager, graph in zip(*results, strict=True):
             assert getattr(graph, "placements", None) == getattr(eager, "placements", None)
             torch.testing.assert_close(whole(graph), whole(eager), rtol=1e-6, atol=1e-7)
+
+    logits = place(inputs()["logits"].float(), mesh, [Shard(2)])
+    dense = lambda x: softcap_ce(x * 2, t["target"], z_loss=1e-2)  # noqa: E731
+    results = []
+    for f in (dense, torch.compile(dense, fullgraph=True, backend="aot_eager")):
+        value = f(logits)
+        results.append([value, *torch.autograd.grad(value, logits)])
+    for eager, graph in zip(*results, strict=True):
+        assert graph.placements == eager.placements
+        torch.testing.assert_close(whole(graph), whole(eager), rtol=1e-6, atol=1e-7)
 
 
 class Network(nn.Module):
@@ -320,6 +370,8 @@ def two_vocabulary_dims(mesh: DeviceMesh) -> None:
     """A weight that two mesh dimensions split, and a plain tensor on such a mesh, are refused."""
     t = given(mesh, [REP, REP], [Shard(0), Shard(0)])
     raises(RuntimeError, r"weight has \(Shard\(dim=0\), Shard\(dim=0\)\)", lambda: linear_softcap_ce(**t))
+    logits = place(inputs()["logits"].float(), mesh, [Shard(2), Shard(2)])
+    raises(RuntimeError, r"softcap_ce: logits has \(Shard", lambda: softcap_ce(logits, t["target"]))
     t = given(mesh, None, [REP, Shard(0)])
     raises(RuntimeError, "hidden is a plain tensor.*from_local", lambda: linear_softcap_ce(**t))
 
@@ -332,6 +384,7 @@ def all_cases() -> dict[str, dict[str, Callable[[], None]]]:
     each += {1: [alone], 2: [collectives, opcheck, compiled], 4: []}[world]
     found = {
         "layouts": cases(mesh),
+        "logits": logits_cases(mesh),
         "others": {f.__name__: lambda f=f: f(mesh) for f in each},
         "training": {
             f"{layout}, local {local}": lambda a=layout, b=local: tensor_parallel(mesh, a, b)
@@ -352,7 +405,8 @@ def cuda_cases() -> dict[str, dict[str, Callable[[], None]]]:
     world = td.get_world_size()
     grids = {s: init_device_mesh("cuda", s, mesh_dim_names=("dp", "tp")) for s in ((1, world), (world, 1))}
     found = {f"grid {shape}": grid_cases(mesh) for shape, mesh in grids.items()}
-    return {"layouts": cases(init_device_mesh("cuda", (world,))), **found}
+    mesh = init_device_mesh("cuda", (world,))
+    return {"layouts": cases(mesh), "logits": logits_cases(mesh), **found}
 
 
 def program(folder: Path, backend: str) -> None:
@@ -379,7 +433,7 @@ def results_of(world: int, folder: Path, backend: str) -> list[dict[str, dict[st
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(world)]
 
 
-@pytest.mark.parametrize("group", ["layouts", "grid", "training", "others"])
+@pytest.mark.parametrize("group", ["layouts", "logits", "grid", "training", "others"])
 def test_ranks_compute_what_one_process_computes(finished, group: str) -> None:
     assert_right(finished, group)
 
@@ -387,7 +441,7 @@ def test_ranks_compute_what_one_process_computes(finished, group: str) -> None:
 @requires_two_gpus
 def test_gpus_compute_what_one_process_computes(tmp_path) -> None:
     results = results_of(2, tmp_path, "nccl")
-    for group in ("layouts", "grid"):
+    for group in ("layouts", "logits", "grid"):
         assert_right(results, group)
 
 

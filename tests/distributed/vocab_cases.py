@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from pgolf.ops import _smoothed_ce as smoothed
-from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
+from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref, softcap_ce, softcap_ce_ref
 
 WIDTH = 8
 REP = Replicate()
@@ -48,6 +48,7 @@ def inputs(vocab: int = 103, leading: tuple[int, ...] = (3, 6), labels: str = "s
         target.fill_(vocab - 1)
     target.view(-1)[:: 1 if labels == "ignored" else 5] = -100
     return {
+        "logits": 4.0 * torch.randn(*leading, vocab, generator=g).double(),
         "hidden": torch.randn(*leading, WIDTH, generator=g).double(),
         "weight": torch.randn(vocab, WIDTH, generator=g).double(),
         "bias": torch.randn(vocab, generator=g).double(),
@@ -86,18 +87,24 @@ def compare(
     options = dict(options)
     options.setdefault("cap", 30.0)
     bias, weighted = options.pop("bias", False), options.pop("class_weight", False)
-    names = ["hidden", "weight", *(["bias"] if bias else [])]
+    names = ["logits"] if "logits" in placed else ["hidden", "weight", *(["bias"] if bias else [])]
+    states = placed[names[0]]
+    fused, usual = (
+        (softcap_ce, softcap_ce_ref) if names == ["logits"] else (linear_softcap_ce, linear_softcap_ce_ref)
+    )
     truth = {n: exact[n].clone().requires_grad_() for n in names}
-    given = {n: place(exact[n].to(dtype), mesh, placed.get(n, placed["weight"])) for n in names}
+    given = {n: place(exact[n].to(dtype), mesh, placed.get(n, placed.get("weight"))) for n in names}
     class_weight = exact["class_weight"] if weighted else None
     ours = None
     if class_weight is not None:
-        ours = place(class_weight.to(dtype), mesh, placed.get("class_weight", placed["weight"])).detach()
-    target = place(exact["target"], mesh, placed.get("target", placed["hidden"]))
+        ours = place(class_weight.to(dtype), mesh, placed.get("class_weight", placed.get("weight"))).detach()
+    target = place(exact["target"], mesh, placed.get("target", states))
     call = {"reduction": reduction, **options}
-    got = linear_softcap_ce(**given, target=target, class_weight=ours, **call)
+    if names == ["logits"]:
+        call.pop("memory", None)
+    got = fused(**given, target=target, class_weight=ours, **call)
     call.pop("memory", None)
-    want = linear_softcap_ce_ref(**truth, target=exact["target"], class_weight=class_weight, **call)
+    want = usual(**truth, target=exact["target"], class_weight=class_weight, **call)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert got.shape == want.shape
     # On a GPU, torch's setting may let float32 products round to TF32.
@@ -105,8 +112,8 @@ def compare(
     rtol = {torch.float64: 1e-12, torch.float32: single, torch.bfloat16: 2e-2}[dtype]
     near("loss", whole(got), want, rtol)
     if reduction == "none":
-        rows = placed["hidden"] or [REP] * mesh.ndim
-        assert list(got.placements) == [p if p.is_shard() else REP for p in rows], got.placements
+        rows = [p if p.is_shard() and p.dim < want.dim() else REP for p in states or [REP] * mesh.ndim]
+        assert list(got.placements) == rows, got.placements
         upstream = torch.linspace(-1.0, 2.0, want.numel(), dtype=torch.float64).reshape(want.shape)
         (whole(got) * upstream.to(mesh.device_type)).sum().backward()
         (want * upstream).sum().backward()
@@ -160,6 +167,36 @@ def cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
     return found
 
 
+def logits_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
+    """Return the cases of `softcap_ce` on one mesh dimension."""
+    found: dict[str, Callable[[], None]] = {}
+
+    def add(name: str, *arguments: Any, **more: Any) -> None:
+        found[name] = lambda: compare(mesh, *arguments, **more)
+
+    vocabulary = {"logits": [Shard(2)], "target": [REP], "class_weight": [Shard(0)]}
+    for (name, options), reduction in itertools.product(OPTIONS.items(), ("mean", "sum", "none")):
+        add(f"vocabulary, {name}, {reduction}", vocabulary, options, reduction)
+    layouts: dict[str, dict[str, Any]] = {
+        "vocabulary": vocabulary,
+        "plain others": {"logits": [Shard(2)], "target": None},
+        "rows": {"logits": [Shard(1)]},
+        "all replicated": {"logits": [REP]},
+    }
+    for name, placed in layouts.items():
+        add(f"{name}, none", placed, OPTIONS["all"], "none")
+        add(f"{name}, mean", placed, OPTIONS["all"], "mean")
+        if mesh.device_type == "cpu":
+            add(f"{name}, float64", placed, OPTIONS["all"], dtype=torch.float64)
+        add(f"{name}, bfloat16", placed, OPTIONS["scale"], dtype=torch.bfloat16)
+        add(f"{name}, targets on the last rank", placed, {}, labels="last")
+        add(f"{name}, all ignored", placed, OPTIONS["all"], labels="ignored")
+        add(f"{name}, ranks without classes", placed, OPTIONS["all"], vocab=3)
+        add(f"{name}, no rows", placed, {}, leading=(0, 2))
+    found["several chunks"] = lambda: in_chunks(found["vocabulary, all, mean"])
+    return found
+
+
 def grid_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
     """Return the cases of a mesh with one dimension that splits rows and one that splits the vocabulary."""
     found: dict[str, Callable[[], None]] = {}
@@ -172,6 +209,7 @@ def grid_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
         "same rows": {"hidden": [REP, REP], "weight": weight, "target": None},
         "transposed": {"hidden": [Shard(1), Shard(0)], "weight": [Shard(0), REP]},
         "rows only": {"hidden": [Shard(0), Shard(1)], "weight": [REP, REP]},
+        "logits": {"logits": [Shard(0), Shard(2)], "target": [Shard(0), REP], "class_weight": None},
     }
     for (name, placed), reduction in itertools.product(layouts.items(), ("mean", "none")):
         for options in ("defaults", "all"):
