@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from pgolf import env
-from pgolf.errors import RanksFailed, RunError, UserError, brief
+from pgolf.errors import RanksFailed, RunError, UserError, brief, is_checked
 from pgolf.watch import MEET_S, Watch, before
 
 DeviceChoice = Literal["auto", "cuda", "cpu"]
@@ -129,6 +130,28 @@ class Dist:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=MEET_S)))
         watch = Watch(self.rank, self.world_size, store, timeout_s=rank_timeout_s, meet_by=meet_by)
         return store, watch
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close at the end of the block. If it fails, tell the other ranks why.
+
+        Raises:
+            RanksFailed: instead of an error that comes from the failure of another rank, which it names.
+        """
+        try:
+            yield
+        except BaseException as e:
+            known = None
+            if self.world_size > 1 and isinstance(e, Exception) and not is_checked(e):
+                # It may be a collective that another rank broke. The watch learns that in a moment.
+                known = self.watch.reason(wait_s=1.5)
+            why = brief(e) if isinstance(e, Exception) else str(e) or "interrupted"
+            self.watch.leave("" if known or isinstance(e, RanksFailed) else why)
+            if known:
+                raise RanksFailed(known) from None
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Leave the process group; a second call does nothing."""

@@ -158,7 +158,7 @@ def _evaluate(args: Evaluate) -> int:
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = "starting the device and the ranks"
         dist = Dist.start(args.device)
-    try:
+    with dist.closing():
         with Progress("evaluate", 1, is_main=main_rank) as progress:
             progress.doing = f"reading and checking {args.data}"
             data_folder = _open(args, artifact)
@@ -170,8 +170,6 @@ def _evaluate(args: Evaluate) -> int:
         reports = _legality(args, artifact, data_folder, dist) if args.legality else {}
         if keep is not None and reports:
             keep(reports)
-    finally:
-        dist.close()
     return 0 if all(report["legal"] for report in reports.values()) else 1
 
 

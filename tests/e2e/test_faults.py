@@ -20,6 +20,7 @@ from tests.e2e.conftest import SMALL
 
 PROGRAM = """
 import os, sys
+from pgolf.evaluate import predictor
 from pgolf.train import setup, trainer
 from pgolf.cli.main import main
 
@@ -27,7 +28,8 @@ def fail(*arguments, **settings):
     raise TypeError("a fault that was put here")
 
 if os.environ["RANK"] == sys.argv[1]:
-    setattr({"setup": setup, "trainer": trainer.Trainer}[sys.argv[2]], sys.argv[3], fail)
+    places = {"setup": setup, "trainer": trainer.Trainer, "predictor": predictor}
+    setattr(places[sys.argv[2]], sys.argv[3], fail)
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -91,6 +93,17 @@ def test_a_fault_while_a_rank_is_set_up_ends_both_and_leaves_no_folder(shards, t
     (line,) = pgolf_lines(ranks[0].stderr)
     assert line.startswith("pgolf train: rank 1 failed: TypeError: a fault that was put here (<string>:")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_fault_of_one_rank_in_scoring_is_told_in_a_line_by_the_other(run, shards, victim):
+    words = ["evaluate", str(run / "model.pgolf"), "--data", str(shards), "--tokens=640", "--device=cpu"]
+    ranks = two_ranks(victim, "predictor", "_teach", words)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    guilty, other = ranks[victim].stderr, ranks[1 - victim].stderr
+    assert "TypeError: a fault that was put here" in guilty and "This is a fault of pgolf" in guilty
+    assert f"rank {victim} failed: TypeError: a fault that was put here" in other
+    assert "Traceback" not in other and "This is a fault of pgolf" not in other
 
 
 def test_want_of_memory_in_a_run_names_the_flag_in_one_line(shards, tmp_path, monkeypatch, capsys):
