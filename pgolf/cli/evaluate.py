@@ -149,8 +149,8 @@ def _evaluate(args: Evaluate) -> int:
     from pgolf.log import Progress
 
     main_rank = launch().rank == 0
-    for note in _unused(args):
-        say(note)
+    for line in _unused(args):
+        say(line)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = f"decoding the weights of {args.artifact.name}"
         artifact = read_artifact(args.artifact)

@@ -29,7 +29,8 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Done, Lesson, Pass, Turn
 from pgolf.evaluate.sliding import Fixed, sliding_windows, window_questions
-from pgolf.model.gpt import GPT, uncompiled
+from pgolf.model.gpt import GPT
+from pgolf.model.uncompiled import uncompiled
 
 
 class Learner:

@@ -31,7 +31,8 @@ from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.heads import Head
 from pgolf.evaluate.predictor import Done, Inputs, Pass, Question, Turn
 from pgolf.evaluate.sliding import Fixed, sliding_windows
-from pgolf.model.gpt import GPT, uncompiled
+from pgolf.model.gpt import GPT
+from pgolf.model.uncompiled import uncompiled
 
 
 class CausalSlot(Fixed):

@@ -41,8 +41,9 @@ from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Predictor, Question, Turn
 from pgolf.model.adapted import compile_adapted
-from pgolf.model.gpt import GPT, layer_order, uncompiled
+from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import bind, initial_adapters
+from pgolf.model.uncompiled import uncompiled
 
 CHUNK_MULTIPLE = 16
 """Chunks longer than the shortest have a multiple of this number of tokens, which suits the tensor cores."""

@@ -46,13 +46,9 @@ def check_weighting(
     refuse_constant(op, "class_weight", class_weight)
 
 
-def refuse_dtensors(op: str, *tensors: Tensor | None) -> None:
-    """Raise RuntimeError for a tensor that is split over ranks."""
-    if any(hasattr(t, "placements") for t in tensors):
-        raise RuntimeError(
-            f"{op}: a DTensor is not supported, because the kernels need the whole vocabulary and width on "
-            "one rank; pass .full_tensor(), or .to_local() of a tensor whose rows are split over ranks"
-        )
+def is_dtensor(tensor: Tensor | None) -> bool:
+    """Return whether a tensor is split over ranks; torch's module of DTensors need not be loaded for it."""
+    return hasattr(tensor, "placements")
 
 
 def integer_target(op: str, target: Tensor) -> Tensor:
@@ -62,6 +58,34 @@ def integer_target(op: str, target: Tensor) -> Tensor:
     if target.dtype == torch.int32:
         return target.long()
     raise TypeError(f"{op}: target must be int64 or int32, got {target.dtype}")
+
+
+def to_autocast(hidden: Tensor) -> Tensor:
+    """Return hidden states in the dtype of autocast, if it is on."""
+    # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
+    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def fold_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return hidden states and a weight whose product is logit_scale (hidden weight^T + bias).
+
+    The bias becomes a column of the weight, which a column of ones in `hidden` multiplies; seven columns of
+    zeros beside it keep a width that is a multiple of eight, as the Hopper kernels need it.
+    """
+    if logit_scale != 1.0:
+        hidden = hidden * logit_scale
+    if bias is None:
+        return hidden, weight
+    wide = bias.to(torch.promote_types(bias.dtype, torch.float32))
+    column = (wide * logit_scale).to(weight.dtype)[:, None]
+    ones = hidden.new_zeros(hidden.shape[0], 8)
+    ones[:, 0] = 1.0
+    pad = torch.nn.functional.pad
+    return torch.cat([hidden, ones], dim=1), torch.cat([weight, pad(column, (0, 7))], dim=1)
 
 
 def class_weights(class_weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:

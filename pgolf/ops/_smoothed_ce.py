@@ -69,9 +69,7 @@ class _Rule:
         if not self.smoothing:
             return grad
         rows, index = torch.arange(len(x), device=x.device), _index(target, x.shape[1])
-        # The derivative of the capped logit, 1 - tanh^2, without a subtraction that loses its digits.
-        u = None if self.cap is None else x * (2.0 / self.cap)
-        slope = torch.ones_like(x) if u is None else torch.sigmoid(u).mul_(torch.sigmoid(-u)).mul_(4.0)
+        slope = cap_slope(x, self.cap)
         upstream = upstream * self.smoothing
         at_target = self._mean_weight() * upstream * slope[rows, index]
         grad[rows, index] += at_target.masked_fill_(ignored, 0.0)
@@ -91,6 +89,14 @@ class _Rule:
         return 1.0 if self.class_weight is None else self.class_weight.float().mean()
 
 
+def cap_slope(x: Tensor, cap: float | None) -> Tensor:
+    """Return the derivative of the capped logits, 1 - tanh^2, without a subtraction that loses its digits."""
+    if cap is None:
+        return torch.ones_like(x)
+    u = x * (2.0 / cap)
+    return torch.sigmoid(u).mul_(torch.sigmoid(-u)).mul_(4.0)
+
+
 def _index(target: Tensor, vocab: int) -> Tensor:
     return target.clamp(0, vocab - 1)
 
@@ -108,7 +114,7 @@ def _kind(tensor: Tensor) -> str:
     return "cpu" if tensor.device.type == "cpu" else "cuda"
 
 
-def _check_targets(op: str, target: Tensor, vocab: int, ignore_index: int, always: bool) -> None:
+def check_targets(op: str, target: Tensor, vocab: int, ignore_index: int, always: bool) -> None:
     """Raise ValueError for a target out of range: on the CPU, elsewhere only if asked, as the kernels do."""
     if not (always or target.is_cpu):
         return
@@ -121,11 +127,13 @@ def _check_targets(op: str, target: Tensor, vocab: int, ignore_index: int, alway
         )
 
 
-def _row_chunks(logits: Tensor) -> Iterator[slice]:
+def row_chunks(logits: Tensor) -> Iterator[slice]:
+    """Yield slices of rows of which float32 copies are small."""
     return _chunks(len(logits), 4 * logits.shape[1], _CHUNK_BYTES[_kind(logits)])
 
 
-def _product_chunks(hidden: Tensor, vocab: int) -> Iterator[slice]:
+def product_chunks(hidden: Tensor, vocab: int) -> Iterator[slice]:
+    """Yield slices of rows of which `vocab` logits are computed at a time."""
     kind = _kind(hidden)
     row_bytes = vocab * hidden.element_size()
     return _chunks(len(hidden), row_bytes, _PRODUCT_BYTES[kind], _PRODUCT_ROWS[kind])
@@ -142,10 +150,10 @@ def _scaled(logits: Tensor, scale: float) -> Tensor:
 
 def _from_logits(logits: Tensor, target: Tensor, *options: Any) -> Tensor:
     *rule, scale, check = options
-    _check_targets("softcap_ce", target, logits.shape[1], rule[2], check)
+    check_targets("softcap_ce", target, logits.shape[1], rule[2], check)
     torch.ops.pgolf.softcap_ce(logits[:0], target[:0], *rule[1:4], False)
     loss = logits.new_empty(len(logits), dtype=torch.float32)
-    for part in _row_chunks(logits):
+    for part in row_chunks(logits):
         loss[part] = _Rule(*rule).loss(_scaled(logits[part], scale), target[part])
     return loss
 
@@ -153,7 +161,7 @@ def _from_logits(logits: Tensor, target: Tensor, *options: Any) -> Tensor:
 def _from_logits_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *options: Any) -> Tensor:
     *rule, scale = options
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for part in _row_chunks(logits):
+    for part in row_chunks(logits):
         x = _scaled(logits[part], scale)
         grad[part] = _Rule(*rule).gradient(x, target[part], grad_loss[part]).mul_(scale)
     return grad
@@ -161,11 +169,11 @@ def _from_logits_backward(grad_loss: Tensor, logits: Tensor, target: Tensor, *op
 
 def _from_hidden(hidden: Tensor, weight: Tensor, target: Tensor, *options: Any) -> Tensor:
     *rule, check = options
-    _check_targets("linear_softcap_ce", target, weight.shape[0], rule[2], check)
+    check_targets("linear_softcap_ce", target, weight.shape[0], rule[2], check)
     torch.ops.pgolf.linear_softcap_ce(hidden[:0], weight[:1], target[:0], *rule[1:4], False, False)
     w = weight.to(hidden.dtype)
     loss = hidden.new_empty(len(hidden), dtype=torch.float32)
-    for part in _product_chunks(hidden, len(w)):
+    for part in product_chunks(hidden, len(w)):
         logits = torch.mm(hidden[part], w.t(), out=hidden.new_empty(0))
         loss[part] = _from_logits(logits, target[part], *rule, 1.0, False)
     return loss
@@ -176,12 +184,12 @@ def _from_hidden_backward(
 ) -> tuple[Tensor, Tensor]:
     *rule, need_hidden, need_weight = options
     w = weight.to(hidden.dtype)
-    grad_hidden = torch.empty_like(hidden) if need_hidden else hidden.new_empty(0)
+    grad_hidden = hidden.new_empty(hidden.shape if need_hidden else 0)
     grad_weight = torch.zeros(w.shape if need_weight else 0, dtype=torch.float32, device=hidden.device)
-    for part in _product_chunks(hidden, len(w)):
+    for part in product_chunks(hidden, len(w)):
         x = hidden[part]
         logits = torch.mm(x, w.t(), out=hidden.new_empty(0))
-        for sub in _row_chunks(logits):
+        for sub in row_chunks(logits):
             y, g = target[part][sub], grad_loss[part][sub]
             logits[sub] = _Rule(*rule).gradient(logits[sub].float(), y, g)
         if need_hidden:
@@ -232,32 +240,35 @@ def _differentiate_hidden(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, .
     return *(g if n else None for g, n in zip(grads, needed, strict=True)), *(None,) * 7
 
 
-def _register(name: str, schema: str, kernel: Any, fake: Any) -> None:
+def register(name: str, schema: str, kernel: Any, fake: Any) -> None:
+    """Register an operator of `torch.ops.pgolf` that is made of PyTorch operators."""
     torch.library.define(f"pgolf::{name}", schema)
     torch.library.impl(f"pgolf::{name}", "default", kernel)
     torch.library.register_fake(f"pgolf::{name}", fake)
 
 
-def _register_second_order(name: str, op: str) -> None:
+def register_second_order(name: str, op: str) -> None:
+    """Make the derivative of a backward operator an error that names `op`."""
+
     def refuse(_ctx: Any, *_grads: Tensor) -> None:
         raise second_order_error(op)
 
     torch.library.register_autograd(f"pgolf::{name}", refuse)
 
 
-_RULE = "Tensor? class_weight, float? cap, int ignore_index, float z_loss, float smoothing"
-_LOGITS = f"Tensor logits, Tensor target, {_RULE}, float scale"
-_HIDDEN = f"Tensor hidden, Tensor weight, Tensor target, {_RULE}"
+RULE = "Tensor? class_weight, float? cap, int ignore_index, float z_loss, float smoothing"
+_LOGITS = f"Tensor logits, Tensor target, {RULE}, float scale"
+_HIDDEN = f"Tensor hidden, Tensor weight, Tensor target, {RULE}"
 _NEEDS = "bool need_hidden, bool need_weight"
-_register("_smoothed_ce", f"({_LOGITS}, bool check_targets) -> Tensor", _from_logits, _loss_fake)
-_register(
+register("_smoothed_ce", f"({_LOGITS}, bool check_targets) -> Tensor", _from_logits, _loss_fake)
+register(
     "_smoothed_ce_backward",
     f"(Tensor grad_loss, {_LOGITS}) -> Tensor",
     _from_logits_backward,
     _from_logits_backward_fake,
 )
-_register("_smoothed_linear_ce", f"({_HIDDEN}, bool check_targets) -> Tensor", _from_hidden, _loss_fake)
-_register(
+register("_smoothed_linear_ce", f"({_HIDDEN}, bool check_targets) -> Tensor", _from_hidden, _loss_fake)
+register(
     "_smoothed_linear_ce_backward",
     f"(Tensor grad_loss, {_HIDDEN}, {_NEEDS}) -> (Tensor, Tensor)",
     _from_hidden_backward,
@@ -267,5 +278,5 @@ torch.library.register_autograd("pgolf::_smoothed_ce", _differentiate_logits, se
 torch.library.register_autograd(
     "pgolf::_smoothed_linear_ce", _differentiate_hidden, setup_context=_save_hidden
 )
-_register_second_order("_smoothed_ce_backward", "softcap_ce")
-_register_second_order("_smoothed_linear_ce_backward", "linear_softcap_ce")
+register_second_order("_smoothed_ce_backward", "softcap_ce")
+register_second_order("_smoothed_linear_ce_backward", "linear_softcap_ce")

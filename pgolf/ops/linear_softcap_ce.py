@@ -20,14 +20,16 @@ from pgolf.ops._loss import (
     check_reduction,
     check_weighting,
     class_weights,
+    fold_head,
     in_float64,
     integer_target,
+    is_dtensor,
     is_exported,
     is_traced,
     reduce_rows,
-    refuse_dtensors,
     rescale_once,
     row_weight,
+    to_autocast,
 )
 from pgolf.ops.softcap_ce import softcap_ce_ref
 
@@ -61,6 +63,12 @@ def linear_softcap_ce(
     the weight's gradient is accumulated in float32. The result is deterministic, bitwise the same from run to
     run. Under autocast, `hidden` is cast to the autocast dtype first, as in `F.linear`.
 
+    If `weight` is a DTensor, the result is the one of the whole tensors on one rank, and each gradient is
+    placed as its tensor is. `weight` may be Shard(0) along one mesh dimension, which splits the vocabulary;
+    `hidden` may be sharded along dimensions of rows; plain tensors must be the same on every rank. If the
+    vocabulary is split, PyTorch operators compute, as for label smoothing, and no logits are kept whatever
+    `memory` is.
+
     `bias` and `logit_scale` cost a copy of `hidden`, and `bias` one of `weight`, but no pass over logits;
     `class_weight` costs nothing. Label smoothing takes chunks of rows with PyTorch operators, computes the
     logits twice whatever `memory` is, keeps none, and is slower.
@@ -91,45 +99,44 @@ def linear_softcap_ce(
 
     Returns:
         float32 loss in nats (float64 for float64 hidden states): of the shape of `target` for "none", a
-        scalar for "mean" and "sum".
+        scalar for "mean" and "sum". If `weight` is a DTensor, the loss is one: placed as the rows of `hidden`
+        are for "none", replicated for "mean" and "sum".
 
     Raises:
         ValueError: shapes or devices disagree, cap or logit_scale <= 0, z_loss < 0, label_smoothing is not
-            from 0 to 1, reduction or memory is unknown, or a target is out of range.
+            from 0 to 1, reduction or memory is unknown, a target is out of range, or ranks that share the
+            vocabulary have different targets (on CUDA as for targets out of range).
         TypeError: a dtype is not supported.
         RuntimeError: a second derivative, a derivative of forward mode or torch.func, or one with respect to
-            `class_weight` was asked for, or a tensor is a DTensor.
+            `class_weight` was asked for, or the placements of DTensors are not supported.
 
     Source: Gemma 2, section 2; PaLM, section 5 (z-loss). Kernel: csrc/ops/linear_softcap_ce.cpp.
     """
     check_reduction("linear_softcap_ce", reduction)
-    refuse_dtensors("linear_softcap_ce", hidden, weight, target, bias, class_weight)
     target = integer_target("linear_softcap_ce", target)
     _check(hidden, weight, target, bias, memory)
     check_weighting("linear_softcap_ce", hidden, weight.shape[0], class_weight, label_smoothing, logit_scale)
+    given: dict[str, Any] = {
+        "cap": cap,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "bias": bias,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "logit_scale": logit_scale,
+    }
+    if any(is_dtensor(t) for t in (hidden, weight, target, bias, class_weight)):
+        # Loaded here, because torch.distributed.tensor takes about as long to load as pgolf.
+        from pgolf.ops._sharded_ce import sharded_linear_ce
+
+        return sharded_linear_ce(hidden, weight, target, memory=memory, **given)
     options = (cap, ignore_index, z_loss)
     if hidden.dtype == torch.float64 and hidden.is_cpu:
-        return in_float64(
-            "linear_softcap_ce",
-            linear_softcap_ce_ref,
-            hidden,
-            weight,
-            target,
-            cap,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            bias=bias,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            logit_scale=logit_scale,
-        )
+        return in_float64("linear_softcap_ce", linear_softcap_ce_ref, hidden, weight, target, **given)
     refuse_transforms("linear_softcap_ce", hidden, weight, *([] if bias is None else [bias]))
-    # Other devices ("meta", for example) have no autocast, and `is_autocast_enabled` raises for them.
-    if hidden.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(hidden.device.type):
-        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    x, y = hidden.flatten(0, -2), target.flatten()
-    x, weight = _fold(x, weight, bias, logit_scale)
+    x, y = to_autocast(hidden).flatten(0, -2), target.flatten()
+    x, weight = fold_head(x, weight, bias, logit_scale)
     weights = None if class_weight is None else class_weights(class_weight.float(), y, ignore_index)
     if label_smoothing:
         loss: Tensor = torch.ops.pgolf._smoothed_linear_ce(
@@ -201,23 +208,6 @@ def _check(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, 
         )
     if not bias.is_floating_point():
         raise TypeError(f"linear_softcap_ce: bias must be of a floating-point dtype, got {bias.dtype}")
-
-
-def _fold(hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float) -> tuple[Tensor, Tensor]:
-    """Return hidden states and a weight whose product is logit_scale (hidden weight^T + bias).
-
-    The bias becomes a column of the weight, which a column of ones in `hidden` multiplies; seven columns of
-    zeros beside it keep a width that is a multiple of eight, as the Hopper kernels need it.
-    """
-    if logit_scale != 1.0:
-        hidden = hidden * logit_scale
-    if bias is None:
-        return hidden, weight
-    column = (bias.float() * logit_scale).to(weight.dtype)[:, None]
-    ones = hidden.new_zeros(hidden.shape[0], 8)
-    ones[:, 0] = 1.0
-    pad = torch.nn.functional.pad
-    return torch.cat([hidden, ones], dim=1), torch.cat([weight, pad(column, (0, 7))], dim=1)
 
 
 def _one_pass(

@@ -24,9 +24,9 @@ from pgolf.ops._loss import (
     class_weights,
     in_float64,
     integer_target,
+    is_dtensor,
     is_traced,
     reduce_rows,
-    refuse_dtensors,
     rescale_once,
     row_weight,
 )
@@ -65,6 +65,11 @@ def softcap_ce(
     in a traced or exported program, and under torch.compile, the backward pass reads the logits again. Label
     smoothing and the logit scale take chunks of rows with PyTorch operators, and are slower.
 
+    If `logits` are a DTensor, the result is the one of the whole tensors on one rank, and the gradient is
+    placed as the logits are. They may be Shard(-1) along one mesh dimension, which splits the vocabulary, and
+    sharded along dimensions of rows; plain tensors must be the same on every rank. If the vocabulary is
+    split, PyTorch operators compute, and the backward pass reads the logits again.
+
     Args:
         logits: `(rows, vocab)`, or any leading shape `(..., vocab)`; float32, bfloat16 or float16; copied if
             not contiguous. Sums are accumulated in float32. On the CPU also float64, for checks: computed by
@@ -83,41 +88,46 @@ def softcap_ce(
         logit_scale: factor of the logits before the cap, > 0.
         inplace: with "mean" and "sum", overwrite contiguous `logits` with their gradient, which halves the
             memory. The caller must not read `logits` afterwards; autograd raises if another operator saved
-            them. Ignored where the backward pass reads the logits again, and where no gradient is needed.
+            them. Ignored where the backward pass reads the logits again, where no gradient is needed, and for
+            a DTensor.
 
     Returns:
         float32 loss in nats (float64 for float64 logits): of the shape of `target` for "none", a scalar for
-        "mean" and "sum".
+        "mean" and "sum". If `logits` are a DTensor, the loss is one: placed as the rows of `logits` are for
+        "none", replicated for "mean" and "sum".
 
     Raises:
         ValueError: shapes or devices disagree, cap or logit_scale <= 0, z_loss < 0, label_smoothing is not
-            from 0 to 1, the reduction is unknown, logits are not contiguous with inplace, or a target is out
-            of range.
+            from 0 to 1, the reduction is unknown, logits are not contiguous with inplace, a target is out of
+            range, or ranks that share the vocabulary have different targets (on CUDA as for those out of
+            range).
         TypeError: a dtype is not supported.
         RuntimeError: a second derivative, a derivative of forward mode or torch.func, or one with respect to
-            `class_weight` was asked for, or a tensor is a DTensor.
+            `class_weight` was asked for, or the placements of DTensors are not supported.
 
     Source: Gemma 2, section 2. Kernel: csrc/kernels/softcap_ce.h.
     """
     check_reduction("softcap_ce", reduction)
-    refuse_dtensors("softcap_ce", logits, target, class_weight)
     check_weighting("softcap_ce", logits, logits.shape[-1], class_weight, label_smoothing, logit_scale)
     target = integer_target("softcap_ce", target)
+    given: dict[str, Any] = {
+        "cap": cap,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "z_loss": z_loss,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "logit_scale": logit_scale,
+    }
+    if any(is_dtensor(t) for t in (logits, target, class_weight)):
+        # Loaded here, because torch.distributed.tensor takes about as long to load as pgolf.
+        from pgolf.ops._sharded_ce import sharded_ce
+
+        _check_rows(logits, target)
+        return sharded_ce(logits, target, **given)
     options = (cap, ignore_index, z_loss)
     if logits.dtype == torch.float64 and logits.is_cpu:
-        return in_float64(
-            "softcap_ce",
-            softcap_ce_ref,
-            logits,
-            target,
-            cap,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            z_loss=z_loss,
-            class_weight=class_weight,
-            label_smoothing=label_smoothing,
-            logit_scale=logit_scale,
-        )
+        return in_float64("softcap_ce", softcap_ce_ref, logits, target, **given)
     refuse_transforms("softcap_ce", logits)
     # A program that is recorded needs operators that know their own gradient.
     recorded = torch.compiler.is_compiling() or is_traced()
@@ -169,15 +179,19 @@ def softcap_ce_ref(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _as_rows(logits: Tensor, target: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
-    """Return logits as `(rows, vocab)` and targets as `(rows,)`."""
-    if logits.dim() <= 2 and target.dim() == 1:
-        return logits, target  # the operators check them
+def _check_rows(logits: Tensor, target: Tensor) -> None:
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"softcap_ce: target must be {tuple(logits.shape[:-1])}, logits' shape without the last "
             f"dimension, which is the vocabulary, got {tuple(target.shape)}"
         )
+
+
+def _as_rows(logits: Tensor, target: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Return logits as `(rows, vocab)` and targets as `(rows,)`."""
+    if logits.dim() <= 2 and target.dim() == 1:
+        return logits, target  # the operators check them
+    _check_rows(logits, target)
     if overwrite and not logits.is_contiguous():
         raise ValueError(
             "softcap_ce: logits must be contiguous to be overwritten by their gradient; call .contiguous() "

@@ -14,7 +14,7 @@ from pgolf.evaluate.predictor import Pass, evaluating
 from pgolf.evaluate.rounding import FACTOR, LEAST, MOST, measured_limit, nudged
 from pgolf.evaluate.sliding import Fixed
 from pgolf.evaluate.ttt import Adapted, batch_turns, plan_batches
-from pgolf.model.gpt import uncompiled
+from pgolf.model.uncompiled import uncompiled
 from tests.evaluate.legal_helpers import (
     ALONE,
     BOS,

@@ -12,7 +12,7 @@ from pgolf.config import SgdConfig
 from pgolf.evaluate.documents import document_bounds
 from pgolf.evaluate.sgd import Learner, sgd_pass
 from pgolf.evaluate.sliding import sliding_windows
-from pgolf.model.gpt import uncompiled
+from pgolf.model.uncompiled import uncompiled
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,

@@ -20,8 +20,9 @@ from pgolf.evaluate.ttt import (
     share_batches,
     worth_compiling,
 )
-from pgolf.model.gpt import layer_order, uncompiled
+from pgolf.model.gpt import layer_order
 from pgolf.model.lora import adapter_shapes, bind, initial_adapters
+from pgolf.model.uncompiled import uncompiled
 from pgolf.presets import pr1855
 from tests.conftest import ROOT, requires_gpu
 from tests.evaluate.legal_helpers import (

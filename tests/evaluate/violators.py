@@ -12,7 +12,7 @@ from pgolf.evaluate.heads import Head
 from pgolf.evaluate.predictor import Pass, Question, Turn
 from pgolf.evaluate.sliding import Fixed
 from pgolf.evaluate.ttt import Adapted, batch_turns, plan_batches
-from pgolf.model.gpt import uncompiled
+from pgolf.model.uncompiled import uncompiled
 from tests.evaluate.legal_helpers import BOS, CONTEXT, TTT, VOCAB, FakeDist, make_pass
 
 

@@ -12,8 +12,9 @@ from pgolf.evaluate.predictor import evaluating
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.model import attention
 from pgolf.model.adapted import compile_adapted
-from pgolf.model.gpt import GPT, layer_order, uncompiled
+from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import adapter_shapes, bind
+from pgolf.model.uncompiled import uncompiled
 from tests.conftest import requires_gpu
 from tests.evaluate.legal_helpers import (
     BOS,

@@ -362,6 +362,9 @@ def test_operators_satisfy_opcheck(name: str, device) -> None:
     torch.library.opcheck(ops._smoothed_linear_ce, (x, w, target, *rule, False))
     for needs in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(ops._smoothed_linear_ce_backward, (rows, hidden, weight, target, *rule, *needs))
+    # A compiled program relies on the strides that the fake kernel promises.
+    across = hidden.t().contiguous().t()
+    torch.library.opcheck(ops._smoothed_linear_ce_backward, (rows, across, weight, target, *rule, True, True))
 
 
 def test_autocast_does_not_round_what_is_float32(device) -> None:
