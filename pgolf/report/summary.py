@@ -267,7 +267,11 @@ class Summary:
             **({"origin": self.origin} if self.origin else {}),
             "sessions": [entry.to_dict() for entry in self.sessions],
             "overrun": self.overrun,
-            "scores": {name: vars(score) for name, score in self.scores.items()},
+            # A run keeps no sums, so nothing is scored before.
+            "scores": {
+                name: {key: value for key, value in vars(score).items() if key != "kept"}
+                for name, score in self.scores.items()
+            },
             "bytes": self.ledger and self.ledger.to_dict(),
         }
 

@@ -56,8 +56,8 @@ def test_the_average_is_the_mean_of_the_snapshots(shards, tmp_path, monkeypatch)
     """Of those after 6, 9 and 12 steps: from 0.4 of 12 steps on, every third."""
     step, after = Optimizer.step, []
 
-    def watched(self, frac, *, ema_decay=None):
-        step(self, frac, ema_decay=ema_decay)
+    def watched(self, frac, **about):
+        step(self, frac, **about)
         after.append({name: p.detach().clone() for name, p in self._params.items()})
 
     monkeypatch.setattr(Optimizer, "step", watched)
