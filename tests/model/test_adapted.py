@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from pgolf.evaluate.heads import AdaptedHead
+from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import evaluating
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.model import attention
@@ -19,6 +20,7 @@ from tests.conftest import requires_gpu
 from tests.evaluate.legal_helpers import (
     BOS,
     CONTEXT,
+    PHASES,
     TTT,
     VOCAB,
     FakeDist,
@@ -88,8 +90,19 @@ def test_one_graph_of_each_kind_of_block_serves_all_sizes():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs[0]
 
 
+def passes(way: str, model: GPT, text, dist, config, *, compiled: bool):
+    """The pass of test-time training, or of that with two phases and two caps that they learn."""
+    where = {"bos_id": BOS, "context": CONTEXT, "compiled": compiled}
+    if way == "ttt":
+        return adapted_pass(model, text, dist, config=config, **where)
+    adapters = replace(config, batch_documents=2)
+    phases = replace(PHASES, documents=3, count=2, two_caps=True, adapters=adapters)
+    return phased_pass(model, text, dist, phases=phases, **where)
+
+
 @pytest.mark.slow
-def test_test_time_training_is_the_same_with_compiled_blocks_and_optimizer(monkeypatch):
+@pytest.mark.parametrize("way", ["ttt", "phased"])
+def test_test_time_training_is_the_same_with_compiled_blocks_and_optimizer(way, monkeypatch):
     monkeypatch.setattr(attention, "sdpa_attention", masked_attention)
     torch._dynamo.reset()
     model, text = small_model(shape=TINY), make_text(random_documents([5, 60, 9, 31, 44]))
@@ -97,18 +110,17 @@ def test_test_time_training_is_the_same_with_compiled_blocks_and_optimizer(monke
     losses = []
     for compiled in (False, True):
         with evaluating(model):
-            run = adapted_pass(
-                model, text, FakeDist(), bos_id=BOS, context=CONTEXT, config=config, compiled=compiled
-            )
+            run = passes(way, model, text, FakeDist(), config, compiled=compiled)
             losses.append(losses_of(run, text)[1:])
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-4)
     still = replace(config, lr=0.0)
-    run = adapted_pass(model, text, FakeDist(), bos_id=BOS, context=CONTEXT, config=still)
+    run = passes("ttt", model, text, FakeDist(), still, compiled=False)
     assert np.abs(losses_of(run, text)[1:] - losses[0]).max() > 1e-2, "it learns"
 
 
 @requires_gpu
-def test_on_a_gpu_compiled_scores_are_those_of_the_plain_blocks():
+@pytest.mark.parametrize("way", ["ttt", "phased"])
+def test_on_a_gpu_compiled_scores_are_those_of_the_plain_blocks(way):
     device = torch.device("cuda")
     shape = replace(TINY, width=128, heads=2, kv_heads=1, rope_dims=16)
     model = small_model(shape=shape).prepare(device)
@@ -117,8 +129,6 @@ def test_on_a_gpu_compiled_scores_are_those_of_the_plain_blocks():
     config, found = replace(TTT, rank=16, lr=1e-3), []
     for compiled in (False, True):
         with evaluating(model):
-            run = adapted_pass(
-                model, text, dist, bos_id=BOS, context=CONTEXT, config=config, compiled=compiled
-            )
+            run = passes(way, model, text, dist, config, compiled=compiled)
             found.append(losses_of(run, text, dist)[1:])
     assert found[1].mean() == pytest.approx(found[0].mean(), rel=2e-3)
