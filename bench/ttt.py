@@ -6,7 +6,8 @@ is measured eager first, then compiled; `seconds` is the wall time of the whole 
 compiling in it. With `--again` the compiled form runs a second time in the same process, which gives
 `seconds_again`, without compiling. `tokens_per_s` is scored tokens per second and GPU; `peak_mib` is the
 largest GPU memory that torch held. The two forms must give the same bits per byte up to rounding; the
-difference is printed. On a CPU only the eager form is measured. Under torchrun all ranks score together and rank 0 writes.
+difference is printed. On a CPU only the eager form is measured. Under torchrun all ranks score together, and
+rank 0 writes.
 """
 
 from __future__ import annotations
