@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -301,24 +300,6 @@ def buffer_size(count: int, full: int, *, first: bool, last: bool, device: torch
     return min(size, full)
 
 
-@dataclass(frozen=True)
-class ValBatch:
-    """One buffer of whole validation segments."""
-
-    inputs: Tensor
-    """`(T,)` int64 token ids, padded with 0 at the end."""
-    targets: Tensor
-    """`(T,)` int64: the token after each input; -100 (ignored) in the padding."""
-    target_bytes: Tensor
-    """`(T,)` int64: UTF-8 bytes of the original text that each target stands for; 0 in the padding."""
-    cu_seqlens: Tensor
-    """int32 segment starts, then T up to a multiple of 64 entries; the padding is cut into segments too."""
-    max_seqlen: int
-    """The constant max_context; no segment is longer."""
-    tokens: int
-    """Number of real targets."""
-
-
 class ValidationText(NamedTuple):
     """The whole validation text in memory."""
 
@@ -434,83 +415,3 @@ def validation_segments(
     inputs = tokens[:-1]
     starts = cut_segments(document_starts(inputs, bos_id), inputs.size, max_context)
     return starts, np.diff(starts, append=inputs.size)
-
-
-def validation_batches(
-    folder: Path,
-    *,
-    tokenizer: Tokenizer | None,
-    bos_id: int,
-    max_context: int,
-    batch_tokens: int,
-    rank: int = 0,
-    world_size: int = 1,
-    device: torch.device,
-    vocab_size: int | None = None,
-) -> Iterator[ValBatch]:
-    """Yield this rank's part of the validation text, in order.
-
-    Whole segments are packed into buffers of `batch_tokens` (for the last buffer see `buffer_size`), so the
-    score does not depend on the size of the buffers. Buffer b goes to rank b mod world_size; ranks may get
-    different numbers of buffers.
-
-    Args:
-        folder, tokenizer, vocab_size: as in `load_validation`.
-        bos_id, max_context: as in `validation_segments`.
-        batch_tokens: T, at least max_context.
-        rank, world_size: select this rank's buffers.
-        device: where the tensors go.
-
-    Raises:
-        ValueError: batch_tokens < max_context, or the data are not valid.
-        FileNotFoundError: there are no data.
-    """
-    if not 1 <= max_context <= batch_tokens:
-        raise UserError(
-            f"max_context must be in [1, batch_tokens={batch_tokens}] for segments to fit, got {max_context}"
-        )
-    text = load_validation(folder, tokenizer=tokenizer, vocab_size=vocab_size)
-    starts, _ = validation_segments(text.tokens, bos_id=bos_id, max_context=max_context)
-    ends = np.append(starts[1:], text.tokens.size - 1)
-    index, first = 0, 0
-    while first < starts.size:
-        last = int(np.searchsorted(ends, starts[first] + batch_tokens, side="right"))
-        if index % world_size == rank:
-            end = int(ends[last - 1])
-            size = buffer_size(
-                end - int(starts[first]),
-                batch_tokens,
-                first=first == 0,
-                last=last == starts.size,
-                device=device,
-            )
-            yield _pack(text, starts[first:last], end, size, max_context, device)
-        index, first = index + 1, last
-
-
-def _pack(
-    text: ValidationText,
-    starts: NDArray[np.int64],
-    end: int,
-    size: int,
-    max_context: int,
-    device: torch.device,
-) -> ValBatch:
-    """Return the consecutive segments from starts[0] to `end` as one padded buffer."""
-    begin = int(starts[0])
-    count = end - begin
-    inputs = torch.zeros(size, dtype=torch.int64)
-    targets = torch.full((size,), IGNORED_TARGET, dtype=torch.int64)
-    target_bytes = torch.zeros(size, dtype=torch.int64)
-    tokens = torch.from_numpy(text.tokens[begin : end + 1].astype(np.int64))
-    inputs[:count], targets[:count] = tokens[:-1], tokens[1:]
-    target_bytes[:count] = torch.from_numpy(text.bytes[begin + 1 : end + 1])
-    local = starts - begin if count == size else np.append(starts - begin, count)
-    return ValBatch(
-        inputs=inputs.to(device),
-        targets=targets.to(device),
-        target_bytes=target_bytes.to(device),
-        cu_seqlens=padded_cu_seqlens(cut_segments(local, size, max_context), size).to(device),
-        max_seqlen=max_context,
-        tokens=count,
-    )

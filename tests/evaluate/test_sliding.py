@@ -56,6 +56,36 @@ def test_a_stride_of_the_whole_context_is_the_plain_pass(text):
     np.testing.assert_array_equal(windows[:, 2], segments + sizes)
 
 
+# One window per buffer, padding in each buffer, everything in one.
+@pytest.mark.parametrize("batch_tokens", [CONTEXT, 75, 10**6])
+def test_buffers_hold_every_target_once_and_padding_at_the_end(text, batch_tokens):
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=CONTEXT)
+    inputs, targets, sizes = [], [], []
+    for question in window_questions(windows, context=CONTEXT, batch_tokens=batch_tokens):
+        seen, wanted = question.tensors(text, torch.device("cpu"))
+        sizes.append(seen.ids.numel())
+        count = question.work
+        assert seen.ids.shape == wanted.shape == seen.positions.shape == (question.size,)
+        assert not seen.ids[count:].any() and (wanted[count:] == -100).all()
+        assert (seen.positions[count:] == -1).all()
+        starts = seen.cu_seqlens[:-1][seen.cu_seqlens.diff() > 0].tolist()
+        assert seen.cu_seqlens.numel() % 64 == 0 and seen.cu_seqlens[-1] == question.size
+        assert int(seen.cu_seqlens.diff().max()) <= CONTEXT
+        begins = (np.flatnonzero(seen.ids[:count].numpy() == BOS)).tolist()
+        assert set(begins) <= set(starts), "two documents in one segment"
+        inputs += seen.ids[:count].tolist()
+        targets += wanted[:count].tolist()
+    assert inputs == text.tokens[:-1].tolist() and targets == text.tokens[1:].tolist()
+    # The last buffer ends with the text, rounded up, so a million tokens of padding are not computed.
+    assert set(sizes[:-1]) <= {batch_tokens} and sizes[-1] <= min(batch_tokens, -(-len(inputs) // 64) * 64)
+
+
+def test_a_window_must_fit_the_buffer(text):
+    windows = sliding_windows(*document_bounds(text, BOS), context=CONTEXT, stride=CONTEXT)
+    with pytest.raises(ValueError, match=rf"at least max_context={CONTEXT}, got {CONTEXT - 1}"):
+        window_questions(windows, context=CONTEXT, batch_tokens=CONTEXT - 1)
+
+
 @pytest.mark.parametrize("stride", [5, 32])
 def test_each_loss_is_that_of_its_window_alone(text, stride):
     model = small_model()
