@@ -178,7 +178,7 @@ def measure(folder: Path, costs: Costs, *, commit: str, say: Callable[[str], Non
     """
     from pgolf.dist import Dist
     from pgolf.report.summary import device_name
-    from pgolf.train.timed import Timed, room_for_graphs
+    from pgolf.train.timed import Timed
 
     configs = {work_key(config): config for config in costs.arms.values()}
     dist = Dist.start(next(iter(configs.values())).train.device)
@@ -186,7 +186,6 @@ def measure(folder: Path, costs: Costs, *, commit: str, say: Callable[[str], Non
     found: dict[str, list[tuple[float, float | None]]] = {key: [] for key in configs}
     with contextlib.ExitStack() as opened:
         opened.callback(dist.close)
-        opened.enter_context(room_for_graphs(len(configs)))
         timed = {key: Timed(config, dist, folder / "costs") for key, config in configs.items()}
         for each in timed.values():
             opened.callback(each.close)

@@ -20,9 +20,7 @@ from torch import Tensor
 from pgolf.model.embed import stem, value_embeddings
 from pgolf.model.gates import Skip
 from pgolf.model.gpt import GPT, Context, LayerWeights, join_lanes, parallel_block, serial_block
-
-RECOMPILE_LIMIT = 32
-"""Most graphs of one function."""
+from pgolf.ops._compiler import room_for_graphs
 
 
 def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
@@ -32,9 +30,7 @@ def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
         model: prepared and not compiled, see `uncompiled`.
         backend: backend of torch.compile.
     """
-    # Each kind of block (with or without a skip, value embeddings, gradients of its input) has a graph, and
-    # sizes that are equal by chance when it is traced may add one. Beyond the limit a pass would fail.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    room_for_graphs(model.config.layers)
     jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     model._serial = _with_symbols(serial_block, jit)
     model._parallel = _with_symbols(parallel_block, jit)

@@ -35,6 +35,7 @@ from pgolf.model.parameters import parameter_shapes as parameter_shapes
 from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref
+from pgolf.ops._compiler import room_for_graphs
 
 Observe = Callable[[str, int, Tensor], None]
 MlpKernel = Callable[..., Tensor]
@@ -316,8 +317,7 @@ class GPT(nn.Module):
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         self.compiled = compile != "off" and self.attention_name != "sdpa"
         if compile != "off":
-            # Each kind of layer has its own graphs to train and to score; torch's default allows 8 in all.
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * c.layers)
+            room_for_graphs(c.layers)
             self._stem, self._fold, self._value_embeddings = jit(stem), jit(fold), jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)

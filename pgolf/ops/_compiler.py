@@ -1,4 +1,4 @@
-"""Marks for torch.compile that do not load it.
+"""Marks for torch.compile that do not load it, and its limits.
 
 The decorators of `torch.compiler` load torch's compiler, which takes longer than all of pgolf, in every
 process, though few compile anything.
@@ -12,6 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
+GRAPHS_OF_A_LAYER = 4
+"""Most graphs of one kind of block: to train and to score, for inputs with and without a gradient, and for
+sizes that are equal by chance when it is traced."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -34,3 +37,14 @@ def not_compiled(function: F) -> F:
         return disabled(*arguments, **settings)
 
     return call  # type: ignore[return-value]
+
+
+def room_for_graphs(layers: int) -> None:
+    """Let torch.compile keep the graphs of one more model with that many layers.
+
+    By default it refuses a ninth graph of one function. The blocks of all models are the same functions, and
+    each kind of layer needs graphs of its own.
+    """
+    config = torch._dynamo.config
+    config.recompile_limit += GRAPHS_OF_A_LAYER * layers
+    config.accumulated_recompile_limit += GRAPHS_OF_A_LAYER * layers

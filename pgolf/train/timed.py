@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch._dynamo
 
 from pgolf.config import Config
 from pgolf.dist import Dist
 from pgolf.log import RunLog
 from pgolf.train.setup import set_up
 from pgolf.train.trainer import Trainer, open_loader
-
-
-@contextmanager
-def room_for_graphs(networks: int) -> Iterator[None]:
-    """Let the compiler keep the graphs of several networks in one process.
-
-    It refuses a ninth graph of one function, and the blocks of all networks are the same functions.
-    """
-    config = torch._dynamo.config
-    names = ("recompile_limit", "accumulated_recompile_limit")
-    with config.patch({name: networks * getattr(config, name) for name in names}):
-        yield
 
 
 class Timed:

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from pgolf.ops._compiler import constant_result, not_compiled
+from pgolf.ops._compiler import constant_result, not_compiled, room_for_graphs
 
 MODULES = ["pgolf.ops", "pgolf.optim", "pgolf.train.run", "pgolf.evaluate.validation", "pgolf.report.alone"]
 
@@ -48,3 +48,11 @@ def test_a_compiled_caller_keeps_a_constant_result_and_stays_out_of_what_is_not_
     assert doubled(one).tolist() == doubled(one).tolist() == [2.0] * 3 and seen == ["constant"]
     both = torch.compile(lambda x: outside(x) * 3, backend="eager")
     assert both(one).tolist() == [6.0] * 3 and seen == ["constant", False]
+
+
+def test_several_models_have_room_for_the_graphs_of_all():
+    config = torch._dynamo.config
+    with config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        for _ in range(5):  # five kinds of layers, trained and scored, are 10 graphs of each model
+            room_for_graphs(11)
+        assert config.recompile_limit >= 5 * 10 and config.accumulated_recompile_limit >= 256 + 5 * 10
