@@ -348,8 +348,7 @@ def _sums(
     if args.sums is None:
         yield None
         return
-    warm = {"ttt": args.ttt.warm_a, "phased": args.phases.adapters.warm_a}
-    fresh = warm.get(mode, mode not in (*ALONE, "sgd"))
+    fresh = {"ttt": args.ttt.warm_a, "phased": args.phases.adapters.warm_a}.get(mode, False)
     with open_sums(args.sums, facts, dist, fresh=fresh) as sums:
         if fresh:
             say(f"{mode} begins anew: what it has learned from earlier documents is not kept in {args.sums}")

@@ -129,11 +129,12 @@ def slot_pass(
     windows = sliding_windows(*document_bounds(text, bos_id), context=context, stride=stride)
     questions = slot_questions(windows, context, stride, batch_tokens)
     turns = [Turn([question]) for question in questions if done is None or not done(question.windows)]
-    tokens = torch.from_numpy(text.tokens.astype(np.int64)).to(dist.device)
+    turns = turns[dist.rank :: dist.world_size]
     plain = uncompiled(model, context=context)  # the number of tokens changes from batch to batch
-    predictor = CausalSlot(plain, config) if causal else Slot(plain, config, tokens)
-    label = f"{'causal ' if causal else ''}slot, stride {stride}"
-    return Pass(predictor, turns[dist.rank :: dist.world_size], label)
+    if causal:
+        return Pass(CausalSlot(plain, config), turns, f"causal slot, stride {stride}")
+    tokens = torch.from_numpy(text.tokens.astype(np.int64)).to(dist.device)
+    return Pass(Slot(plain, config, tokens), turns, f"slot, stride {stride}")
 
 
 def slot_questions(

@@ -203,13 +203,15 @@ def _loss_fake(logits: Tensor, *_others: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.float32)
 
 
-def _from_logits_backward_fake(_grad_loss: Tensor, logits: Tensor, *_others: object) -> Tensor:
+def from_logits_backward_fake(_grad_loss: Tensor, logits: Tensor, *_others: object) -> Tensor:
+    """Return an empty gradient of the logits."""
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-def _from_hidden_backward_fake(
+def from_hidden_backward_fake(
     _grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return empty gradients of hidden states and weight, as far as the last two arguments ask for them."""
     need_hidden, need_weight = others[-2:]
     return (
         hidden.new_empty(hidden.shape if need_hidden else (0,)),
@@ -265,14 +267,14 @@ register(
     "_smoothed_ce_backward",
     f"(Tensor grad_loss, {_LOGITS}) -> Tensor",
     _from_logits_backward,
-    _from_logits_backward_fake,
+    from_logits_backward_fake,
 )
 register("_smoothed_linear_ce", f"({_HIDDEN}, bool check_targets) -> Tensor", _from_hidden, _loss_fake)
 register(
     "_smoothed_linear_ce_backward",
     f"(Tensor grad_loss, {_HIDDEN}, {_NEEDS}) -> (Tensor, Tensor)",
     _from_hidden_backward,
-    _from_hidden_backward_fake,
+    from_hidden_backward_fake,
 )
 torch.library.register_autograd("pgolf::_smoothed_ce", _differentiate_logits, setup_context=_save_logits)
 torch.library.register_autograd(

@@ -29,6 +29,8 @@ from pgolf.ops._smoothed_ce import (
     RULE,
     cap_slope,
     check_targets,
+    from_hidden_backward_fake,
+    from_logits_backward_fake,
     product_chunks,
     register,
     register_second_order,
@@ -237,20 +239,6 @@ def _forward_fake(states: Tensor, *_others: object) -> tuple[Tensor, Tensor, Ten
     return rows, torch.empty_like(rows), torch.empty_like(rows)
 
 
-def _from_logits_backward_fake(_grad_loss: Tensor, logits: Tensor, *_others: object) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _from_hidden_backward_fake(
-    _grad_loss: Tensor, hidden: Tensor, weight: Tensor, *others: Any
-) -> tuple[Tensor, Tensor]:
-    need_hidden, need_weight = others[-2:]
-    return (
-        hidden.new_empty(hidden.shape if need_hidden else (0,)),
-        weight.new_empty(weight.shape if need_weight else (0,)),
-    )
-
-
 def _save_hidden(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     hidden, weight, target, class_weight, *ctx.numbers, _group, _check = inputs
     _save(ctx, hidden, weight, target, *output[1:], class_weight)
@@ -297,7 +285,7 @@ register(
     f"(Tensor grad_loss, {_TENSORS}, Tensor ce, Tensor lse, {_PART}, bool need_hidden, bool need_weight)"
     " -> (Tensor, Tensor)",
     _from_hidden_backward,
-    _from_hidden_backward_fake,
+    from_hidden_backward_fake,
 )
 register(
     "_vocab_ce",
@@ -310,7 +298,7 @@ register(
     f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor ce, Tensor lse, {_PART}, float scale)"
     " -> Tensor",
     _from_logits_backward,
-    _from_logits_backward_fake,
+    from_logits_backward_fake,
 )
 torch.library.register_autograd("pgolf::_vocab_linear_ce", _differentiate_hidden, setup_context=_save_hidden)
 torch.library.register_autograd("pgolf::_vocab_ce", _differentiate_logits, setup_context=_save_logits)
