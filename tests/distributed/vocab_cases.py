@@ -156,15 +156,22 @@ def cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
         add(f"{name}, {reduction}", placed, OPTIONS["all"], reduction)
     for name, placed in layouts.items():
         add(f"{name}, defaults", placed, {})
-        if mesh.device_type == "cpu":
-            add(f"{name}, float64", placed, OPTIONS["all"], dtype=torch.float64)
-        add(f"{name}, bfloat16", placed, OPTIONS["bias"], dtype=torch.bfloat16)
-        add(f"{name}, targets on the last rank", placed, {}, labels="last")
-        add(f"{name}, all ignored", placed, OPTIONS["all"], labels="ignored")
-        add(f"{name}, ranks without classes", placed, OPTIONS["all"], vocab=3)
-        add(f"{name}, no rows", placed, {}, leading=(0, 2))
+        add_odd(add, mesh, name, placed, OPTIONS["bias"])
     found["several chunks"] = lambda: in_chunks(found["vocabulary, all, mean"])
     return found
+
+
+def add_odd(
+    add: Callable[..., None], mesh: DeviceMesh, name: str, placed: dict[str, Any], option: dict[str, Any]
+) -> None:
+    """Add the cases of a layout with other dtypes, targets and sizes; bfloat16 with `option`."""
+    if mesh.device_type == "cpu":
+        add(f"{name}, float64", placed, OPTIONS["all"], dtype=torch.float64)
+    add(f"{name}, bfloat16", placed, option, dtype=torch.bfloat16)
+    add(f"{name}, targets on the last rank", placed, {}, labels="last")
+    add(f"{name}, all ignored", placed, OPTIONS["all"], labels="ignored")
+    add(f"{name}, ranks without classes", placed, OPTIONS["all"], vocab=3)
+    add(f"{name}, no rows", placed, {}, leading=(0, 2))
 
 
 def logits_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
@@ -186,13 +193,7 @@ def logits_cases(mesh: DeviceMesh) -> dict[str, Callable[[], None]]:
     for name, placed in layouts.items():
         add(f"{name}, none", placed, OPTIONS["all"], "none")
         add(f"{name}, mean", placed, OPTIONS["all"], "mean")
-        if mesh.device_type == "cpu":
-            add(f"{name}, float64", placed, OPTIONS["all"], dtype=torch.float64)
-        add(f"{name}, bfloat16", placed, OPTIONS["scale"], dtype=torch.bfloat16)
-        add(f"{name}, targets on the last rank", placed, {}, labels="last")
-        add(f"{name}, all ignored", placed, OPTIONS["all"], labels="ignored")
-        add(f"{name}, ranks without classes", placed, OPTIONS["all"], vocab=3)
-        add(f"{name}, no rows", placed, {}, leading=(0, 2))
+        add_odd(add, mesh, name, placed, OPTIONS["scale"])
     found["several chunks"] = lambda: in_chunks(found["vocabulary, all, mean"])
     return found
 

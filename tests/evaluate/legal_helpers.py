@@ -65,6 +65,13 @@ def small_model(seed: int = 0, shape: ModelConfig | None = None) -> GPT:
     return model
 
 
+def shallow_model() -> GPT:
+    """A model of two layers, for tests that run a way to score often."""
+    return small_model(
+        shape=small_config(layers=2, xsa_layers=2, parallel_from=2, recurrence_start=0, recurrence_end=0)
+    )
+
+
 def make_text(documents: list[list[int]], seed: int = 0) -> ValidationText:
     """Documents (without BOS) one after another, each token of 0 to 6 bytes, and a last BOS as a target."""
     tokens = np.array([t for d in documents for t in (BOS, *d)] + [BOS], dtype=np.uint16)

@@ -13,8 +13,7 @@ from tests.evaluate.legal_helpers import (
     make_pass,
     make_text,
     random_documents,
-    small_config,
-    small_model,
+    shallow_model,
 )
 from tests.evaluate.violators import VIOLATORS
 
@@ -23,8 +22,7 @@ LENGTHS = [9, 50, 4, 35]
 
 @pytest.fixture(scope="module")
 def model():
-    shape = small_config(layers=2, xsa_layers=2, parallel_from=2, recurrence_start=0, recurrence_end=0)
-    return small_model(shape=shape)
+    return shallow_model()
 
 
 @pytest.fixture(scope="module")

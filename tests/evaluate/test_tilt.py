@@ -24,8 +24,7 @@ from tests.evaluate.legal_helpers import (
     make_pass,
     make_text,
     run_pass,
-    small_config,
-    small_model,
+    shallow_model,
 )
 from tests.evaluate.violators import Vectors
 
@@ -118,8 +117,7 @@ def test_the_distribution_is_the_formula_in_float64_and_sums_to_one():
 
 @pytest.fixture(scope="module")
 def model():
-    shape = small_config(layers=2, xsa_layers=2, parallel_from=2, recurrence_start=0, recurrence_end=0)
-    return small_model(shape=shape)
+    return shallow_model()
 
 
 @pytest.fixture(scope="module")
