@@ -42,7 +42,20 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(path: Path) -> list:
-    """Return the records of an offline run: a log in LevelDB's format behind 7 bytes, one protobuf each."""
+    """Return the records of an offline run that was finished.
+
+    wandb's second process answers before it has written its file, so wait for the record of the end.
+    """
+    for _ in range(600):
+        records = wandb_records_so_far(path)
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    pytest.fail(f"{path} has no record of the run's end after 60 s: {len(records)} records")
+
+
+def wandb_records_so_far(path: Path) -> list:
+    """Return the records in a file: a log in LevelDB's format behind 7 bytes, one protobuf each."""
     proto = pytest.importorskip("wandb.proto.wandb_internal_pb2")
     data, records, whole, at = path.read_bytes(), [], b"", 7
     while at + 7 <= len(data):
