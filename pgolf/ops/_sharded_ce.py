@@ -170,7 +170,7 @@ def _vocabulary_dim(weight: DTensor) -> int | None:
     for i, placement in enumerate(weight.placements):
         if mesh.size(i) == 1 or placement.is_replicate():
             continue
-        if found is not None or type(placement) is not Shard or placement.dim != 0:
+        if found is not None or not isinstance(placement, Shard) or placement.dim != 0:
             raise _unsupported(
                 LINEAR,
                 f"weight has {weight.placements} on {mesh}",
@@ -191,7 +191,7 @@ def _logits_layout(logits: Tensor, **others: Tensor | None) -> _Layout:
         )
     mesh, last = logits.device_mesh, logits.dim() - 1
     _check_meshes(LOGITS, "logits", mesh, **others)
-    split = [i for i, p in enumerate(logits.placements) if type(p) is Shard and p.dim == last]
+    split = [i for i, p in enumerate(logits.placements) if isinstance(p, Shard) and p.dim == last]
     vocab = next((i for i in split if mesh.size(i) > 1), None)
     placed = _row_placements(LOGITS, "logits", logits, vocab)
     rows = tuple(Replicate() if mesh.size(i) == 1 else p for i, p in enumerate(placed))
@@ -214,7 +214,7 @@ def _row_placements(op: str, name: str, tensor: DTensor, vocab: int | None = Non
     mesh, last = tensor.device_mesh, tensor.dim() - 1
     placed: list[Placement] = []
     for i, placement in enumerate(tensor.placements):
-        if type(placement) is Shard and placement.dim < last:
+        if isinstance(placement, Shard) and placement.dim < last:
             placed.append(placement)
         elif placement.is_replicate() or mesh.size(i) == 1 or i == vocab:
             placed.append(Replicate())
@@ -249,7 +249,27 @@ def _local(layout: _Layout, tensor: Tensor, wanted: list[Placement], gradient: l
         everywhere = [Replicate()] * layout.mesh.ndim
         tensor = DTensor.from_local(tensor, layout.mesh, everywhere, run_check=False)
     # Also where nothing moves, because the backward pass of redistribute() adds up the parts of the gradient.
-    return tensor.redistribute(placements=wanted).to_local(grad_placements=gradient)
+    local = tensor.redistribute(placements=wanted).to_local(grad_placements=gradient)
+    found: Tensor = _GradientInItsStrides.apply(local)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _GradientInItsStrides(torch.autograd.Function):
+    """Returns its input; the gradient gets the input's strides.
+
+    torch 2.11 copies a gradient with other strides than its DTensor's into a new one, which is replicated.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.size, ctx.stride = x.size(), x.stride()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        if grad.stride() == ctx.stride:
+            return grad
+        return grad.new_empty_strided(ctx.size, ctx.stride).copy_(grad)
 
 
 def _rows_of_hidden(

@@ -94,6 +94,9 @@ def compare(
     )
     truth = {n: exact[n].clone().requires_grad_() for n in names}
     given = {n: place(exact[n].to(dtype), mesh, placed.get(n, placed.get("weight"))) for n in names}
+    # As in a network, states are no leaves; torch 2.11 replicates the gradient of a leaf in uneven parts.
+    given[names[0]] = given[names[0]] * 1.0
+    given[names[0]].retain_grad()
     class_weight = exact["class_weight"] if weighted else None
     ours = None
     if class_weight is not None:
