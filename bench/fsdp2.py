@@ -33,8 +33,9 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as td
@@ -165,7 +166,7 @@ Maker = Callable[[Llama, "DeviceMesh | None"], Step]
 def pgolf_muon(model: Llama, _mesh: DeviceMesh | None) -> Step:
     """Return the step of this package's Muon and AdamW."""
     adamw = {"params": others(model), "use_muon": False, "betas": BETAS, "fused": True, "eps": EPS}
-    groups = [{"params": matrices(model)}, adamw]
+    groups: list[dict[str, Any]] = [{"params": matrices(model)}, adamw]
     return Muon(groups, LR, WEIGHT_DECAY, MOMENTUM, adjust_lr_fn="match_rms_adamw").step
 
 
@@ -273,7 +274,7 @@ def _wait(device: torch.device) -> None:
 
 
 def time_ranks(
-    calls: dict[str, Step], device: torch.device, *, repeats: int, warm_up: int
+    calls: Mapping[str, Step], device: torch.device, *, repeats: int, warm_up: int
 ) -> dict[str, Sample]:
     """Time each call in turns; the milliseconds are those of the slowest rank of each measurement."""
     for name in [*calls] * warm_up:
