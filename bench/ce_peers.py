@@ -25,8 +25,9 @@ FromHidden = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 def find(name: str, package: str, module: str, attribute: str) -> tuple[str, Any] | None:
     """Return (name with version, attribute of the module); if that fails, print why and return None."""
     peer = find_peer(package, module, attribute)
+    name = f"{name} {peer.version}".strip()
     if peer.usable:
-        return f"{name} {peer.version}".strip(), peer.found
+        return name, peer.found
     print(f"{name:<28} {peer.problem}")
     return None
 
@@ -59,6 +60,14 @@ def materialising() -> dict[str, FromHidden]:
     if triton := _triton_ce():
         name, triton_ce = triton
         peers[name] = lambda x, w, y, cap: triton_ce(F.linear(x, w), y, cap).mean()
+    # It writes all logits and overwrites them with their gradient.
+    if liger := _liger_sm90("liger SM90, no cap", "linear"):
+        name, liger_sm90 = liger
+        peers[name] = lambda x, w, y, _cap: liger_sm90.apply(x, w, y)
+    module = "quack.linear_cross_entropy"
+    if quack := find("quack, no cap, all logits", "quack-kernels", module, "linear_cross_entropy_func"):
+        name, quack_ce = quack
+        peers[name] = lambda x, w, y, _cap: quack_ce(x, w, None, y)
     return peers
 
 
@@ -72,15 +81,40 @@ def chunked() -> dict[str, FromHidden]:
     if cce := find("cut_cross_entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy"):
         name, cce_loss = cce
         peers[name] = lambda x, w, y, cap: cce_loss(x, w, y, softcap=cap)
-    if quack := find(
-        "quack, no cap", "quack-kernels", "quack.linear_cross_entropy", "chunked_linear_cross_entropy"
-    ):
-        # Without autotuning, because the first call took more than 120 s on 16 cores to tune all shapes.
-        name, quack_ce = quack
-        peers[f"{name}, untuned"] = lambda x, w, y, _cap: quack_ce(x, w, y, reduction="mean", tuned=False)
+    # It returns the loss of each row and stores no logits in the forward pass.
+    if liger := _liger_sm90("liger SM90 scaled, no cap", "scaled"):
+        name, liger_scaled = liger
+        peers[name] = lambda x, w, y, _cap: liger_scaled.apply(x, w, y).mean()
+    peers |= _quack_chunked()
     if own := find("torch.linear_ce, no cap", "torch", "torch.nn.functional", "linear_cross_entropy"):
         name, torch_ce = own
         peers[name] = lambda x, w, y, _cap: torch_ce(x, w, y)
+    return peers
+
+
+def _liger_sm90(name: str, kind: str) -> tuple[str, Any] | None:
+    """Return one of liger's two losses for Hopper; both need nvidia-cutlass-dsl and have no soft cap."""
+    module = f"liger_kernel.ops.cutedsl.ops.fused_{kind}_cross_entropy_sm90"
+    return find(name, "liger-kernel", module, f"LigerFused{kind.title()}CrossEntropySM90Function")
+
+
+def _quack_chunked() -> dict[str, FromHidden]:
+    """Return quack's two ways; versions before 0.6.4 have only the one that stores logits of 4,096 rows.
+
+    Both run without autotuning, because the first call took more than 120 s on 16 cores to tune all shapes.
+    """
+    module = "quack.linear_cross_entropy"
+    found = find("quack, no cap", "quack-kernels", module, "chunked_linear_cross_entropy")
+    if found is None:
+        return {}
+    name, chunked_ce = found
+    scaled = find("quack scaled-exp, no cap", "quack-kernels", module, "scaled_exp_linear_cross_entropy")
+    plain = {} if scaled is None else {"use_scaled_exp": False}
+    peers: dict[str, FromHidden] = {
+        f"{name}, untuned": lambda x, w, y, _cap: chunked_ce(x, w, y, tuned=False, **plain)
+    }
+    if scaled is not None:
+        peers[scaled[0]] = lambda x, w, y, _cap: scaled[1](x, w, y)
     return peers
 
 

@@ -7,9 +7,9 @@ launched and as a CUDA graph, and how orthogonal the updates of random gradients
 and RMS deviation of the singular values from 1. `pgolf` is algorithm "auto", `pgolf gram` the Hopper kernel
 that iterates all banks at once; `a call a bank` makes one call per bank, which would let the gather of a bank
 overlap the next iteration. The other implementations do the same step with torch operators (baddbmm, eager,
-compiled), torch.optim.Muon, and, if installed, gram-newton-schulz and symmetric Triton products (the
-iteration only). AOL (the row scaling of Turbo-Muon, four iterations, another polar factor) is compiled torch
-code.
+compiled), torch.optim.Muon, and, if installed, dion's Muon, also as the CUDA graph that it captures, and the
+iterations of `bench.polar_peers` (the iteration only). AOL (the row scaling of Turbo-Muon, four iterations,
+another polar factor) is compiled torch code.
 
 The tail is reduce, clip, AdamW, Muon, average and zeroing on pr1855's model, compared with torch's fused
 kernels; under torchrun it includes the communication of that many ranks. On the CPU all shapes are small.
@@ -37,9 +37,11 @@ from bench.ops.bench_muon_step import (
     Shapes,
     banked_step,
     banks,
+    capturable,
+    dion_muon,
     torch_muon,
 )
-from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
+from bench.polar_peers import Table, each, others
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
@@ -133,11 +135,12 @@ def peers(shapes: Shapes, table: Table, device: torch.device) -> dict[str, Calla
         torch_name("baddbmm"): per_bank(baddbmm_step, banks(shapes, device), table),
         torch_name("compile"): per_bank(compiled, banks(shapes, device), table),
         torch_name("optim.Muon"): torch_muon(shapes, device),
+        **dion_muon(shapes, device),
         AOL_NAME: per_bank(torch.compile(aol_step, dynamic=False), banks(shapes, device), AOL),
     }
     if device.type == "cuda":
         inputs = [bank.grad.bfloat16() for bank in banks(shapes, device)]
-        for name, iterate in (gram_newton_schulz(table) | speedrun_form(table)).items():
+        for name, iterate in others(table).items():
             found[f"{name}, iteration only"] = each(iterate, inputs)
     return found
 
@@ -172,7 +175,7 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     case = f"{variant}_w{world}"
     for impl, sample in time_launched(calls, device, repeats=repeats).items():
         recorder.add(case, impl, "ms_launched", sample, "ms")
-    for impl, sample in time_graph(calls, device, repeats=repeats).items():
+    for impl, sample in time_graph(capturable(calls), device, repeats=repeats).items():
         recorder.add(case, impl, "ms_graph", sample, "ms")
     for impl in ("pgolf", "pgolf gram"):
         if world == 1 and impl in calls:

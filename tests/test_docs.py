@@ -140,10 +140,11 @@ def check_command(command: str, monkeypatch) -> None:
     while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
-    if program == "torchrun" or (program in ("python", "python3") and rest[:2] == ["-m", "pgolf"]):
-        place = rest.index("pgolf")
-        assert rest[place - 1] == "-m"
-        program, rest = "pgolf", rest[place + 1 :]
+    if program == "torchrun":
+        assert "-m" in rest, command
+        program, rest = "python", rest[rest.index("-m") :]
+    if program in ("python", "python3") and rest[:2] == ["-m", "pgolf"]:
+        program, rest = "pgolf", rest[2:]
     if program == "pgolf":
         if rest != ["info"]:
             run_verb(rest, monkeypatch)
@@ -200,6 +201,7 @@ def test_commands_are_taken_by_their_parsers(name, command, in_a_folder_of_runs,
         "torchrun --nproc_per_node=8 -m pgolf train pr1855 --no-such-flag",
         "make dome",
         "python -m bench.no_such_bench",
+        "torchrun --nproc_per_node=2 -m bench.no_such_bench",
         "python examples/none.py",
         "pip install -e '.[nonesuch]'",
         "bench/tailline.sh out",

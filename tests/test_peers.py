@@ -2,15 +2,21 @@
 
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
+import torch
 
 from bench import ce_peers, polar_peers
+from bench.ops import bench_linear_softcap_ce, bench_muon_step, bench_newton_schulz
 from pgolf.cli import info
 from pgolf.data import text
+from pgolf.ops import newton_schulz_ref
+from pgolf.optim.polar import JORDAN, coefficients
 from pgolf.peers import find_peer
 from pgolf.report.plots import plot_loss
 
+TABLE = coefficients("polar_express_golf", 5)
 BROKEN = {
     "TypeError('unsupported operand')": "not usable: TypeError: unsupported operand",
     "ImportError('libcuda.so.1: not there\\nmore')": "not usable: ImportError: libcuda.so.1: not there",
@@ -57,13 +63,18 @@ def test_interrupts_are_not_swallowed(broken):
         find_peer("surprising", "surprising")
 
 
-@pytest.mark.parametrize("package", ["quack", "liger_kernel", "cut_cross_entropy", "gram_newton_schulz"])
+@pytest.mark.parametrize(
+    "package",
+    ["quack", "liger_kernel", "cut_cross_entropy", "gram_newton_schulz", "emerging_optimizers", "dion"],
+)
 def test_a_peer_that_breaks_at_import_leaves_the_benches_running(broken, capsys, package: str):
     broken(package, "TypeError('made for another version')")
     names = [
         *ce_peers.from_logits(),
+        *ce_peers.materialising(),
         *ce_peers.chunked(),
-        *polar_peers.gram_newton_schulz(((1.0, 0.0, 0.0),)),
+        *polar_peers.others(TABLE),
+        *bench_muon_step.dion_muon([(2, 4, 3)], torch.device("cpu")),
     ]
     assert not [n for n in names if package.split("_")[0] in n]
     assert "not usable: TypeError: made for another version" in capsys.readouterr().out
@@ -81,6 +92,97 @@ def test_a_peer_that_breaks_when_it_is_made_or_called_is_left_out(broken, capsys
     calls = {"pgolf": lambda: 1, "other": lambda: 1 / 0}
     assert list(ce_peers.working(calls)) == ["pgolf"]
     assert "failed: ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch):
+    """Return a function that makes a module with these attributes importable, and its packages."""
+
+    def install(name: str, **attributes) -> None:
+        parts = name.split(".")
+        for path in (".".join(parts[:i]) for i in range(1, len(parts) + 1)):
+            module = sys.modules.get(path)
+            if not getattr(module, "fake", False):
+                module = ModuleType(path)
+                module.fake, module.__path__ = True, []
+                monkeypatch.setitem(sys.modules, path, module)
+        vars(module).update(attributes)
+
+    return install
+
+
+def test_peers_of_the_polar_iteration_compute_it(fake):
+    def step(x, a, b, c):
+        gram = x @ x.mT
+        return a * x + (b * gram + c * gram @ gram) @ x
+
+    utils = "emerging_optimizers.orthogonalized_optimizers.muon_utils"
+    fake(utils, batched_newton_schulz_step_tsyrk=step)
+    fake("dion.polar_express", polar_express_triton=lambda x: newton_schulz_ref(x, TABLE))
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 40, 16, generator=rng).bfloat16()
+    kept = x.clone()
+    own = [JORDAN] * len(TABLE)
+    peers = ((polar_peers.emerging_optimizers, TABLE), (polar_peers.dion, TABLE))
+    for peer, table in (*peers, (polar_peers.torch_iteration, own)):
+        (iterate,) = peer(TABLE).values()
+        for given in (x, x.mT):
+            found, wanted = torch.stack(list(iterate(given))), newton_schulz_ref(given.double(), table)
+            assert found.shape == given.shape
+            assert (found.double() - wanted).norm() < 0.1 * wanted.norm(), peer.__name__
+    assert torch.equal(x, kept)
+
+
+def test_a_peer_with_its_own_number_of_iterations_is_left_out_of_other_cases(fake, capsys):
+    fake("dion.polar_express", polar_express_triton=abs)
+    assert polar_peers.dion(TABLE) == {"dion, triton": abs}
+    assert polar_peers.dion(TABLE[:4]) == {}
+    assert "dion, triton                 left out: it always makes 5 iterations" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("newest", [True, False])
+def test_losses_without_a_cap_are_called_as_their_versions_want(fake, newest: bool):
+    calls = []
+
+    def loss(name):
+        return lambda *args, **settings: calls.append((name, len(args), settings)) or torch.zeros(3)
+
+    liger = "liger_kernel.ops.cutedsl.ops"
+    for kind in ("Linear", "Scaled"):
+        function = SimpleNamespace(apply=loss(kind))
+        module = f"{liger}.fused_{kind.lower()}_cross_entropy_sm90"
+        fake(module, **{f"LigerFused{kind}CrossEntropySM90Function": function})
+    quack = {"linear_cross_entropy_func": loss("all"), "chunked_linear_cross_entropy": loss("chunks")}
+    if newest:
+        quack["scaled_exp_linear_cross_entropy"] = loss("scaled-exp")
+    fake("quack.linear_cross_entropy", **quack)
+    for name, call in (ce_peers.materialising() | ce_peers.chunked()).items():
+        if "liger" in name or "quack" in name:
+            assert "no cap" in name
+            call(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 30.0)
+    chunks = {"tuned": False} | ({"use_scaled_exp": False} if newest else {})
+    wanted = [("Linear", 3, {}), ("all", 4, {}), ("Scaled", 3, {}), ("chunks", 3, chunks)]
+    assert calls == wanted + ([("scaled-exp", 3, {})] if newest else [])
+
+
+def test_an_optimizer_that_cannot_be_made_is_left_out(fake, capsys):
+    def refuse(*_, **settings):
+        raise TypeError(f"no argument {sorted(settings)[0]}")
+
+    fake("dion", Muon=refuse)
+    assert bench_muon_step.dion_muon([(2, 4, 3)], torch.device("cpu")) == {}
+    assert "not usable: TypeError: no argument lr" in capsys.readouterr().out
+
+
+def test_cases_are_named_by_their_shapes():
+    wanted = ["1x1536x7168", "1x18432x1536", "1x12288x7168", "384x768x2048", "24x1024x4096", "16x2048x2048"]
+    for cases in (bench_newton_schulz.CASES, {k: (v, 5) for k, v in bench_muon_step.CASES.items()}):
+        for name in wanted:
+            assert cases[name] == ([tuple(map(int, name.split("x")))], 5)
+    for name, (rows, vocab, width) in bench_linear_softcap_ce.SHAPES.items():
+        assert name == f"n{rows}_v{vocab}_d{width}"
+    wanted = ["n4096_v128256_d4096_memory", "n8192_v131072_d4096_fast", "n98304_v8192_d512_fast"]
+    assert set(wanted) <= set(bench_linear_softcap_ce.CASES)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
 """muon_step on the model's weight banks: momentum, row normalization, iteration, decay and float32 update.
 
 `bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight; `tiny` is for machines
-without a GPU. Gradients and parameters are float32, momentum is bfloat16; there are 5 iterations of
-`polar_express_golf`. The
-other implementations do the same work: as the baseline script does it (banks, bfloat16, eager and compiled),
-and by torch.optim.Muon on the separate matrices (without row normalization, with its own coefficients).
+without a GPU; `BxMxN` are the large cases of bench_newton_schulz. Gradients and parameters are float32,
+momentum is bfloat16; there are 5 iterations of `polar_express_golf`. The other implementations do the same
+work: as the baseline script does it (banks, bfloat16, eager and compiled), and without row normalization
+torch.optim.Muon on the separate matrices, with its own coefficients, and dion's Muon on the banks, if
+installed, also as the CUDA graph that it captures.
 """
 
 from __future__ import annotations
@@ -14,17 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from bench.ce_peers import find, working
 from bench.common import Recorder, parser, time_graph, time_launched, torch_name
+from bench.ops.bench_newton_schulz import LARGE
 from bench.polar_peers import Table
 from pgolf.ops import MuonBank, MuonRule, muon_step
 from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.polar import coefficients
+from pgolf.peers import describe
 
 CASES = {
     "tiny": [(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)],
     "eighth": [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)],
     "bank66": [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)],
-}
+} | {f"{b}x{m}x{n}": [(b, m, n)] for b, m, n in LARGE}
+OWN_GRAPH = "its graph"
 Shapes = list[tuple[int, int, int]]
 
 LR, MOMENTUM, WEIGHT_DECAY = 0.026, 0.97, 0.095
@@ -71,6 +76,7 @@ def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object
         torch_name("eager"): lambda: [banked_step(b.param, b.grad, b.momentum) for b in eager],
         torch_name("compile"): lambda: [compiled_step(b.param, b.grad, b.momentum) for b in compiled],
         torch_name("optim.Muon"): torch_muon(CASES[case], device),
+        **dion_muon(CASES[case], device),
     }
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9:
         gram = rule._replace(algorithm="gram")
@@ -90,6 +96,36 @@ def torch_muon(shapes: Shapes, device: torch.device) -> Callable[[], object]:
     return optimizer.step
 
 
+def dion_muon(shapes: Shapes, device: torch.device) -> dict[str, Callable[[], object]]:
+    """Return a step of dion's Muon on the banks, as it is and as the CUDA graph that it captures itself."""
+    found = find("dion.Muon", "dion", "dion", "Muon")
+    graph = find(f"dion.Muon, {OWN_GRAPH}", "dion", "dion.cuda_graph", "CudaGraphOptimizer")
+
+    def make() -> torch.optim.Optimizer:
+        params = []
+        for bank in banks(shapes, device):
+            assert bank.param is not None
+            params.append(torch.nn.Parameter(bank.param))
+            params[-1].grad = bank.grad
+        settings = {"weight_decay": WEIGHT_DECAY, "nesterov": True, "use_triton": device.type == "cuda"}
+        return found[1](params, lr=LR, mu=MOMENTUM, **settings)
+
+    calls: dict[str, Callable[[], object]] = {}
+    try:
+        if found:
+            calls[found[0]] = make().step
+        if found and graph and device.type == "cuda":
+            calls[graph[0]] = graph[1](make(), warmup_steps=2).step
+    except Exception as e:
+        print(f"{'dion.Muon':<28} not usable: {describe(e)}")
+    return calls
+
+
+def capturable(calls: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """Return the calls that a bench may capture: not those that replay a graph of their own."""
+    return {name: call for name, call in calls.items() if OWN_GRAPH not in name}
+
+
 def main() -> None:
     """Parse arguments, measure, write."""
     args = parser(__doc__ or "", list(CASES)).parse_args()
@@ -99,11 +135,11 @@ def main() -> None:
     with torch.no_grad():
         for case in cases:
             torch.compiler.reset()
-            calls = contenders(case, device)
+            calls = working(contenders(case, device))
             repeats = 3 if args.quick else args.repeats
             for name, sample in time_launched(calls, device, repeats=repeats).items():
                 recorder.add(case, name, "ms_launched", sample, "ms")
-            for name, sample in time_graph(calls, device, repeats=repeats).items():
+            for name, sample in time_graph(capturable(calls), device, repeats=repeats).items():
                 recorder.add(case, name, "ms_graph", sample, "ms")
     recorder.write()
 

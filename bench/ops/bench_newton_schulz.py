@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bench.ce_peers import working
 from bench.common import Recorder, Sample, only, parser, time_graph, time_launched, torch_name
-from bench.polar_peers import Table, each, gram_newton_schulz, speedrun_form
+from bench.polar_peers import Table, each, others, torch_iteration
 from pgolf.ops import newton_schulz_banks
 from pgolf.optim.polar import coefficients
 
@@ -22,6 +22,10 @@ Banks = list[Tensor]
 
 BANK66 = [(22, 512, 512), (22, 256, 512), (11, 2048, 512), (11, 512, 2048)]
 EIGHTH = [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)]
+# Large squares; three matrices of Kimi-K3, 1536 x 7168, 18432 x 1536 and 12288 x 7168; 384 experts of a
+# mixture; the up-projections of 24 blocks. Their cases are named `BxMxN`.
+LARGE = [(1, 1536, 7168), (1, 18432, 1536), (24, 1024, 4096), (16, 2048, 2048), (4, 4096, 4096)]
+LARGE += [(384, 768, 2048), (1, 12288, 7168)]
 # By case: (bank shapes, iterations), from the smallest to the largest.
 CASES = {
     "tiny_steps5": ([(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)], 5),
@@ -29,9 +33,7 @@ CASES = {
     "eighth_steps5": (EIGHTH, 5),
     "bank66_steps4": (BANK66, 4),
     "bank66_steps5": (BANK66, 5),
-    "16x2048x2048": ([(16, 2048, 2048)], 5),
-    "4x4096x4096": ([(4, 4096, 4096)], 5),
-}
+} | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE}
 QUICK = "tiny_steps5"
 """The case that only --quick runs, because a CPU takes minutes for an eighth in bfloat16."""
 LARGEST_SPECTRUM = 2048
@@ -66,14 +68,14 @@ def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
     hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
-    others = gram_newton_schulz(table) | speedrun_form(table) if hopper else {}
+    found = others(table) | torch_iteration(table)
     return {
         "pgolf": lambda: newton_schulz_banks(banks, table),
         **({"pgolf gram": lambda: newton_schulz_banks(banks, table, algorithm="gram")} if hopper else {}),
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],
-        **{name: each(call, banks) for name, call in others.items()},
+        **{name: each(call, banks) for name, call in found.items()},
     }
 
 

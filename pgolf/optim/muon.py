@@ -394,7 +394,8 @@ class Muon(Optimizer):
                     key = (box.shape, p.dtype, p.device, ranks)
                     if (bucket := found.get(key)) is None:
                         bucket = found[key] = _Bucket(group, table, box.shape, ranks)
-                    bucket.parts.append(Part(ranks.layout(p), box, local(p.detach()), direction))
+                    # Not p.detach(), which DTensor dispatches in Python.
+                    bucket.parts.append(Part(ranks.layout(p), box, local(p).detach(), direction))
                 continue
             pieces = (matrices(t, group) for t in (p.detach(), direction))
             for target, piece in zip(*pieces, strict=True):
