@@ -101,6 +101,10 @@ class MuonConfig:
     """Use gradient + momentum * buffer as the direction of the update; false uses the buffer."""
     row_normalize: bool = True
     """MuonEq-R: divide each row of the direction by its norm before the polar iteration."""
+    normalize: float = 0.0
+    """NorMuon (arXiv 2510.05491): divide each row of the update (in a matrix with more columns than rows each
+    column) by the root of its mean square over time; the norm of the matrix stays. The value is the decay of
+    the mean squares per step, in [0, 1); modded-nanogpt has 0.9 and 0.95; 0 = off."""
     ns_steps: int = 5
     """Number of polar iterations, 1 to 10; fewer are faster and less accurate."""
     coefficients: str = "polar_express_golf"
@@ -115,7 +119,7 @@ class MuonConfig:
         for name in ("lr", "weight_decay", "late_lr"):
             value = getattr(self, name)
             require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
-        for name in ("momentum", "momentum_start", "momentum_end"):
+        for name in ("momentum", "momentum_start", "momentum_end", "normalize"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
         for name in ("momentum_warmup", "momentum_cooldown", "late_from"):

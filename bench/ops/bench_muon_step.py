@@ -17,8 +17,8 @@ from torch import Tensor
 from bench.common import Recorder, parser, time_graph, time_launched, torch_name
 from bench.polar_peers import Table
 from pgolf.ops import MuonBank, MuonRule, muon_step
-from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.polar import coefficients
+from pgolf.optim.update_rules import lr_scale
 
 CASES = {
     "tiny": [(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)],

@@ -19,8 +19,7 @@ lie together. So a step needs one reduce-scatter and one gather, whatever the nu
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,22 +29,10 @@ from torch import Tensor
 from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
+from pgolf.ops.muon_step import GRAD_SCALE
 from pgolf.optim.flat import flat_views
 from pgolf.optim.polar import coefficients
-
-
-def lr_scale(rows: int, cols: int) -> float:
-    """Return Muon's factor on the learning rate of a matrix: sqrt(max(1, rows / cols))."""
-    return math.sqrt(max(1.0, rows / cols))
-
-
-def row_normalize_(x: Tensor) -> Tensor:
-    """Divide every row of `x` `(..., m, n)` by its L2 norm (float32, at least 1e-7), in place; return `x`.
-
-    A row holds the weights of one output feature. Source: MuonEq-R, arXiv 2603.28254.
-    """
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
-    return x.div_(norms)
+from pgolf.optim.update_rules import lr_scale, normalize_update_, square_size
 
 
 class Shard(NamedTuple):
@@ -66,6 +53,7 @@ class _Bank:
     shard: Tensor  # (S, m, n) averaged gradient of this rank's matrices
     momentum: Tensor  # (S, m, n)
     update: Tensor  # (S, m, n) output of the polar iteration
+    square: Tensor | None  # (S, max(m, n)) float32 mean squares of the updates, with NorMuon
     scale: float
 
 
@@ -73,11 +61,10 @@ class _Bank:
 class _Part:
     """The matrices of one bank that one rank owns, without padding: 1 to S matrices `(m, n)`."""
 
-    bank: str
     param: Tensor
     grad: Tensor  # of this process, not averaged
     average: Tensor | None
-    wire: Tensor  # holds the gradients to send, later the updates received
+    wire: Tensor  # holds the gradients to send, later the updates received; with one process the updates
     scale: float
 
 
@@ -85,8 +72,11 @@ class BankMuon:
     """Muon on banks `(B, m, n)`, sharded over the ranks by matrix.
 
     g = grad_scale * averaged gradient;   buf <- mu buf + g;   u = g + mu buf (nesterov) or buf
-    u <- row_normalize(u);   O = polar(u);   p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
+    u <- row_normalize(u);   O = polar(u);   O <- normalize_update(O) (config.normalize, NorMuon)
+    p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
+    NorMuon takes two more passes over the updates of this rank, and with one process the update is then a
+    launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
     several processes; everything between is computed in float32.
 
@@ -112,7 +102,7 @@ class BankMuon:
             flat_grad, grads: the gradients of the banks, from `flat_views`, which each step reads.
             averages: float32 moving averages by name, which each step moves; None if there are none.
         """
-        self._dist = dist
+        self._dist, self._config, self._alone = dist, config, dist.world_size == 1
         self._rule = MuonRule(
             coefficients(config.coefficients, config.ns_steps),
             nesterov=config.nesterov,
@@ -126,26 +116,29 @@ class BankMuon:
             self.shard, shards = flat_grad, dict(grads)
         else:
             self.shard, shards = flat_views(shapes, dtype=dtype, device=device)
-        self._momentum, momenta = flat_views(shapes, dtype=dtype, device=device)
+        _, momenta = flat_views(shapes, dtype=dtype, device=device)
         self._updates, updates = flat_views(shapes, dtype=dtype, device=device)
         self._banks: dict[str, _Bank] = {}
         for name, p in banks.items():
+            count, rows, cols = shapes[name]
+            square = torch.zeros(count, square_size(rows, cols), device=device) if config.normalize else None
             self._banks[name] = _Bank(
                 param=p.detach(),
                 average=None if averages is None else averages[name],
                 shard=shards[name],
                 momentum=momenta[name],
                 update=updates[name],
-                scale=lr_scale(*p.shape[1:]),
+                square=square,
+                scale=lr_scale(rows, cols),
             )
-        self._parts: list[_Part] = []
+        self._wire = self._updates
         if world > 1:
             self._wire = torch.zeros(world * self.shard.numel(), dtype=dtype, device=device)
-            self._parts = [
-                part
-                for owner, piece in enumerate(self._wire.chunk(world))
-                for part in self._parts_of(owner, piece, grads)
-            ]
+        self._parts = [
+            part
+            for owner, piece in enumerate(self._wire.chunk(world))
+            for part in self._parts_of(owner, piece, grads)
+        ]
 
     def _parts_of(self, owner: int, piece: Tensor, grads: Mapping[str, Tensor]) -> list[_Part]:
         """Return the parts of all banks that rank `owner` owns; `piece` is that rank's piece of the wire."""
@@ -158,12 +151,12 @@ class BankMuon:
                 continue
             average = None if bank.average is None else bank.average[mine]
             wire = piece[start : start + param.numel()].view_as(param)
-            parts.append(_Part(name, param, grads[name][mine], average, wire, bank.scale))
+            parts.append(_Part(param, grads[name][mine], average, wire, bank.scale))
         return parts
 
     def reduce(self) -> list[Pending]:
         """Start to average the local gradients into `shard`; the caller must wait for what it returns."""
-        if not self._parts:
+        if self._alone:
             return []
         torch._foreach_copy_([part.wire for part in self._parts], [part.grad for part in self._parts])
         return [self._dist.reduce_scatter_avg(self.shard, self._wire)]
@@ -178,14 +171,19 @@ class BankMuon:
             meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
         banks, parts = list(self._banks.values()), self._parts
-        if not parts:
+        if self._alone and not self._config.normalize:
             muon_step([_whole(bank) for bank in banks], hyper, self._rule)
             meanwhile()
             return
         # One call for all banks. One call per bank would overlap each gather with the next bank's iteration,
         # but takes 0.73 ms on one of eight ranks instead of 0.29 ms, which is more than the gathers take.
         muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], hyper, self._rule)
-        gather = self._dist.all_gather(self._wire, self._updates)
+        if self._config.normalize:
+            taken = hyper[GRAD_SCALE].isfinite()
+            for bank in banks:
+                if bank.square is not None:
+                    normalize_update_(bank.update, bank.square, self._config.normalize, taken)
+        gather = Pending() if self._alone else self._dist.all_gather(self._wire, self._updates)
         meanwhile()
         gather.wait()
         # The polar iteration maps zero matrices to zero, so the gaps and the padding of the wire are still
@@ -199,46 +197,52 @@ class BankMuon:
         )
 
     def reset(self) -> None:
-        """Zero the momentum, in place."""
-        self._momentum.zero_()
+        """Zero the state, in place."""
+        for _, _, tensor in self._state():
+            tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of the momentum of all ranks, `momentum.<bank>` `(B, m, n)`, at any world size.
+        """Return copies of the state of all ranks, the same at any world size.
 
-        This is a collective: every rank must call it.
+        They are the momentum, `momentum.<bank>` `(B, m, n)`, and with NorMuon the mean squares of the
+        updates, `square.<bank>` `(B, max(m, n))` float32. This is a collective: every rank must call it.
         """
-        state = {f"momentum.{name}": bank.momentum.clone() for name, bank in self._banks.items()}
-        if not self._parts:
-            return state
-        self._dist.all_gather(self._wire, self._momentum).wait()
-        for name in self._banks:
-            pieces = [part.wire for part in self._parts if part.bank == name]
-            if pieces:
-                state[f"momentum.{name}"] = torch.cat(pieces)
-        return state
+        found = {}
+        for name, total, tensor in self._state():
+            whole = tensor.new_empty(self._dist.world_size * tensor.shape[0], *tensor.shape[1:])
+            self._dist.all_gather(whole, tensor).wait()
+            found[name] = whole[:total]
+        return found
 
     def shards(self) -> dict[str, Shard]:
-        """Return the live momentum of this rank's matrices, without padding, under the names of `state`."""
+        """Return the live state of this rank's matrices, without padding, under the names of `state`."""
         found = {}
-        for name, bank in self._banks.items():
-            size, total = bank.momentum.shape[0], bank.param.shape[0]
+        for name, total, tensor in self._state():
+            size = tensor.shape[0]
             starts = [min(rank * size, total) for rank in range(self._dist.world_size + 1)]
             spans = tuple(itertools.pairwise(starts))
             first, stop = spans[self._dist.rank]
-            found[f"momentum.{name}"] = Shard(bank.momentum[: stop - first], spans)
+            found[name] = Shard(tensor[: stop - first], spans)
         return found
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the banks by name."""
-        return {name: bank.param.shape for name, bank in self._banks.items()}
+        """Return the shapes of the tensors of `state` by name."""
+        return {name: torch.Size((total, *tensor.shape[1:])) for name, total, tensor in self._state()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load this rank's part of a momentum that `state` returned, at any world size."""
+        """Load this rank's part of what `state` returned, at any world size."""
+        for name, _, tensor in self._state():
+            first = self._dist.rank * tensor.shape[0]
+            mine = state[name][first : first + tensor.shape[0]]
+            tensor.zero_()
+            tensor[: mine.shape[0]].copy_(mine)
+
+    def _state(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield name, number of matrices on all ranks, and this rank's live tensor with its padding."""
         for name, bank in self._banks.items():
-            first = self._dist.rank * bank.momentum.shape[0]
-            mine = state[f"momentum.{name}"][first : first + bank.momentum.shape[0]]
-            bank.momentum.zero_()
-            bank.momentum[: mine.shape[0]].copy_(mine)
+            yield f"momentum.{name}", bank.param.shape[0], bank.momentum
+            if bank.square is not None:
+                yield f"square.{name}", bank.param.shape[0], bank.square
 
 
 def _whole(bank: _Bank) -> MuonBank:

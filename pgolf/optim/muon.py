@@ -25,7 +25,6 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
-from pgolf.optim.bank_muon import lr_scale, row_normalize_
 from pgolf.optim.foreign import check_saved
 from pgolf.optim.mesh import (
     Exchange,
@@ -49,6 +48,7 @@ from pgolf.optim.muon_settings import (
 from pgolf.optim.owners import owners
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
+from pgolf.optim.update_rules import lr_scale, row_normalize_
 
 
 class Muon(Optimizer):

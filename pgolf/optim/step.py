@@ -237,8 +237,9 @@ class Optimizer:
 
         The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
         `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`;
-        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition.
-        This is a collective, because the momentum is gathered: every rank must call it, and one may save it.
+        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition; with NorMuon
+        `muon.square.<bank>` `(matrices, longer side)`.
+        This is a collective, because Muon's state is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
         state.update({key: t.clone() for key, t in self._replicated_state().items()})
@@ -252,7 +253,7 @@ class Optimizer:
         """
         own = self._replicated_state()
         expected = {key: t.shape for key, t in own.items()}
-        expected.update({f"muon.momentum.{name}": shape for name, shape in self._muon.shapes().items()})
+        expected.update({f"muon.{key}": shape for key, shape in self._muon.shapes().items()})
         if expected.keys() != state.keys():
             raise ValueError(
                 f"the optimizer state does not belong to this model: missing "
@@ -268,7 +269,7 @@ class Optimizer:
         self._muon.load({k.removeprefix("muon."): t for k, t in state.items() if k.startswith("muon.")})
 
     def live_state(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
-        """Return the live tensors of `state_dict`: those that every rank holds, and this rank's momentum.
+        """Return the live tensors of `state_dict`: those that every rank holds, and this rank's shards.
 
         A checkpoint reads them, each rank its own part. Nothing is copied or communicated. The names are
         those of `state_dict`.

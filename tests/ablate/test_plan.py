@@ -101,6 +101,7 @@ PLANS = {
     "muon_rate_late": 16,
     "embed_warmup": 12,
     "late": 36,
+    "normuon": 54,
 }
 
 
