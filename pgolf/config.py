@@ -83,6 +83,9 @@ class MuonConfig:
     """Learning rate before the schedule, >= 0; updates are also scaled by sqrt(max(1, rows / columns))."""
     weight_decay: float = 0.095
     """Decoupled weight decay, >= 0; it is multiplied by the scheduled learning rate."""
+    cautious: bool = False
+    """Cautious weight decay (arXiv 2510.12402): a weight decays only in steps whose update also moves it
+    towards 0. These are about half of the steps, so twice the weight_decay is the same amount."""
     momentum: float = 0.97
     """Momentum after its warm-up, in [0, 1)."""
     momentum_start: float = 0.92

@@ -29,10 +29,10 @@ from torch import Tensor
 from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
-from pgolf.ops.muon_step import GRAD_SCALE
+from pgolf.ops.muon_step import GRAD_SCALE, LR, WEIGHT_DECAY
 from pgolf.optim.flat import flat_views
 from pgolf.optim.polar import coefficients
-from pgolf.optim.update_rules import lr_scale, normalize_update_, square_size
+from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, square_size
 
 
 class Shard(NamedTuple):
@@ -75,8 +75,9 @@ class BankMuon:
     u <- row_normalize(u);   O = polar(u);   O <- normalize_update(O) (config.normalize, NorMuon)
     p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
-    NorMuon takes two more passes over the updates of this rank, and with one process the update is then a
-    launch of its own.
+    With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
+    passes over the updates of this rank, cautious decay about eight over all weights; with one process either
+    of them makes the update a launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
     several processes; everything between is computed in float32.
 
@@ -171,7 +172,7 @@ class BankMuon:
             meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
         banks, parts = list(self._banks.values()), self._parts
-        if self._alone and not self._config.normalize:
+        if self._alone and not (self._config.normalize or self._config.cautious):
             muon_step([_whole(bank) for bank in banks], hyper, self._rule)
             meanwhile()
             return
@@ -186,6 +187,8 @@ class BankMuon:
         gather = Pending() if self._alone else self._dist.all_gather(self._wire, self._updates)
         meanwhile()
         gather.wait()
+        if self._config.cautious:
+            hyper = self._decay_cautiously(hyper)
         # The polar iteration maps zero matrices to zero, so the gaps and the padding of the wire are still
         # zero, and the next gradients can be written without clearing it.
         muon_apply(
@@ -195,6 +198,14 @@ class BankMuon:
             lr_scales=[part.scale for part in parts],
             averages=[part.average for part in parts if part.average is not None],
         )
+
+    def _decay_cautiously(self, hyper: Tensor) -> Tensor:
+        """Decay the weights; return the hyperparameters with which the update then does not."""
+        decay, rest = hyper[LR] * hyper[WEIGHT_DECAY], hyper.clone()
+        rest[WEIGHT_DECAY].zero_()
+        for part in self._parts:
+            cautious_decay_(part.param, part.wire, decay)
+        return rest
 
     def reset(self) -> None:
         """Zero the state, in place."""

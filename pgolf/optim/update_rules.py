@@ -36,6 +36,28 @@ def square_size(rows: int, cols: int) -> int:
     return max(rows, cols)
 
 
+def cautious_decay_(param: Tensor, update: Tensor, decay: float | Tensor) -> Tensor:
+    """Decay the weights that the update moves towards 0 as well, in place; leave the others.
+
+        w <- w - decay w 1[O w > 0]
+
+    The update w <- w - lr O is made afterwards. Where it is zero, as in a step that is skipped, nothing
+    decays. About half of the weights decay in a step, so twice the decay is the same amount of it. It costs
+    several passes over weights and update, with three temporary tensors of the size of `param`.
+
+    Args:
+        param: w, any shape and floating-point dtype; changed.
+        update: O, of the same number of elements per dimension, float32 or bfloat16.
+        decay: learning rate times weight decay, a number or `()` on the device.
+
+    Returns:
+        `param`.
+
+    Source: cautious weight decay, arXiv 2510.12402.
+    """
+    return param.sub_(decay * param * (param * update > 0))
+
+
 def normalize_update_(update: Tensor, square: Tensor, decay: float, taken: Tensor | None = None) -> Tensor:
     """Divide an orthogonalized update by the root of its mean squares over time (NorMuon), in place.
 

@@ -102,6 +102,7 @@ PLANS = {
     "embed_warmup": 12,
     "late": 36,
     "normuon": 54,
+    "cautious": 54,
 }
 
 

@@ -19,7 +19,7 @@ from pgolf.optim.step import Optimizer
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
-CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9))
+CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True))
 """With every setting that is off by default and has state or work of its own."""
 STEPS = 4
 RESUME_AT = 2

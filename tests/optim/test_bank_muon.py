@@ -44,7 +44,8 @@ def reference_step(params, grads, buffers, squares, config, momentum):
                 scaled = update / (root[:, None] if rows >= cols else root)
                 update = scaled * update.norm() / scaled.norm()
             update = max(1, rows / cols) ** 0.5 * update
-            matrices[i] = p * (1 - LR * config.weight_decay) - LR * update
+            decay = LR * config.weight_decay * ((p * update > 0) if config.cautious else 1.0)
+            matrices[i] = p * (1 - decay) - LR * update
 
 
 def hyper(momentum, weight_decay, device="cpu"):
@@ -66,6 +67,7 @@ OPTIONS = [
     for nesterov, normalize, decay in itertools.product((True, False), (True, False), (0.0, WEIGHT_DECAY))
 ]
 OPTIONS += [MuonConfig(coefficients="jordan", ns_steps=3), MuonConfig(ns_steps=4)]
+OPTIONS += [MuonConfig(cautious=True, weight_decay=2.0), MuonConfig(cautious=True, normalize=0.9)]
 OPTIONS += [MuonConfig(normalize=0.9), MuonConfig(normalize=0.95, row_normalize=False)]
 
 

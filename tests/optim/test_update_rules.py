@@ -9,12 +9,19 @@ from pgolf.config import MuonConfig
 from pgolf.dist import Dist
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
-from pgolf.optim.update_rules import lr_scale, normalize_update_, row_normalize_, square_size
+from pgolf.optim.update_rules import (
+    cautious_decay_,
+    lr_scale,
+    normalize_update_,
+    row_normalize_,
+    square_size,
+)
 from tests.conftest import DEVICES
 from tests.optim.test_step import CONFIG, Toy, WithoutHost, assert_same_bits, backward, snapshot
 
 NORMUON = MuonConfig(lr=0.05, normalize=0.9)
-CONFIGS = {"normalize": NORMUON}
+CAUTIOUS = MuonConfig(lr=0.05, cautious=True)
+CONFIGS = {"normalize": NORMUON, "cautious": CAUTIOUS, "both": replace(NORMUON, cautious=True)}
 
 
 def normalized_ref(update, square, decay):
@@ -24,9 +31,7 @@ def normalized_ref(update, square, decay):
         rows, cols = o.shape
         if rows < cols:
             o = o.T
-        v = torch.stack(
-            [decay * old + (1 - decay) * row.square().mean() for old, row in zip(v, o, strict=True)]
-        )
+        v = decay * v + (1 - decay) * torch.stack([row.square().mean() for row in o])
         new = o / v.clamp(min=1e-10).sqrt()[:, None]
         norm = new.norm()
         new = new * (o.norm() / norm) if norm else new
@@ -89,6 +94,45 @@ def test_a_skipped_step_leaves_the_mean_squares():
     normalize_update_(update.clone(), square, 0.9)
     normalize_update_(update, taken, 0.9, torch.ones(()))
     assert torch.equal(square, taken)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_only_weights_that_the_update_moves_towards_0_decay(device, dtype):
+    w = torch.tensor([2.0, 2.0, -2.0, -2.0, 0.0, 2.0, -0.5, 0.5], dtype=dtype, device=device)
+    o = torch.tensor([0.1, -0.1, 0.1, -0.1, 0.1, 0.0, -1e-3, 1e-3], device=device)
+    expected = [1.5, 2.0, -2.0, -1.5, 0.0, 2.0, -0.375, 0.375]
+    for decay in (0.25, torch.tensor(0.25, device=device)):
+        got = cautious_decay_(w.clone(), o.to(torch.bfloat16), decay)
+        assert got.tolist() == expected and got.dtype == dtype
+    # A decay that is small against the precision of the weight is rounded once, in the weight.
+    small, exact = cautious_decay_(w.clone(), o, 0.005), w.double()
+    wanted = torch.where(o.double() * exact > 0, 0.995 * exact, exact).to(dtype)
+    torch.testing.assert_close(small, wanted, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cautious_steps_move_weights_and_averages_as_the_plain_ones_do_without_decay(device):
+    """And with decay, the difference is the decay of the chosen weights, which the averages take in."""
+    rates = {"still": 0.0, "decayed": 2.0}
+    pairs = {n: build(replace(CAUTIOUS, weight_decay=wd), device) for n, wd in rates.items()}
+    plain = build(MuonConfig(lr=0.05, weight_decay=0.0), device)
+    start = snapshot(plain[0])
+    for model, optimizer in (*pairs.values(), plain):
+        backward(model, 1)
+        optimizer.step(0.0, ema_decay=0.5)
+    assert_same_bits(pairs["still"][0], plain[0])
+    model, optimizer = pairs["decayed"]
+    for name in Toy.bank_names:
+        w, moved = start[name], plain[0].get_parameter(name)
+        towards = ((w - moved) * w > 0).to(w.dtype)
+        assert 0.2 < towards.mean() < 0.8
+        expected = moved - 0.05 * 2.0 * w * towards
+        torch.testing.assert_close(model.get_parameter(name), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            optimizer._ema.tensors[name], (w + model.get_parameter(name)) / 2, rtol=1e-5, atol=1e-6
+        )
+    assert all(torch.equal(model.get_parameter(n), plain[0].get_parameter(n)) for n in ("emb", "gain"))
 
 
 def test_row_normalize_survives_extreme_rows():
