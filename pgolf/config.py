@@ -88,6 +88,10 @@ class MuonConfig:
     towards 0. These are about half of the steps, so twice the weight_decay is the same amount."""
     momentum: float = 0.97
     """Momentum after its warm-up, in [0, 1)."""
+    momentum_age: float = 0.0
+    """Mean age of the gradients in the momentum, as a fraction of the run, 0 to 1; 0 = off. It takes the place
+    of momentum, which is then age / (age + fraction of the run that a step takes), so that runs of any length
+    remember the same part of themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
     momentum_start: float = 0.92
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
@@ -125,7 +129,7 @@ class MuonConfig:
         for name in ("momentum", "momentum_start", "momentum_end", "normalize"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        for name in ("momentum_warmup", "momentum_cooldown", "late_from"):
+        for name in ("momentum_age", "momentum_warmup", "momentum_cooldown", "late_from"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
 

@@ -215,7 +215,10 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.late_from": 0.6,
         },
     ),
-    Change("0000000", {"optim.muon.normalize": 0.0, "optim.muon.cautious": False}),
+    Change(
+        "0000000",
+        {"optim.muon.normalize": 0.0, "optim.muon.cautious": False, "optim.muon.momentum_age": 0.0},
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

@@ -51,6 +51,7 @@ OPTIMIZER_BAD = [
     ("muon", "momentum", 1.0, r"optim.muon.momentum must be in \[0, 1\), got 1.0"),
     ("muon", "normalize", 1.0, r"optim.muon.normalize must be in \[0, 1\), got 1.0"),
     ("muon", "normalize", -0.1, r"optim.muon.normalize must be in \[0, 1\), got -0.1"),
+    ("muon", "momentum_age", 1.5, r"optim.muon.momentum_age is a fraction of the run in \[0, 1\], got 1.5"),
     ("adam", "embed_lr", -1.0, "optim.adam.embed_lr must be >= 0, got -1.0"),
     ("adam", "scalar_lr", -1.0, "optim.adam.scalar_lr must be >= 0, got -1.0"),
     ("adam", "embed_weight_decay", -1.0, "optim.adam.embed_weight_decay must be >= 0"),

@@ -126,8 +126,8 @@ NUMBERS = {
     ),
     "optim.muon": (
         *("lr", "weight_decay", "late_lr", "late_from"),
-        *("momentum", "momentum_start", "momentum_warmup", "momentum_end", "momentum_cooldown"),
-        "normalize",
+        *("momentum", "momentum_age", "momentum_start", "momentum_warmup", "momentum_end"),
+        *("momentum_cooldown", "normalize"),
     ),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }

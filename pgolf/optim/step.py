@@ -109,8 +109,8 @@ class Optimizer:
         Args:
             frac: fraction of the run, 0 to 1.
             ema_decay: decay of the averages in this step, as in `Ema.update`; None does not move them.
-            delta: fraction of the run that the step before took, for EMA-Nesterov's velocity; None does not
-                move it.
+            delta: fraction of the run that the step before took, for EMA-Nesterov's velocity, which None does
+                not move, and for momentum_age.
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
@@ -118,7 +118,7 @@ class Optimizer:
             ValueError: `ema_decay` is outside [0, 1], or was given without `ema`.
         """
         self._check_attached()
-        self._set(frac, ema_decay)
+        self._set(frac, ema_decay, delta)
         before = self.skipped.clone() if self._nesterov is not None else None
         if self._graph is not None:
             self._graph.replay()
@@ -132,7 +132,7 @@ class Optimizer:
             done, shift = before - self.skipped + 1, ema_nesterov_shift(frac, self._config)
             self._nesterov.after_step(done, gamma=gamma, shift=shift)
 
-    def _set(self, frac: float, ema_decay: float | None) -> None:
+    def _set(self, frac: float, ema_decay: float | None, delta: float | None = None) -> None:
         """Send this step's numbers to the device.
 
         The source is unpinned memory, which CUDA copies before it returns, so it may be freed at once.
@@ -145,7 +145,7 @@ class Optimizer:
         muon, adam = config.muon, config.adam
         numbers = [
             factors.muon * muon.lr,
-            muon_momentum(frac, muon),
+            muon_momentum(frac, muon, delta),
             muon.weight_decay,
             1.0,  # grad_scale, which `_clip` computes on the device
             0.0 if ema_decay is None else 1 - ema_decay,

@@ -84,6 +84,7 @@ def test_arms_that_differ_in_numbers_alone_do_the_same_work(tmp_path):
         muon = replace(base.optim.muon, **changes)
         return work_key(replace(base, optim=replace(base.optim, muon=muon)))
 
+    assert key(momentum_age=0.01) == work_key(base)
     assert key(normalize=0.9) == key(normalize=0.95) != work_key(base) != key(cautious=True)
 
 

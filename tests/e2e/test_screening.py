@@ -23,7 +23,7 @@ from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
 NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
-MIDDLES = ("normuon", "cautious")
+MIDDLES = ("normuon", "cautious", "momentum_age")
 """Plans of which only the middle of each ladder is run; ema_nesterov shows that ladders work."""
 TIMED = ("s0", "normuon", "cautious")
 """How the names of arms begin that take more time than the baseline."""

@@ -200,6 +200,19 @@ def test_state_goes_on_bit_for_bit_and_is_refused_without_the_setting(name):
     assert not any(t.any() for t in ours.state_dict().values())
 
 
+def test_the_momentum_follows_the_length_of_a_step():
+    config = MuonConfig(lr=0.05, momentum_age=0.03, momentum_warmup=0.0)
+    model, optimizer = build(config)
+    twin, other = build(MuonConfig(lr=0.05, momentum=0.75, momentum_warmup=0.0))
+    for step in range(3):
+        for m, o in ((model, optimizer), (twin, other)):
+            backward(m, step)
+            o.step(0.01 * step, delta=0.01 if step else None)
+        # The first step has no momentum yet; its direction is the same at any decay, up to rounding.
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p, twin.get_parameter(name), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_step_leaves_the_host_alone_so_that_a_graph_can_hold_it(name):
     model, optimizer = build(CONFIGS[name])
