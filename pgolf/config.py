@@ -89,9 +89,9 @@ class MuonConfig:
     momentum: float = 0.97
     """Momentum after its warm-up, in [0, 1)."""
     momentum_age: float = 0.0
-    """Mean age of the gradients in the momentum, as a fraction of the run, 0 to 1; 0 = off. It takes the place
-    of momentum, which is then age / (age + fraction of the run that a step takes), so that runs of any length
-    remember the same part of themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
+    """Mean age of the gradients in the momentum, as a fraction of the run, 0 to 1; 0 = off. momentum is then
+    age / (age + fraction of the run that a step takes), so that runs of any length remember the same part of
+    themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
     momentum_start: float = 0.92
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
