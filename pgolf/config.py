@@ -114,6 +114,9 @@ class MuonConfig:
     the mean squares per step, in [0, 1); modded-nanogpt has 0.9 and 0.95; 0 = off."""
     ns_steps: int = 5
     """Number of polar iterations, 1 to 10; fewer are faster and less accurate."""
+    head_pairs: Literal["off", "qk", "kv", "qkv"] = "off"
+    """Iterate the projections to queries, keys or values in blocks of two heads each, in place of whole
+    matrices (modded-nanogpt, pull request 80, has qk)."""
     coefficients: str = "polar_express_golf"
     """Name of the coefficient table of the polar iteration; `pgolf polar` compares all of them."""
     algorithm: Literal["auto", "standard", "gram"] = "auto"
@@ -132,6 +135,11 @@ class MuonConfig:
         for name in ("momentum_age", "momentum_warmup", "momentum_cooldown", "late_from"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
+
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """Numbers of heads of the model that head_pairs cuts in pairs."""
+        return tuple(heads for of, heads in (("q", "heads"), ("k", "kv_heads")) if of in self.head_pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -493,6 +501,12 @@ class Config:
             "evaluate.sliding, ttt and published score quantized weights, but train.quantize is false; set "
             "it to true, or all of them to false",
         )
+        for key in self.optim.muon.paired:
+            heads = getattr(self.model, key)
+            require(
+                heads % 2 == 0,
+                f"optim.muon.head_pairs={self.optim.muon.head_pairs} needs an even model.{key}, got {heads}",
+            )
         lengths = [length for length, _ in self.train.stages]
         require(
             all(length <= longest for length in lengths),

@@ -217,7 +217,12 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change(
         "0000000",
-        {"optim.muon.normalize": 0.0, "optim.muon.cautious": False, "optim.muon.momentum_age": 0.0},
+        {
+            "optim.muon.normalize": 0.0,
+            "optim.muon.cautious": False,
+            "optim.muon.momentum_age": 0.0,
+            "optim.muon.head_pairs": "off",
+        },
     ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between

@@ -79,6 +79,17 @@ def test_a_window_of_ema_nesterov_that_ends_before_it_begins_is_refused():
     from_dict(Config, {"optim": late})  # off
 
 
+def test_pairs_of_an_odd_number_of_heads_are_refused():
+    three = {"model": {"heads": 3, "kv_heads": 3, "width": 48}}
+    for pairs, key in (("qk", "heads"), ("qkv", "heads"), ("kv", "kv_heads")):
+        with pytest.raises(ValueError, match=rf"head_pairs={pairs} needs an even model\.{key}, got 3"):
+            from_dict(Config, {**three, "optim": {"muon": {"head_pairs": pairs}}})
+    from_dict(Config, {**three, "optim": {"muon": {"head_pairs": "off"}}})
+    # The keys of one head have no pair.
+    with pytest.raises(ValueError, match=r"needs an even model\.kv_heads, got 1"):
+        from_dict(Config, {"model": {"kv_heads": 1}, "optim": {"muon": {"head_pairs": "qk"}}})
+
+
 def test_an_order_that_is_unknown_or_asks_for_two_orders_is_refused():
     with pytest.raises(ValueError, match=r"config\.data\.order must be one of .*'stream'.*, got 'shuffled'"):
         from_dict(Config, {"data": {"order": "shuffled"}})

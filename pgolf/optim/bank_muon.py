@@ -31,6 +31,7 @@ from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
 from pgolf.ops.muon_step import GRAD_SCALE, LR, WEIGHT_DECAY
 from pgolf.optim.flat import flat_views
+from pgolf.optim.groups import Blocks
 from pgolf.optim.polar import coefficients
 from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, square_size
 
@@ -95,6 +96,7 @@ class BankMuon:
         dist: Dist,
         *,
         averages: Mapping[str, Tensor] | None = None,
+        blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
         """Take the banks and their gradients, which have the same names in the same order.
 
@@ -102,6 +104,8 @@ class BankMuon:
             banks: float32 parameters by name; `step` updates them in place.
             flat_grad, grads: the gradients of the banks, from `flat_views`, which each step reads.
             averages: float32 moving averages by name, which each step moves; None if there are none.
+            blocks: banks whose first matrices are iterated in blocks of rows. All else about them, such as
+                momentum and NorMuon, stays that of whole matrices.
         """
         self._dist, self._config, self._alone = dist, config, dist.world_size == 1
         self._rule = MuonRule(
@@ -132,6 +136,13 @@ class BankMuon:
                 square=square,
                 scale=lr_scale(rows, cols),
             )
+        # A single process can update the weights in the pass in which the iteration ends.
+        self._fused = self._alone and not (config.normalize or config.cautious)
+        self._iterated = [
+            piece
+            for name, bank in self._banks.items()
+            for piece in _pieces(bank, self._fused, (blocks or {}).get(name), dist.rank)
+        ]
         self._wire = self._updates
         if world > 1:
             self._wire = torch.zeros(world * self.shard.numel(), dtype=dtype, device=device)
@@ -171,17 +182,16 @@ class BankMuon:
                 nothing changes.
             meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
-        banks, parts = list(self._banks.values()), self._parts
-        if self._alone and not (self._config.normalize or self._config.cautious):
-            muon_step([_whole(bank) for bank in banks], hyper, self._rule)
-            meanwhile()
-            return
+        parts = self._parts
         # One call for all banks. One call per bank would overlap each gather with the next bank's iteration,
         # but takes 0.73 ms on one of eight ranks instead of 0.29 ms, which is more than the gathers take.
-        muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], hyper, self._rule)
+        muon_step(self._iterated, hyper, self._rule)
+        if self._fused:
+            meanwhile()
+            return
         if self._config.normalize:
             taken = hyper[GRAD_SCALE].isfinite()
-            for bank in banks:
+            for bank in self._banks.values():
                 if bank.square is not None:
                     normalize_update_(bank.update, bank.square, self._config.normalize, taken)
         gather = Pending() if self._alone else self._dist.all_gather(self._wire, self._updates)
@@ -256,6 +266,18 @@ class BankMuon:
                 yield f"square.{name}", bank.param.shape[0], bank.square
 
 
-def _whole(bank: _Bank) -> MuonBank:
-    """Return the whole bank, with parameters and averages, for a step of a single process."""
-    return MuonBank(bank.shard, bank.momentum, bank.update, bank.param, bank.average, bank.scale)
+def _pieces(bank: _Bank, fused: bool, blocks: Blocks | None, rank: int) -> list[MuonBank]:
+    """Return views of this rank's matrices for `muon_step`; with the weights, if it is to update them."""
+    found = MuonBank(bank.shard, bank.momentum, bank.update, lr_scale=bank.scale)
+    if fused:
+        found = found._replace(param=bank.param, average=bank.average)
+    if blocks is None:
+        return [found]
+    size, rows, cols = bank.shard.shape
+    count = min(max(blocks.matrices - rank * size, 0), size)
+
+    def views(cut: Callable[[Tensor], Tensor]) -> MuonBank:
+        return MuonBank(*(cut(t) if isinstance(t, Tensor) else t for t in found))  # type: ignore[arg-type]
+
+    cut = views(lambda t: t[:count].view(count * rows // blocks.rows, blocks.rows, cols))
+    return [piece for piece in (cut, views(lambda t: t[count:])) if piece.grad.numel()]

@@ -30,7 +30,7 @@ from pgolf.optim.bank_muon import BankMuon, Shard
 from pgolf.optim.ema import Ema
 from pgolf.optim.ema_nesterov import EmaNesterov
 from pgolf.optim.flat import flat_views
-from pgolf.optim.groups import split_parameters
+from pgolf.optim.groups import head_blocks, split_parameters
 from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum
 
 
@@ -66,7 +66,7 @@ class Optimizer:
                 of `step` captures the graph.
 
         Raises:
-            ValueError, TypeError: as in `split_parameters`.
+            ValueError, TypeError: as in `split_parameters` and `head_blocks`.
             ValueError: a parameter is on another device or has no average in `ema`, or the coefficient table
                 is unknown.
         """
@@ -81,7 +81,10 @@ class Optimizer:
         for name, p in self._params.items():
             p.grad = self._grads[name]
         averages = None if ema is None else ema.tensors
-        self._muon = BankMuon(banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages)
+        blocks = head_blocks(model, config.muon.head_pairs)
+        self._muon = BankMuon(
+            banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages, blocks=blocks
+        )
         adam = config.adam
         self._nesterov = EmaNesterov(self._params) if config.ema_nesterov else None
         self._embed, self._scalars = (

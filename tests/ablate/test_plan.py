@@ -104,6 +104,7 @@ PLANS = {
     "normuon": 54,
     "cautious": 54,
     "momentum_age": 54,
+    "head_pairs": 24,
 }
 
 

@@ -23,9 +23,9 @@ from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
 NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
-MIDDLES = ("normuon", "cautious", "momentum_age")
-"""Plans of which only the middle of each ladder is run; ema_nesterov shows that ladders work."""
-TIMED = ("s0", "normuon", "cautious")
+MUON = ("normuon", "cautious", "momentum_age", "head_pairs")
+"""Plans that are run as one, without the ends of their ladders; ema_nesterov shows that ladders work."""
+TIMED = ("s0", "normuon", "cautious", "qk", "kv")
 """How the names of arms begin that take more time than the baseline."""
 
 
@@ -38,15 +38,17 @@ def held_out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(name: str, folder: Path, **changes: object) -> Path:
     """Write the plan with the network of the end-to-end tests, few steps and one seed."""
-    plan = json.loads((FOLDER / f"{name}.json").read_text())
-    small = small_overrides()
+    plans = [json.loads((FOLDER / f"{n}.json").read_text()) for n in (MUON if name == "muon" else [name])]
+    plan, small = plans[0], small_overrides()
+    if name == "muon":
+        small |= {"model.heads": 4, "model.kv_heads": 4}  # two pairs of each
+        arms = {arm: change for each in plans for arm, change in each["arms"].items()}
+        plan["arms"] = {arm: c for arm, c in arms.items() if not arm.endswith(("_08", "_125"))}
+        del plan["ladders"]
     kept = {k: v for k, v in plan["overrides"].items() if k.startswith(("train.", "optim."))}
     quick = {"train.device": "cpu", "train.warmup_steps": 0, "optim.ema_nesterov_from": 0.0}
     plan |= {"base": "tiny", "overrides": {**small, **kept, **quick}, "seeds": [1]}
     plan["steps"] = 20 if name == "late" else 5  # so that a step begins below each floor of the rates
-    if name in MIDDLES:
-        del plan["ladders"]
-        plan["arms"] = {a: c for a, c in plan["arms"].items() if not a.endswith(("_08", "_125"))}
     if "trunk" in plan:
         plan["trunk"]["steps"] = 3
     if "costs" in plan:
@@ -66,7 +68,7 @@ def start(cell, gpu):
     return FakeProcess(main(["train", str(config)]))
 
 
-@pytest.mark.parametrize("name", (*NAMES, *MIDDLES))
+@pytest.mark.parametrize("name", (*NAMES, "muon"))
 def test_every_arm_of_a_plan_runs_and_the_report_says_what_it_brings(name, held_out, tmp_path):
     path = tiny(name, tmp_path)
     plan = read_plan(path, load_base, out=tmp_path / "out", data=held_out)

@@ -10,6 +10,7 @@ from pgolf.dist import Dist
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.bank_muon import BankMuon
 from pgolf.optim.flat import ALIGN, flat_views
+from pgolf.optim.groups import Blocks
 from pgolf.optim.polar import coefficients
 from pgolf.optim.update_rules import lr_scale
 from tests.conftest import DEVICES
@@ -92,6 +93,69 @@ def test_steps_equal_the_reference(config, device):
         moved, wanted = p.cpu().double() - start[name], torch.stack(expected[name]) - start[name]
         error = (moved - wanted).norm() / wanted.norm()
         assert error < tolerance, f"{name}: relative error {error:.2e} of the update"
+
+
+class Ranks:
+    """One of several ranks, as far as `BankMuon` asks before it communicates."""
+
+    def __init__(self, rank, world_size):
+        self.rank, self.world_size, self.device = rank, world_size, torch.device("cpu")
+
+
+def in_blocks(dist, config=MuonConfig(), shapes=None):  # noqa: B008 - frozen
+    shapes = shapes or {"a": (5, 6, 9), "b": (3, 8, 4), "c": (2, 3, 3)}
+    rng = torch.Generator().manual_seed(3)
+    params = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    flat, grads = flat_views(shapes, dtype=torch.float32, device=dist.device)
+    blocks = {"a": Blocks(3, 2), "b": Blocks(3, 4)}
+    return params, grads, BankMuon(params, flat, grads, config, dist, blocks=blocks)
+
+
+@pytest.mark.parametrize("config", [MuonConfig(), MuonConfig(cautious=True)], ids=["fused", "apart"])
+def test_blocks_of_rows_are_iterated_as_banks_of_their_own(config):
+    params, grads, muon = in_blocks(Dist.start("cpu"), config)
+    cut = {"a": (9, 2, 9), "rest": (2, 6, 9), "b": (6, 4, 4), "c": (2, 3, 3)}
+    place = {
+        "a": ("a", slice(0, 3)),
+        "rest": ("a", slice(3, 5)),
+        "b": ("b", slice(0, 3)),
+        "c": ("c", slice(0, 2)),
+    }
+    twins = {n: params[of][part].clone().view(cut[n]) for n, (of, part) in place.items()}
+    flat, twin_grads = flat_views(cut, dtype=torch.float32, device=torch.device("cpu"))
+    twin = BankMuon(twins, flat, twin_grads, config, Dist.start("cpu"))
+    # Of whole matrices (8, 4); blocks (4, 4) alone would have 1.
+    rates = {"b": lr_scale(8, 4)}
+    for step in range(2):
+        rng = torch.Generator().manual_seed(step)
+        for name, (of, part) in place.items():
+            grads[of][part].view(cut[name]).copy_(torch.randn(cut[name], generator=rng))
+            twin_grads[name].copy_(grads[of][part].view(cut[name]))
+        before = {n: t.clone() for n, t in twins.items()}
+        muon.step(hyper(0.9, 0.0))
+        twin.step(hyper(0.9, 0.0))
+        for name, (of, part) in place.items():
+            change = (twins[name] - before[name]) * rates.get(name, 1.0)
+            got = params[of][part].view(cut[name])
+            torch.testing.assert_close(got, before[name] + change, rtol=1e-5, atol=1e-6)
+            twins[name].copy_(got)
+    assert {n: t.shape for n, t in muon.state().items()} == {
+        f"momentum.{n}": p.shape for n, p in params.items()
+    }
+
+
+def test_each_rank_cuts_only_its_own_matrices_in_blocks():
+    seen = []
+    for rank in range(3):
+        pieces = in_blocks(Ranks(rank, 3))[2]._iterated
+        assert all(piece.param is None and piece.grad.is_contiguous() for piece in pieces)
+        seen.append([tuple(piece.grad.shape) for piece in pieces])
+    # Each rank has two matrices of a; the third is the first one of rank 1, and the sixth is padding.
+    assert seen == [
+        [(6, 2, 9), (2, 4, 4), (1, 3, 3)],
+        [(3, 2, 9), (1, 6, 9), (2, 4, 4), (1, 3, 3)],
+        [(2, 6, 9), (2, 4, 4), (1, 3, 3)],
+    ]
 
 
 def test_update_is_orthogonal_with_the_size_of_its_shape():
