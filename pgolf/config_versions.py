@@ -216,7 +216,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change(
-        "0000000",
+        "e235483",
         {
             "optim.muon.normalize": 0.0,
             "optim.muon.cautious": False,
