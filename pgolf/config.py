@@ -85,7 +85,8 @@ class MuonConfig:
     """Decoupled weight decay, >= 0; it is multiplied by the scheduled learning rate."""
     cautious: bool = False
     """Cautious weight decay (arXiv 2510.12402): a weight decays only in steps whose update also moves it
-    towards 0. These are about half of the steps, so twice the weight_decay is the same amount."""
+    towards 0. These are about half of the steps, so twice the weight_decay is the same amount. It is not in
+    the fused kernel, and takes several more passes over all weights."""
     momentum: float = 0.97
     """Momentum after its warm-up, in [0, 1)."""
     momentum_age: float = 0.0
@@ -111,7 +112,8 @@ class MuonConfig:
     normalize: float = 0.0
     """NorMuon (arXiv 2510.05491): divide each row of the update (in a matrix with more columns than rows each
     column) by the root of its mean square over time; the norm of the matrix stays. The value is the decay of
-    the mean squares per step, in [0, 1); modded-nanogpt has 0.9 and 0.95; 0 = off."""
+    the mean squares per step, in [0, 1); modded-nanogpt has 0.9 and 0.95; 0 = off. It takes two more passes
+    over the updates."""
     ns_steps: int = 5
     """Number of polar iterations, 1 to 10; fewer are faster and less accurate."""
     head_pairs: Literal["off", "qk", "kv", "qkv"] = "off"

@@ -77,8 +77,8 @@ class BankMuon:
     p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
     With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
-    passes over the updates of this rank, cautious decay about eight over all weights; with one process either
-    of them makes the update a launch of its own.
+    passes over the updates of this rank, cautious decay several over all weights; with one process either of
+    them makes the update a launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
     several processes; everything between is computed in float32.
 
