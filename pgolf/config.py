@@ -93,6 +93,12 @@ class MuonConfig:
     """Mean age of the gradients in the momentum, as a fraction of the run, 0 to 1; 0 = off. momentum is then
     age / (age + fraction of the run that a step takes), so that runs of any length remember the same part of
     themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
+    slow_age: float = 0.0
+    """Mean age of a slow average of the gradients, as a fraction of the run, 0 to 1, with which the gradients
+    are mixed before the momentum takes them in; 0 = off. modded-nanogpt falls from 0.018 to 0.008 (track 3,
+    pull request 357). It has state, and takes two more passes over the gradients."""
+    slow_weight: float = 0.56
+    """Weight, 0 to 1, of the slow average in that mix, where slow_age is above 0."""
     momentum_start: float = 0.92
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
@@ -134,9 +140,13 @@ class MuonConfig:
         for name in ("momentum", "momentum_start", "momentum_end", "normalize"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        for name in ("momentum_age", "momentum_warmup", "momentum_cooldown", "late_from"):
+        fractions = ("momentum_age", "slow_age", "momentum_warmup", "momentum_cooldown", "late_from")
+        for name in fractions:
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
+        require(
+            0 <= self.slow_weight <= 1, f"optim.muon.slow_weight must be in [0, 1], got {self.slow_weight}"
+        )
 
     @property
     def paired(self) -> tuple[str, ...]:

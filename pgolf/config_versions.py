@@ -222,6 +222,8 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.cautious": False,
             "optim.muon.momentum_age": 0.0,
             "optim.muon.head_pairs": "off",
+            "optim.muon.slow_age": 0.0,
+            "optim.muon.slow_weight": 0.56,
         },
     ),
 )

@@ -51,6 +51,8 @@ OPTIMIZER_BAD = [
     ("muon", "momentum", 1.0, r"optim.muon.momentum must be in \[0, 1\), got 1.0"),
     ("muon", "normalize", 1.0, r"optim.muon.normalize must be in \[0, 1\), got 1.0"),
     ("muon", "normalize", -0.1, r"optim.muon.normalize must be in \[0, 1\), got -0.1"),
+    ("muon", "slow_age", -0.1, r"optim.muon.slow_age is a fraction of the run in \[0, 1\], got -0.1"),
+    ("muon", "slow_weight", 1.5, r"optim.muon.slow_weight must be in \[0, 1\], got 1.5"),
     ("muon", "momentum_age", 1.5, r"optim.muon.momentum_age is a fraction of the run in \[0, 1\], got 1.5"),
     ("adam", "embed_lr", -1.0, "optim.adam.embed_lr must be >= 0, got -1.0"),
     ("adam", "scalar_lr", -1.0, "optim.adam.scalar_lr must be >= 0, got -1.0"),

@@ -127,12 +127,12 @@ NUMBERS = {
     "optim.muon": (
         *("lr", "weight_decay", "late_lr", "late_from"),
         *("momentum", "momentum_age", "momentum_start", "momentum_warmup", "momentum_end"),
-        *("momentum_cooldown", "normalize"),
+        *("momentum_cooldown", "normalize", "slow_age", "slow_weight"),
     ),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }
 """Settings that a step reads as numbers: what is computed, and how long it takes, does not depend on them.
-Whether there is an average, a velocity or NorMuon at all is told apart."""
+Whether there is an average, a velocity, NorMuon or a slow average of gradients at all is told apart."""
 
 
 def work_key(config: Config) -> str:
@@ -143,7 +143,7 @@ def work_key(config: Config) -> str:
     del data["data"]["dir"]
     optim = config.optim
     data["optim"] |= {"averages": optim.averages, "nesterov": optim.ema_nesterov > 0}
-    data["optim"]["normalized"] = optim.muon.normalize > 0
+    data["optim"] |= {"normalized": optim.muon.normalize > 0, "slow": optim.muon.slow_age > 0}
     for section, names in NUMBERS.items():
         node = data
         for key in section.split("."):

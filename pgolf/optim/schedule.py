@@ -90,6 +90,16 @@ def muon_momentum(frac: float, config: MuonConfig, delta: float | None = None) -
     return config.momentum_start + (momentum - config.momentum_start) * rise
 
 
+def slow_decay(config: MuonConfig, delta: float | None) -> float:
+    """Return the decay of the slow average of the gradients: age / (age + delta), as in `muon_momentum`.
+
+    Args:
+        delta: fraction of the run that the step before took; None (or 0) if it is not known: then 1, which
+            leaves the average as it is.
+    """
+    return config.slow_age / (config.slow_age + delta) if delta else 1.0
+
+
 def loop_on(frac: float, config: OptimConfig) -> bool:
     """Return whether depth recurrence is on: frac >= recurrence_at."""
     return _clamp(frac) >= config.recurrence_at

@@ -31,7 +31,7 @@ from pgolf.optim.ema import Ema
 from pgolf.optim.ema_nesterov import EmaNesterov
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import head_blocks, split_parameters
-from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum
+from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum, slow_decay
 
 
 class Optimizer:
@@ -94,8 +94,8 @@ class Optimizer:
                 (groups.scalars, adam.scalar_weight_decay),
             )
         )
-        # The hyperparameters of a step, then the learning rates of embedding and scalars.
-        self._hyper = torch.zeros(HYPER + 2, device=dist.device)
+        # The hyperparameters of a step, the learning rates of embedding and scalars, Muon's slow decay.
+        self._hyper = torch.zeros(HYPER + 3, device=dist.device)
         self._corrections = torch.zeros(2, device=dist.device)
         self._counts = torch.zeros(CLIP_STATE, device=dist.device)
         self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
@@ -113,7 +113,7 @@ class Optimizer:
             frac: fraction of the run, 0 to 1.
             ema_decay: decay of the averages in this step, as in `Ema.update`; None does not move them.
             delta: fraction of the run that the step before took, for EMA-Nesterov's velocity, which None does
-                not move, and for momentum_age.
+                not move, and for momentum_age and slow_age.
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
@@ -154,6 +154,7 @@ class Optimizer:
             0.0 if ema_decay is None else 1 - ema_decay,
             factors.embed * adam.embed_lr,
             factors.scalar * adam.scalar_lr,
+            slow_decay(muon, delta),
         ]
         self._hyper.copy_(torch.tensor(numbers), non_blocking=True)
 
@@ -164,7 +165,7 @@ class Optimizer:
         for pending in waiting:
             pending.wait()
         self._clip()
-        self._muon.step(self._hyper[:HYPER], meanwhile=self._launch_rest)
+        self._muon.step(self._hyper[:HYPER], self._hyper[-1], meanwhile=self._launch_rest)
 
     def _launch_rest(self) -> None:
         """Queue the part of a step that neither reads nor writes the weights of the banks."""
@@ -241,7 +242,7 @@ class Optimizer:
         The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
         `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`;
         with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition; with NorMuon
-        `muon.square.<bank>` `(matrices, longer side)`.
+        `muon.square.<bank>` `(matrices, longer side)`; with slow_age `muon.slow.<bank>`, as the momentum.
         This is a collective, because Muon's state is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}

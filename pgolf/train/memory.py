@@ -228,6 +228,7 @@ def _optimizer(shapes: dict[str, tuple[int, ...]], world_size: int, size: int, c
     # Momentum and update; with several ranks also the averaged gradients of this rank's matrices, and the
     # buffer through which the updates of all ranks are gathered.
     muon = share * (2 if world_size == 1 else 3 + world_size) + squares * (config.muon.normalize > 0)
+    muon += share // size * 4 * (config.muon.slow_age > 0)
     ahead = 2 * 4 * sum(map(prod, shapes.values())) * (config.ema_nesterov > 0)
     return muon + 2 * 4 * rest + ahead
 

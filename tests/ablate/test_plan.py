@@ -103,7 +103,7 @@ PLANS = {
     "late": 36,
     "normuon": 54,
     "cautious": 54,
-    "momentum_age": 54,
+    "momentum_age": 90,
     "head_pairs": 24,
 }
 

@@ -19,7 +19,7 @@ from pgolf.optim.step import Optimizer
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
-CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True))
+CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True, slow_age=0.2))
 """With every setting that is off by default and has state or work of its own."""
 STEPS = 4
 RESUME_AT = 2
@@ -68,7 +68,7 @@ def train(dist, first, last, state=None, broken=None, config=CONFIG):
         accumulate(model, step, dist.rank, dist.world_size)
         if step == broken and dist.rank == dist.world_size - 1:
             model.one.grad[0, 0, 0] = float("inf")
-        optimizer.step(step / STEPS)
+        optimizer.step(step / STEPS, delta=1 / STEPS)
         norms.append(optimizer.grad_norm.item())
     tensors = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
     tensors.update({f"optim.{k}": v for k, v in optimizer.state_dict().items()})

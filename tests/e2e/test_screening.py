@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
 NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
 MUON = ("normuon", "cautious", "momentum_age", "head_pairs")
 """Plans that are run as one, without the ends of their ladders; ema_nesterov shows that ladders work."""
-TIMED = ("s0", "normuon", "cautious", "qk", "kv")
+TIMED = ("s0", "normuon", "cautious", "qk", "kv", "two")
 """How the names of arms begin that take more time than the baseline."""
 
 

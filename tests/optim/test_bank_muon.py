@@ -18,7 +18,7 @@ from tests.conftest import DEVICES
 # Wide, square, tall, a single matrix, more matrices than any world size here; no size is a multiple of
 # another.
 SHAPES = {"wide": (3, 5, 12), "square": (2, 7, 7), "tall": (5, 13, 4), "one": (1, 3, 3)}
-LR, WEIGHT_DECAY = 0.05, 0.095
+LR, WEIGHT_DECAY, SLOW = 0.05, 0.095, 0.8
 
 
 def random(seed, device="cpu"):
@@ -26,12 +26,15 @@ def random(seed, device="cpu"):
     return {name: torch.randn(shape, generator=rng).to(device) for name, shape in SHAPES.items()}
 
 
-def reference_step(params, grads, buffers, squares, config, momentum):
+def reference_step(params, grads, buffers, squares, slow, config, momentum):
     """One step on dicts of lists of float64 matrices; returns nothing, changes all but the gradients."""
     table = coefficients(config.coefficients, config.ns_steps)
     for name, matrices in params.items():
         for i, p in enumerate(matrices):
             g = grads[name][i].double()
+            if config.slow_age:
+                slow[name][i] = SLOW * slow[name][i] + (1 - SLOW) * g
+                g = (1 - config.slow_weight) * g + config.slow_weight * slow[name][i]
             buffers[name][i] = momentum * buffers[name][i] + g
             u = g + momentum * buffers[name][i] if config.nesterov else buffers[name][i]
             if config.row_normalize:
@@ -69,6 +72,7 @@ OPTIONS = [
 ]
 OPTIONS += [MuonConfig(coefficients="jordan", ns_steps=3), MuonConfig(ns_steps=4)]
 OPTIONS += [MuonConfig(cautious=True, weight_decay=2.0), MuonConfig(cautious=True, normalize=0.9)]
+OPTIONS += [MuonConfig(slow_age=0.01), MuonConfig(slow_age=0.01, slow_weight=0.9, normalize=0.9)]
 OPTIONS += [MuonConfig(normalize=0.9), MuonConfig(normalize=0.95, row_normalize=False)]
 
 
@@ -78,14 +82,15 @@ def test_steps_equal_the_reference(config, device):
     params, grads, muon = build(config, device)
     expected = {n: list(p.double().cpu().unbind()) for n, p in params.items()}
     buffers = {n: [torch.zeros_like(m) for m in matrices] for n, matrices in expected.items()}
-    squares = {n: [0.0] * len(matrices) for n, matrices in expected.items()}
+    squares, slow = ({n: [0.0] * len(matrices) for n, matrices in expected.items()} for _ in range(2))
     start = {n: p.cpu().double() for n, p in params.items()}
     for step, momentum in enumerate((0.9, 0.95, 0.95)):
         for name, value in random(1 + step, device).items():
             grads[name].copy_(value)
         assert muon.reduce() == [], "one process must not communicate"
-        muon.step(hyper(momentum, config.weight_decay, device))
-        reference_step(expected, {n: g.cpu() for n, g in grads.items()}, buffers, squares, config, momentum)
+        given = {n: g.cpu().clone() for n, g in grads.items()}  # a mix with the slow average replaces them
+        muon.step(hyper(momentum, config.weight_decay, device), torch.tensor(SLOW, device=device))
+        reference_step(expected, given, buffers, squares, slow, config, momentum)
     # CUDA takes gradients and iterates in bfloat16; the polar map amplifies what is small by up to 990.
     # Measured on an H100: 0.06 for the 3x3 matrix, less for the others.
     tolerance = 2e-4 if device == "cpu" else 0.15

@@ -14,6 +14,7 @@ from pgolf.optim.schedule import (
     lr_multiplier,
     lr_multipliers,
     muon_momentum,
+    slow_decay,
     swa_decay,
     took_snapshot,
 )
@@ -206,6 +207,13 @@ def test_momentum_by_age_remembers_the_same_fraction_of_any_run(steps):
     assert mean / steps == pytest.approx(0.0065, rel=1e-6)
     assert muon_momentum(0.5, config) == muon_momentum(0.5, config, 0.0) == 0.97
     assert muon_momentum(0.5, MuonConfig(), 1 / steps) == 0.97
+
+
+def test_the_decay_of_the_slow_average_has_its_mean_age():
+    config = MuonConfig(slow_age=0.02)
+    assert slow_decay(config, 0.001) == pytest.approx(20 / 21)  # a mean age of 20 steps of a thousandth
+    assert slow_decay(config, None) == slow_decay(config, 0.0) == 1.0
+    assert slow_decay(MuonConfig(), 0.001) == 0.0
 
 
 def test_momentum_by_age_takes_the_place_of_momentum_in_its_schedule():
