@@ -216,7 +216,7 @@ CHANGES: tuple[Change, ...] = (
         },
     ),
     Change(
-        "e235483",
+        "76e24fd",
         {
             "optim.muon.normalize": 0.0,
             "optim.muon.cautious": False,
