@@ -95,8 +95,8 @@ class MuonConfig:
     themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
     slow_age: float = 0.0
     """Mean age of a slow average of the gradients, as a fraction of the run, 0 to 1, with which the gradients
-    are mixed before the momentum takes them in; 0 = off. modded-nanogpt falls from 0.018 to 0.008 (track 3,
-    pull request 357). It has state, and takes two more passes over the gradients."""
+    are mixed before the momentum takes them in; 0 = off. In modded-nanogpt it falls from 0.018 to 0.008
+    (track 3, pull request 357). It takes several more passes over the gradients."""
     slow_weight: float = 0.56
     """Weight, 0 to 1, of the slow average in that mix, where slow_age is above 0."""
     momentum_start: float = 0.92

@@ -78,8 +78,8 @@ class BankMuon:
     p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
     With config.slow_age the momentum takes in (1 - w) g + w s instead of g, where s <- b s + (1 - b) g is a
-    slow average and w is config.slow_weight: a momentum with two time scales. Differs from the pull requests
-    in that s passes through the momentum, which adds the momentum's mean age to that of s.
+    slow average and w is config.slow_weight: a momentum with two time scales. It differs from that of
+    modded-nanogpt in that s passes through the momentum, which adds the momentum's mean age to that of s.
     With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
     passes over the updates of this rank, cautious decay several over all weights; with one process either of
     them makes the update a launch of its own.
