@@ -45,10 +45,10 @@ from bench.polar_peers import Table, each, others
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
-from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.ema import Ema
 from pgolf.optim.polar import coefficients
 from pgolf.optim.step import Optimizer
+from pgolf.optim.update_rules import lr_scale
 from pgolf.presets import pr1855, tiny
 
 # By name: table and number of iterations. The fixed quintic, the tables that are solved for their number of

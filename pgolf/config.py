@@ -83,8 +83,22 @@ class MuonConfig:
     """Learning rate before the schedule, >= 0; updates are also scaled by sqrt(max(1, rows / columns))."""
     weight_decay: float = 0.095
     """Decoupled weight decay, >= 0; it is multiplied by the scheduled learning rate."""
+    cautious: bool = False
+    """Cautious weight decay (arXiv 2510.12402): a weight decays only in steps whose update also moves it
+    towards 0. These are about half of the steps, so twice the weight_decay is the same amount. It is not in
+    the fused kernel, and takes several more passes over all weights."""
     momentum: float = 0.97
     """Momentum after its warm-up, in [0, 1)."""
+    momentum_age: float = 0.0
+    """Mean age of the gradients in the momentum, as a fraction of the run, 0 to 1; 0 = off. momentum is then
+    age / (age + fraction of the run that a step takes), so that runs of any length remember the same part of
+    themselves. 0.97 is an age of 32 steps, 0.0065 of 4,931."""
+    slow_age: float = 0.0
+    """Mean age of a slow average of the gradients, as a fraction of the run, 0 to 1, with which the gradients
+    are mixed before the momentum takes them in; 0 = off. In modded-nanogpt it falls from 0.018 to 0.008
+    (track 3, pull request 357). It takes several more passes over the gradients."""
+    slow_weight: float = 0.56
+    """Weight, 0 to 1, of the slow average in that mix, where slow_age is above 0."""
     momentum_start: float = 0.92
     """Momentum at the start of the run, in [0, 1)."""
     momentum_warmup: float = 0.3
@@ -101,8 +115,16 @@ class MuonConfig:
     """Use gradient + momentum * buffer as the direction of the update; false uses the buffer."""
     row_normalize: bool = True
     """MuonEq-R: divide each row of the direction by its norm before the polar iteration."""
+    normalize: float = 0.0
+    """NorMuon (arXiv 2510.05491): divide each row of the update (in a matrix with more columns than rows each
+    column) by the root of its mean square over time; the norm of the matrix stays. The value is the decay of
+    the mean squares per step, in [0, 1); modded-nanogpt has 0.9 and 0.95; 0 = off. It takes two more passes
+    over the updates."""
     ns_steps: int = 5
     """Number of polar iterations, 1 to 10; fewer are faster and less accurate."""
+    head_pairs: Literal["off", "qk", "kv", "qkv"] = "off"
+    """Iterate the projections to queries, keys or values in blocks of two heads each, in place of whole
+    matrices (modded-nanogpt, pull request 80, has qk)."""
     coefficients: str = "polar_express_golf"
     """Name of the coefficient table of the polar iteration; `pgolf polar` compares all of them."""
     algorithm: Literal["auto", "standard", "gram"] = "auto"
@@ -115,12 +137,21 @@ class MuonConfig:
         for name in ("lr", "weight_decay", "late_lr"):
             value = getattr(self, name)
             require(value >= 0, f"optim.muon.{name} must be >= 0, got {value}")
-        for name in ("momentum", "momentum_start", "momentum_end"):
+        for name in ("momentum", "momentum_start", "momentum_end", "normalize"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.muon.{name} must be in [0, 1), got {value}")
-        for name in ("momentum_warmup", "momentum_cooldown", "late_from"):
+        fractions = ("momentum_age", "slow_age", "momentum_warmup", "momentum_cooldown", "late_from")
+        for name in fractions:
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.muon.{name} is a fraction of the run in [0, 1], got {value}")
+        require(
+            0 <= self.slow_weight <= 1, f"optim.muon.slow_weight must be in [0, 1], got {self.slow_weight}"
+        )
+
+    @property
+    def paired(self) -> tuple[str, ...]:
+        """Numbers of heads of the model that head_pairs cuts in pairs."""
+        return tuple(heads for of, heads in (("q", "heads"), ("k", "kv_heads")) if of in self.head_pairs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -482,6 +513,12 @@ class Config:
             "evaluate.sliding, ttt and published score quantized weights, but train.quantize is false; set "
             "it to true, or all of them to false",
         )
+        for key in self.optim.muon.paired:
+            heads = getattr(self.model, key)
+            require(
+                heads % 2 == 0,
+                f"optim.muon.head_pairs={self.optim.muon.head_pairs} needs an even model.{key}, got {heads}",
+            )
         lengths = [length for length, _ in self.train.stages]
         require(
             all(length <= longest for length in lengths),

@@ -215,6 +215,17 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.late_from": 0.6,
         },
     ),
+    Change(
+        "76e24fd",
+        {
+            "optim.muon.normalize": 0.0,
+            "optim.muon.cautious": False,
+            "optim.muon.momentum_age": 0.0,
+            "optim.muon.head_pairs": "off",
+            "optim.muon.slow_age": 0.0,
+            "optim.muon.slow_weight": 0.56,
+        },
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

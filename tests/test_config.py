@@ -49,6 +49,11 @@ OPTIMIZER_BAD = [
     ("muon", "lr", -0.1, "optim.muon.lr must be >= 0, got -0.1"),
     ("muon", "weight_decay", -0.1, "optim.muon.weight_decay must be >= 0, got -0.1"),
     ("muon", "momentum", 1.0, r"optim.muon.momentum must be in \[0, 1\), got 1.0"),
+    ("muon", "normalize", 1.0, r"optim.muon.normalize must be in \[0, 1\), got 1.0"),
+    ("muon", "normalize", -0.1, r"optim.muon.normalize must be in \[0, 1\), got -0.1"),
+    ("muon", "slow_age", -0.1, r"optim.muon.slow_age is a fraction of the run in \[0, 1\], got -0.1"),
+    ("muon", "slow_weight", 1.5, r"optim.muon.slow_weight must be in \[0, 1\], got 1.5"),
+    ("muon", "momentum_age", 1.5, r"optim.muon.momentum_age is a fraction of the run in \[0, 1\], got 1.5"),
     ("adam", "embed_lr", -1.0, "optim.adam.embed_lr must be >= 0, got -1.0"),
     ("adam", "scalar_lr", -1.0, "optim.adam.scalar_lr must be >= 0, got -1.0"),
     ("adam", "embed_weight_decay", -1.0, "optim.adam.embed_weight_decay must be >= 0"),
@@ -74,6 +79,17 @@ def test_a_window_of_ema_nesterov_that_ends_before_it_begins_is_refused():
     with pytest.raises(ValueError, match=r"ema_nesterov_from must be at most ema_nesterov_until=0\.7"):
         from_dict(Config, {"optim": {**late, "ema_nesterov": 0.5}})
     from_dict(Config, {"optim": late})  # off
+
+
+def test_pairs_of_an_odd_number_of_heads_are_refused():
+    three = {"model": {"heads": 3, "kv_heads": 3, "width": 48}}
+    for pairs, key in (("qk", "heads"), ("qkv", "heads"), ("kv", "kv_heads")):
+        with pytest.raises(ValueError, match=rf"head_pairs={pairs} needs an even model\.{key}, got 3"):
+            from_dict(Config, {**three, "optim": {"muon": {"head_pairs": pairs}}})
+    from_dict(Config, {**three, "optim": {"muon": {"head_pairs": "off"}}})
+    # The keys of one head have no pair.
+    with pytest.raises(ValueError, match=r"needs an even model\.kv_heads, got 1"):
+        from_dict(Config, {"model": {"kv_heads": 1}, "optim": {"muon": {"head_pairs": "qk"}}})
 
 
 def test_an_order_that_is_unknown_or_asks_for_two_orders_is_refused():

@@ -185,7 +185,7 @@ def test_what_old_files_lack_is_what_their_code_did(name):
     loaded = dict(leaves(to_dict(from_dict(Config, saved))))
     assert {key: loaded[key] for key in MEANT[name]} == MEANT[name]
     note = missing_note(saved, to_dict(from_dict(Config, saved)), "config.json")
-    assert note.startswith("config.json lacks ") and "optim.muon.algorithm=auto" in note
+    assert note.startswith("config.json lacks ") and "model.leaky_slope=0.5" in note
     version = writer_version(saved, "config.json")
     assert f"they have the defaults of version {version} (pr1855's), which wrote it: " in note
     by_hand = missing_note({"name": "x"}, to_dict(Config()), "config.json")

@@ -20,8 +20,8 @@ from bench.common import Recorder, parser, time_graph, time_launched, torch_name
 from bench.ops.bench_newton_schulz import LARGE
 from bench.polar_peers import Table
 from pgolf.ops import MuonBank, MuonRule, muon_step
-from pgolf.optim.bank_muon import lr_scale
 from pgolf.optim.polar import coefficients
+from pgolf.optim.update_rules import lr_scale
 from pgolf.peers import describe
 
 CASES = {

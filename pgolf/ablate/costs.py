@@ -126,12 +126,13 @@ NUMBERS = {
     ),
     "optim.muon": (
         *("lr", "weight_decay", "late_lr", "late_from"),
-        *("momentum", "momentum_start", "momentum_warmup", "momentum_end", "momentum_cooldown"),
+        *("momentum", "momentum_age", "momentum_start", "momentum_warmup", "momentum_end"),
+        *("momentum_cooldown", "normalize", "slow_age", "slow_weight"),
     ),
     "optim.adam": tuple(AdamConfig.__dataclass_fields__),
 }
 """Settings that a step reads as numbers: what is computed, and how long it takes, does not depend on them.
-Whether there is an average or a velocity at all is told apart."""
+Whether there is an average, a velocity, NorMuon or a slow average of gradients at all is told apart."""
 
 
 def work_key(config: Config) -> str:
@@ -140,7 +141,9 @@ def work_key(config: Config) -> str:
     for part in ("version", "name", "train", "quant", "artifact", "evaluate"):
         del data[part]
     del data["data"]["dir"]
-    data["optim"] |= {"averages": config.optim.averages, "nesterov": config.optim.ema_nesterov > 0}
+    optim = config.optim
+    data["optim"] |= {"averages": optim.averages, "nesterov": optim.ema_nesterov > 0}
+    data["optim"] |= {"normalized": optim.muon.normalize > 0, "slow": optim.muon.slow_age > 0}
     for section, names in NUMBERS.items():
         node = data
         for key in section.split("."):

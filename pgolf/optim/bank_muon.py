@@ -19,8 +19,7 @@ lie together. So a step needs one reduce-scatter and one gather, whatever the nu
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -30,22 +29,11 @@ from torch import Tensor
 from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
+from pgolf.ops.muon_step import GRAD_SCALE, LR, WEIGHT_DECAY
 from pgolf.optim.flat import flat_views
+from pgolf.optim.groups import Blocks
 from pgolf.optim.polar import coefficients
-
-
-def lr_scale(rows: int, cols: int) -> float:
-    """Return Muon's factor on the learning rate of a matrix: sqrt(max(1, rows / cols))."""
-    return math.sqrt(max(1.0, rows / cols))
-
-
-def row_normalize_(x: Tensor) -> Tensor:
-    """Divide every row of `x` `(..., m, n)` by its L2 norm (float32, at least 1e-7), in place; return `x`.
-
-    A row holds the weights of one output feature. Source: MuonEq-R, arXiv 2603.28254.
-    """
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32).clamp_(min=1e-7)
-    return x.div_(norms)
+from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, square_size
 
 
 class Shard(NamedTuple):
@@ -66,6 +54,8 @@ class _Bank:
     shard: Tensor  # (S, m, n) averaged gradient of this rank's matrices
     momentum: Tensor  # (S, m, n)
     update: Tensor  # (S, m, n) output of the polar iteration
+    square: Tensor | None  # (S, max(m, n)) float32 mean squares of the updates, with NorMuon
+    slow: Tensor | None  # (S, m, n) float32 slow average of the gradients, with slow_age
     scale: float
 
 
@@ -73,11 +63,10 @@ class _Bank:
 class _Part:
     """The matrices of one bank that one rank owns, without padding: 1 to S matrices `(m, n)`."""
 
-    bank: str
     param: Tensor
     grad: Tensor  # of this process, not averaged
     average: Tensor | None
-    wire: Tensor  # holds the gradients to send, later the updates received
+    wire: Tensor  # holds the gradients to send, later the updates received; with one process the updates
     scale: float
 
 
@@ -85,8 +74,15 @@ class BankMuon:
     """Muon on banks `(B, m, n)`, sharded over the ranks by matrix.
 
     g = grad_scale * averaged gradient;   buf <- mu buf + g;   u = g + mu buf (nesterov) or buf
-    u <- row_normalize(u);   O = polar(u);   p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
+    u <- row_normalize(u);   O = polar(u);   O <- normalize_update(O) (config.normalize, NorMuon)
+    p <- p (1 - lr wd) - lr sqrt(max(1, m / n)) O
     average <- average + average_weight (p - average)
+    With config.slow_age the momentum takes in (1 - w) g + w s instead of g, where s <- b s + (1 - b) g is a
+    slow average and w is config.slow_weight: a momentum with two time scales. It differs from that of
+    modded-nanogpt in that s passes through the momentum, which adds the momentum's mean age to that of s.
+    With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
+    passes over the updates of this rank, cautious decay several over all weights; with one process either of
+    them makes the update a launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
     several processes; everything between is computed in float32.
 
@@ -104,6 +100,7 @@ class BankMuon:
         dist: Dist,
         *,
         averages: Mapping[str, Tensor] | None = None,
+        blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
         """Take the banks and their gradients, which have the same names in the same order.
 
@@ -111,8 +108,10 @@ class BankMuon:
             banks: float32 parameters by name; `step` updates them in place.
             flat_grad, grads: the gradients of the banks, from `flat_views`, which each step reads.
             averages: float32 moving averages by name, which each step moves; None if there are none.
+            blocks: banks whose first matrices are iterated in blocks of rows. All else about them, such as
+                momentum and NorMuon, stays that of whole matrices.
         """
-        self._dist = dist
+        self._dist, self._config, self._alone = dist, config, dist.world_size == 1
         self._rule = MuonRule(
             coefficients(config.coefficients, config.ns_steps),
             nesterov=config.nesterov,
@@ -126,26 +125,40 @@ class BankMuon:
             self.shard, shards = flat_grad, dict(grads)
         else:
             self.shard, shards = flat_views(shapes, dtype=dtype, device=device)
-        self._momentum, momenta = flat_views(shapes, dtype=dtype, device=device)
+        _, momenta = flat_views(shapes, dtype=dtype, device=device)
         self._updates, updates = flat_views(shapes, dtype=dtype, device=device)
+        slow: dict[str, Tensor] = {}
+        if config.slow_age:
+            self._slow, slow = flat_views(shapes, dtype=torch.float32, device=device)
         self._banks: dict[str, _Bank] = {}
         for name, p in banks.items():
+            count, rows, cols = shapes[name]
+            square = torch.zeros(count, square_size(rows, cols), device=device) if config.normalize else None
             self._banks[name] = _Bank(
                 param=p.detach(),
                 average=None if averages is None else averages[name],
                 shard=shards[name],
                 momentum=momenta[name],
                 update=updates[name],
-                scale=lr_scale(*p.shape[1:]),
+                square=square,
+                slow=slow.get(name),
+                scale=lr_scale(rows, cols),
             )
-        self._parts: list[_Part] = []
+        # A single process can update the weights in the pass in which the iteration ends.
+        self._fused = self._alone and not (config.normalize or config.cautious)
+        self._iterated = [
+            piece
+            for name, bank in self._banks.items()
+            for piece in _pieces(bank, self._fused, (blocks or {}).get(name), dist.rank)
+        ]
+        self._wire = self._updates
         if world > 1:
             self._wire = torch.zeros(world * self.shard.numel(), dtype=dtype, device=device)
-            self._parts = [
-                part
-                for owner, piece in enumerate(self._wire.chunk(world))
-                for part in self._parts_of(owner, piece, grads)
-            ]
+        self._parts = [
+            part
+            for owner, piece in enumerate(self._wire.chunk(world))
+            for part in self._parts_of(owner, piece, grads)
+        ]
 
     def _parts_of(self, owner: int, piece: Tensor, grads: Mapping[str, Tensor]) -> list[_Part]:
         """Return the parts of all banks that rank `owner` owns; `piece` is that rank's piece of the wire."""
@@ -158,36 +171,51 @@ class BankMuon:
                 continue
             average = None if bank.average is None else bank.average[mine]
             wire = piece[start : start + param.numel()].view_as(param)
-            parts.append(_Part(name, param, grads[name][mine], average, wire, bank.scale))
+            parts.append(_Part(param, grads[name][mine], average, wire, bank.scale))
         return parts
 
     def reduce(self) -> list[Pending]:
         """Start to average the local gradients into `shard`; the caller must wait for what it returns."""
-        if not self._parts:
+        if self._alone:
             return []
         torch._foreach_copy_([part.wire for part in self._parts], [part.grad for part in self._parts])
         return [self._dist.reduce_scatter_avg(self.shard, self._wire)]
 
     @torch.no_grad()
-    def step(self, hyper: Tensor, meanwhile: Callable[[], object] = lambda: None) -> None:
+    def step(
+        self,
+        hyper: Tensor,
+        slow_decay: Tensor | None = None,
+        *,
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> None:
         """Update momentum, all banks and their averages from `shard`, without synchronizing the host.
 
         Args:
             hyper: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. If its grad_scale is not finite,
                 nothing changes.
+            slow_decay: `()` float32 on the device, b of slow_age; None = 1, which leaves the slow average.
             meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
-        banks, parts = list(self._banks.values()), self._parts
-        if not parts:
-            muon_step([_whole(bank) for bank in banks], hyper, self._rule)
-            meanwhile()
-            return
+        parts = self._parts
+        if self._config.slow_age:
+            hyper = self._mix_with_slow(hyper, slow_decay)
         # One call for all banks. One call per bank would overlap each gather with the next bank's iteration,
         # but takes 0.73 ms on one of eight ranks instead of 0.29 ms, which is more than the gathers take.
-        muon_step([MuonBank(b.shard, b.momentum, b.update) for b in banks], hyper, self._rule)
-        gather = self._dist.all_gather(self._wire, self._updates)
+        muon_step(self._iterated, hyper, self._rule)
+        if self._fused:
+            meanwhile()
+            return
+        if self._config.normalize:
+            taken = hyper[GRAD_SCALE].isfinite()
+            for bank in self._banks.values():
+                if bank.square is not None:
+                    normalize_update_(bank.update, bank.square, self._config.normalize, taken)
+        gather = Pending() if self._alone else self._dist.all_gather(self._wire, self._updates)
         meanwhile()
         gather.wait()
+        if self._config.cautious:
+            hyper = self._decay_cautiously(hyper)
         # The polar iteration maps zero matrices to zero, so the gaps and the padding of the wire are still
         # zero, and the next gradients can be written without clearing it.
         muon_apply(
@@ -198,49 +226,90 @@ class BankMuon:
             averages=[part.average for part in parts if part.average is not None],
         )
 
+    def _mix_with_slow(self, hyper: Tensor, decay: Tensor | None) -> Tensor:
+        """Mix the clipped gradients with their slow average; return hyperparameters that clip no more."""
+        scale, rest = hyper[GRAD_SCALE], hyper.clone()
+        taken = scale.isfinite()
+        grad = (self.shard.float() * scale).masked_fill_(~taken, 0.0)
+        if decay is not None:
+            self._slow.lerp_(grad, (1 - decay) * taken)
+        self.shard.copy_(grad.lerp_(self._slow, self._config.slow_weight))
+        # A factor that is not finite stays, so that the step is skipped.
+        rest[GRAD_SCALE].copy_(torch.where(taken, torch.ones_like(scale), scale))
+        return rest
+
+    def _decay_cautiously(self, hyper: Tensor) -> Tensor:
+        """Decay the weights; return the hyperparameters with which the update then does not."""
+        decay, rest = hyper[LR] * hyper[WEIGHT_DECAY], hyper.clone()
+        rest[WEIGHT_DECAY].zero_()
+        for part in self._parts:
+            cautious_decay_(part.param, part.wire, decay)
+        return rest
+
     def reset(self) -> None:
-        """Zero the momentum, in place."""
-        self._momentum.zero_()
+        """Zero the state, in place."""
+        for _, _, tensor in self._state():
+            tensor.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        """Return copies of the momentum of all ranks, `momentum.<bank>` `(B, m, n)`, at any world size.
+        """Return copies of the state of all ranks, the same at any world size.
 
-        This is a collective: every rank must call it.
+        They are the momentum, `momentum.<bank>` `(B, m, n)`; with NorMuon the mean squares of the updates,
+        `square.<bank>` `(B, max(m, n))` float32; with slow_age the slow average, `slow.<bank>` `(B, m, n)`
+        float32. This is a collective: every rank must call it.
         """
-        state = {f"momentum.{name}": bank.momentum.clone() for name, bank in self._banks.items()}
-        if not self._parts:
-            return state
-        self._dist.all_gather(self._wire, self._momentum).wait()
-        for name in self._banks:
-            pieces = [part.wire for part in self._parts if part.bank == name]
-            if pieces:
-                state[f"momentum.{name}"] = torch.cat(pieces)
-        return state
+        found = {}
+        for name, total, tensor in self._state():
+            whole = tensor.new_empty(self._dist.world_size * tensor.shape[0], *tensor.shape[1:])
+            self._dist.all_gather(whole, tensor).wait()
+            found[name] = whole[:total]
+        return found
 
     def shards(self) -> dict[str, Shard]:
-        """Return the live momentum of this rank's matrices, without padding, under the names of `state`."""
+        """Return the live state of this rank's matrices, without padding, under the names of `state`."""
         found = {}
-        for name, bank in self._banks.items():
-            size, total = bank.momentum.shape[0], bank.param.shape[0]
+        for name, total, tensor in self._state():
+            size = tensor.shape[0]
             starts = [min(rank * size, total) for rank in range(self._dist.world_size + 1)]
             spans = tuple(itertools.pairwise(starts))
             first, stop = spans[self._dist.rank]
-            found[f"momentum.{name}"] = Shard(bank.momentum[: stop - first], spans)
+            found[name] = Shard(tensor[: stop - first], spans)
         return found
 
     def shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the banks by name."""
-        return {name: bank.param.shape for name, bank in self._banks.items()}
+        """Return the shapes of the tensors of `state` by name."""
+        return {name: torch.Size((total, *tensor.shape[1:])) for name, total, tensor in self._state()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Load this rank's part of a momentum that `state` returned, at any world size."""
+        """Load this rank's part of what `state` returned, at any world size."""
+        for name, _, tensor in self._state():
+            first = self._dist.rank * tensor.shape[0]
+            mine = state[name][first : first + tensor.shape[0]]
+            tensor.zero_()
+            tensor[: mine.shape[0]].copy_(mine)
+
+    def _state(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Yield name, number of matrices on all ranks, and this rank's live tensor with its padding."""
         for name, bank in self._banks.items():
-            first = self._dist.rank * bank.momentum.shape[0]
-            mine = state[f"momentum.{name}"][first : first + bank.momentum.shape[0]]
-            bank.momentum.zero_()
-            bank.momentum[: mine.shape[0]].copy_(mine)
+            yield f"momentum.{name}", bank.param.shape[0], bank.momentum
+            if bank.square is not None:
+                yield f"square.{name}", bank.param.shape[0], bank.square
+            if bank.slow is not None:
+                yield f"slow.{name}", bank.param.shape[0], bank.slow
 
 
-def _whole(bank: _Bank) -> MuonBank:
-    """Return the whole bank, with parameters and averages, for a step of a single process."""
-    return MuonBank(bank.shard, bank.momentum, bank.update, bank.param, bank.average, bank.scale)
+def _pieces(bank: _Bank, fused: bool, blocks: Blocks | None, rank: int) -> list[MuonBank]:
+    """Return views of this rank's matrices for `muon_step`; with the weights, if it is to update them."""
+    found = MuonBank(bank.shard, bank.momentum, bank.update, lr_scale=bank.scale)
+    if fused:
+        found = found._replace(param=bank.param, average=bank.average)
+    if blocks is None:
+        return [found]
+    size, rows, cols = bank.shard.shape
+    count = min(max(blocks.matrices - rank * size, 0), size)
+
+    def views(cut: Callable[[Tensor], Tensor]) -> MuonBank:
+        return MuonBank(*(cut(t) if isinstance(t, Tensor) else t for t in found))  # type: ignore[arg-type]
+
+    cut = views(lambda t: t[:count].view(count * rows // blocks.rows, blocks.rows, cols))
+    return [piece for piece in (cut, views(lambda t: t[count:])) if piece.grad.numel()]

@@ -7,13 +7,14 @@ the whole state before any of it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgolf.optim.mesh import mesh_of
+from pgolf.optim.muon_settings import SQUARE, square_sizes
 
 TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
 TORCH_ADAMW = {"lr", "weight_decay", "betas", "eps", "amsgrad"}
@@ -50,11 +51,26 @@ def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
             )
         names = own.get("param_names") or range(len(own["params"]))
         for name, key, p in zip(names, group["params"], own["params"], strict=True):
-            _check_state(f"Muon: parameter {name} of group {i}", states.pop(key, {}), p, muon=muon)
+            what = f"Muon: parameter {name} of group {i}"
+            _check_state(what, states.pop(key, {}), p, {**own, **group})
     if states:
         raise ValueError(
             f"Muon: the saved state has entries {sorted(map(str, states))[:5]} that belong to no parameter"
         )
+
+
+def restore_squares(
+    state: MutableMapping[Any, Any], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Put the mean squares of NorMuon into `state`, which torch has loaded, in float32 as they were saved.
+
+    torch rounds all state to the dtype of its parameter.
+    """
+    for own, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for p, key in zip(own["params"], saved["params"], strict=True):
+            value = state_dict["state"].get(key, {}).get(SQUARE)
+            if value is not None:
+                state[p][SQUARE] = value.detach().to(p.device, torch.float32, copy=True)
 
 
 def _is_muon(group: Mapping[str, Any], i: int) -> bool:
@@ -87,17 +103,21 @@ def _is_muon(group: Mapping[str, Any], i: int) -> bool:
     return False
 
 
-def _check_state(what: str, state: Any, p: Tensor, *, muon: bool) -> None:
-    """Raise ValueError unless `state` is empty or has all entries of its kind, of the shape of `p`."""
+def _check_state(what: str, state: Any, p: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `state` is empty or has all entries of its kind, of the shapes for `p`."""
+    muon = group["use_muon"]
     wanted = MUON_STATE if muon else ADAMW_STATE
     found = set(state) if isinstance(state, Mapping) else {f"a {type(state).__name__}"}
-    if found and found != wanted:
+    # Mean squares that are missing start at 0, and those that the settings do not need stay unused.
+    if found and found - ({SQUARE} if muon else set()) != wanted:
         raise ValueError(
             f"{what}: the saved state has the entries {sorted(map(str, found))}, expected those of "
             f"{'Muon' if muon else 'AdamW'}: {sorted(wanted)}"
         )
     for name in found:
         value, shape = state[name], torch.Size() if name == "step" else p.shape
+        if name == SQUARE:
+            shape = torch.Size([sum(square_sizes(p.shape, group))])
         if name == "step" and not isinstance(value, Tensor):
             value = torch.tensor(float(value))
         fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()

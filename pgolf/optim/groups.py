@@ -7,9 +7,13 @@ parameters, called scalars, go to AdamW with theirs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
+
+from pgolf.config import ModelConfig
+from pgolf.errors import UserTypeError
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,33 @@ def split_parameters(model: nn.Module) -> Groups:
     )
     _check(groups, trained)
     return groups
+
+
+class Blocks(NamedTuple):
+    """Matrices of a bank that are iterated in blocks of rows."""
+
+    matrices: int
+    """The first so many of the bank."""
+    rows: int
+    """Of a block; divides those of a matrix."""
+
+
+def head_blocks(model: nn.Module, pairs: str) -> dict[str, Blocks]:
+    """Return what optim.muon.head_pairs asks for, by bank of `GPT`; nothing if it is off.
+
+    `qo_bank` has the projections to queries of all layers first, `kv_bank` those to keys.
+
+    Raises:
+        TypeError: the model has no `config` that says how many heads there are.
+    """
+    if pairs == "off":
+        return {}
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise UserTypeError(f"optim.muon.head_pairs={pairs} needs a GPT, got {type(model).__name__}")
+    rows = 2 * config.width // config.heads
+    found = {"qo_bank": Blocks(config.layers, rows)} if "q" in pairs else {}
+    return found | {"kv_bank": Blocks(config.layers * (2 if "v" in pairs else 1), rows)}
 
 
 def _check(groups: Groups, trained: dict[str, nn.Parameter]) -> None:

@@ -25,8 +25,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
-from pgolf.optim.bank_muon import lr_scale, row_normalize_
-from pgolf.optim.foreign import check_saved
+from pgolf.optim.foreign import check_saved, restore_squares
 from pgolf.optim.mesh import (
     Exchange,
     MeshRanks,
@@ -39,16 +38,19 @@ from pgolf.optim.mesh import (
 from pgolf.optim.muon_settings import (
     ADAM_EPS,
     SETTINGS,
+    SQUARE,
     boxes,
     check_group,
     check_numbers,
     check_options,
     matrices,
+    square_sizes,
     table_of,
 )
 from pgolf.optim.owners import owners
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
+from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, row_normalize_
 
 
 class Muon(Optimizer):
@@ -59,6 +61,9 @@ class Muon(Optimizer):
         O = newton_schulz(u)
         r = sqrt(max(1, m / n)) or 0.2 sqrt(max(m, n)) (match_rms_adamw)
         p <- p (1 - lr wd) - lr r O
+
+    With `normalize`, O is divided by the roots of its mean squares over time before (NorMuon); with
+    `cautious`, only weights that O moves towards 0 decay. See `pgolf.optim.update_rules` for both.
 
     Equals `torch.optim.Muon` with the same arguments except for two roundings: torch iterates in bfloat16,
     this class in bfloat16 on CUDA and in float32 on the CPU; and torch takes eps as the smallest norm, where
@@ -116,6 +121,8 @@ class Muon(Optimizer):
         adjust_lr_fn: str | None = None,
         *,
         row_normalize: bool = False,
+        normalize: float = 0.0,
+        cautious: bool = False,
         betas: tuple[float, float] = (0.9, 0.999),
         maximize: bool = False,
         foreach: bool | None = None,
@@ -139,6 +146,9 @@ class Muon(Optimizer):
             ns_steps: number of iterations, 1 to 10.
             adjust_lr_fn: how r is computed: None or "original" for sqrt(max(1, m / n)), or "match_rms_adamw".
             row_normalize: divide each row of u by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
+            normalize: decay per step of the mean squares of NorMuon (arXiv 2510.05491), in [0, 1); 0 = off.
+                Not for DTensors.
+            cautious: cautious weight decay (arXiv 2510.12402). It costs several more passes over weights.
             betas: decays of the two moments in AdamW groups.
             maximize: must be False.
             foreach: whether AdamW groups use multi-tensor operators; None means unless `fused`. Muon groups
@@ -179,6 +189,8 @@ class Muon(Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
             "row_normalize": row_normalize,
+            "normalize": normalize,
+            "cautious": cautious,
             "use_muon": True,
             "split_sizes": None,
             "num_heads": None,
@@ -239,6 +251,7 @@ class Muon(Optimizer):
                 if isinstance(state.get("step"), int | float):  # saved by torch before 1.12
                     state["step"] = _step_of(p, group) + state["step"]
                 state.update({k: place_like(value, p) for k, value in state.items() if k != "step"})
+        restore_squares(self.state, self.param_groups, state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -397,15 +410,25 @@ class Muon(Optimizer):
                     # Not p.detach(), which DTensor dispatches in Python.
                     bucket.parts.append(Part(ranks.layout(p), box, local(p).detach(), direction))
                 continue
-            pieces = (matrices(t, group) for t in (p.detach(), direction))
-            for target, piece in zip(*pieces, strict=True):
+            pieces, squares = (matrices(t, group) for t in (p.detach(), direction)), self._squares(p, group)
+            for i, (target, piece) in enumerate(zip(*pieces, strict=True)):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
                 if (bucket := found.get(key)) is None:
                     bucket = found[key] = _Bucket(group, table, (matrix.shape[0], matrix.shape[1]))
                 bucket.targets.append(target)
                 bucket.directions.append(matrix)
+                bucket.squares.extend(squares[i : i + 1])
         return list(found.values())
+
+    def _squares(self, p: Tensor, group: dict[str, Any]) -> list[Tensor]:
+        """Return the live mean squares of each matrix of a parameter; none without NorMuon."""
+        if not group["normalize"]:
+            return []
+        sizes = square_sizes(p.shape, group)
+        if SQUARE not in self.state[p]:
+            self.state[p][SQUARE] = torch.zeros(sum(sizes), device=p.device, dtype=torch.float32)
+        return list(self.state[p][SQUARE].split(sizes))
 
     def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
         return [local(t) for t in tensors] if self._distributed else tensors
@@ -471,6 +494,7 @@ class _Bucket:
     parts: list[Part] = field(default_factory=list)  # instead of targets and directions
     targets: list[Tensor] = field(default_factory=list)  # views of parameters, m * n elements each
     directions: list[Tensor] = field(default_factory=list)  # (m, n), input of the polar iteration
+    squares: list[Tensor] = field(default_factory=list)  # (max(m, n),) of each, with NorMuon
 
     @property
     def cost(self) -> int:
@@ -506,13 +530,28 @@ def _apply(bucket: _Bucket, targets: list[Tensor], updates: Sequence[Tensor]) ->
     lr = group["lr"].view(()) if live else float(group["lr"])
     match = group["adjust_lr_fn"] == "match_rms_adamw"
     ratio = 0.2 * math.sqrt(max(rows, cols)) if match else lr_scale(rows, cols)
-    torch._foreach_mul_(targets, 1 - lr * group["weight_decay"])
+    decay = lr * group["weight_decay"]
+    if bucket.squares:
+        updates = _normalized(bucket, updates)
     shaped = [u.view(t.shape) for u, t in zip(updates, targets, strict=True)]
+    if group["cautious"]:
+        for target, update in zip(targets, shaped, strict=True):
+            cautious_decay_(target, update, decay)
+    else:
+        torch._foreach_mul_(targets, 1 - decay)
     if live:
         wide = [u.to(t.dtype) for u, t in zip(shaped, targets, strict=True)]
         torch._foreach_sub_(targets, torch._foreach_mul(wide, lr * ratio))
     else:
         torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
+
+
+def _normalized(bucket: _Bucket, updates: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the updates divided by the roots of their mean squares, which are updated."""
+    whole, squares = torch.stack([u.view(bucket.shape) for u in updates]), torch.stack(bucket.squares)
+    normalize_update_(whole, squares, bucket.group["normalize"])
+    torch._foreach_copy_(bucket.squares, squares.unbind())
+    return whole.unbind()
 
 
 def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:

@@ -13,10 +13,12 @@ from torch import Tensor
 from pgolf.ops._compiler import constant_result
 from pgolf.optim.mesh import Box, check_placed, mesh_of
 from pgolf.optim.polar import Coefficients, check_converges, coefficients
+from pgolf.optim.update_rules import square_size
 
 ADJUST = (None, "original", "match_rms_adamw")
 HEADS_ALONG = ("rows", "columns")
 ADAM_EPS = 1e-8  # the default of torch.optim.AdamW; Muon's eps, 1e-7, is added to a norm instead
+SQUARE = "update_square"  # name of NorMuon's state
 MAX_STEPS = 10  # iterations that newton_schulz accepts
 SETTINGS = {
     "lr",
@@ -28,6 +30,8 @@ SETTINGS = {
     "ns_steps",
     "adjust_lr_fn",
     "row_normalize",
+    "normalize",
+    "cautious",
     "use_muon",
     "split_sizes",
     "num_heads",
@@ -62,6 +66,11 @@ def boxes(shape: Sequence[int], group: Mapping[str, Any]) -> list[Box]:
         for j in range(across)
         for start, end in itertools.pairwise(ends)
     ]
+
+
+def square_sizes(shape: Sequence[int], group: Mapping[str, Any]) -> list[int]:
+    """Return the number of mean squares of each matrix of a parameter of this shape, in order."""
+    return [square_size(*box.shape) for box in boxes(shape, group)]
 
 
 @constant_result  # would be traced for a minute
@@ -119,9 +128,11 @@ def check_group(group: dict[str, Any]) -> None:
         if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
             raise ValueError(f"Muon: betas must be two numbers in [0, 1), got {betas}")
         return
-    check_numbers({"momentum": group["momentum"]})
+    check_numbers({name: group[name] for name in ("momentum", "normalize")})
     if not 0 <= group["momentum"] <= 1:
         raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
+    if group["normalize"] >= 1:
+        raise ValueError(f"Muon: normalize must be in [0, 1), got {group['normalize']}")
     if group["adjust_lr_fn"] not in ADJUST:
         raise ValueError(f"Muon: adjust_lr_fn must be one of {ADJUST}, got {group['adjust_lr_fn']!r}")
     table_of(group["ns_coefficients"], group["ns_steps"])
@@ -145,6 +156,11 @@ def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
         )
     if mesh_of(p) is not None:
         check_placed(what, p)
+        if group["normalize"]:
+            raise ValueError(
+                f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
+                "use normalize=0"
+            )
     rows, cols = p.shape[1:] if p.dim() == 3 else p.shape[:2]
     heads, along, split_sizes = group["num_heads"], group["heads_along"], group["split_sizes"]
     if heads is not None and along == "columns" and p.dim() > 3:

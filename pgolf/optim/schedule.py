@@ -66,20 +66,38 @@ def ema_nesterov_shift(frac: float, config: OptimConfig) -> float:
     return config.ema_nesterov * lr_multiplier(frac, config) if inside else 0.0
 
 
-def muon_momentum(frac: float, config: MuonConfig) -> float:
+def muon_momentum(frac: float, config: MuonConfig, delta: float | None = None) -> float:
     """Return Muon's momentum.
 
     It is linear from momentum_start to momentum over momentum_warmup, then constant, then linear to
-    momentum_end over momentum_cooldown. Where the two overlap, the cool-down holds.
+    momentum_end over momentum_cooldown. Where the two overlap, the cool-down holds. With momentum_age,
+    momentum is 1 - 1 / (1 + age N) = age / (age + delta) instead: gradients in a sum with the decay mu have a
+    mean age of mu / (1 - mu) steps, and N = 1 / delta steps of the present length are a whole run.
+
+    Args:
+        delta: fraction of the run that the step before took; None (or 0) if it is not known, as in the first
+            step, where the momentum has no effect: then momentum itself.
     """
-    frac = _clamp(frac)
+    frac, momentum = _clamp(frac), config.momentum
+    if config.momentum_age and delta:
+        momentum = config.momentum_age / (config.momentum_age + delta)
     if config.momentum_cooldown and frac > 1 - config.momentum_cooldown:
         fall = (frac - 1 + config.momentum_cooldown) / config.momentum_cooldown
-        return config.momentum + (config.momentum_end - config.momentum) * fall
+        return momentum + (config.momentum_end - momentum) * fall
     if frac >= config.momentum_warmup:
-        return config.momentum
+        return momentum
     rise = frac / config.momentum_warmup
-    return config.momentum_start + (config.momentum - config.momentum_start) * rise
+    return config.momentum_start + (momentum - config.momentum_start) * rise
+
+
+def slow_decay(config: MuonConfig, delta: float | None) -> float:
+    """Return the decay of the slow average of the gradients: age / (age + delta), as in `muon_momentum`.
+
+    Args:
+        delta: fraction of the run that the step before took; None (or 0) if it is not known: then 1, which
+            leaves the average as it is.
+    """
+    return config.slow_age / (config.slow_age + delta) if delta else 1.0
 
 
 def loop_on(frac: float, config: OptimConfig) -> bool:

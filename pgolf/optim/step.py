@@ -30,8 +30,8 @@ from pgolf.optim.bank_muon import BankMuon, Shard
 from pgolf.optim.ema import Ema
 from pgolf.optim.ema_nesterov import EmaNesterov
 from pgolf.optim.flat import flat_views
-from pgolf.optim.groups import split_parameters
-from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum
+from pgolf.optim.groups import head_blocks, split_parameters
+from pgolf.optim.schedule import ema_nesterov_shift, lr_multipliers, muon_momentum, slow_decay
 
 
 class Optimizer:
@@ -66,7 +66,7 @@ class Optimizer:
                 of `step` captures the graph.
 
         Raises:
-            ValueError, TypeError: as in `split_parameters`.
+            ValueError, TypeError: as in `split_parameters` and `head_blocks`.
             ValueError: a parameter is on another device or has no average in `ema`, or the coefficient table
                 is unknown.
         """
@@ -81,7 +81,10 @@ class Optimizer:
         for name, p in self._params.items():
             p.grad = self._grads[name]
         averages = None if ema is None else ema.tensors
-        self._muon = BankMuon(banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages)
+        blocks = head_blocks(model, config.muon.head_pairs)
+        self._muon = BankMuon(
+            banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages, blocks=blocks
+        )
         adam = config.adam
         self._nesterov = EmaNesterov(self._params) if config.ema_nesterov else None
         self._embed, self._scalars = (
@@ -91,8 +94,8 @@ class Optimizer:
                 (groups.scalars, adam.scalar_weight_decay),
             )
         )
-        # The hyperparameters of a step, then the learning rates of embedding and scalars.
-        self._hyper = torch.zeros(HYPER + 2, device=dist.device)
+        # The hyperparameters of a step, the learning rates of embedding and scalars, Muon's slow decay.
+        self._hyper = torch.zeros(HYPER + 3, device=dist.device)
         self._corrections = torch.zeros(2, device=dist.device)
         self._counts = torch.zeros(CLIP_STATE, device=dist.device)
         self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
@@ -109,8 +112,8 @@ class Optimizer:
         Args:
             frac: fraction of the run, 0 to 1.
             ema_decay: decay of the averages in this step, as in `Ema.update`; None does not move them.
-            delta: fraction of the run that the step before took, for EMA-Nesterov's velocity; None does not
-                move it.
+            delta: fraction of the run that the step before took, for EMA-Nesterov's velocity, which None does
+                not move, and for momentum_age and slow_age.
 
         Raises:
             RuntimeError: a `Parameter.grad` was replaced (by `zero_grad(set_to_none=True)`, for example), so
@@ -118,7 +121,7 @@ class Optimizer:
             ValueError: `ema_decay` is outside [0, 1], or was given without `ema`.
         """
         self._check_attached()
-        self._set(frac, ema_decay)
+        self._set(frac, ema_decay, delta)
         before = self.skipped.clone() if self._nesterov is not None else None
         if self._graph is not None:
             self._graph.replay()
@@ -132,7 +135,7 @@ class Optimizer:
             done, shift = before - self.skipped + 1, ema_nesterov_shift(frac, self._config)
             self._nesterov.after_step(done, gamma=gamma, shift=shift)
 
-    def _set(self, frac: float, ema_decay: float | None) -> None:
+    def _set(self, frac: float, ema_decay: float | None, delta: float | None = None) -> None:
         """Send this step's numbers to the device.
 
         The source is unpinned memory, which CUDA copies before it returns, so it may be freed at once.
@@ -145,12 +148,13 @@ class Optimizer:
         muon, adam = config.muon, config.adam
         numbers = [
             factors.muon * muon.lr,
-            muon_momentum(frac, muon),
+            muon_momentum(frac, muon, delta),
             muon.weight_decay,
             1.0,  # grad_scale, which `_clip` computes on the device
             0.0 if ema_decay is None else 1 - ema_decay,
             factors.embed * adam.embed_lr,
             factors.scalar * adam.scalar_lr,
+            slow_decay(muon, delta),
         ]
         self._hyper.copy_(torch.tensor(numbers), non_blocking=True)
 
@@ -161,7 +165,7 @@ class Optimizer:
         for pending in waiting:
             pending.wait()
         self._clip()
-        self._muon.step(self._hyper[:HYPER], meanwhile=self._launch_rest)
+        self._muon.step(self._hyper[:HYPER], self._hyper[-1], meanwhile=self._launch_rest)
 
     def _launch_rest(self) -> None:
         """Queue the part of a step that neither reads nor writes the weights of the banks."""
@@ -237,8 +241,9 @@ class Optimizer:
 
         The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
         `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`;
-        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition.
-        This is a collective, because the momentum is gathered: every rank must call it, and one may save it.
+        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition; with NorMuon
+        `muon.square.<bank>` `(matrices, longer side)`; with slow_age `muon.slow.<bank>`, as the momentum.
+        This is a collective, because Muon's state is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
         state.update({key: t.clone() for key, t in self._replicated_state().items()})
@@ -252,7 +257,7 @@ class Optimizer:
         """
         own = self._replicated_state()
         expected = {key: t.shape for key, t in own.items()}
-        expected.update({f"muon.momentum.{name}": shape for name, shape in self._muon.shapes().items()})
+        expected.update({f"muon.{key}": shape for key, shape in self._muon.shapes().items()})
         if expected.keys() != state.keys():
             raise ValueError(
                 f"the optimizer state does not belong to this model: missing "
@@ -268,7 +273,7 @@ class Optimizer:
         self._muon.load({k.removeprefix("muon."): t for k, t in state.items() if k.startswith("muon.")})
 
     def live_state(self) -> tuple[dict[str, Tensor], dict[str, Shard]]:
-        """Return the live tensors of `state_dict`: those that every rank holds, and this rank's momentum.
+        """Return the live tensors of `state_dict`: those that every rank holds, and this rank's shards.
 
         A checkpoint reads them, each rank its own part. Nothing is copied or communicated. The names are
         those of `state_dict`.

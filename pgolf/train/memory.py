@@ -35,11 +35,12 @@ from typing import Protocol
 
 import torch
 
-from pgolf.config import Config, ModelConfig
+from pgolf.config import Config, ModelConfig, OptimConfig
 from pgolf.env import ranks_on_this_host
 from pgolf.errors import UserError
 from pgolf.model.gpt import layer_order, parameter_shapes
 from pgolf.ops._hopper import has_kernels
+from pgolf.optim.update_rules import square_size
 
 MARGIN = 1.1
 """This many times the estimate must be there: the estimate is right to about 10 %."""
@@ -170,7 +171,7 @@ def estimate_memory(
         weights=weights,
         gradients=weights,
         averages=averages,
-        optimizer=_optimizer(shapes, world_size, size) + 2 * weights * (config.optim.ema_nesterov > 0),
+        optimizer=_optimizer(shapes, world_size, size, config.optim),
         quantization=peak - sum(parts.values()),
         **parts,
     )
@@ -218,13 +219,18 @@ def _hessians(c: ModelConfig) -> tuple[int, int, int]:
     return c.layers * (3 * square + wide) + square, sum(stacks), max(c.layers * wide, 2 * c.layers * square)
 
 
-def _optimizer(shapes: dict[str, tuple[int, ...]], world_size: int, size: int) -> int:
-    """Return the bytes of Muon's and AdamW's state on one rank."""
-    share = size * sum(-(-shapes[n][0] // world_size) * prod(shapes[n][1:]) for n in BANKS)
+def _optimizer(shapes: dict[str, tuple[int, ...]], world_size: int, size: int, config: OptimConfig) -> int:
+    """Return the bytes of Muon's, AdamW's and EMA-Nesterov's state on one rank."""
+    counts = {name: -(-shapes[name][0] // world_size) for name in BANKS}
+    share = size * sum(count * prod(shapes[name][1:]) for name, count in counts.items())
+    squares = 4 * sum(count * square_size(*shapes[name][1:]) for name, count in counts.items())
     rest = sum(prod(shape) for name, shape in shapes.items() if name not in BANKS)
     # Momentum and update; with several ranks also the averaged gradients of this rank's matrices, and the
     # buffer through which the updates of all ranks are gathered.
-    return share * (2 if world_size == 1 else 3 + world_size) + 2 * 4 * rest
+    muon = share * (2 if world_size == 1 else 3 + world_size) + squares * (config.muon.normalize > 0)
+    muon += share // size * 4 * (config.muon.slow_age > 0)
+    ahead = 2 * 4 * sum(map(prod, shapes.values())) * (config.ema_nesterov > 0)
+    return muon + 2 * 4 * rest + ahead
 
 
 def available_memory(device: torch.device, *, root: Path = Path("/")) -> int:

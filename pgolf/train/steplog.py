@@ -92,12 +92,12 @@ class StepLog:
         """Go on with `row`, which an interrupted run left, and keep `result` up to date."""
         self._log, self._config, self._result = log, config, result
         self.row = row
-        self._last: tuple[Tick, bool] | None = None
+        self._last: tuple[Tick, bool, float | None] | None = None
         self._skipped_in_a_row = 0
 
-    def begun(self, tick: Tick, *, loop: bool) -> None:
-        """Note that step `tick` is queued."""
-        self._last = (tick, loop)
+    def begun(self, tick: Tick, *, loop: bool, delta: float | None) -> None:
+        """Note that step `tick` is queued; the step before took `delta` of the run, None = not known."""
+        self._last = (tick, loop, delta)
 
     def loss_arrived(self, after: Tick) -> None:
         """Print the line of the last step, whose loss and end are known now that the clock shows `after`.
@@ -107,7 +107,8 @@ class StepLog:
         """
         if self._last is None:
             return
-        (tick, loop), loss, seconds = self._last, after.last_loss, after.elapsed - self._last[0].elapsed
+        (tick, loop, delta), loss = self._last, after.last_loss
+        seconds = after.elapsed - tick.elapsed
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {tick.step} ({tick.elapsed:.1f} s); {ADVICE}")
         # From the end of one step's last forward pass to the end of the next one's, as the host saw them: a
@@ -123,7 +124,7 @@ class StepLog:
             "ms": 1000 * seconds,
             "frac": tick.frac,
             "lr": lr,
-            "momentum": muon_momentum(tick.frac, self._config.optim.muon),
+            "momentum": muon_momentum(tick.frac, self._config.optim.muon, delta),
             "loop": loop,
             "tokens": (tick.step + 1) * batch,
         }

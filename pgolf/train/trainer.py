@@ -235,12 +235,11 @@ class Trainer:
                 self._accumulate(self._mode(tick, loop, log), numbers)
                 with timer.span():
                     decay = self._decay(tick, frac, result.snapshots)
-                    optimizer.step(
-                        tick.frac, ema_decay=decay, delta=None if frac is None else tick.frac - frac
-                    )
+                    delta = None if frac is None else tick.frac - frac
+                    optimizer.step(tick.frac, ema_decay=decay, delta=delta)
                 # A step that the device skips, which the host learns later, counts as well.
                 result.snapshots += took_snapshot(tick.frac, self._origin.steps + tick.step, config.optim)
-                steps.begun(tick, loop=loop)
+                steps.begun(tick, loop=loop, delta=delta)
                 result.steps += 1
                 result.tokens += config.data.batch_tokens
                 frac = tick.frac

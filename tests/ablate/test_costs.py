@@ -80,6 +80,15 @@ def test_arms_that_differ_in_numbers_alone_do_the_same_work(tmp_path):
     without = replace(base, optim=replace(base.optim, ema_horizon=0.0))
     assert work_key(without) != work_key(base)
 
+    def key(**changes):
+        muon = replace(base.optim.muon, **changes)
+        return work_key(replace(base, optim=replace(base.optim, muon=muon)))
+
+    assert key(momentum_age=0.01) == work_key(base)
+    assert key(normalize=0.9) == key(normalize=0.95) != work_key(base) != key(cautious=True)
+    assert key(slow_age=0.01) == key(slow_age=0.02, slow_weight=0.3) != work_key(base)
+    assert len({key(head_pairs=pairs) for pairs in ("off", "qk", "kv", "qkv")}) == 4
+
 
 def test_measured_times_are_read_by_what_is_computed(tmp_path):
     plan = make_plan(tmp_path, arms=ARMS, costs={"steps": 2})

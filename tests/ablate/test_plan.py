@@ -101,6 +101,10 @@ PLANS = {
     "muon_rate_late": 16,
     "embed_warmup": 12,
     "late": 36,
+    "normuon": 54,
+    "cautious": 54,
+    "momentum_age": 90,
+    "head_pairs": 24,
 }
 
 

@@ -1,11 +1,12 @@
 """The program that each rank of the distributed tests runs; it writes its results and asserts nothing.
 
-rank_program.py FOLDER DEVICE: reads resume.safetensors and writes rank<r>.json and
-rank<r>.safetensors in FOLDER.
+rank_program.py FOLDER DEVICE: reads resume.safetensors and candidates.safetensors, and writes
+rank<r>.json and rank<r>.safetensors in FOLDER.
 """
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from pgolf.optim.step import Optimizer
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
+CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True, slow_age=0.2))
+"""With every setting that is off by default and has state or work of its own."""
 STEPS = 4
 RESUME_AT = 2
 
@@ -46,13 +49,13 @@ def accumulate(model, step, rank, world_size):
         p.grad += (shared + 5 * own * (rank - (world_size - 1) / 2)).to(p.device)
 
 
-def train(dist, first, last, state=None, broken=None):
+def train(dist, first, last, state=None, broken=None, config=CONFIG):
     """Run steps first to last - 1; return the parameters, the optimizer's state and the gradient norms.
 
     In step `broken` the last rank's gradient of one bank is not finite.
     """
     model = Toy().to(dist.device)
-    optimizer = Optimizer(model, CONFIG, dist)
+    optimizer = Optimizer(model, config, dist)
     if state is not None:
         model.load_state_dict(
             {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
@@ -65,7 +68,7 @@ def train(dist, first, last, state=None, broken=None):
         accumulate(model, step, dist.rank, dist.world_size)
         if step == broken and dist.rank == dist.world_size - 1:
             model.one.grad[0, 0, 0] = float("inf")
-        optimizer.step(step / STEPS)
+        optimizer.step(step / STEPS, delta=1 / STEPS)
         norms.append(optimizer.grad_norm.item())
     tensors = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
     tensors.update({f"optim.{k}": v for k, v in optimizer.state_dict().items()})
@@ -128,6 +131,9 @@ def main(folder, device):
     start, _ = train(dist, 0, 0)
     broken, _ = train(dist, 0, 1, broken=0)
     resumed, _ = train(dist, RESUME_AT, STEPS, load_file(folder / "resume.safetensors"))
+    candidates, _ = train(
+        dist, RESUME_AT, STEPS, load_file(folder / "candidates.safetensors"), config=CANDIDATES
+    )
     seen = {
         "norms": norms,
         "trained": message(dist.assert_replicas_equal, tensors),
@@ -143,6 +149,7 @@ def main(folder, device):
         "device": dist.device.type,
     }
     saved = tensors | {f"resumed.{k}": v for k, v in resumed.items()}
+    saved |= {f"candidates.{k}": v for k, v in candidates.items()}
     saved |= {f"start.{k}": v for k, v in start.items()} | {f"broken.{k}": v for k, v in broken.items()}
     save_file(saved, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))

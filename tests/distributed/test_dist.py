@@ -27,15 +27,24 @@ def alone():
     )
 
 
+@pytest.fixture(scope="module")
+def candidates():
+    """The same as `alone`, with the settings that are off by default."""
+    dist, config = Dist.start("cpu"), rank_program.CANDIDATES
+    steps = (rank_program.STEPS, rank_program.RESUME_AT)
+    return [rank_program.train(dist, 0, last, config=config)[0] for last in steps]
+
+
 @pytest.fixture(
     scope="module",
     params=[("cpu", 2), ("cpu", 4), pytest.param(("cuda", 2), marks=requires_two_gpus)],
     ids=str,
 )
-def ranks(request, alone, tmp_path_factory):
+def ranks(request, alone, candidates, tmp_path_factory):
     """The results of all ranks: a list of (json, tensors)."""
     folder, world = tmp_path_factory.mktemp("ranks"), request.param[1]
     save_file(alone[1][0], folder / "resume.safetensors")
+    save_file(candidates[1], folder / "candidates.safetensors")
     device = request.param[0]
     done = run_ranks(world, PROGRAM, str(folder), device, device=device, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -82,6 +91,11 @@ def test_one_rank_with_a_broken_gradient_makes_all_skip_the_step(ranks):
 
 def test_state_of_one_process_continues_on_many(ranks, alone):
     assert_like_alone(*ranks[0], alone[0][0], "resumed.")
+
+
+def test_settings_that_are_off_by_default_continue_on_many_ranks_too(ranks, candidates):
+    assert {"optim.muon.square.few", "optim.muon.slow.few"} <= candidates[0].keys()
+    assert_like_alone(*ranks[0], candidates[0], "candidates.")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -83,7 +83,7 @@ def optimizer_of(net):
     """Return an optimizer with one group of matrices and one of vectors."""
     named = list(net.named_parameters())
     groups = [
-        {"params": [(n, p) for n, p in named if p.dim() == 2]},
+        {"params": [(n, p) for n, p in named if p.dim() == 2], "cautious": True},
         {"params": [(n, p) for n, p in named if p.dim() != 2], "use_muon": False, "lr": 1e-3},
     ]
     return pgolf.optim.Muon(groups, lr=0.02)
@@ -212,6 +212,7 @@ def refused(mesh):
     return {
         "plain": message(second.step),
         "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
+        "normalize": message(lambda: pgolf.optim.Muon([rows], normalize=0.9)),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
         "placed": message(lambda: second.load_state_dict(first.state_dict())),
         "not placed": message(
@@ -258,6 +259,7 @@ REFUSED = {
     "deep": "ValueError: Muon: parameter 0 of shape .* sharded along dimension 2, .* dimension 0 or 1",
     "placed": "ValueError: .*momentum_buffer is a DTensor that is not placed like .*distributed.checkpoint",
     "not placed": r"ValueError: .*momentum_buffer is a DTensor that is not placed like .*full_tensor\(\)",
+    "normalize": r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
     "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
 }
 REFERENCES = {

@@ -29,8 +29,8 @@ def train_matrices(shapes, **sharing):
     params = [nn.Parameter(t) for t in tensors([*shapes, (4,)], 0)]
     matrices = params[:-1]
     groups = [
-        {"params": matrices[:4], "row_normalize": True},
-        {"params": matrices[4:5], "split_sizes": (5, 2, 2)},
+        {"params": matrices[:4], "row_normalize": True, "normalize": 0.9},
+        {"params": matrices[4:5], "split_sizes": (5, 2, 2), "normalize": 0.5, "cautious": True},
         {"params": matrices[5:], "ns_coefficients": "polar_express_golf", "ns_steps": 4},
         {"params": params[-1:], "use_muon": False},
     ]

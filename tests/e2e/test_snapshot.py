@@ -188,6 +188,26 @@ def test_velocities_are_part_of_the_state_that_goes_on(shards, tmp_path):
     assert "state that this run has no use for: optim.nesterov" in (off / "log.txt").read_text()
 
 
+def test_candidates_of_muon_go_on_bit_for_bit_and_join_a_trunk_without_them(shards, whole, tmp_path):
+    muon = ["--optim.muon.normalize=0.9", "--optim.muon.cautious", "--optim.muon.momentum-age=0.3"]
+    muon += ["--optim.muon.slow-age=0.2"]
+    uncut = train(tmp_path / "a", shards, *muon, SAVED)
+    last = ["--steps=6", "--train.snapshots=1.0"]
+    branch = train(tmp_path / "b", shards, *muon, f"--train.start={uncut}/snapshots/0.5", *last)
+    assert_same_state(uncut, branch)
+    assert same_rows(uncut, branch, 6)
+    shapes = {n: t.shape for n, t in state(uncut).items()}
+    for name in ("qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"):
+        count, *sides = shapes[f"optim.muon.momentum.{name}"]
+        assert shapes[f"optim.muon.square.{name}"] == (count, max(sides))
+        assert shapes[f"optim.muon.slow.{name}"] == (count, *sides)
+    # Halfway through the run, past the rise of the momentum.
+    row = read_metrics(branch / "metrics.jsonl")[3]
+    assert row["momentum"] == pytest.approx(0.3 / (0.3 + 1 / STEPS))
+    arm = train(tmp_path / "c", shards, *muon, f"--train.start={whole}/snapshots/0.5", "--steps=6")
+    assert re.search(r"starts at 0: optim\.muon\.slow\.", (arm / "log.txt").read_text())
+
+
 def test_weights_of_a_run_that_was_stopped_or_ends_early_are_not_those_ahead(shards, tmp_path):
     short = train(tmp_path, shards, *AHEAD, "--steps=6", "--train.until=0.5", "--train.snapshots=0.5")
     end, raw = state(short, "0.5"), load_weights(short / "raw.safetensors")[0]

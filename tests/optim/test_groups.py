@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from pgolf.optim.groups import split_parameters
+from pgolf.config import ModelConfig
+from pgolf.model.gpt import GPT
+from pgolf.optim.groups import head_blocks, split_parameters
 
 
 class Toy(nn.Module):
@@ -55,3 +57,25 @@ def test_split_rejects_models_without_names():
         TypeError, match=r"Linear.bank_names must be a tuple of parameter names, got NoneType"
     ):
         split_parameters(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("pairs", "expected"),
+    [
+        ("off", {}),
+        ("qk", {"qo_bank": (3, 16), "kv_bank": (3, 16)}),
+        ("kv", {"kv_bank": (6, 16)}),
+        ("qkv", {"qo_bank": (3, 16), "kv_bank": (6, 16)}),
+    ],
+)
+def test_pairs_of_heads_are_rows_of_the_projections_that_are_named(pairs, expected):
+    config = ModelConfig(
+        **{"vocab_size": 64, "layers": 3, "width": 48, "heads": 6, "kv_heads": 2, "rope_dims": 4},
+        **{"parallel_from": 2, "xsa_layers": 0, "recurrence_repeats": 0, "max_context": 32},
+    )
+    model = GPT(config)
+    assert head_blocks(model, pairs) == expected
+    assert (model.qo_bank.shape, model.kv_bank.shape) == ((6, 48, 48), (6, 16, 48))
+    if expected:
+        with pytest.raises(TypeError, match=rf"optim\.muon\.head_pairs={pairs} needs a GPT, got Toy"):
+            head_blocks(Toy(), pairs)

@@ -44,6 +44,7 @@ def reference(starts, grads, momentum=0.95, nesterov=True, table=(JORDAN,) * 5, 
     for start, steps in zip(starts, grads, strict=True):
         matrices = [m.double().clone() for m in pieces(start, split_sizes)]
         buffers = [torch.zeros_like(m) for m in matrices]
+        squares, b = [0.0] * len(matrices), options.get("normalize")
         for grad in steps:
             for i, g in enumerate(pieces(grad.double(), split_sizes)):
                 buffers[i] = momentum * buffers[i] + (1 - momentum) * g
@@ -52,7 +53,13 @@ def reference(starts, grads, momentum=0.95, nesterov=True, table=(JORDAN,) * 5, 
                     u = u / u.norm(dim=1, keepdim=True)
                 rows, cols = u.shape
                 ratio = 0.2 * max(rows, cols) ** 0.5 if adjust else max(1, rows / cols) ** 0.5
-                matrices[i] = matrices[i] * (1 - LR * DECAY) - LR * ratio * newton_schulz_ref(u, table)
+                o = newton_schulz_ref(u, table)
+                if b:
+                    along = 1 if rows >= cols else 0
+                    squares[i] = b * squares[i] + (1 - b) * o.square().mean(dim=along, keepdim=True)
+                    o = o / squares[i].sqrt() * (o.norm() / (o / squares[i].sqrt()).norm())
+                decays = DECAY * (matrices[i] * o > 0) if options.get("cautious") else DECAY
+                matrices[i] = matrices[i] * (1 - LR * decays) - LR * ratio * o
         ends.append(matrices)
     return ends
 
@@ -94,6 +101,8 @@ TABLE = [(2.0, -1.5, 0.5), *polar_express(1e-2, 3)]
         ({"adjust_lr_fn": "original"}, {}),
         ({"adjust_lr_fn": "match_rms_adamw"}, {"adjust": True}),
         ({"row_normalize": True}, {"row_normalize": True}),
+        ({"normalize": 0.9}, {"normalize": 0.9}),
+        ({"cautious": True}, {"cautious": True}),
         ({"ns_steps": 3}, {"table": (JORDAN,) * 3}),
         ({"ns_coefficients": (2, -1.5, 0.5)}, {"table": [(2, -1.5, 0.5)] * 5}),
         ({"ns_coefficients": [[2, -1.5, 0.5]] * 3, "ns_steps": 3}, {"table": [(2, -1.5, 0.5)] * 3}),
@@ -127,6 +136,8 @@ def test_eps_is_added_to_the_norm():
         ([(9, 5), (9, 4)], {"split_sizes": (5, 2, 2)}),
         ([(2, 9, 5)], {"split_sizes": (5, 4)}),
         ([(9, 2, 3, 3)], {"split_sizes": [4, 5]}),
+        ([(3, 9, 5), (9, 4)], {"split_sizes": [3, 6], "normalize": 0.9, "cautious": True}),
+        ([(6, 3, 3, 2), (4, 18), (4, 18)], {"normalize": 0.9, "cautious": True}),
     ],
     ids=str,
 )
@@ -141,7 +152,8 @@ def test_channels_last_convolutions_equal_the_reference():
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_shapes_at_once_equal_the_reference_on_each_device(device):
     shapes = [*SHAPES, (3, 5, 12), (6, 3, 3, 2)]
-    assert_steps_like_reference(shapes, settings={"row_normalize": True}, row_normalize=True, device=device)
+    options = {"row_normalize": True, "normalize": 0.9, "cautious": True}
+    assert_steps_like_reference(shapes, settings=options, device=device, **options)
 
 
 class Net(nn.Module):

@@ -21,6 +21,8 @@ def parameters(shapes, dtype=torch.float32):
         ({"lr": torch.ones(2)}, r"tensor lr must have one element, got shape \(2,\)"),
         ({"weight_decay": -0.1}, r"weight_decay must be >= 0, got -0\.1"),
         ({"momentum": 1.5}, r"momentum must be in \[0, 1\], got 1\.5"),
+        ({"normalize": 1.0}, r"normalize must be in \[0, 1\), got 1\.0"),
+        ({"normalize": -0.5}, r"normalize must be >= 0, got -0\.5"),
         ({"eps": -1e-7}, r"eps must be >= 0, got -1e-07"),
         ({"ns_steps": 0}, r"ns_steps must be in \[1, 10\], got 0"),
         ({"ns_steps": 11}, r"ns_steps must be in \[1, 10\], got 11"),

@@ -133,6 +133,13 @@ def damage(saved, how):
             ValueError,
             r"has the entries \['extra', 'momentum_buffer'\]",
         ),
+        (
+            muon,
+            lambda s, g: s.update(update_square=torch.zeros(3)),
+            ValueError,
+            r"saved update_square is \(3,\) torch\.float32, expected floats of shape \(4,\)",
+        ),
+        (muon, lambda s, g: g.update(normalize=1.5), ValueError, r"normalize must be in \[0, 1\), got 1\.5"),
         (muon, lambda s, g: g.update(lr=float("nan")), ValueError, "lr must be >= 0, got nan"),
         (muon, lambda s, g: g.update(lr=torch.ones(2)), ValueError, r"tensor lr must have one element"),
         (muon, lambda s, g: g.update(ns_steps=99), ValueError, r"ns_steps must be in \[1, 10\]"),
@@ -192,6 +199,46 @@ def continues(make_first, make_second, shapes=((4, 3), (5,))):
             assert torch.equal(value, other) and (value.dtype, value.device) == (other.dtype, other.device), (
                 key
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_mean_squares_of_the_update_go_on_in_float32(dtype):
+    def make(params, **settings):
+        for p in params:
+            p.data = p.data.to(dtype)
+            p.grad = None if p.grad is None else p.grad.to(dtype)
+        groups = [{"params": params[:1], "split_sizes": (2, 5)}, {"params": params[1:]}]
+        return pgolf.optim.Muon(groups, lr=0.02, cautious=True, **settings)
+
+    shapes = ((3, 7, 4), (4, 9))
+    params = parameters(shapes)
+    first = make(params, normalize=0.9)
+    others = parameters(shapes)
+    second = make(others)
+    for step in range(4):
+        if step == 2:
+            for p, q in zip(params, others, strict=True):
+                q.data.copy_(p.data)
+            second.load_state_dict(copy.deepcopy(first.state_dict()))
+        for p, q, grad in zip(params, others, parameters(shapes, seed=20 + step), strict=True):
+            p.grad, q.grad = grad.detach().to(dtype), grad.detach().to(dtype)
+        first.step()
+        second.step()
+    for p, q, size in zip(params, others, (3 * (4 + 5), 9), strict=True):
+        mine, other = first.state[p]["update_square"], second.state[q]["update_square"]
+        assert mine.shape == (size,) and mine.dtype == other.dtype == torch.float32
+        assert torch.equal(mine, other) and torch.equal(p, q) and mine.min() > 0
+
+
+def test_a_state_without_mean_squares_loads_and_they_start_at_0():
+    params, first = stepped(torch.optim.Muon)
+    (p,) = params
+    second = muon(params, normalize=0.9)
+    second.load_state_dict(first.state_dict())
+    assert second.param_groups[0]["normalize"] == 0.9 and second.state[p].keys() == {"momentum_buffer"}
+    second.step()
+    assert second.state[p]["update_square"].shape == (4,)
+    torch.optim.Muon(params).load_state_dict(second.state_dict())
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"capturable": True}], ids=str)

@@ -14,6 +14,7 @@ from pgolf.optim.schedule import (
     lr_multiplier,
     lr_multipliers,
     muon_momentum,
+    slow_decay,
     swa_decay,
     took_snapshot,
 )
@@ -194,6 +195,32 @@ def test_only_the_rate_of_the_banks_has_a_late_factor(frac, factor):
     assert found == pytest.approx((factor * plain, plain, plain), abs=1e-12)
     never = lr_multipliers(frac, OptimConfig(muon=MuonConfig(late_lr=0.7, late_from=1.0)))
     assert never.muon == plain
+
+
+@pytest.mark.parametrize("steps", [10, 2425, 4931])
+def test_momentum_by_age_remembers_the_same_fraction_of_any_run(steps):
+    """Gradients k steps old have the weight mu^k: their mean age is the setting, whatever the steps."""
+    config = MuonConfig(momentum_age=0.0065, momentum_warmup=0.0)
+    mu = muon_momentum(0.5, config, 1 / steps)
+    weights = [mu**k for k in range(4000)]
+    mean = sum(k * w for k, w in enumerate(weights)) / sum(weights)
+    assert mean / steps == pytest.approx(0.0065, rel=1e-6)
+    assert muon_momentum(0.5, config) == muon_momentum(0.5, config, 0.0) == 0.97
+    assert muon_momentum(0.5, MuonConfig(), 1 / steps) == 0.97
+
+
+def test_the_decay_of_the_slow_average_has_its_mean_age():
+    config = MuonConfig(slow_age=0.02)
+    assert slow_decay(config, 0.001) == pytest.approx(20 / 21)  # a mean age of 20 steps of a thousandth
+    assert slow_decay(config, None) == slow_decay(config, 0.0) == 1.0
+    assert slow_decay(MuonConfig(), 0.001) == 0.0
+
+
+def test_momentum_by_age_takes_the_place_of_momentum_in_its_schedule():
+    config = MuonConfig(momentum_age=0.03, momentum_cooldown=0.2, momentum_end=0.5)
+    assert muon_momentum(0.5, config, 0.01) == 0.75
+    assert muon_momentum(0.15, config, 0.01) == pytest.approx((0.92 + 0.75) / 2)
+    assert muon_momentum(0.9, config, 0.01) == pytest.approx((0.75 + 0.5) / 2)
 
 
 @pytest.mark.parametrize(("frac", "expected"), [(0.15, 0.945), (0.92, 0.97), (0.965, 0.935), (1.0, 0.9)])

@@ -159,6 +159,22 @@ def test_averages_and_rounded_copies_count():
     assert estimate_memory(swa, **CPU).averages == plain.averages > 0
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_state_of_the_optimizer_counts(world_size):
+    config = config_of("tiny", 2048, quantize=False)
+    shapes = {n: p.shape for n, p in GPT(config.model).named_parameters()}
+    squares = sum(4 * -(-b // world_size) * max(m, n) for b, m, n in (shapes[n] for n in memory.BANKS))
+    slow = sum(4 * -(-b // world_size) * m * n for b, m, n in (shapes[n] for n in memory.BANKS))
+    plain = estimate_memory(config, **CPU | {"world_size": world_size}).optimizer
+    for changes, more in (
+        ({"muon": replace(config.optim.muon, normalize=0.9)}, squares),
+        ({"muon": replace(config.optim.muon, slow_age=0.01)}, slow),
+        ({"ema_nesterov": 0.5}, 2 * 4 * sum(shape.numel() for shape in shapes.values())),
+    ):
+        changed = replace(config, optim=replace(config.optim, **changes))
+        assert estimate_memory(changed, **CPU | {"world_size": world_size}).optimizer == plain + more
+
+
 PROGRAM = """
 import sys
 import torch
