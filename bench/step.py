@@ -166,7 +166,7 @@ class Timed:
     warm_up: float
 
 
-def run_for(step: Callable[[], None], seconds: float) -> None:
+def run_for(step: Callable[[], object], seconds: float) -> None:
     """Run passes back to back for some seconds."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -175,7 +175,7 @@ def run_for(step: Callable[[], None], seconds: float) -> None:
         torch.cuda.synchronize()
 
 
-def time_step(step: Callable[[], None], device: torch.device, *, settle: float, seconds: float) -> Timed:
+def time_step(step: Callable[[], object], device: torch.device, *, settle: float, seconds: float) -> Timed:
     """Compile, let the clock settle, and time passes that follow each other without a gap."""
     began = time.perf_counter()
     for _ in range(3):
@@ -198,6 +198,18 @@ def time_step(step: Callable[[], None], device: torch.device, *, settle: float, 
     ms = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     joules = None if meter.joules is None else meter.joules / len(ms)
     return Timed(ms, joules, meter.sm_mhz, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+
+
+def record_settled(
+    recorder: Recorder, case: str, metric: str, calls: dict[str, Callable[[], object]], *, seconds: float
+) -> None:
+    """Time each call as `time_step` does, and record `metric`, which begins with "ms", and joules."""
+    for name, call in calls.items():
+        result = time_step(call, recorder.device, settle=seconds, seconds=seconds)
+        recorder.add(case, name, metric, Sample.of(result.ms), "ms")
+        if result.joules is not None:
+            joules = Sample(result.joules, 0.0, len(result.ms))
+            recorder.add(case, name, metric.replace("ms", "joules"), joules, "J")
 
 
 def profile(step: Callable[[], None], passes: int) -> list[Kernel]:
