@@ -12,8 +12,8 @@ namespace pgolf {
 inline constexpr int kMixWarps = 8;
 inline constexpr int kMixThreads = kMixWarps * 32;
 inline constexpr int kMixWarpColumns = 32 * kVector;
-static_assert(kMixMostWidth % kMixWarpColumns == 0 && kMixMostWidth / kMixWarpColumns <= kMixWarps,
-              "a block holds a token");
+inline constexpr int kMixMostWarps = kMixMostWidth / kMixWarpColumns;  // that hold a token
+static_assert(kMixMostWidth % kMixWarpColumns == 0 && kMixMostWarps <= kMixWarps, "a block holds a token");
 
 // Warps that hold a token, a power of two, so that it divides the warps of a block.
 PGOLF_HOST_DEVICE inline int mix_warps(int64_t width) {
@@ -109,7 +109,10 @@ struct MixRowSums {
     PGOLF_UNROLL
     for (int k = 0; k < Values; ++k) {
       value[k] = 0.0f;
-      for (int i = 0; i < place.warps; ++i) value[k] += staged[turn][k][place.token * place.warps + i];
+      PGOLF_UNROLL
+      for (int i = 0; i < kMixMostWarps; ++i) {
+        if (i < place.warps) value[k] += staged[turn][k][place.token * place.warps + i];
+      }
     }
   }
 };
@@ -139,6 +142,7 @@ __global__ void __launch_bounds__(kMixThreads, Sums == 1 ? 3 : 2)
   PGOLF_UNROLL
   for (int i = 0; i < Streams; ++i) sources[i] = args.streams[i];
   const int64_t tokens = mix_tokens(width), step = gridDim.x * tokens;
+  [[maybe_unused]] const float share = 1.0f / static_cast<float>(width);
   MixRow<Streams> next;
   next.load(sources, place, blockIdx.x * tokens + place.token, rows, width);
   int turn = 0;
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(kMixThreads, Sums == 1 ? 3 : 2)
       float square[1] = {dot8(y[Sums - 1], y[Sums - 1])}, n[kVector];
       row_sums.add(square, place, turn);
       turn = 1 - turn;
-      const float rho = rsqrtf(square[0] / static_cast<float>(width) + args.eps);
+      const float rho = rsqrtf(square[0] * share + args.eps);
       PGOLF_UNROLL
       for (int l = 0; l < kVector; ++l) n[l] = rho * y[Sums - 1][l];
       store_mix(args.norm, n, place, row, rows, width);
@@ -210,6 +214,7 @@ __global__ void __launch_bounds__(kMixThreads, Sums == 1 && Streams < 4 ? 2 : 1)
   if constexpr (Norm) sources[Streams + Sums] = args.grad_norm;
   float dc[Sums * Streams][kVector] = {};
   const int64_t tokens = mix_tokens(width), step = gridDim.x * tokens;
+  [[maybe_unused]] const float share = 1.0f / static_cast<float>(width);
   MixRow<kTensors> next;
   next.load(sources, place, blockIdx.x * tokens + place.token, rows, width);
   int turn = 0;
@@ -234,8 +239,8 @@ __global__ void __launch_bounds__(kMixThreads, Sums == 1 && Streams < 4 ? 2 : 1)
       float sums[2] = {dot8(y, y), dot8(dn, y)};
       row_sums.add(sums, place, turn);
       turn = 1 - turn;
-      const float rho = rsqrtf(sums[0] / static_cast<float>(width) + args.eps);
-      const float rate = rho * rho * (rho * (sums[1] / static_cast<float>(width)));
+      const float rho = rsqrtf(sums[0] * share + args.eps);
+      const float rate = rho * rho * (rho * (sums[1] * share));
       PGOLF_UNROLL
       for (int l = 0; l < kVector; ++l) g[kLast][l] += rho * dn[l] - rate * y[l];
     }
