@@ -14,9 +14,9 @@ another kernel would read y, dn and the gradient of the residual and write g_las
 again: five passes over a `(T, D)` tensor in place of two.
 
 Such passes of a block of the model around its mix, forward + backward, counted from what the scheduler of
-torch.compile 2.13 fuses (`bench/results/20261130_mix-passes.txt`) and from these kernels. A matrix product is
-in neither. Two passes of each backward with kernels add the gradient of the head gate, which reads a few
-columns of n, to dn; three of the last line add both gradients of the lane.
+torch.compile 2.11 and 2.13 fuse (`bench/results/20261130_mix-passes.txt`) and from these kernels. A matrix
+product is in neither. Two passes of each backward with kernels add the gradient of the head gate, which
+reads a few columns of n, to dn; three of the last line add both gradients of the lane.
 
     what                                              torch.compile   kernels
     (x, x0) -> u, n(u)                                       4 + 13     4 + 8
