@@ -13,7 +13,7 @@ reads anyway for dc. The norm is part of the operator because of the backward pa
 another kernel would read y, dn and the gradient of the residual and write g_last, which the mix would read
 again: five passes over a `(T, D)` tensor in place of two.
 
-Such passes of a block of the model around its mix, forward + backward, counted from what the scheduler of
+Such passes of a block of the model around its mix, forward + backward, counted from what the schedulers of
 torch.compile 2.11 and 2.13 fuse (`bench/results/20261130_mix-passes.txt`) and from these kernels. A matrix
 product is in neither. Two passes of each backward with kernels add the gradient of the head gate, which
 reads a few columns of n, to dn; three of the last line add both gradients of the lane.
