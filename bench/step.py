@@ -123,7 +123,7 @@ FAMILIES = (
     ("attention", r"flash|fmha|attention|Flash"),
     ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
-    ("norms_and_mixes", r"triton_"),
+    ("norms_and_mixes", r"triton_|pgolf::mix_"),
     ("mlp", r"pgolf::.*(UpEpilogue|DactEpilogue|norm_mlp|rho_kernel)"),
     ("pgolf", r"pgolf::"),
 )
@@ -285,6 +285,9 @@ def main() -> None:
     parser.add_argument(
         "--mlp", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the MLP"
     )
+    parser.add_argument(
+        "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -300,11 +303,12 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    for form, attention, mlp in itertools.product(args.compile, args.attention, args.mlp):
-        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp)
+    for form, attention, mlp, mix in itertools.product(args.compile, args.attention, args.mlp, args.mix):
+        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp, mix=mix)
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
-        measure(recorder, model, work, impl if mlp == "auto" else f"{impl}, {mlp} mlp", args)
+        impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
+        measure(recorder, model, work, impl, args)
         gc.collect()
         torch._dynamo.reset()
     if model is not None and not args.no_tail:
