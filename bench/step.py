@@ -123,7 +123,7 @@ FAMILIES = (
     ("attention", r"flash|fmha|attention|Flash"),
     ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
-    ("norms_and_mixes", r"triton_"),
+    ("norms_and_mixes", r"triton_|pgolf::mix_"),
     ("mlp", r"pgolf::.*(UpEpilogue|DactEpilogue|norm_mlp|rho_kernel)"),
     ("pgolf", r"pgolf::"),
 )
@@ -166,7 +166,7 @@ class Timed:
     warm_up: float
 
 
-def run_for(step: Callable[[], None], seconds: float) -> None:
+def run_for(step: Callable[[], object], seconds: float) -> None:
     """Run passes back to back for some seconds."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -175,7 +175,7 @@ def run_for(step: Callable[[], None], seconds: float) -> None:
         torch.cuda.synchronize()
 
 
-def time_step(step: Callable[[], None], device: torch.device, *, settle: float, seconds: float) -> Timed:
+def time_step(step: Callable[[], object], device: torch.device, *, settle: float, seconds: float) -> Timed:
     """Compile, let the clock settle, and time passes that follow each other without a gap."""
     began = time.perf_counter()
     for _ in range(3):
@@ -198,6 +198,18 @@ def time_step(step: Callable[[], None], device: torch.device, *, settle: float, 
     ms = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     joules = None if meter.joules is None else meter.joules / len(ms)
     return Timed(ms, joules, meter.sm_mhz, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+
+
+def record_settled(
+    recorder: Recorder, case: str, metric: str, calls: dict[str, Callable[[], object]], *, seconds: float
+) -> None:
+    """Time each call as `time_step` does, and record `metric`, which begins with "ms", and joules."""
+    for name, call in calls.items():
+        result = time_step(call, recorder.device, settle=seconds, seconds=seconds)
+        recorder.add(case, name, metric, Sample.of(result.ms), "ms")
+        if result.joules is not None:
+            joules = Sample(result.joules, 0.0, len(result.ms))
+            recorder.add(case, name, metric.replace("ms", "joules"), joules, "J")
 
 
 def profile(step: Callable[[], None], passes: int) -> list[Kernel]:
@@ -273,6 +285,9 @@ def main() -> None:
     parser.add_argument(
         "--mlp", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the MLP"
     )
+    parser.add_argument(
+        "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -288,11 +303,12 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    for form, attention, mlp in itertools.product(args.compile, args.attention, args.mlp):
-        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp)
+    for form, attention, mlp, mix in itertools.product(args.compile, args.attention, args.mlp, args.mix):
+        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp, mix=mix)
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
-        measure(recorder, model, work, impl if mlp == "auto" else f"{impl}, {mlp} mlp", args)
+        impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
+        measure(recorder, model, work, impl, args)
         gc.collect()
         torch._dynamo.reset()
     if model is not None and not args.no_tail:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.ce_peers import find, working
-from bench.common import Recorder, Sample, only, parser, peak_mib, time_launched, torch_name
-from bench.step import time_step
+from bench.common import Recorder, only, parser, peak_mib, time_launched, torch_name
+from bench.step import record_settled
 from pgolf.ops import norm_mlp, norm_mlp_ref
 
 SLOPE = 0.5
@@ -94,18 +94,7 @@ def measure(recorder: Recorder, case: str, args: argparse.Namespace) -> None:
             for name, sample in time_launched(timed, device, repeats=args.repeats).items():
                 recorder.add(case, name, metric, sample, "ms")
             continue
-        for name, call in timed.items():
-            seconds = 0.5 if args.quick else args.seconds
-            result = time_step(call, device, settle=seconds, seconds=seconds)
-            recorder.add(case, name, metric, Sample.of(result.ms), "ms")
-            if result.joules is not None:
-                recorder.add(
-                    case,
-                    name,
-                    metric.replace("ms", "joules"),
-                    Sample(result.joules, 0.0, len(result.ms)),
-                    "J",
-                )
+        record_settled(recorder, case, metric, timed, seconds=0.5 if args.quick else args.seconds)
 
 
 def main() -> None:

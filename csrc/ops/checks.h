@@ -106,6 +106,23 @@ T* mutable_pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
+// As kernels with 16-byte loads read it: rows without gaps, at a multiple of 16 bytes.
+inline Tensor prepared(const Tensor& tensor) {
+  const Tensor dense = torch::stable::contiguous(tensor);
+  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
+}
+
+// That a tensor is as the operator needs it, on the device of its first one.
+inline void check_tensor(const char* op, const char* name, const Tensor& tensor, Sizes sizes, ScalarType type,
+                         const Tensor& first) {
+  PGOLF_CHECK_VALUE(same(tensor.sizes(), sizes), op, ": ", name, " must be ", sizes, ", got ",
+                    tensor.sizes());
+  PGOLF_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " must be ", type, ", got ",
+                   tensor.scalar_type());
+  PGOLF_CHECK_VALUE(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(),
+                    " as the first tensor is, got ", tensor.device());
+}
+
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
 
 // Calls an operator by name, all arguments in the order of its schema: what the stable ABI has no function

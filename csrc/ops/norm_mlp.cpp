@@ -16,22 +16,6 @@ constexpr auto kInt = ScalarType::Int;
 // Of float32, as the model's norm has it for every dtype.
 constexpr float kEps = 1.1920929e-7f;
 
-// As the kernels read it: rows without gaps, at a multiple of 16 bytes.
-Tensor prepared(const Tensor& tensor) {
-  const Tensor dense = torch::stable::contiguous(tensor);
-  return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
-}
-
-void check_tensor(const char* op, const char* name, const Tensor& tensor, Sizes sizes, ScalarType type,
-                  const Tensor& first) {
-  PGOLF_CHECK_VALUE(same(tensor.sizes(), sizes), op, ": ", name, " must be ", sizes, ", got ",
-                    tensor.sizes());
-  PGOLF_CHECK_TYPE(tensor.scalar_type() == type, op, ": ", name, " must be ", type, ", got ",
-                   tensor.scalar_type());
-  PGOLF_CHECK_VALUE(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(),
-                    " as the first tensor is, got ", tensor.device());
-}
-
 // Of rows (rows, width) and a matrix (hidden, width).
 NormMlpShape make_shape(const char* op, const Tensor& rows, const Tensor& matrix, double slope) {
   PGOLF_CHECK_VALUE(rows.dim() == 2 && matrix.dim() == 2, op, ": the first two must be matrices, got ",

@@ -7,12 +7,15 @@ self-attention #478, sparse head gate #1787, dense gate #1736, output gate #1667
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MixKernel = Callable[..., tuple[Tensor, ...]]
+"""`stream_mix`."""
 EPS = torch.finfo(torch.float32).eps
 SMALLEST_SQUARE = 1e-24
 """Smallest |v|^2 by which `exclude_self` divides (as in F.normalize): a value of zeros removes nothing."""
@@ -116,13 +119,77 @@ def mix_streams(x: Tensor, skip: Skip | None, x0: Tensor, mix: Tensor | None) ->
     """
     if skip is None:
         return x, x if mix is None else mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
-    keep, add = torch.ones_like(skip.weight), skip.weight
-    if skip.gate is not None:
-        keep = torch.sigmoid(skip.gate)
-        add = (1 - keep) * skip.weight
+    keep, add = _skip_factors(skip)
 
     def joined(k: Tensor, a: Tensor) -> Tensor:
         return k.to(x.dtype) * x + a.to(x.dtype) * skip.saved
 
     y = joined(keep, add)
     return y, y if mix is None else joined(mix[0] * keep, mix[0] * add) + mix[1].to(x.dtype) * x0
+
+
+def _skip_factors(skip: Skip) -> tuple[Tensor, Tensor]:
+    """Return k and a of `mix_streams`."""
+    if skip.gate is None:
+        return torch.ones_like(skip.weight), skip.weight
+    keep = torch.sigmoid(skip.gate)
+    return keep, (1 - keep) * skip.weight
+
+
+def mix_and_norm(
+    kernel: MixKernel | None, x: Tensor, skip: Skip | None, x0: Tensor, mix: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return u of `mix_streams` and its RMS norm.
+
+    Args:
+        kernel: `stream_mix`; None: torch's operators, which the compiler fuses.
+        x, skip, x0, mix: as in `mix_streams`.
+    """
+    if kernel is None or mix is None:
+        _, u = mix_streams(x, skip, x0, mix)
+        return u, rms_norm(u)
+    if skip is None:
+        u, n = kernel((x, x0), mix[None], last="both")
+        return u, n
+    keep, add = _skip_factors(skip)
+    factors = torch.stack((mix[0] * keep, mix[0] * add, mix[1]))
+    u, n = kernel((x, skip.saved, x0), factors[None], last="both")
+    return u, n
+
+
+def mix_lane(
+    kernel: MixKernel | None, lane: Tensor, skip: Skip | None, x0: Tensor, mix: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return y of `mix_streams` and the RMS norm of its u; arguments as in `mix_and_norm`."""
+    if kernel is None or mix is None:
+        y, u = mix_streams(lane, skip, x0, mix)
+        return y, rms_norm(u)
+    if skip is None:
+        (n,) = kernel((lane, x0), mix[None], last="norm")
+        return lane, n
+    keep, add = _skip_factors(skip)
+    rows = (keep, add, torch.zeros_like(add)), (mix[0] * keep, mix[0] * add, mix[1])
+    y, n = kernel((lane, skip.saved, x0), torch.stack([torch.stack(row) for row in rows]), last="norm")
+    return y, n
+
+
+def update_lanes(
+    kernel: MixKernel | None, lanes: tuple[Tensor, Tensor], a: Tensor, m: Tensor, post: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return both lanes, lane_l <- r_l * lane_l + P[0, l] * a + P[1, l] * m.
+
+    Args:
+        kernel: as in `mix_and_norm`.
+        lanes, a, m: `(T, D)` each; output of the attention and of the MLP.
+        post: `(2, 2)`, P.
+        keep: `(2,)`, r.
+    """
+    lane0, lane1 = lanes
+    if kernel is None:
+        return (
+            keep[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
+            keep[1] * lane1 + post[0, 1] * a + post[1, 1] * m,
+        )
+    factors = torch.cat((torch.diag(keep), post.T), dim=1)  # (2, 4)
+    lane0, lane1 = kernel((lane0, lane1, a, m), factors[:, :, None].expand(-1, -1, a.shape[1]))
+    return lane0, lane1

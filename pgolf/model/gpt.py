@@ -26,7 +26,7 @@ from pgolf.model.attention import (
     select_attention,
 )
 from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embeddings
-from pgolf.model.gates import Skip, mix_streams, rms_norm
+from pgolf.model.gates import MixKernel, Skip, mix_and_norm, mix_lane, rms_norm, update_lanes
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
 from pgolf.model.parameters import initial_parameters
@@ -34,13 +34,14 @@ from pgolf.model.parameters import layer_order as layer_order
 from pgolf.model.parameters import parameter_shapes as parameter_shapes
 from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
-from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref
+from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref, stream_mix
 from pgolf.ops._compiler import room_for_graphs
 
 Observe = Callable[[str, int, Tensor], None]
 MlpKernel = Callable[..., Tensor]
 """`norm_mlp` or its reference."""
 MlpName = Literal["auto", "composed"]
+MixName = Literal["auto", "composed"]
 Rounding = Callable[[str, Tensor], Tensor]
 """Takes the name of a bank and the bank, returns what a forward pass uses instead, see `fake_quant.py`."""
 
@@ -123,10 +124,11 @@ class Context(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The functions that compute the two branches of a block, chosen by `GPT.prepare`."""
+    """The functions that compute the branches of a block and what is between, chosen by `GPT.prepare`."""
 
     attention: AttentionKernel
     mlp: MlpKernel
+    mix: MixKernel | None
 
 
 Tap = Callable[[str, Tensor], None] | None
@@ -135,14 +137,13 @@ Tap = Callable[[str, Tensor], None] | None
 def attend(
     config: ModelConfig,
     kernel: AttentionKernel,
-    u: Tensor,
+    n: Tensor,
     w: LayerWeights,
     ctx: Context,
     exclusive: bool,
     tap: Tap,
 ) -> Tensor:
-    """Return the scaled attention `(T, D)` of a layer on its mixed input `u` `(T, D)`."""
-    n = rms_norm(u)
+    """Return the scaled attention `(T, D)` of a layer on its mixed and normed input `n` `(T, D)`."""
     lora = None
     if w.lora is not None:
         extra, bypass = w.lora.attention(n * w.scales.ln)
@@ -194,8 +195,8 @@ def serial_block(
 
     The MLP comes after the attention, or, if `joint`, both read the same mixed input.
     """
-    _, u = mix_streams(x, skip, ctx.x0, w.mix)
-    x = u + attend(config, kernels.attention, u, w, ctx, exclusive, tap)
+    u, n = mix_and_norm(kernels.mix, x, skip, ctx.x0, w.mix)
+    x = u + attend(config, kernels.attention, n, w, ctx, exclusive, tap)
     return feed_forward(config, kernels.mlp, u if joint else x, x, w, tap)
 
 
@@ -214,15 +215,11 @@ def parallel_block(
     lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp; the skip joins lane 0 before.
     """
     lane0, lane1 = lanes
-    lane0, u = mix_streams(lane0, skip, ctx.x0, w.mix)
-    a = attend(config, kernels.attention, u, w, ctx, exclusive, tap)
+    lane0, n = mix_lane(kernels.mix, lane0, skip, ctx.x0, w.mix)
+    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
     m = feed_forward(config, kernels.mlp, lane1, None, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None
-    post, keep = w.lane_post, w.lane_resid
-    return (
-        keep[0] * lane0 + post[0, 0] * a + post[1, 0] * m,
-        keep[1] * lane1 + post[0, 1] * a + post[1, 1] * m,
-    )
+    return update_lanes(kernels.mix, (lane0, lane1), a, m, w.lane_post, w.lane_resid)
 
 
 def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
@@ -271,6 +268,7 @@ class GPT(nn.Module):
         self.compute_dtype = torch.float32
         self._attention: AttentionKernel | None = None
         self._mlp: MlpKernel = norm_mlp
+        self._mix: MixKernel | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
@@ -293,6 +291,7 @@ class GPT(nn.Module):
         compile: Literal["off", "blocks", "model"] = "off",
         backend: str = "inductor",
         mlp: MlpName = "auto",
+        mix: MixName = "composed",
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
 
@@ -306,6 +305,8 @@ class GPT(nn.Module):
             backend: backend of torch.compile.
             mlp: "auto" computes the MLP with `norm_mlp`, which has kernels for Hopper GPUs; "composed" uses
                 torch's operators everywhere, for a comparison.
+            mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, whose CUDA
+                kernels have not been measured in the model.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -314,6 +315,7 @@ class GPT(nn.Module):
             attention, device, heads=c.heads, kv_heads=c.kv_heads, head_dim=c.head_dim
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
+        self._mix = stream_mix if mix == "auto" else None
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         self.compiled = compile != "off" and self.attention_name != "sdpa"
         if compile != "off":
@@ -532,7 +534,7 @@ class GPT(nn.Module):
         if self._attention is None:
             self.prepare(self.tok_emb.device)
         assert self._attention is not None
-        return Kernels(self._attention, self._mlp)
+        return Kernels(self._attention, self._mlp, self._mix)
 
     def _run_serial(
         self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None

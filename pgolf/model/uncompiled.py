@@ -30,6 +30,6 @@ def uncompiled(
     twin.load_state_dict({n: t.clone() for n, t in weights.items()} if own else weights, assign=True)
     twin.requires_grad_(False).eval()
     twin.prepare(model.tok_emb.device, attention=model.attention_name)
-    twin._attention, twin._mlp = kernel or twin._attention, model._mlp
+    twin._attention, twin._mlp, twin._mix = kernel or twin._attention, model._mlp, model._mix
     twin.compute_dtype = model.compute_dtype
     return twin

@@ -41,6 +41,7 @@ from pgolf.ops.newton_schulz import (
 from pgolf.ops.norm_mlp import norm_mlp, norm_mlp_ref
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
+from pgolf.ops.stream_mix import stream_mix, stream_mix_ref
 from pgolf.ops.trellis import trellis_round, trellis_round_ref, trellis_values, trellis_values_ref
 
 __all__ = [
@@ -80,6 +81,8 @@ __all__ = [
     "softcap_ce_ref",
     "square_sums",
     "square_sums_ref",
+    "stream_mix",
+    "stream_mix_ref",
     "trellis_round",
     "trellis_round_ref",
     "trellis_values",

@@ -39,6 +39,8 @@ OPERATORS = (
     "norm_mlp_up",
     "norm_mlp_dact",
     "norm_mlp_sum",
+    "stream_mix",
+    "stream_mix_backward",
     "pack_int6",
     "unpack_int6",
     "quantize_pack",

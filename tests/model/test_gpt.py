@@ -9,7 +9,7 @@ import torch
 from pgolf.config import ModelConfig
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes, skip_count
 from pgolf.presets import naive, pr549, pr1855, tiny
-from tests.conftest import requires_hopper
+from tests.conftest import requires_gpu, requires_hopper
 from tests.model import reference
 
 BOS = 1
@@ -238,6 +238,58 @@ def test_the_kernels_of_the_mlp_are_no_less_exact_than_composed_operators(change
     for name, truth in want.items():
         error, bound = (float((found[name] - truth).norm()) for found in (ours, composed))
         assert error <= 2 * bound, name
+
+
+FORMS_OF_MIXES = [{}, {"skip": "weighted"}, {"skip": "none"}, {"parallel": "gptj"}, {"resid_mix": False}]
+
+
+def passed(model: GPT, loop: bool) -> dict[str, torch.Tensor]:
+    """The losses of three documents and all gradients, by name."""
+    device = model.tok_emb.device
+    ids, cu = (t.to(device) for t in packed([11, 1, 12], model.config.vocab_size))
+    losses = model(ids, ids.roll(-1), cu, max_seqlen=24, loop=loop)
+    losses.mean().backward()
+    return {
+        "losses": losses.detach(),
+        **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("change", FORMS_OF_MIXES, ids=label)
+def test_mixes_by_the_operator_change_nothing_but_roundings_of_the_lanes(change, loop):
+    config = replace(small(), **change)
+    composed, ours = (
+        passed(randomized(config).prepare(torch.device("cpu"), mix=mix), loop) for mix in ("composed", "auto")
+    )
+    assert composed.keys() == ours.keys()
+    for name, value in composed.items():
+        # The gradient of a scalar is a sum over tokens, then columns, in place of one over both.
+        exact = name not in ("lane_post", "lane_resid")
+        assert (
+            torch.equal(ours[name], value)
+            if exact
+            else torch.allclose(ours[name], value, rtol=1e-5, atol=1e-7)
+        )
+
+
+@requires_gpu
+@pytest.mark.parametrize("compile", ["off", "blocks"])
+@pytest.mark.parametrize("change", FORMS_OF_MIXES, ids=label)
+def test_the_kernels_of_the_mixes_are_no_less_exact_than_composed_operators(change, compile):
+    torch._dynamo.reset()
+    config = replace(small(), **change)
+    want = passed(randomized(config).prepare(torch.device("cpu")), True)
+    cuda = {"attention": "varlen", "compile": compile}
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours = passed(randomized(config).prepare(torch.device("cuda"), mix="auto", **cuda), True)
+    names = [event.key for event in profile.key_averages()]
+    assert "pgolf::stream_mix" in names and "pgolf::stream_mix_backward" in names
+    composed = passed(randomized(config).prepare(torch.device("cuda"), **cuda), True)
+    for name, truth in want.items():
+        error, bound = (float((found[name].cpu() - truth).norm()) for found in (ours, composed))
+        # The errors of few numbers differ by chance.
+        assert error <= 2 * bound or (truth.numel() < 100 and name != "losses"), name
 
 
 def test_ignored_targets_cost_nothing():
