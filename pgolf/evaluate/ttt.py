@@ -305,10 +305,14 @@ class Adapted:
         self._leaves = self._state.leaves(count, inputs.lane)
         adapters = bind(self._leaves, model.config, model.compute_dtype, scale=config.alpha / config.rank)
         hidden, table = model.hidden(
-            inputs.ids, inputs.cu_seqlens, max_seqlen=width, loop=True, adapters=adapters
+            inputs.ids,
+            inputs.cu_seqlens,
+            max_seqlen=width,
+            loop=True,
+            adapters=adapters,
+            asked=inputs.asked,
         )
-        last = hidden.view(count, width, -1)[:, width - inputs.asked :].flatten(0, 1)
-        return AdaptedHead(last, table, model.config.softcap, self._caps, adapters)
+        return AdaptedHead(hidden, table, model.config.softcap, self._caps, adapters)
 
     def learn(self, lesson: Lesson) -> None:
         """Take one step on the mean loss of the chunk, for each document that goes on."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pgolf.config import PLACES, ModelConfig
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import evaluating
@@ -16,6 +17,7 @@ from pgolf.model.adapted import compile_adapted
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import adapter_shapes, bind
 from pgolf.model.uncompiled import uncompiled
+from pgolf.presets import PRESETS
 from tests.conftest import requires_gpu
 from tests.evaluate.legal_helpers import (
     BOS,
@@ -48,26 +50,56 @@ def masked_attention(q, k, v, cu_seqlens, max_seqlen):
     return F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
 
-def some_adapters(model: GPT) -> dict[str, torch.Tensor]:
+def some_adapters(model: GPT, places=PLACES) -> dict[str, torch.Tensor]:
     rng = torch.Generator().manual_seed(0)
     slots = sum(map(len, layer_order(model.config, loop=True)))
-    shapes = adapter_shapes(model.config, slots, RANK)
+    shapes = adapter_shapes(model.config, slots, RANK, places)
     return {n: torch.randn(9, *s, generator=rng) / 8 for n, s in shapes.items()}
 
 
-def run(model: GPT, documents: int, width: int) -> list[torch.Tensor]:
-    """The losses and the gradients of all adapters."""
-    leaves = {n: t[:documents].clone().requires_grad_() for n, t in some_adapters(model).items()}
+def run(
+    model: GPT, documents: int, width: int, asked: int = 0, *, whole: bool = False, places=PLACES
+) -> list[torch.Tensor]:
+    """The losses of the last tokens of each document, half of them by default, and all adapters' gradients.
+
+    With `whole`, the model gives the states of all tokens, and the others are dropped afterwards.
+    """
+    asked = asked or width // 2
+    leaves = {n: t[:documents].clone().requires_grad_() for n, t in some_adapters(model, places).items()}
     rng = torch.Generator().manual_seed(100 * documents + width)
     ids = torch.randint(2, VOCAB, (documents * width,), generator=rng)
     starts = torch.arange(0, ids.numel() + 1, width, dtype=torch.int32)
     adapters = bind(leaves, model.config, torch.float32, scale=2.0)
-    hidden, table = model.hidden(ids, starts, max_seqlen=width, loop=True, adapters=adapters)
-    nats = AdaptedHead(hidden, table, 30.0, adapters=adapters).nats(ids.roll(-1))
+    given = {"max_seqlen": width, "loop": True, "adapters": adapters, "asked": 0 if whole else asked}
+    hidden, table = model.hidden(ids, starts, **given)
+    if whole:
+        hidden = hidden.view(documents, width, -1)[:, -asked:].flatten(0, 1)
+    targets = ids.roll(-1).view(documents, width)[:, -asked:].flatten()
+    nats = AdaptedHead(hidden, table, 30.0, adapters=adapters).nats(targets)
     if not torch.is_grad_enabled():
         return [nats]
-    loss = nats.view(documents, width)[:, width // 2 :].mean(dim=1).sum()
+    loss = nats.view(documents, asked).mean(dim=1).sum()
     return [nats.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def small_like(preset: str) -> ModelConfig:
+    """The network of a preset, with all its parts, in few and small layers."""
+    c = PRESETS[preset]().model
+    sizes = {"vocab_size": VOCAB, "width": 32, "heads": 4, "kv_heads": 2, "max_context": CONTEXT}
+    parts = {"bigram_buckets": min(c.bigram_buckets, 16), "bigram_width": 8, "value_embed_width": 8}
+    return replace(c, **sizes, **parts, rope_dims=4)
+
+
+# Two lanes; another gate; one stream with parallel branches; value embeddings; none of these.
+@pytest.mark.parametrize("preset", ["pr1855", "pr1874", "pr1493", "pr549", "naive"])
+@pytest.mark.parametrize("places", [PLACES, ("k", "o")])
+def test_the_layer_that_runs_last_skips_the_other_tokens_exactly(preset, places):
+    model = small_model(shape=small_like(preset))
+    found, want = (run(model, 3, 21, 5, places=places, whole=whole) for whole in (False, True))
+    for got, all_rows in zip(found, want, strict=True):
+        torch.testing.assert_close(got, all_rows, atol=2e-6, rtol=2e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model, 3, 7, 7), run(model, 3, 7, 7, whole=True), atol=1e-6, rtol=0)
 
 
 @pytest.mark.slow
