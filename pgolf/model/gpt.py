@@ -461,6 +461,8 @@ class GPT(nn.Module):
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
             else:
+                # A view in every layer, because the first one's is, and views need graphs of their own.
+                lanes = lanes[0], lanes[1].view(x.shape)
                 lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
         return self._join(*lanes)
 
