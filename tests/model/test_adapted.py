@@ -35,7 +35,7 @@ from tests.evaluate.legal_helpers import (
 
 RANK = 3
 TINY = small_config(layers=7, xsa_layers=7, parallel_from=4, recurrence_repeats=0)
-"""Three serial layers without a skip, then one with a skip on one lane, two on two lanes, and the last one."""
+"""Three serial layers without a skip, one with a skip on one lane, two on two lanes, and the last one."""
 FEW = small_config(xsa_layers=4, parallel_from=2, recurrence_repeats=0)
 """Two serial layers, one on two lanes, and the last one: two graphs."""
 SIZES = [(5, 8), (5, 16), (3, 16), (9, 32), (2, 20), (1, 20), (7, 8)]
