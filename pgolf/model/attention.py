@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.env import launch
+from pgolf.env import keep_kernels, launch
 from pgolf.errors import RunError
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.rope import rotate
@@ -82,6 +82,7 @@ def find_fa4() -> Peer:
     """Look for flash-attn-4 and check the arguments of its functions; `found` of the result is the kernel."""
 
     def load() -> AttentionKernel:
+        keep_kernels()
         from pgolf.model.fa4 import fa4_attention
 
         return fa4_attention
