@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[Method, EvaluateConfig]] = {
     "causal_slot": ("causal_slot", EvaluateConfig()),
     "slot": ("slot", EvaluateConfig()),
     "ttt": ("ttt", EvaluateConfig()),
+    "ttt_chunk_gradient": ("ttt", EvaluateConfig(adapters=replace(TTT, gradient="chunk"))),
     "ttt_tilt": ("ttt", EvaluateConfig(tilt=TILT)),
     "ttt_members2": ("ttt", EvaluateConfig(adapters=replace(TTT, members=2))),
     "ttt_members3": ("ttt", EvaluateConfig(adapters=replace(TTT, members=3))),

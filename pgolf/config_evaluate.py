@@ -54,6 +54,10 @@ class TttConfig:
     warm_a: bool = False
     """Keep the matrices A from one batch of documents to the next, as PR #1767 does; the scores then depend
     on other documents, and on the number of ranks."""
+    gradient: Literal["window", "chunk"] = "window"
+    """window: the exact gradient of a chunk's loss, which runs through the whole window. chunk: keys and
+    values of the tokens before the chunk are constants for it, an approximation of what is learned; given the
+    adapters, scores are the same."""
     batch_tokens: int = 65_536
     """Tokens per forward and backward pass over all documents; changes speed and memory, not the score."""
     batch_documents: int = 128

@@ -226,6 +226,10 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.slow_weight": 0.56,
         },
     ),
+    Change(
+        "505f894",
+        {"evaluate.adapters.gradient": "window", "evaluate.phases.adapters.gradient": "window"},
+    ),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

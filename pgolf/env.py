@@ -174,6 +174,14 @@ def settle_threads() -> None:
         _SETTLED.add("OMP_NUM_THREADS")
 
 
+def keep_kernels() -> None:
+    """Let flash-attn-4 keep its compiled kernels on disk for later processes; call it before it is imported.
+
+    It keeps them apart by its version, and only if this variable is set; a user's value stays.
+    """
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+
 def threads_note(threads: int) -> str:
     """Return a sentence for the log of a run: threads, usable cores, and how threads wait.
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Predictor, Question, Turn
 from pgolf.model.adapted import compile_adapted
+from pgolf.model.chunk_gradient import ChunkGradient
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import bind, initial_adapters
 from pgolf.model.uncompiled import uncompiled
@@ -105,7 +106,8 @@ STEP_COST = 8192
 COMPILE_COST = 7e7
 """Cost of a rank's batches from which on compiling is worth its time. On an H200 `pr1855` compiled for 85 s
 and then took 0.56 of the eager time, which is 3.3 s per million, so the times are equal at 5.9e7; the
-project's validation text has 4.6e7 with the default settings."""
+project's validation text has 4.6e7 with the default settings. That was with nine graphs and nothing on disk:
+four graphs, or graphs that torch has kept on disk, take less time, which was not measured on a GPU."""
 
 
 def step_cost(documents: int, width: int) -> float:
@@ -276,7 +278,8 @@ class Adapted:
         config: settings.
         documents: largest number of documents per batch.
         caps: `(2,)` caps of the logits above and below 0, None for those of the model; they may change.
-        compiled: compile the blocks and the optimizer, see `compile_adapted`.
+        compiled: compile the optimizer and, unless config.gradient is "chunk", the blocks, see
+            `compile_adapted`.
     """
 
     def __init__(
@@ -288,7 +291,9 @@ class Adapted:
         caps: Tensor | None = None,
         compiled: bool = False,
     ) -> None:
-        if compiled:  # of the same weights, so that others may use the model as it is
+        self._chunk_gradient = ChunkGradient(model) if config.gradient == "chunk" else None
+        if compiled and self._chunk_gradient is None:
+            # Of the same weights, so that others may use the model as it is.
             model = compile_adapted(uncompiled(model, context=model.config.max_context))
         self._model, self._config, self._caps = model, config, caps
         self._state = AdapterState(model, config, documents, compiled=compiled)
@@ -304,11 +309,12 @@ class Adapted:
         count = inputs.ids.numel() // width
         self._leaves = self._state.leaves(count, inputs.lane)
         adapters = bind(self._leaves, model.config, model.compute_dtype, scale=config.alpha / config.rank)
-        hidden, table = model.hidden(
-            inputs.ids, inputs.cu_seqlens, max_seqlen=width, loop=True, adapters=adapters
-        )
-        last = hidden.view(count, width, -1)[:, width - inputs.asked :].flatten(0, 1)
-        return AdaptedHead(last, table, model.config.softcap, self._caps, adapters)
+        what: dict[str, Any] = {"max_seqlen": width, "adapters": adapters, "asked": inputs.asked}
+        if self._chunk_gradient is not None and inputs.asked < width and torch.is_grad_enabled():
+            hidden, table = self._chunk_gradient.hidden(inputs.ids, inputs.cu_seqlens, **what)
+        else:
+            hidden, table = model.hidden(inputs.ids, inputs.cu_seqlens, loop=True, **what)
+        return AdaptedHead(hidden, table, model.config.softcap, self._caps, adapters)
 
     def learn(self, lesson: Lesson) -> None:
         """Take one step on the mean loss of the chunk, for each document that goes on."""

@@ -3,9 +3,11 @@
 Test-time training reads a batch chunk by chunk: windows grow and documents end, so that hardly two passes
 have the same number of documents N and of tokens T (400 pairs in the project's validation text). A graph for
 each would take hours, padding to a few sizes a third of the work. So N and T are symbols in the graphs here,
-and all other sizes are constants, as in training; one graph of each kind of block serves all passes. Passes
-of one document are not compiled, since a size of 1 cannot be a symbol, and few are; nor are passes without
-gradients, which would need graphs of their own.
+and all other sizes are constants, as in training; one graph of each kind of block serves all passes.
+
+A graph takes longer to compile than some work takes without it, so that work is not compiled: embeddings and
+the join of the lanes; passes of one document (a size of 1 cannot be a symbol, and few are); passes without
+gradients; and the layer that runs last, where most tokens only need keys and values.
 """
 
 from __future__ import annotations
@@ -17,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.model.embed import stem, value_embeddings
 from pgolf.model.gates import Skip
-from pgolf.model.gpt import GPT, Context, LayerWeights, join_lanes, parallel_block, serial_block
+from pgolf.model.gpt import GPT, Context, LayerWeights, parallel_block, serial_block
 from pgolf.ops._compiler import room_for_graphs
 
 
@@ -34,9 +35,6 @@ def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
     jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     model._serial = _with_symbols(serial_block, jit)
     model._parallel = _with_symbols(parallel_block, jit)
-    model._stem = _of_tokens(stem, jit, (0, 2))
-    model._value_embeddings = _of_tokens(value_embeddings, jit, (0,))
-    model._join = _of_tokens(join_lanes, jit, (0, 1))
     return model
 
 
@@ -44,21 +42,6 @@ def _mark(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.mark_dynamic(tensor, 0)
-
-
-def _of_tokens(
-    function: Callable[..., Any], jit: Callable[..., Any], places: tuple[int, ...]
-) -> Callable[..., Any]:
-    """Compile a function some of whose arguments, at these places, are `(T, ...)`."""
-    compiled = jit(function)
-
-    def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args)
-        _mark(*(args[place] for place in places))
-        return compiled(*args)
-
-    return run
 
 
 def _with_symbols(block: Callable[..., Any], jit: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,8 +52,12 @@ def _with_symbols(block: Callable[..., Any], jit: Callable[..., Any]) -> Callabl
         config: Any, kernels: Any, x: Any, skip: Skip | None, w: LayerWeights, ctx: Context, *rest: Any
     ) -> Any:
         adapters = [] if w.lora is None else [t for t in w.lora if isinstance(t, Tensor)]
-        if not (torch.is_grad_enabled() and adapters and adapters[0].shape[0] > 1):
+        several = bool(adapters) and adapters[0].shape[0] > 1
+        if ctx.asked is not None or not several or not torch.is_grad_enabled():
             return block(config, kernels, x, skip, w, ctx, *rest)
+        if isinstance(x, Tensor) and not x.requires_grad:
+            # The first layer's, whose gradient nobody needs. With one it shares the graph of later layers.
+            x = x.detach().requires_grad_()
         lanes = x if isinstance(x, tuple) else (x,)
         _mark(*lanes, None if skip is None else skip.saved, *adapters)
         _mark(ctx.x0, *ctx.rope, ctx.cu_seqlens, ctx.values)

@@ -2,7 +2,8 @@
 
 There are three implementations of the function `kernel(q, k, v, cu_seqlens, max_seqlen)`, of which
 `select_attention` chooses one when a model is prepared. No token attends across a segment boundary.
-Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `S` segments, `D` width.
+Legend: `T` tokens, `R` of them whose output is wanted, `H` query heads, `G` kv heads, `K` head dim, `S`
+segments, `D` width.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.env import launch
+from pgolf.env import keep_kernels, launch
 from pgolf.errors import RunError
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.rope import rotate
@@ -81,6 +82,7 @@ def find_fa4() -> Peer:
     """Look for flash-attn-4 and check the arguments of its functions; `found` of the result is the kernel."""
 
     def load() -> AttentionKernel:
+        keep_kernels()
         from pgolf.model.fa4 import fa4_attention
 
         return fa4_attention
@@ -193,6 +195,43 @@ class AttentionWeights(NamedTuple):
     value_scale: Tensor | None  # (), factor on the value embeddings; None if the layer has none
 
 
+class Asked(NamedTuple):
+    """The last tokens of each of N segments of one length, `(R,)` in all: only their outputs are wanted."""
+
+    cu_seqlens: Tensor  # (N + 1,) int32 starts of the segments, then T
+    rope: tuple[Tensor, Tensor]  # (R, 1, dims / 2) each: the rows of these tokens
+
+    @classmethod
+    def last(cls, count: int, width: int, cu_seqlens: Tensor, rope: tuple[Tensor, Tensor]) -> Asked:
+        """Return the last `count` tokens of segments that have `width` tokens each."""
+        cos, sin = (t.view(-1, width, *t.shape[1:])[:, width - count :].flatten(0, 1) for t in rope)
+        return cls(cu_seqlens, (cos, sin))
+
+    @property
+    def each(self) -> int:
+        """Tokens of each segment that are asked for."""
+        return self.rope[0].shape[0] // (self.cu_seqlens.shape[0] - 1)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return their rows `(R, ...)` of `x` `(T, ...)`."""
+        segments = self._segments(x)
+        return segments[:, segments.shape[1] - self.each :].flatten(0, 1)
+
+    def padded(self, x: Tensor, tokens: int) -> Tensor:
+        """Return `(T, H, K)`, the rows `x` `(R, H, K)` at their places and zeros at the others."""
+        segments = self._segments(x)
+        before = tokens // segments.shape[0] - self.each
+        return F.pad(segments, (0, 0, 0, 0, before, 0)).flatten(0, 1)
+
+    def _segments(self, x: Tensor) -> Tensor:
+        return x.view(self.cu_seqlens.shape[0] - 1, -1, *x.shape[1:])
+
+
+def asked_rows(x: Tensor, asked: Asked | None) -> Tensor:
+    """Return the rows of `x` whose outputs are wanted; None: all."""
+    return x if asked is None else asked.rows(x)
+
+
 def attention_branch(
     config: ModelConfig,
     kernel: AttentionKernel,
@@ -202,11 +241,12 @@ def attention_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: tuple[Tensor | None, Tensor | None] | None = None,
+    lora: tuple[Tensor | None, ...] = (None,) * 4,
     values: Tensor | None = None,
+    asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
-    """Return the attention output `(T, D)` for the normed input `n` `(T, D)`.
+    """Return the attention output `(T, D)` for the normed input `n` `(T, D)`; with `asked`, `(R, D)` of it.
 
     The steps are those of PR #1855: QK-norm, learned gain on q and partial RoPE (in either order, the result
     is the same), causal attention within each segment, exclusive self-attention, head gate, output
@@ -215,33 +255,40 @@ def attention_branch(
     Args:
         kernel: attention kernel.
         exclusive: whether this layer uses exclusive self-attention.
-        rope: cosines and sines, `(T, 1, R / 2)` each.
+        rope: cosines and sines, `(T, 1, dims / 2)` each.
         cu_seqlens: as in `sdpa_attention`.
-        lora: what adapters add to q, k and v, `(T, D + 2 * G * K)`, and to the output, `(T, D)`; None where
-            there are none.
+        lora: what adapters add to q, k, v and the output, see `LayerLora.attention`; None where there are
+            none.
         values: value embeddings `(T, G * K)`; layers with a `value_scale` add them to v.
+        asked: the tokens whose output is wanted; the others only need keys and values.
         observe: called with ("attn_out", input of the output projection).
     """
-    qkv = F.linear(n, weights.qkv)
-    if lora is not None and lora[0] is not None:
-        qkv = qkv + lora[0]
+    widths = [config.width, config.kv_width, config.kv_width]
+    if asked is None:
+        q, k, v = torch.split(F.linear(n, weights.qkv), widths, dim=-1)
+    else:
+        q = F.linear(asked.rows(n), weights.qkv[: widths[0]])
+        k, v = torch.split(F.linear(n, weights.qkv[widths[0] :]), widths[1:], dim=-1)
     q, k, v = (
-        part.view(n.shape[0], -1, config.head_dim)
-        for part in torch.split(qkv, [config.width, config.kv_width, config.kv_width], dim=-1)
+        (part if extra is None else part + extra).view(part.shape[0], -1, config.head_dim)
+        for part, extra in zip((q, k, v), lora[:3], strict=True)
     )
     if weights.value_scale is not None:
         assert values is not None
         v = v + weights.value_scale * values.view(v.shape)
-    q = rotate(rms_norm(q) * weights.q_gain[:, None], *rope)
+    q = rotate(rms_norm(q) * weights.q_gain[:, None], *(rope if asked is None else asked.rope))
     k = rotate(rms_norm(k), *rope)
-    y = kernel(q, k, v, cu_seqlens, config.max_context)
+    if asked is not None:
+        q = asked.padded(q, n.shape[0])  # the kernels take as many queries as keys
+    y = asked_rows(kernel(q, k, v, cu_seqlens, config.max_context), asked)
     if exclusive:
-        y = exclude_self(y, v)
+        y = exclude_self(y, asked_rows(v, asked))
     if config.head_gate != "none":
         assert weights.gate is not None
-        y = y * head_gate(config.head_gate, n, weights.gate, scale=config.sparse_gate_scale)
+        gate_input = asked_rows(n, asked)
+        y = y * head_gate(config.head_gate, gate_input, weights.gate, scale=config.sparse_gate_scale)
     y = y.flatten(1)
     if observe is not None:
         observe("attn_out", y)
     out = F.linear(y, weights.out)
-    return out if lora is None or lora[1] is None else out + lora[1]
+    return out if lora[3] is None else out + lora[3]

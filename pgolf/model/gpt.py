@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from pgolf.config import ModelConfig
 from pgolf.errors import UserError
 from pgolf.model.attention import (
+    Asked,
     AttentionKernel,
     AttentionName,
     AttentionWeights,
+    asked_rows,
     attention_branch,
     select_attention,
 )
@@ -121,6 +123,7 @@ class Context(NamedTuple):
     rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
     cu_seqlens: Tensor  # (S + 1,) int32
     values: Tensor | None = None  # (T, G * K), value embeddings
+    asked: Asked | None = None  # for the layer that runs last: the tokens whose output is wanted, if not all
 
 
 class Kernels(NamedTuple):
@@ -144,10 +147,10 @@ def attend(
     tap: Tap,
 ) -> Tensor:
     """Return the scaled attention `(T, D)` of a layer on its mixed and normed input `n` `(T, D)`."""
-    lora = None
+    lora: tuple[Tensor | None, ...] = (None,) * 4
     if w.lora is not None:
-        extra, bypass = w.lora.attention(n * w.scales.ln)
-        lora = extra, None if bypass is None else bypass * w.scales.attn
+        *qkv, bypass = w.lora.attention(n * w.scales.ln, ctx.asked)
+        lora = (*qkv, None if bypass is None else bypass * w.scales.attn)
     if tap is not None:
         tap("attn_in", n * w.scales.ln)
     return attention_branch(
@@ -160,6 +163,7 @@ def attend(
         cu_seqlens=ctx.cu_seqlens,
         lora=lora,
         values=ctx.values,
+        asked=ctx.asked,
         observe=tap,
     )
 
@@ -193,10 +197,13 @@ def serial_block(
 ) -> Tensor:
     """Join the skip, mix in x0, and run attention and the MLP on one residual stream `x` `(T, D)`.
 
-    The MLP comes after the attention, or, if `joint`, both read the same mixed input.
+    The MLP comes after the attention, or, if `joint`, both read the same mixed input. With `ctx.asked`, the
+    result has the rows `(R, D)` of those tokens.
     """
     u, n = mix_and_norm(kernels.mix, x, skip, ctx.x0, w.mix)
-    x = u + attend(config, kernels.attention, n, w, ctx, exclusive, tap)
+    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
+    u = asked_rows(u, ctx.asked)
+    x = u + a
     return feed_forward(config, kernels.mlp, u if joint else x, x, w, tap)
 
 
@@ -212,11 +219,13 @@ def parallel_block(
 ) -> tuple[Tensor, Tensor]:
     """Run attention on lane 0 and the MLP on lane 1, and add both outputs to both lanes.
 
-    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp; the skip joins lane 0 before.
+    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp; the skip joins lane 0 before. With
+    `ctx.asked`, the results have the rows `(R, D)` of those tokens.
     """
     lane0, lane1 = lanes
     lane0, n = mix_lane(kernels.mix, lane0, skip, ctx.x0, w.mix)
     a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
+    lane0, lane1 = asked_rows(lane0, ctx.asked), asked_rows(lane1, ctx.asked)
     m = feed_forward(config, kernels.mlp, lane1, None, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None
     return update_lanes(kernels.mix, (lane0, lane1), a, m, w.lane_post, w.lane_resid)
@@ -391,6 +400,7 @@ class GPT(nn.Module):
         loop: bool,
         observe: Observe | None = None,
         adapters: Adapters | None = None,
+        asked: int = 0,
         rounding: Rounding | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
@@ -399,6 +409,8 @@ class GPT(nn.Module):
             inputs, cu_seqlens, max_seqlen, loop, observe, rounding: as in `forward`.
             adapters: adapters of the layers, for documents that all have the same length and are packed in
                 order; the model must not be compiled. The caller applies the adapter of the head.
+            asked: with adapters: return the states of the last `asked` tokens of each document only. Then the
+                layer that runs last computes keys and values of the others, and nothing else. 0: of all.
         """
         config = self.config
         if max_seqlen > config.max_context:
@@ -415,6 +427,8 @@ class GPT(nn.Module):
         ctx = Context(x, self.rope(inputs.shape[0]), cu_seqlens, self.values(inputs))
         layers = self.layers if observe is not None else (self._compiled_layers or self.layers)
         if adapters is not None:
+            if asked:
+                ctx = ctx._replace(asked=Asked.last(asked, max_seqlen, cu_seqlens, ctx.rope))
             return self.layers(weights, ctx, loop, observe, adapters), table
         return layers(weights, ctx, loop, observe), table
 
@@ -428,6 +442,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
         config = self.config
+        asked, ctx = ctx.asked, ctx._replace(asked=None)
         # A view, because x is x0 in layer 0, and the compiler would make another graph for inputs that are
         # the same object.
         x = ctx.x0.view(ctx.x0.shape)
@@ -441,11 +456,15 @@ class GPT(nn.Module):
         lanes = (x, x.view(x.shape))
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
+            if j == len(decoder) - 1:
+                ctx = ctx._replace(asked=asked)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
             if i < config.parallel_from or not config.lanes:
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
             else:
+                # A view in every layer, because the first one's is, and views need graphs of their own.
+                lanes = lanes[0], lanes[1].view(x.shape)
                 lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
         return self._join(*lanes)
 

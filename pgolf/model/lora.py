@@ -5,8 +5,9 @@ documents are one `bmm`. The adapters add to the outputs of the model's layers a
 long as B = 0 they add exactly 0. A layer that runs several times has separate adapters for each execution.
 `pgolf.evaluate.ttt` trains them.
 
-Legend: `N` documents, `W` tokens per document, `S` executed layers, `D` width, `E` width of k and of v, `r`
-rank, `V` vocab. Sources: Hu et al. 2021 (LoRA); positions and sizes as in PR #1855 of parameter-golf.
+Legend: `N` documents, `W` tokens per document, `T` = N W, `S` executed layers, `D` width, `E` width of k and
+of v, `r` rank, `V` vocab.
+Sources: Hu et al. 2021 (LoRA); positions and sizes as in PR #1855 of parameter-golf.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from pgolf.config import PLACES, ModelConfig
+from pgolf.model.attention import Asked
 from pgolf.model.parameters import layer_order
 
 _NAMES = {"q": "q_b", "k": "k_b", "v": "v_b", "o": "bypass_b"}
@@ -37,23 +39,24 @@ class LayerLora(NamedTuple):
     mlp_a: Tensor | None  # (N, r, D): bypass of the whole MLP
     mlp_b: Tensor | None  # (N, D, r)
     scale: float
-    kv_width: int
 
-    def attention(self, n: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Return the terms to add to q, k and v, `(T, D + 2 E)`, and to the attention output, `(T, D)`."""
+    def attention(self, n: Tensor, asked: Asked | None = None) -> tuple[Tensor | None, ...]:
+        """Return the terms to add to q, k, v and the attention output: `(R, D)`, `(T, E)` twice, `(R, D)`.
+
+        Args:
+            n: `(T, D)` scaled input of the attention.
+            asked: the tokens whose output is wanted, R of them; None: all.
+        """
         if self.attn_a is None:
-            return None, None
+            return (None,) * 4
         bs = (self.q_b, self.k_b, self.v_b, self.bypass_b)
         low = _rows(n, self.attn_a) * self.scale
+        before = 0 if asked is None else low.shape[1] - asked.each
         parts = iter(low.chunk(sum(b is not None for b in bs), dim=-1))
-        q, k, v, bypass = (None if b is None else torch.bmm(next(parts), b.mT) for b in bs)
-        extra = None
-        if not (q is None and k is None and v is None):
-            widths = (n.shape[-1], self.kv_width, self.kv_width)
-            pairs = zip((q, k, v), widths, strict=True)
-            terms = [low.new_zeros((*low.shape[:2], w)) if term is None else term for term, w in pairs]
-            extra = torch.cat(terms, dim=-1).flatten(0, 1)
-        return extra, None if bypass is None else bypass.flatten(0, 1)
+        return tuple(
+            None if b is None else torch.bmm(next(parts)[:, first:], b.mT).flatten(0, 1)
+            for b, first in zip(bs, (before, 0, 0, before), strict=True)
+        )
 
     def mlp(self, n: Tensor) -> Tensor | None:
         """Return the term to add to the output of the MLP, `(T, D)`."""
@@ -140,16 +143,12 @@ def initial_adapters(
 def bind(tensors: dict[str, Tensor], config: ModelConfig, dtype: torch.dtype, *, scale: float) -> Adapters:
     """Return float32 tensors of shape `(N, *adapter_shapes)` as adapters in `dtype`; differentiable."""
     cast = {name: t.to(dtype) for name, t in tensors.items()}
-    names = LayerLora._fields[:-2]  # all fields except for the scale and the width
+    names = LayerLora._fields[:-1]  # all fields except for the scale
     cut = {name: cast[name].unbind(1) for name in names if name in cast}
     slots = sum(map(len, layer_order(config, loop=True)))
     absent = dict.fromkeys(names)
     layers = [
-        LayerLora(
-            **{**absent, **{name: parts[i] for name, parts in cut.items()}},
-            scale=scale,
-            kv_width=config.kv_width,
-        )
+        LayerLora(**{**absent, **{name: parts[i] for name, parts in cut.items()}}, scale=scale)
         for i in range(slots)
     ]
     return Adapters(layers, cast.get("head_a"), cast.get("head_b"), scale)

@@ -1,5 +1,6 @@
 """The wrapper of flash-attn-4, on a fake package and, on a Hopper GPU, on the installed package."""
 
+import os
 import sys
 import warnings
 
@@ -95,6 +96,17 @@ def test_the_number_of_results_of_the_private_function_does_not_matter(stand_in,
         kernel = torch.compile(kernel, backend="aot_eager", fullgraph=True)
     for got, want in zip(gradients(kernel), gradients(sdpa_attention), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_its_compiled_kernels_stay_on_disk_for_later_processes(stand_in, monkeypatch):
+    """The package reads the variable when it is imported."""
+    variable = "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"
+    monkeypatch.delenv(variable, raising=False)
+    stand_in(source=f"import os\nassert os.environ['{variable}'] == '1'\n" + SOURCE)
+    assert find_fa4().usable
+    monkeypatch.setenv(variable, "0")
+    find_fa4()
+    assert os.environ[variable] == "0"
 
 
 def test_derivatives_that_it_does_not_have_are_errors(stand_in):
