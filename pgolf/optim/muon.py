@@ -106,7 +106,7 @@ class Muon(Optimizer):
     _compared = False
     # The ranks of each device mesh that has parameters of this optimizer, and whether there are any meshes.
     _meshes: dict[Any, MeshRanks] | None = None
-    _distributed: bool | None = None
+    _distributed = False
 
     def __init__(
         self,
@@ -202,7 +202,8 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copied or pickled optimizer."""
-        return {**super().__getstate__(), "_betas": self._betas, "_counts": self._counts}
+        kept = {name: getattr(self, name) for name in ("_betas", "_counts", "_distributed")}
+        return {**super().__getstate__(), **kept}
 
     @property
     def orthogonalized(self) -> int:
@@ -218,12 +219,13 @@ class Muon(Optimizer):
         if not param_group.get("use_muon", True):
             param_group = {"eps": ADAM_EPS, "betas": self._betas, **param_group}
         super().add_param_group(param_group)
-        self._compared, self._distributed = False, None
+        self._compared = False
         try:
             check_group(self.param_groups[-1])
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
+        self._distributed |= any(mesh_of(p) is not None for p in self.param_groups[-1]["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, of `torch.optim.Muon`, or of `torch.optim.AdamW` (AdamW groups).
@@ -277,8 +279,6 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._distributed is None:
-            self._distributed = any(mesh_of(p) for group in self.param_groups for p in group["params"])
         comparison = self._compare_ranks()
         if self._distributed:
             self._compare_meshes()
