@@ -133,7 +133,8 @@ class Bench:
         self._drifts: dict[QuantConfig, Drift] = {}
         self._first: NDArray[np.float64] | None = None
         self._calibrate(saved.data)
-        self.unquantized = self.bpb(self.score(self.weights))
+        self.average = self.score(self.weights)
+        self.unquantized = self.bpb(self.average)
         self.nats_per_bpb = self.bits / (self.text.tokens.size - 1)
 
     def _calibrate(self, original: DataConfig) -> None:
@@ -287,11 +288,11 @@ def measure_blends(bench: Bench, folder: Path, shares: list[float]) -> dict[floa
     if not shares:
         return {}
     raw, _, _ = load_weights(folder / "raw.safetensors")
-    average, found = bench.score(bench.weights), {}
+    found = {}
     for share in shares:
         mixed = {n: torch.lerp(raw[n].to(w.device), w, share) for n, w in bench.weights.items()}
         nats = bench.score(mixed)
-        found[share] = bench.bpb(nats), bench.against(nats, average)
+        found[share] = bench.bpb(nats), bench.against(nats, bench.average)
         print(f"blend {share:g}: {found[share][0]:.5f} {found[share][1].mean:+.5f}", flush=True)
     return found
 

@@ -215,6 +215,7 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.late_from": 0.6,
         },
     ),
+    Change("d210193", {"quant.drift": 0.0, "quant.gains": False}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
