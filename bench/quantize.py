@@ -118,8 +118,11 @@ class Outcome:
 class Bench:
     """A checkpoint with its calibration; `measure` tries one setting."""
 
-    def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int) -> None:
+    def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int, batches: int) -> None:
         averaged, saved, _ = load_weights(folder / "ema.safetensors")
+        if batches:
+            counts = {"calibration_batches": batches, "gradient_batches": max(1, batches // 2)}
+            saved = replace(saved, quant=replace(saved.quant, **counts))
         self.dist = Dist.start(device)
         micro = min(saved.data.micro_tokens, micro_tokens)
         self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
@@ -350,6 +353,12 @@ def main() -> None:
         "--micro-tokens", type=int, default=32_768, help="largest batch of calibration and scoring"
     )
     parser.add_argument(
+        "--calibration-batches",
+        type=int,
+        default=0,
+        help="micro-batches for Hessians, half as many for gradients; default: those of the run",
+    )
+    parser.add_argument(
         "--blend",
         type=float,
         nargs="+",
@@ -362,7 +371,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown settings {unknown}; expected some of {[s.name for s in SETTINGS]}")
     began = time.perf_counter()
-    bench = Bench(args.folder, args.data, args.device, args.micro_tokens)
+    bench = Bench(args.folder, args.data, args.device, args.micro_tokens, args.calibration_batches)
     print(
         "seconds",
         {k: round(v, 2) for k, v in bench.seconds.items()},
@@ -370,7 +379,6 @@ def main() -> None:
         bench.unquantized,
         flush=True,
     )
-    blends = measure_blends(bench, args.folder, args.blend)
     outcomes: list[Outcome] = []
     named = {s.name: s for s in SETTINGS}
     for setting in (named[name] for name in args.settings):
@@ -385,6 +393,7 @@ def main() -> None:
             continue
         print(table(outcomes[-1:]).splitlines()[-1], f"{time.perf_counter() - began:8.1f}", flush=True)
     print(table(outcomes))
+    blends = measure_blends(bench, args.folder, args.blend)
     args.out.mkdir(parents=True, exist_ok=True)
     record(bench, outcomes, blends, args.out)
     bench.dist.close()
