@@ -118,12 +118,14 @@ class Outcome:
 class Bench:
     """A checkpoint with its calibration; `measure` tries one setting."""
 
-    def __init__(self, folder: Path, data: Path, device: str, micro_tokens: int, batches: int) -> None:
+    def __init__(self, args: argparse.Namespace) -> None:
+        folder, data, micro_tokens = args.folder, args.data, args.micro_tokens
         averaged, saved, _ = load_weights(folder / "ema.safetensors")
-        if batches:
-            counts = {"calibration_batches": batches, "gradient_batches": max(1, batches // 2)}
-            saved = replace(saved, quant=replace(saved.quant, **counts))
-        self.dist = Dist.start(device)
+        batches = args.calibration_batches
+        changes = {"calibration_batches": batches, "gradient_batches": (batches + 1) // 2} if batches else {}
+        changes |= {"mean_bits": args.mean_bits} if args.mean_bits else {}
+        saved = replace(saved, quant=replace(saved.quant, **changes))
+        self.dist = Dist.start(args.device)
         micro = min(saved.data.micro_tokens, micro_tokens)
         self.config: Config = replace(saved, data=replace(saved.data, dir=data, micro_tokens=micro))
         self.data_folder = DataFolder.open(data, vocab_size=saved.model.vocab_size)
@@ -359,6 +361,9 @@ def main() -> None:
         help="micro-batches for Hessians, half as many for gradients; default: those of the run",
     )
     parser.add_argument(
+        "--mean-bits", type=float, default=0.0, help="bits per code of the first setting; default: the run's"
+    )
+    parser.add_argument(
         "--blend",
         type=float,
         nargs="+",
@@ -371,7 +376,7 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown settings {unknown}; expected some of {[s.name for s in SETTINGS]}")
     began = time.perf_counter()
-    bench = Bench(args.folder, args.data, args.device, args.micro_tokens, args.calibration_batches)
+    bench = Bench(args)
     print(
         "seconds",
         {k: round(v, 2) for k, v in bench.seconds.items()},
