@@ -248,10 +248,9 @@ class Bench:
             for i, (kind, layer) in enumerate(keys):
                 weight, mine = (t[name][i].to(self.dist.device).double() for t in (self.weights, tensors))
                 moved = mine @ self.quantizer.hessians[kind, layer].double()
-                again = keys[:i].count((kind, layer))
-                gains[f"{name} {kind} {layer}{' v' * again}"] = float(
-                    (moved * weight).sum() / (moved * mine).sum()
-                )
+                again, power = keys[:i].count((kind, layer)), float((moved * mine).sum())
+                if power:  # a layer may be at 0
+                    gains[f"{name} {kind} {layer}{' v' * again}"] = float((moved * weight).sum()) / power
         return gains
 
     def predict(self, tensors: dict[str, Tensor]) -> float:

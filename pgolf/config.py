@@ -397,9 +397,9 @@ class QuantConfig:
     """The same for the rows of the token embedding, 0 to 1. Tokens that do not occur in the calibration text
     get scales far too coarse otherwise: raise it to 0.3 with much less than a million tokens of that text."""
     drift: float = 0.0
-    """Correct the weights for the inputs that they get in the quantized model, 0 to 1: 0 = off, 1 = measure
-    these inputs only, between = blend them with the inputs of the unquantized model. It rounds twice, with
-    another pass over the calibration text between, all of it on the clock."""
+    """Correct the output matrices of attention and MLP for the inputs that they get in the quantized model, 0
+    to 1: 0 = off, 1 = measure these inputs only, between = blend them with those of the unquantized model. It
+    rounds twice, with another pass over the calibration text between, all of it on the clock."""
     gains: bool = False
     """Multiply the output scales of attention and MLP by what fits each row of quantized weights best."""
     lqer: Literal["off", "asym", "sym"] = "off"

@@ -69,10 +69,18 @@ def collect_hessians(model: nn.Module, batches: Iterable[Batch], dist: Dist) -> 
     return sums
 
 
+CORRECTED = ("attn_out", "mlp_out")
+"""The kinds of inputs whose drift is corrected: those of the output matrices of attention and MLP. Most of
+their drift comes from the other matrices of the same layer, which keep their codes. Where those are corrected
+too, all codes change, and what was corrected is the drift of errors that are no longer there."""
+
+
 def collect_drift(
     model: nn.Module, quantized: dict[str, Tensor], batches: Iterable[Batch], dist: Dist
 ) -> Drift:
-    """Run the model with its own and with quantized weights on the same text, and compare the inputs.
+    """Run the model with its own and with quantized weights on the same text, and compare inputs.
+
+    Only the inputs of the kinds `CORRECTED` are compared.
 
     The inputs of one micro-batch are kept until the quantized model has run on it: about as much memory as
     the activations of a training step.
@@ -91,9 +99,12 @@ def collect_drift(
     waiting: deque[tuple[InputKey, Tensor]] = deque()
 
     def keep(kind: str, layer: int, x: Tensor) -> None:
-        waiting.append(((kind, layer), x.detach().reshape(-1, x.shape[-1])))
+        if kind in CORRECTED:
+            waiting.append(((kind, layer), x.detach().reshape(-1, x.shape[-1])))
 
     def compare(kind: str, layer: int, x: Tensor) -> None:
+        if kind not in CORRECTED:
+            return
         key, mine = waiting.popleft()
         assert key == (kind, layer)
         theirs = x.detach().reshape(-1, x.shape[-1])

@@ -157,9 +157,10 @@ class Quantizer:
             return torch.stack([parts[key] for key in keys])
 
         drift = None
-        # The embedding is left out: its rows are the model's inputs too, which have no drift.
-        if self.drift is not None and self.config.drift and keys[0][0] != "head":
-            drift = stack(self.drift.hessians), stack(self.drift.shifts)
+        if self.drift is not None and self.config.drift and not self.drift.shifts.keys().isdisjoint(keys):
+            # The other matrices of the bank have no drift, and so keep their codes.
+            none = {key: torch.zeros_like(self.hessians[key]) for key in keys}
+            drift = stack(self.hessians | self.drift.hessians), stack(none | self.drift.shifts)
         curvature = (self.curvature or {}).get(name)
         return prepare(weight, stack(self.hessians), keys[0][0], self.config, curvature, drift)
 
