@@ -7,7 +7,9 @@ the codes are made again, so that the rows of the table compare at equal bytes. 
 file. `bpb_loss` is the difference to the unquantized weights in bits per byte; `predicted` is the same
 difference as the calibration foresees it, 1/2 sum g_r e_r H e_r. `against_first` is the difference to the
 first setting of the table, with a 95 % interval over the documents. `python -m bench.figures` draws the
-points.
+points. `kl` is the mean Kullback-Leibler divergence of the unquantized from the quantized model's predictions
+on the first tokens of the text, in bits per byte: it is the expected loss where the unquantized model is right,
+and differs far less between rounding errors than `bpb_loss` does.
 
 `--blend L ...` also scores the unquantized weights (1 - L) raw + L averaged. Of the first setting the gain of
 every matrix is written, tr(W H W'^T) / tr(W' H W'^T): above 1 where the outputs of the quantized matrix W'
@@ -93,6 +95,8 @@ SETTINGS = [
     Setting("drift 0.4 gains", DEFAULT | {"drift": 0.4, "gains": True}),
 ]
 """The ways that docs/findings.md and docs/benchmarks.md report; their names are those of the result lines."""
+KL_SEGMENTS = 96
+"""Segments of model.max_context tokens on which predictions are compared."""
 TOLERANCE, ATTEMPTS = 2e-4, 5
 """Relative difference to the wanted bytes at which the search for a scale ends; its most quantizations."""
 
@@ -111,6 +115,9 @@ class Outcome:
     seconds: dict[str, float]
     against: Paired
     """The difference to the first setting, bits per byte, over documents."""
+    kl: float
+    kl_against: Paired
+    """The difference of the divergences, over segments."""
     gains: dict[str, float]
     """Of the first setting: kind and layer of a matrix's inputs, and rows -> gain."""
 
@@ -136,7 +143,7 @@ class Bench:
         self.starts, _ = document_bounds(self.text, self.data_folder.tokenizer.bos_id)
         self.bits = math.log(2) * int(self.text.bytes[1:].sum())
         self._drifts: dict[QuantConfig, Drift] = {}
-        self._first: NDArray[np.float64] | None = None
+        self._first: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._calibrate(saved.data)
         self.average = self.score(self.weights)
         self.unquantized = self.bpb(self.average)
@@ -233,12 +240,35 @@ class Bench:
         tensors = dequantize_state(state)
         nats = self.score(tensors)
         seconds["score"] = self._now() - began
-        first = self._first is None
-        base = self._first = nats if self._first is None else self._first
-        bpb = self.bpb(nats)
+        kl, bpb = self.divergence(tensors), self.bpb(nats)
+        gains = {} if self._first else self.gains(tensors)
+        self._first = self._first or (nats, kl)
+        against, kl_against = self.against(nats, self._first[0]), compare_paired(kl, self._first[1])
         loss, predicted = bpb - self.unquantized, self.predict(tensors) / self.nats_per_bpb
-        against, gains = self.against(nats, base), self.gains(tensors) if first else {}
-        return Outcome(setting, total, parts, bpb, loss, predicted, scale, seconds, against, gains)
+        return Outcome(
+            *(setting, total, parts, bpb, loss, predicted, scale, seconds),
+            *(against, float(kl.mean()), kl_against, gains),
+        )
+
+    @torch.no_grad()
+    def divergence(self, tensors: dict[str, Tensor]) -> NDArray[np.float64]:
+        """Return sum_v p(v) log(p(v) / q(v)) of each segment, its mean over tokens in bits per byte."""
+        c, found = self.config.model, []
+        length = min(c.max_context, self.text.tokens.size - 1)
+        cu = torch.tensor([0, length], dtype=torch.int32, device=self.dist.device)
+        for i in range(min(KL_SEGMENTS, (self.text.tokens.size - 1) // length)):
+            ids = torch.from_numpy(self.text.tokens[i * length : (i + 1) * length].astype(np.int64))
+            both = []
+            for weights in (self.weights, tensors):
+                copy_parameters(self.model, weights)
+                hidden, table = self.model.hidden(
+                    ids.to(self.dist.device), cu, max_seqlen=c.max_context, loop=True
+                )
+                logits = c.softcap * torch.tanh((hidden @ table.mT).float() / c.softcap)
+                both.append(logits.log_softmax(-1))
+            p, q = both
+            found.append(float((p.exp() * (p - q)).sum(-1).double().mean()) / self.nats_per_bpb)
+        return np.array(found)
 
     def gains(self, tensors: dict[str, Tensor]) -> dict[str, float]:
         """Return tr(W H W'^T) / tr(W' H W'^T) of every matrix of attention and MLP."""
@@ -276,12 +306,13 @@ def table(outcomes: list[Outcome]) -> str:
     """Return the outcomes as text, in the order in which they were measured."""
     lines = [
         f"{'setting':<26}{'bytes':>12}{'bpb':>9}{'loss':>9}{'predicted':>11}{'scale':>8}"
-        f"{'quantize s':>12}{'code s':>8}  against the first"
+        f"{'quantize s':>12}{'code s':>8}  against the first, kl"
     ]
     lines += [
         f"{o.setting.name:<26}{o.bytes:>12,}{o.bpb:>9.5f}{o.loss:>9.5f}{o.predicted:>11.5f}{o.scale:>8.4f}"
         f"{o.seconds['quantize']:>12.2f}{o.seconds['code']:>8.2f}  "
         f"{o.against.mean:+.5f} [{o.against.low:+.5f}, {o.against.high:+.5f}]"
+        f" {o.kl:.6f} {o.kl_against.mean:+.6f} [{o.kl_against.low:+.6f}, {o.kl_against.high:+.6f}]"
         for o in outcomes
     ]
     return "\n".join(lines)
@@ -317,6 +348,7 @@ def record(
             "bytes": (float(o.bytes), "bytes"),
             "bpb": (o.bpb, "bits/byte"),
             "bpb_loss": (o.loss, "bits/byte"),
+            "kl": (o.kl, "bits/byte"),
         }
         values |= {f"bytes_{part}": (float(size), "bytes") for part, size in o.parts.items()}
         values |= {"bpb_loss_predicted": (o.predicted, "bits/byte"), "scale": (o.scale, "1")}
@@ -326,6 +358,7 @@ def record(
             recorder.add(o.setting.name, "pgolf", metric, Sample(value, 0.0, 1), unit)
         if o is not outcomes[0]:
             add_difference(recorder, o.setting.name, "against_first", o.against)
+            add_difference(recorder, o.setting.name, "kl_against_first", o.kl_against)
     recorder.write()
 
 
