@@ -8,8 +8,8 @@ file. `bpb_loss` is the difference to the unquantized weights in bits per byte; 
 difference as the calibration foresees it, 1/2 sum g_r e_r H e_r. `against_first` is the difference to the
 first setting of the table, with a 95 % interval over the documents. `python -m bench.figures` draws the
 points. `kl` is the mean Kullback-Leibler divergence of the unquantized from the quantized model's predictions
-on the first tokens of the text, in bits per byte: it is the expected loss where the unquantized model is right,
-and differs far less between rounding errors than `bpb_loss` does.
+on the first tokens of the text, in bits per byte: what would be lost if the unquantized model were right. Its
+differences between settings have far less noise than those of `bpb_loss`.
 
 `--blend L ...` also scores the unquantized weights (1 - L) raw + L averaged. Of the first setting the gain of
 every matrix is written, tr(W H W'^T) / tr(W' H W'^T): above 1 where the outputs of the quantized matrix W'
