@@ -427,6 +427,12 @@ class QuantConfig:
     embed_floor: float = 0.02
     """The same for the rows of the token embedding, 0 to 1. Tokens that do not occur in the calibration text
     get scales far too coarse otherwise: raise it to 0.3 with much less than a million tokens of that text."""
+    drift: float = 0.0
+    """Correct the output matrices of attention and MLP for the inputs that they get in the quantized model, 0
+    to 1: 0 = off, 1 = measure these inputs only, between = blend them with those of the unquantized model. It
+    rounds twice, with another pass over the calibration text between, all of it on the clock."""
+    gains: bool = False
+    """Multiply the output scales of attention and MLP by what fits each row of quantized weights best."""
     lqer: Literal["off", "asym", "sym"] = "off"
     """Correct the matrices with the largest errors by products of two small matrices: off, or the form of
     their codes (asym is that of PR #1855). Set it to repeat a published stack."""
@@ -452,7 +458,7 @@ class QuantConfig:
         for name in ("calibration_batches", "gradient_batches", "lqer_rank", "lqer_top"):
             value = getattr(self, name)
             require(value >= 1, f"quant.{name} must be >= 1, got {value}")
-        for name in ("row_floor", "embed_floor", "rate"):
+        for name in ("row_floor", "embed_floor", "rate", "drift"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"quant.{name} must be in [0, 1], got {value}")
         require(0.5 <= self.mean_bits <= 8, f"quant.mean_bits must be in [0.5, 8], got {self.mean_bits}")

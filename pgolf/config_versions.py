@@ -230,6 +230,7 @@ CHANGES: tuple[Change, ...] = (
         "505f894",
         {"evaluate.adapters.gradient": "window", "evaluate.phases.adapters.gradient": "window"},
     ),
+    Change("d210193", {"quant.drift": 0.0, "quant.gains": False}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

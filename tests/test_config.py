@@ -21,6 +21,7 @@ BAD = [
     ("train", "warmup_steps", -1, "train.warmup_steps must be >= 0, got -1"),
     ("train", "quantize_reserve", -300.0, "train.quantize_reserve must be >= 0 s, got -300"),
     ("quant", "lqer_top", 0, "quant.lqer_top must be >= 1, got 0"),
+    ("quant", "drift", 1.5, r"quant.drift must be in \[0, 1\], got 1.5"),
     ("model", "rope_base", 0.0, "model.rope_base must be > 0, got 0.0"),
     ("model", "rope_base", -1.0, "model.rope_base must be > 0, got -1.0"),
     ("model", "qk_gain", -5.0, "model.qk_gain must be > 0, got -5.0"),

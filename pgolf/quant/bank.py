@@ -24,7 +24,7 @@ from pgolf.quant.allocate import (
     mean_bits,
     widening_for,
 )
-from pgolf.quant.gptq import Factored, factorize, gptq_on_grid, row_errors
+from pgolf.quant.gptq import Factored, drift_corrected, factorize, gptq_on_grid, row_errors
 from pgolf.quant.grid import QuantizedTensor, log_scales, max_code, sdclip_scales
 from pgolf.quant.sensitivity import Curvature, unit_trace
 
@@ -38,17 +38,25 @@ and a row that hardly matters to the calibration gets a wide scale: it would bec
 itself."""
 
 
+MOST_GAIN = 0.5
+"""Limit of the gains' distance from 1, for rows whose codes have next to nothing of their weights."""
+
+
 @dataclass(frozen=True)
 class Bank:
     """A parameter that GPTQ quantizes, with what is known of it."""
 
     weight: Tensor
-    """`(B, R, C)` float32."""
+    """`(B, R, C)` float32. It and its Hessians `factored` decide the scales."""
     factored: Factored
     row_weight: Tensor | None
     """`(B, R)`, the curvature of the loss along each output; None where scales follow the spread."""
     bits: int
     clip: float
+    goal: Tensor
+    """`(B, R, C)` float32, what the codes approximate: the weight, or the weight corrected for drift."""
+    inputs: Factored
+    """Hessians of the inputs on which they do: `factored`, or those of the quantized model."""
 
     def grid(self, common: float, config: QuantConfig) -> Grid:
         """Return the scales.
@@ -70,15 +78,31 @@ class Bank:
         return Grid(log_scales(scales), columns)
 
     def error(self, index: int, quantized: QuantizedTensor) -> tuple[Tensor, Tensor]:
-        """Return W - W' `(R, C)` of one matrix of the bank, and its inputs' power `(C,)`."""
-        approx = quantized.dequantize().reshape(self.weight.shape)[index].to(self.weight.device)
-        return self.weight[index] - approx, self.factored.hessian[index].diagonal()
+        """Return goal - W' `(R, C)` of one matrix of the bank, and its inputs' power `(C,)`."""
+        approx = self._values(quantized)[index]
+        return self.goal[index] - approx, self.inputs.hessian[index].diagonal()
 
     def errors(self, quantized: QuantizedTensor) -> Tensor:
         """Return `(B,)` float64, each matrix's error in the H norm, times the weight of its rows if known."""
-        approx = quantized.dequantize().reshape(self.weight.shape).to(self.weight.device)
-        rows = row_errors(self.weight, approx, self.factored.hessian)
+        rows = row_errors(self.goal, self._values(quantized), self.inputs.hessian)
         return rows.sum(-1) if self.row_weight is None else (rows * self.row_weight).sum(-1)
+
+    def gains(self, quantized: QuantizedTensor) -> Tensor:
+        """Return t `(B, R)` float32, the factor on each row of W' with the least error of its outputs.
+
+        t_r = w_r H w'_r^T / w'_r H w'_r^T with w of the goal, between 1 - MOST_GAIN and 1 + MOST_GAIN; 1
+        where w'_r H w'_r^T is 0.
+        """
+        approx, gains = self._values(quantized), []
+        for goal, mine, hessian in zip(self.goal, approx, self.inputs.hessian, strict=True):
+            moved = mine.double() @ hessian.double()
+            power = (moved * mine).sum(-1)
+            gains.append(torch.where(power > 0, (moved * goal).sum(-1) / power, 1.0))
+        return torch.stack(gains).clamp(1 - MOST_GAIN, 1 + MOST_GAIN).float()
+
+    def _values(self, quantized: QuantizedTensor) -> Tensor:
+        """Return W' `(B, R, C)` float32."""
+        return quantized.dequantize().reshape(self.weight.shape).to(self.weight.device)
 
     def _inside(self, grid: Grid) -> Grid:
         """Return the grid with every row's scale wide enough for its largest weight."""
@@ -110,8 +134,8 @@ class Bank:
         if trellis:
             grid = self._fine_enough(grid)
         return gptq_on_grid(
-            self.weight,
-            self.factored,
+            self.goal,
+            self.inputs,
             grid.scales,
             bits=self.bits,
             columns=grid.columns,
@@ -127,7 +151,12 @@ def _finer(scales: Tensor, deviation: Tensor) -> Tensor:
 
 
 def prepare(
-    weight: Tensor, hessian: Tensor, kind: str, config: QuantConfig, curvature: Curvature | None
+    weight: Tensor,
+    hessian: Tensor,
+    kind: str,
+    config: QuantConfig,
+    curvature: Curvature | None,
+    drift: tuple[Tensor, Tensor] | None = None,
 ) -> Bank:
     """Gather what quantizing a bank `(B, R, C)`, or one matrix `(R, C)`, needs, on the Hessian's device.
 
@@ -136,6 +165,7 @@ def prepare(
         hessian: `(B, C, C)`.
         kind: of its inputs; "mlp_*", "attn_*" or "head" chooses clip and bits.
         curvature: of the parameter, needed where the scales of rows follow the loss.
+        drift: of its inputs, the two tensors `(B, C, C)` of `Drift`; None leaves the weights as they are.
     Raises:
         ValueError: no curvature although `config` asks for it; NaN or infinity.
     """
@@ -152,12 +182,21 @@ def prepare(
         floor = config.embed_floor if family == "head" else config.row_floor
         g = g.clamp(min=floor * g.mean(-1, keepdim=True))
     clips = {"mlp": config.mlp_clip, "attn": config.attn_clip, "head": config.embed_clip}
+    factored = inputs = factorize(hessian, damp=config.damp)
+    goal = stack
+    if drift is not None:
+        moved, shift = (t.to(hessian.device) for t in drift)
+        # lerp returns `hessian` itself, to the bit, where both are equal.
+        inputs = factorize(torch.lerp(hessian, moved, config.drift), damp=config.damp)
+        goal = drift_corrected(stack, inputs, config.drift * shift)
     return Bank(
         weight=stack,
-        factored=factorize(hessian, damp=config.damp),
+        factored=factored,
         row_weight=g,
         bits=config.embed_bits if family == "head" else config.matrix_bits,
         clip=clips[family],
+        goal=goal,
+        inputs=inputs,
     )
 
 

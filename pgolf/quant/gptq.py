@@ -146,6 +146,26 @@ def gptq_on_grid(
     return QuantizedTensor(codes, scales, bits, columns, trellis)
 
 
+def drift_corrected(weight: Tensor, factored: Factored, shift: Tensor) -> Tensor:
+    """Return the weights that give, on the inputs of the quantized model, most nearly the outputs W x.
+
+    With x the inputs in the unquantized model and x' those in the quantized one, E |W x - V x'|^2 is
+    tr((W* - V) H (W* - V)^T) plus what does not depend on V, where
+        W* = W E[x x'^T] H^-1 = W + W E[(x - x') x'^T] H^-1,   H = E[x' x'^T].
+    So GPTQ with this H needs no change to quantize W*. The damping of H makes the correction smaller.
+
+    Args:
+        weight: W `(B, R, C)` float32.
+        factored: of H.
+        shift: E[(x - x') x'^T] `(B, C, C)`; where it is 0, W is returned.
+    Source: Qronos (arXiv 2505.11695).
+    """
+    with _full_float32():
+        moved = _take_columns(weight @ (shift / factored.mean.unsqueeze(-1)), factored.order)
+        solved = (moved @ factored.factor.mT) @ factored.factor
+        return weight + _take_columns(solved, factored.order.argsort(dim=-1))
+
+
 def row_errors(weight: Tensor, approx: Tensor, hessian: Tensor) -> Tensor:
     """Return e_r H e_r^T `(B, R)` float64; one matrix at a time bounds the memory of the float64 copies."""
     errors = []

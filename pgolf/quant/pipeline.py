@@ -9,9 +9,9 @@ scales, gates and further tables get int8 rows, and all others become float16.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
@@ -23,10 +23,10 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
 from pgolf.quant.bank import Bank, common_scale, prepare
-from pgolf.quant.calibrate import InputKey, collect_hessians
+from pgolf.quant.calibrate import Drift, InputKey, collect_drift, collect_hessians
 from pgolf.quant.grid import quantize_gate_rows
 from pgolf.quant.lqer import Correction, correct, largest_errors
-from pgolf.quant.quantized import QuantizedState
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import Curvature, collect_curvature
 
 GATE_NAME = "head_gate"
@@ -39,6 +39,8 @@ GATE_MIN, GATE_MAX = 32, 8192
 SMALL_MAX = 65_536
 """Most elements of a parameter that may stay float16, as in PR #1855."""
 FLOAT16_MAX = 65504.0
+OUTPUT_SCALES = {"attn_out": "attn_scale", "mlp_out": "mlp_scale"}
+"""The kind of a matrix's inputs -> the parameter `(layers, R)` that multiplies its rows, and takes gains."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Quantizer:
     config: QuantConfig
     curvature: dict[str, Curvature] | None = None
     """From `collect_curvature`; needed where config.row_scales is "loss"."""
+    drift: Drift | None = None
+    """From `collect_drift`; used where config.drift is above 0."""
 
     @classmethod
     def calibrated(
@@ -67,6 +71,8 @@ class Quantizer:
     ) -> Quantizer:
         """Measure a model on this rank's share of quant.calibration_batches and quant.gradient_batches.
 
+        With quant.drift, the model is also quantized, and measured with the quantized weights.
+
         Args:
             model: with the weights that will be quantized.
             batches: this rank's, endless.
@@ -78,13 +84,27 @@ class Quantizer:
             return islice(batches, max(1, count // dist.world_size))
 
         inputs = model.quant_inputs()
-        hessians = collect_hessians(model, share(config.calibration_batches), dist)
+        text = list(share(config.calibration_batches))
+        hessians = collect_hessians(model, text, dist)
         curvature = None
         if config.row_scales == "loss":
             curvature = collect_curvature(model, share(config.gradient_batches), inputs, dist)
         if weights is None:
             weights = {name: p.detach().clone() for name, p in model.named_parameters()}
-        return cls(weights, inputs, hessians, config, curvature)
+        quantizer = cls(weights, inputs, hessians, config, curvature)
+        return quantizer.with_drift(model, text, dist) if config.drift else quantizer
+
+    def with_drift(self, model: GPT, batches: Iterable[Batch], dist: Dist) -> Quantizer:
+        """Return the quantizer with the drift that quantization by itself causes on `batches`.
+
+        Every rank calls it, and gets the same codes from the same Hessians.
+
+        Args:
+            model: with the weights of the quantizer.
+            batches: this rank's, those of the Hessians.
+        """
+        plain = replace(self, drift=None).quantize()
+        return replace(self, drift=collect_drift(model, dequantize_state(plain), batches, dist))
 
     def quantize(self, factor: float = 1.0) -> QuantizedState:
         """Quantize matrices by GPTQ, head gates and further tables to int8 rows, all else to float16.
@@ -116,6 +136,8 @@ class Quantizer:
                 result.quantized[name] = codes.reshaped(self.weights[name].shape)
         if self.config.lqer != "off":
             result.corrections.update(_corrections(banks, result, self.config))
+        if self.config.gains:
+            self._multiply_gains(banks, result)
         return result
 
     def _prepare(self, name: str) -> Bank:
@@ -130,8 +152,29 @@ class Quantizer:
             raise UserError(
                 f"no Hessian for the inputs {missing}; calibration observed {sorted(self.hessians)}"
             )
-        hessian = torch.stack([self.hessians[key] for key in keys])
-        return prepare(weight, hessian, keys[0][0], self.config, (self.curvature or {}).get(name))
+
+        def stack(parts: dict[InputKey, Tensor]) -> Tensor:
+            return torch.stack([parts[key] for key in keys])
+
+        drift = None
+        if self.drift is not None and self.config.drift and not self.drift.shifts.keys().isdisjoint(keys):
+            # The other matrices of the bank have no drift, and so keep their codes.
+            none = {key: torch.zeros_like(self.hessians[key]) for key in keys}
+            drift = stack(self.hessians | self.drift.hessians), stack(none | self.drift.shifts)
+        curvature = (self.curvature or {}).get(name)
+        return prepare(weight, stack(self.hessians), keys[0][0], self.config, curvature, drift)
+
+    def _multiply_gains(self, banks: dict[str, Bank], result: QuantizedState) -> None:
+        """Multiply the scale of each output row that has one by the gain of the row."""
+        for name, bank in banks.items():
+            keys = self.inputs[name]
+            if not any(kind in OUTPUT_SCALES for kind, _ in keys):
+                continue
+            for gain, (kind, layer) in zip(bank.gains(result.quantized[name]).cpu(), keys, strict=True):
+                if kind in OUTPUT_SCALES:
+                    scales = OUTPUT_SCALES[kind]
+                    exact = self.weights[scales][layer].float().cpu()
+                    result.small[scales][layer] = (exact * gain).half()
 
 
 def is_gate(name: str, shape: tuple[int, ...]) -> bool:

@@ -152,13 +152,17 @@ def estimate_memory(
     calibrating = rounding = 0
     if config.train.quantize:
         hessians, grams, largest = _hessians(model)
-        blending = config.quant.row_scales == "loss"
+        blending, drift = config.quant.row_scales == "loss", config.quant.drift > 0
         known = hessians + (grams if blending else 0)
+        # The two moments of the inputs' drift, and the weights of both models.
+        known += (2 * hessians + 2 * weights) * drift
         # With the curvature the backward pass runs while all that is held; Hessians need a forward pass only.
-        calibrating = kept + known + transient + activations + loss if blending else 0
+        # The drift needs the inputs of all matrices, which are fewer than the activations of a step.
+        calibrating = kept + known + transient + activations + loss if blending or drift else 0
         calibrating += int(HEAP_AGAIN * in_heap) if blending else 0
         copies = FACTOR_COPIES if blending else FACTOR_COPIES - 3
         rounding = kept + known + max(left, 2 * (grams - largest)) + copies * largest
+        rounding += (2 * grams + banks) * drift  # Hessians, factors and corrected weights of all banks
     peak = max(steps, calibrating, rounding)
     if peak == rounding > max(steps, calibrating):
         # The heap still holds the activations; what else is there is quantization.

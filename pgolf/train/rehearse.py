@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pgolf.config import QuantConfig
 from pgolf.data.loader import Batch, TrainLoader
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
-from pgolf.quant.calibrate import collect_hessians
+from pgolf.quant.calibrate import collect_drift, collect_hessians
 from pgolf.quant.pipeline import Quantizer
+from pgolf.quant.quantized import dequantize_state
 from pgolf.quant.sensitivity import collect_curvature
 
 SPARE = 1.15
@@ -31,8 +33,8 @@ def rehearse(
 ) -> float:
     """Return the seconds to keep for saving, calibrating and quantizing; rank 0's number on every rank.
 
-    reserve = 1.15 (seconds of saving + batches * seconds of a batch, for Hessians and for gradients,
-    + seconds of quantizing).
+    reserve = 1.15 (seconds of saving + batches * seconds of a batch, for Hessians, gradients and drift,
+    + seconds of quantizing, twice with drift).
 
     Args:
         model: prepared, compiled and warm; its weights and gradients stay as they are.
@@ -55,10 +57,14 @@ def rehearse(
         seconds += per_rank(config.gradient_batches) * _seconds(
             lambda: collect_curvature(model, [next(batches)], names, dist), dist
         )
-    for last in (False, True):
-        # Both are run, and only the second is counted.
-        took = _seconds(quantizer.quantize, dist)
-        seconds += took if last else 0.0
+    quantizer.quantize()  # not timed either
+    seconds += _seconds(quantizer.quantize, dist)
+    if config.drift:
+        first, plain = replace(quantizer, drift=None), dict[str, Tensor]()
+        seconds += _seconds(lambda: plain.update(dequantize_state(first.quantize())), dist)
+        seconds += per_rank(config.calibration_batches) * _seconds(
+            lambda: collect_drift(model, plain, [next(batches)], dist), dist
+        )
     seconds += _seconds(save, dist)
     loader.restart()
     # One number on all ranks: with reserves of their own they would have clocks of different length.

@@ -175,6 +175,19 @@ def test_the_state_of_the_optimizer_counts(world_size):
         assert estimate_memory(changed, **CPU | {"world_size": world_size}).optimizer == plain + more
 
 
+@pytest.mark.parametrize("scales", ["loss", "spread"])
+def test_drift_holds_two_moments_of_all_inputs_and_two_sets_of_weights(scales):
+    config = config_of("pr1855", 1024)
+    config = replace(config, quant=replace(config.quant, row_scales=scales))
+    drift = replace(config, quant=replace(config.quant, drift=1.0))
+    c = config.model
+    moments = 2 * 4 * (c.layers * (3 * c.width**2 + c.hidden**2) + c.width**2)
+    without, found = (estimate_memory(which, **CPU) for which in (config, drift))
+    assert found.total - without.total >= moments + 2 * without.weights
+    training = replace(drift, train=replace(drift.train, quantize=False))
+    assert estimate_memory(training, **CPU).quantization == 0
+
+
 PROGRAM = """
 import sys
 import torch

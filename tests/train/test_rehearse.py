@@ -53,6 +53,8 @@ def test_reserve_counts_batches_one_quantization_and_saving(monkeypatch):
     config = QuantConfig(calibration_batches=16, gradient_batches=8, row_scales="spread")
     assert reserve(monkeypatch, config) == pytest.approx(1.15 * (16 + 1 + 1))
     assert reserve(monkeypatch, replace(config, row_scales="loss")) == pytest.approx(1.15 * (16 + 8 + 1 + 1))
+    # With drift: as many batches again, and one quantization before them.
+    assert reserve(monkeypatch, replace(config, drift=0.5)) == pytest.approx(1.15 * (2 * 16 + 2 + 1))
 
 
 def test_a_reserve_longer_than_the_run_is_explained():
