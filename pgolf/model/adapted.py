@@ -20,6 +20,7 @@ from torch import Tensor
 from pgolf.model.embed import stem, value_embeddings
 from pgolf.model.gates import Skip
 from pgolf.model.gpt import GPT, Context, LayerWeights, join_lanes, parallel_block, serial_block
+from pgolf.model.mudd import add_sources
 from pgolf.ops._compiler import room_for_graphs
 
 
@@ -37,6 +38,7 @@ def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
     model._stem = _of_tokens(stem, jit, (0, 2))
     model._value_embeddings = _of_tokens(value_embeddings, jit, (0,))
     model._join = _of_tokens(join_lanes, jit, (0, 1))
+    model._add_sources = _of_tokens(add_sources, jit, (1, 2, 3, 4, 5))
     return model
 
 
@@ -49,13 +51,13 @@ def _mark(*tensors: Tensor | None) -> None:
 def _of_tokens(
     function: Callable[..., Any], jit: Callable[..., Any], places: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """Compile a function some of whose arguments, at these places, are `(T, ...)`."""
+    """Compile a function some of whose arguments, at these places as far as given, are `(T, ...)`."""
     compiled = jit(function)
 
     def run(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return function(*args)
-        _mark(*(args[place] for place in places))
+        _mark(*(args[place] for place in places if place < len(args)))
         return compiled(*args)
 
     return run

@@ -191,6 +191,7 @@ class AttentionWeights(NamedTuple):
     q_gain: Tensor  # (H,)
     gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it
     value_scale: Tensor | None  # (), factor on the value embeddings; None if the layer has none
+    xsa_strength: Tensor | None  # (H,), what exclusive self-attention removes beyond 1; None: 0
 
 
 def attention_branch(
@@ -236,7 +237,7 @@ def attention_branch(
     k = rotate(rms_norm(k), *rope)
     y = kernel(q, k, v, cu_seqlens, config.max_context)
     if exclusive:
-        y = exclude_self(y, v)
+        y = exclude_self(y, v, weights.xsa_strength)
     if config.head_gate != "none":
         assert weights.gate is not None
         y = y * head_gate(config.head_gate, n, weights.gate, scale=config.sparse_gate_scale)

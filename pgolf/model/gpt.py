@@ -29,6 +29,8 @@ from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embedding
 from pgolf.model.gates import Skip, mix_streams, rms_norm
 from pgolf.model.lora import Adapters, LayerLora
 from pgolf.model.mlp import mlp
+from pgolf.model.mudd import NAMES as MUDD_NAMES
+from pgolf.model.mudd import Tail, add_sources
 from pgolf.model.parameters import initial_parameters
 from pgolf.model.parameters import layer_order as layer_order
 from pgolf.model.parameters import parameter_shapes as parameter_shapes
@@ -260,6 +262,8 @@ class GPT(nn.Module):
     """Parameters for Muon. The projections of further tables are not among them, as in published stacks."""
     embed_names: tuple[str, ...] = ("tok_emb",)
     """Embeddings; a model with further tables has more of them."""
+    mudd_names: tuple[str, ...] = ()
+    """Parameters of the MUDD connections, which have a learning rate of their own."""
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
@@ -278,12 +282,15 @@ class GPT(nn.Module):
         self._value_embeddings: Callable[..., Tensor] = value_embeddings
         self._fold: Callable[..., Folded] = fold
         self._join: Callable[..., Tensor] = join_lanes
+        self._add_sources: Callable[..., Tensor] = add_sources
         self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
             self.register_parameter(name, nn.Parameter(value))
         for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
             if used:
                 self.embed_names += (f"{part}_table",)
+        if config.mudd:
+            self.mudd_names = MUDD_NAMES
 
     def prepare(
         self,
@@ -321,7 +328,7 @@ class GPT(nn.Module):
             self._stem, self._fold, self._value_embeddings = jit(stem), jit(fold), jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
-            self._join = jit(join_lanes)
+            self._join, self._add_sources = jit(join_lanes), jit(add_sources)
         elif compile == "model":
             self._compiled_layers = jit(self.layers)
         return self
@@ -431,21 +438,27 @@ class GPT(nn.Module):
         x = ctx.x0.view(ctx.x0.shape)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
+        tail = Tail(self, config, ctx.x0, self._add_sources)
         for slot, i in enumerate(encoder):
             x = self._run_serial(x, None, i, _adapt(weights[i], adapters, slot), ctx, observe)
             saved.append(x)
+            tail.keep(i, x)
         # Views for the same reason: the last saved output is the decoder's first input, and the lanes start
         # as one.
         lanes = (x, x.view(x.shape))
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
+            if j == len(decoder) - 1:
+                lanes = (tail.before_last(lanes[0]), lanes[1])
             if i < config.parallel_from or not config.lanes:
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
+                tail.keep(i, x)
             else:
                 lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
-        return self._join(*lanes)
+                tail.keep(i, *lanes)
+        return self._join(*tail.before_norm(*lanes))
 
     def embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the input `(T, D)` of the first layer, from the embedding table `(V, D)`."""
@@ -499,7 +512,8 @@ class GPT(nn.Module):
             map(
                 AttentionWeights,
                 *(cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
-                self._value_scales(),
+                self._of_last_layers("value_layer_scale"),
+                self._of_last_layers("xsa_strength"),
             ),
             cut(folded.up),
             cut(folded.down),
@@ -511,11 +525,11 @@ class GPT(nn.Module):
         )
         return [LayerWeights(*row) for row in rows]
 
-    def _value_scales(self) -> list[Tensor | None]:
-        """Return each layer's factor on the value embeddings; None for layers without them."""
-        count, last = self.config.layers, self.config.value_embed_layers
-        scales = self.value_layer_scale.to(self.compute_dtype).unbind() if last else ()
-        return [None] * (count - last) + list(scales)
+    def _of_last_layers(self, name: str) -> list[Tensor | None]:
+        """Return each layer's row of a parameter that only the last layers have; None for the others."""
+        tensor = getattr(self, name, None)
+        rows = () if tensor is None else tensor.to(self.compute_dtype).unbind()
+        return [None] * (self.config.layers - len(rows)) + list(rows)
 
     def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""

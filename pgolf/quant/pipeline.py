@@ -34,6 +34,8 @@ TABLES = ("bigram_table", "value_table")
 """Tables beside the token embedding: int8 rows, as in the pull requests that have them."""
 TABLE_MATRICES = ("bigram_proj", "value_proj")
 """The matrices behind them: float16, or int8 rows where that would be too large."""
+SMALL_NETWORKS = ("mudd_in",)
+"""Larger matrices of small networks: int8 rows, half the bytes of float16."""
 GATE_MIN, GATE_MAX = 32, 8192
 """A layer's gate matrix is stored in int8 rows if its number of elements is in this range, as in PR #1855."""
 SMALL_MAX = 65_536
@@ -136,7 +138,7 @@ class Quantizer:
 
 def is_gate(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether a parameter is stored as int8 rows with a scale each."""
-    if name in TABLES:
+    if name in TABLES or name in SMALL_NETWORKS:
         return True
     if name in TABLE_MATRICES:
         return math.prod(shape) > SMALL_MAX
