@@ -215,6 +215,7 @@ CHANGES: tuple[Change, ...] = (
             "optim.muon.late_from": 0.6,
         },
     ),
+    Change("cb92e33", {"model.mudd": 0, "model.xsa_strength": False, "optim.adam.mudd_lr": 0.002}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
