@@ -39,7 +39,7 @@ class ModelConfig:
     xsa_layers: int = 11
     """The last xsa_layers layers remove from each head's output its part along the token's own value."""
     xsa_strength: bool = False
-    """Let each head of these layers learn how many times that part is removed; it starts at once."""
+    """Let each head of these layers learn how many times that part is removed; it starts at 1."""
     head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
     """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
     2 * sigmoid(w.n[:window])."""
