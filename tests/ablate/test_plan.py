@@ -101,6 +101,8 @@ PLANS = {
     "muon_rate_late": 16,
     "embed_warmup": 12,
     "late": 36,
+    "mudd": 80,
+    "mudd_full": 9,
 }
 
 

@@ -22,7 +22,7 @@ from pgolf.report.plots import read_metrics
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
-NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late", "mudd", "mudd_full")
+NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late", "mudd")
 COSTLY = ("model.", "optim.ema_nesterov")
 """Settings that change what a step computes."""
 
