@@ -3,7 +3,7 @@
 `Quantizer.calibrated` measures a model on training text, and `Quantizer.quantize` makes the codes. The
 trainer, `pgolf quantize` and the bench of quantizers all use this class; `pgolf.artifact.fit.write_quantized`
 makes a file of it. The class also decides which parameter gets which form: matrices get codes with calibrated
-scales, gates and further tables get int8 rows, and all others become float16.
+scales, gates, further tables and small networks get int8 rows, and all others become float16.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Quantizer:
         return cls(weights, inputs, hessians, config, curvature)
 
     def quantize(self, factor: float = 1.0) -> QuantizedState:
-        """Quantize matrices by GPTQ, head gates and further tables to int8 rows, all else to float16.
+        """Quantize matrices by GPTQ, what `is_gate` names to int8 rows, all else to float16.
 
         Args:
             factor: multiplies every scale of the matrices; above 1 makes coarser grids and a smaller file.
