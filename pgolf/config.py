@@ -172,6 +172,9 @@ class AdamConfig:
     """Last fraction of the run, 0 to 1, over which scalar_lr falls; -1 = that of optim.warmdown."""
     scalar_lr: float = 0.02
     """Learning rate of the scalars (gains, gates, mixes) before the schedule, >= 0."""
+    mudd_lr: float = 0.002
+    """Learning rate of the MUDD connections (model.mudd) before the schedule, >= 0; they share the scalars'
+    other settings."""
     scalar_weight_decay: float = 0.02
     """Decoupled weight decay of the scalars, >= 0."""
     beta1: float = 0.9
@@ -183,7 +186,7 @@ class AdamConfig:
 
     def __post_init__(self) -> None:
         check_finite("optim.adam", self)
-        for name in ("embed_lr", "embed_weight_decay", "scalar_lr", "scalar_weight_decay"):
+        for name in ("embed_lr", "embed_weight_decay", "scalar_lr", "mudd_lr", "scalar_weight_decay"):
             value = getattr(self, name)
             require(value >= 0, f"optim.adam.{name} must be >= 0, got {value}")
         require(

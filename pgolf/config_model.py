@@ -38,6 +38,8 @@ class ModelConfig:
     """Initial value of the learned gain per query head, > 0; it is applied after QK-norm and RoPE."""
     xsa_layers: int = 11
     """The last xsa_layers layers remove from each head's output its part along the token's own value."""
+    xsa_strength: bool = False
+    """Let each head of these layers learn how many times that part is removed; it starts at 1."""
     head_gate: Literal["none", "sparse", "dense", "out"] = "sparse"
     """Gate on each head's output: none; sparse, sigmoid(scale * w.n[:window]); dense, sigmoid(w.n); out,
     2 * sigmoid(w.n[:window])."""
@@ -83,6 +85,9 @@ class ModelConfig:
     recurrence_repeats: int = 2
     """Further passes through the segment once recurrence is on, 0 to 64; 0 = no recurrence. More passes make
     the network deeper at the same bytes, and the steps slower."""
+    mudd: int = 0
+    """Width of the small networks of MUDD connections (arXiv 2502.12170), which add earlier states to those
+    before the last layer and before the last norm, token by token (modded-nanogpt #259 has 64); 0 = none."""
     softcap: float = 30.0
     """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
     embed_init_std: float = 0.005
@@ -150,6 +155,15 @@ class ModelConfig:
         )
         for name in ("bigram_width", "value_embed_width"):
             require(getattr(self, name) >= 1, f"model.{name} must be >= 1, got {getattr(self, name)}")
+        require(
+            self.mudd == 0 or (self.mudd > 0 and self.layers >= 2),
+            "model.mudd must be 0 (no MUDD connections), or >= 1 with model.layers >= 2, whose states they "
+            f"add; got {self.mudd} with {self.layers} layers",
+        )
+        require(
+            not self.xsa_strength or self.xsa_layers > 0,
+            "model.xsa_strength needs layers with exclusive self-attention; got model.xsa_layers=0",
+        )
         require(
             0 <= self.value_embed_layers <= self.layers,
             f"model.value_embed_layers must be in [0, layers={self.layers}], got {self.value_embed_layers}",

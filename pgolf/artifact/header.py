@@ -35,6 +35,8 @@ LATER: dict[str, Any] = {
     "bigram_width": 128,
     "value_embed_layers": 0,
     "value_embed_width": 128,
+    "mudd": 0,
+    "xsa_strength": False,
 }
 """Settings of the model that are newer than format 4, and what they are where a file does not name them: a
 file names those that are something else, so that it does not change for models without the newer parts."""

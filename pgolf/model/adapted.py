@@ -5,9 +5,9 @@ have the same number of documents N and of tokens T (400 pairs in the project's 
 each would take hours, padding to a few sizes a third of the work. So N and T are symbols in the graphs here,
 and all other sizes are constants, as in training; one graph of each kind of block serves all passes.
 
-A graph takes longer to compile than some work takes without it, so that work is not compiled: embeddings and
-the join of the lanes; passes of one document (a size of 1 cannot be a symbol, and few are); passes without
-gradients; and the layer that runs last, where most tokens only need keys and values.
+A graph takes longer to compile than some work takes without it, so that work is not compiled: embeddings, the
+join of the lanes and MUDD connections; passes of one document (a size of 1 cannot be a symbol, and few are);
+passes without gradients; and the layer that runs last, where most tokens only need keys and values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgolf.model.blocks import Context, LayerWeights, parallel_block, serial_block
 from pgolf.model.gates import Skip
-from pgolf.model.gpt import GPT, Context, LayerWeights, parallel_block, serial_block
+from pgolf.model.gpt import GPT
 from pgolf.ops._compiler import room_for_graphs
 
 

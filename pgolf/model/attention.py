@@ -193,6 +193,7 @@ class AttentionWeights(NamedTuple):
     q_gain: Tensor  # (H,)
     gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it
     value_scale: Tensor | None  # (), factor on the value embeddings; None if the layer has none
+    xsa_strength: Tensor | None  # (H,), what exclusive self-attention removes beyond 1; None: 0
 
 
 class Asked(NamedTuple):
@@ -282,7 +283,7 @@ def attention_branch(
         q = asked.padded(q, n.shape[0])  # the kernels take as many queries as keys
     y = asked_rows(kernel(q, k, v, cu_seqlens, config.max_context), asked)
     if exclusive:
-        y = exclude_self(y, asked_rows(v, asked))
+        y = exclude_self(y, asked_rows(v, asked), weights.xsa_strength)
     if config.head_gate != "none":
         assert weights.gate is not None
         gate_input = asked_rows(n, asked)

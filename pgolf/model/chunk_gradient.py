@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pgolf.model.attention import Asked
-from pgolf.model.gpt import GPT, Context, layer_order
+from pgolf.model.blocks import Context
+from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import Adapters
 from pgolf.model.uncompiled import uncompiled
 

@@ -61,14 +61,15 @@ def smear_channels(x: Tensor, first: Tensor | None, logit: Tensor) -> Tensor:
     return x + torch.sigmoid(logit) * (previous - x)
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+def exclude_self(y: Tensor, v: Tensor, beyond: Tensor | None = None) -> Tensor:
     """Remove from each head's output its part along the token's own value (exclusive self-attention).
 
-    Returns y_h - (y_h . u) u with u = v / |v| of the head's kv group.
+    Returns y_h - (1 + b_h) (y_h . u) u with u = v / |v| of the head's kv group.
 
     Args:
         y: `(T, H, K)` attention output.
         v: `(T, G, K)` values; group g has the query heads g * H/G to (g + 1) * H/G - 1.
+        beyond: `(H,)`, b; None: 0.
     """
     grouped = y.view(y.shape[0], v.shape[1], -1, y.shape[2]).float()  # (T, G, H/G, K)
     # Expanded to the query heads before both products, so that the compiler makes one kernel of them and
@@ -76,6 +77,8 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     values = v.unsqueeze(2).expand(grouped.shape).float()
     square = values.square().sum(-1, keepdim=True).clamp_min(SMALLEST_SQUARE)
     along = (grouped * values).sum(-1, keepdim=True) / square
+    if beyond is not None:
+        along = (1 + beyond.float()).view(grouped.shape[1:3])[..., None] * along
     return (grouped - along * values).view(y.shape).to(y.dtype)
 
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from pgolf.config import ModelConfig
 from pgolf.data.tokenizer import ESCAPE, Tokenizer
 from pgolf.errors import RunError, UserError
-from pgolf.model.gpt import GPT, Context, layer_order
+from pgolf.model.blocks import Context
+from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.uncompiled import uncompiled
 
 

@@ -1,4 +1,4 @@
-"""The language model: parameters as banks, blocks as pure functions, one forward pass for every use.
+"""The language model: parameters as banks, and one forward pass for every use, of the blocks in blocks.py.
 
 Training, scoring, calibration and test-time training all run `GPT.hidden`. Matrices of one shape are stacked
 into a bank (the layer is the first dimension), so that the optimizer works on few tensors; the small
@@ -11,26 +11,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
 from pgolf.errors import UserError
-from pgolf.model.attention import (
-    Asked,
-    AttentionKernel,
-    AttentionName,
-    AttentionWeights,
-    asked_rows,
-    attention_branch,
-    select_attention,
+from pgolf.model.attention import Asked, AttentionKernel, AttentionName, AttentionWeights, select_attention
+from pgolf.model.blocks import (
+    Context,
+    Folded,
+    Kernels,
+    LayerWeights,
+    MlpKernel,
+    Scales,
+    Tap,
+    fold,
+    join_lanes,
+    parallel_block,
+    serial_block,
 )
 from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embeddings
-from pgolf.model.gates import MixKernel, Skip, mix_and_norm, mix_lane, rms_norm, update_lanes
-from pgolf.model.lora import Adapters, LayerLora
-from pgolf.model.mlp import mlp
+from pgolf.model.gates import MixKernel, Skip
+from pgolf.model.lora import Adapters
+from pgolf.model.mudd import NAMES as MUDD_NAMES
+from pgolf.model.mudd import Tail, add_sources
 from pgolf.model.parameters import initial_parameters
 from pgolf.model.parameters import layer_order as layer_order
 from pgolf.model.parameters import parameter_shapes as parameter_shapes
@@ -40,200 +46,10 @@ from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref, stream_mix
 from pgolf.ops._compiler import room_for_graphs
 
 Observe = Callable[[str, int, Tensor], None]
-MlpKernel = Callable[..., Tensor]
-"""`norm_mlp` or its reference."""
 MlpName = Literal["auto", "composed"]
 MixName = Literal["auto", "composed"]
 Rounding = Callable[[str, Tensor], Tensor]
 """Takes the name of a bank and the bank, returns what a forward pass uses instead, see `fake_quant.py`."""
-
-
-class LayerWeights(NamedTuple):
-    """The weights of one layer, cut from what `fold` returns once per forward pass."""
-
-    attn: AttentionWeights
-    up: Tensor  # (M, D), times ln_scale
-    down: Tensor  # (D, M), its rows times mlp_scale
-    mix: Tensor | None  # (2, D) float32
-    lane_post: Tensor | None  # (2, 2), [branch, destination lane]
-    lane_resid: Tensor | None  # (2,)
-    scales: Scales
-    lora: LayerLora | None = None
-
-
-class Scales(NamedTuple):
-    """The scales that `fold` has multiplied into a layer's matrices, for adapters and observers."""
-
-    ln: Tensor  # ()
-    attn: Tensor  # (D,)
-    mlp: Tensor  # (D,)
-
-
-class Folded(NamedTuple):
-    """The matrices of all layers in the compute dtype, with the scales next to them multiplied in."""
-
-    qkv: Tensor  # (L, D + 2 * G * K, D), times ln_scale
-    out: Tensor  # (L, D, D), rows times attn_scale
-    up: Tensor  # (L, M, D), times ln_scale
-    down: Tensor  # (L, D, M), rows times mlp_scale
-    gate: Tensor | None  # (L, H, W) or (L, H, D), times ln_scale
-    ln: Tensor  # (L,)
-
-
-def fold(
-    qo: Tensor,
-    kv: Tensor,
-    up: Tensor,
-    down: Tensor,
-    gate: Tensor | None,
-    attn_scale: Tensor,
-    mlp_scale: Tensor,
-    ln_scale: bool,
-    dtype: torch.dtype,
-) -> Folded:
-    """Multiply each scale that stands next to a matrix into that matrix, in float32; return them in `dtype`.
-
-    A scale on activations `(T, D)` costs a pass over them, and its gradient, a sum over tokens, several. Here
-    it costs a pass over the weights, and its gradient is that of the matrix, multiplied by the matrix and
-    summed over columns. Source: modded-nanogpt, record 47.
-
-    Args:
-        qo, kv, up, down, gate, attn_scale, mlp_scale: parameters, see `parameter_shapes`.
-        ln_scale: whether the norms of layer i are multiplied by 1 / sqrt(i + 1); otherwise by 1.
-    """
-    layers = up.shape[0]
-    depth = torch.arange(1, layers + 1, device=up.device, dtype=torch.float32)
-    ln = depth.rsqrt() if ln_scale else torch.ones_like(depth)
-    column = ln[:, None, None]
-    qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1)
-    return Folded(
-        (column * qkv).to(dtype),
-        (attn_scale[:, :, None] * qo[layers:]).to(dtype),
-        (column * up).to(dtype),
-        (mlp_scale[:, :, None] * down).to(dtype),
-        None if gate is None else (column * gate).to(dtype),
-        ln,
-    )
-
-
-class Context(NamedTuple):
-    """The inputs that all layers share, in addition to their weights."""
-
-    x0: Tensor  # (T, D)
-    rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
-    cu_seqlens: Tensor  # (S + 1,) int32
-    values: Tensor | None = None  # (T, G * K), value embeddings
-    asked: Asked | None = None  # for the layer that runs last: the tokens whose output is wanted, if not all
-
-
-class Kernels(NamedTuple):
-    """The functions that compute the branches of a block and what is between, chosen by `GPT.prepare`."""
-
-    attention: AttentionKernel
-    mlp: MlpKernel
-    mix: MixKernel | None
-
-
-Tap = Callable[[str, Tensor], None] | None
-
-
-def attend(
-    config: ModelConfig,
-    kernel: AttentionKernel,
-    n: Tensor,
-    w: LayerWeights,
-    ctx: Context,
-    exclusive: bool,
-    tap: Tap,
-) -> Tensor:
-    """Return the scaled attention `(T, D)` of a layer on its mixed and normed input `n` `(T, D)`."""
-    lora: tuple[Tensor | None, ...] = (None,) * 4
-    if w.lora is not None:
-        *qkv, bypass = w.lora.attention(n * w.scales.ln, ctx.asked)
-        lora = (*qkv, None if bypass is None else bypass * w.scales.attn)
-    if tap is not None:
-        tap("attn_in", n * w.scales.ln)
-    return attention_branch(
-        config,
-        kernel,
-        n,
-        w.attn,
-        exclusive=exclusive,
-        rope=ctx.rope,
-        cu_seqlens=ctx.cu_seqlens,
-        lora=lora,
-        values=ctx.values,
-        asked=ctx.asked,
-        observe=tap,
-    )
-
-
-def feed_forward(
-    config: ModelConfig, kernel: MlpKernel, x: Tensor, residual: Tensor | None, w: LayerWeights, tap: Tap
-) -> Tensor:
-    """Return `residual` (None: 0) plus the scaled output `(T, D)` of a layer's MLP on the stream `x`."""
-    if tap is None and w.lora is None:
-        return kernel(x, w.up, w.down, residual, slope=config.slope)
-    n = rms_norm(x)
-    if tap is not None:
-        tap("mlp_in", n * w.scales.ln)
-    m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
-    extra = None if w.lora is None else w.lora.mlp(n * w.scales.ln)
-    if extra is not None:
-        m = m + w.scales.mlp * extra
-    return m if residual is None else residual + m
-
-
-def serial_block(
-    config: ModelConfig,
-    kernels: Kernels,
-    x: Tensor,
-    skip: Skip | None,
-    w: LayerWeights,
-    ctx: Context,
-    exclusive: bool,
-    joint: bool,
-    tap: Tap,
-) -> Tensor:
-    """Join the skip, mix in x0, and run attention and the MLP on one residual stream `x` `(T, D)`.
-
-    The MLP comes after the attention, or, if `joint`, both read the same mixed input. With `ctx.asked`, the
-    result has the rows `(R, D)` of those tokens.
-    """
-    u, n = mix_and_norm(kernels.mix, x, skip, ctx.x0, w.mix)
-    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
-    u = asked_rows(u, ctx.asked)
-    x = u + a
-    return feed_forward(config, kernels.mlp, u if joint else x, x, w, tap)
-
-
-def parallel_block(
-    config: ModelConfig,
-    kernels: Kernels,
-    lanes: tuple[Tensor, Tensor],
-    skip: Skip | None,
-    w: LayerWeights,
-    ctx: Context,
-    exclusive: bool,
-    tap: Tap,
-) -> tuple[Tensor, Tensor]:
-    """Run attention on lane 0 and the MLP on lane 1, and add both outputs to both lanes.
-
-    lane_l <- r_l * lane_l + P[0, l] * attention + P[1, l] * mlp; the skip joins lane 0 before. With
-    `ctx.asked`, the results have the rows `(R, D)` of those tokens.
-    """
-    lane0, lane1 = lanes
-    lane0, n = mix_lane(kernels.mix, lane0, skip, ctx.x0, w.mix)
-    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
-    lane0, lane1 = asked_rows(lane0, ctx.asked), asked_rows(lane1, ctx.asked)
-    m = feed_forward(config, kernels.mlp, lane1, None, w, tap)
-    assert w.lane_post is not None and w.lane_resid is not None
-    return update_lanes(kernels.mix, (lane0, lane1), a, m, w.lane_post, w.lane_resid)
-
-
-def join_lanes(lane0: Tensor, lane1: Tensor) -> Tensor:
-    """Return the normed mean of the two lanes, the input of the output projection."""
-    return rms_norm(0.5 * (lane0 + lane1))
 
 
 class GPT(nn.Module):
@@ -266,6 +82,8 @@ class GPT(nn.Module):
     """Parameters for Muon. The projections of further tables are not among them, as in published stacks."""
     embed_names: tuple[str, ...] = ("tok_emb",)
     """Embeddings; a model with further tables has more of them."""
+    mudd_names: tuple[str, ...] = ()
+    """Parameters of the MUDD connections, which have a learning rate of their own."""
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
@@ -285,12 +103,15 @@ class GPT(nn.Module):
         self._value_embeddings: Callable[..., Tensor] = value_embeddings
         self._fold: Callable[..., Folded] = fold
         self._join: Callable[..., Tensor] = join_lanes
+        self._add_sources: Callable[..., Tensor] = add_sources
         self._compiled_layers: Callable[..., Tensor] | None = None
         for name, value in initial_parameters(config, seed=seed).items():
             self.register_parameter(name, nn.Parameter(value))
         for part, used in (("bigram", config.bigram_buckets), ("value", config.value_embed_layers)):
             if used:
                 self.embed_names += (f"{part}_table",)
+        if config.mudd:
+            self.mudd_names = MUDD_NAMES
 
     def prepare(
         self,
@@ -332,7 +153,7 @@ class GPT(nn.Module):
             self._stem, self._fold, self._value_embeddings = jit(stem), jit(fold), jit(value_embeddings)
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
-            self._join = jit(join_lanes)
+            self._join, self._add_sources = jit(join_lanes), jit(add_sources)
         elif compile == "model":
             self._compiled_layers = jit(self.layers)
         return self
@@ -448,25 +269,29 @@ class GPT(nn.Module):
         x = ctx.x0.view(ctx.x0.shape)
         encoder, decoder = layer_order(config, loop=loop)
         saved: list[Tensor] = []
+        tail = Tail(self, config, ctx.x0, self._add_sources)
         for slot, i in enumerate(encoder):
             x = self._run_serial(x, None, i, _adapt(weights[i], adapters, slot), ctx, observe)
             saved.append(x)
+            tail.keep(i, x)
         # Views for the same reason: the last saved output is the decoder's first input, and the lanes start
         # as one.
         lanes = (x, x.view(x.shape))
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
-            if j == len(decoder) - 1:
-                ctx = ctx._replace(asked=asked)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
+            if j == len(decoder) - 1:
+                lanes, ctx = (tail.before_last(lanes[0]), lanes[1]), ctx._replace(asked=asked)
             if i < config.parallel_from or not config.lanes:
                 x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
                 lanes = (x, x.view(x.shape))
+                tail.keep(i, x)
             else:
                 # A view in every layer, because the first one's is, and views need graphs of their own.
                 lanes = lanes[0], lanes[1].view(x.shape)
                 lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
-        return self._join(*lanes)
+                tail.keep(i, *lanes)
+        return self._join(*tail.before_norm(*lanes, asked))
 
     def embed(self, inputs: Tensor, table: Tensor, cu_seqlens: Tensor) -> Tensor:
         """Return the input `(T, D)` of the first layer, from the embedding table `(V, D)`."""
@@ -520,7 +345,8 @@ class GPT(nn.Module):
             map(
                 AttentionWeights,
                 *(cut(folded.qkv), cut(folded.out), cast("q_gain"), cut(folded.gate)),
-                self._value_scales(),
+                self._of_last_layers("value_layer_scale"),
+                self._of_last_layers("xsa_strength"),
             ),
             cut(folded.up),
             cut(folded.down),
@@ -532,11 +358,11 @@ class GPT(nn.Module):
         )
         return [LayerWeights(*row) for row in rows]
 
-    def _value_scales(self) -> list[Tensor | None]:
-        """Return each layer's factor on the value embeddings; None for layers without them."""
-        count, last = self.config.layers, self.config.value_embed_layers
-        scales = self.value_layer_scale.to(self.compute_dtype).unbind() if last else ()
-        return [None] * (count - last) + list(scales)
+    def _of_last_layers(self, name: str) -> list[Tensor | None]:
+        """Return each layer's row of a parameter that only the last layers have; None for the others."""
+        tensor = getattr(self, name, None)
+        rows = () if tensor is None else tensor.to(self.compute_dtype).unbind()
+        return [None] * (self.config.layers - len(rows)) + list(rows)
 
     def rope(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Return the cosines and sines of positions 0 to tokens - 1, `(tokens, 1, R / 2)` each."""

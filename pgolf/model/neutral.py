@@ -13,6 +13,8 @@ parameters has a gradient. Exact in float32 and bfloat16, because what is added 
     head gate `sparse`, `dense`      weights 0: the gate is 1/2, and attn_scale is doubled
     mix with the first embedding     factors 1 and 0
     weighted skips                   weights 0
+    MUDD connections                 second matrices and biases 0
+    strength of XSA per head         0 beyond the 1 that it was
 
 Other settings have no neutral start: a gated skip would need a gate of infinity, a smear gate by channel too,
 and a setting without parameters of its own (xsa_layers, softcap) changes the function at once.
@@ -71,6 +73,8 @@ PARTS = (
         neutral=lambda c: c.skip == "weighted",
         zeros=("skip_weights",),
     ),
+    Part(("mudd",), absent=lambda c: not c.mudd, neutral=lambda _: True),
+    Part(("xsa_strength",), absent=lambda c: not c.xsa_strength, neutral=lambda _: True),
 )
 """Every part with a neutral start."""
 

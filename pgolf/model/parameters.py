@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgolf.config import ModelConfig
+from pgolf.model.mudd import mudd_shapes
 
 
 def layer_order(config: ModelConfig, *, loop: bool) -> tuple[list[int], list[int]]:
@@ -63,6 +64,10 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes |= {"smear_weight": (1, c.smear_window or c.gate_window), "smear_lambda": (1,)}
     elif c.smear_gate:
         shapes["smear_logit"] = (c.width,)
+    if c.xsa_strength:
+        shapes["xsa_strength"] = (c.xsa_layers, c.heads)
+    if c.mudd:
+        shapes |= mudd_shapes(c)
     return shapes
 
 
@@ -73,6 +78,8 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
     projections are 0; scales are 1; gates are 0 (a dense head gate is N(0, 0.005^2)); the factors of the
     lanes are 1.1. The table of the bigram hash is 0 and its scale 0.05; the table of the value embeddings is
     N(0, 0.01^2) and their scale 0.1; both projections are orthogonal, as the script of PR #549 makes them.
+    The first matrices of the MUDD connections are uniform in +-1 / sqrt(D), as in modded-nanogpt #259; the
+    second ones, their biases and the strengths of exclusive self-attention are 0.
     """
     rng = torch.Generator().manual_seed(seed)
     p = {name: torch.zeros(shape) for name, shape in parameter_shapes(config).items()}
@@ -95,4 +102,7 @@ def initial_parameters(config: ModelConfig, *, seed: int) -> dict[str, Tensor]:
     if config.value_embed_layers:
         p["value_table"].normal_(std=0.01, generator=rng)
         nn.init.orthogonal_(p["value_proj"][0], generator=rng)
+    if config.mudd:
+        bound = config.width**-0.5
+        p["mudd_in"].uniform_(-bound, bound, generator=rng)
     return p

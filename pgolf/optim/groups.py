@@ -1,7 +1,7 @@
 """Assignment of parameters to optimizers; every trained parameter belongs to exactly one group.
 
 Banks, which are stacks of matrices, go to Muon. The embedding goes to AdamW with its own settings. All other
-parameters, called scalars, go to AdamW with theirs.
+parameters, called scalars, go to AdamW with theirs; those of MUDD connections have another learning rate.
 """
 
 from __future__ import annotations
@@ -27,10 +27,14 @@ class Groups:
     scalars: dict[str, nn.Parameter]
     """All other parameters (gains, gates, mixes, projections of tables), float32, for AdamW with the scalars'
     learning rate."""
+    mudd: dict[str, nn.Parameter]
+    """Parameters of MUDD connections, float32, for AdamW as the scalars, with their own learning rate."""
 
 
 def split_parameters(model: nn.Module) -> Groups:
     """Put each parameter with requires_grad into one group by the model's `bank_names` and `embed_names`.
+
+    A model may have `mudd_names`, too.
 
     Raises:
         TypeError: the model lacks one of the two tuples of names, or a parameter is not float32 (bfloat16
@@ -46,6 +50,7 @@ def split_parameters(model: nn.Module) -> Groups:
                 f"got {type(value).__name__}"
             )
         names[attribute] = value
+    mudd: tuple[str, ...] = getattr(model, "mudd_names", ())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     listed = names["bank_names"] + names["embed_names"]
     twice = sorted({name for name in listed if listed.count(name) > 1})
@@ -63,7 +68,8 @@ def split_parameters(model: nn.Module) -> Groups:
     groups = Groups(
         banks={name: trained[name] for name in names["bank_names"]},
         embed={name: trained[name] for name in names["embed_names"]},
-        scalars={name: p for name, p in trained.items() if name not in listed},
+        scalars={name: p for name, p in trained.items() if name not in listed + mudd},
+        mudd={name: p for name, p in trained.items() if name in mudd},
     )
     _check(groups, trained)
     return groups

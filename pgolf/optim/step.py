@@ -71,7 +71,7 @@ class Optimizer:
                 is unknown.
         """
         groups = split_parameters(model)
-        banks, replicated = groups.banks, {**groups.embed, **groups.scalars}
+        banks, replicated = groups.banks, {**groups.embed, **groups.scalars, **groups.mudd}
         self._config, self._dist, self._ema = config, dist, ema
         self._params: dict[str, Tensor] = {**banks, **replicated}
         _check_placed(self._params, dist.device, ema)
@@ -87,15 +87,18 @@ class Optimizer:
         )
         adam = config.adam
         self._nesterov = EmaNesterov(self._params) if config.ema_nesterov else None
-        self._embed, self._scalars = (
-            AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages)
-            for group, decay in (
-                (groups.embed, adam.embed_weight_decay),
-                (groups.scalars, adam.scalar_weight_decay),
+        # In the order in which `_set` sends their learning rates; few models have the last group.
+        self._adam = {
+            name: AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages)
+            for name, group, decay in (
+                ("embed", groups.embed, adam.embed_weight_decay),
+                ("scalars", groups.scalars, adam.scalar_weight_decay),
+                ("mudd", groups.mudd, adam.scalar_weight_decay),
             )
-        )
-        # The hyperparameters of a step, the learning rates of embedding and scalars, Muon's slow decay.
-        self._hyper = torch.zeros(HYPER + 3, device=dist.device)
+            if group or name != "mudd"
+        }
+        # The hyperparameters of a step, the learning rates of `_adam`, Muon's slow decay.
+        self._hyper = torch.zeros(HYPER + 4, device=dist.device)
         self._corrections = torch.zeros(2, device=dist.device)
         self._counts = torch.zeros(CLIP_STATE, device=dist.device)
         self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
@@ -154,6 +157,7 @@ class Optimizer:
             0.0 if ema_decay is None else 1 - ema_decay,
             factors.embed * adam.embed_lr,
             factors.scalar * adam.scalar_lr,
+            factors.scalar * adam.mudd_lr,
             slow_decay(muon, delta),
         ]
         self._hyper.copy_(torch.tensor(numbers), non_blocking=True)
@@ -170,8 +174,8 @@ class Optimizer:
     def _launch_rest(self) -> None:
         """Queue the part of a step that neither reads nor writes the weights of the banks."""
         hyper, rates = self._hyper[:HYPER], self._hyper[HYPER:]
-        self._embed.step(rates[0], hyper, self._corrections)
-        self._scalars.step(rates[1], hyper, self._corrections)
+        for rate, group in zip(rates, self._adam.values(), strict=False):
+            group.step(rate, hyper, self._corrections)
         self._bank_grad.zero_()
 
     def _clip(self) -> None:
@@ -216,8 +220,8 @@ class Optimizer:
     def reset(self) -> None:
         """Set momentum, moments, counts and gradients to zero; used after the warm-up."""
         self._muon.reset()
-        self._embed.reset()
-        self._scalars.reset()
+        for group in self._adam.values():
+            group.reset()
         self.zero_grad()
         self._counts.zero_()
         if self._nesterov is not None:
@@ -240,9 +244,10 @@ class Optimizer:
         """Return copies of all state as a flat dict of tensors, the same on every rank and at any world size.
 
         The keys are `muon.momentum.<bank>` `(matrices, rows, cols)`, `embed.mean.<name>`,
-        `embed.square.<name>`, the same two with `scalars.`, and `counts` `(3,)`, the state of `clip_scale`;
-        with EMA-Nesterov `nesterov.base.<name>` and `nesterov.velocity.<name>` in addition; with NorMuon
-        `muon.square.<bank>` `(matrices, longer side)`; with slow_age `muon.slow.<bank>`, as the momentum.
+        `embed.square.<name>`, the same two with `scalars.` (and `mudd.`, if the model has MUDD connections),
+        and `counts` `(3,)`, the state of `clip_scale`; with EMA-Nesterov `nesterov.base.<name>` and
+        `nesterov.velocity.<name>` in addition; with NorMuon `muon.square.<bank>` `(matrices, longer side)`;
+        with slow_age `muon.slow.<bank>`, as the momentum.
         This is a collective, because Muon's state is gathered: every rank must call it, and one may save it.
         """
         state = {f"muon.{key}": t for key, t in self._muon.state().items()}
@@ -281,8 +286,8 @@ class Optimizer:
         return self._replicated_state(), {f"muon.{k}": shard for k, shard in self._muon.shards().items()}
 
     def _replicated_state(self) -> dict[str, Tensor]:
-        groups = {"embed": self._embed, "scalars": self._scalars}
-        state = {f"{prefix}.{key}": t for prefix, adam in groups.items() for key, t in adam.state().items()}
+        groups = self._adam.items()
+        state = {f"{prefix}.{key}": t for prefix, adam in groups for key, t in adam.state().items()}
         if self._nesterov is not None:
             state |= {f"nesterov.{key}": t for key, t in self._nesterov.state().items()}
         return state | {"counts": self._counts}

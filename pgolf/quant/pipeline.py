@@ -3,7 +3,7 @@
 `Quantizer.calibrated` measures a model on training text, and `Quantizer.quantize` makes the codes. The
 trainer, `pgolf quantize` and the bench of quantizers all use this class; `pgolf.artifact.fit.write_quantized`
 makes a file of it. The class also decides which parameter gets which form: matrices get codes with calibrated
-scales, gates and further tables get int8 rows, and all others become float16.
+scales, gates, further tables and small networks get int8 rows, and all others become float16.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ TABLES = ("bigram_table", "value_table")
 """Tables beside the token embedding: int8 rows, as in the pull requests that have them."""
 TABLE_MATRICES = ("bigram_proj", "value_proj")
 """The matrices behind them: float16, or int8 rows where that would be too large."""
+SMALL_NETWORKS = ("mudd_in",)
+"""Larger matrices of small networks: int8 rows, half the bytes of float16."""
 GATE_MIN, GATE_MAX = 32, 8192
 """A layer's gate matrix is stored in int8 rows if its number of elements is in this range, as in PR #1855."""
 SMALL_MAX = 65_536
@@ -107,7 +109,7 @@ class Quantizer:
         return replace(self, drift=collect_drift(model, dequantize_state(plain), batches, dist))
 
     def quantize(self, factor: float = 1.0) -> QuantizedState:
-        """Quantize matrices by GPTQ, head gates and further tables to int8 rows, all else to float16.
+        """Quantize matrices by GPTQ, what `is_gate` names to int8 rows, all else to float16.
 
         Args:
             factor: multiplies every scale of the matrices; above 1 makes coarser grids and a smaller file.
@@ -179,7 +181,7 @@ class Quantizer:
 
 def is_gate(name: str, shape: tuple[int, ...]) -> bool:
     """Return whether a parameter is stored as int8 rows with a scale each."""
-    if name in TABLES:
+    if name in TABLES or name in SMALL_NETWORKS:
         return True
     if name in TABLE_MATRICES:
         return math.prod(shape) > SMALL_MAX

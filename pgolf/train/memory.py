@@ -202,7 +202,9 @@ def _activations(config: Config, *, cuda: bool, attention: str, kernels: bool) -
     if cuda and kernels:
         wide, hidden = wide - 1, 1 + 1 / 16
     runs = len(encoder) + len(decoder)
-    streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads)
+    # What MUDD connections keep was counted eagerly: two norms and two sums, a mean of lanes, their networks.
+    ends += (c.mudd > 0) * (4 + (lanes > 1))
+    streams = c.width * (runs * wide + ends) + runs * (c.kv_width * narrow + 8 * c.heads) + 4 * c.mudd
     wanted = ((streams, c.width, HEAP), (runs * hidden * c.hidden, c.hidden, HEAP_WIDE))
     if cuda:
         elements = sum(count for count, _, _ in wanted) * (1 if compiled else EAGER_BF16)

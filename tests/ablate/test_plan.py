@@ -105,6 +105,8 @@ PLANS = {
     "cautious": 54,
     "momentum_age": 90,
     "head_pairs": 24,
+    "mudd": 80,
+    "mudd_full": 9,
 }
 
 

@@ -24,6 +24,8 @@ PARTS = [
     "--model.bigram-width=16",
     "--model.value-embed-layers=2",
     "--model.value-embed-width=16",
+    "--model.mudd=8",
+    "--model.xsa-strength",
     "--train.fake-quant-from=0.5",
     "--train.context-stages=16@0.2,32@0.6",
     "--optim.average=swa",
@@ -94,8 +96,10 @@ def test_its_artifact_is_read_scored_and_continued(shards, whole, capsys):
     model = artifact.header.model
     assert model.parallel == "gptj" and model.bigram_buckets == 300 and model.value_embed_layers == 2
     kinds = {t.name: t.kind for t in artifact.header.tensors}
-    assert kinds["bigram_table"] == kinds["value_table"] == "gate"
+    assert kinds["bigram_table"] == kinds["value_table"] == kinds["mudd_in"] == "gate"
     assert kinds["bigram_proj"] == kinds["value_scale"] == kinds["smear_logit"] == "small"
+    assert kinds["mudd_out"] == kinds["mudd_bias"] == kinds["xsa_strength"] == "small"
+    assert artifact.state["mudd_out"].any() and artifact.state["xsa_strength"].any()
     words = ["--data", str(shards), "--tokens", "640", "--device", "cpu"]
     for more in ([], ["--mode", "sliding"], ["--mode", "ttt"]):
         assert main(["evaluate", str(whole / "model.pgolf"), *words, *more]) == 0

@@ -22,10 +22,10 @@ from pgolf.report.plots import read_metrics
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
-NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late")
+NAMES = ("rates", "ema_nesterov", "muon_rate_late", "embed_warmup", "late", "mudd")
 MUON = ("normuon", "cautious", "momentum_age", "head_pairs")
 """Plans that are run as one, without the ends of their ladders; ema_nesterov shows that ladders work."""
-TIMED = ("s0", "normuon", "cautious", "qk", "kv", "two")
+TIMED = ("s0", "normuon", "cautious", "qk", "kv", "two", "mudd", "xsa")
 """How the names of arms begin that take more time than the baseline."""
 
 

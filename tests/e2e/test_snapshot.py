@@ -240,10 +240,11 @@ ADDITIONS = {
     "out": (["--model.head-gate=none"], ["--model.head-gate=out"], ["head_gate"]),
     "mix": (["--model.no-resid-mix"], ["--model.resid-mix"], ["resid_mix"]),
     "skip": (["--model.skip=none"], ["--model.skip=weighted"], ["skip_weights"]),
+    "mudd": ([], ["--model.mudd=4"], ["mudd_out", "mudd_bias"]),
 }
 
 
-@pytest.mark.parametrize("case", ["smear", "values", "sparse"])
+@pytest.mark.parametrize("case", ["smear", "values", "sparse", "mudd"])
 def test_an_arm_with_more_parameters_starts_with_the_trunks_function(shards, tmp_path, case):
     """The loss at its first step is the trunk's, bit for bit, and then the new parameters move."""
     without, added, moving = ADDITIONS[case]

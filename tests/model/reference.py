@@ -42,7 +42,8 @@ def attention(
         y[start:stop] = torch.einsum("hqk,khd->qhd", weight, own[start:stop])
     if i >= layers - c.xsa_layers:
         unit = own / own.norm(dim=-1, keepdim=True)
-        y = y - (y * unit).sum(-1, keepdim=True) * unit
+        strength = 1 + model.xsa_strength[i - layers] if c.xsa_strength else torch.ones(heads)
+        y = y - strength[:, None] * (y * unit).sum(-1, keepdim=True) * unit
     if c.head_gate != "none":
         gate = model.head_gate[i]
         logit = (n[:, : gate.shape[1]] @ gate.T)[..., None]
@@ -56,6 +57,16 @@ def feed_forward(model: GPT, i: int, n: Tensor) -> Tensor:
     slope = c.leaky_slope if c.activation == "leaky_relu2" else 0.0
     hidden = F.leaky_relu(n @ model.mlp_up_bank[i].T, slope) ** 2
     return model.mlp_scale[i] * (hidden @ model.mlp_down_bank[i].T)
+
+
+def mudd(model: GPT, place: int, x: Tensor, sources: list[Tensor]) -> Tensor:
+    """The state `x` with `sources` and itself added; rows of the second place follow those of the first."""
+    count = len(sources) + 1
+    rows = range(count) if place == 0 else range(len(model.mudd_bias) - count, len(model.mudd_bias))
+    u = norm(x) @ model.mudd_in[place].T
+    u = 0.5 * u * (1 + torch.erf(u / 2**0.5))
+    a = [0.1 * (u @ model.mudd_out[r] + model.mudd_bias[r]) for r in rows]
+    return x + sum(a[j][:, None] * h for j, h in enumerate([*sources, x]))
 
 
 def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
@@ -103,14 +114,21 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
 
     encoder, decoder = layer_order(c, loop=loop)
     saved: list[Tensor] = []
+    after = {}  # state by physical layer, of its last execution
     for i in encoder:
-        x = serial(x, i)
+        x = after[i] = serial(x, i)
         saved.append(x)
     lanes = (x, x)
+    last = c.layers - 1
+    early, late = c.layers // 3, c.parallel_from - 1 if c.lanes else 2 * c.layers // 3
+    sources = sorted({early, late} - {last - 1, last})
     for j, i in enumerate(decoder):
-        first, second = joined(lanes[0], j), lanes[1]
+        first, second = lanes
+        if c.mudd and j == len(decoder) - 1:
+            first = mudd(model, 0, first, [x0, *(after[k] for k in sources)])
+        first = joined(first, j)
         if i < c.parallel_from or c.parallel == "gptj":
-            x = serial(first, i)
+            x = after[i] = serial(first, i)
             lanes = (x, x)
             continue
         a = attention(model, i, scaled(mixed(first, i), i), ids, rope, cu)
@@ -120,4 +138,8 @@ def hidden(model: GPT, ids: Tensor, cu: list[int], *, loop: bool) -> Tensor:
             keep[0] * first + post[0, 0] * a + post[1, 0] * m,
             keep[1] * second + post[0, 1] * a + post[1, 1] * m,
         )
-    return norm(0.5 * (lanes[0] + lanes[1]))
+        after[i] = 0.5 * (lanes[0] + lanes[1])
+    x = 0.5 * (lanes[0] + lanes[1])
+    if c.mudd:
+        x = mudd(model, 1, x, [x0, *(after[k] for k in (*sources, last - 1))])
+    return norm(x)

@@ -83,15 +83,18 @@ def run(
 
 
 def small_like(preset: str) -> ModelConfig:
-    """The network of a preset, with all its parts, in few and small layers."""
-    c = PRESETS[preset]().model
+    """The network of a preset, with all its parts, in few and small layers; "mudd" is pr1855 with more."""
+    c = PRESETS["pr1855" if preset == "mudd" else preset]().model
+    if preset == "mudd":
+        c = replace(c, mudd=2, xsa_strength=True)
     sizes = {"vocab_size": VOCAB, "width": 32, "heads": 4, "kv_heads": 2, "max_context": CONTEXT}
     parts = {"bigram_buckets": min(c.bigram_buckets, 16), "bigram_width": 8, "value_embed_width": 8}
     return replace(c, **sizes, **parts, rope_dims=4)
 
 
-# Two lanes; another gate; one stream with parallel branches; value embeddings; none of these.
-@pytest.mark.parametrize("preset", ["pr1855", "pr1874", "pr1493", "pr549", "naive"])
+# Two lanes, without and with MUDD connections; another gate; one stream with parallel branches; value
+# embeddings; none of these.
+@pytest.mark.parametrize("preset", ["pr1855", "mudd", "pr1874", "pr1493", "pr549", "naive"])
 @pytest.mark.parametrize("places", [PLACES, ("k", "o")])
 def test_the_layer_that_runs_last_skips_the_other_tokens_exactly(preset, places):
     model = small_model(shape=small_like(preset))

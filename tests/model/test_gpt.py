@@ -165,6 +165,12 @@ SWITCHES = [
     {"recurrence_repeats": 0},
     {"recurrence_repeats": 2},
     {"parallel_from": 5},
+    {"xsa_strength": True},
+    {"xsa_strength": True, "xsa_layers": 2},
+    {"mudd": 7},
+    {"mudd": 3, "parallel_from": 2, "recurrence_end": 1},
+    {"mudd": 3, "parallel": "gptj", "parallel_from": 3, "recurrence_end": 4},
+    {"mudd": 3, "parallel_from": 1, "recurrence_repeats": 0},
 ]
 
 
@@ -358,11 +364,20 @@ def _(q, k, v, cu_seqlens, max_seqlen):
 # layers that are joint or have value embeddings instead of the parallel ones.
 PARTS = {"bigram_buckets": 40, "value_embed_layers": 2, "parallel": "gptj", "leaky_slope": 0.3}
 PARTS["smear_kind"] = "channel"
+# One more graph each in "blocks": the sums before the last layer and before the last norm.
+MUDD = {"mudd": 3, "xsa_strength": True}
 
 
 @pytest.mark.parametrize(
     "compile, change, graphs",
-    [("blocks", {}, 7), ("model", {}, 4), ("blocks", PARTS, 9), ("model", PARTS, 5)],
+    [
+        ("blocks", {}, 7),
+        ("model", {}, 4),
+        ("blocks", PARTS, 9),
+        ("model", PARTS, 5),
+        ("blocks", MUDD, 9),
+        ("model", MUDD, 4),
+    ],
 )
 def test_layers_trace_without_breaks_into_few_graphs(compile, change, graphs):
     # CUDA attention is one opaque op; an opaque stand-in shows here that nothing else breaks the graph.

@@ -26,6 +26,8 @@ ADDED = {
     "dense": ({"head_gate": "dense"}, "head_gate"),
     "mix": ({"resid_mix": True}, "resid_mix"),
     "skip": ({"skip": "weighted"}, "skip_weights"),
+    "mudd": ({"mudd": 6}, "mudd_out"),
+    "strength": ({"xsa_strength": True}, "xsa_strength"),
     "all": ({"smear_gate": True, "skip": "weighted", "head_gate": "sparse", "resid_mix": True}, "head_gate"),
 }
 

@@ -128,6 +128,10 @@ def saved_bytes(model: ModelConfig, tokens: int) -> int:
         {"bigram_buckets": 512, "bigram_width": 64},
         {"value_embed_layers": 2, "value_embed_width": 64},
         {"parallel": "gptj", "parallel_from": 1},
+        {"xsa_strength": True},
+        {"mudd": 64},
+        {"mudd": 64, "layers": 6, "parallel_from": 4},
+        {"mudd": 16, "parallel": "gptj", "parallel_from": 1},
     ],
     ids=str,
 )
