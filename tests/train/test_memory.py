@@ -201,8 +201,11 @@ from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.presets import tiny
+def kib(name):
+    return int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith(name)))
 tokens = int(sys.argv[1])
 torch.set_num_threads(1)
+imported = kib('VmRSS:')
 config, dist = tiny(), Dist.start("cpu")
 model = GPT(config.model).prepare(dist.device)
 ema = Ema(dict(model.named_parameters()))
@@ -212,7 +215,7 @@ cu = torch.arange(0, tokens + 1, 256, dtype=torch.int32)
 for _ in range(2):
     model(ids, ids, cu, max_seqlen=256, loop=True).mean().backward()
     optimizer.step(0.0, ema_decay=0.5)
-print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM:')))
+print(imported, kib('VmHWM:'))
 """
 
 
@@ -222,8 +225,11 @@ def test_estimate_against_a_process_of_now():
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM, "2048"], capture_output=True, text=True, timeout=120, check=True
     )
+    imported, most = (int(kib) << 10 for kib in result.stdout.split())
     found = estimate_memory(config_of("tiny", 2048, quantize=False), **CPU)
-    assert found.total == pytest.approx(int(result.stdout) << 10, rel=0.2)
+    assert found.total - found.process == pytest.approx(most - imported, rel=0.2)
+    if torch.version.cuda is None:  # a build with CUDA has more libraries
+        assert found.total == pytest.approx(most, rel=0.2)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
