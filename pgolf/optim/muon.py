@@ -104,9 +104,8 @@ class Muon(Optimizer):
     _host_group: td.ProcessGroup | None = None
     # Whether parameters and state were compared between ranks since they were last loaded.
     _compared = False
-    # The ranks of each device mesh that has parameters of this optimizer, and whether there are any meshes.
+    # The ranks of each device mesh that had parameters of this optimizer in a step; None: there was none.
     _meshes: dict[Any, MeshRanks] | None = None
-    _distributed = False
 
     def __init__(
         self,
@@ -202,8 +201,7 @@ class Muon(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state of a copied or pickled optimizer."""
-        kept = {name: getattr(self, name) for name in ("_betas", "_counts", "_distributed")}
-        return {**super().__getstate__(), **kept}
+        return {**super().__getstate__(), "_betas": self._betas, "_counts": self._counts}
 
     @property
     def orthogonalized(self) -> int:
@@ -225,7 +223,6 @@ class Muon(Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
-        self._distributed |= any(mesh_of(p) is not None for p in self.param_groups[-1]["params"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of this class, of `torch.optim.Muon`, or of `torch.optim.AdamW` (AdamW groups).
@@ -269,6 +266,7 @@ class Muon(Optimizer):
             closure: called before the step, with gradients enabled; returns the loss.
 
         Raises:
+            ValueError: a group with normalize has DTensors now.
             RuntimeError: a gradient is sparse, the gradient of a DTensor is a plain tensor, a step on
                 DTensors is being captured, the matrices of a sharded optimizer are on several devices, its
                 ranks hold different gradients, parameters or settings, or the ranks of a device mesh have
@@ -280,7 +278,8 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         comparison = self._compare_ranks()
-        if self._distributed:
+        # Asked in every step: fully_shard and its users may replace the parameters in the groups.
+        if any(mesh_of(p) is not None for group in self.param_groups for p in group["params"]):
             self._compare_meshes()
         buckets: list[_Bucket] = []
         for group in self.param_groups:
@@ -316,7 +315,7 @@ class Muon(Optimizer):
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None  # a captured graph cannot wait for the host
         self._host_group = self._host_group or host_group(self._process_group)
-        named = [(name, p) for name, p, _ in self._named() if not self._distributed or mesh_of(p) is None]
+        named = [(name, p) for name, p, _ in self._named() if mesh_of(p) is None]
         fresh = compare_facts(self._facts(named), not self._compared, self._host_group)
         self._compared = True
         tensors = [(f"the gradient of {name}", p.grad) for name, p in named if p.grad is not None]
@@ -339,6 +338,9 @@ class Muon(Optimizer):
 
     def _compare_meshes(self) -> None:
         """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
+        for group in self.param_groups:
+            if group["use_muon"] and group["normalize"]:
+                check_group(group)  # DTensors may have come, or normalize been set, after it was added
         named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
         for name, p, muon in self._named():
             if (mesh := mesh_of(p)) is not None:
@@ -373,7 +375,7 @@ class Muon(Optimizer):
             kind = "none" if p.grad is None else f"{p.grad.dtype}"
             if p.grad is not None and p.grad.is_sparse:
                 kind = f"sparse {kind}"
-            elif p.grad is not None and self._distributed and mesh_of(p) and not mesh_of(p.grad):
+            elif p.grad is not None and mesh_of(p) and not mesh_of(p.grad):
                 kind = f"plain {kind}"
             facts.append(Fact(f"the gradient of {name}", kind))
             facts.append(Fact(name, (tuple(p.shape), str(p.dtype), sorted(self.state.get(p, {})))))
@@ -391,7 +393,7 @@ class Muon(Optimizer):
         buffers = []
         for p, grad in zip(params, grads, strict=True):
             if "momentum_buffer" not in self.state[p]:
-                like = p if self._distributed and mesh_of(p) else grad
+                like = p if self._meshes and mesh_of(p) else grad
                 self.state[p]["momentum_buffer"] = torch.zeros_like(like, dtype=grad.dtype)
             buffers.append(self.state[p]["momentum_buffer"])
         buffers = self._locals(buffers)
@@ -402,7 +404,7 @@ class Muon(Optimizer):
         found: dict[tuple[object, ...], _Bucket] = {}
         key: tuple[object, ...]
         for p, direction in zip(params, directions, strict=True):
-            if self._distributed and (ranks := self._ranks_of(p)):
+            if self._meshes and (ranks := self._ranks_of(p)):
                 for box in boxes(p.shape, group):
                     key = (box.shape, p.dtype, p.device, ranks)
                     if (bucket := found.get(key)) is None:
@@ -431,10 +433,10 @@ class Muon(Optimizer):
         return list(self.state[p][SQUARE].split(sizes))
 
     def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
-        return [local(t) for t in tensors] if self._distributed else tensors
+        return [local(t) for t in tensors] if self._meshes else tensors
 
     def _gradients(self, params: list[Tensor]) -> list[Tensor]:
-        if self._distributed:
+        if self._meshes:
             return [local_gradient(p) for p in params]
         return [p.grad for p in params if p.grad is not None]
 

@@ -8,6 +8,7 @@ Legend: `B` matrices of a bank, `R` rows, `C` columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from pgolf.quant.allocate import (
 )
 from pgolf.quant.gptq import Factored, drift_corrected, factorize, gptq_on_grid, row_errors
 from pgolf.quant.grid import QuantizedTensor, log_scales, max_code, sdclip_scales
+from pgolf.quant.lqer import Correction
 from pgolf.quant.sensitivity import Curvature, unit_trace
 
 TRELLIS_FROM = 2.0
@@ -87,13 +89,19 @@ class Bank:
         rows = row_errors(self.goal, self._values(quantized), self.inputs.hessian)
         return rows.sum(-1) if self.row_weight is None else (rows * self.row_weight).sum(-1)
 
-    def gains(self, quantized: QuantizedTensor) -> Tensor:
+    def gains(self, quantized: QuantizedTensor, corrections: Mapping[int, Correction]) -> Tensor:
         """Return t `(B, R)` float32, the factor on each row of W' with the least error of its outputs.
 
         t_r = w_r H w'_r^T / w'_r H w'_r^T with w of the goal, between 1 - MOST_GAIN and 1 + MOST_GAIN; 1
         where w'_r H w'_r^T is 0.
+
+        Args:
+            quantized: the codes of W'.
+            corrections: matrix of the bank -> what is added to its W'.
         """
         approx, gains = self._values(quantized), []
+        for i, correction in corrections.items():
+            approx[i] += correction.dequantize().to(approx.device)
         for goal, mine, hessian in zip(self.goal, approx, self.inputs.hessian, strict=True):
             moved = mine.double() @ hessian.double()
             power = (moved * mine).sum(-1)

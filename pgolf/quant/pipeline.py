@@ -172,7 +172,9 @@ class Quantizer:
             keys = self.inputs[name]
             if not any(kind in OUTPUT_SCALES for kind, _ in keys):
                 continue
-            for gain, (kind, layer) in zip(bank.gains(result.quantized[name]).cpu(), keys, strict=True):
+            matrices = ((i, result.corrections.get(f"{name}.{i}")) for i in range(len(keys)))
+            gains = bank.gains(result.quantized[name], {i: c for i, c in matrices if c is not None})
+            for gain, (kind, layer) in zip(gains.cpu(), keys, strict=True):
                 if kind in OUTPUT_SCALES:
                     scales = OUTPUT_SCALES[kind]
                     exact = self.weights[scales][layer].float().cpu()

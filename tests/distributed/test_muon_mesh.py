@@ -140,6 +140,16 @@ def resume_whole(mesh):
     return train(again, second, RESUME_AT)
 
 
+def replaced(mesh):
+    """Train on parameters that took the places of plain ones in the groups, as Accelerate does with FSDP2."""
+    plain, net = network(), sharded(mesh)
+    optimizer = optimizer_of(plain)
+    new = dict(zip(plain.parameters(), net.parameters(), strict=True))
+    for group in optimizer.param_groups:
+        group["params"] = [new[p] for p in group["params"]]
+    return train(net, optimizer)
+
+
 def tensor_parallel(mesh):
     """Take steps by hand on FSDP2 over tensor parallelism along rows and columns."""
     net = network()
@@ -209,10 +219,13 @@ def refused(mesh):
     rows.grad = torch.ones_like(rows)
     first.step()
     columns.grad = torch.ones(4, 4)
+    third = pgolf.optim.Muon([nn.Parameter(matrix)], normalize=0.9)
+    third.param_groups[0]["params"] = [rows]
     return {
         "plain": message(second.step),
         "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
         "normalize": message(lambda: pgolf.optim.Muon([rows], normalize=0.9)),
+        "normalize, replaced": message(third.step),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
         "placed": message(lambda: second.load_state_dict(first.state_dict())),
         "not placed": message(
@@ -232,6 +245,7 @@ def cases(world, checkpoint):
         "fsdp": train(net := sharded(mesh), optimizer_of(net)),
         "some": train(net := sharded(mesh, "0", "4"), optimizer_of(net)),
         "whole state": resume_whole(mesh),
+        "replaced": replaced(mesh),
     }
     if world == 4:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
@@ -259,7 +273,10 @@ REFUSED = {
     "deep": "ValueError: Muon: parameter 0 of shape .* sharded along dimension 2, .* dimension 0 or 1",
     "placed": "ValueError: .*momentum_buffer is a DTensor that is not placed like .*distributed.checkpoint",
     "not placed": r"ValueError: .*momentum_buffer is a DTensor that is not placed like .*full_tensor\(\)",
-    "normalize": r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
+    **dict.fromkeys(
+        ("normalize", "normalize, replaced"),
+        r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
+    ),
     "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
 }
 REFERENCES = {
@@ -269,7 +286,8 @@ REFERENCES = {
     ),
     **dict.fromkeys(("one dimension", "a part of three dimensions"), lambda: step_by_hand(lambda t: t)),
     **dict.fromkeys(
-        ("fsdp", "some", "hsdp", "resumed", "whole state"), lambda: train(net := network(), optimizer_of(net))
+        ("fsdp", "some", "hsdp", "resumed", "whole state", "replaced"),
+        lambda: train(net := network(), optimizer_of(net)),
     ),
     "tp": lambda: by_hand(network()),
 }

@@ -131,9 +131,12 @@ def test_outputs_are_nearer_to_those_of_the_unquantized_model():
             assert after < before, (name, key)
 
 
-def test_gains_are_the_best_factor_of_every_row():
-    _, plain = calibrated()
-    codes, with_gains = plain.quantize(), replace(plain, config=replace(COARSE, gains=True)).quantize()
+@pytest.mark.parametrize("lqer", ["off", "asym"])
+def test_gains_are_the_best_factor_of_every_row(lqer):
+    """With LQER of the codes and their corrections together."""
+    config = replace(COARSE, lqer=lqer, lqer_top=4)
+    plain = replace(calibrated()[1], config=config)
+    codes, with_gains = plain.quantize(), replace(plain, config=replace(config, gains=True)).quantize()
     weights, stored = dequantize_state(codes), dequantize_state(with_gains)
     changed = {name for name in weights if not torch.equal(weights[name], stored[name])}
     assert changed == set(OUTPUT_SCALES.values())
