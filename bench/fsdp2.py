@@ -345,6 +345,8 @@ def main() -> None:
         arguments.add_argument(f"--{each.name}", type=int, default=each.default, help="size of the model")
     args = arguments.parse_args()
     shape = Shape(**{each.name: getattr(args, each.name) for each in fields(Shape)})
+    if shape.width % HEAD:
+        arguments.error(f"--width must be a multiple of {HEAD}, the width of a head; got {shape.width}")
     repeats = 3 if args.quick else args.repeats
     device = start_ranks(args.device)
     rank = td.get_rank()

@@ -156,9 +156,9 @@ class ModelConfig:
         for name in ("bigram_width", "value_embed_width"):
             require(getattr(self, name) >= 1, f"model.{name} must be >= 1, got {getattr(self, name)}")
         require(
-            self.mudd == 0 or (self.mudd > 0 and self.layers >= 2),
-            "model.mudd must be 0 (no MUDD connections), or >= 1 with model.layers >= 2, whose states they "
-            f"add; got {self.mudd} with {self.layers} layers",
+            self.mudd == 0 or (0 < self.mudd <= 4096 and self.layers >= 2),
+            "model.mudd must be 0 (no MUDD connections), or 1 to 4096 with model.layers >= 2, whose states "
+            f"they add; got {self.mudd} with {self.layers} layers",
         )
         require(
             not self.xsa_strength or self.xsa_layers > 0,

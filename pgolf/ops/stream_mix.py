@@ -127,7 +127,7 @@ def _check(streams: Sequence[Tensor], coefficients: Tensor, last: str) -> None:
         )
     if coefficients.dtype not in (torch.float32, first.dtype):
         raise TypeError(
-            f"stream_mix: coefficients must be torch.float32 or {first.dtype} as the streams are, got "
+            f"stream_mix: coefficients must be torch.float32, or {first.dtype} as the streams, got "
             f"{coefficients.dtype}"
         )
     for name, tensor in (

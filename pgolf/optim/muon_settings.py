@@ -133,6 +133,8 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
     if group["normalize"] >= 1:
         raise ValueError(f"Muon: normalize must be in [0, 1), got {group['normalize']}")
+    if not isinstance(group["cautious"], bool):
+        raise TypeError(f"Muon: cautious must be True or False, got {group['cautious']!r}")
     if group["adjust_lr_fn"] not in ADJUST:
         raise ValueError(f"Muon: adjust_lr_fn must be one of {ADJUST}, got {group['adjust_lr_fn']!r}")
     table_of(group["ns_coefficients"], group["ns_steps"])

@@ -62,10 +62,11 @@ def test_sources_are_those_of_the_published_form_at_any_depth():
 
 def test_a_network_of_one_layer_or_without_exclusion_is_refused():
     one = {"layers": 1, "xsa_layers": 1, "parallel_from": 1, "recurrence_repeats": 0}
-    with pytest.raises(ValueError, match=r"model\.mudd must be 0 .* or >= 1 with model\.layers >= 2"):
+    with pytest.raises(ValueError, match=r"model\.mudd must be 0 .* or 1 to 4096 with model\.layers >= 2"):
         ModelConfig(mudd=4, **one)
-    with pytest.raises(ValueError, match=r"add; got -1 with 11 layers"):
-        ModelConfig(mudd=-1)
+    for width in (-1, 4097):
+        with pytest.raises(ValueError, match=rf"add; got {width} with 11 layers"):
+            ModelConfig(mudd=width)
     with pytest.raises(ValueError, match=r"model\.xsa_strength needs layers .* got model\.xsa_layers=0"):
         ModelConfig(xsa_strength=True, xsa_layers=0)
     with pytest.raises(ValueError, match=r"optim\.adam\.mudd_lr must be >= 0, got -1"):

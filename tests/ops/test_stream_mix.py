@@ -269,7 +269,7 @@ def test_a_second_derivative_and_forward_mode_say_that_they_are_missing(of: int,
         (
             {"coefficients": torch.zeros(1, 2, 8).half()},
             TypeError,
-            "coefficients must be torch.float32 or torch.float32 as the streams are, got torch.float16",
+            "coefficients must be torch.float32, or torch.float32 as the streams, got torch.float16",
         ),
         ({"last": "mean"}, ValueError, "last must be 'sum', 'norm' or 'both', got 'mean'"),
     ],

@@ -60,8 +60,9 @@ def test_bad_settings_are_refused(arguments, message):
         ({"params": parameters([(4, 4)]), "split_sizes": (4, 0)}, ValueError, r"got \[4, 0\]"),
         ({"params": parameters([(2,)]), "use_muon": False, "betas": (0.9, 1)}, ValueError, r"betas must be"),
         ({"params": parameters([(2, 2)]), "maximize": True}, ValueError, r"negate the loss"),
+        ({"params": parameters([(2, 2)]), "cautious": "yes"}, TypeError, r"True or False, got 'yes'"),
     ],
-    ids=["1-D", "named", "6-D", "complex", "split", "split-empty", "betas", "maximize"],
+    ids=["1-D", "named", "6-D", "complex", "split", "split-empty", "betas", "maximize", "cautious"],
 )
 def test_bad_groups_are_refused_and_not_added(group, error, message):
     named = isinstance(group["params"][0], tuple)
