@@ -1,7 +1,7 @@
 """The blocks of the language model as pure functions, and the weights that they take.
 
-Legend: `T` tokens, `D` width, `V` vocab, `L` layers, `H` heads, `K` head dim, `M` hidden, `W` gate window,
-`G` kv heads, `R` rotated dims.
+Legend: `T` tokens, `R` of them whose output is wanted, `D` width, `L` layers, `H` heads, `G` kv heads, `K`
+head dim, `M` hidden, `W` gate window, `S` segments.
 Source: PR #1855 of the parameter-golf challenge.
 """
 
@@ -97,7 +97,7 @@ class Context(NamedTuple):
     """The inputs that all layers share, in addition to their weights."""
 
     x0: Tensor  # (T, D)
-    rope: tuple[Tensor, Tensor]  # (T, 1, R / 2) each
+    rope: tuple[Tensor, Tensor]  # (T, 1, dims / 2) each
     cu_seqlens: Tensor  # (S + 1,) int32
     values: Tensor | None = None  # (T, G * K), value embeddings
     asked: Asked | None = None  # for the layer that runs last: the tokens whose output is wanted, if not all
