@@ -19,8 +19,6 @@ are too small.
 from __future__ import annotations
 
 import argparse
-import math
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,13 +30,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.common import RESULTS, Recorder, Sample
+from bench.documents import Documents
 from pgolf.artifact.write import Facts, build_file
 from pgolf.config import Config, DataConfig, ModelConfig, QuantConfig
 from pgolf.data.loader import Batch
 from pgolf.dist import Dist
-from pgolf.evaluate.documents import document_bounds
-from pgolf.evaluate.sums import open_sums
-from pgolf.evaluate.validation import DataFolder, score_as
+from pgolf.evaluate.validation import DataFolder
 from pgolf.model.gpt import GPT
 from pgolf.quant.calibrate import Drift, collect_hessians
 from pgolf.quant.gptq import row_errors
@@ -140,14 +137,13 @@ class Bench:
         self.weights = {k: v.to(self.dist.device) for k, v in averaged.items()}
         self.seconds: dict[str, float] = {}
         self.text = self.data_folder.validation()
-        self.starts, _ = document_bounds(self.text, self.data_folder.tokenizer.bos_id)
-        self.bits = math.log(2) * int(self.text.bytes[1:].sum())
+        self.documents = Documents(self.data_folder, self.text, self.dist, micro)
         self._drifts: dict[QuantConfig, Drift] = {}
         self._first: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
         self._calibrate(saved.data)
         self.average = self.score(self.weights)
         self.unquantized = self.bpb(self.average)
-        self.nats_per_bpb = self.bits / (self.text.tokens.size - 1)
+        self.nats_per_bpb = self.documents.bits / (self.text.tokens.size - 1)
 
     def _calibrate(self, original: DataConfig) -> None:
         """Hessians and curvature on as many tokens as the run would take, in smaller batches if need be."""
@@ -176,31 +172,11 @@ class Bench:
     def score(self, state: dict[str, Tensor]) -> NDArray[np.float64]:
         """Return the sum of the losses of each document of the validation text, nats."""
         copy_parameters(self.model, state)
-        batch, facts = self.config.data.micro_tokens, {"way": "plain"}
-        with tempfile.TemporaryDirectory() as folder:
-            with open_sums(Path(folder), facts, self.dist) as sums:
-                score_as(
-                    "plain",
-                    self.model,
-                    self.data_folder,
-                    self.text,
-                    self.dist,
-                    batch_tokens=batch,
-                    sums=sums,
-                )
-            with open_sums(Path(folder), facts, self.dist) as sums:
-                found = sums.before
-        document = np.searchsorted(self.starts, found.first, side="right") - 1
-        return np.bincount(document, weights=found.nats.numpy(), minlength=self.starts.size)
+        return self.documents.score(self.model)[1]
 
     def bpb(self, nats: NDArray[np.float64]) -> float:
         """Return bits per byte of the whole text, from the losses of its documents."""
-        return float(nats.sum()) / self.bits
-
-    def against(self, nats: NDArray[np.float64], base: NDArray[np.float64]) -> Paired:
-        """Compare two scores document by document; the mean difference is that of the whole text in bpb."""
-        unit = nats.size / self.bits
-        return compare_paired(nats * unit, base * unit)
+        return float(nats.sum()) / self.documents.bits
 
     def quantize(self, setting: Setting, scale: float) -> QuantizedState:
         """Return the setting's codes with all its scales times `scale`."""
@@ -243,7 +219,7 @@ class Bench:
         kl, bpb = self.divergence(tensors), self.bpb(nats)
         gains = {} if self._first else self.gains(tensors)
         self._first = self._first or (nats, kl)
-        against, kl_against = self.against(nats, self._first[0]), compare_paired(kl, self._first[1])
+        against, kl_against = self.documents.against(nats, self._first[0]), compare_paired(kl, self._first[1])
         loss, predicted = bpb - self.unquantized, self.predict(tensors) / self.nats_per_bpb
         return Outcome(
             *(setting, total, parts, bpb, loss, predicted, scale, seconds),
@@ -327,7 +303,7 @@ def measure_blends(bench: Bench, folder: Path, shares: list[float]) -> dict[floa
     for share in shares:
         mixed = {n: torch.lerp(raw[n].to(w.device), w, share) for n, w in bench.weights.items()}
         nats = bench.score(mixed)
-        found[share] = bench.bpb(nats), bench.against(nats, bench.average)
+        found[share] = bench.bpb(nats), bench.documents.against(nats, bench.average)
         print(f"blend {share:g}: {found[share][0]:.5f} {found[share][1].mean:+.5f}", flush=True)
     return found
 

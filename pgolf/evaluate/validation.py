@@ -154,7 +154,7 @@ def score_as(
         batch_tokens: tokens per forward pass of plain and sliding windows.
         settings: stride, context, and the settings of each way.
         sums: keeps sums on disk, and has those of an interrupted evaluation, see `sums.py`.
-        compiled: as in `adapted_pass`, for "ttt".
+        compiled: as in `adapted_pass`, for "ttt" and "phased".
     """
     bos_id = data_folder.tokenizer.bos_id
     more: dict[str, Any] = {"batch_tokens": batch_tokens, "settings": settings, "done": sums and sums.done}
@@ -184,7 +184,7 @@ def start_pass(
         bos_id: the id that starts a document.
         whole: see `sgd_pass`.
         done: see `Done`.
-        compiled: as in `adapted_pass`, for "ttt".
+        compiled: as in `adapted_pass`, for "ttt" and "phased".
 
     Raises:
         ValueError: the text has no BOS, or a setting does not fit.
@@ -200,7 +200,7 @@ def start_pass(
     if way == "ttt":
         run = adapted_pass(model, text, dist, config=settings.adapters, compiled=compiled, **where)
     elif way == "phased":
-        run = phased_pass(model, text, dist, phases=settings.phases, **where)
+        run = phased_pass(model, text, dist, phases=settings.phases, compiled=compiled, **where)
     elif way == "sgd":
         run = sgd_pass(model, text, dist, config=settings.sgd, whole=whole, **where, **windows)
     elif way in ("slot", "causal_slot"):
