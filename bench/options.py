@@ -4,9 +4,11 @@
     python -m bench.options model.pgolf --data SHARDS --rows ttt "mine=ttt context=3072 adapters.rank=48"
 
 A row is a way to score with some settings of `pgolf.config.EvaluateConfig` changed: a name from `ROWS`, or
-NAME=WAY KEY=VALUE ... `difference` is its bits per byte minus those of `--base` (without it, of the first
-row), with a 95 % interval over documents (`difference_low`, `difference_high`); less than 0 is better. On a
-GPU test-time training is compiled; the first row that needs a graph has its compilation in its seconds.
+NAME=WAY KEY=VALUE ... The row `published` is the way to score of the run's pull request, with the settings in
+the config.json next to the file. `difference` is its bits per byte minus those of `--base` (without it, of
+the first row), with a 95 % interval over documents (`difference_low`, `difference_high`); less than 0 is
+better. On a GPU test-time training is compiled; the first row that needs a graph has its compilation in its
+seconds.
 
 Choose options on text that no run has trained on and that is not the validation text: `pgolf data held-out`
 makes such a folder before a run.
@@ -25,8 +27,9 @@ import torch
 from bench.common import Recorder, Sample
 from bench.documents import Documents
 from pgolf.artifact.read import build_model, read_artifact
-from pgolf.config import EvaluateConfig, Method, from_dict
+from pgolf.config import Config, EvaluateConfig, Method, from_dict
 from pgolf.config_evaluate import METHODS
+from pgolf.config_io import read_json
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder
 
@@ -64,6 +67,10 @@ ROWS = {
 """Name of a row -> way to score and what differs from its settings."""
 
 
+PUBLISHED = "published"
+"""The row whose settings are those of the run."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to score."""
@@ -73,19 +80,26 @@ class Row:
     settings: EvaluateConfig
 
     @staticmethod
-    def read(word: str) -> Row:
-        """Return the row that a name of `ROWS` or NAME=WAY KEY=VALUE ... describes.
+    def read(word: str, artifact: Path | None = None) -> Row:
+        """Return the row that a name of `ROWS`, NAME=WAY KEY=VALUE ... or `published` describes.
+
+        Args:
+            artifact: next to which the config.json is that `published` needs.
 
         Raises:
-            ValueError: another form, an unknown way or setting, or a bad value.
+            ValueError: another form, an unknown way or setting, or a bad value. OSError: no config.json.
         """
+        if word == PUBLISHED and artifact is not None:
+            saved = artifact.with_name("config.json")
+            run = from_dict(Config, read_json(saved), where=str(saved)).evaluate
+            return Row(word, run.method, run)
         name, equals, text = word.partition("=")
         if not equals:
             text = ROWS.get(name, "")
         way, *changes = text.split() or [""]
         if way not in METHODS:
             raise ValueError(
-                f"expected one of {', '.join(ROWS)}, or NAME=WAY KEY=VALUE ... with a way of "
+                f"expected one of {', '.join(ROWS)}, {PUBLISHED}, or NAME=WAY KEY=VALUE ... with a way of "
                 f"{', '.join(METHODS)}, got {word!r}"
             )
         settings: dict[str, Any] = {}
@@ -110,7 +124,7 @@ class Row:
         return f"{self.name} ({remark})" if remark else self.name
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Score, print and write; see the top of the file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,10 +138,10 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--file", default="options", help="name of the result file")
     parser.add_argument("--out", type=Path, help="folder of the result file")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
-        rows = [Row.read(word) for word in options.rows]
-    except (ValueError, TypeError) as e:
+        rows = [Row.read(word, options.artifact) for word in options.rows]
+    except (ValueError, TypeError, OSError) as e:
         parser.error(str(e))
     base = options.base or rows[0].name
     if base not in [row.name for row in rows]:

@@ -6,7 +6,10 @@ Each word is a row: a preset, perhaps with a suffix after "+" that tells two row
 of shards. A row takes one GPU, and as many rows run at the same time as there are GPUs. Rows that are done
 are kept, so the same command continues a table that was stopped. What follows "--" is passed to every run.
 
-Every quantized file is also scored in the way of the preset's pull request (`evaluate.method`).
+Every quantized file is then scored in the way of the preset's pull request (`evaluate.method`), by
+`bench.options` in a process of its own, so that a score that fails costs no run. `--documents N` scores the
+first N documents only, because some ways take minutes; the gain on plain scoring is that of the same
+documents in any case.
 
 A preset that does not fit its scales to the limit of the challenge may exceed it, as some pull requests did;
 the table shows its bytes.
@@ -15,6 +18,7 @@ the table shows its bytes.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -25,12 +29,14 @@ from pathlib import Path
 import torch
 
 from bench.common import RESULTS, Recorder, Sample
+from bench.options import PUBLISHED
 from bench.run import figures
 from pgolf.cli.train import OVERRUN
 from pgolf.config import Method
 from pgolf.env import share_of_cores, with_parent
 from pgolf.presets import PRESETS
 from pgolf.report.summary import SUMMARY, Summary
+from pgolf.train.weights import ARTIFACT
 
 COLUMNS = {
     "ms_loop_off": ("ms a step, loop off", ".1f"),
@@ -40,6 +46,7 @@ COLUMNS = {
     "bpb_ema": ("averaged", ".4f"),
     "bpb_quantized": ("quantized", ".4f"),
     "bpb_published": ("in the way of the pull request", ".4f"),
+    "gain_published": ("gain on plain, same documents", ".4f"),
     "seconds_published": ("seconds of that", ",.0f"),
     "bytes": ("bytes", ",.0f"),
 }
@@ -69,14 +76,30 @@ class Row:
         return self.out / f"{self.name}.txt"
 
     @property
+    def score_log(self) -> Path:
+        """What the scoring in the way of the pull request printed."""
+        return self.out / f"{self.name}.score.txt"
+
+    @property
     def method(self) -> Method:
         """The preset's way to score."""
         return PRESETS[self.preset]().evaluate.method
 
+    @property
+    def run(self) -> Path | None:
+        """The folder of the newest finished run; None if there is none."""
+        found = sorted((self.out / self.name).glob(f"*/{SUMMARY}"), key=lambda path: path.stat().st_mtime)
+        return found[-1].parent if found else None
+
+    @property
+    def scores(self) -> Path | None:
+        """The result lines of the way of the pull request; None if it was not scored."""
+        found = sorted((self.out / "scores").glob(f"*_{self.name}.jsonl"))
+        return found[-1] if found else None
+
     def summary(self) -> Summary | None:
         """Return the summary of the newest finished run; None if there is none."""
-        found = sorted((self.out / self.name).glob(f"*/{SUMMARY}"), key=lambda path: path.stat().st_mtime)
-        return Summary.load(found[-1]) if found else None
+        return Summary.load(self.run / SUMMARY) if self.run else None
 
     def figures(self) -> dict[str, tuple[float, str]]:
         """Return metric -> (value, unit) of the row; empty if its run is not done."""
@@ -84,10 +107,15 @@ class Row:
         if summary is None:
             return {}
         found = figures(summary)
-        score = summary.scores.get("quantized" if self.method == "plain" else self.method)
-        if score is not None:
-            found["bpb_published"] = (score.bpb, "bits/byte")
-            found["seconds_published"] = (score.seconds, "s")
+        if self.method == "plain" and "quantized" in summary.scores:
+            found["bpb_published"] = (summary.scores["quantized"].bpb, "bits/byte")
+        elif self.scores is not None:
+            lines = [json.loads(line) for line in self.scores.read_text().splitlines()]
+            score = {line["metric"]: line["value"] for line in lines if line["case"].startswith(PUBLISHED)}
+            found["bpb_published"] = (score["bpb"], "bits/byte")
+            found["gain_published"] = (-score["difference"], "bits/byte")
+            found["seconds_published"] = (score["seconds"], "s")
+            found["tokens_published"] = (score["tokens"], "tokens")
         return found
 
 
@@ -114,60 +142,99 @@ def read_rows(words: list[str], out: Path) -> list[Row]:
 
 
 def start(
-    row: Row, gpu: int | None, seconds: float, rest: list[str], *, at_once: int
+    row: Row, gpu: int | None, command: list[str], log: Path, *, at_once: int
 ) -> subprocess.Popen[bytes]:
-    """Start the run of a row with its output in `row.log`; gpu None: wherever its settings say."""
+    """Start a process of a row with its output in `log`; gpu None: wherever its settings say."""
     row.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pgolf", "train", row.preset, "--data", str(row.data)]
-    command += ["--seconds", f"{seconds:g}", "--out", str(row.out / row.name), "--evaluate.published"]
-    if not PRESETS[row.preset]().artifact.fit:
-        command += ["--artifact.limit", str(NO_LIMIT)]
-    command += rest
     environment = share_of_cores(at_once)
     if gpu is not None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    with row.log.open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=with_parent(environment))
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, env=with_parent(environment))
 
 
-def run(rows: list[Row], seconds: float, rest: list[str], gpus: int) -> list[str]:
-    """Run the rows that are not done, one on each GPU at a time; return the names of those that failed.
+def train_command(row: Row, seconds: float, rest: list[str]) -> list[str]:
+    """Return the command of a row's run."""
+    command = [sys.executable, "-m", "pgolf", "train", row.preset, "--data", str(row.data)]
+    command += ["--seconds", f"{seconds:g}", "--out", str(row.out / row.name)]
+    if not PRESETS[row.preset]().artifact.fit:
+        command += ["--artifact.limit", str(NO_LIMIT)]
+    return [*command, *rest]
+
+
+def score_command(row: Row, documents: int) -> list[str]:
+    """Return the command that scores a row's file plainly and in the way of its pull request."""
+    assert row.run is not None
+    command = [sys.executable, "-m", "bench.options", str(row.run / ARTIFACT), "--data", str(row.data)]
+    command += ["--rows", "plain", PUBLISHED, "--documents", str(documents)]
+    return [*command, "--file", row.name, "--out", str(row.out / "scores")]
+
+
+@dataclass
+class Running:
+    """A process of a row."""
+
+    row: Row
+    gpu: int | None
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def run(rows: list[Row], seconds: float, rest: list[str], gpus: int, documents: int = 0) -> list[str]:
+    """Run what is not done of the rows, one row on each GPU at a time; return the names of those that failed.
 
     Args:
         rest: further arguments of `pgolf train`.
         gpus: 0 runs one row at a time wherever its settings say.
+        documents: score the first so many documents in the way of the pull request; 0 = all.
     """
-    waiting = [row for row in rows if row.summary() is None]
+
+    def scored(row: Row) -> bool:
+        return row.method == "plain" or row.scores is not None
+
+    waiting = [row for row in rows if row.run is None or not scored(row)]
     free: list[int | None] = list(range(gpus)) or [None]
-    at_once, running, failed = len(free), list[tuple[Row, int | None, subprocess.Popen[bytes]]](), list[str]()
+    at_once, running, failed = len(free), list[Running](), list[str]()
     began = time.monotonic()
 
     def say(text: str) -> None:
         print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
+
+    def next_process(row: Row, gpu: int | None) -> None:
+        """Start the run of a row, or its scoring if the run is done."""
+        if row.run is None:
+            command, log = train_command(row, seconds, rest), row.log
+        else:
+            command, log = score_command(row, documents), row.score_log
+        running.append(Running(row, gpu, start(row, gpu, command, log, at_once=at_once), log))
 
     try:
         while waiting or running:
             while waiting and free:
                 row, gpu = waiting.pop(0), free.pop(0)
                 say(f"{row.name} begins" + ("" if gpu is None else f" on GPU {gpu}"))
-                running.append((row, gpu, start(row, gpu, seconds, rest, at_once=at_once)))
+                next_process(row, gpu)
             time.sleep(0.2)
-            for entry in [entry for entry in running if entry[2].poll() is not None]:
+            for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
-                row, gpu, process = entry
-                free.append(gpu)
-                if process.returncode in (0, OVERRUN) and row.summary() is not None:
-                    say(f"{row.name} is done")
-                else:
+                row, status = entry.row, entry.process.returncode
+                trains = entry.log == row.log
+                if status not in (0, *([OVERRUN] if trains else [])) or row.run is None:
                     failed.append(row.name)
-                    last = row.log.read_text(errors="replace").strip().splitlines()[-1:]
-                    say(
-                        f"{row.name} failed with status {process.returncode}: {' '.join(last)}; see {row.log}"
-                    )
+                    last = entry.log.read_text(errors="replace").strip().splitlines()[-1:]
+                    what = "" if trains else ", scoring,"
+                    say(f"{row.name}{what} failed with status {status}: {' '.join(last)}; see {entry.log}")
+                elif trains and not scored(row):
+                    say(f"{row.name} is trained")
+                    next_process(row, entry.gpu)
+                    continue
+                else:
+                    say(f"{row.name} is done")
+                free.append(entry.gpu)
     finally:
-        for _, _, process in running:
-            process.terminate()
+        for entry in running:
+            entry.process.terminate()
     return failed
 
 
@@ -192,6 +259,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("rows", nargs="+", metavar="PRESET[+SUFFIX]=FOLDER")
     parser.add_argument("--seconds", type=float, default=120.0, help="clock of every run (default 120)")
+    parser.add_argument(
+        "--documents",
+        type=int,
+        default=0,
+        help="score so many documents in the published way; 0 (default): all",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and what they print")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(own)
@@ -200,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         parser.error(str(e))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    failed = run(rows, args.seconds, rest, gpus)
+    failed = run(rows, args.seconds, rest, gpus, args.documents)
     name = f"{args.seconds:g}s_1gpu"
     device = torch.device("cuda" if gpus else "cpu")
     recorder = Recorder("run", device, args.results, file=f"run-presets_{name}")

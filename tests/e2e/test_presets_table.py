@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from bench import presets as bench
-from tests.e2e.conftest import SMALL
+from tests.e2e.conftest import SMALL, VAL_TOKENS
 
 
 def test_two_rows_become_one_table(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    words = [f"tiny={shards}", f"tiny+again={shards}", "--seconds", "600"]
+    words = [f"tiny={shards}", f"tiny+again={shards}", "--seconds", "600", "--documents", "4"]
     words += ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--"]
     short = ["--train.warmup-steps=0", "--train.seconds=0", *(w for w in SMALL if w != "--seconds=0")]
     assert bench.main([*words, *short]) == 0, (tmp_path / "out/tiny.txt").read_text()
@@ -25,8 +25,11 @@ def test_two_rows_become_one_table(shards: Path, tmp_path: Path, capsys: pytest.
     assert [cell.strip() for cell in row.strip("|").split("|")][3] == "6"
     assert f"| {bpb['tiny_600s_1gpu']:.4f} |" in row
     # `tiny` scores with phases, as its settings say; the table has that score and the name of the way.
-    phased = {line["case"]: line["value"] for line in lines if line["metric"] == "bpb_phased"}
-    assert f"| {phased['tiny_600s_1gpu']:.4f} |" in row and row.endswith("| phased |")
+    found = {line["metric"]: line["value"] for line in lines if line["case"] == "tiny_600s_1gpu"}
+    assert f"| {found['bpb_published']:.4f} | {found['gain_published']:.4f} |" in row and row.endswith(
+        "| phased |"
+    )
+    assert found["tokens_published"] < VAL_TOKENS
     # Once more: nothing is trained again.
     assert bench.main([*words, *short]) == 0
     assert "begins" not in capsys.readouterr().out
