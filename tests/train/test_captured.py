@@ -1,5 +1,6 @@
 """Captured passes: those of a GPU against launched ones, and on the host which passes are replayed."""
 
+import gc
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pgolf.cli.main import main
 from pgolf.config import ModelConfig
@@ -347,6 +350,75 @@ def test_what_forbids_a_capture_is_named(monkeypatch):
     monkeypatch.delenv("PGOLF_CHECK_TARGETS")
     model.qo_bank.grad = None
     assert obstacle(model, cuda) == "qo_bank has no gradient whose address a graph could hold"
+
+
+def accumulator(p):
+    """Return the autograd node that adds to the gradient of `p`; all graphs in which it is share one."""
+    return p.expand_as(p).grad_fn.next_functions[0][0]
+
+
+def test_no_node_of_a_pass_outlives_it():
+    """A node adds to its gradient on the stream on which it was made, and a graph holds one stream only."""
+    model, batches = make_model(SMALLEST), make_batches(SMALLEST)
+    micro, parameters = MicroSteps(model, CPU), dict(model.named_parameters())
+    gc.disable()  # which would find nodes that hold each other
+    try:
+        for form in (OFF, ON):
+            micro.forward(batches[0], form)
+            for p in parameters.values():
+                accumulator(p).metadata["seen"] = True
+            assert all("seen" in accumulator(p).metadata for p in parameters.values())
+            micro.backward()
+            assert [name for name, p in parameters.items() if "seen" in accumulator(p).metadata] == []
+    finally:
+        gc.enable()
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuse every operator that reads a number on the host or has a tensor elsewhere than on meta."""
+
+    HOST = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "lift_fresh")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        assert func.overloadpacket.__name__ not in self.HOST, func
+        assert all(t.device.type == "meta" for t in tensors), func
+        return out
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {},
+        {"bigram_buckets": 64, "bigram_width": 16, "value_embed_layers": 2, "value_embed_width": 16},
+        {"mudd": 8, "xsa_strength": True, "smear_over_bos": True},
+        {"smear_kind": "channel", "parallel": "gptj", "head_gate": "dense", "skip": "weighted"},
+    ],
+    ids=str,
+)
+def test_a_pass_reads_and_sends_nothing(parts, monkeypatch):
+    """A CUDA graph can hold no copy between host and device; the device here is one that computes nothing."""
+    monkeypatch.setattr(sys.modules["pgolf.ops.norm_mlp"], "_takes", lambda *_: True)
+    config, meta = replace(HOPPER, **parts), torch.device("meta")
+    model = GPT(config).to_empty(device=meta).prepare(meta)
+    model.compute_dtype = torch.bfloat16
+    model._attention = lambda q, k, v, cu, longest: q + (k + v).repeat_interleave(2, 1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    ids = torch.empty(4096, dtype=torch.int64, device=meta)
+    batch = Batch(ids, ids.clone(), torch.empty(64, dtype=torch.int32, device=meta), 128, 0.0)
+    micro = MicroSteps(model, meta, rounding=FakeQuant(3.0, 3.0).__call__)
+    with pytest.raises(AssertionError, match="aten"), OnDevice():
+        micro.forward(batch, OFF)  # makes the tables of the rotation on the host
+    model.rope(4096)
+    for form in (OFF, ON, ROUNDED):
+        with OnDevice():
+            micro.forward(batch, form)
+            micro.backward()
+    model._attention = lambda q, k, v, cu, longest: q * int(cu[1])
+    with pytest.raises((AssertionError, RuntimeError), match=r"_local_scalar_dense|item"), OnDevice():
+        micro.forward(batch, OFF)
 
 
 @pytest.mark.parametrize("tokens", [65, 4096, 98_304])
