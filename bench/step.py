@@ -7,7 +7,8 @@ lengths of real ones (`document_lengths.json`), and the clock has settled before
 For each contender and loop mode: milliseconds, joules, SM clock and memory of a micro-step, then where its
 time goes by family of kernels, next to what was counted: operations of the matrix products and of attention,
 bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
-too.
+too. `--capture off on` compares launched passes with passes that are replayed as CUDA graphs; then peak_mib
+holds the memory of the graphs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,13 +31,14 @@ import torch
 from bench.common import RESULTS, Recorder, Sample, time_launched
 from bench.power import Meter, find_driver
 from pgolf.config import ModelConfig
-from pgolf.data.loader import padded_cu_seqlens
+from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.presets import pr1855
+from pgolf.train.captured import Form, MicroSteps
 
 BOS = 1
 LENGTHS = Path(__file__).with_name("document_lengths.json")
@@ -288,6 +290,9 @@ def main() -> None:
     parser.add_argument(
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
+    parser.add_argument(
+        "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -308,24 +313,43 @@ def main() -> None:
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
-        measure(recorder, model, work, impl, args)
-        gc.collect()
+        for capture in args.capture:
+            measure(recorder, model, work, impl, args, capture=capture == "on")
+            gc.collect()
         torch._dynamo.reset()
     if model is not None and not args.no_tail:
         optimizer_tail(recorder, model, 20)
     recorder.write()
 
 
-def measure(recorder: Recorder, model: GPT, work: Work, impl: str, args: argparse.Namespace) -> None:
+def measure(
+    recorder: Recorder, model: GPT, work: Work, impl: str, args: argparse.Namespace, *, capture: bool
+) -> None:
     """Time one contender in both loop modes."""
+    batch = Batch(work.ids, work.targets, work.cu, model.config.max_context, 0.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)  # as in training, so that all passes add to them
+    micro = MicroSteps(model, recorder.device)
+
+    def take(form: Form) -> None:
+        micro.forward(batch, form)
+        micro.backward()
+
+    if capture:
+        for loop in (False, True):
+            take(Form(loop))
+        began = time.perf_counter()
+        print(micro.capture([batch], [Form(False), Form(True)]))
+        seconds, impl = time.perf_counter() - began, f"{impl}, captured"
+        recorder.add("record_real", impl, "capture_s", Sample(seconds, 0.0, 1), "s")
     for loop in (False, True):
         case = f"record_real_{'on' if loop else 'off'}"
 
-        def step(loop: bool = loop) -> None:
-            losses = model(work.ids, work.targets, work.cu, max_seqlen=model.config.max_context, loop=loop)
-            losses.mean().backward()
+        def step(form: Form = Form(loop)) -> None:  # noqa: B008 - frozen
+            take(form)
 
         timed = time_step(step, recorder.device, settle=args.settle, seconds=args.seconds)
+        timed = replace(timed, peak_mib=timed.peak_mib + micro.pool_bytes / 2**20)
         record(recorder, case, impl, timed, work.ids.numel())
         ledger(recorder, case, impl, step, top=args.top)
         counts = count(model.config, work, loop=loop)

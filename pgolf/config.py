@@ -314,6 +314,11 @@ class TrainConfig:
     """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
     attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
     """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
+    capture: bool = False
+    """Capture forward and backward passes as CUDA graphs before the clock and replay them, so that what stops
+    the host for a moment does not stop the GPU. Losses and gradients are computed by the same kernels. The
+    graphs hold the memory of one pass in addition. What cannot be captured is launched, with a line in the
+    log."""
     fake_quant_from: float = 0.0
     """Fraction of the run from which on training rounds attention and MLP matrices to 6 bits in each forward
     pass (late QAT), with scales by quant.attn_clip and quant.mlp_clip; 0 = never."""

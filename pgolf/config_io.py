@@ -179,6 +179,7 @@ MAY_CHANGE = (
     "train.device",
     "train.compile",
     "train.attention",
+    "train.capture",
     "train.checkpoint_every",
     "train.rank_timeout",
     "train.out",

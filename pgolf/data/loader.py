@@ -51,7 +51,8 @@ from pgolf.data.windows import (
 from pgolf.errors import UserError
 
 IGNORED_TARGET = -100
-_CU_MULTIPLE = 64
+CU_MULTIPLE = 64
+"""Entries of cu_seqlens are a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ def _move(batch: Batch, device: torch.device) -> Batch:
 
 def padded_cu_seqlens(starts: NDArray[np.int64], total: int) -> Tensor:
     """Return `starts`, then `total`, repeated (at least once) up to a multiple of 64 entries, as int32."""
-    size = -(-(starts.size + 1) // _CU_MULTIPLE) * _CU_MULTIPLE
+    size = -(-(starts.size + 1) // CU_MULTIPLE) * CU_MULTIPLE
     out = torch.full((size,), total, dtype=torch.int32)
     out[: starts.size] = torch.from_numpy(starts)
     return out

@@ -101,6 +101,8 @@ class MemoryEstimate:
     """Kept for the backward pass, with the loop on; on a CPU with the heap's holes."""
     loss: int
     """The loss's factor, the gradients it begins with, and on a CPU those of one block."""
+    graphs: int
+    """The pass that train.capture keeps as CUDA graphs, in memory that nothing else can use."""
     quantization: int
     """Hessians, gram matrices and their factors, as far as they come on top of the rest."""
 
@@ -170,12 +172,15 @@ def estimate_memory(
     else:
         copies = weights + transient + (rounded if peak == steps else 0)
         parts = {"copies": copies, "activations": activations, "loss": loss}
+    # The graphs share the memory of the largest pass; batches that are launched, and calibration, need more.
+    captured = (transient + rounded + activations + loss) * (cuda and config.train.capture)
     return MemoryEstimate(
         process=0 if cuda else PROCESS,
         weights=weights,
         gradients=weights,
         averages=averages,
         optimizer=_optimizer(shapes, world_size, size, config.optim),
+        graphs=captured,
         quantization=peak - sum(parts.values()),
         **parts,
     )

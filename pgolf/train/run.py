@@ -146,7 +146,7 @@ class Run:
             # Calibration runs the compiled passes too, so a process that only quantizes warms up as well.
             if self._trains or config.train.quantize:
                 with s.phase("warm_up"):
-                    trainer.warm_up(self._log)
+                    trainer.warm_up(self._log, capture=self._trains)
             if self._trains:
                 raw, best = self._train(trainer, loader)
             else:

@@ -29,6 +29,7 @@ from pgolf.optim.ema import Ema
 from pgolf.optim.schedule import context_at, ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
 from pgolf.optim.step import Optimizer
 from pgolf.train.budget import Clock, Tick
+from pgolf.train.captured import Form, MicroSteps
 from pgolf.train.checkpoint import Parts
 from pgolf.train.origin import Origin
 from pgolf.train.position import Position, TrainResult
@@ -104,11 +105,16 @@ class Trainer:
         self._config, self._model, self._optimizer = config, model, optimizer
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
-        self._fake_quant = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip)
+        rounding = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip).__call__
+        self._micro = MicroSteps(model, dist.device, passes=self._passes, rounding=rounding)
         self._last = Mode()
 
-    def warm_up(self, log: RunLog) -> None:
-        """Compile and run steps of both loop modes, then restore all state."""
+    def warm_up(self, log: RunLog, *, capture: bool = True) -> None:
+        """Compile and run steps of both loop modes, then restore all state.
+
+        Args:
+            capture: capture the passes, if train.capture says so; False where no steps follow.
+        """
         began = time.perf_counter()
         weights = clone_parameters(self._model)
         # Each mode has its own graphs. All are compiled now, not at the step that switches one on.
@@ -126,6 +132,9 @@ class Trainer:
             self._synchronize()
             mode = f"loop {'on' if loop else 'off'}{', rounded' if rounded else ''}"
             log.line(f"warm-up: {mode} ready at {time.perf_counter() - began:.1f} s")
+        if capture and self._config.train.capture:
+            note = self._capture(modes)
+            log.line(f"warm-up: {note}, at {time.perf_counter() - began:.1f} s")
         # From here on the run equals one that was never warmed up, bit for bit (tests/e2e/test_run.py).
         # Parameters are overwritten in place, because the optimizer and compiled code hold on to them.
         copy_parameters(self._model, weights)
@@ -134,6 +143,13 @@ class Trainer:
             self._ema.load_state_dict(weights)
         self._loader.restart()
         self._synchronize()
+
+    def _capture(self, modes: list[tuple[bool, bool]]) -> str:
+        """Capture the passes of these modes; return a sentence for the log."""
+        # Shorter segments are more of them.
+        contexts = [None, *(tokens for tokens, _ in self._config.train.stages)]
+        batches = [self._loader.next(context) for context in contexts]
+        return self._micro.capture(batches, [Form(loop, rounded) for loop, rounded in modes])
 
     def take_steps(self, steps: int, *, loop: bool) -> None:
         """Take whole steps, as in the middle of a run, of which only the time is of interest."""
@@ -308,21 +324,13 @@ class Trainer:
                 while the host, which has waited for these numbers, prepares the next step.
             progress: told of every pass.
         """
-        total = torch.zeros((), device=self._dist.device)
+        micro, form = self._micro, Form(mode.loop, mode.rounded)
+        micro.begin()
         for index in range(self._passes):
-            batch = self._loader.next(mode.context)
-            losses = self._model(
-                *(batch.inputs, batch.targets, batch.cu_seqlens),
-                max_seqlen=batch.max_seqlen,
-                loop=mode.loop,
-                rounding=self._fake_quant if mode.rounded else None,
-            )
-            # Divided here and not at the end, so that the sum of the gradients is the gradient of the mean.
-            loss = losses.mean() / self._passes
-            total += loss.detach()
+            micro.forward(self._loader.next(mode.context), form)
             if numbers is not None and index == self._passes - 1:
-                numbers.send(total, self._optimizer.grad_norm, self._optimizer.skipped)
-            loss.backward()
+                numbers.send(micro.total, self._optimizer.grad_norm, self._optimizer.skipped)
+            micro.backward()
             if progress is not None:
                 progress.advance(1)
 

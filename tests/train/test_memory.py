@@ -86,6 +86,20 @@ def test_estimate_is_near_the_committed_peak_on_a_gpu(file, commit, preset, quan
     assert found.total / MIB == pytest.approx(peak, rel=0.05)
 
 
+@pytest.mark.parametrize("quantize", [False, True])
+def test_captured_passes_keep_the_memory_of_one_pass(quantize):
+    config = config_of("pr1855", 98_304, quantize=quantize)
+    asked = replace(config, train=replace(config.train, capture=True))
+    gpu = {"device_type": "cuda", "world_size": 1, "attention": "fa4", "kernels": True}
+    before, after = (estimate_memory(c, **gpu) for c in (config, asked))
+    assert replace(after, graphs=0) == before
+    # Activations, loss and cast weights; the weights that the warm-up keeps are not part of a pass.
+    assert after.total - before.total == after.graphs > before.activations + before.loss
+    assert after.graphs < before.activations + before.loss + before.copies
+    assert "graphs" in after.parts() and "graphs" not in before.parts()
+    assert estimate_memory(asked, **CPU) == estimate_memory(config, **CPU)
+
+
 def saved_bytes(model: ModelConfig, tokens: int) -> int:
     """Return the bytes that one eager forward pass keeps for the backward pass, parameters aside."""
     gpt = GPT(model).prepare(torch.device("cpu"))
