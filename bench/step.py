@@ -35,6 +35,7 @@ from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT, layer_order
+from pgolf.model.threads import Threads
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.presets import pr1855
@@ -276,6 +277,14 @@ FORMS = {"blocks": "pgolf", "model": f"torch.compile {torch.__version__}", "off"
 """train.compile -> the name of the contender: one graph of the whole model is the form of the published
 scripts, with the same mathematics."""
 
+BLOCKS: dict[str, Callable[[], dict[str, Any]]] = {
+    "plain": dict,
+    "gate": lambda: {"join_gate": True},
+    "thread": lambda: {"threads": Threads()},
+    "gate+thread": lambda: {"join_gate": True, "threads": Threads()},
+}
+"""Forms of the blocks: the head gate as rows of the product of q, k and v; streams with threads."""
+
 
 def main() -> None:
     """Parse arguments, time every contender in both loop modes, and write the results."""
@@ -293,6 +302,9 @@ def main() -> None:
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
     )
+    parser.add_argument(
+        "--form", nargs="+", default=["plain"], choices=tuple(BLOCKS), help="form of gate and streams"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -308,11 +320,15 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    for form, attention, mlp, mix in itertools.product(args.compile, args.attention, args.mlp, args.mix):
-        model = make_model(config).prepare(device, attention=attention, compile=form, mlp=mlp, mix=mix)
+    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form)
+    for form, attention, mlp, mix, blocks in contenders:
+        model = make_model(config).prepare(
+            device, attention=attention, compile=form, mlp=mlp, mix=mix, **BLOCKS[blocks]()
+        )
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
+        impl += (blocks != "plain") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
 from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref, stream_mix
 from pgolf.ops._compiler import room_for_graphs
+
+if TYPE_CHECKING:  # so that the program that scores does not carry it
+    from pgolf.model.threads import Threads
 
 Observe = Callable[[str, int, Tensor], None]
 MlpName = Literal["auto", "composed"]
@@ -96,6 +99,8 @@ class GPT(nn.Module):
         self._attention: AttentionKernel | None = None
         self._mlp: MlpKernel = norm_mlp
         self._mix: MixKernel | None = None
+        self._join_gate = False
+        self._threads: Threads | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
         self._serial: Callable[..., Tensor] = serial_block
         self._parallel: Callable[..., tuple[Tensor, Tensor]] = parallel_block
@@ -122,6 +127,8 @@ class GPT(nn.Module):
         backend: str = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
+        join_gate: bool = False,
+        threads: Threads | None = None,
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
 
@@ -137,6 +144,10 @@ class GPT(nn.Module):
                 torch's operators everywhere, for a comparison.
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, whose CUDA
                 kernels have not been measured in the model.
+            join_gate: compute the logits of the head gate in the product of q, k and v, with its weight as
+                further rows of that matrix, zeros beyond the columns that it reads. Not with adapters.
+            threads: a `Threads` adds the gradients of streams that several blocks read inside of the blocks.
+                None leaves it to autograd. With compile="model" there is one graph, which needs none.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -146,6 +157,8 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         self._mix = stream_mix if mix == "auto" else None
+        self._join_gate = join_gate and c.head_gate != "none"
+        self._threads = threads if compile != "model" else None
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         self.compiled = compile != "off" and self.attention_name != "sdpa"
         if compile != "off":
@@ -154,6 +167,8 @@ class GPT(nn.Module):
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._join, self._add_sources = jit(join_lanes), jit(add_sources)
+            if threads is not None:
+                threads.compile(jit)
         elif compile == "model":
             self._compiled_layers = jit(self.layers)
         return self
@@ -238,7 +253,7 @@ class GPT(nn.Module):
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights(rounding)
+        weights = self.layer_weights(rounding, join_gate=self._join_gate and adapters is None)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
@@ -271,8 +286,11 @@ class GPT(nn.Module):
         saved: list[Tensor] = []
         tail = Tail(self, config, ctx.x0, self._add_sources)
         for slot, i in enumerate(encoder):
-            x = self._run_serial(x, None, i, _adapt(weights[i], adapters, slot), ctx, observe)
-            saved.append(x)
+            w = _adapt(weights[i], adapters, slot)
+            y, x, ctx = self._run_serial(x, None, i, w, ctx, observe, (True, True))
+            # The skip takes the output of the layer before from this layer, which has read it.
+            saved[-1:] = [x, y] if saved else [y]
+            x = y
             tail.keep(i, x)
         # Views for the same reason: the last saved output is the decoder's first input, and the lanes start
         # as one.
@@ -280,16 +298,17 @@ class GPT(nn.Module):
         for j, i in enumerate(decoder):
             w = _adapt(weights[i], adapters, len(encoder) + j)
             skip = self._skip(j, saved.pop().view(x.shape)) if saved else None
-            if j == len(decoder) - 1:
+            again = j < len(decoder) - 1
+            if not again:
                 lanes, ctx = (tail.before_last(lanes[0]), lanes[1]), ctx._replace(asked=asked)
             if i < config.parallel_from or not config.lanes:
-                x = self._run_serial(lanes[0], skip, i, w, ctx, observe)
+                x, _, ctx = self._run_serial(lanes[0], skip, i, w, ctx, observe, (False, again))
                 lanes = (x, x.view(x.shape))
                 tail.keep(i, x)
             else:
                 # A view in every layer, because the first one's is, and views need graphs of their own.
                 lanes = lanes[0], lanes[1].view(x.shape)
-                lanes = self._run_parallel(lanes, skip, i, w, ctx, observe)
+                lanes, ctx = self._run_parallel(lanes, skip, i, w, ctx, observe, again)
                 tail.keep(i, *lanes)
         return self._join(*tail.before_norm(*lanes, asked))
 
@@ -317,8 +336,15 @@ class GPT(nn.Module):
         table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
         return self._value_embeddings(inputs, table, proj[0], scale)
 
-    def layer_weights(self, rounding: Rounding | None = None) -> list[LayerWeights]:
-        """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
+    def layer_weights(
+        self, rounding: Rounding | None = None, *, join_gate: bool = False
+    ) -> list[LayerWeights]:
+        """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices.
+
+        Args:
+            rounding: as in `forward`.
+            join_gate: the head gate is part of the matrix of q, k and v.
+        """
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
         banks: list[Tensor] = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
@@ -332,6 +358,7 @@ class GPT(nn.Module):
             self.mlp_scale,
             config.ln_scale,
             dtype,
+            join_gate,
         )
 
         def cut(tensor: Tensor | None) -> Any:
@@ -382,13 +409,22 @@ class GPT(nn.Module):
         return Kernels(self._attention, self._mlp, self._mix)
 
     def _run_serial(
-        self, x: Tensor, skip: Skip | None, i: int, w: LayerWeights, ctx: Context, observe: Observe | None
-    ) -> Tensor:
-        block = self._serial if observe is None else serial_block
+        self,
+        x: Tensor,
+        skip: Skip | None,
+        i: int,
+        w: LayerWeights,
+        ctx: Context,
+        observe: Observe | None,
+        again: tuple[bool, bool],
+    ) -> tuple[Tensor, Tensor, Context]:
+        """Run a serial block; return its output, and x and the context for later readers, see `Threads`."""
         joint = i >= self.config.parallel_from and not self.config.lanes
-        return block(
-            self.config, self._kernels(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i)
-        )
+        inputs = (self.config, self._kernels(), x, skip, w, ctx, self._exclusive(i), joint, _tap(observe, i))
+        if self._threads is not None and observe is None and torch.is_grad_enabled():
+            return self._threads.serial(again, *inputs)
+        block = self._serial if observe is None else serial_block
+        return block(*inputs), x, ctx
 
     def _run_parallel(
         self,
@@ -398,9 +434,14 @@ class GPT(nn.Module):
         w: LayerWeights,
         ctx: Context,
         observe: Observe | None,
-    ) -> tuple[Tensor, Tensor]:
+        again: bool,
+    ) -> tuple[tuple[Tensor, Tensor], Context]:
+        """Run a parallel block; return the lanes, and the context for later readers."""
+        inputs = (self.config, self._kernels(), lanes, skip, w, ctx, self._exclusive(i), _tap(observe, i))
+        if self._threads is not None and observe is None and torch.is_grad_enabled():
+            return self._threads.parallel(again, *inputs)
         block = self._parallel if observe is None else parallel_block
-        return block(self.config, self._kernels(), lanes, skip, w, ctx, self._exclusive(i), _tap(observe, i))
+        return block(*inputs), ctx
 
     def _exclusive(self, i: int) -> bool:
         return i >= self.config.layers - self.config.xsa_layers
