@@ -356,6 +356,9 @@ def measure(
             take(Form(loop))
         began = time.perf_counter()
         print(micro.capture([batch], [Form(False), Form(True)]))
+        if not micro.pool_bytes:
+            print(micro.trace)
+            return
         seconds, impl = time.perf_counter() - began, f"{impl}, captured"
         recorder.add("record_real", impl, "capture_s", Sample(seconds, 0.0, 1), "s")
     for loop in (False, True):

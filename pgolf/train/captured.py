@@ -18,6 +18,7 @@ All graphs use one memory pool, because no two run at the same time and none rea
 from __future__ import annotations
 
 import gc
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -94,6 +95,7 @@ class MicroSteps:
         total: `()` float32 on the device: the sum of the losses since `begin`, each divided by the number of
             passes.
         pool_bytes: what the graphs hold on the device.
+        trace: what Python says of the error that ended `capture`; empty if none did.
     """
 
     def __init__(
@@ -106,7 +108,7 @@ class MicroSteps:
             rounding: of `GPT.forward`, for the form that is rounded.
         """
         self._model, self._device, self._passes, self._rounding = model, device, passes, rounding
-        self.total, self.pool_bytes = torch.zeros((), device=device), 0
+        self.total, self.pool_bytes, self.trace = torch.zeros((), device=device), 0, ""
         self._lengths: set[int] = set()
         self._loss: Tensor | None = None
         self._replayed: Pair | None = None
@@ -155,7 +157,7 @@ class MicroSteps:
                 return self._capture(batches, sorted(set(forms), reverse=True))
             except Exception as e:
                 # Whatever the reason is, launched passes compute the same.
-                why = describe(first_error(e))
+                why, self.trace = describe(first_error(e)), traceback.format_exc()
                 self._graphs.clear()
                 self._loss = None
         return f"passes are launched kernel by kernel and not captured as CUDA graphs: {why}"

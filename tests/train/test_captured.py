@@ -310,6 +310,7 @@ def test_a_capture_that_raises_leaves_launched_passes(on_host, monkeypatch, numb
         "passes are launched kernel by kernel and not captured as CUDA graphs: "
         "RuntimeError: operation not permitted when stream is capturing"
     )
+    assert "more about it" in micro.trace and "in record" in micro.trace
     assert unequal(launched, take(micro, model, plan(batches))) == []
 
 
