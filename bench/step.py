@@ -284,6 +284,27 @@ BLOCKS: dict[str, Callable[[], dict[str, Any]]] = {
     "gate+thread": lambda: {"join_gate": True, "threads": Threads()},
 }
 """Forms of the blocks: the head gate as rows of the product of q, k and v; streams with threads."""
+FUSING: dict[str, dict[str, int]] = {
+    "default": {},
+    "more": {"realize_opcount_threshold": 60},
+    "most": {
+        "realize_opcount_threshold": 100,
+        "realize_reads_threshold": 16,
+        "realize_acc_reads_threshold": 32,
+    },
+}
+"""How much the compiler computes again in the next kernel instead of storing it, as settings of Inductor."""
+
+
+def fusing(settings: dict[str, int]) -> Callable[..., Any]:
+    """Return Inductor with other settings, also where autograd's thread compiles, as a backend."""
+
+    def compile_graph(graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        return compile_fx(graph, inputs, config_patches=settings)
+
+    return compile_graph
 
 
 def main() -> None:
@@ -305,6 +326,9 @@ def main() -> None:
     parser.add_argument(
         "--form", nargs="+", default=["plain"], choices=tuple(BLOCKS), help="form of gate and streams"
     )
+    parser.add_argument(
+        "--fuse", nargs="+", default=["default"], choices=tuple(FUSING), help="how much is fused"
+    )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
     parser.add_argument("--seconds", type=float, default=5.0, help="seconds of timed passes")
@@ -320,15 +344,16 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form)
-    for form, attention, mlp, mix, blocks in contenders:
+    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form, args.fuse)
+    for form, attention, mlp, mix, blocks, fuse in contenders:
+        options = BLOCKS[blocks]() | ({} if fuse == "default" else {"backend": fusing(FUSING[fuse])})
         model = make_model(config).prepare(
-            device, attention=attention, compile=form, mlp=mlp, mix=mix, **BLOCKS[blocks]()
+            device, attention=attention, compile=form, mlp=mlp, mix=mix, **options
         )
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
-        impl += (blocks != "plain") * f", {blocks}"
+        impl += (blocks != "plain") * f", {blocks}" + (fuse != "default") * f", {fuse} fused"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()

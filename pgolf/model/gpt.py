@@ -124,7 +124,7 @@ class GPT(nn.Module):
         *,
         attention: AttentionName = "auto",
         compile: Literal["off", "blocks", "model"] = "off",
-        backend: str = "inductor",
+        backend: str | Callable[..., Any] = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
         join_gate: bool = False,
