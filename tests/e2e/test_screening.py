@@ -18,6 +18,7 @@ from pgolf.ablate.tables import markdown
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.report.plots import read_metrics
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
@@ -31,15 +32,21 @@ TIMED = ("s0", "normuon", "cautious", "qk", "kv", "two", "mudd", "xsa")
 
 @pytest.fixture(scope="module")
 def held_out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("held_out") / "text"
-    assert main(["data", "held-out", str(shards), "--out", str(out), "--tokens", "5000"]) == 0
-    return out
+    """The end of a text of short documents, because every arm scores it twice or three times."""
+    folder = tmp_path_factory.mktemp("held_out")
+    train, short = folder / "train.jsonl", folder / "short"
+    documents = [d.text[:1000] for d in iterate_documents(sample_paths().train)]
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    words = ["--train", str(train), "--val", str(sample_paths().val), "--out", str(short)]
+    assert main(["data", "shards", *words, "--tokenizer", str(shards / "tokenizer.model")]) == 0
+    assert main(["data", "held-out", str(short), "--out", str(folder / "text"), "--tokens", "1500"]) == 0
+    return folder / "text"
 
 
 def tiny(name: str, folder: Path, **changes: object) -> Path:
     """Write the plan with the network of the end-to-end tests, few steps and one seed."""
     plans = [json.loads((FOLDER / f"{n}.json").read_text()) for n in (MUON if name == "muon" else [name])]
-    plan, small = plans[0], small_overrides()
+    plan, small = plans[0], small_overrides() | {"data.batch_tokens": 512}  # one micro-batch a step
     if name == "muon":
         small |= {"model.heads": 4, "model.kv_heads": 4}  # two pairs of each
         arms = {arm: change for each in plans for arm, change in each["arms"].items()}
