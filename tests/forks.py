@@ -62,6 +62,7 @@ class Forked:
     Args:
         command: `-m MODULE`, `-c PROGRAM` or `FILE`, and its arguments.
         env, cwd: its environment (with one OpenMP thread) and folder.
+        output: a file that takes all that it writes, in place of the pipes.
         start, modules: of the server. Each pair has a server of its own.
     """
 
@@ -71,6 +72,7 @@ class Forked:
         *,
         env: dict[str, str] | None = None,
         cwd: Path | None = None,
+        output: Path | None = None,
         start: Sequence[str] = NEW,
         modules: Sequence[str] = PACKAGE,
     ) -> None:
@@ -81,6 +83,11 @@ class Forked:
         self._socket.connect(server(tuple(start), tuple(modules)))
         pipes = [os.pipe(), os.pipe()]
         self.stdout, self.stderr = (os.fdopen(read, errors="replace") for read, _ in pipes)
+        if output is not None:
+            for _, write in pipes:
+                file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(file, write)
+                os.close(file)
         socket.send_fds(self._socket, [len(request).to_bytes(4, "big")], [write for _, write in pipes])
         self._socket.sendall(request)
         for _, write in pipes:
