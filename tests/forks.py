@@ -5,18 +5,20 @@ A server loads modules once. For each `Forked` it forks a process, which gets th
 pipes of the caller and runs a module or file as Python would; it differs from a new process in that modules
 are there already. What tests the start itself, or a program that torchrun starts, uses `subprocess`.
 
-As a program (`python tests/forks.py SOCKET MODULE...`), this file is the server; it imports nothing of pgolf
-by itself, so that a server may have none.
+As a program this file is the server (SOCKET MODULE...), which imports nothing of pgolf by itself, or asks a
+server for a process (--ask SOCKET ARGUMENTS...).
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import json
 import os
 import runpy
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -40,6 +42,7 @@ PACKAGE = (
 )
 """What processes of pgolf begin with: modules, and after a colon a function whose result is kept."""
 NEW = (sys.executable, __file__)
+ASK = "--ask"
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -77,10 +80,7 @@ class Forked:
         modules: Sequence[str] = PACKAGE,
     ) -> None:
         self.args, self.returncode = list(command), None
-        environment = dict(os.environ if env is None else env) | {"OMP_NUM_THREADS": "1"}
-        request = json.dumps([self.args, environment, str(cwd or Path.cwd())]).encode()
-        self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.connect(server(tuple(start), tuple(modules)))
+        environment = dict(os.environ if env is None else env)
         pipes = [os.pipe(), os.pipe()]
         self.stdout, self.stderr = (os.fdopen(read, errors="replace") for read, _ in pipes)
         if output is not None:
@@ -88,8 +88,8 @@ class Forked:
                 file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
                 os.dup2(file, write)
                 os.close(file)
-        socket.send_fds(self._socket, [len(request).to_bytes(4, "big")], [write for _, write in pipes])
-        self._socket.sendall(request)
+        path = server(tuple(start), tuple(modules))
+        self._socket = _ask(path, self.args, environment, cwd or Path.cwd(), [write for _, write in pipes])
         for _, write in pipes:
             os.close(write)
         self._replies = self._socket.makefile()
@@ -157,6 +157,35 @@ def run(command: Sequence[str], *, timeout: float = 240, **place: object) -> sub
     return subprocess.CompletedProcess(process.args, process.wait(), *said)
 
 
+def interpreter(folder: Path) -> Path:
+    """Write a program into `folder` that takes Python's arguments, for scripts that are given a Python."""
+    path = folder / "python"
+    ask = shlex.join([sys.executable, "-I", "-S", __file__, ASK, server(NEW, PACKAGE)])
+    path.write_text(f'#!/bin/sh\nexec {ask} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def _ask(
+    path: str, command: list[str], environment: dict[str, str], folder: Path, pipes: list[int]
+) -> socket.socket:
+    """Ask the server at `path` for a process; return the connection, which will say its number and end."""
+    request = json.dumps([command, environment | {"OMP_NUM_THREADS": "1"}, str(folder)]).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(path)
+    socket.send_fds(connection, [len(request).to_bytes(4, "big")], pipes)
+    connection.sendall(request)
+    return connection
+
+
+def _stand_in(path: str, command: list[str]) -> int:
+    """Run a command in a forked process with the output of this one, and return its exit status."""
+    environment = {key: value for key, value in os.environ.items() if key != "PGOLF_PARENT"}
+    with _ask(path, command, environment, Path.cwd(), [1, 2]).makefile() as replies:
+        _, status = replies
+    return int(status) if int(status) >= 0 else 128 - int(status)
+
+
 def serve(path: str, modules: Sequence[str]) -> None:
     """Load the modules, then fork a process for each connection."""
     for name in modules:
@@ -164,6 +193,7 @@ def serve(path: str, modules: Sequence[str]) -> None:
         loaded = importlib.import_module(module)
         if function:
             getattr(loaded, function)()
+    gc.freeze()  # so that a collection in a process does not copy what was loaded here
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen(64)
@@ -241,4 +271,6 @@ def _become(command: list[str], environment: dict[str, str], folder: str, pipes:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == ASK:
+        sys.exit(_stand_in(sys.argv[2], sys.argv[3:]))
     serve(sys.argv[1], sys.argv[2:])

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
 from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.report.plots import read_metrics
+from tests import forks
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
@@ -107,7 +107,12 @@ def test_one_command_cuts_the_text_runs_the_plan_and_goes_on(shards, tmp_path):
     path = tiny("embed_warmup", tmp_path, arms={"base": {}, "warm": {"optim.adam.embed_warmup": 0.5}})
     script = Path(__file__).parents[2] / "bench" / "screen.sh"
     words = [str(script), str(shards), str(tmp_path / "out"), "1", str(path)]
-    place = {**os.environ, "PYTHON": sys.executable, "HELD_OUT_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
+    place = {
+        **os.environ,
+        "PYTHON": str(forks.interpreter(tmp_path)),
+        "HELD_OUT_TOKENS": "5000",
+        "OMP_NUM_THREADS": "1",
+    }
     for expected in ("[2/2]", "2 of 2 cells are there already"):
         done = subprocess.run(words, capture_output=True, text=True, env=place, timeout=300)
         assert done.returncode == 0 and expected in done.stdout, done.stderr[-2000:]
