@@ -278,6 +278,9 @@ def test_the_lock_goes_with_its_process_however_that_ends(tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_ends_the_cells_under_way_and_says_so(tmp_path, signum):
+    if signal.getsignal(signum) is signal.SIG_IGN:
+        pytest.skip("ignored by whoever started the tests")
+
     class Endless(FakeProcess):
         def poll(self):
             os.kill(os.getpid(), signum)
