@@ -27,7 +27,8 @@ from tests.e2e.test_run import start_ranks, summary, two_ranks
 from tests.forks import Forked
 
 STEPS = 12
-SETTINGS = [*SMALL, f"--steps={STEPS}", "--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
+SETTINGS = [*SMALL, "--data.batch-tokens=1024", f"--steps={STEPS}"]
+SETTINGS += ["--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
 
 
 @pytest.fixture(scope="module")
