@@ -26,9 +26,10 @@ $(VENV)/built.stamp: $(VENV)/tools.stamp $(NATIVE)
 demo: setup
 	$(BIN)/python -m pgolf demo
 
-# One worker per core; the tests of a file stay together, as many share what a file's first test made.
+# One worker per core; the tests of a file stay together, as many share what a file's first test made. Files are
+# in the order of tests/conftest.py; xdist would start those with the fewest tests last, which take longest.
 test: setup
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-gpu:
 	$(PYTHON) setup.py -q build_ext --inplace

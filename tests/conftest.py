@@ -21,6 +21,15 @@ requires_gpu = pytest.mark.gpu
 requires_hopper = pytest.mark.gpu(hopper=True)
 requires_two_gpus = pytest.mark.gpu(count=2)
 
+LONG = {"e2e", "distributed", "ablate"}
+"""Folders of the files that take longest, each of which one worker runs, so it must not start last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files come first; the others keep their order."""
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
+
+
 DEVICES = ["cpu", pytest.param("cuda", marks=requires_gpu)]
 """For tests that show on a machine without a GPU that they would run on one, too."""
 

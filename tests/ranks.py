@@ -15,15 +15,18 @@ import sys
 import traceback
 from pathlib import Path
 
+from tests import forks
+
 
 def run_ranks(
     world: int, program: Path, *arguments: str, device: str = "cpu", timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run `program` on `world` ranks until all have ended, or one has failed."""
+    if device == "cpu":
+        return forks.run([__file__, str(world), str(program), *arguments], timeout=timeout)
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    start = [__file__, str(world)] if device == "cpu" else torchrun
     return subprocess.run(
-        [sys.executable, *start, str(program), *arguments],
+        [sys.executable, *torchrun, str(program), *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -243,6 +243,7 @@ def read_plan(
     if trunk is not None:
         _check_trunk_conflicts(trunk, arms, path)
         _check_one_model(trunk, arms, path)
+    _check_scores(arms | ({TRUNK: trunk.config} if trunk else {}), path)
     if file.metric == "quantized" and not all(config.train.quantize for config in arms.values()):
         raise UserError(f"{path}: metric quantized needs train.quantize in every arm; decide by raw or ema")
     return Plan(
@@ -353,6 +354,21 @@ def _check_one_model(trunk: Trunk, arms: dict[str, Config], path: Path) -> None:
                 f"{path}: arm {arm!r} cannot start from the trunk: {e}. Other model settings belong into the "
                 "plan's overrides, which hold for the trunk too"
             ) from e
+
+
+def _check_scores(runs: dict[str, Config], path: Path) -> None:
+    """Refuse runs without the scores that every plan reports; each would be run and could not be read."""
+    for name, config in runs.items():
+        wanted = {"evaluate.raw": config.evaluate.raw}
+        # A trunk is reported by its raw weights alone, and without an average there is nothing to score.
+        if name != TRUNK and config.optim.averages:
+            wanted["evaluate.ema"] = config.evaluate.ema
+        for key in (key for key, is_scored in wanted.items() if not is_scored):
+            what = "the trunk" if name == TRUNK else f"arm {name!r}"
+            raise UserError(
+                f"{path}: {key} is false in {what}, but a plan reports the scores of raw and averaged "
+                f"weights of every run, so it must be true; take {key} out of the overrides or the base"
+            )
 
 
 def _seeds(value: object, path: Path) -> tuple[int, ...]:

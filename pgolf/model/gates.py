@@ -72,7 +72,9 @@ def exclude_self(y: Tensor, v: Tensor, beyond: Tensor | None = None) -> Tensor:
         v: `(T, G, K)` values; group g has the query heads g * H/G to (g + 1) * H/G - 1.
         beyond: `(H,)`, b; None: 0.
     """
-    grouped = y.view(y.shape[0], v.shape[1], -1, y.shape[2]).float()  # (T, G, H/G, K)
+    tokens, groups = v.shape[:2]
+    # No -1: with no tokens it could be anything.
+    grouped = y.view(tokens, groups, y.shape[1] // groups, y.shape[2]).float()  # (T, G, H/G, K)
     # Expanded to the query heads before both products, so that the compiler makes one kernel of them and
     # does not store v in float32.
     values = v.unsqueeze(2).expand(grouped.shape).float()

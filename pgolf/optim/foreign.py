@@ -73,6 +73,13 @@ def restore_squares(
                 state[p][SQUARE] = value.detach().to(p.device, torch.float32, copy=True)
 
 
+def zero_step(p: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Return a step count of 0 in the dtype and on the device that `torch.optim.AdamW` would use."""
+    wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+    device = p.device if group.get("fused") or group.get("capturable") else None
+    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
+
+
 def _is_muon(group: Mapping[str, Any], i: int) -> bool:
     """Return whether a saved group belongs to Muon (True) or to AdamW (False).
 

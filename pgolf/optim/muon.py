@@ -25,7 +25,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
-from pgolf.optim.foreign import check_saved, restore_squares
+from pgolf.optim.foreign import check_saved, restore_squares, zero_step
 from pgolf.optim.mesh import (
     Exchange,
     MeshRanks,
@@ -43,6 +43,8 @@ from pgolf.optim.muon_settings import (
     check_group,
     check_numbers,
     check_options,
+    check_squares,
+    fill_missing,
     matrices,
     square_sizes,
     table_of,
@@ -203,6 +205,11 @@ class Muon(Optimizer):
         """Return the state of a copied or pickled optimizer."""
         return {**super().__getstate__(), "_betas": self._betas, "_counts": self._counts}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take such a state; settings that the class did not have when it was pickled are off."""
+        super().__setstate__(state)
+        fill_missing(self.defaults, self.param_groups)
+
     @property
     def orthogonalized(self) -> int:
         """Number of matrices that the last step iterated, on all ranks together."""
@@ -248,7 +255,7 @@ class Muon(Optimizer):
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if isinstance(state.get("step"), int | float):  # saved by torch before 1.12
-                    state["step"] = _step_of(p, group) + state["step"]
+                    state["step"] = zero_step(p, group) + state["step"]
                 state.update({k: place_like(value, p) for k, value in state.items() if k != "step"})
         restore_squares(self.state, self.param_groups, state_dict)
 
@@ -266,7 +273,8 @@ class Muon(Optimizer):
             closure: called before the step, with gradients enabled; returns the loss.
 
         Raises:
-            ValueError: a group with normalize has DTensors now.
+            ValueError: a group with normalize has DTensors now, or its matrices are others than those of its
+                state, because `num_heads`, for example, was changed.
             RuntimeError: a gradient is sparse, the gradient of a DTensor is a plain tensor, a step on
                 DTensors is being captured, the matrices of a sharded optimizer are on several devices, its
                 ranks hold different gradients, parameters or settings, or the ranks of a device mesh have
@@ -281,6 +289,7 @@ class Muon(Optimizer):
         # Asked in every step: fully_shard and its users may replace the parameters in the groups.
         if any(mesh_of(p) is not None for group in self.param_groups for p in group["params"]):
             self._compare_meshes()
+        check_squares(self.param_groups, self.state)
         buckets: list[_Bucket] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
@@ -462,7 +471,7 @@ class Muon(Optimizer):
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for p in params:
             if "step" not in self.state[p]:
-                self.state[p]["step"] = _step_of(p, group)
+                self.state[p]["step"] = zero_step(p, group)
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         adamw(
@@ -503,13 +512,6 @@ class _Bucket:
         """Multiply-adds to iterate one matrix; each iteration computes X X^T, A^2 and a product with X."""
         short, long = sorted(self.shape)
         return len(self.table) * short * short * (2 * long + short)
-
-
-def _step_of(p: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return a step count of 0 in the dtype and on the device that `torch.optim.AdamW` would use."""
-    wide = torch.get_default_dtype() == torch.float64 and not group.get("fused")
-    device = p.device if group.get("fused") or group.get("capturable") else None
-    return torch.zeros((), dtype=torch.float64 if wide else torch.float32, device=device)
 
 
 def _iterate(bucket: _Bucket, indices: Iterable[int]) -> Tensor:

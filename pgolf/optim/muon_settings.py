@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ SETTINGS = {
     "heads_along",
     "betas",
 }
+ADDED = {"normalize": 0.0, "cautious": False}
+"""Settings that the first pickled optimizers do not have, and their defaults."""
 
 
 def matrices(tensor: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
@@ -119,6 +121,35 @@ def check_options(group: Mapping[str, Any]) -> None:
         raise ValueError("Muon: foreach and fused cannot both be True; set one of them")
 
 
+def fill_missing(defaults: MutableMapping[str, Any], groups: Sequence[MutableMapping[str, Any]]) -> None:
+    """Give an unpickled optimizer the defaults of settings that it does not have, in place."""
+    for settings in (defaults, *groups):
+        for name, value in ADDED.items():
+            settings.setdefault(name, value)
+
+
+def check_squares(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raise ValueError if a group was changed so that the mean squares of NorMuon are of other matrices."""
+    for i, group in enumerate(groups):
+        if not (group["use_muon"] and group["normalize"]):
+            continue
+        for name, p in zip(_names(group), group["params"], strict=True):
+            square = state[p].get(SQUARE) if p in state else None
+            if square is None or square.numel() == (wanted := sum(square_sizes(p.shape, group))):
+                continue
+            raise ValueError(
+                f"Muon: parameter {name} of group {i} has {square.numel()} mean squares of normalize, but "
+                f"num_heads={group['num_heads']}, heads_along={group['heads_along']!r} and split_sizes="
+                f"{group['split_sizes']} cut it into matrices with {wanted}; keep these settings as they "
+                f"were in the steps before, or delete state[p][{SQUARE!r}], to begin anew"
+            )
+
+
+def _names(group: Mapping[str, Any]) -> Sequence[object]:
+    """Return the names in messages of a group's parameters."""
+    return group.get("param_names") or range(len(group["params"]))
+
+
 def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if a setting or a parameter of the group cannot be used."""
     check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
@@ -143,8 +174,7 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"Muon: num_heads must be a whole number >= 1 or None, got {heads!r}")
     if group["heads_along"] not in HEADS_ALONG:
         raise ValueError(f"Muon: heads_along must be one of {HEADS_ALONG}, got {group['heads_along']!r}")
-    names = group.get("param_names") or range(len(group["params"]))
-    for name, p in zip(names, group["params"], strict=True):
+    for name, p in zip(_names(group), group["params"], strict=True):
         _check_matrix(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group)
 
 

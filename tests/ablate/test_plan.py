@@ -53,6 +53,22 @@ BAD_PLANS = [
     ({"overrides": {"train.steps": 3}}, ValueError, r"train.steps is given by the plan's steps or seconds"),
     ({"metric": "ttt"}, ValueError, r"metric must be one of \('raw', 'ema', 'quantized'\)"),
     ({"overrides": {"train.quantize": False}}, ValueError, r"quantized needs train.quantize in every arm"),
+    (
+        {"overrides": {"evaluate.raw": False}},
+        ValueError,
+        r"evaluate\.raw is false in arm 'base'.* it must be true; take evaluate\.raw out of the overrides",
+    ),
+    (
+        {"arms": {"base": {}, "a": {"evaluate.raw": False}}, "metric": "ema"},
+        ValueError,
+        r"evaluate\.raw is false in arm 'a'",
+    ),
+    ({"overrides": {"evaluate.ema": False}}, ValueError, r"evaluate\.ema is false in arm 'base'"),
+    (
+        {"trunk": {"steps": 5, "overrides": {"evaluate.raw": False}}},
+        ValueError,
+        r"evaluate\.raw is false in the trunk",
+    ),
     ({"effect": 0}, ValueError, r"effect is in bits per byte"),
     ({"base": "recrod"}, ValueError, r"'recrod' is neither a preset"),
 ]
@@ -62,6 +78,11 @@ BAD_PLANS = [
 def test_bad_plan_says_what_is_wrong(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         make_plan(tmp_path, **change)
+
+
+def test_scores_of_averages_are_asked_for_only_where_there_is_an_average(tmp_path):
+    make_plan(tmp_path, overrides={"optim.ema_horizon": 0.0, "evaluate.ema": False})
+    make_plan(tmp_path, trunk={"steps": 5, "overrides": {"evaluate.ema": False}})
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The counted code: stripped, complete, as small as the ledger says. That it runs: tests/e2e/test_code.py."""
 
 import ast
+import functools
 import io
 import sys
 import tokenize
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import pgolf.artifact.code as module
 from pgolf.artifact.code import (
     EVALUATE,
     EVALUATE_GENERAL,
@@ -24,9 +26,18 @@ from pgolf.artifact.portable import references, without_extension
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sources():
+    """Assemble the sources of each program once, which takes a second or two, and return what does."""
+    once = functools.cache(reader_code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "reader_code", lambda program=EVALUATE: dict(once(program)))
+        yield module.reader_code
+
+
 @pytest.fixture(scope="module")
-def code():
-    return reader_code()
+def code(sources):
+    return sources()
 
 
 def test_it_is_what_reading_and_scoring_import(code):
@@ -106,9 +117,9 @@ OPTIONAL = {EVALUATE: set(), EVALUATE_GENERAL: set(), TRAIN: {"matplotlib", "ten
 
 
 @pytest.mark.parametrize("program", [EVALUATE, EVALUATE_GENERAL, TRAIN], ids=lambda p: p.coder or p.name)
-def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(program):
+def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(sources, program):
     allowed = ALLOWED | OPTIONAL[program] | set(sys.stdlib_module_names)
-    for path, source in {**reader_code(program), SCRIPT: code_program(program).decode()}.items():
+    for path, source in {**sources(program), SCRIPT: code_program(program).decode()}.items():
         for node in ast.walk(ast.parse(source)):
             named = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             if isinstance(node, ast.Import):
@@ -124,8 +135,8 @@ def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(prog
             assert "torch.ops.pgolf" not in source and "pgolf::" not in source, path
 
 
-def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code):
-    found = reader_code(EVALUATE_GENERAL)
+def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code, sources):
+    found = sources(EVALUATE_GENERAL)
     assert set(code) - set(found) == {"pgolf/ops/_coder.py"} and set(found) <= set(code)
     assert "ctypes" not in "".join(found.values()) and "_coder" not in found["pgolf/ops/range_coder.py"]
     assert code_bytes("zlib") == code_bytes("brotli") == len(code_program(EVALUATE_GENERAL))

@@ -12,8 +12,8 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.data.text import iterate_documents, sample_paths
 
-VAL_DOCUMENTS, VAL_TOKENS = 10, 6_974
-"""Documents of the validation text of `make_shards`, and its tokens that are scored."""
+VAL_DOCUMENTS, VAL_TOKENS, VAL_BYTES = 10, 4_352, 8_125
+"""Documents of the validation text of `make_shards`, its tokens that are scored, and its bytes."""
 
 
 def make_shards(folder: Path) -> Path:
@@ -27,7 +27,7 @@ def make_shards(folder: Path) -> Path:
         main(["data", "tokenizer", "--inputs", str(sample.val), "--vocab-size", "512", "--out", model]) == 0
     )
     documents = itertools.islice(iterate_documents(sample.val), VAL_DOCUMENTS)
-    val.write_text("".join(json.dumps({"text": d.text[:2000]}) + "\n" for d in documents))
+    val.write_text("".join(json.dumps({"text": d.text[:1000]}) + "\n" for d in documents))
     split = ["--train", str(sample.train), "--val", str(val), "--tokenizer", model]
     assert main(["data", "shards", *split, "--out", str(folder / "shards")]) == 0
     return folder / "shards"

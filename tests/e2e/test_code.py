@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from pgolf.cli.main import main
 from pgolf.config import METHODS, EvaluateConfig, PhasesConfig, SgdConfig, TiltConfig, TttConfig
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_as, score_model
+from tests import forks
 
 NO_PGOLF = """
 import importlib.util, sys
@@ -72,17 +72,16 @@ def bare(*arguments: str, cwd: Path, environment: dict[str, str] | None = None):
     """Run an isolated Python (-I: no PYTHON variables, no user packages) in an almost empty environment.
 
     Editable installs of pgolf are files in site-packages, so Python starts without it (-S) and gets the
-    libraries as one plain folder, in which an import of pgolf fails.
+    libraries as one plain folder, in which an import of pgolf fails. PyTorch is loaded already (`forks`).
     """
     start = f"import sys; sys.path.append({libraries()!r}); sys.argv = sys.argv[1:]; import runpy\n{NO_PGOLF}"
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    return subprocess.run(
-        [sys.executable, "-I", "-S", "-c", start, *arguments],
+    return forks.run(
+        ["-c", start, *arguments],
         cwd=cwd,
-        env={"OMP_NUM_THREADS": "1", "CXX": os.environ["CXX"], **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
+        env={"CXX": os.environ["CXX"], **(environment or {})},
+        start=(sys.executable, "-I", "-S", "-c", start, forks.__file__),
+        modules=("torch",),
     )
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from pgolf.cli.main import main
 from pgolf.train.trainer import Trainer
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
+from tests.forks import Forked
 
 PROGRAM = """
 import os, sys
@@ -41,11 +41,8 @@ def two_ranks(victim: int, where: str, name: str, words: list[str]) -> list[subp
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(victim), where, name, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        Forked(
+            ["-c", PROGRAM, str(victim), where, name, *words],
             env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(2)

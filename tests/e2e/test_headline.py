@@ -4,12 +4,12 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pgolf.data.text import iterate_documents, sample_paths
+from tests import forks
 from tests.e2e.conftest import SMALL
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "headline.sh"
@@ -117,7 +117,7 @@ def test_from_text_to_a_record_on_this_machine(tmp_path):
         EXTRA=" ".join([*small, *adapters, "--train.device=cpu", "--steps=2"]),
         RESULTS=str(tmp_path / "results"),
         SUBMIT="--author Somebody --date 2026-01-02",
-        PYTHON=sys.executable,
+        PYTHON=str(forks.interpreter(tmp_path)),
         CUDA_VISIBLE_DEVICES="",
         OMP_NUM_THREADS="1",
     )

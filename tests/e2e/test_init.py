@@ -112,7 +112,6 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_the_run(run, shards, t
     refused(r"torn\.safetensors is not a readable safetensors file")
 
 
-@pytest.mark.slow
 def train_here(cell: Cell, gpu: int | None, **_: object) -> FakeProcess:
     """Train a cell in this process, for what is tested is what it writes."""
     config = cell.folder / "config.json"
@@ -120,6 +119,7 @@ def train_here(cell: Cell, gpu: int | None, **_: object) -> FakeProcess:
     return FakeProcess(main(["train", str(config)]))
 
 
+@pytest.mark.slow
 def test_arms_start_from_their_trunk_and_the_report_needs_no_weights(shards, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ablate, "start_process", train_here)
     path, out, moved = tmp_path / "plan.json", tmp_path / "out", tmp_path / "moved"

@@ -1,12 +1,20 @@
 """`python -m bench.presets`: several presets on one text, and a table of what they reached."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import presets as bench
+from tests import forks
 from tests.e2e.conftest import SMALL, VAL_TOKENS
+
+
+@pytest.fixture(autouse=True)
+def forked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the trainings be processes that have PyTorch already."""
+    monkeypatch.setattr(sys, "executable", str(forks.interpreter(tmp_path)))
 
 
 def test_two_rows_become_one_table(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

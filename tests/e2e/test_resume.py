@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,9 +24,11 @@ from pgolf.train.signals import Stopped
 from pgolf.train.weights import load_weights
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import start_ranks, summary, two_ranks
+from tests.forks import Forked
 
 STEPS = 12
-SETTINGS = [*SMALL, f"--steps={STEPS}", "--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
+SETTINGS = [*SMALL, "--data.batch-tokens=1024", f"--steps={STEPS}"]
+SETTINGS += ["--train.checkpoint-every=0.05", "--train.rank-timeout=5"]
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +40,8 @@ def whole(shards, tmp_path_factory) -> Path:
     return folder
 
 
-def start(words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, *program, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def start(words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> Forked:
+    return Forked([*program, *words])
 
 
 def here(words: list[str]) -> int:
@@ -74,7 +68,7 @@ def stop_here(words: list[str], at_step: int) -> None:
         assert here(words) == 128 + signal.SIGTERM
 
 
-def hit(process: "subprocess.Popen[str]", number: int, at_step: int) -> None:
+def hit(process: Forked, number: int, at_step: int) -> None:
     """Send a signal when the log shows a step."""
     assert process.stdout is not None
     for line in process.stdout:

@@ -25,6 +25,7 @@ from pgolf.train import run as run_module
 from pgolf.train import weights as weights_module
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
+from tests.forks import Forked
 
 
 def summary(folder: Path) -> Summary:
@@ -45,29 +46,26 @@ def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     )
 
 
-def start_ranks(
-    world: int, words: list[str], program: tuple[str, ...] = ("-m", "pgolf")
-) -> list[subprocess.Popen[str]]:
+def start_ranks(world: int, words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> list[Forked]:
     """Start the command line on `world` ranks without torchrun, which would end the others when one ends."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     return [
-        subprocess.Popen(
-            [sys.executable, *program, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | place | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
+        Forked([*program, *words], env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
     ]
 
 
 def two_ranks(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run the command line on two ranks; return the largest exit status and what both said."""
-    ranks = start_ranks(2, words)
+    """Run the command line on two ranks, see `several_ranks`."""
+    return several_ranks(2, words)
+
+
+def several_ranks(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run the command line on several ranks; return the largest exit status and what all of them said."""
+    ranks = start_ranks(world, words)
     try:
         said = [rank.communicate(timeout=240) for rank in ranks]
     finally:
@@ -178,9 +176,9 @@ def test_interrupted_run_keeps_its_weights(shards, tmp_path):
         assert load_weights(folder / f"{name}.safetensors")[2]["steps"] >= 4
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_any_world_size_trains_the_same_model(run, shards, tmp_path, world):
-    done = torchrun(world, ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL])
+@pytest.mark.parametrize(("launch", "world"), [(torchrun, 2), (several_ranks, 4)])
+def test_any_world_size_trains_the_same_model(run, shards, tmp_path, launch, world):
+    done = launch(world, ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL])
     assert done.returncode == 0, done.stderr[-2000:]  # the run itself asserts that replicas are bit-identical
     (folder,) = tmp_path.iterdir()
     alone, together = (load_weights(f / "raw.safetensors")[0] for f in (run, folder))

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,9 @@ from pgolf.ablate.tables import markdown
 from pgolf.cli.main import main
 from pgolf.cli.overrides import load_base
 from pgolf.config import to_dict
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.report.plots import read_metrics
+from tests import forks
 from tests.ablate.ablate_helpers import FakeProcess, small_overrides
 
 FOLDER = Path(__file__).parents[2] / "bench" / "ablations"
@@ -31,15 +32,21 @@ TIMED = ("s0", "normuon", "cautious", "qk", "kv", "two", "mudd", "xsa")
 
 @pytest.fixture(scope="module")
 def held_out(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("held_out") / "text"
-    assert main(["data", "held-out", str(shards), "--out", str(out), "--tokens", "5000"]) == 0
-    return out
+    """The end of a text of short documents, because every arm scores it twice or three times."""
+    folder = tmp_path_factory.mktemp("held_out")
+    train, short = folder / "train.jsonl", folder / "short"
+    documents = [d.text[:1000] for d in iterate_documents(sample_paths().train)]
+    train.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    words = ["--train", str(train), "--val", str(sample_paths().val), "--out", str(short)]
+    assert main(["data", "shards", *words, "--tokenizer", str(shards / "tokenizer.model")]) == 0
+    assert main(["data", "held-out", str(short), "--out", str(folder / "text"), "--tokens", "1500"]) == 0
+    return folder / "text"
 
 
 def tiny(name: str, folder: Path, **changes: object) -> Path:
     """Write the plan with the network of the end-to-end tests, few steps and one seed."""
     plans = [json.loads((FOLDER / f"{n}.json").read_text()) for n in (MUON if name == "muon" else [name])]
-    plan, small = plans[0], small_overrides()
+    plan, small = plans[0], small_overrides() | {"data.batch_tokens": 512}  # one micro-batch a step
     if name == "muon":
         small |= {"model.heads": 4, "model.kv_heads": 4}  # two pairs of each
         arms = {arm: change for each in plans for arm, change in each["arms"].items()}
@@ -100,7 +107,12 @@ def test_one_command_cuts_the_text_runs_the_plan_and_goes_on(shards, tmp_path):
     path = tiny("embed_warmup", tmp_path, arms={"base": {}, "warm": {"optim.adam.embed_warmup": 0.5}})
     script = Path(__file__).parents[2] / "bench" / "screen.sh"
     words = [str(script), str(shards), str(tmp_path / "out"), "1", str(path)]
-    place = {**os.environ, "PYTHON": sys.executable, "HELD_OUT_TOKENS": "5000", "OMP_NUM_THREADS": "1"}
+    place = {
+        **os.environ,
+        "PYTHON": str(forks.interpreter(tmp_path)),
+        "HELD_OUT_TOKENS": "5000",
+        "OMP_NUM_THREADS": "1",
+    }
     for expected in ("[2/2]", "2 of 2 cells are there already"):
         done = subprocess.run(words, capture_output=True, text=True, env=place, timeout=300)
         assert done.returncode == 0 and expected in done.stdout, done.stderr[-2000:]

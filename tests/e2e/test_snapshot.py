@@ -17,13 +17,14 @@ from tests.conftest import requires_gpu
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_run import summary, two_ranks
 
-STEPS = 12
+STEPS, BATCH = 12, 1024
 SAVED = "--train.snapshots=0.25,0.5,1.0"
 AHEAD = ["--optim.ema-nesterov=0.6", "--optim.ema-nesterov-horizon=0.2"]
 
 
 def words(shards: Path, *more: str) -> list[str]:
-    return ["train", "tiny", "--data", str(shards), *SMALL, "--train.no-quantize", f"--steps={STEPS}", *more]
+    small = [*SMALL, f"--data.batch-tokens={BATCH}", "--train.no-quantize", f"--steps={STEPS}"]
+    return ["train", "tiny", "--data", str(shards), *small, *more]
 
 
 def train(folder: Path, shards: Path, *more: str) -> Path:
@@ -66,8 +67,8 @@ def test_a_branch_with_unchanged_settings_is_the_trunks_own_continuation(shards,
         assert all(torch.equal(a[k], b[k]) for k in a)
     assert summary(branch).scores["ema"].nats == summary(whole).scores["ema"].nats
     s = summary(branch)
-    assert s.trained.steps == left and s.trained.tokens == left * 2048
-    assert (s.origin["steps"], s.origin["tokens"]) == (STEPS - left, (STEPS - left) * 2048)
+    assert s.trained.steps == left and s.trained.tokens == left * BATCH
+    assert (s.origin["steps"], s.origin["tokens"]) == (STEPS - left, (STEPS - left) * BATCH)
     text = (branch / "log.txt").read_text()
     assert f"snapshots/{name}: {STEPS - left} steps and" in text and "differs from" not in text
 

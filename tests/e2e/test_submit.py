@@ -20,7 +20,7 @@ from pgolf.cli.main import main
 from pgolf.data.text import sample_paths
 from pgolf.report import submit
 from pgolf.report.submit import LIBRARIES
-from tests.e2e.conftest import SMALL, VAL_DOCUMENTS
+from tests.e2e.conftest import SMALL, VAL_BYTES, VAL_DOCUMENTS, VAL_TOKENS
 
 TTT = [f"--evaluate.adapters.{word}" for word in ("rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192")]
 
@@ -294,11 +294,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other text": (
         summary_with(lambda s: [rescaled(score, bytes=7) for score in s["scores"].values()]),
-        r"bytes of the validation text \(7 and 13138\)",
+        rf"bytes of the validation text \(7 and {VAL_BYTES}\)",
     ),
     "an edited bpb": (
         summary_with(lambda s: s["scores"]["quantized"].update(bpb=0.9)),
-        r"score quantized: bpb is 0\.9, but its .* nats over 6,974 tokens and 13,138 bytes give",
+        rf"score quantized: bpb is 0\.9, but its .* nats over {VAL_TOKENS:,} tokens and {VAL_BYTES:,} bytes",
     ),
     "an edited bpb of another score": (
         summary_with(lambda s: s["scores"]["ema"].update(bpb=s["scores"]["ema"]["bpb"] * (1 - 1e-6))),
@@ -319,7 +319,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a score of less text": (
         summary_with(lambda s: rescaled(s["scores"]["ttt"], tokens=100)),
-        "score ttt is over 100 tokens, quantized over 6,974",
+        f"score ttt is over 100 tokens, quantized over {VAL_TOKENS:,}",
     ),
 }
 
@@ -401,7 +401,7 @@ def test_the_tokenizer_is_the_runs_own_or_said_to_be_missing(seeds, shards, tmp_
     assert "it was not found" in (tmp_path / "out" / "README.md").read_text()
 
 
-WHOLE = "Scored over the whole validation text: 6,974 tokens, 13,138 bytes"
+WHOLE = f"Scored over the whole validation text: {VAL_TOKENS:,} tokens, {VAL_BYTES:,} bytes"
 
 
 @pytest.fixture
@@ -427,7 +427,7 @@ def test_the_whole_text_is_certified_only_by_a_manifest_with_the_scored_counts(
     certified = json.loads((written / "submission.json").read_text())["val_text"]
     assert certified == "both counts agree with the manifest of the shards"
     assert write(seeds, tmp_path / "out", "--data", str(other)) == 2
-    assert "scored 6,974 tokens, the manifest's text has" in capsys.readouterr().err
+    assert f"scored {VAL_TOKENS:,} tokens, the manifest's text has" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -450,8 +450,8 @@ def test_without_the_shards_what_the_runs_kept_certifies_or_does_not(
     assert "the run rested on no manifest" in kept(lambda s: s.pop("data"))
     assert "the run rested on no manifest" in kept(lambda s: s.update(data={"manifest": None}))
     assert "rested on different manifests" in kept(lambda s: s["data"].update(manifest="0" * 64))
-    assert "13,138 bytes, the manifest's text has 13,139" in kept(
-        lambda s: s["data"]["validation"].update(bytes=13139)
+    assert f"{VAL_BYTES:,} bytes, the manifest's text has {VAL_BYTES + 1:,}" in kept(
+        lambda s: s["data"]["validation"].update(bytes=VAL_BYTES + 1)
     )
     # The folder that the run names has another text now.
     monkeypatch.setattr(submit, "_shards", lambda *_: other)

@@ -30,6 +30,15 @@ def test_exclusive_attention_is_orthogonal_to_the_own_value():
     )
 
 
+@pytest.mark.parametrize("beyond", [None, torch.zeros(8)], ids=["plain", "strength"])
+def test_exclusive_attention_of_no_tokens_is_empty(beyond):
+    y, v = torch.zeros(0, 8, 16, requires_grad=True), torch.zeros(0, 4, 16)
+    out = exclude_self(y, v, beyond)
+    assert out.shape == (0, 8, 16)
+    out.sum().backward()
+    assert y.grad.shape == y.shape
+
+
 def test_smear_adds_the_previous_token_except_at_segment_starts():
     x, weight, strength = randn(5, 16), randn(1, 12, seed=1), torch.tensor([0.7], dtype=torch.float64)
     first = torch.tensor([True, False, False, True, False])

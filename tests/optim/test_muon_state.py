@@ -1,6 +1,8 @@
 """States that `pgolf.optim.Muon` loads, and states that it refuses without loading anything."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -239,6 +241,47 @@ def test_a_state_without_mean_squares_loads_and_they_start_at_0():
     second.step()
     assert second.state[p]["update_square"].shape == (4,)
     torch.optim.Muon(params).load_state_dict(second.state_dict())
+
+
+@pytest.mark.parametrize("way", [pickle, torch], ids=lambda way: way.__name__)
+def test_an_optimizer_pickled_before_normalize_and_cautious_existed_steps_as_it_did(way):
+    optimizer = stepped(muon)[1]
+    for settings in (optimizer.defaults, *optimizer.param_groups):
+        del settings["normalize"], settings["cautious"]
+    file = io.BytesIO()
+    way.save(optimizer, file) if way is torch else pickle.dump(optimizer, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False) if way is torch else pickle.load(file)
+    group = again.param_groups[0]
+    assert (group["normalize"], group["cautious"]) == (0.0, False)
+    wanted, never_pickled = stepped(muon)
+    for p, each in ((group["params"][0], again), (wanted[0], never_pickled)):
+        p.grad = torch.ones_like(p)
+        each.step()
+    assert torch.equal(group["params"][0], wanted[0])
+    again.add_param_group({"params": parameters()})
+    assert again.param_groups[1]["normalize"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_heads": 3}, r"num_heads=3, heads_along='rows' and split_sizes=None .* matrices with 12;"),
+        ({"num_heads": 2, "heads_along": "columns"}, r"num_heads=2, heads_along='columns' .* with 12;"),
+        ({"split_sizes": (1, 5)}, r"num_heads=None, .* split_sizes=\(1, 5\) cut it into matrices with 9;"),
+    ],
+    ids=str,
+)
+def test_other_matrices_in_a_live_group_with_normalize_are_refused_before_anything_changes(change, message):
+    (p,), optimizer = stepped(lambda params: muon(params, normalize=0.9), ((6, 4),))
+    optimizer.param_groups[0].update(change)
+    before, weights = copy.deepcopy(optimizer.state_dict()), p.detach().clone()
+    with pytest.raises(ValueError, match=f"parameter 0 of group 0 has 6 mean squares .*{message}"):
+        optimizer.step()
+    assert repr(optimizer.state_dict()) == repr(before) and torch.equal(p, weights)
+    del optimizer.state[p]["update_square"]
+    optimizer.step()
+    assert not torch.equal(p, weights)
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}, {"capturable": True}], ids=str)

@@ -4,14 +4,19 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pgolf.config import Config, ModelConfig
+from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
+from pgolf.optim.step import Optimizer
 from pgolf.presets import PRESETS
 from pgolf.train import memory
 from pgolf.train.memory import available_memory, check_memory, estimate_memory, fitting_micro_tokens
@@ -98,6 +103,24 @@ def test_captured_passes_keep_the_memory_of_one_pass(quantize):
     assert after.graphs < before.activations + before.loss + before.copies
     assert "graphs" in after.parts() and "graphs" not in before.parts()
     assert estimate_memory(asked, **CPU) == estimate_memory(config, **CPU)
+
+
+@pytest.mark.parametrize("implementation", ["pgolf", "pgolf, composed mlp"])
+@pytest.mark.parametrize("loop", ["off", "on"])
+def test_estimate_is_a_little_more_than_the_committed_peak_of_a_step(implementation, loop):
+    """The bench of a step has weights, gradients, averages and optimizer, and no quantization after it."""
+    lines = (RESULTS / "20261129_nvidia-h200_step-mlp.jsonl").read_text().splitlines()
+    (peak,) = (
+        d["value"]
+        for d in map(json.loads, lines)
+        if (d["metric"], d["case"], d["impl"]) == ("peak_mib", f"record_real_{loop}", implementation)
+    )
+    config = config_of("pr1855", 98_304, quantize=False)
+    if loop == "off":
+        config = replace(config, model=replace(config.model, recurrence_repeats=0))
+    kernels = implementation == "pgolf"
+    found = estimate_memory(config, device_type="cuda", world_size=1, attention="fa4", kernels=kernels)
+    assert peak <= found.total / MIB <= 1.1 * peak
 
 
 def saved_bytes(model: ModelConfig, tokens: int) -> int:
@@ -191,6 +214,49 @@ def test_the_state_of_the_optimizer_counts(world_size):
     ):
         changed = replace(config, optim=replace(config.optim, **changes))
         assert estimate_memory(changed, **CPU | {"world_size": world_size}).optimizer == plain + more
+
+
+class Temporaries(TorchDispatchMode):
+    """Counts the bytes of the tensors that operators make and that are still alive: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        result = function(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in given:
+                self.now += t.nbytes
+                weakref.finalize(t, self.freed, t.nbytes)
+        self.most = max(self.most, self.now)
+        return result
+
+    def freed(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize("change", [{"cautious": True}, {"slow_age": 0.01}], ids=str)
+def test_what_the_captured_step_makes_for_a_moment_counts(change):
+    """Counted on a CPU, where gradients and weights have the dtype that they have on a GPU."""
+
+    def most(config):
+        optimizer = Optimizer(GPT(config.model), config.optim, Dist.start("cpu"))
+        with Temporaries() as counted:
+            optimizer.step(0.5)
+        return counted.most
+
+    def estimate(config, **place):
+        return estimate_memory(config, **CPU | {"device_type": "cuda"} | place).optimizer
+
+    plain = config_of("tiny", 2048, quantize=False)
+    changed = replace(plain, optim=replace(plain.optim, muon=replace(plain.optim.muon, **change)))
+    # The slow average itself, which `test_the_state_of_the_optimizer_counts` holds, is there in each case.
+    state = estimate(changed, world_size=2) - estimate(plain, world_size=2)
+    state *= 2  # two ranks share it, and they capture nothing
+    found = estimate(changed) - estimate(plain) - state
+    assert found == pytest.approx(most(changed) - most(plain), rel=0.02)
 
 
 @pytest.mark.parametrize("scales", ["loss", "spread"])
