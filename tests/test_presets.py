@@ -37,7 +37,7 @@ def test_the_coder_is_that_of_the_pull_request_where_python_has_it():
         "brotli": {
             *("pr1394", "pr1493", "pr1516", "pr1787", "pr1809", "pr1831", "pr1831_fixed", "pr1851", "pr1874")
         },
-        "range": {"pr1855", "pr2014", "pr2135", "tiny"},
+        "range": {"best_1gpu", "pr1855", "pr2014", "pr2135", "tiny"},
     }
 
 
@@ -94,8 +94,10 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
         assert capsys.readouterr().out.startswith("pr2135: PR #2135")
     assert main(["config", "#2135"]) == 2
     assert "the preset of the pull request #2135 is called pr2135" in capsys.readouterr().err
+    assert main(["presets", "best_1gpu"]) == 0
+    assert "--caseops --marker-pairs" in capsys.readouterr().out
     assert main(["presets", "pr1"]) == 2
-    assert "expected one of pr1855" in capsys.readouterr().err
+    assert "expected one of best_1gpu, pr1855" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0
 
 

@@ -76,7 +76,9 @@ def one(name: str) -> str:
     """Return all that is known of a preset."""
     lines = [f"{name}: {summary(name)}"]
     found = PUBLISHED.get(name)
-    if found is not None:
+    if found is None:
+        lines += [line.strip() for line in (PRESETS[name].__doc__ or "").strip().splitlines()[2:]]
+    else:
         seeds = "1 seed" if found.seeds == 1 else f"mean of {found.seeds} seeds"
         lines += [
             f"published    {found.bpb:.5f} bits per byte ({seeds}, {found.scored})",
