@@ -88,7 +88,7 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets", "pr2135"]) == 0
     assert "parameters   35,945,673, 2 of them in its evaluation only" in capsys.readouterr().out
     assert rows["pr1298"].split()[3] == "SLOT" and rows["pr1787"].split()[3] == "phased"
-    assert "PR #" not in rows["pr1855"] and "pgolf train` without a name trains pr1855" in lines[-2]
+    assert "PR #" not in rows["pr1855"] and "pgolf train` without a name trains best_1gpu" in lines[-2]
     for number in ("2135", "#2135"):
         assert main(["presets", number]) == 0
         assert capsys.readouterr().out.startswith("pr2135: PR #2135")

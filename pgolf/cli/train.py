@@ -10,7 +10,7 @@ from pgolf.cli.overrides import base_note, is_preset, load_base, override, parse
 from pgolf.config import MAY_CHANGE, Config, flat, to_dict
 from pgolf.errors import RanksFailed, UserError, is_checked
 
-DEFAULT = "pr1855"
+DEFAULT = "best_1gpu"
 """The preset that `pgolf train --data DIR` trains."""
 OVERRUN = 3
 """Exit status of a run that is complete but used more seconds than its clock allows."""
