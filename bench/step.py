@@ -35,7 +35,6 @@ from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT, layer_order
-from pgolf.model.threads import Threads
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
 from pgolf.presets import pr1855
@@ -277,34 +276,9 @@ FORMS = {"blocks": "pgolf", "model": f"torch.compile {torch.__version__}", "off"
 """train.compile -> the name of the contender: one graph of the whole model is the form of the published
 scripts, with the same mathematics."""
 
-BLOCKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "plain": dict,
-    "gate": lambda: {"join_gate": True},
-    "thread": lambda: {"threads": Threads()},
-    "gate+thread": lambda: {"join_gate": True, "threads": Threads()},
-}
-"""Forms of the blocks: the head gate as rows of the product of q, k and v; streams with threads."""
-FUSING: dict[str, dict[str, int]] = {
-    "default": {},
-    "more": {"realize_opcount_threshold": 60},
-    "most": {
-        "realize_opcount_threshold": 100,
-        "realize_reads_threshold": 16,
-        "realize_acc_reads_threshold": 32,
-    },
-}
-"""How much the compiler computes again in the next kernel instead of storing it, as settings of Inductor."""
-
-
-def fusing(settings: dict[str, int]) -> Callable[..., Any]:
-    """Return Inductor with other settings, also where autograd's thread compiles, as a backend."""
-
-    def compile_graph(graph: Any, inputs: Any) -> Any:
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(graph, inputs, config_patches=settings)
-
-    return compile_graph
+BLOCKS = {"thread": None, "plain": False}
+"""Form of the blocks -> `threads` of `GPT.prepare`: what adds the gradients of streams with several readers,
+the blocks (if they are compiled one by one) or autograd."""
 
 
 def main() -> None:
@@ -324,10 +298,7 @@ def main() -> None:
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
     )
     parser.add_argument(
-        "--form", nargs="+", default=["plain"], choices=tuple(BLOCKS), help="form of gate and streams"
-    )
-    parser.add_argument(
-        "--fuse", nargs="+", default=["default"], choices=tuple(FUSING), help="how much is fused"
+        "--form", nargs="+", default=["thread"], choices=tuple(BLOCKS), help="what adds gradients of streams"
     )
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per micro-step")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of passes before the timed ones")
@@ -344,16 +315,15 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form, args.fuse)
-    for form, attention, mlp, mix, blocks, fuse in contenders:
-        options = BLOCKS[blocks]() | ({} if fuse == "default" else {"backend": fusing(FUSING[fuse])})
+    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form)
+    for form, attention, mlp, mix, blocks in contenders:
         model = make_model(config).prepare(
-            device, attention=attention, compile=form, mlp=mlp, mix=mix, **options
+            device, attention=attention, compile=form, mlp=mlp, mix=mix, threads=BLOCKS[blocks]
         )
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
-        impl += (blocks != "plain") * f", {blocks}" + (fuse != "default") * f", {fuse} fused"
+        impl += (blocks != "thread") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()

@@ -65,8 +65,10 @@ SCRIPT = "pgolf/report/alone_script.py"
 """The program around the modules."""
 SWAPPED = {"pgolf.artifact.code": "pgolf/artifact/own_code.py"}
 """Modules that every program has in another form."""
+SCORES = {"pgolf.model.threads": "pgolf/model/_no_threads.py"}
+"""The same of a program that scores and does not train."""
 NO_CODER = {"pgolf.ops.range_coder": "pgolf/ops/_no_coder.py"}
-"""The same of a program without the range coder."""
+"""The same of one without the range coder."""
 ENCODER = {"pgolf.ops._trellis_path": "pgolf/ops/_trellis_compiled.py"}
 """The same of a program that writes, whose C++ source rounds along the trellis, too."""
 
@@ -143,7 +145,7 @@ def unpack_code(text: str, folder: Path) -> list[Path]:
 
 def reader_code(program: Program = EVALUATE) -> dict[str, str]:
     """Return the stripped modules that a program carries, by path ("pgolf/config.py"), in order."""
-    others = ENCODER if program is TRAIN else {} if program.coder else NO_CODER
+    others = ENCODER if program is TRAIN else SCORES if program.coder else SCORES | NO_CODER
     sources = _Sources(_ROOT, SWAPPED | others)
     names, modules = {"main"}, set(_packages(program.entry))
     # Names and modules only ever join, so this ends; a few rounds do.

@@ -22,7 +22,7 @@ from torch import Tensor
 from pgolf.config import ModelConfig
 from pgolf.env import keep_kernels, launch
 from pgolf.errors import RunError
-from pgolf.model.gates import exclude_self, gate_factor, head_gate, rms_norm
+from pgolf.model.gates import exclude_self, head_gate, rms_norm
 from pgolf.model.rope import rotate
 from pgolf.peers import Peer, describe, try_peer
 
@@ -188,10 +188,10 @@ def select_attention(
 class AttentionWeights(NamedTuple):
     """The attention weights of one layer in the compute dtype."""
 
-    qkv: Tensor  # (D + 2 * G * K, D), times the scale of the norm before it; then the rows of a joined gate
+    qkv: Tensor  # (D + 2 * G * K, D), times the scale of the norm before it
     out: Tensor  # (D, D), its rows times the scale of the attention
     q_gain: Tensor  # (H,)
-    gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it; None: none, or joined
+    gate: Tensor | None  # (H, W) or (H, D), times the scale of the norm before it
     value_scale: Tensor | None  # (), factor on the value embeddings; None if the layer has none
     xsa_strength: Tensor | None  # (H,), what exclusive self-attention removes beyond 1; None: 0
 
@@ -265,13 +265,7 @@ def attention_branch(
         observe: called with ("attn_out", input of the output projection).
     """
     widths = [config.width, config.kv_width, config.kv_width]
-    gate_rows = weights.qkv.shape[0] - sum(widths)
-    gate: Tensor | None = None
-    if asked is None and gate_rows:
-        assert config.head_gate != "none"
-        q, k, v, logits = torch.split(F.linear(n, weights.qkv), [*widths, gate_rows], dim=-1)
-        gate = gate_factor(config.head_gate, logits[:, : config.heads], scale=config.sparse_gate_scale)
-    elif asked is None:
+    if asked is None:
         q, k, v = torch.split(F.linear(n, weights.qkv), widths, dim=-1)
     else:
         q = F.linear(asked.rows(n), weights.qkv[: widths[0]])
@@ -290,12 +284,10 @@ def attention_branch(
     y = asked_rows(kernel(q, k, v, cu_seqlens, config.max_context), asked)
     if exclusive:
         y = exclude_self(y, asked_rows(v, asked), weights.xsa_strength)
-    if config.head_gate != "none" and gate is None:
+    if config.head_gate != "none":
         assert weights.gate is not None
         gate_input = asked_rows(n, asked)
-        gate = head_gate(config.head_gate, gate_input, weights.gate, scale=config.sparse_gate_scale)
-    if gate is not None:
-        y = y * gate
+        y = y * head_gate(config.head_gate, gate_input, weights.gate, scale=config.sparse_gate_scale)
     y = y.flatten(1)
     if observe is not None:
         observe("attn_out", y)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
@@ -24,11 +23,6 @@ MlpKernel = Callable[..., Tensor]
 """`norm_mlp` or its reference."""
 Tap = Callable[[str, Tensor], None] | None
 """Takes the name and the value of an input of a matrix; None: nobody looks."""
-
-
-GATE_ROWS = 64
-"""The rows that a gate adds to the matrix of q, k and v are a multiple of this, so that each row of the
-product begins at a multiple of 128 bytes. Otherwise the compiler leaves gaps to that end, and copies v."""
 
 
 class LayerWeights(NamedTuple):
@@ -55,11 +49,11 @@ class Scales(NamedTuple):
 class Folded(NamedTuple):
     """The matrices of all layers in the compute dtype, with the scales next to them multiplied in."""
 
-    qkv: Tensor  # (L, D + 2 * G * K, D), times ln_scale; then the rows of the gate if it is joined
+    qkv: Tensor  # (L, D + 2 * G * K, D), times ln_scale
     out: Tensor  # (L, D, D), rows times attn_scale
     up: Tensor  # (L, M, D), times ln_scale
     down: Tensor  # (L, D, M), rows times mlp_scale
-    gate: Tensor | None  # (L, H, W) or (L, H, D), times ln_scale; None if there is none or it is joined
+    gate: Tensor | None  # (L, H, W) or (L, H, D), times ln_scale
     ln: Tensor  # (L,)
 
 
@@ -73,7 +67,6 @@ def fold(
     mlp_scale: Tensor,
     ln_scale: bool,
     dtype: torch.dtype,
-    join_gate: bool,
 ) -> Folded:
     """Multiply each scale that stands next to a matrix into that matrix, in float32; return them in `dtype`.
 
@@ -84,18 +77,12 @@ def fold(
     Args:
         qo, kv, up, down, gate, attn_scale, mlp_scale: parameters, see `parameter_shapes`.
         ln_scale: whether the norms of layer i are multiplied by 1 / sqrt(i + 1); otherwise by 1.
-        join_gate: append the gate's rows to those of q, k and v, zeros beyond W and in rows up to a multiple
-            of `GATE_ROWS`.
     """
     layers = up.shape[0]
     depth = torch.arange(1, layers + 1, device=up.device, dtype=torch.float32)
     ln = depth.rsqrt() if ln_scale else torch.ones_like(depth)
     column = ln[:, None, None]
     qkv = torch.cat((qo[:layers], kv[:layers], kv[layers:]), dim=1)
-    if join_gate and gate is not None:
-        rows, columns = gate.shape[1:]
-        padding = (0, qkv.shape[2] - columns, 0, -rows % GATE_ROWS)
-        qkv, gate = torch.cat((qkv, F.pad(gate, padding)), dim=1), None
     return Folded(
         (column * qkv).to(dtype),
         (attn_scale[:, :, None] * qo[layers:]).to(dtype),

@@ -16,7 +16,6 @@ from torch import Tensor
 
 MixKernel = Callable[..., tuple[Tensor, ...]]
 """`stream_mix`."""
-GateName = Literal["sparse", "dense", "out"]
 EPS = torch.finfo(torch.float32).eps
 SMALLEST_SQUARE = 1e-24
 """Smallest |v|^2 by which `exclude_self` divides (as in F.normalize): a value of zeros removes nothing."""
@@ -85,7 +84,7 @@ def exclude_self(y: Tensor, v: Tensor, beyond: Tensor | None = None) -> Tensor:
     return (grouped - along * values).view(y.shape).to(y.dtype)
 
 
-def head_gate(kind: GateName, n: Tensor, weight: Tensor, *, scale: float) -> Tensor:
+def head_gate(kind: Literal["sparse", "dense", "out"], n: Tensor, weight: Tensor, *, scale: float) -> Tensor:
     """Return the factor on each head's output, `(T, H, 1)`.
 
     sparse: sigmoid(scale * w_h . n[:W]); dense: sigmoid(w_h . n); out: 2 * sigmoid(w_h . n[:W]).
@@ -96,12 +95,7 @@ def head_gate(kind: GateName, n: Tensor, weight: Tensor, *, scale: float) -> Ten
         weight: `(H, W)`, or `(H, D)` for dense.
         scale: multiplier inside the sparse gate's sigmoid.
     """
-    return gate_factor(kind, F.linear(n[:, : weight.shape[1]], weight), scale=scale)
-
-
-def gate_factor(kind: GateName, logits: Tensor, *, scale: float) -> Tensor:
-    """Return the factor on each head's output, `(T, H, 1)`, as in `head_gate`, from its logits `(T, H)`."""
-    logit = logits.unsqueeze(-1)
+    logit = F.linear(n[:, : weight.shape[1]], weight).unsqueeze(-1)
     if kind == "sparse":
         return torch.sigmoid(scale * logit)
     return torch.sigmoid(logit) if kind == "dense" else 2 * torch.sigmoid(logit)

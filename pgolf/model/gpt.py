@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,9 @@ from pgolf.model.parameters import layer_order as layer_order
 from pgolf.model.parameters import parameter_shapes as parameter_shapes
 from pgolf.model.parameters import skip_count as skip_count
 from pgolf.model.rope import rope_tables
+from pgolf.model.threads import Threads, threaded
 from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref, stream_mix
 from pgolf.ops._compiler import room_for_graphs
-
-if TYPE_CHECKING:  # so that the program that scores does not carry it
-    from pgolf.model.threads import Threads
 
 Observe = Callable[[str, int, Tensor], None]
 MlpName = Literal["auto", "composed"]
@@ -99,7 +97,6 @@ class GPT(nn.Module):
         self._attention: AttentionKernel | None = None
         self._mlp: MlpKernel = norm_mlp
         self._mix: MixKernel | None = None
-        self._join_gate = False
         self._threads: Threads | None = None
         self._rope: tuple[Tensor, Tensor] | None = None
         self._serial: Callable[..., Tensor] = serial_block
@@ -127,8 +124,7 @@ class GPT(nn.Module):
         backend: str | Callable[..., Any] = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
-        join_gate: bool = False,
-        threads: Threads | None = None,
+        threads: bool | None = None,
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
 
@@ -144,10 +140,9 @@ class GPT(nn.Module):
                 torch's operators everywhere, for a comparison.
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, whose CUDA
                 kernels have not been measured in the model.
-            join_gate: compute the logits of the head gate in the product of q, k and v, with its weight as
-                further rows of that matrix, zeros beyond the columns that it reads. Not with adapters.
-            threads: a `Threads` adds the gradients of streams that several blocks read inside of the blocks.
-                None leaves it to autograd. With compile="model" there is one graph, which needs none.
+            threads: whether the blocks add the gradients of streams that several of them read, see
+                `threads.py`; otherwise autograd does. None: with compile="blocks". With "model" there is one
+                graph, which needs none.
         """
         self.to(device)
         self.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -157,9 +152,9 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         self._mix = stream_mix if mix == "auto" else None
-        self._join_gate = join_gate and c.head_gate != "none"
-        self._threads = threads if compile != "model" else None
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
+        wanted = compile == "blocks" if threads is None else threads and compile != "model"
+        self._threads = threaded(jit if compile == "blocks" else None) if wanted else None
         self.compiled = compile != "off" and self.attention_name != "sdpa"
         if compile != "off":
             room_for_graphs(c.layers)
@@ -167,8 +162,6 @@ class GPT(nn.Module):
         if compile == "blocks":
             self._serial, self._parallel = jit(serial_block), jit(parallel_block)
             self._join, self._add_sources = jit(join_lanes), jit(add_sources)
-            if threads is not None:
-                threads.compile(jit)
         elif compile == "model":
             self._compiled_layers = jit(self.layers)
         return self
@@ -253,7 +246,7 @@ class GPT(nn.Module):
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights(rounding, join_gate=self._join_gate and adapters is None)
+        weights = self.layer_weights(rounding)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:
@@ -336,15 +329,8 @@ class GPT(nn.Module):
         table, proj, scale = (getattr(self, name).to(self.compute_dtype) for name in names)
         return self._value_embeddings(inputs, table, proj[0], scale)
 
-    def layer_weights(
-        self, rounding: Rounding | None = None, *, join_gate: bool = False
-    ) -> list[LayerWeights]:
-        """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices.
-
-        Args:
-            rounding: as in `forward`.
-            join_gate: the head gate is part of the matrix of q, k and v.
-        """
+    def layer_weights(self, rounding: Rounding | None = None) -> list[LayerWeights]:
+        """Return the weights of each layer; q, k and v are one matrix, scales are part of the matrices."""
         config, dtype, layers = self.config, self.compute_dtype, self.config.layers
         small = {name: getattr(self, name, None) for name in ("head_gate", "resid_mix", "lane_post")}
         banks: list[Tensor] = [self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank]
@@ -358,7 +344,6 @@ class GPT(nn.Module):
             self.mlp_scale,
             config.ln_scale,
             dtype,
-            join_gate,
         )
 
         def cut(tensor: Tensor | None) -> Any:

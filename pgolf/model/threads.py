@@ -75,15 +75,11 @@ def _parallel(again: bool, inputs: tuple[Any, ...]) -> tuple[Lanes, Tensor | Non
 
 
 class Threads:
-    """The blocks of a model with threads, for `GPT.prepare`."""
+    """The blocks of a model in passes with gradients."""
 
-    def __init__(self) -> None:
-        self._serial: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = _serial
-        self._parallel: Callable[..., tuple[Lanes, Tensor | None]] = _parallel
-
-    def compile(self, jit: Callable[..., Any]) -> None:
-        """Replace the blocks by their graphs, which `jit` makes of functions."""
-        self._serial, self._parallel = jit(_serial), jit(_parallel)
+    def __init__(self, jit: Callable[..., Any] | None) -> None:
+        self._serial = jit(_serial) if jit else _serial
+        self._parallel = jit(_parallel) if jit else _parallel
 
     def serial(self, again: tuple[bool, bool], *inputs: Any) -> tuple[Tensor, Tensor, Context]:
         """Run `serial_block`; return the stream `(T, D)`, and x and the context for later readers.
@@ -106,3 +102,11 @@ class Threads:
         ctx: Context = inputs[5]
         lanes, of_x0 = self._parallel(again, inputs)
         return lanes, ctx._replace(x0=_tie(ctx.x0, of_x0))
+
+
+def threaded(jit: Callable[..., Any] | None) -> Threads | None:
+    """Return the blocks with threads, which `jit` compiles (None: nothing does).
+
+    The program that scores has `_no_threads.py` in place of this module.
+    """
+    return Threads(jit)

@@ -143,6 +143,13 @@ def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code, sourc
     assert 6_000 < code_bytes("range") - code_bytes("brotli") < 8_000
 
 
+def test_only_the_program_that_trains_has_threads(sources):
+    path = "pgolf/model/threads.py"
+    assert "autograd.Function" in sources(TRAIN)[path] and "class" in sources(TRAIN)[path]
+    for program in (EVALUATE, EVALUATE_GENERAL):
+        assert "class" not in sources(program)[path] and "threaded" in sources(program)[path]
+
+
 def test_the_size_of_the_program_that_trains():
     assert 90_000 < len(code_program(TRAIN)) < 158_000
 

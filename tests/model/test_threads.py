@@ -1,6 +1,6 @@
-"""The forms of the blocks that `GPT.prepare` offers: the joined head gate and threaded streams.
+"""Threaded streams: the blocks compute what they do without, and leave autograd fewer sums of gradients.
 
-Each computes what the plain form does. Odd sizes, because tiles and vectors have even ones.
+Odd sizes, because tiles and vectors have even ones.
 """
 
 from collections import Counter
@@ -10,20 +10,14 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from pgolf.model.blocks import GATE_ROWS
+from pgolf.model import _no_threads, gpt
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import adapter_shapes, bind
-from pgolf.model.threads import Threads
 from pgolf.presets import PRESETS
 from tests.conftest import requires_gpu
 from tests.model.test_adapted import masked_attention
 from tests.model.test_gpt import SWITCHES, label, packed, passed, randomized, small
 
-FORMS = {
-    "gate": lambda: {"join_gate": True},
-    "thread": lambda: {"threads": Threads()},
-    "gate+thread": lambda: {"join_gate": True, "threads": Threads()},
-}
 CPU = torch.device("cpu")
 CASES = {
     "1 token": [1],
@@ -58,22 +52,10 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> Non
 
 
 @pytest.mark.parametrize("change", SWITCHES, ids=label)
-def test_a_form_changes_no_state_and_no_gradient(change):
+def test_threads_change_no_state_and_no_gradient(change):
     config, lengths = replace(small(), **change), [11, 1, 13]
     wanted = states(prepared(config), lengths, loop=True)
-    for form in FORMS.values():
-        same(states(prepared(config, **form()), lengths, loop=True), wanted)
-
-
-def test_a_joined_gate_is_rows_of_the_matrix_of_q_k_and_v():
-    config = small()
-    model = randomized(config).prepare(CPU, join_gate=True)
-    joined, apart = model.layer_weights(join_gate=True)[3].attn, model.layer_weights()[3].attn
-    rows, (heads, columns) = apart.qkv.shape[0], apart.gate.shape
-    assert joined.gate is None and joined.qkv.shape == (rows + GATE_ROWS, config.width)
-    assert torch.equal(joined.qkv[:rows], apart.qkv)
-    assert torch.equal(joined.qkv[rows : rows + heads, :columns], apart.gate)
-    assert not joined.qkv[rows + heads :].any() and not joined.qkv[rows:, columns:].any()
+    same(states(prepared(config, threads=True), lengths, loop=True), wanted)
 
 
 def shrunk(name: str):
@@ -86,29 +68,21 @@ def shrunk(name: str):
     return replace(model, **own, xsa_layers=min(model.xsa_layers, 5), max_context=24)
 
 
-GATED = [name for name in PRESETS if PRESETS[name]().model.head_gate != "none"]
-
-
-def test_some_presets_have_a_gate_of_each_width():
-    assert {PRESETS[name]().model.gate_window for name in GATED} >= {12, 24}
-
-
-@pytest.mark.parametrize("name", GATED)
-def test_presets_with_a_gate_compute_the_same_in_every_form(name):
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_compute_the_same_with_threads(name):
     config, lengths = shrunk(name), [11, 1, 12]
     for loop in (False, True):
         wanted = states(prepared(config), lengths, loop=loop)
-        same(states(prepared(config, **FORMS["gate+thread"]()), lengths, loop=loop), wanted)
+        same(states(prepared(config, threads=True), lengths, loop=loop), wanted)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("lengths", CASES.values(), ids=CASES)
-def test_bfloat16_is_as_exact_as_in_the_plain_form(lengths, form):
+def test_bfloat16_is_as_exact_as_without_threads(lengths):
     config = replace(small(), max_context=130)
     truth = states(prepared(config), lengths, loop=True)
     plain, ours = (
-        states(prepared(config, torch.bfloat16, **options), lengths, loop=True)
-        for options in ({}, FORMS[form]())
+        states(prepared(config, torch.bfloat16, threads=threads), lengths, loop=True)
+        for threads in (False, True)
     )
     for name, value in truth.items():
         error, bound = (float((found[name] - value).norm()) for found in (ours, plain))
@@ -117,19 +91,20 @@ def test_bfloat16_is_as_exact_as_in_the_plain_form(lengths, form):
         assert error <= 2 * bound or (few and error <= 2 * bound + 0.02 * float(value.norm())), name
 
 
-def additions(output: torch.Tensor, shape: tuple[int, ...]) -> int:
-    """How often autograd itself adds two gradients of a shape on the way back from `output`."""
-    edges: Counter[tuple[object, int]] = Counter()
-    nodes, todo = set(), [output.grad_fn]
+def steps(output: torch.Tensor) -> set[torch.autograd.graph.Node]:
+    """All steps on the way back from `output`."""
+    found, todo = set(), [output.grad_fn]
     while todo:
         node = todo.pop()
-        if node in nodes:
-            continue
-        nodes.add(node)
-        for following, slot in node.next_functions:
-            if following is not None:
-                edges[following, slot] += 1
-                todo.append(following)
+        if node is not None and node not in found:
+            found.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return found
+
+
+def additions(output: torch.Tensor, shape: tuple[int, ...]) -> int:
+    """How often autograd itself adds two gradients of a shape on the way back from `output`."""
+    edges = Counter(edge for node in steps(output) for edge in node.next_functions if edge[0] is not None)
     sizes = {key: tuple(key[0]._input_metadata[key[1]].shape) for key, n in edges.items() if n > 1}
     return sum(edges[key] - 1 for key, size in sizes.items() if size == shape)
 
@@ -139,10 +114,10 @@ def test_compiled_blocks_with_threads_leave_autograd_three_sums_and_have_no_more
     config, lengths = small(), [11, 1, 13]
     ids, cu = packed(lengths, config.vocab_size)
     counted, graphs, found = {}, {}, {}
-    for name, options in {"plain": {}, "thread": FORMS["thread"]()}.items():
+    for name, threads in {"plain": False, "thread": None}.items():
         torch._dynamo.reset()
         compiler = CompileCounterWithBackend("aot_eager")
-        model = prepared(config, torch.float32, compile="blocks", backend=compiler, **options)
+        model = prepared(config, torch.float32, compile="blocks", backend=compiler, threads=threads)
         model._attention = masked_attention
         hidden, _ = model.hidden(ids, cu, max_seqlen=13, loop=loop)
         counted[name], graphs[name] = additions(hidden, (25, config.width)), compiler.frame_count
@@ -164,7 +139,7 @@ def test_compiled_blocks_with_threads_leave_autograd_three_sums_and_have_no_more
 @pytest.mark.parametrize("asked", [0, 3])
 def test_adapters_see_the_plain_model(asked):
     config = small()
-    plain, ours = (prepared(config, **options) for options in ({}, FORMS["gate+thread"]()))
+    plain, ours = (prepared(config, threads=threads) for threads in (False, True))
     ids, cu = packed([9, 9], config.vocab_size)
     slots = sum(map(len, layer_order(config, loop=True)))
     rng = torch.Generator().manual_seed(5)
@@ -188,8 +163,8 @@ def test_observers_see_the_same_inputs_and_the_state_has_the_same_names():
     config = small()
     ids, cu = packed([11, 1, 12], config.vocab_size)
     seen, models = [], []
-    for options in ({}, FORMS["gate+thread"]()):
-        model, inputs = prepared(config, **options), []
+    for threads in (False, True):
+        model, inputs = prepared(config, threads=threads), []
         model(
             ids,
             ids.roll(-1),
@@ -208,17 +183,45 @@ def test_observers_see_the_same_inputs_and_the_state_has_the_same_names():
 
 
 @requires_gpu
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("compile", ["off", "blocks"])
-def test_forms_on_a_gpu_are_no_less_exact_than_the_plain_one(compile, form):
+def test_threads_on_a_gpu_are_no_less_exact_than_autograd(compile):
     torch._dynamo.reset()
     config, cuda = small(), {"attention": "varlen", "compile": compile}
     want = passed(randomized(config).prepare(CPU), True)
     ours, plain = (
-        passed(randomized(config).prepare(torch.device("cuda"), **options, **cuda), True)
-        for options in (FORMS[form](), {})
+        passed(randomized(config).prepare(torch.device("cuda"), threads=threads, **cuda), True)
+        for threads in (True, False)
     )
     for name, truth in want.items():
         error, bound = (float((found[name].cpu() - truth).norm()) for found in (ours, plain))
         # The errors of few numbers differ by chance.
         assert error <= 2 * bound or (truth.numel() < 100 and name != "losses"), name
+
+
+@pytest.mark.parametrize(
+    ("options", "threaded"),
+    [
+        ({}, False),
+        ({"compile": "blocks", "backend": "eager"}, True),
+        ({"compile": "blocks", "backend": "eager", "threads": False}, False),
+        ({"compile": "model", "backend": "eager", "threads": True}, False),
+        ({"threads": True}, True),
+    ],
+)
+def test_compiled_blocks_have_threads_unless_they_are_switched_off(options, threaded):
+    torch._dynamo.reset()
+    model = prepared(small(), torch.float32, attention="sdpa", **options)
+    model._attention = masked_attention
+    ids, cu = packed([11, 1, 13], model.config.vocab_size)
+    hidden, _ = model.hidden(ids, cu, max_seqlen=13, loop=True)
+    torch._dynamo.reset()
+    assert ("_TiedBackward" in {step.name() for step in steps(hidden)}) == threaded
+
+
+def test_what_the_program_that_scores_has_for_threads_leaves_the_plain_model(monkeypatch):
+    config, lengths = small(), [11, 1, 13]
+    wanted = states(prepared(config), lengths, loop=True)
+    monkeypatch.setattr(gpt, "threaded", _no_threads.threaded)
+    model = prepared(config, threads=True)
+    found = states(model, lengths, loop=True)
+    assert model._threads is None and all(torch.equal(found[name], t) for name, t in wanted.items())
