@@ -20,8 +20,8 @@ COLUMNS = ("preset", "pull request", "bits/byte", "scored", "steps", "ms/step", 
 NOTE = """
 The figures are those that the pull requests report, for eight H100 and the challenge's text; bits per byte of
 other text, and of another way to score (`pgolf evaluate --mode`), are not comparable with them.
-`pgolf presets NAME` says what a preset does not repeat. `pgolf train` without a name trains best_1gpu; tiny is
-for a first try on a CPU."""
+`pgolf presets NAME` says what a preset does not repeat. `pgolf train` without a name trains best_1gpu; tiny
+is for a first try on a CPU."""
 
 
 def main(argv: list[str]) -> int:
