@@ -276,8 +276,40 @@ def _remembered(
     return known[node]
 
 
+def _without_inner_quotes(visitor: ast.NodeTransformer, node: ast.JoinedStr) -> ast.AST:
+    """Return an f-string, or a call of str.format in place of one that has strings within its braces.
+
+    From Python 3.12 on, `ast.unparse` gives those strings the quotes of the f-string itself, which older
+    versions cannot read.
+    """
+    text, arguments = "", list[ast.expr]()
+
+    def add(parts: list[ast.expr], *, outer: bool) -> None:
+        nonlocal text
+        for part in parts:
+            if not isinstance(part, ast.FormattedValue):
+                assert isinstance(part, ast.Constant)
+                literal = str(part.value)
+                text += literal.replace("{", "{{").replace("}", "}}") if outer else literal
+                continue
+            part.value = visitor.visit(part.value)
+            arguments.append(part.value)
+            text += "{" + ("" if part.conversion < 0 else f"!{chr(part.conversion)}")
+            if part.format_spec is not None:
+                assert isinstance(part.format_spec, ast.JoinedStr)
+                text += ":"
+                add(part.format_spec.values, outer=False)
+            text += "}"
+
+    add(node.values, outer=True)
+    strings = (str, bytes)
+    if not any(isinstance(getattr(n, "value", None), strings) for a in arguments for n in ast.walk(a)):
+        return node
+    return ast.Call(ast.Attribute(ast.Constant(text), "format", ast.Load()), arguments, [])
+
+
 class _Strip(ast.NodeTransformer):
-    """Removes bare strings and what only a type checker sees."""
+    """Removes bare strings and what only a type checker sees; leaves f-strings that Python 3.10 reads."""
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         if _only_wrapped(node):  # others may be registered with their types
@@ -290,7 +322,10 @@ class _Strip(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         bare = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return None if bare else node
+        return None if bare else self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        return _without_inner_quotes(self, node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
         node = self.generic_visit(node)  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from pgolf.artifact.code import (
     EVALUATE_GENERAL,
     SCRIPT,
     TRAIN,
+    _Strip,
     code_bytes,
     code_program,
     code_text,
@@ -133,6 +134,27 @@ def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(sour
             assert "_C" not in named and not [n for n in named if n.startswith("pgolf._C")], path
         if path != "pgolf/model/fa4.py":  # which defines its operators itself
             assert "torch.ops.pgolf" not in source and "pgolf::" not in source, path
+
+
+@pytest.mark.parametrize("program", [EVALUATE, EVALUATE_GENERAL, TRAIN], ids=lambda p: p.coder or p.name)
+def test_programs_that_a_newer_python_wrote_can_be_read_by_python_3_10(sources, program):
+    """ast.unparse of Python 3.12 uses the quotes of an f-string within its braces, too."""
+    for path, source in {**sources(program), SCRIPT: code_program(program).decode()}.items():
+        for node in ast.walk(ast.parse(source)):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            braces = [part.value for part in parts if isinstance(part, ast.FormattedValue)]
+            inside = [n for part in braces for n in ast.walk(part) if isinstance(n, ast.Constant)]
+            assert not [n for n in inside if isinstance(n.value, str | bytes)], path
+
+
+def test_f_strings_become_calls_that_give_the_same_text():
+    source = """print(f'{{{x["a"]!r:>{n}}}} {n:03}', f'{n}', f'{x["b"]:{n}.{n}f}')"""
+    tree = ast.fix_missing_locations(_Strip().visit(ast.parse(source)))
+    texts = []
+    for code in (source, ast.unparse(tree)):
+        exec(code, {"x": {"a": "q", "b": 1.5}, "n": 7, "print": lambda *a: texts.append(a)})
+    assert texts[0] == texts[1] == ("{    'q'} 007", "7", "1.5000000")
+    assert ".format(" in ast.unparse(tree) and "f'{n}'" in ast.unparse(tree)
 
 
 def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code, sources):
