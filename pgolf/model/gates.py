@@ -126,19 +126,29 @@ def mix_streams(x: Tensor, skip: Skip | None, x0: Tensor, mix: Tensor | None) ->
         return x, x if mix is None else mix[0].to(x.dtype) * x + mix[1].to(x.dtype) * x0
     keep, add = _skip_factors(skip)
 
-    def joined(k: Tensor, a: Tensor) -> Tensor:
-        return k.to(x.dtype) * x + a.to(x.dtype) * skip.saved
+    def joined(k: Tensor | None, a: Tensor) -> Tensor:
+        return (x if k is None else k.to(x.dtype) * x) + a.to(x.dtype) * skip.saved
 
     y = joined(keep, add)
-    return y, y if mix is None else joined(mix[0] * keep, mix[0] * add) + mix[1].to(x.dtype) * x0
+    return y, y if mix is None else joined(*_input_factors(mix, keep, add)) + mix[1].to(x.dtype) * x0
 
 
-def _skip_factors(skip: Skip) -> tuple[Tensor, Tensor]:
-    """Return k and a of `mix_streams`."""
+def _skip_factors(skip: Skip) -> tuple[Tensor | None, Tensor]:
+    """Return k and a of `mix_streams`, and None for a k of 1.
+
+    Not a tensor of ones: torch.compile (torch 2.11 and 2.13, Inductor) replaces a row of the mix times ones
+    by the row, and forgets that the row is a part of the parameter. The backward pass then writes a gradient
+    into it, so the weights change (`docs/findings.md`).
+    """
     if skip.gate is None:
-        return torch.ones_like(skip.weight), skip.weight
+        return None, skip.weight
     keep = torch.sigmoid(skip.gate)
     return keep, (1 - keep) * skip.weight
+
+
+def _input_factors(mix: Tensor, keep: Tensor | None, add: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors m_0 k and m_0 a of the stream and of the skip in u of `mix_streams`."""
+    return mix[0] if keep is None else mix[0] * keep, mix[0] * add
 
 
 def mix_and_norm(
@@ -157,7 +167,7 @@ def mix_and_norm(
         u, n = kernel((x, x0), mix[None], last="both")
         return u, n
     keep, add = _skip_factors(skip)
-    factors = torch.stack((mix[0] * keep, mix[0] * add, mix[1]))
+    factors = torch.stack((*_input_factors(mix, keep, add), mix[1]))
     u, n = kernel((x, skip.saved, x0), factors[None], last="both")
     return u, n
 
@@ -173,7 +183,8 @@ def mix_lane(
         (n,) = kernel((lane, x0), mix[None], last="norm")
         return lane, n
     keep, add = _skip_factors(skip)
-    rows = (keep, add, torch.zeros_like(add)), (mix[0] * keep, mix[0] * add, mix[1])
+    ones = torch.ones_like(add) if keep is None else keep
+    rows = (ones, add, torch.zeros_like(add)), (*_input_factors(mix, keep, add), mix[1])
     y, n = kernel((lane, skip.saved, x0), torch.stack([torch.stack(row) for row in rows]), last="norm")
     return y, n
 

@@ -177,7 +177,9 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 def _forward_fake(streams: list[Tensor], coefficients: Tensor, keep: bool, norm: bool) -> list[Tensor]:
     first = streams[0]
-    return [first.new_empty(first.shape) for _ in range(coefficients.shape[0] - (not keep) + norm)]
+    # No arithmetic with bools: torch 2.11 refuses it where the number of sums is a symbol.
+    outputs = coefficients.shape[0] - (0 if keep else 1) + (1 if norm else 0)
+    return [first.new_empty(first.shape) for _ in range(outputs)]
 
 
 def _backward_fake(

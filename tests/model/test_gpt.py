@@ -253,8 +253,11 @@ def passed(model: GPT, loop: bool) -> dict[str, torch.Tensor]:
     """The losses of three documents and all gradients, by name."""
     device = model.tok_emb.device
     ids, cu = (t.to(device) for t in packed([11, 1, 12], model.config.vocab_size))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     losses = model(ids, ids.roll(-1), cu, max_seqlen=24, loop=loop)
     losses.mean().backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, weights[name]), f"the pass changed {name}"
     return {
         "losses": losses.detach(),
         **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},

@@ -7,9 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from pgolf.model.attention import sdpa_attention, select_attention
-from pgolf.model.gates import Skip, exclude_self, head_gate, mix_streams, rms_norm, smear, smear_channels
+from pgolf.model.gates import (
+    Skip,
+    exclude_self,
+    head_gate,
+    mix_and_norm,
+    mix_lane,
+    mix_streams,
+    rms_norm,
+    smear,
+    smear_channels,
+)
 from pgolf.model.mlp import mlp
 from pgolf.model.rope import rope_tables, rotate
+from pgolf.ops import stream_mix_ref
 from tests.conftest import requires_gpu
 
 
@@ -117,6 +128,23 @@ def test_streams_are_joined_and_mixed_in_that_order(gated, mixed):
     y, u = mix_streams(x, None, x0, m if mixed else None)
     torch.testing.assert_close(y, x)
     torch.testing.assert_close(u, m[0] * x + m[1] * x0 if mixed else x)
+
+
+@pytest.mark.parametrize("mixed", [mix_and_norm, mix_lane])
+def test_compiled_mixes_leave_their_inputs_as_they_are(mixed):
+    torch._dynamo.reset()
+    shapes = [(3, 8), (3, 8), (3, 8), (8,), (2, 8)]
+    inputs = [randn(*shape, seed=i).float().requires_grad_() for i, shape in enumerate(shapes)]
+    before = [t.detach().clone() for t in inputs]
+
+    def run(x, s, x0, w, m):
+        return sum(t.sin().sum() for t in mixed(stream_mix_ref, x, Skip(s, w, None), x0, m))
+
+    found, wanted = (
+        torch.autograd.grad(fn(*inputs), inputs) for fn in (torch.compile(run, fullgraph=True), run)
+    )
+    assert all(map(torch.equal, inputs, before))
+    torch.testing.assert_close(found, wanted)
 
 
 @pytest.mark.parametrize("slope", [0.5, 0.3, 0.0])

@@ -51,7 +51,7 @@ def test_a_steady_displacement_grows_to_one_over_one_minus_s(s):
 
 def run(model, config, steps, *, ema=None, optimizer=None, first=0):
     """Take steps of 1 / STEPS of a run, with gradients that depend on the step alone."""
-    optimizer = optimizer or Optimizer(model, config, Dist.start(str(model.emb.device)), ema=ema)
+    optimizer = optimizer or Optimizer(model, config, Dist.start(model.emb.device.type), ema=ema)
     for step in range(first, first + steps):
         backward(model, step)
         delta = None if step == 0 else 1 / STEPS

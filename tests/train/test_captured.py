@@ -151,10 +151,14 @@ def test_replayed_passes_of_long_segments_and_rounded_matrices_are_near_launched
     micro = captured_on_gpu(model, [batches[0], batches[1]], [OFF, ROUNDED])
     launching = MicroSteps(model, torch.device("cuda"), passes=3, rounding=FakeQuant(3.0, 3.0).__call__)
     for wanted, got in zip(take(launching, model, passes), take(micro, model, passes), strict=True):
-        assert torch.equal(wanted["total"], got["total"])
-        for name in wanted:
-            error = (got[name] - wanted[name]).norm() / wanted[name].norm()
-            assert error < 0.02, (name, float(error))
+        assert torch.equal(wanted.pop("total"), got["total"])
+        norms = {name: gradient.norm() for name, gradient in wanted.items()}
+        # A gradient of one number is a sum over tokens, most of which cancels: its noise is small beside all
+        # gradients, not beside itself.
+        floor = torch.stack(list(norms.values())).norm() / 100
+        for name, norm in norms.items():
+            error = (got[name] - wanted[name]).norm()
+            assert error < 0.02 * (norm + floor), (name, float(error), float(norm), float(floor))
 
 
 def fail_to_capture():
