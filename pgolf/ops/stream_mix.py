@@ -25,9 +25,9 @@ reads a few columns of n, to dn; three of the last line add both gradients of th
     (lane, x0) -> n(u); update of lanes                      8 + 22    9 + 20
 
 The forward pass gains nothing. `pr1855` moves 41 passes less without and 65 less with depth recurrence: 1.1
-and 1.8 ms for 98,304 x 512 at 3.6 TB/s; measured were 1.1 and 1.9 ms of the kernels of norms and mixes. Adding the gradient that a stream already carries (x0
-in each block, skips) in the same kernel would save 30 and 48 more. It would need the streams as outputs
-again, and torch.compile leaves an output that is an input of the graph to autograd.
+and 1.8 ms for 98,304 x 512 at 3.6 TB/s; measured were 1.1 and 1.9 ms of the kernels of norms and mixes.
+Adding the gradient that a stream already carries (x0 in each block, skips) in the same kernel would save 30
+and 48 more, as threads do without this operator (`pgolf/model/threads.py`).
 
 Legend: `T` tokens, `D` width, `n` streams, `o` sums.
 """
