@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from pgolf.config import TttConfig
 from pgolf.evaluate import replayed as module
+from pgolf.evaluate import ttt
 from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.legality import check_way
 from pgolf.evaluate.phases import phased_pass
@@ -178,7 +179,6 @@ def test_more_sizes_than_documents_and_documents_of_one_token(lengths, monkeypat
 
 
 def test_steps_are_padded_in_documents_windows_and_chunks(few_sizes):
-    """And documents that ended apart from the others, as well as sizes that fit nowhere, are launched."""
     text = make_text(random_documents(LENGTHS))
     (_, _, _), (_, _, predictor), note = both(small_model(), text, SMOOTH)
     assert isinstance(predictor, Replayed)
@@ -188,6 +188,25 @@ def test_steps_are_padded_in_documents_windows_and_chunks(few_sizes):
         assert any(getattr(a, name) < getattr(b, name) for a, b in pairs), name
         assert all(getattr(a, name) <= getattr(b, name) for a, b in pairs), name
     assert "of 2 sizes" in note
+
+
+def test_documents_that_end_apart_from_the_others_are_launched(few_sizes, monkeypatch):
+    """Their adapters are not those of the first documents, which the graphs read."""
+    monkeypatch.setattr(ttt, "SPLIT_TOKENS", 1)
+    text = make_text(random_documents([60, 60, 60, 43, 43, 43]))
+    run = adapted_pass(small_model(), text, FakeDist(), bos_id=BOS, context=CONTEXT, config=SMOOTH)
+    lanes = [question.lane for turn in run.turns for question in turn.questions]
+    assert any(lanes)
+    monkeypatch.setattr(module, "plan_sizes", lambda uses, **_: {size: max(uses) for size in all_sizes(run)})
+    check(small_model(), text, SMOOTH)
+
+
+def all_sizes(run):
+    """Return the sizes of all questions, those in other lanes, too, that fit into the largest one."""
+    questions = [question for turn in run.turns for question in turn.questions]
+    sizes = {Size(len(q.windows), q.width, q.asked) for q in questions}
+    largest = max(step_sizes(run.turns))
+    return [size for size in sizes if all(a <= b for a, b in zip(size, largest, strict=True))]
 
 
 def test_most_launches_are_gone(few_sizes):
