@@ -2,12 +2,14 @@
 
 `python -m bench.ttt MODEL.pgolf --data SHARDS` scores the whole validation text, or its first `--documents`,
 with adapters, with the published phased recipe (PR #1855) and with a sliding window of stride 64. Every case
-is measured eager first, then compiled; `seconds` is the wall time of the whole score, so it has the time of
-compiling in it. With `--again` the compiled form runs a second time in the same process, which gives
+is measured in the `--forms` that there are of it, by default eager, then compiled. The form `captured` is
+compiled, too, and its steps with adapters are replayed as CUDA graphs where that pays
+(`pgolf/evaluate/replayed.py`). `seconds` is the wall time of the whole score, so it has the time of compiling
+and capturing in it. With `--again` these two forms run a second time in the same process, which gives
 `seconds_again`, without compiling. `tokens_per_s` is scored tokens per second and GPU; `peak_mib` is the
-largest GPU memory that torch held. The two forms must give the same bits per byte up to rounding; the
-difference is printed. On a CPU only the eager form is measured. Under torchrun all ranks score together, and
-rank 0 writes.
+largest GPU memory that torch held. All forms must give the same bits per byte up to rounding; the differences
+from the first one are printed. On a CPU only the eager form is measured. Under torchrun all ranks score
+together, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pgolf.dist import Dist
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.replayed import capture
 from pgolf.evaluate.sliding import window_pass
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.evaluate.validation import DataFolder
@@ -35,7 +38,10 @@ from pgolf.model.gpt import GPT
 
 CASES = ("plain", "record_adapters", "record_phased", "sliding64")
 """`plain` is what the others are compared with."""
-FORMS = ("eager", "compiled")
+ADAPTED = CASES[1:3]
+"""Those that can be captured."""
+NAMES = {"eager": "pgolf eager", "compiled": "pgolf", "captured": "pgolf captured"}
+"""What result files call the forms."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Bench:
         where |= {"stride": context if case == "plain" else 64, "batch_tokens": self.tokens}
         return window_pass(model, self.text, self.dist, **where)
 
-    def score(self, case: str, model: GPT, *, compiled: bool) -> tuple[Score, float, float]:
+    def score(self, case: str, model: GPT, form: str) -> tuple[Score, float, float]:
         """Return the score, the seconds with all preparation, and MiB of GPU memory (0 on a CPU)."""
         device = self.dist.device
         cuda = device.type == "cuda"
@@ -78,22 +84,30 @@ class Bench:
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         with evaluating(model):
-            run = self.start(case, model, compiled=compiled)
+            run = self.start(case, model, compiled=form != "eager")
+            if form == "captured":
+                run, note = capture(run)
+                print(note, f"({time.perf_counter() - began:.1f} s)", flush=True)
             found = read(run, self.text, self.dist, bos_id=self.bos_id)
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else 0.0
         return found, seconds, peak
 
 
-def measure(bench: Bench, case: str, recorder: Recorder, name: str, *, again: bool) -> None:
-    """Measure one case in all forms, and print by how much their scores differ."""
+def forms_of(case: str, device: torch.device, forms: list[str]) -> list[str]:
+    """Return those of the forms in which a case is measured."""
+    if device.type != "cuda":
+        return ["eager"]  # no graph holds the attention that CPUs have
+    return [form for form in forms if form != "captured" or case in ADAPTED]
+
+
+def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[str], *, again: bool) -> None:
+    """Measure one case in these forms, and print by how much their scores differ from the first one's."""
     scores = {}
-    # No graph holds the attention that CPUs have.
-    forms = FORMS if bench.dist.device.type == "cuda" else FORMS[:1]
     for form in forms:
         torch.compiler.reset()
-        model = bench.model(compiled=form == "compiled")
-        found, seconds, peak = bench.score(case, model, compiled=form == "compiled")
+        model = bench.model(compiled=form != "eager")
+        found, seconds, peak = bench.score(case, model, form)
         scores[form] = found
         rate = found.tokens / bench.dist.world_size
         values = {
@@ -103,16 +117,15 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, *, again: bo
         }
         if peak:
             values["peak_mib"] = (peak, "MiB")
-        if again and form == "compiled":
-            _, warm, _ = bench.score(case, model, compiled=True)
+        if again and form != "eager":
+            _, warm, _ = bench.score(case, model, form)
             values |= {"seconds_again": (warm, "s"), "tokens_per_s_again": (rate / warm, "1/s")}
         for metric, (value, unit) in values.items() if bench.dist.is_main else ():
-            impl = "pgolf" if form == "compiled" else "pgolf eager"
-            recorder.add(name, impl, metric, Sample(value, 0.0, 1), unit)
+            recorder.add(name, NAMES[form], metric, Sample(value, 0.0, 1), unit)
         del model
-    if bench.dist.is_main and len(forms) > 1:
-        gap = scores["compiled"].bpb - scores["eager"].bpb
-        print(f"{name}: compiled minus eager {gap:+.6f} bits per byte", flush=True)
+    for form in forms[1:] if bench.dist.is_main else ():
+        gap = scores[form].bpb - scores[forms[0]].bpb
+        print(f"{name}: {form} minus {forms[0]} {gap:+.6f} bits per byte", flush=True)
 
 
 def main() -> None:
@@ -124,7 +137,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rank", type=int, default=TttConfig.rank, help="rank of the adapters")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass of windows")
-    parser.add_argument("--again", action="store_true", help="also time the compiled form without compiling")
+    parser.add_argument("--forms", nargs="+", choices=tuple(NAMES), default=["eager", "compiled"])
+    parser.add_argument("--again", action="store_true", help="time compiled forms without compiling, too")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
     args = parser.parse_args()
@@ -139,7 +153,8 @@ def main() -> None:
     recorder = Recorder("ttt", dist.device, args.out)
     for case in args.cases:
         suffix = f"_first{args.documents}" if args.documents else "_wiki_val"
-        measure(bench, case, recorder, case + suffix, again=args.again)
+        forms = forms_of(case, dist.device, args.forms)
+        measure(bench, case, recorder, case + suffix, forms, again=args.again)
     if dist.is_main:
         recorder.write()
     dist.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import step
+from bench import step, ttt
 from bench.common import Recorder, Sample
 from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
@@ -119,3 +119,11 @@ def test_time_in_which_no_kernel_runs_is_idle():
     assert {name: ms for name, (ms, _) in found.items() if name != "idle"} == pytest.approx(
         {"norms_and_mixes": 0.01, "products": 0.02, "attention": 0.02, "loss": 0.01, "other": 0.001}
     )
+
+
+def test_forms_of_a_scoring_case_are_those_that_it_has():
+    every = list(ttt.NAMES)
+    assert ttt.forms_of("record_adapters", torch.device("cuda"), every) == every
+    assert ttt.forms_of("record_phased", torch.device("cuda"), every[1:]) == ["compiled", "captured"]
+    assert ttt.forms_of("sliding64", torch.device("cuda"), every) == ["eager", "compiled"]
+    assert ttt.forms_of("record_adapters", torch.device("cpu"), every) == ["eager"]

@@ -42,28 +42,30 @@ class ChunkGradient:
         """Return what `GPT.hidden` does, the states `(R, D)` of the chunk and the table `(V, D)`.
 
         Args:
-            ids, cu_seqlens, max_seqlen, adapters: of `GPT.hidden`; all documents have max_seqlen tokens.
+            ids, max_seqlen, adapters: of `GPT.hidden`; all documents have max_seqlen tokens.
+            cu_seqlens: starts of the segments, then T; a document may be after a segment of padding.
             asked: C, the tokens of the chunk, fewer than max_seqlen.
         """
         model, before = self._first, max_seqlen - asked
         weights, table = model.layer_weights(), model.tok_emb.to(model.compute_dtype)
         x0, values = model.embed(ids, table, cu_seqlens), model.values(ids)
         rope = model.rope(ids.numel())
-        self._chunk = Asked.last(asked, max_seqlen, cu_seqlens, rope)
-        per_document = torch.arange(cu_seqlens.numel(), dtype=torch.int32, device=ids.device)
+        edges = torch.arange(0, ids.numel() + 1, max_seqlen, dtype=torch.int32, device=ids.device)
+        self._chunk = Asked.last(asked, max_seqlen, edges, rope)
 
         def early(x: Tensor) -> Tensor:
             return x.view(-1, max_seqlen, *x.shape[1:])[:, :before].flatten(0, 1)
 
-        starts, turned = before * per_document, (early(rope[0]), early(rope[1]))
+        turned = early(rope[0]), early(rope[1])
+        starts = cu_seqlens - asked * (cu_seqlens // max_seqlen)  # without the chunks before each
         self._kept.clear()
         with torch.no_grad():
             of_early = None if values is None else early(values)
             # Nobody asks for the states of the context, but one of each document is the least that there is.
-            one = Asked.last(1, before, starts, turned)
+            one = Asked.last(1, before, edges, turned)
             model.layers(weights, Context(early(x0), turned, starts, of_early, one), True, None, adapters)
         late = None if values is None else self._chunk.rows(values)
-        ctx = Context(self._chunk.rows(x0), self._chunk.rope, asked * per_document, late)
+        ctx = Context(self._chunk.rows(x0), self._chunk.rope, cu_seqlens, late)
         return self._second.layers(weights, ctx, True, None, adapters), table
 
     def _keep(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -73,7 +75,6 @@ class ChunkGradient:
 
     def _recall(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Attend from the chunk to what was kept and to the chunk itself."""
-        del cu_seqlens
         n, before = self._chunk.cu_seqlens.numel() - 1, self._kept.pop(0)
 
         def joined(old: Tensor, new: Tensor) -> Tensor:
@@ -82,4 +83,4 @@ class ChunkGradient:
 
         k, v = (joined(*pair) for pair in zip(before, (k, v), strict=True))
         q = self._chunk.padded(q, k.shape[0])
-        return self._chunk.rows(self._kernel(q, k, v, self._chunk.cu_seqlens, max_seqlen))
+        return self._chunk.rows(self._kernel(q, k, v, cu_seqlens, max_seqlen))

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import gc
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,13 +30,10 @@ from pgolf import env
 from pgolf.data.loader import CU_MULTIPLE, Batch
 from pgolf.errors import RunError
 from pgolf.model.gpt import GPT, Rounding
+from pgolf.model.graphs import Recorder, Work, first_error, unlike
 from pgolf.peers import describe
 
-Work = Callable[[], None]
 LOSS = "the loss"
-NOISE = 0.1
-"""Relative difference of two gradients from which on they are not the same: the order of additions makes less
-than a hundredth, stale or missing data about 1."""
 
 
 class Form(NamedTuple):
@@ -53,39 +50,6 @@ class Pair(NamedTuple):
 
     forward: Work
     backward: Work
-
-
-class Recorder:
-    """Captures work on a CUDA device as graphs that share one memory pool."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def launch(self, work: Work) -> None:
-        """Run the work on the stream of the captures, so that nothing is done there for the first time."""
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            work()
-        current.wait_stream(self._stream)
-
-    def record(self, work: Work) -> Work:
-        """Capture the work, without running it; return what replays it on the current stream."""
-        graph = torch.cuda.CUDAGraph()
-        # After an error torch leaves the stream of the capture as the current one; the first context puts the
-        # former back. Other threads, such as the loader's, may use CUDA during the capture.
-        with (
-            torch.cuda.stream(torch.cuda.current_stream()),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            work()
-        return graph.replay
-
-    def held(self) -> int:
-        """Return the bytes that torch holds on the device, without what it keeps for later use."""
-        torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved()
 
 
 class MicroSteps:
@@ -268,13 +232,6 @@ def obstacle(model: GPT, device: torch.device) -> str:
     return f"{missing[0]} has no gradient whose address a graph could hold" if missing else ""
 
 
-def first_error(error: BaseException) -> BaseException:
-    """Return the error that came first: torch answers one in a capture with another one at its end."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
 def even_starts(inputs: Tensor, length: int) -> Tensor:
     """Return cu_seqlens `(length,)` of segments of one length, with which the passes are captured.
 
@@ -288,15 +245,9 @@ def even_starts(inputs: Tensor, length: int) -> Tensor:
 def difference(wanted: dict[str, Tensor], got: dict[str, Tensor]) -> str:
     """Return which tensor of a replayed pass is not that of a launched one; empty if all are.
 
-    Losses must be equal. Gradients, parts of which are added in no fixed order, may differ by `NOISE` of
-    their norm and of a hundredth of the norm of them all.
+    Losses must be equal; for gradients see `unlike`.
     """
     if not torch.equal(wanted[LOSS], got[LOSS]):
         return f"the loss, {float(wanted[LOSS])!r} launched and {float(got[LOSS])!r} replayed,"
-    names = [name for name in wanted if name != LOSS]
-    norms = torch.stack([wanted[name].norm() for name in names])
-    errors = torch.stack([(got[name] - wanted[name]).norm() for name in names])
-    for name, good in zip(names, (errors <= NOISE * (norms + norms.norm() / 100)).tolist(), strict=True):
-        if not good:
-            return f"the gradient of {name}"
-    return ""
+    name = unlike({n: t for n, t in wanted.items() if n != LOSS}, got)
+    return f"the gradient of {name}" if name else ""
