@@ -262,7 +262,9 @@ def test_losses_are_pure_until_the_predictor_is_asked_again(few_sizes):
     """Other targets in between change neither losses nor gradients; old distributions refuse to answer."""
     model, text = small_model(), make_text(random_documents([60, 60]))
     run = adapted_pass(model, text, FakeDist(), bos_id=BOS, context=CONTEXT, config=TTT)
+    before = [t.clone() for t in run.predictor.state()]
     replayed, _ = capture(run, Again)
+    assert all(map(torch.equal, replayed.predictor.state(), before)), "the check leaves no trace"
     (question,), device = run.turns[1].questions, torch.device("cpu")
     inputs, targets = question.tensors(text, device)
     found = []
