@@ -388,13 +388,8 @@ def capture(run: Pass, start: Callable[[torch.device], Recording] | None = None)
     """Return a pass of test-time training whose steps are replayed where that saves time.
 
     Args:
-<<<<<<< HEAD
-        run: from `adapted_pass` or `phased_pass`, of which nothing was read yet. It is as it was if nothing
-            can be captured.
-=======
         run: from `adapted_pass` or `phased_pass`, of which nothing was read yet. If nothing can be captured,
             it is as it was.
->>>>>>> w-ttt
         start: makes what captures; None: `Recorder`, if nothing forbids that.
 
     Returns:
