@@ -103,11 +103,11 @@ STEP_COST = 8192
 """Least cost of a step: below it, launching its kernels takes longer than running them (counted)."""
 
 
-COMPILE_COST = 7e7
-"""Cost of a rank's batches from which on compiling is worth its time. On an H200 `pr1855` compiled for 85 s
-and then took 0.56 of the eager time, which is 3.3 s per million, so the times are equal at 5.9e7; the
-project's validation text has 4.6e7 with the default settings. That was with nine graphs and nothing on disk:
-four graphs, or graphs that torch has kept on disk, take less time, which was not measured on a GPU."""
+COMPILE_COST = 4.2e7
+"""Cost of a rank's batches from which on compiling is worth its time. On an H200 `pr1855` compiles for about
+61 s, or for 13 s if torch has kept the graphs on disk, and then takes 0.55 of the eager time, which is 3.3 s
+per million, so the times are equal at 4.1e7 without the disk; the project's validation text has 4.6e7 with
+the default settings (docs/findings.md, the entry about windows of 3,072 tokens)."""
 
 
 def step_cost(documents: int, width: int) -> float:
