@@ -37,6 +37,7 @@ from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, Turn
 from pgolf.evaluate.ttt import ATTENTION_WIDTH, DOCUMENT_COST, Adapted
+from pgolf.model import graphs
 from pgolf.model.attention import Asked
 from pgolf.model.blocks import Context
 from pgolf.model.graphs import Recorder, Work, first_error, unlike
@@ -452,10 +453,4 @@ def obstacle(adapted: Sequence[Adapted], *, any_device: bool = False) -> str:
     model = adapted[0]._model
     if model.config.smear_gate and model.config.smear_over_bos:
         return "with model.smear_over_bos, a window depends on what is before it"
-    if any_device:
-        return ""
-    if model.tok_emb.device.type != "cuda":
-        return f"the device is {model.tok_emb.device.type}"
-    if model.attention_name == "sdpa":
-        return "the attention sdpa reads the segments on the host, which varlen and fa4 do not"
-    return ""
+    return "" if any_device else graphs.obstacle(model.tok_emb.device, model.attention_name)

@@ -50,6 +50,15 @@ class Recorder:
         return torch.cuda.memory_reserved()
 
 
+def obstacle(device: torch.device, attention: str) -> str:
+    """Return why work with an attention kernel cannot be captured on a device; "" if nothing forbids it."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if attention == "sdpa":
+        return "the attention sdpa reads the segments on the host, which varlen and fa4 do not"
+    return ""
+
+
 def first_error(error: BaseException) -> BaseException:
     """Return the error that came first: torch answers one in a capture with another one at its end."""
     while error.__context__ is not None:

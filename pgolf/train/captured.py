@@ -29,6 +29,7 @@ from torch import Tensor
 from pgolf import env
 from pgolf.data.loader import CU_MULTIPLE, Batch
 from pgolf.errors import RunError
+from pgolf.model import graphs
 from pgolf.model.gpt import GPT, Rounding
 from pgolf.model.graphs import Recorder, Work, first_error, unlike
 from pgolf.peers import describe
@@ -222,10 +223,8 @@ class MicroSteps:
 
 def obstacle(model: GPT, device: torch.device) -> str:
     """Return why passes of `model` cannot be captured; empty if nothing is known that forbids it."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if model.attention_name == "sdpa":
-        return "the attention sdpa reads the segments on the host, which varlen and fa4 do not"
+    if why := graphs.obstacle(device, model.attention_name):
+        return why
     if env.check_targets():
         return "with PGOLF_CHECK_TARGETS=1 each loss waits for the device"
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
