@@ -1,15 +1,18 @@
 """Train presets one after another, for the same time on the same text, and print one table.
 
     python -m bench.presets --out out pr1855=shards_8192 pr1855+caseops=shards_caseops naive=shards_1024
+    python -m bench.presets --out out pr1855=shards "pr1855+half=shards data.batch_tokens=98304"
 
-Each word is a row: a preset, perhaps with a suffix after "+" that tells two rows of it apart, and its folder
-of shards. A row takes one GPU, and as many rows run at the same time as there are GPUs. Rows that are done
-are kept, so the same command continues a table that was stopped. What follows "--" is passed to every run.
+Each word is a row: a preset, perhaps with a suffix after "+" that tells two rows of it apart, its folder of
+shards, and perhaps settings of its own. A row takes one GPU, and as many rows train at the same time as there
+are GPUs. Rows that are done are kept, so the same command continues a table that was stopped. What follows
+"--" is passed to every run.
 
-Every quantized file is then scored in the way of the preset's pull request (`evaluate.method`), by
-`bench.options` in a process of its own, so that a score that fails costs no run. `--documents N` scores the
-first N documents only, because some ways take minutes; the gain on plain scoring is that of the same
-documents in any case.
+When all rows are trained, every quantized file is scored in the way of the preset's pull request
+(`evaluate.method`), by `bench.options` in a process of its own, so that a score that fails costs no run.
+`--documents N` scores the first N documents only, because some ways take minutes; the gain on plain scoring
+is that of the same documents in any case. Several scores can share a GPU, because most ways wait for the host
+(`--at-once N`); their seconds are then longer than those of one alone, and the table leaves them out.
 
 A preset that does not fit its scales to the limit of the challenge may exceed it, as some pull requests did;
 the table shows its bytes.
@@ -53,6 +56,8 @@ COLUMNS = {
 """Metric -> heading and format of a column of the table."""
 
 
+SCORES, SHARED = "scores", "scores-shared"
+"""Folders of scores that had a GPU to themselves, and of those that shared one."""
 NO_LIMIT = 100_000_000
 """Bytes that no artifact of these presets reaches."""
 
@@ -64,21 +69,13 @@ class Row:
     name: str
     data: Path
     out: Path
+    settings: tuple[str, ...] = ()
+    """KEY=VALUE, for its run."""
 
     @property
     def preset(self) -> str:
         """The preset's name."""
         return self.name.partition("+")[0]
-
-    @property
-    def log(self) -> Path:
-        """What the run printed."""
-        return self.out / f"{self.name}.txt"
-
-    @property
-    def score_log(self) -> Path:
-        """What the scoring in the way of the pull request printed."""
-        return self.out / f"{self.name}.score.txt"
 
     @property
     def method(self) -> Method:
@@ -94,8 +91,10 @@ class Row:
     @property
     def scores(self) -> Path | None:
         """The result lines of the way of the pull request; None if it was not scored."""
-        found = sorted((self.out / "scores").glob(f"*_{self.name}.jsonl"))
-        return found[-1] if found else None
+        found = [
+            p for folder in (SCORES, SHARED) for p in sorted((self.out / folder).glob(f"*_{self.name}.jsonl"))
+        ]
+        return found[0] if found else None
 
     def summary(self) -> Summary | None:
         """Return the summary of the newest finished run; None if there is none."""
@@ -114,24 +113,27 @@ class Row:
             score = {line["metric"]: line["value"] for line in lines if line["case"].startswith(PUBLISHED)}
             found["bpb_published"] = (score["bpb"], "bits/byte")
             found["gain_published"] = (-score["difference"], "bits/byte")
-            found["seconds_published"] = (score["seconds"], "s")
+            if self.scores.parent.name == SCORES:
+                found["seconds_published"] = (score["seconds"], "s")
             found["tokens_published"] = (score["tokens"], "tokens")
         return found
 
 
 def read_rows(words: list[str], out: Path) -> list[Row]:
-    """Return the rows that `PRESET[+SUFFIX]=FOLDER` name.
+    """Return the rows that `PRESET[+SUFFIX]=FOLDER [KEY=VALUE ...]` name.
 
     Raises:
         ValueError: another form, an unknown preset, a folder that is not there, a name given twice.
     """
-    rows = []
+    rows = list[Row]()
     for word in words:
-        name, equals, data = word.partition("=")
-        row = Row(name, Path(data), out)
-        if not equals or row.preset not in PRESETS:
+        first, *settings = word.split()
+        name, equals, data = first.partition("=")
+        row = Row(name, Path(data), out, tuple(settings))
+        if not equals or row.preset not in PRESETS or not all("=" in setting for setting in settings):
             raise ValueError(
-                f"expected PRESET[+SUFFIX]=FOLDER with a preset of `pgolf presets`, got {word!r}"
+                "expected PRESET[+SUFFIX]=FOLDER [KEY=VALUE ...] with a preset of `pgolf presets`, "
+                f"got {word!r}"
             )
         if not row.data.is_dir():
             raise ValueError(f"{word}: no folder {data}; `pgolf data shards` makes it")
@@ -141,100 +143,79 @@ def read_rows(words: list[str], out: Path) -> list[Row]:
     return rows
 
 
-def start(
-    row: Row, gpu: int | None, command: list[str], log: Path, *, at_once: int
-) -> subprocess.Popen[bytes]:
-    """Start a process of a row with its output in `log`; gpu None: wherever its settings say."""
-    row.out.mkdir(parents=True, exist_ok=True)
-    environment = share_of_cores(at_once)
-    if gpu is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
-    with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=with_parent(environment))
+@dataclass(frozen=True)
+class Job:
+    """A process of a row."""
+
+    row: Row
+    what: str
+    command: list[str]
+    log: Path
+
+    def start(self, gpu: int | None, at_once: int) -> subprocess.Popen[bytes]:
+        """Start it with its output in `log`; gpu None: wherever its settings say."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = share_of_cores(at_once)
+        if gpu is not None:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
+        with self.log.open("wb") as file:
+            return subprocess.Popen(self.command, stdout=file, stderr=file, env=with_parent(environment))
 
 
-def train_command(row: Row, seconds: float, rest: list[str]) -> list[str]:
-    """Return the command of a row's run."""
+def train_job(row: Row, seconds: float, rest: list[str]) -> Job:
+    """Return the run of a row."""
     command = [sys.executable, "-m", "pgolf", "train", row.preset, "--data", str(row.data)]
     command += ["--seconds", f"{seconds:g}", "--out", str(row.out / row.name)]
     if not PRESETS[row.preset]().artifact.fit:
         command += ["--artifact.limit", str(NO_LIMIT)]
-    return [*command, *rest]
+    own = [part for setting in row.settings for part in ("--" + setting).split("=", 1)]
+    return Job(row, "training", [*command, *rest, *own], row.out / f"{row.name}.txt")
 
 
-def score_command(row: Row, documents: int) -> list[str]:
-    """Return the command that scores a row's file plainly and in the way of its pull request."""
+def score_job(row: Row, documents: int, folder: str) -> Job:
+    """Return what scores a row's file plainly and in the way of its pull request."""
     assert row.run is not None
     command = [sys.executable, "-m", "bench.options", str(row.run / ARTIFACT), "--data", str(row.data)]
     command += ["--rows", "plain", PUBLISHED, "--documents", str(documents)]
-    return [*command, "--file", row.name, "--out", str(row.out / "scores")]
+    command += ["--file", row.name, "--out", str(row.out / folder)]
+    return Job(row, "scoring", command, row.out / f"{row.name}.score.txt")
 
 
-@dataclass
-class Running:
-    """A process of a row."""
-
-    row: Row
-    gpu: int | None
-    process: subprocess.Popen[bytes]
-    log: Path
-
-
-def run(rows: list[Row], seconds: float, rest: list[str], gpus: int, documents: int = 0) -> list[str]:
-    """Run what is not done of the rows, one row on each GPU at a time; return the names of those that failed.
+def run(jobs: list[Job], places: list[int | None]) -> list[str]:
+    """Run jobs, each in the first place that is free; return the names of the rows that failed.
 
     Args:
-        rest: further arguments of `pgolf train`.
-        gpus: 0 runs one row at a time wherever its settings say.
-        documents: score the first so many documents in the way of the pull request; 0 = all.
+        places: GPUs, as often as they take a job at the same time; None: no GPU is chosen.
     """
-
-    def scored(row: Row) -> bool:
-        return row.method == "plain" or row.scores is not None
-
-    waiting = [row for row in rows if row.run is None or not scored(row)]
-    free: list[int | None] = list(range(gpus)) or [None]
-    at_once, running, failed = len(free), list[Running](), list[str]()
+    waiting, free, failed = list(jobs), list(places), list[str]()
+    running = list[tuple[Job, int | None, subprocess.Popen[bytes]]]()
     began = time.monotonic()
 
-    def say(text: str) -> None:
-        print(f"{time.monotonic() - began:5.0f} s  {text}", flush=True)
-
-    def next_process(row: Row, gpu: int | None) -> None:
-        """Start the run of a row, or its scoring if the run is done."""
-        if row.run is None:
-            command, log = train_command(row, seconds, rest), row.log
-        else:
-            command, log = score_command(row, documents), row.score_log
-        running.append(Running(row, gpu, start(row, gpu, command, log, at_once=at_once), log))
+    def say(job: Job, text: str) -> None:
+        print(f"{time.monotonic() - began:5.0f} s  {job.row.name}: {job.what} {text}", flush=True)
 
     try:
         while waiting or running:
             while waiting and free:
-                row, gpu = waiting.pop(0), free.pop(0)
-                say(f"{row.name} begins" + ("" if gpu is None else f" on GPU {gpu}"))
-                next_process(row, gpu)
+                job, gpu = waiting.pop(0), free.pop(0)
+                say(job, "begins" + ("" if gpu is None else f" on GPU {gpu}"))
+                running.append((job, gpu, job.start(gpu, len(places))))
             time.sleep(0.2)
-            for entry in [entry for entry in running if entry.process.poll() is not None]:
+            for entry in [entry for entry in running if entry[2].poll() is not None]:
                 running.remove(entry)
-                row, status = entry.row, entry.process.returncode
-                trains = entry.log == row.log
-                if status not in (0, *([OVERRUN] if trains else [])) or row.run is None:
-                    failed.append(row.name)
-                    last = entry.log.read_text(errors="replace").strip().splitlines()[-1:]
-                    what = "" if trains else ", scoring,"
-                    say(f"{row.name}{what} failed with status {status}: {' '.join(last)}; see {entry.log}")
-                elif trains and not scored(row):
-                    say(f"{row.name} is trained")
-                    next_process(row, entry.gpu)
+                job, gpu, process = entry
+                free.append(gpu)
+                # A run that took longer than its clock has made its file all the same.
+                if process.returncode in (0, OVERRUN) and job.row.run is not None:
+                    say(job, "is done")
                     continue
-                else:
-                    say(f"{row.name} is done")
-                free.append(entry.gpu)
+                failed.append(job.row.name)
+                last = " ".join(job.log.read_text(errors="replace").strip().splitlines()[-1:])
+                say(job, f"failed with status {process.returncode}: {last}; see {job.log}")
     finally:
-        for entry in running:
-            entry.process.terminate()
+        for _, _, process in running:
+            process.terminate()
     return failed
 
 
@@ -257,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("rows", nargs="+", metavar="PRESET[+SUFFIX]=FOLDER")
+    parser.add_argument("rows", nargs="+", metavar="PRESET[+SUFFIX]=FOLDER [KEY=VALUE ...]")
     parser.add_argument("--seconds", type=float, default=120.0, help="clock of every run (default 120)")
     parser.add_argument(
         "--documents",
@@ -265,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         default=0,
         help="score so many documents in the published way; 0 (default): all",
     )
+    parser.add_argument("--at-once", type=int, default=1, help="scores that share a GPU (default 1)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and what they print")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args(own)
@@ -273,7 +255,11 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as e:
         parser.error(str(e))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    failed = run(rows, args.seconds, rest, gpus, args.documents)
+    places: list[int | None] = list(range(gpus)) or [None]
+    failed = run([train_job(row, args.seconds, rest) for row in rows if row.run is None], places)
+    unscored = [row for row in rows if row.run is not None and row.method != "plain" and row.scores is None]
+    folder = SCORES if args.at_once == 1 else SHARED
+    failed += run([score_job(row, args.documents, folder) for row in unscored], places * args.at_once)
     name = f"{args.seconds:g}s_1gpu"
     device = torch.device("cuda" if gpus else "cpu")
     recorder = Recorder("run", device, args.results, file=f"run-presets_{name}")

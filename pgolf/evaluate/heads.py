@@ -16,6 +16,16 @@ from pgolf.model.lora import Adapters
 from pgolf.ops import linear_softcap_ce
 
 
+def unrounded_logits(hidden: Tensor, table: Tensor) -> Tensor:
+    """Return hidden table^T, `(R, V)`, in float32, or in float64 for such input.
+
+    Logits rounded to bfloat16 have errors of up to 0.03 at 10, and about half the errors' variance is added to
+    the mean loss: 1e-4 nats. Products in float32 are slow, but this one is small next to the blocks'.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return F.linear(hidden.to(dtype), table.to(dtype))
+
+
 class Head(NamedTuple):
     """Distributions of a model as it is."""
 
@@ -32,7 +42,7 @@ class Head(NamedTuple):
 
     def log_probabilities(self, rows: Tensor) -> Tensor:
         """Return the logarithms of all probabilities, see `Distributions`."""
-        logits = F.linear(self.hidden[rows], self.weight.to(self.hidden.dtype)).float()
+        logits = unrounded_logits(self.hidden[rows], self.weight.to(self.hidden.dtype))
         return F.log_softmax(self.cap * torch.tanh(logits / self.cap), dim=-1)
 
 
@@ -61,9 +71,9 @@ class AdaptedHead(NamedTuple):
         return F.log_softmax(self._logits()[rows], dim=-1)
 
     def _logits(self) -> Tensor:
-        logits = F.linear(self.hidden, self.table)
+        logits = unrounded_logits(self.hidden, self.table)
         extra = None if self.adapters is None else self.adapters.head(self.hidden)
-        logits = (logits if extra is None else logits + extra).float()
+        logits = logits if extra is None else logits + extra
         if self.caps is None:
             return self.cap * torch.tanh(logits / self.cap)
         cap = torch.where(logits > 0, self.caps[0], self.caps[1])

@@ -172,10 +172,14 @@ def linear_softcap_ce_ref(
     label_smoothing: float = 0.0,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """Compute `linear_softcap_ce` with PyTorch operators; float64 input is computed in float64."""
-    offset = None if bias is None else bias.to(hidden.dtype)
+    """Compute `linear_softcap_ce` with PyTorch operators; float64 input is computed in float64.
+
+    Without gradients logits are not rounded to the dtype of `hidden`, as the kernels do not round them.
+    """
+    dtype = hidden.dtype if torch.is_grad_enabled() else torch.promote_types(hidden.dtype, torch.float32)
+    offset = None if bias is None else bias.to(dtype)
     return softcap_ce_ref(
-        torch.nn.functional.linear(hidden, weight.to(hidden.dtype), offset),
+        torch.nn.functional.linear(hidden.to(dtype), weight.to(hidden.dtype).to(dtype), offset),
         target,
         cap,
         reduction=reduction,

@@ -23,7 +23,7 @@ def test_two_rows_become_one_table(shards: Path, tmp_path: Path, capsys: pytest.
     short = ["--train.warmup-steps=0", "--train.seconds=0", *(w for w in SMALL if w != "--seconds=0")]
     assert bench.main([*words, *short]) == 0, (tmp_path / "out/tiny.txt").read_text()
     printed = capsys.readouterr().out
-    assert "tiny+again is done" in printed
+    assert "tiny+again: scoring is done" in printed
     (file,) = (tmp_path / "results").glob("*_run-presets_600s_1gpu.jsonl")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     bpb = {line["case"]: line["value"] for line in lines if line["metric"] == "bpb_quantized"}
@@ -48,12 +48,14 @@ def test_a_row_that_fails_does_not_stop_the_others(
 ):
     empty = tmp_path / "empty"
     empty.mkdir()
-    words = [f"tiny={empty}", f"tiny+good={shards}", "--out", str(tmp_path / "out")]
+    words = [f"tiny={empty}", f"tiny+good={shards} train.seed=7", "--out", str(tmp_path / "out")]
     words += ["--results", str(tmp_path / "results"), "--", "--train.seconds=0"]
     assert bench.main([*words, *(w for w in SMALL if w != "--seconds=0")]) == 1
     out, err = capsys.readouterr()
-    assert "tiny failed with status 2" in out and "tiny+good is done" in out
+    assert "tiny: training failed with status 2" in out and "tiny+good: training is done" in out
     assert "failed: tiny\n" in err
+    (config,) = (tmp_path / "out/tiny+good").glob("*/config.json")
+    assert json.loads(config.read_text())["train"]["seed"] == 7
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,7 @@ def test_a_row_that_fails_does_not_stop_the_others(
     [
         (["tiny"], "expected PRESET"),
         (["pr99=."], "expected PRESET"),
+        (["tiny=. train.seed"], "expected PRESET"),
         (["tiny=nowhere"], "no folder nowhere"),
         (["tiny=.", "tiny=."], "given twice"),
     ],

@@ -238,6 +238,14 @@ def test_without_gradients_the_loss_is_the_same(device) -> None:
         assert got.grad_fn is None
 
 
+def test_the_reference_does_not_round_logits_where_no_gradient_is_wanted(device) -> None:
+    x, w, target = make_inputs(257, 520, 72, torch.bfloat16, device)
+    with torch.no_grad():
+        got = linear_softcap_ce_ref(x, w, target, CAP, reduction="none")
+    want = linear_softcap_ce_ref(x.double(), w.double(), target, CAP, reduction="none")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("memory", "reduction"), list(itertools.product(MODES, ["mean", "none"])))
 def test_result_is_the_same_on_every_call(memory: str, reduction: str, device) -> None:
     inputs = make_inputs(1500, 520, 72, torch.bfloat16, device)
