@@ -21,7 +21,7 @@ FLOORS = [
     ["config", "env", "peers", "stats"],
     ["presets", "published", "_C", "track", "watch"],
     ["ops"],
-    ["dist", "log", "data", "integrations"],
+    ["dist", "graphs", "log", "data", "integrations"],
     ["model", "optim"],
     ["quant"],
     ["artifact"],

@@ -19,7 +19,7 @@ from pgolf.ops import linear_softcap_ce
 def unrounded_logits(hidden: Tensor, table: Tensor) -> Tensor:
     """Return hidden table^T, `(R, V)`, in float32, or in float64 for such input.
 
-    Logits rounded to bfloat16 have errors of up to 0.03 at 10, and about half the errors' variance is added to
+    Logits rounded to bfloat16 have errors of up to 0.03 at 10; about half the variance of the errors adds to
     the mean loss: 1e-4 nats. Products in float32 are slow, but this one is small next to the blocks'.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)

@@ -32,15 +32,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pgolf import graphs
 from pgolf.errors import RunError
 from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, Turn
 from pgolf.evaluate.ttt import ATTENTION_WIDTH, DOCUMENT_COST, Adapted
-from pgolf.model import graphs
+from pgolf.graphs import Recorder, Work, first_error, unlike
 from pgolf.model.attention import Asked
 from pgolf.model.blocks import Context
-from pgolf.model.graphs import Recorder, Work, first_error, unlike
 from pgolf.model.lora import Adapters, bind
 from pgolf.peers import describe
 

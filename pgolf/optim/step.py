@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pgolf.config import OptimConfig
 from pgolf.dist import Dist
+from pgolf.graphs import Recorder, Work, first_error
 from pgolf.ops import clip_scale, square_sums
 from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED
 from pgolf.ops.muon_step import HYPER
@@ -102,7 +103,7 @@ class Optimizer:
         self._corrections = torch.zeros(2, device=dist.device)
         self._counts = torch.zeros(CLIP_STATE, device=dist.device)
         self.grad_norm, self.skipped = self._counts[NORM], self._counts[SKIPPED]
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._replay: Work | None = None
         self._capture_next = capture and dist.device.type == "cuda" and dist.world_size == 1
 
     @torch.no_grad()
@@ -126,8 +127,8 @@ class Optimizer:
         self._check_attached()
         self._set(frac, ema_decay, delta)
         before = self.skipped.clone() if self._nesterov is not None else None
-        if self._graph is not None:
-            self._graph.replay()
+        if self._replay is not None:
+            self._replay()
         else:
             self._launch()
             if self._capture_next:
@@ -199,18 +200,14 @@ class Optimizer:
     def _capture(self) -> None:
         """Record a step as a CUDA graph, without running it; the following calls replay the graph."""
         self._capture_next = False
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads, such as the loader's, may use CUDA during the capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._launch()
+            self._replay = Recorder(self._hyper.device).record(self._launch)
         except RuntimeError as e:
             warnings.warn(
-                f"the optimizer step could not be captured as a CUDA graph, so its kernels are launched: {e}",
+                "the optimizer step could not be captured as a CUDA graph, so its kernels are launched: "
+                f"{first_error(e)}",
                 stacklevel=3,
             )
-            return
-        self._graph = graph
 
     def zero_grad(self) -> None:
         """Zero the gradients in place."""

@@ -26,12 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf import env
+from pgolf import env, graphs
 from pgolf.data.loader import CU_MULTIPLE, Batch
 from pgolf.errors import RunError
-from pgolf.model import graphs
+from pgolf.graphs import Recorder, Work, first_error, unlike
 from pgolf.model.gpt import GPT, Rounding
-from pgolf.model.graphs import Recorder, Work, first_error, unlike
 from pgolf.peers import describe
 
 LOSS = "the loss"

@@ -382,4 +382,4 @@ def test_a_captured_step_of_the_references_equals_launched_ones(references, devi
                 model.up.grad[0, 0, 0] = float("nan")
             optimizer.step(0.2 * number)
         assert_same_bits(*models)
-    assert optimizers[0]._graph is not None and optimizers[0].skipped == 1
+    assert optimizers[0]._replay is not None and optimizers[0].skipped == 1

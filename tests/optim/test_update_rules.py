@@ -238,4 +238,4 @@ def test_replayed_steps_equal_launched_ones(name, device):
                 model.up.grad[0, 0, 0] = float("nan")
             optimizer.step(0.2 * step, ema_decay=None if step == 0 else 0.9, delta=0.2)
         assert_same_bits(pairs[0][0], pairs[1][0])
-    assert pairs[0][1]._graph is not None and pairs[0][1].skipped == 1
+    assert pairs[0][1]._replay is not None and pairs[0][1].skipped == 1

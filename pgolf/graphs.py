@@ -1,7 +1,7 @@
 """CUDA graphs: work that was captured once is replayed with one launch instead of one per kernel.
 
-Training captures micro-steps (`pgolf/train/captured.py`), test-time training its steps
-(`pgolf/evaluate/replayed.py`).
+The optimizer captures its step (`pgolf/optim/step.py`), training its micro-steps (`pgolf/train/captured.py`),
+test-time training its steps (`pgolf/evaluate/replayed.py`).
 """
 
 from __future__ import annotations
