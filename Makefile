@@ -57,7 +57,7 @@ fuzz: setup
 	$(BIN)/python -m bench.fuzz
 
 bench:
-	set -e; for file in bench/ops/bench_*.py; do $(PYTHON) -m bench.ops.$$(basename $$file .py); done
+	set -e; for file in $(filter-out %range_coder.py,$(wildcard bench/ops/bench_*.py)); do $(PYTHON) -m bench.ops.$$(basename $$file .py); done
 
 # The site, into build/site. Strict: a broken link or an unknown name ends it (never with --quiet, which counts no warnings).
 docs: setup

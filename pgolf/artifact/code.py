@@ -40,7 +40,7 @@ import pgolf
 from pgolf.artifact.code_rule import CODE_NAME, CODE_RULE, FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.codec import compress
 from pgolf.artifact.portable import references, without_extension
-from pgolf.config import Coder
+from pgolf.config import Coder, Counted
 
 __all__ = [
     "CODE_NAME",
@@ -51,6 +51,7 @@ __all__ = [
     "TRAIN",
     "Program",
     "code_bytes",
+    "code_name",
     "code_program",
     "code_text",
     "counted_code",
@@ -95,14 +96,19 @@ WRAPPERS = {"property", "classmethod", "staticmethod", "contextmanager", "cache"
 """Decorators that register nothing."""
 
 
-def code_bytes(coder: Coder = "range") -> int:
+def code_bytes(coder: Coder = "range", program: Counted = "evaluate") -> int:
     """Return the bytes that the counted code weighs: those of `counted_code`."""
-    return len(counted_code(coder))
+    return len(counted_code(coder, program))
 
 
-def counted_code(coder: Coder = "range") -> bytes:
+def counted_code(coder: Coder = "range", program: Counted = "evaluate") -> bytes:
     """Return the program that is counted with an artifact whose codes are written with `coder`."""
-    return code_program(evaluate(coder))
+    return code_program(evaluate(coder) if program == "evaluate" else TRAIN)
+
+
+def code_name(program: Counted = "evaluate") -> str:
+    """Return the name of its file."""
+    return EVALUATE.name if program == "evaluate" else TRAIN.name
 
 
 def evaluate(coder: Coder) -> Program:

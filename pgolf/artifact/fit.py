@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
-from pgolf.config import Coder, Config, ModelConfig, run_hash
+from pgolf.config import Coder, Config, Counted, ModelConfig, run_hash
 from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState
 
@@ -51,6 +51,7 @@ def fit_artifact(
     config_hash: str,
     limit: int,
     coder: Coder = "range",
+    program: Counted = "evaluate",
 ) -> Ledger:
     """Write an artifact that fills at least 0.999 of the limit, code included, by scaling all scales.
 
@@ -58,7 +59,7 @@ def fit_artifact(
     configured scales.
 
     Args:
-        path: as for `write_artifact`, as are `model` and the last four.
+        path: as for `write_artifact`, as are `model` and the last five.
         quantize: factor on the scales -> state; called with 1.0 first.
     Returns:
         The ledger of the written file; its `clip_scale` is the factor that was chosen.
@@ -69,7 +70,7 @@ def fit_artifact(
 
     def make(scale: float) -> tuple[bytes, Ledger, int]:
         state = quantize(scale)
-        facts = Facts(tokenizer_sha256, config_hash, limit, scale, coder)
+        facts = Facts(tokenizer_sha256, config_hash, limit, scale, coder, program)
         weights = sum(t.codes.numel() for t in state.quantized.values())
         return *build_file(state, model, facts, quality=11), weights
 
@@ -169,4 +170,5 @@ def write_quantized(
         config_hash=run_hash(config),
         limit=config.artifact.limit,
         coder=config.artifact.coder,
+        program=config.artifact.program,
     )

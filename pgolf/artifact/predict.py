@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -28,7 +29,7 @@ from pgolf.artifact.header import (
 )
 from pgolf.artifact.size import Ledger, make_ledger
 from pgolf.artifact.write import Facts, build_file, encode_matrix
-from pgolf.config import Coder, ModelConfig, QuantConfig
+from pgolf.config import Coder, Counted, ModelConfig, QuantConfig
 from pgolf.errors import UserError
 from pgolf.model.gpt import parameter_shapes
 from pgolf.quant.grid import QuantizedTensor, max_code, quantize, quantize_gate_rows, sdclip_scales
@@ -85,13 +86,14 @@ def predict_ledger(
     limit: int,
     clip_scale: float = 1.0,
     coder: Coder = "range",
+    program: Counted = "evaluate",
 ) -> Ledger:
     """Return the ledger that a trained model's artifact is expected to have, within 0.5 % in total.
 
     Args:
         model: the network. quant: bits, clips and mean_bits.
         limit: goes into the header. clip_scale: factor on the scales, as `Quantizer.quantize` takes it.
-        coder: what the codes are written with.
+        coder: what the codes are written with. program: what is counted with the file.
     """
     entries = _entries(model, quant)
     rates: dict[tuple[int, ...], float] = {}
@@ -115,15 +117,23 @@ def predict_ledger(
     sections = place_sections(plans, [bytes(round(n)) for n in lengths])
     header = Header(model, "0" * 64, "0" * 16, limit, entries, (), sections, coder)
     framing = PREFIX.size + DIGEST_BYTES + len(compress(encode_header(header), quality=11))
-    return make_ledger(header, file_bytes=framing + sum(s.length for s in sections), clip_scale=clip_scale)
+    size = framing + sum(s.length for s in sections)
+    return make_ledger(header, file_bytes=size, clip_scale=clip_scale, program=program)
 
 
-def predict_fitted(model: ModelConfig, quant: QuantConfig, *, limit: int, coder: Coder = "range") -> Ledger:
+def predict_fitted(
+    model: ModelConfig,
+    quant: QuantConfig,
+    *,
+    limit: int,
+    coder: Coder = "range",
+    program: Counted = "evaluate",
+) -> Ledger:
     """Return the ledger that artifact.fit is expected to end with; takes as long as a few predictions."""
     weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
 
     def make(scale: float) -> tuple[None, Ledger, int]:
-        ledger = predict_ledger(model, quant, limit=limit, clip_scale=scale, coder=coder)
+        ledger = predict_ledger(model, quant, limit=limit, clip_scale=scale, coder=coder, program=program)
         return None, ledger, weights
 
     return search(make, limit=limit)[1]
@@ -163,10 +173,11 @@ def nearest_ledger(
     limit: int,
     clip_scale: float = 1.0,
     coder: Coder = "range",
+    program: Counted = "evaluate",
 ) -> Ledger:
     """Return the ledger of weights that are rounded to nearest and coded; nothing is written."""
     state = nearest_state(tensors, model, quant, clip_scale=clip_scale)
-    facts = Facts("0" * 64, "0" * 16, limit, clip_scale, coder)
+    facts = Facts("0" * 64, "0" * 16, limit, clip_scale, coder, program)
     return build_file(state, model, facts, quality=11)[1]
 
 
@@ -177,13 +188,14 @@ def nearest_fitted(
     *,
     limit: int,
     coder: Coder = "range",
+    program: Counted = "evaluate",
 ) -> Ledger:
     """Return the ledger that artifact.fit would end with if it rounded to nearest; nothing is written."""
     weights = sum(math.prod(shape) for shape in matrix_shapes(model).values())
+    nearest = partial(nearest_ledger, tensors, model, quant, limit=limit, coder=coder, program=program)
 
     def make(scale: float) -> tuple[None, Ledger, int]:
-        ledger = nearest_ledger(tensors, model, quant, limit=limit, clip_scale=scale, coder=coder)
-        return None, ledger, weights
+        return None, nearest(clip_scale=scale), weights
 
     return search(make, limit=limit)[1]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pgolf.artifact.code import CODE_RULE, code_bytes
 from pgolf.artifact.header import ArtifactError, Header
-from pgolf.config import ArtifactConfig, Coder
+from pgolf.config import ArtifactConfig, Coder, Counted
 from pgolf.errors import UserError
 
 
@@ -61,15 +61,17 @@ class Ledger:
         return cls(tuple(data["parts"].items()), data["code"], data["limit"], data["clip_scale"])
 
 
-def make_ledger(header: Header, *, file_bytes: int, clip_scale: float = 1.0) -> Ledger:
-    """Return the ledger of an artifact file of `file_bytes` bytes with this header."""
+def make_ledger(
+    header: Header, *, file_bytes: int, clip_scale: float = 1.0, program: Counted = "evaluate"
+) -> Ledger:
+    """Return the ledger of an artifact file of `file_bytes` bytes with this header and `program` as code."""
     sizes: dict[str, int] = {}
     for section in header.sections:
         name = section.plan.name.split(".")[0] if section.plan.kind == "codes" else section.plan.name
         sizes[name] = sizes.get(name, 0) + section.length
     sizes["header"] = file_bytes - sum(sizes.values())
     parts = sorted(sizes.items(), key=lambda item: -item[1])
-    return Ledger(tuple(parts), code_bytes(header.coder), header.limit, clip_scale)
+    return Ledger(tuple(parts), code_bytes(header.coder, program), header.limit, clip_scale)
 
 
 def check_limit(artifact: ArtifactConfig) -> None:
@@ -78,7 +80,7 @@ def check_limit(artifact: ArtifactConfig) -> None:
     Raises:
         ValueError: the counted code alone takes it.
     """
-    code = code_bytes(artifact.coder)
+    code = code_bytes(artifact.coder, artifact.program)
     if artifact.limit <= code:
         raise UserError(
             f"artifact.limit must be above {code:,} bytes, which the counted code alone takes, "

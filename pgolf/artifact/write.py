@@ -29,7 +29,7 @@ from pgolf.artifact.header import (
     plan_sections,
 )
 from pgolf.artifact.size import Ledger, check, make_ledger
-from pgolf.config import Coder, ModelConfig
+from pgolf.config import Coder, Counted, ModelConfig
 from pgolf.files import atomic_file
 from pgolf.ops import encode_codes
 from pgolf.quant.grid import QuantizedTensor, scale_exponents
@@ -46,6 +46,7 @@ def write_artifact(
     limit: int,
     quality: int = 11,
     coder: Coder = "range",
+    program: Counted = "evaluate",
 ) -> Ledger:
     """Write the artifact atomically, or leave whatever was at `path` as it is.
 
@@ -56,14 +57,14 @@ def write_artifact(
         tokenizer_sha256: 64 hex digits. config_hash: 16 hex digits, from `pgolf.config.config_hash`.
         limit: counted bytes (file plus code) that are allowed.
         quality: of brotli; 11 for anything that counts, lower in tests.
-        coder: what the codes of the matrices are written with.
+        coder: what the codes of the matrices are written with. program: what is counted with the file.
     Returns:
         The ledger of the written file.
     Raises:
         ArtifactError: above the limit (with the ledger), or a state that the format cannot hold.
         FileNotFoundError: the folder of `path` does not exist.
     """
-    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0, coder)
+    facts = Facts(tokenizer_sha256, config_hash, limit, 1.0, coder, program)
     data, ledger = build_file(state, model, facts, quality=quality)
     check(ledger, limit, coder)
     save_file(path, data)
@@ -85,6 +86,7 @@ class Facts:
     limit: int
     clip_scale: float
     coder: Coder = "range"
+    program: Counted = "evaluate"
 
 
 def build_file(
@@ -109,7 +111,7 @@ def build_file(
     data = frame(header, streams)
     if parse(data)[0] != header:
         raise ArtifactError("artifact header changes when it is written and read back; nothing was written")
-    return data, make_ledger(header, file_bytes=len(data), clip_scale=facts.clip_scale)
+    return data, make_ledger(header, file_bytes=len(data), clip_scale=facts.clip_scale, program=facts.program)
 
 
 def _entries(state: QuantizedState) -> tuple[TensorEntry, ...]:

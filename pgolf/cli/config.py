@@ -36,8 +36,8 @@ def main(argv: list[str]) -> int:
     shapes = parameter_shapes(config.model)
     total = sum(math.prod(shape) for shape in shapes.values())
     predict = predict_fitted if config.artifact.fit else predict_ledger
-    limit, coder = config.artifact.limit, config.artifact.coder
-    ledger = predict(config.model, config.quant, limit=limit, coder=coder)
+    limit, coder, program = config.artifact.limit, config.artifact.coder, config.artifact.program
+    ledger = predict(config.model, config.quant, limit=limit, coder=coder, program=program)
     passes = config.data.batch_tokens // config.data.micro_tokens
     print(f"\nhash            {config_hash(config)}")
     print(f"parameters      {total:,}")

@@ -17,7 +17,7 @@ from pgolf.presets import OLD_NAMES, PRESETS
 
 OTHER_USES = {
     "config": "       pgolf config A --diff B   the settings in which two of them differ\n",
-    "train": "       pgolf train --data DIR ...   the preset pr1855\n"
+    "train": "       pgolf train --data DIR ...   the preset best_1gpu\n"
     "       pgolf train --resume RUN [--section.key VALUE ...]   go on from its newest checkpoint\n"
     "       pgolf train --finish RUN [--section.key VALUE ...]   train no further; quantize and score\n",
     "size": "       pgolf size RUN|WEIGHTS|ARTIFACT   the bytes of what a run saved\n"

@@ -90,7 +90,8 @@ def _of_checkpoint(path: Path, argv: list[str]) -> tuple[Ledger, str]:
     limit = config.artifact.limit
     check_limit(config.artifact)
     measure = nearest_fitted if config.artifact.fit else nearest_ledger
-    ledger = measure(tensors, config.model, config.quant, limit=limit, coder=config.artifact.coder)
+    coder, program = config.artifact.coder, config.artifact.program
+    ledger = measure(tensors, config.model, config.quant, limit=limit, coder=coder, program=program)
     origin = (
         f"{path}: an estimate, from weights that are rounded to nearest and coded; the file itself depends\n"
         "on the calibration too, which changed small models by up to 10 % (`pgolf quantize` writes it)"
@@ -105,12 +106,12 @@ def _of_settings(argv: list[str]) -> tuple[Ledger, str]:
     from pgolf.artifact.size import check_limit
 
     check_limit(config.artifact)
-    limit, coder = config.artifact.limit, config.artifact.coder
-    plain = predict_ledger(config.model, config.quant, limit=limit, coder=coder)
+    limit, coder, program = config.artifact.limit, config.artifact.coder, config.artifact.program
+    plain = predict_ledger(config.model, config.quant, limit=limit, coder=coder, program=program)
     origin = "predicted from shapes, bits and clips (within 0.5 % for a fully trained model)"
     if not config.artifact.fit:
         return plain, origin
-    ledger = predict_fitted(config.model, config.quant, limit=limit, coder=coder)
+    ledger = predict_fitted(config.model, config.quant, limit=limit, coder=coder, program=program)
     return ledger, f"{origin}\n{plain.total:,} bytes at these settings{_scaled(ledger)}"
 
 

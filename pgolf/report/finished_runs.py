@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgolf.artifact.code import CODE_NAME, counted_code
+from pgolf.artifact.code import CODE_NAME, code_name, counted_code
 from pgolf.artifact.code_rule import FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.export import describe
 from pgolf.artifact.size import Ledger
@@ -267,8 +267,9 @@ def _counted_code(run: FinishedRun) -> tuple[bytes, str]:
     """Return the run's code and its name; for runs that kept none this tree's code, if it has their size."""
     folder, counted, commit = run.folder, run.ledger.code, run.summary.commit
     kept = [folder / name for name in (CODE_NAME, TRAIN_NAME, FORMER_NAME) if (folder / name).is_file()]
-    ours = counted_code(run.config.artifact.coder)
-    code, name = (kept[0].read_bytes(), kept[0].name) if kept else (ours, CODE_NAME)
+    program = run.config.artifact.program
+    ours = counted_code(run.config.artifact.coder, program), code_name(program)
+    code, name = (kept[0].read_bytes(), kept[0].name) if kept else ours
     if len(code) != counted:
         where = kept[0] if kept else "the code of this tree (the run kept none)"
         raise UserError(

@@ -127,6 +127,25 @@ def evaluation_seconds(run: FinishedRun) -> float:
     return summary.phases["read"].seconds + summary.scores[summary.headline].seconds
 
 
+def challenge_lines(run: FinishedRun, manifest: Manifest | None) -> str:
+    """Return a run's figures as the scripts of the challenge log them, for what reads logs (`check.py`)."""
+    scores, ledger, steps = run.summary.scores, run.ledger, run.train.steps
+    shards = [] if manifest is None else [i for i in manifest.files.values() if i.split == "train"]
+    order = [name for name in scores if name != run.summary.headline] + [run.summary.headline]
+    lines = [
+        "",
+        "The same figures in the form of the challenge's logs:",
+        *([f"train_shards: {len(shards)}"] if shards else []),
+        f"val_tokens: {scores['quantized'].tokens + 1}",
+        f"stopping_early: the clock includes quantization train_time: {1e3 * run.clock:.0f}ms step: {steps}",
+        f"Code size: {ledger.code} bytes",
+        f"Total submission size: {ledger.total} bytes",
+        *(f"{name} val_loss:{scores[name].loss:.8f} val_bpb:{scores[name].bpb:.8f}" for name in order),
+        f"total_eval_time: {evaluation_seconds(run):.1f}s",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def title(runs: Sequence[FinishedRun], entry: Entry) -> str:
     """Return the submission's name."""
     return entry.name or runs[0].config.name

@@ -1,8 +1,9 @@
 """The submission folder of finished runs: everything that checks, scores or repeats them, written as a whole.
 
     README.md  submission.json  config.json  train_seed<seed>.log  loss_seed<seed>.png  model_seed<seed>.pgolf
-    evaluate_gpt.py (the counted program, which scores the artifacts)  requirements.txt  tokenizer.model
+    train_gpt.py or evaluate_gpt.py (the counted program)  requirements.txt  tokenizer.model
 
+The challenge asks for train_gpt.py, which a run counts with artifact.program=train.
 Older runs have code.br (the code that they counted) and score.py (which unpacks and calls it) in its place.
 
 Owns the files; what the first two say is in `submission.py`, what a run must be in `finished_runs.py`.
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from pgolf.artifact.code_rule import FORMER_NAME
+from pgolf.artifact.code_rule import FORMER_NAME, TRAIN_NAME
 from pgolf.artifact.codec import compress
 from pgolf.data.manifest import verify_folder
 from pgolf.data.shards import MANIFEST_NAME, TOKENIZER_NAME, Manifest
@@ -27,7 +28,7 @@ from pgolf.errors import UserError
 from pgolf.files import file_sha256
 from pgolf.report.finished_runs import FinishedRun, read_runs
 from pgolf.report.legality_report import checked_reports
-from pgolf.report.submission import Entry, readme, submission, text_differs
+from pgolf.report.submission import Entry, challenge_lines, readme, submission, text_differs
 
 OURS = re.compile(
     r"README\.md|submission\.json|config\.json|(evaluate|train)_gpt\.py|code\.br|score\.py|requirements\.txt|tokenizer\.model"
@@ -70,14 +71,16 @@ def write_submission(
     manifest = _manifest(shards, runs, asked=data is not None)
     reports = checked_reports(runs, illegal=although_illegal)
     with _whole_folder(out) as folder:
-        files = _write_files(runs, folder, shards)
+        files = _write_files(runs, folder, shards, manifest)
         files |= _add_reports(reports, folder)
         _write(folder / "submission.json", json.dumps(submission(runs, entry, manifest), indent=2) + "\n")
         _write(folder / "README.md", readme(runs, entry, files, manifest))
     return runs
 
 
-def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None) -> dict[str, str]:
+def _write_files(
+    runs: Sequence[FinishedRun], folder: Path, shards: Path | None, manifest: Manifest | None
+) -> dict[str, str]:
     """Write all but README and submission.json; return name -> description, in order."""
     files = {
         "submission.json": "the figures, by the keys of the challenge",
@@ -87,9 +90,13 @@ def _write_files(runs: Sequence[FinishedRun], folder: Path, shards: Path | None)
     for run in runs:
         names = f"model_seed{run.seed}.pgolf", f"train_seed{run.seed}.log", f"loss_seed{run.seed}.png"
         shutil.copyfile(run.folder / "model.pgolf", folder / names[0])
-        shutil.copyfile(run.folder / "log.txt", folder / names[1])
+        log = (run.folder / "log.txt").read_text(encoding="utf-8")
+        _write(folder / names[1], log + challenge_lines(run, manifest))
         size, digest = run.ledger.model_bytes, file_sha256(folder / names[0])
-        files |= {names[0]: f"the artifact, {size:,} bytes, SHA-256 {digest}", names[1]: "log of the run"}
+        files |= {
+            names[0]: f"the artifact, {size:,} bytes, SHA-256 {digest}",
+            names[1]: "log of the run, and its figures in the form of the challenge's logs",
+        }
         if (run.folder / "loss.png").is_file():
             shutil.copyfile(run.folder / "loss.png", folder / names[2])
             files[names[2]] = "training loss"
@@ -118,8 +125,11 @@ def _add_code(runs: Sequence[FinishedRun], folder: Path) -> dict[str, str]:
     (folder / name).write_bytes(code)
     if name != FORMER_NAME:
         compiler = "; it needs g++ 10 or newer too" if runs[0].config.artifact.coder == "range" else ""
+        does = "it scores the artifacts"
+        if name == TRAIN_NAME:
+            does = "with PyTorch's operators it trains, quantizes and writes, and it scores with --evaluate"
         return {
-            name: f"the counted program, {len(code):,} bytes: it scores the artifacts, without pgolf",
+            name: f"the counted program, {len(code):,} bytes: {does}, without pgolf",
             "requirements.txt": f"the libraries that {name} imports{compiler}",
         }
     return {

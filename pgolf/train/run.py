@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgolf.artifact.code import CODE_NAME, counted_code
+from pgolf.artifact.code import code_name, counted_code
 from pgolf.artifact.fit import write_quantized
 from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
@@ -422,8 +422,9 @@ class Run:
                     tokenizer_sha256=self._data.sha256,
                     first=first,
                 )
-                with atomic_file(self._folder / CODE_NAME) as file:
-                    file.write(counted_code(config.artifact.coder))
+                counted = config.artifact.program
+                with atomic_file(self._folder / code_name(counted)) as file:
+                    file.write(counted_code(config.artifact.coder, counted))
             except Exception as e:
                 error = e
         self._dist.check(error)

@@ -15,7 +15,7 @@ import brotli
 import pytest
 
 from pgolf import _C
-from pgolf.artifact.code import reader_code
+from pgolf.artifact.code import TRAIN, code_program, reader_code
 from pgolf.cli.main import main
 from pgolf.data.text import sample_paths
 from pgolf.report import submit
@@ -491,6 +491,37 @@ def test_runs_from_before_their_code_was_kept_are_recorded_by_a_tree_of_the_same
     (tmp_path / "run" / "evaluate_gpt.py").unlink()
     assert write([tmp_path / "run"], tmp_path / "out") == 0
     assert (tmp_path / "out" / "evaluate_gpt.py").read_bytes() == code
-    monkeypatch.setattr("pgolf.report.finished_runs.counted_code", lambda _: b"changed")
+    monkeypatch.setattr("pgolf.report.finished_runs.counted_code", lambda *_: b"changed")
     assert write([tmp_path / "run"], tmp_path / "other") == 2
     assert "the code of this tree (the run kept none) has 7" in capsys.readouterr().err
+
+
+def test_a_run_can_count_the_program_that_trains_as_the_challenge_asks(shards, tmp_path, capsys):
+    words = [
+        "train",
+        "tiny",
+        "--data",
+        str(shards),
+        *SMALL,
+        "--seconds=60",
+        "--steps=2",
+        "--artifact.program=train",
+    ]
+    assert main([*words, "--out", str(tmp_path / "runs")]) == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    program = code_program(TRAIN)
+    assert (run / "train_gpt.py").read_bytes() == program and not (run / "evaluate_gpt.py").exists()
+    counted = json.loads((run / "summary.json").read_text())["bytes"]
+    assert counted["code"] == len(program) > len(code_program())
+    assert main(["size", str(run)]) == 0
+    assert re.search(rf"code +{len(program):,} bytes", capsys.readouterr().out)
+    out = tmp_path / "out"
+    assert write([run], out, "--author=Somebody", "--name=Small") == 0
+    assert (out / "train_gpt.py").read_bytes() == program and not (out / "evaluate_gpt.py").exists()
+    done = scored(out, shards, tmp_path, "train_gpt.py", "--evaluate")
+    assert done.returncode == 2 and "model_seed42.pgolf" in done.stderr, "--evaluate comes before the file"
+    main(["submit", "--check", str(out)])
+    said = capsys.readouterr().out
+    failed = [line for line in said.splitlines() if line.startswith("fails")]
+    assert "train_gpt.py is there" in said
+    assert failed == ["fails   seeds     1 seeds: 42; 3 are the norm"]
