@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     artifact = read_artifact(args.artifact)
-    dist = Dist.start(args.device)
+    dist = Dist.start(args.device, share=True)
     folder = DataFolder.open(args.data, vocab_size=artifact.header.model.vocab_size)
     adapters, published = TttConfig(rank=args.rank), PhasesConfig().adapters
     phases = PhasesConfig(adapters=replace(published, rank=args.rank))

@@ -65,24 +65,35 @@ class Dist:
         local_rank: rank on this machine.
         device: where this rank computes.
         is_main: whether rank is 0.
+        shared: whether ranks share a GPU, which NCCL refuses: sums over ranks then go through the host.
         watch: notices ranks that are lost.
     """
 
-    def __init__(self, launch: env.Launch, device: torch.device) -> None:
+    def __init__(self, launch: env.Launch, device: torch.device, *, shared: bool = False) -> None:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
         self.device = device
         self.is_main = launch.rank == 0
+        self.shared = shared
         self.watch = Watch(self.rank, 1, None, timeout_s=0.0)
         self._host: td.ProcessGroup | None = None
 
     @classmethod
-    def start(cls, device: DeviceChoice, *, timeout_s: float = 600.0, rank_timeout_s: float = 30.0) -> Dist:
+    def start(
+        cls,
+        device: DeviceChoice,
+        *,
+        share: bool = False,
+        timeout_s: float = 600.0,
+        rank_timeout_s: float = 30.0,
+    ) -> Dist:
         """Join the ranks that torchrun started (a single process without it) and choose the device.
 
         Args:
             device: "auto" is CUDA if there is a GPU. With CUDA, rank i of a machine gets GPU i.
+            share: allow more ranks than GPUs; then rank i of a machine with n of them gets GPU i modulo n.
+                This is for work that waits for the host and needs no collective but `all_reduce`.
             timeout_s: seconds that a collective may wait for the slowest rank before every rank fails. The
                 default is longer than rank 0 needs to compress the artifact (about 100 s), and allows ranks
                 to compile at different speeds.
@@ -96,7 +107,9 @@ class Dist:
         launch = env.launch()
         if not 0 <= launch.rank < launch.world_size:
             raise RunError(f"launch: rank must be in [0, {launch.world_size}), got {launch.rank}")
-        dist = cls(launch, pick_device(device, launch.local_rank))
+        chosen = pick_device(device, launch.local_rank, share=share)
+        shared = chosen.type == "cuda" and env.ranks_on_this_host() > torch.cuda.device_count()
+        dist = cls(launch, chosen, shared=shared)
         if dist.device.type == "cuda":
             torch.cuda.set_device(dist.device)
         if dist.world_size > 1:
@@ -104,7 +117,7 @@ class Dist:
         return dist
 
     def _join(self, timeout: timedelta, rank_timeout_s: float) -> None:
-        cuda = self.device.type == "cuda"
+        cuda = self.device.type == "cuda" and not self.shared
         try:
             # The watch first: it sees ranks that are lost while the groups are made, too.
             meet_by = time.monotonic() + MEET_S
@@ -222,8 +235,13 @@ class Dist:
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by its sum over the ranks, in place, and return it."""
-        if self._host is not None:
-            td.all_reduce(tensor)
+        if self._host is None:
+            return tensor
+        if self.shared:
+            box = tensor.cpu()
+            td.all_reduce(box, group=self._host)
+            return tensor.copy_(box)
+        td.all_reduce(tensor)
         return tensor
 
     def all_reduce_avg(self, tensor: Tensor) -> Pending:
@@ -307,8 +325,10 @@ class Dist:
             raise RanksFailed(f"ranks differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
 
 
-def pick_device(choice: str, local_rank: int = 0) -> torch.device:
+def pick_device(choice: str, local_rank: int = 0, *, share: bool = False) -> torch.device:
     """Return the device for "auto" (CUDA if there is a GPU), "cuda" or "cpu" on a rank of this machine.
+
+    With `share`, ranks beyond the number of GPUs get those again, in turn.
 
     Raises:
         ValueError: the choice is another word.
@@ -323,6 +343,8 @@ def pick_device(choice: str, local_rank: int = 0) -> torch.device:
         why = "this torch is a CPU build" if torch.version.cuda is None else "no usable GPU or driver"
         raise RunError(f"device 'cuda' was asked for, but {why}; use device cpu or auto")
     count = torch.cuda.device_count()
+    if share:
+        local_rank %= count
     if local_rank >= count:
         raise RunError(
             f"there is no GPU for local rank {local_rank}: {count} visible; "

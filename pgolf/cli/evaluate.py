@@ -157,7 +157,7 @@ def _evaluate(args: Evaluate) -> int:
     _check_windows(args, artifact.header.model.max_context)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = "starting the device and the ranks"
-        dist = Dist.start(args.device)
+        dist = Dist.start(args.device, share=True)
     with dist.closing():
         with Progress("evaluate", 1, is_main=main_rank) as progress:
             progress.doing = f"reading and checking {args.data}"
