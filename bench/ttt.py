@@ -109,7 +109,10 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[
         model = bench.model(compiled=form != "eager")
         found, seconds, peak = bench.score(case, model, form)
         scores[form] = found
-        rate = found.tokens / bench.dist.world_size
+        gpus = torch.cuda.device_count() if bench.dist.shared else bench.dist.world_size
+        processes = bench.dist.world_size // gpus
+        impl = NAMES[form] + (f", {processes} processes" if processes > 1 else "")
+        rate = found.tokens / gpus
         values = {
             "seconds": (seconds, "s"),
             "tokens_per_s": (rate / seconds, "1/s"),
@@ -121,7 +124,7 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[
             _, warm, _ = bench.score(case, model, form)
             values |= {"seconds_again": (warm, "s"), "tokens_per_s_again": (rate / warm, "1/s")}
         for metric, (value, unit) in values.items() if bench.dist.is_main else ():
-            recorder.add(name, NAMES[form], metric, Sample(value, 0.0, 1), unit)
+            recorder.add(name, impl, metric, Sample(value, 0.0, 1), unit)
         del model
     for form in forms[1:] if bench.dist.is_main else ():
         gap = scores[form].bpb - scores[forms[0]].bpb
@@ -140,6 +143,7 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", choices=tuple(NAMES), default=["eager", "compiled"])
     parser.add_argument("--again", action="store_true", help="time compiled forms without compiling, too")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument("--file", default="ttt", help="name of the result file")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     artifact = read_artifact(args.artifact)
@@ -150,7 +154,7 @@ def main() -> None:
     settings = EvaluateConfig(adapters=adapters, phases=phases)
     text = folder.validation(documents=args.documents)
     bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings)
-    recorder = Recorder("ttt", dist.device, args.out)
+    recorder = Recorder("ttt", dist.device, args.out, file=args.file)
     for case in args.cases:
         suffix = f"_first{args.documents}" if args.documents else "_wiki_val"
         forms = forms_of(case, dist.device, args.forms)
