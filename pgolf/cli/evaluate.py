@@ -15,6 +15,7 @@ import tyro
 
 from pgolf.cli.overrides import check_output, say
 from pgolf.config import (
+    Config,
     EvaluateConfig,
     Method,
     PhasesConfig,
@@ -22,6 +23,8 @@ from pgolf.config import (
     SlotConfig,
     TiltConfig,
     TttConfig,
+    from_dict,
+    read_json,
     to_dict,
 )
 from pgolf.errors import UserError
@@ -43,6 +46,7 @@ SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
 
 
+CONFIG = "--config"
 USERS = {"ttt": ("ttt",), "sgd": ("sgd",), "phases": ("phased",), "slot": ("slot", "causal_slot")}
 """The modes that use each section of settings."""
 
@@ -55,6 +59,8 @@ class Evaluate:
     """A file written by `pgolf train` or `pgolf quantize`."""
     data: Path
     """Folder of shards with the tokenizer that the model was trained with."""
+    config: Path | None = None
+    """The config.json of a run: score as that run did, but for what the command line says."""
     mode: tuple[Method, ...] = ("plain",)
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
@@ -106,9 +112,31 @@ class Evaluate:
         )
 
 
+def parse(argv: list[str]) -> Evaluate:
+    """Return what the words ask for; with --config, settings that they leave out are those of the run."""
+    default = Evaluate(artifact=tyro.MISSING, data=tyro.MISSING)
+    # A word that tyro would refuse is left to it.
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith(CONFIG) else [word])]
+    if CONFIG in words[:-1]:
+        path = Path(words[words.index(CONFIG) + 1])
+        run = from_dict(Config, read_json(path), where=str(path)).evaluate
+        default = dataclasses.replace(
+            default,
+            mode=("plain", *run.ways),
+            context=run.context,
+            stride=run.stride,
+            ttt=run.adapters,
+            sgd=run.sgd,
+            phases=run.phases,
+            slot=run.slot,
+            tilt=run.tilt,
+        )
+    return tyro.cli(Evaluate, prog="pgolf evaluate", args=argv, default=default)
+
+
 def main(argv: list[str]) -> int:
     """Read the artifact, score it and print the results."""
-    args = tyro.cli(Evaluate, prog="pgolf evaluate", args=argv)
+    args = parse(argv)
     from pgolf.env import launch
     from pgolf.train.signals import Signals, Stopped
 
@@ -133,6 +161,8 @@ def main(argv: list[str]) -> int:
 
 def _unused(args: Evaluate) -> Iterator[str]:
     """Yield what was set and has no effect on any mode that was asked for."""
+    if args.config is not None:
+        return  # a run has settings of every way
     sections = {name: getattr(args, name) for name in USERS}
     for name, section in sections.items():
         if section != type(section)() and not set(USERS[name]) & set(args.mode):

@@ -83,3 +83,21 @@ def test_settings_that_no_way_uses_are_named(words, capsys):
     assert "--phases has" not in said
     assert main([*words, "--mode", "ttt", "causal_slot", "--ttt.rank=2", "--slot.steps=1"]) == 0
     assert "has no effect" not in capsys.readouterr().err
+
+
+def test_with_its_config_a_model_is_scored_as_its_run_did(words, run, tmp_path, capsys):
+    saved = json.loads((run / "config.json").read_text())
+    saved["evaluate"] |= {"sliding": True, "context": 48, "stride": 24}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(saved))
+
+    def scored(*more: str) -> dict[str, float]:
+        assert main([*words, *more]) == 0
+        scores = json.loads((tmp_path / "score.json").read_text())["scores"]
+        return {mode: score["bpb"] for mode, score in scores.items()}
+
+    as_run = scored(f"--config={path}")
+    assert as_run == scored("--mode", "plain", "sliding", "--context=48", "--stride=24")
+    assert scored("--config", str(path), "--stride=12")["sliding"] != as_run["sliding"]
+    assert main([*words, f"--config={tmp_path / 'none.json'}"]) == 2
+    assert "none.json" in capsys.readouterr().err
