@@ -135,19 +135,19 @@ struct Staging {
   template <typename T>
   __device__ static void store(const T* staged, T* matrix, int64_t ld, int64_t row, int64_t column,
                                int64_t rows, bool whole) {
+    if (!whole) {
+      for (int index = static_cast<int>(threadIdx.x); index < kElements; index += kThreads) {
+        const int r = index / Tile, c = index % Tile;
+        if (row + r < rows && column + c < ld) matrix[(row + r) * ld + column + c] = staged[offset(r, c)];
+      }
+      return;
+    }
     for (int i = 0; i < kChunks; ++i) {
       const int index = i * kThreads + static_cast<int>(threadIdx.x);
       const int r = index / (Tile / kChunk), c = index % (Tile / kChunk) * kChunk;
-      if (row + r >= rows) continue;
-      const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(staged + offset(r, c));
-      T* target = matrix + (row + r) * ld + column + c;
-      if (whole) {
-        if (column + c < ld) *reinterpret_cast<Pack<T>*>(target) = pack;
-        continue;
-      }
-      PGOLF_UNROLL
-      for (int l = 0; l < kChunk; ++l) {
-        if (column + c + l < ld) target[l] = pack.value[l];
+      if (row + r < rows && column + c < ld) {
+        *reinterpret_cast<Pack<T>*>(matrix + (row + r) * ld + column + c) =
+            *reinterpret_cast<const Pack<T>*>(staged + offset(r, c));
       }
     }
   }
@@ -226,84 +226,97 @@ __device__ __forceinline__ float power(float x, int n) {
   return n == 0 ? 1.0f : n == 1 ? x : n == 2 ? x * x : (x * x) * (x * x);
 }
 
-// alpha sum + beta D, in float32. Both parts of D wait in shared memory.
+// alpha sum + beta D, in float32. D and its remainder wait in shared memory.
 template <typename T, typename S>
 __device__ __forceinline__ void add_d(const ProductArgs<T>& args, int64_t batch, const __half* staged,
                                       const __half* rest, Sums<S>& sum, WarpPlace warp) {
   const float sigma = args.sigma == nullptr ? 1.0f : args.sigma[batch];
   const float alpha = args.alpha * power(sigma, args.alpha_power);
   const float beta = args.beta * power(sigma, args.beta_power);
-  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+  const auto add = [&](const __half* matrix, float factor) {
+    for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+      const auto pair = *reinterpret_cast<const Pair<__half>*>(matrix + S::Stage::offset(row, column));
+      x = fmaf(factor, load_float(pair.x), x);
+      y = fmaf(factor, load_float(pair.y), y);
+    });
+  };
+  for_each_pair<S>(sum, warp, [&](int, int, float& x, float& y) {
     x *= alpha;
     y *= alpha;
-    if (args.d == nullptr) return;
-    const int at = S::Stage::offset(row, column);
-    const auto d = *reinterpret_cast<const Pair<__half>*>(staged + at);
-    float dx = load_float(d.x), dy = load_float(d.y);
-    if (args.d_rest != nullptr) {
-      const auto low = *reinterpret_cast<const Pair<__half>*>(rest + at);
-      dx = fmaf(load_float(low.x), 1.0f / kRestScale, dx);
-      dy = fmaf(load_float(low.y), 1.0f / kRestScale, dy);
-    }
-    x = fmaf(beta, dx, x);
-    y = fmaf(beta, dy, y);
+  });
+  // The smaller number first.
+  if (rest != nullptr) add(rest, beta / kRestScale);
+  if (args.d != nullptr) add(staged, beta);
+}
+
+// The sums to shared memory, rounded; remainders likewise, where there is a place for them.
+template <typename T, typename S>
+__device__ __forceinline__ void stage_sums(T* staged, __half* rest, Sums<S>& sum, WarpPlace warp) {
+  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+    *reinterpret_cast<Pair<T>*>(staged + S::Stage::offset(row, column)) = {store_float<T>(x),
+                                                                           store_float<T>(y)};
+  });
+  if (rest == nullptr) return;
+  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+    *reinterpret_cast<Pair<__half>*>(rest + S::Stage::offset(row, column)) = {
+        store_float<__half>((x - load_float(store_float<T>(x))) * kRestScale),
+        store_float<__half>((y - load_float(store_float<T>(y))) * kRestScale)};
   });
 }
 
-// 16-bit elements go out through shared memory, in whole chunks where they can; where `mirror` is set, the
-// transpose goes to the mirrored place, too.
-template <typename T, typename S>
-__device__ __forceinline__ void store_tile(const ProductArgs<T>& args, TilePlace place, bool mirror,
-                                           __half* staged, Sums<S>& sum, WarpPlace warp) {
+// float32 goes out directly: four lanes fill a sector of 32 bytes.
+template <typename S>
+__device__ __forceinline__ void store_floats(const ProductArgs<float>& args, TilePlace place, Sums<S>& sum,
+                                             WarpPlace warp) {
+  float* const c = args.c + place.batch * args.c_batch;
+  for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
+    const int64_t r = place.row + row, left = args.c_ld - place.column - column;
+    if (r >= args.m || left <= 0) return;
+    float* const at = c + r * args.c_ld + place.column + column;
+    if (args.whole) {
+      *reinterpret_cast<Pair<float>*>(at) = {x, y};
+      return;
+    }
+    at[0] = x;
+    if (left > 1) at[1] = y;
+  });
+}
+
+// 16-bit elements go out through shared memory, in whole chunks where they can. Symmetric: off the diagonal
+// the transpose goes to the mirrored place, too; C has no remainder and is whole.
+template <typename T, typename S, bool Symmetric>
+__device__ __forceinline__ void store_tile(const ProductArgs<T>& args, TilePlace place, __half* staged,
+                                           Sums<S>& sum, WarpPlace warp) {
   __half* const rest = staged + S::Stage::kElements;
-  T* const c = args.c + place.batch * args.c_batch;
+  const bool d_rest = !Symmetric && args.d_rest != nullptr;
+  const bool c_rest = !Symmetric && std::is_same_v<T, __half> && args.c_rest != nullptr;
   if (args.d != nullptr) {
     const int64_t first = place.batch * args.d_batch;
     S::Stage::load(staged, args.d + first, args.d_ld, place.row, place.column, args.m);
-    if (args.d_rest != nullptr)
-      S::Stage::load(rest, args.d_rest + first, args.d_ld, place.row, place.column, args.m);
+    if (d_rest) S::Stage::load(rest, args.d_rest + first, args.d_ld, place.row, place.column, args.m);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
   }
-  add_d<T, S>(args, place.batch, staged, rest, sum, warp);
+  add_d<T, S>(args, place.batch, staged, d_rest ? rest : nullptr, sum, warp);
   if constexpr (std::is_same_v<T, float>) {
-    // Four lanes fill a sector of 32 bytes, so that float32 needs no detour.
-    for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
-      if (place.row + row >= args.m) return;
-      float* at = c + (place.row + row) * args.c_ld + place.column + column;
-      if (args.whole) {
-        if (place.column + column < args.c_ld) *reinterpret_cast<Pair<float>*>(at) = {x, y};
-        return;
-      }
-      if (place.column + column < args.c_ld) at[0] = x;
-      if (place.column + column + 1 < args.c_ld) at[1] = y;
-    });
+    store_floats<S>(args, place, sum, warp);
   } else {
     T* const out = reinterpret_cast<T*>(staged);
-    for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
-      const int at = S::Stage::offset(row, column);
-      const Pair<T> rounded{store_float<T>(x), store_float<T>(y)};
-      *reinterpret_cast<Pair<T>*>(out + at) = rounded;
-      if (args.c_rest == nullptr) return;
-      const Pair<__half> low{store_float<__half>((x - load_float(rounded.x)) * kRestScale),
-                             store_float<__half>((y - load_float(rounded.y)) * kRestScale)};
-      *reinterpret_cast<Pair<__half>*>(rest + at) = low;
-    });
+    const int64_t first = place.batch * args.c_batch;
+    const bool whole = Symmetric || args.whole;
+    stage_sums<T, S>(out, c_rest ? rest : nullptr, sum, warp);
     __syncthreads();
-    S::Stage::store(out, c, args.c_ld, place.row, place.column, args.m, args.whole);
-    if (args.c_rest != nullptr) {
-      S::Stage::store(rest, args.c_rest + place.batch * args.c_batch, args.c_ld, place.row, place.column,
-                      args.m, args.whole);
-    }
-    if (!mirror) return;
+    S::Stage::store(out, args.c + first, args.c_ld, place.row, place.column, args.m, whole);
+    if (c_rest) S::Stage::store(rest, args.c_rest + first, args.c_ld, place.row, place.column, args.m, whole);
+    if (!Symmetric || place.row == place.column) return;
     __syncthreads();
     for_each_pair<S>(sum, warp, [&](int row, int column, float& x, float& y) {
       out[S::Stage::offset(column, row)] = store_float<T>(x);
       out[S::Stage::offset(column + 1, row)] = store_float<T>(y);
     });
     __syncthreads();
-    S::Stage::store(out, c, args.c_ld, place.column, place.row, args.n, args.whole);
+    S::Stage::store(out, args.c + first, args.c_ld, place.column, place.row, args.n, whole);
   }
 }
 
@@ -363,8 +376,7 @@ __global__ void __launch_bounds__(kThreads, Shape<Tile, AAlongK, BAlongK>::kBloc
   }
   cp_async_wait<0>();
   __syncthreads();  // the epilogue reuses the ring
-  store_tile<T, S>(args, place, Symmetric && place.row != place.column,
-                   reinterpret_cast<__half*>(shared_bytes), sum, mine);
+  store_tile<T, S, Symmetric>(args, place, reinterpret_cast<__half*>(shared_bytes), sum, mine);
 }
 
 template <typename T, int Tile, bool AAlongK, bool BAlongK, bool Symmetric>

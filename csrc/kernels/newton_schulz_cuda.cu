@@ -3,11 +3,12 @@
 // their tiles are computed.
 //
 // X, A and B are float16. The input is scaled by a power of two, exactly for 16-bit input, that brings its
-// norm to [16, 32); the rest of 1 / (norm + eps) is sigma, which the first iteration's factors contain. What
-// the rounding of X takes away grows, where singular values are zero, by the product of the later factors a:
-// 120 times after the first of five iterations. X therefore keeps its remainder while that product is large,
-// and aX reads both; without it such values came out up to 0.05 off (bench/results/
-// 20261130_portable-emulation.txt). The last product is rounded once, to the output.
+// norm to [16, 32); the rest of 1 / (norm + eps) is sigma, which the first iteration's factors contain. Where
+// singular values are zero, the rounding of X to float16 is noise that the later iterations multiply by their
+// factors a, about 120 times from the first of five on. X therefore keeps its remainder while the product of
+// those factors is large, and aX contains it. Noise in the operands of the products is harmless: it enters
+// squared where the singular values are zero. Errors of this and of simpler forms:
+// bench/results/20261130_portable-emulation.txt. The last product is rounded once, to the output.
 #include <algorithm>
 #include <cmath>
 
