@@ -68,7 +68,7 @@ class Muon(Optimizer):
     `cautious`, only weights that O moves towards 0 decay. See `pgolf.optim.update_rules` for both.
 
     Equals `torch.optim.Muon` with the same arguments except for two roundings: torch iterates in bfloat16,
-    this class in bfloat16 on CUDA and in float32 on the CPU; and torch takes eps as the smallest norm, where
+    this class in float16 on CUDA and in float32 on the CPU; and torch takes eps as the smallest norm, where
     this class adds eps to the norm. The class loads a state_dict of `torch.optim.Muon`; torch loads one of
     this class if all parameters are 2-D and the coefficients are one triple.
 
