@@ -1,8 +1,9 @@
 """newton_schulz on the model's weight banks and on large matrices, compared with torch and public kernels.
 
 `bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight. Input and output are
-bfloat16, with the coefficients of `polar_express_golf`. A call iterates the whole set of banks. sv_min and
-sv_max are the extreme singular values of the first matrix of each bank after the iteration.
+bfloat16, with the coefficients of `polar_express_golf`. A call iterates the whole set of banks. The contender
+`pgolf standard` is the portable kernel. sv_min and sv_max are the extreme singular values of the first matrix
+of each bank after the iteration.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ EIGHTH = [(3, 512, 512), (3, 256, 512), (2, 2048, 512), (2, 512, 2048)]
 # mixture; the up-projections of 24 blocks. Their cases are named `BxMxN`.
 LARGE = [(1, 1536, 7168), (1, 18432, 1536), (24, 1024, 4096), (16, 2048, 2048), (4, 4096, 4096)]
 LARGE += [(384, 768, 2048), (1, 12288, 7168)]
+# Sides that the portable kernel pads, small matrices and a long side, whose numerics are tested, too.
+ODD = [(5, 257, 511), (7, 320, 1000), (64, 128, 128), (9, 2048, 64)]
 # By case: (bank shapes, iterations), from the smallest to the largest.
 CASES = {
     "tiny_steps5": ([(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)], 5),
@@ -33,7 +36,7 @@ CASES = {
     "eighth_steps5": (EIGHTH, 5),
     "bank66_steps4": (BANK66, 4),
     "bank66_steps5": (BANK66, 5),
-} | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE}
+} | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE + ODD}
 QUICK = "tiny_steps5"
 """The case that only --quick runs, because a CPU takes minutes for an eighth in bfloat16."""
 LARGEST_SPECTRUM = 2048
@@ -67,11 +70,14 @@ def eager(x: Tensor, table: Table) -> Tensor:
 def contenders(banks: Banks, table: Table) -> dict[str, Callable[[], Banks]]:
     """Return every implementation as a call over all banks."""
     hopper = banks[0].is_cuda and torch.cuda.get_device_capability(banks[0].device)[0] == 9
+    hopper = hopper and all(side % 8 == 0 for x in banks for side in x.shape[1:])
     compiled = torch.compile(eager, dynamic=False, fullgraph=True)
     found = others(table) | torch_iteration(table)
+    standard = {"pgolf standard": lambda: newton_schulz_banks(banks, table, algorithm="standard")}
     return {
         "pgolf": lambda: newton_schulz_banks(banks, table),
         **({"pgolf gram": lambda: newton_schulz_banks(banks, table, algorithm="gram")} if hopper else {}),
+        **(standard if banks[0].is_cuda else {}),
         torch_name("eager"): lambda: [eager(x, table) for x in banks],
         torch_name("baddbmm"): lambda: [baddbmm(x, table) for x in banks],
         torch_name("compile"): lambda: [compiled(x, table) for x in banks],

@@ -35,3 +35,25 @@ inline unsigned int grid_blocks(long long count, long long per_block, const char
 
 #define PGOLF_CUDA_CHECK(call) ::pgolf::check_cuda((call), __FILE__, __LINE__)
 #define PGOLF_LAUNCH_CHECK() PGOLF_CUDA_CHECK(cudaGetLastError())
+
+namespace pgolf {
+
+struct Grid {
+  unsigned int blocks, threads;  // threads of a block
+  size_t shared = 0;             // bytes of dynamic shared memory of a block
+};
+
+// kernel<<<...>>>(arguments...) and its check, in plain C++: tests run such kernels on the host
+// (csrc/tests/host_cuda).
+template <typename... Parameters, typename... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared;
+  config.stream = stream;
+  PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace pgolf

@@ -4,9 +4,10 @@
 //   for (a, b, c) in coefficients:   A = X X^T,   B = b A + c A^2,   X = a X + B X
 //
 // Every product runs on the short side: a matrix with rows > cols is treated as its transpose.
-// CPU: float32 arithmetic throughout, rounded once at the end. CUDA: operands are bfloat16 (float16 for
-// float16 input; float32 input is rounded to bfloat16), products accumulate in float32, and A, B and X are
-// rounded after each product; the norm and the first scaling are float32. Both are deterministic.
+// CPU: float32 arithmetic throughout, rounded once at the end. CUDA: the norm and the first scaling are
+// float32, operands are float16 and products accumulate in float32; A, B and X are rounded after each
+// product, X keeps what its rounding took away where later iterations would enlarge it, and the last product
+// is rounded once, to T. Both are deterministic.
 #pragma once
 
 #include "kernels/common.h"

@@ -1,8 +1,16 @@
 // CUDA kernels of newton_schulz.h: two kernels for the norm, then three batched products per iteration. The
 // middle product has A's polynomial in its epilogue, the last one aX. A and B are symmetric, so only half of
 // their tiles are computed.
+//
+// X, A and B are float16. The input is scaled by a power of two, exactly for 16-bit input, that brings its
+// norm to [16, 32); the rest of 1 / (norm + eps) is sigma, which the first iteration's factors contain. Where
+// singular values are zero, the rounding of X to float16 is noise that the later iterations multiply by their
+// factors a, about 120 times from the first of five on. X therefore keeps its remainder while the product of
+// those factors is large, and aX contains it. Noise in the operands of the products is harmless: it enters
+// squared where the singular values are zero. Errors of this and of simpler forms:
+// bench/results/20261130_portable-emulation.txt. The last product is rounded once, to the output.
 #include <algorithm>
-#include <type_traits>
+#include <cmath>
 
 #include "kernels/batched_product.cuh"
 #include "kernels/matrix_scale.cuh"
@@ -16,6 +24,8 @@ constexpr int kThreads = 256;
 constexpr int64_t kMaxPartials = 64;  // partial sums of squares per matrix, each of three as Squares
 constexpr int64_t kElementsPerPartial = kThreads * 32;
 constexpr int64_t kAlignment = 256;  // bytes, of each buffer in the workspace
+// Largest product of later factors a at which X is kept in one float16.
+constexpr float kMostGrowth = 16.0f;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -23,20 +33,64 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 struct Workspace {
   int64_t small, large;   // short and long side
   int64_t x_ld, gram_ld;  // leading dimensions, elements
-  int64_t partials;       // partial sums per matrix
-  int64_t x_bytes, gram_bytes, partial_bytes;
+  int64_t count;          // partial sums per matrix
+  int64_t x, next, rest, gram, poly, partials, sigma, total;
 
   explicit Workspace(const NewtonSchulzShape& shape) {
     small = std::min(shape.rows, shape.cols);
     large = std::max(shape.rows, shape.cols);
     x_ld = round_up(shape.cols, 8);
     gram_ld = round_up(small, 8);
-    partials = std::clamp<int64_t>(shape.rows * shape.cols / kElementsPerPartial, 1, kMaxPartials);
-    x_bytes = round_up(shape.batch * shape.rows * x_ld * 2, kAlignment);
-    gram_bytes = round_up(shape.batch * small * gram_ld * 2, kAlignment);
-    partial_bytes = round_up(shape.batch * partials * int64_t{sizeof(Squares)}, kAlignment);
+    count = std::clamp<int64_t>(shape.rows * shape.cols / kElementsPerPartial, 1, kMaxPartials);
+    total = 0;
+    const auto take = [this](int64_t bytes) {
+      const int64_t offset = total;
+      total += round_up(bytes, kAlignment);
+      return offset;
+    };
+    const int64_t x_bytes = shape.batch * shape.rows * x_ld * 2,
+                  gram_bytes = shape.batch * small * gram_ld * 2;
+    x = take(x_bytes);
+    next = take(x_bytes);
+    rest = take(x_bytes);
+    gram = take(gram_bytes);
+    poly = take(gram_bytes);
+    partials = take(shape.batch * count * int64_t{sizeof(Squares)});
+    sigma = take(shape.batch * int64_t{sizeof(float)});
   }
-  int64_t total() const { return 2 * x_bytes + 2 * gram_bytes + partial_bytes; }
+};
+
+// Buffers of the iteration, all in the workspace.
+struct Buffers {
+  __half *x, *next, *rest, *gram, *poly;  // rest: remainder of x, then of next in the same place
+  Squares* partials;
+  float* sigma;
+
+  Buffers(void* workspace, const Workspace& w) {
+    auto* const base = static_cast<unsigned char*>(workspace);
+    const auto half_at = [base](int64_t offset) { return reinterpret_cast<__half*>(base + offset); };
+    x = half_at(w.x), next = half_at(w.next), rest = half_at(w.rest);
+    gram = half_at(w.gram), poly = half_at(w.poly);
+    partials = reinterpret_cast<Squares*>(base + w.partials);
+    sigma = reinterpret_cast<float*>(base + w.sigma);
+  }
+};
+
+// What every launch of one call needs.
+struct Call {
+  const NewtonSchulzShape& shape;
+  Workspace w;
+  int input_bytes;  // of an element
+  int multiprocessors;
+  cudaStream_t stream;
+
+  // Whether the X that iteration `step` starts from has a remainder. 16-bit input is exact after the scaling.
+  bool has_rest(int step) const {
+    if (step == 0 && input_bytes == 2) return false;
+    float growth = 1.0f;
+    for (int i = step; i < shape.steps; ++i) growth *= std::fabs(shape.coefficients[i][0]);
+    return growth > kMostGrowth;
+  }
 };
 
 // Eight elements from source, zeros past `valid`. Aligned: all eight are valid and 16-byte aligned.
@@ -76,11 +130,13 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = squares;
 }
 
-// out[matrix][row][column] = x / (norm + eps) for column < cols and 0 up to the leading dimension.
-template <typename S, typename D>
+// out[matrix][row][column] = 2^exponent x for column < cols and 0 up to the leading dimension, with the
+// remainder of that in `rest` where it is not null.
+template <typename S>
 __global__ void __launch_bounds__(kThreads)
-    normalise_kernel(const S* x, const Squares* partial, D* out, int64_t rows, int64_t cols, int64_t ld,
-                     int64_t partials, int64_t blocks_per_matrix, float eps, bool aligned) {
+    normalise_kernel(const S* x, const Squares* partial, __half* out, __half* rest, float* sigma,
+                     int64_t rows, int64_t cols, int64_t ld, int64_t partials, int64_t blocks_per_matrix,
+                     float eps, bool aligned) {
   const int64_t matrix = blockIdx.x / blocks_per_matrix;
   const int64_t chunk = (blockIdx.x - matrix * blocks_per_matrix) * kThreads + threadIdx.x;
   const int64_t row = chunk / (ld / 8);
@@ -94,163 +150,148 @@ __global__ void __launch_bounds__(kThreads)
     squares.high += part.high;
   }
   const Scale scale = scale_of(squares.sum, squares.low, squares.high, eps);
+  if (chunk == 0) sigma[matrix] = scale.sigma;
   const PowerOfTwo power(scale.exponent);
   float value[8];
   load8(value, x + (matrix * rows + row) * cols + column, cols - column, aligned);
-  Pack<D> pack;
+  Pack<__half> high, low;
   PGOLF_UNROLL
-  for (int i = 0; i < 8; ++i)
-    pack.value[i] = store_float<D>(column + i < cols ? power(value[i]) * scale.sigma : 0.0f);
-  *reinterpret_cast<Pack<D>*>(out + (matrix * rows + row) * ld + column) = pack;
-}
-
-// Drops the padding of the leading dimension and converts.
-template <typename D, typename S>
-__global__ void __launch_bounds__(kThreads)
-    copy_out_kernel(const D* x, S* out, int64_t cols, int64_t ld, int64_t count) {
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (index >= count) return;
-  const int64_t row = index / cols;
-  out[index] = store_float<S>(load_float(x[row * ld + (index - row * cols)]));
-}
-
-// Buffers of the iteration, all in the workspace.
-template <typename D>
-struct Buffers {
-  D *x, *next, *gram, *poly;
-};
-
-// One step: next = a x + (b A + c A^2) x with A = x x^T on the short side; `next` may be the final output.
-template <typename D>
-void launch_step(const NewtonSchulzShape& shape, const Workspace& w, const float (&abc)[3],
-                 Buffers<D> buffers, int multiprocessors, cudaStream_t stream) {
-  const int64_t x_batch = shape.rows * w.x_ld, gram_batch = w.small * w.gram_ld;
-  const bool wide = shape.rows <= shape.cols;
-  const ProductArgs<D> gram{.a = buffers.x,
-                            .b = buffers.x,
-                            .c = buffers.gram,
-                            .a_batch = x_batch,
-                            .b_batch = x_batch,
-                            .c_batch = gram_batch,
-                            .a_ld = w.x_ld,
-                            .b_ld = w.x_ld,
-                            .c_ld = w.gram_ld,
-                            .m = w.small,
-                            .n = w.small,
-                            .k = w.large};
-  if (wide) {
-    launch_product<true, true, true>(gram, shape.batch, multiprocessors, stream);
-  } else {
-    launch_product<false, false, true>(gram, shape.batch, multiprocessors, stream);
+  for (int i = 0; i < 8; ++i) {
+    const float scaled = column + i < cols ? power(value[i]) : 0.0f;
+    high.value[i] = store_float<__half>(scaled);
+    low.value[i] = store_float<__half>((scaled - load_float(high.value[i])) * kRestScale);
   }
-  const ProductArgs<D> poly{.a = buffers.gram,
-                            .b = buffers.gram,
-                            .d = buffers.gram,
-                            .c = buffers.poly,
-                            .a_batch = gram_batch,
-                            .b_batch = gram_batch,
-                            .d_batch = gram_batch,
-                            .c_batch = gram_batch,
-                            .a_ld = w.gram_ld,
-                            .b_ld = w.gram_ld,
-                            .d_ld = w.gram_ld,
-                            .c_ld = w.gram_ld,
-                            .m = w.small,
-                            .n = w.small,
-                            .k = w.small,
-                            .alpha = abc[2],
-                            .beta = abc[1]};
-  launch_product<true, true, true>(poly, shape.batch, multiprocessors, stream);
-  // B x, or x B where x is tall.
-  const ProductArgs<D> update{.a = wide ? buffers.poly : buffers.x,
+  const int64_t at = (matrix * rows + row) * ld + column;
+  *reinterpret_cast<Pack<__half>*>(out + at) = high;
+  if (rest != nullptr) *reinterpret_cast<Pack<__half>*>(rest + at) = low;
+}
+
+template <typename S>
+void launch_normalise(const Call& call, const S* x, const Buffers& buffers) {
+  const auto& [shape, w, bytes, multiprocessors, stream] = call;
+  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+  const int64_t count = shape.rows * shape.cols;
+  launch_kernel(sum_of_squares_kernel<S>, {grid_blocks(shape.batch * w.count, 1, "newton_schulz"), kThreads},
+                stream, x, buffers.partials, count, w.count, aligned && count % 8 == 0);
+  const int64_t blocks = (shape.rows * (w.x_ld / 8) + kThreads - 1) / kThreads;
+  launch_kernel(normalise_kernel<S>, {grid_blocks(blocks * shape.batch, 1, "newton_schulz"), kThreads},
+                stream, x, buffers.partials, buffers.x, call.has_rest(0) ? buffers.rest : nullptr,
+                buffers.sigma, shape.rows, shape.cols, w.x_ld, w.count, blocks, shape.eps,
+                aligned && shape.cols % 8 == 0);
+}
+
+// A = X X^T and B = b A + c A^2 of one iteration, on the short side.
+void launch_squares(const Call& call, const Buffers& buffers, int step) {
+  const NewtonSchulzShape& shape = call.shape;
+  const Workspace& w = call.w;
+  const int64_t x_batch = shape.rows * w.x_ld, gram_batch = w.small * w.gram_ld;
+  const ProductArgs<__half> gram{.a = buffers.x,
+                                 .b = buffers.x,
+                                 .c = buffers.gram,
+                                 .a_batch = x_batch,
+                                 .b_batch = x_batch,
+                                 .c_batch = gram_batch,
+                                 .a_ld = w.x_ld,
+                                 .b_ld = w.x_ld,
+                                 .c_ld = w.gram_ld,
+                                 .m = w.small,
+                                 .n = w.small,
+                                 .k = w.large};
+  if (shape.rows <= shape.cols) {
+    launch_product<true, true, true>(gram, shape.batch, call.multiprocessors, call.stream);
+  } else {
+    launch_product<false, false, true>(gram, shape.batch, call.multiprocessors, call.stream);
+  }
+  const ProductArgs<__half> poly{.a = buffers.gram,
+                                 .b = buffers.gram,
+                                 .d = buffers.gram,
+                                 .c = buffers.poly,
+                                 .a_batch = gram_batch,
+                                 .b_batch = gram_batch,
+                                 .d_batch = gram_batch,
+                                 .c_batch = gram_batch,
+                                 .a_ld = w.gram_ld,
+                                 .b_ld = w.gram_ld,
+                                 .d_ld = w.gram_ld,
+                                 .c_ld = w.gram_ld,
+                                 .m = w.small,
+                                 .n = w.small,
+                                 .k = w.small,
+                                 .alpha = shape.coefficients[step][2],
+                                 .beta = shape.coefficients[step][1],
+                                 .sigma = step == 0 ? buffers.sigma : nullptr,
+                                 .alpha_power = 4,
+                                 .beta_power = 2};
+  launch_product<true, true, true>(poly, shape.batch, call.multiprocessors, call.stream);
+}
+
+// The next X, a X + B X, or a X + X B where X is tall. To `out` of the last iteration, which is laid out as
+// the input, else to buffers.next with its remainder.
+template <typename T>
+void launch_update(const Call& call, const Buffers& buffers, int step, T* out) {
+  const NewtonSchulzShape& shape = call.shape;
+  const Workspace& w = call.w;
+  const int64_t x_batch = shape.rows * w.x_ld, gram_batch = w.small * w.gram_ld;
+  const bool wide = shape.rows <= shape.cols, last = step + 1 == shape.steps;
+  const int64_t ld = last ? shape.cols : w.x_ld;
+  const ProductArgs<T> update{.a = wide ? buffers.poly : buffers.x,
                               .b = wide ? buffers.x : buffers.poly,
                               .d = buffers.x,
-                              .c = buffers.next,
+                              .d_rest = call.has_rest(step) ? buffers.rest : nullptr,
+                              .c = out,
+                              .c_rest = !last && call.has_rest(step + 1) ? buffers.rest : nullptr,
                               .a_batch = wide ? gram_batch : x_batch,
                               .b_batch = wide ? x_batch : gram_batch,
                               .d_batch = x_batch,
-                              .c_batch = x_batch,
+                              .c_batch = shape.rows * ld,
                               .a_ld = wide ? w.gram_ld : w.x_ld,
                               .b_ld = wide ? w.x_ld : w.gram_ld,
                               .d_ld = w.x_ld,
-                              .c_ld = w.x_ld,
+                              .c_ld = ld,
                               .m = shape.rows,
                               .n = shape.cols,
                               .k = w.small,
-                              .beta = abc[0]};
+                              .beta = shape.coefficients[step][0],
+                              .sigma = step == 0 ? buffers.sigma : nullptr,
+                              .alpha_power = 1,
+                              .beta_power = 1,
+                              .whole = ld % 8 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0};
   if (wide) {
-    launch_product<true, false, false>(update, shape.batch, multiprocessors, stream);
+    launch_product<true, false, false>(update, shape.batch, call.multiprocessors, call.stream);
   } else {  // B is its own transpose
-    launch_product<true, true, false>(update, shape.batch, multiprocessors, stream);
+    launch_product<true, true, false>(update, shape.batch, call.multiprocessors, call.stream);
   }
 }
 
-template <typename S, typename D>
-void launch_normalise(const S* x, D* out, Squares* partial, const NewtonSchulzShape& shape,
-                      const Workspace& w, cudaStream_t stream) {
-  const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-  sum_of_squares_kernel<<<grid_blocks(shape.batch * w.partials, 1, "newton_schulz"), kThreads, 0, stream>>>(
-      x, partial, shape.rows * shape.cols, w.partials, aligned && shape.rows * shape.cols % 8 == 0);
-  PGOLF_LAUNCH_CHECK();
-  const int64_t blocks = (shape.rows * (w.x_ld / 8) + kThreads - 1) / kThreads;
-  normalise_kernel<<<grid_blocks(blocks * shape.batch, 1, "newton_schulz"), kThreads, 0, stream>>>(
-      x, partial, out, shape.rows, shape.cols, w.x_ld, w.partials, blocks, shape.eps,
-      aligned && shape.cols % 8 == 0);
-  PGOLF_LAUNCH_CHECK();
-}
-
-// S is the tensors' type, D the operands' type.
-template <typename S, typename D>
+// S is the tensors' type.
+template <typename S>
 void run(const S* x, S* out, void* workspace, const NewtonSchulzShape& shape, cudaStream_t stream) {
   if (shape.batch == 0 || shape.rows == 0 || shape.cols == 0) return;
-  const Workspace w(shape);
-  unsigned char* base = static_cast<unsigned char*>(workspace);
-  Buffers<D> buffers{reinterpret_cast<D*>(base), reinterpret_cast<D*>(base + w.x_bytes),
-                     reinterpret_cast<D*>(base + 2 * w.x_bytes),
-                     reinterpret_cast<D*>(base + 2 * w.x_bytes + w.gram_bytes)};
-  auto* partial = reinterpret_cast<Squares*>(base + 2 * w.x_bytes + 2 * w.gram_bytes);
-  launch_normalise(x, buffers.x, partial, shape, w, stream);
-  const int multiprocessors = multiprocessor_count();
-  // The last product may write the output itself when that has the operands' type and layout.
-  bool direct = false;
-  if constexpr (std::is_same_v<S, D>)
-    direct = w.x_ld == shape.cols && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-  for (int step = 0; step < shape.steps; ++step) {
-    if constexpr (std::is_same_v<S, D>) {
-      if (direct && step + 1 == shape.steps) buffers.next = out;
-    }
-    launch_step(shape, w, shape.coefficients[step], buffers, multiprocessors, stream);
+  const Call call{shape, Workspace(shape), static_cast<int>(sizeof(S)), multiprocessor_count(), stream};
+  Buffers buffers(workspace, call.w);
+  launch_normalise(call, x, buffers);
+  for (int step = 0; step + 1 < shape.steps; ++step) {
+    launch_squares(call, buffers, step);
+    launch_update(call, buffers, step, buffers.next);
     std::swap(buffers.x, buffers.next);
   }
-  if (direct) return;
-  const int64_t count = shape.batch * shape.rows * shape.cols;
-  copy_out_kernel<<<grid_blocks(count, kThreads, "newton_schulz"), kThreads, 0, stream>>>(
-      buffers.x, out, shape.cols, w.x_ld, count);
-  PGOLF_LAUNCH_CHECK();
+  launch_squares(call, buffers, shape.steps - 1);
+  launch_update(call, buffers, shape.steps - 1, out);
 }
 
 }  // namespace
 
-int64_t newton_schulz_workspace_bytes(const NewtonSchulzShape& shape) { return Workspace(shape).total(); }
+int64_t newton_schulz_workspace_bytes(const NewtonSchulzShape& shape) { return Workspace(shape).total; }
 
-template <>
-void newton_schulz_cuda(const float* x, float* out, void* workspace, const NewtonSchulzShape& shape,
+template <typename T>
+void newton_schulz_cuda(const T* x, T* out, void* workspace, const NewtonSchulzShape& shape,
                         CUstream_st* stream) {
-  run<float, __nv_bfloat16>(x, out, workspace, shape, stream);
+  using S = typename DeviceType<T>::type;
+  run(reinterpret_cast<const S*>(x), reinterpret_cast<S*>(out), workspace, shape, stream);
 }
 
-template <>
-void newton_schulz_cuda(const bf16* x, bf16* out, void* workspace, const NewtonSchulzShape& shape,
-                        CUstream_st* stream) {
-  run<__nv_bfloat16, __nv_bfloat16>(reinterpret_cast<const __nv_bfloat16*>(x),
-                                    reinterpret_cast<__nv_bfloat16*>(out), workspace, shape, stream);
-}
-
-template <>
-void newton_schulz_cuda(const f16* x, f16* out, void* workspace, const NewtonSchulzShape& shape,
-                        CUstream_st* stream) {
-  run<__half, __half>(reinterpret_cast<const __half*>(x), reinterpret_cast<__half*>(out), workspace, shape,
-                      stream);
-}
+template void newton_schulz_cuda(const float*, float*, void*, const NewtonSchulzShape&, CUstream_st*);
+template void newton_schulz_cuda(const bf16*, bf16*, void*, const NewtonSchulzShape&, CUstream_st*);
+template void newton_schulz_cuda(const f16*, f16*, void*, const NewtonSchulzShape&, CUstream_st*);
 
 }  // namespace pgolf

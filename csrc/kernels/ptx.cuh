@@ -29,6 +29,12 @@ __device__ __forceinline__ float min_nan(float a, float b) {
   return smaller;
 }
 
+// The dynamic shared memory of the block.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  return shared_bytes;
+}
+
 // Address in the shared window, as ldmatrix and cp.async want it.
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));

@@ -67,10 +67,10 @@ class Muon(Optimizer):
     With `normalize`, O is divided by the roots of its mean squares over time before (NorMuon); with
     `cautious`, only weights that O moves towards 0 decay. See `pgolf.optim.update_rules` for both.
 
-    Equals `torch.optim.Muon` with the same arguments except for roundings: torch iterates in bfloat16, this
-    class in float32 on the CPU, in float16 with `algorithm="gram"` of `newton_schulz` on Hopper GPUs, and
-    as `newton_schulz` does on other GPUs; and torch takes eps as the smallest norm, where this class adds
-    eps to the norm. The class loads a state_dict of `torch.optim.Muon`; torch loads one of
+    Equals `torch.optim.Muon` with the same arguments except for two roundings: torch iterates in bfloat16,
+    this class in float16 on CUDA (on Hopper GPUs with `algorithm="gram"` of `newton_schulz`) and in float32
+    on the CPU; and torch takes eps as the smallest norm, where this class adds eps to the norm. The class
+    loads a state_dict of `torch.optim.Muon`; torch loads one of
     this class if all parameters are 2-D and the coefficients are one triple.
 
     Shapes: 2-D is a matrix. 3-D `(b, m, n)` is a stack of b matrices, so the weight of a Conv1d does not

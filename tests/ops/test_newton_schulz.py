@@ -23,7 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (5, 7), (7, 5), (65, 129), (129, 65), (3, 65, 65), (2, 130, 264), (2, 264, 130)]
 # Enough tiles of 128 that the CUDA kernel takes the large tiles (at least one per multiprocessor).
 LARGE = [(160, 136, 129), (160, 129, 136)]
-OPERAND = {torch.float32: torch.bfloat16, torch.bfloat16: torch.bfloat16, torch.float16: torch.float16}
 
 
 def make_input(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,10 +31,10 @@ def make_input(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def eager_low_precision(x: Tensor, table: list[tuple[float, float, float]]) -> Tensor:
-    """The iteration as a Muon in PyTorch does it: operands of 16 bits, one rounding after each product."""
+    """The iteration as a Muon in PyTorch does it, in float16: one rounding after each product."""
     tall = x.shape[-2] > x.shape[-1]
     X = x.mT if tall else x
-    X = (X.float() / (X.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(OPERAND[x.dtype])
+    X = (X.float() / (X.float().norm(dim=(-2, -1), keepdim=True) + 1e-7)).half()
     for a, b, c in table:
         A = X @ X.mT
         B = (b * A.float() + c * (A @ A).float()).to(X.dtype)
@@ -90,7 +89,7 @@ def test_polynomial_acts_on_the_singular_values(device) -> None:
     p = s / s.norm()
     for a, b, c in POLAR[:2]:
         p = a * p + b * p**3 + c * p**5
-    tolerance = 1e-5 if device.type == "cpu" else 2e-2
+    tolerance = 1e-5 if device.type == "cpu" else 5e-3
     torch.testing.assert_close(got, u * p @ v.T, rtol=tolerance, atol=tolerance)
 
 

@@ -1,8 +1,10 @@
 // As much of CUDA as runs a kernel of plain loads, stores, barriers and shuffles on the host, so that the
 // sanitizers see its indices without a GPU: a thread of the block is a thread of the system, and the blocks
-// of a grid run one after another. What is __shared__ is static, so one launch at a time.
+// of a grid run one after another. What is __shared__ is static, so one launch at a time. kernels/ptx.cuh
+// next to this file has the instructions of a warp.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <barrier>
 #include <bit>
@@ -12,11 +14,14 @@
 #include <thread>
 #include <vector>
 
+#include "kernels/common.h"
+
 #define __global__
 #define __device__
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static
 
 struct dim3 {
@@ -29,24 +34,39 @@ struct alignas(16) float4 {
   float x, y, z, w;
 };
 
+struct CUstream_st;
+using cudaStream_t = CUstream_st*;
 enum cudaError_t { cudaSuccess };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 1, cudaSuccess; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 
 namespace pgolf::test {
+
+inline int multiprocessors = 1;
 
 struct Warp {
   std::barrier<> barrier{32};
   std::array<uint32_t, 32> value;
+  std::array<std::array<uint32_t, 6>, 32> words;  // of each lane
 };
 
 struct Block {
-  explicit Block(unsigned int threads) : barrier(threads), warps(threads / 32) {}
+  Block(unsigned int threads, size_t bytes) : barrier(threads), warps(threads / 32), shared(bytes) {}
   std::barrier<> barrier;
   std::vector<Warp> warps;
+  std::vector<unsigned char> shared;  // dynamic
 };
 
 inline thread_local Block* current_block = nullptr;
@@ -56,20 +76,37 @@ inline thread_local Block* current_block = nullptr;
 inline thread_local dim3 threadIdx, blockIdx;
 inline dim3 gridDim;
 
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = pgolf::test::multiprocessors, cudaSuccess;
+}
+
 inline void __syncthreads() { pgolf::test::current_block->barrier.arrive_and_wait(); }
 
-inline uint32_t __shfl_sync(unsigned int, uint32_t value, int source) {
-  pgolf::test::Warp& warp = pgolf::test::current_block->warps[threadIdx.x / 32];
-  warp.value[threadIdx.x % 32] = value;
+namespace pgolf::test {
+
+// The value of another lane.
+template <typename T>
+T shuffle(T value, unsigned int source) {
+  static_assert(sizeof(T) == sizeof(uint32_t));
+  Warp& warp = current_block->warps[threadIdx.x / 32];
+  warp.value[threadIdx.x % 32] = std::bit_cast<uint32_t>(value);
   warp.barrier.arrive_and_wait();
-  const uint32_t other = warp.value[static_cast<unsigned int>(source) % 32];
+  const T other = std::bit_cast<T>(warp.value[source % 32]);
   warp.barrier.arrive_and_wait();
   return other;
 }
 
-inline float __shfl_xor_sync(unsigned int lanes, float value, int mask) {
-  const int source = static_cast<int>(threadIdx.x % 32) ^ mask;
-  return std::bit_cast<float>(__shfl_sync(lanes, std::bit_cast<uint32_t>(value), source));
+}  // namespace pgolf::test
+
+inline uint32_t __shfl_sync(unsigned int, uint32_t value, int source) {
+  return pgolf::test::shuffle(value, static_cast<unsigned int>(source));
+}
+inline float __shfl_xor_sync(unsigned int, float value, int mask) {
+  return pgolf::test::shuffle(value, (threadIdx.x % 32) ^ static_cast<unsigned int>(mask));
+}
+inline float __shfl_down_sync(unsigned int, float value, int offset) {
+  const unsigned int source = threadIdx.x % 32 + static_cast<unsigned int>(offset);
+  return pgolf::test::shuffle(value, source < 32 ? source : threadIdx.x % 32);
 }
 
 template <typename T>
@@ -81,14 +118,17 @@ void __stcs(T* target, T value) {
   *target = value;
 }
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float __int_as_float(int bits) { return pgolf::bits_to_float(static_cast<uint32_t>(bits)); }
+using std::max;
+using std::min;
 
 namespace pgolf::test {
 
-// Calls kernel() in every thread of every block.
+// Calls kernel() in every thread of every block; `shared` is the bytes of dynamic shared memory.
 template <typename Kernel>
-void launch(dim3 grid, unsigned int threads, const Kernel& kernel) {
+void launch(dim3 grid, unsigned int threads, const Kernel& kernel, size_t shared = 0) {
   gridDim = grid;
-  Block block(threads);
+  Block block(threads, shared);
   std::vector<std::thread> workers;
   for (unsigned int thread = 0; thread < threads; ++thread) {
     workers.emplace_back([&, thread] {
@@ -110,3 +150,11 @@ void launch(unsigned int blocks, unsigned int threads, const Kernel& kernel) {
 }
 
 }  // namespace pgolf::test
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  pgolf::test::launch(
+      config->gridDim, config->blockDim.x, [&] { kernel(arguments...); }, config->dynamicSmemBytes);
+  return cudaSuccess;
+}

@@ -1,0 +1,92 @@
+// What kernels/ptx.cuh has for batched_product.cuh, on the host: products, matrix loads and copies of a warp,
+// see ../cuda_runtime.h. A copy arrives when its group is waited for, so that a missing wait is seen.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstring>
+#include <deque>
+
+namespace pgolf {
+
+inline unsigned char* dynamic_shared() { return test::current_block->shared.data(); }
+
+// Offset in the block's dynamic shared memory.
+inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared());
+}
+
+struct AsyncCopy {
+  uint32_t shared;
+  const void* global;  // null: zeros
+};
+inline thread_local std::vector<AsyncCopy> open_copies;
+inline thread_local std::deque<std::vector<AsyncCopy>> copy_groups;
+
+inline void cp_async16(uint32_t shared, const void* global, bool valid) {
+  open_copies.push_back({shared, valid ? global : nullptr});
+}
+
+inline void cp_async_commit() {
+  copy_groups.push_back(std::move(open_copies));
+  open_copies.clear();
+}
+
+template <int Pending>
+void cp_async_wait() {
+  for (; copy_groups.size() > Pending; copy_groups.pop_front()) {
+    for (const AsyncCopy& copy : copy_groups.front()) {
+      unsigned char* const to = dynamic_shared() + copy.shared;
+      if (copy.global == nullptr) {
+        std::memset(to, 0, 16);
+      } else {
+        std::memcpy(to, copy.global, 16);
+      }
+    }
+  }
+}
+
+// The words of all lanes of the calling thread's warp, while body() runs.
+template <size_t Count, typename Body>
+void exchange(const std::array<uint32_t, Count>& mine, const Body& body) {
+  test::Warp& warp = test::current_block->warps[threadIdx.x / 32];
+  std::copy(mine.begin(), mine.end(), warp.words[threadIdx.x % 32].begin());
+  warp.barrier.arrive_and_wait();
+  body(warp.words);
+  warp.barrier.arrive_and_wait();
+}
+
+template <bool Transposed>
+void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
+  const uint32_t group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+  exchange<1>({shared}, [&](const auto& rows) {
+    const auto element = [&](uint32_t matrix, uint32_t row, uint32_t column) {
+      uint16_t bits;
+      std::memcpy(&bits, dynamic_shared() + rows[matrix * 8 + row][0] + 2 * column, sizeof(bits));
+      return uint32_t{bits};
+    };
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t low = Transposed ? element(i, 2 * place, group) : element(i, group, 2 * place);
+      const uint32_t high = Transposed ? element(i, 2 * place + 1, group) : element(i, group, 2 * place + 1);
+      r[i] = low | high << 16;
+    }
+  });
+}
+
+inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+  const uint32_t group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
+  exchange<6>({a[0], a[1], a[2], a[3], b0, b1}, [&](const auto& words) {
+    // Element k of a row of A or a column of B: pairs lie in four lanes, k >= 8 in another word.
+    const auto element = [&](uint32_t line, uint32_t k, uint32_t first, uint32_t second) {
+      const uint32_t word = words[line * 4 + k % 8 / 2][k < 8 ? first : second];
+      return to_float(f16{static_cast<uint16_t>(k % 2 == 0 ? word : word >> 16)});
+    };
+    for (uint32_t i = 0; i < 4; ++i) {
+      const uint32_t half = i / 2, column = 2 * place + i % 2;
+      for (uint32_t k = 0; k < 16; ++k) c[i] += element(group, k, half, half + 2) * element(column, k, 4, 5);
+    }
+  });
+}
+
+}  // namespace pgolf
