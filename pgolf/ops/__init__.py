@@ -11,6 +11,7 @@ from pgolf.ops.adam_step import (
     square_sums,
     square_sums_ref,
 )
+from pgolf.ops.head_mix import head_mix, head_mix_backward, head_mix_backward_ref, head_mix_ref
 from pgolf.ops.int6 import (
     pack_int6,
     pack_int6_ref,
@@ -39,6 +40,12 @@ from pgolf.ops.newton_schulz import (
     newton_schulz_ref,
 )
 from pgolf.ops.norm_mlp import norm_mlp, norm_mlp_ref
+from pgolf.ops.qk_norm_rope import (
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    qk_norm_rope_backward_ref,
+    qk_norm_rope_ref,
+)
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 from pgolf.ops.stream_mix import stream_mix, stream_mix_ref
@@ -58,6 +65,10 @@ __all__ = [
     "decode_codes_ref",
     "encode_codes",
     "encode_codes_ref",
+    "head_mix",
+    "head_mix_backward",
+    "head_mix_backward_ref",
+    "head_mix_ref",
     "kernel_table",
     "linear_softcap_ce",
     "linear_softcap_ce_ref",
@@ -73,6 +84,10 @@ __all__ = [
     "norm_mlp_ref",
     "pack_int6",
     "pack_int6_ref",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "qk_norm_rope_backward_ref",
+    "qk_norm_rope_ref",
     "quantize_pack",
     "quantize_pack_ref",
     "quantize_pack_sdclip",
