@@ -1,11 +1,14 @@
-"""The heads between the product that makes q, k and v and the output product, as one step of autograd.
+"""The heads of a layer, from the product of q, k and v to the output product, as one node of autograd.
 
-As separate operators, each gradient of v (of attention, and of exclusive self-attention) is a tensor of its
-own, which autograd adds; the sum is then copied, with the gradients of q and k, into that of the product. In
-one step nothing but the operators' own kernels moves tensors: `qk_norm_rope`, flash-attn-4 and `head_mix`, of
-which the first, going back, adds both gradients of v while it writes the gradient of the product.
+As separate operators, v has two gradients, of attention and of exclusive self-attention, each a tensor of its
+own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
+node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, flash-attn-4 and `head_mix`. On the
+way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
 
-Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `R` rotated dims, `S` segments, `D` width.
+Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
+makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
+
+Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `R` rotated dims, `D` width.
 """
 
 from __future__ import annotations
@@ -18,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.model.attention import AttentionKernel, AttentionName, AttentionWeights, attention_branch
+from pgolf.model.attention import Asked, AttentionKernel, AttentionName, AttentionWeights, attention_branch
+from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
+from pgolf.ops._hopper import has_kernels
+from pgolf.ops.head_mix import Kind
+from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
 
 HeadsName = Literal["auto", "composed"]
-Branch = Callable[..., Tensor]
-"""`attention_branch`, or what computes the same."""
-KINDS = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
+KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
 """`ModelConfig.head_gate` -> `kind` of `head_mix`."""
 
 
@@ -42,7 +47,7 @@ class _Heads(torch.autograd.Function):
         cu_seqlens: Tensor,
         max_seqlen: int,
         head_dim: int,
-        mix: tuple[float, int] | None,
+        mix: tuple[float, Kind] | None,
     ) -> Tensor:
         q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
         v = _values(qkv, k)
@@ -55,10 +60,11 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse = ctx.saved_tensors
-        v, mixed, dz = _values(qkv, k), [], None
+        v, dz = _values(qkv, k), None
+        mixed: list[Tensor] = []
         if ctx.mix is not None:
-            grad, dv, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
-            mixed = [dv]
+            grad, of_mix, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
+            mixed = [of_mix]
         dq, dk, dv = torch.ops.pgolf.fa4_backward(grad, q, k, v, y, lse, cu_seqlens, ctx.max_seqlen)
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
             dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
@@ -80,24 +86,23 @@ def attend_heads(
     max_seqlen: int,
     *,
     head_dim: int,
-    mix: tuple[float, int] | None,
+    mix: tuple[float, Kind] | None,
 ) -> Tensor:
-    """Attend with normed and rotated q and k; exclude each token's own value and gate the result, if asked.
+    """Attend with flash-attn-4 from the product of q, k and v; exclude each token's own value, and gate.
 
-    q_h = rotate(rms_norm(q_h)) gain_h     k_g = rotate(rms_norm(k_g))     y = attention(q, k, v)
-    y' = gate(z) (y - (y . u) u)  with  u = v / |v|
+    q, k = qk_norm_rope(qkv)     y = attention(q, k, v)     result = head_mix(y, v, z), or y without `mix`
 
-    It saves qkv, q, k, y, z and the logsumexp of attention. The result can be differentiated once, by
-    torch.autograd; it works under torch.compile and in CUDA graphs.
+    The backward pass keeps qkv, q, k, y, z and the logsumexp of attention. The result can be differentiated
+    once, by torch.autograd; it works under torch.compile and in CUDA graphs.
 
     Args:
-        qkv: `(T, (H + 2 G) K)`, contiguous.
+        qkv: `(T, (H + 2 G) K)` bfloat16, contiguous.
         z: `(T, H)`, logits of the head gate; None: no gate.
         gain: `(H,)`.
         rope: cosines and sines, `(T, 1, R / 2)` float32 each.
         cu_seqlens, max_seqlen: as in `pgolf.model.attention.sdpa_attention`.
         head_dim: K.
-        mix: `scale` and `kind` of `head_mix`; None: return y, and z is not used.
+        mix: `scale` and `kind` of `head_mix`; None: return y. Then z must be None.
 
     Returns:
         `(T, H, K)`.
@@ -117,23 +122,20 @@ def heads_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: tuple[Tensor | None, ...],
-    values: Tensor | None,
-    asked: Any,
-    observe: Callable[[str, Tensor], None] | None,
+    lora: tuple[Tensor | None, ...] = (None,) * 4,
+    values: Tensor | None = None,
+    asked: Asked | None = None,
+    observe: Callable[[str, Tensor], None] | None = None,
 ) -> Tensor:
-    """Compute `attention_branch` with `attend_heads`; arguments as there.
+    """Compute `attention_branch` with `attend_heads`; arguments as there, `kernel` being flash-attn-4.
 
-    What changes q, k or v before the norm, or the mix after attention, is left to `attention_branch`:
-    adapters, value embeddings, learned strengths of the exclusion, and tokens that are not asked for.
+    What the operators do not compute is left to `attention_branch`: adapters, value embeddings, learned
+    strengths of the exclusion, and outputs of some tokens only.
     """
-    changed = (*lora, weights.value_scale, weights.xsa_strength, asked)
-    if any(part is not None for part in changed):
+    others = (*lora, weights.value_scale, weights.xsa_strength, asked)
+    if any(part is not None for part in others):
         return attention_branch(
-            config,
-            kernel,
-            n,
-            weights,
+            *(config, kernel, n, weights),
             exclusive=exclusive,
             rope=rope,
             cu_seqlens=cu_seqlens,
@@ -145,17 +147,11 @@ def heads_branch(
     gate, scale = config.head_gate, config.sparse_gate_scale
     z = mix = None
     if exclusive:
-        mix = (scale if gate == "sparse" else 1.0, KINDS[gate])
+        mix = scale if gate == "sparse" else 1.0, KINDS[gate]
         if weights.gate is not None:
             z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
-    qkv = F.linear(n, weights.qkv)
     y = attend_heads(
-        qkv,
-        z,
-        weights.q_gain,
-        rope,
-        cu_seqlens,
-        config.max_context,
+        *(F.linear(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
         mix=mix,
     )
@@ -169,16 +165,15 @@ def heads_branch(
 
 
 def select_branch(name: HeadsName, attention: AttentionName, config: ModelConfig) -> Branch:
-    """Return `heads_branch` if `name` is "auto" and its operators take the model, else `attention_branch`.
+    """Return `heads_branch` if `name` is "auto" and flash-attn-4 attends to heads that the kernels take.
 
-    Only flash-attn-4 is part of the step: the forward and backward operators of torch's variable-length
-    attention are private.
-
-    The programs that stand alone have `_no_heads.py` in place of this module.
+    Otherwise `attention_branch`; also with torch's variable-length attention, because its forward and
+    backward operators are private. The programs that stand alone have `_no_heads.py` in place of this module.
     """
-    return heads_branch if name == "auto" and attention == "fa4" and takes(config) else attention_branch
+    return heads_branch if name == "auto" and attention == "fa4" and _takes(config) else attention_branch
 
 
-def takes(config: ModelConfig) -> bool:
-    """Return whether the kernels take heads of this size."""
-    return config.head_dim in (64, 128) and config.heads // config.kv_heads in (1, 2, 4)
+def _takes(config: ModelConfig) -> bool:
+    """Return whether this build has the kernels, and they take heads of this size."""
+    known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
+    return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))
