@@ -117,13 +117,6 @@ struct MixRowSums {
   }
 };
 
-__device__ __forceinline__ float dot8(const float (&a)[kVector], const float (&b)[kVector]) {
-  float sum = 0.0f;
-  PGOLF_UNROLL
-  for (int l = 0; l < kVector; ++l) sum = fmaf(a[l], b[l], sum);
-  return sum;
-}
-
 // sum += a * b
 __device__ __forceinline__ void add_product(float (&sum)[kVector], const float (&a)[kVector],
                                             const float (&b)[kVector]) {

@@ -82,6 +82,13 @@ __device__ __forceinline__ void zero8(T* target, int64_t valid, bool aligned) {
   store8<true>(target, zero, valid, aligned);
 }
 
+__device__ __forceinline__ float dot8(const float (&a)[kVector], const float (&b)[kVector]) {
+  float sum = 0.0f;
+  PGOLF_UNROLL
+  for (int l = 0; l < kVector; ++l) sum = fmaf(a[l], b[l], sum);
+  return sum;
+}
+
 // average = lerp(average, p, weight), in two forms, as torch.lerp: exact at both ends of the weight.
 __device__ __forceinline__ void lerp8(float (&average)[kVector], const float (&p)[kVector], float weight) {
   PGOLF_UNROLL

@@ -112,6 +112,26 @@ inline Tensor prepared(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0 ? dense : torch::stable::clone(dense);
 }
 
+// A tensor whose rows, the parts of its first dim, have no gaps and are at multiples of 16 bytes.
+struct Rows {
+  Tensor tensor;
+  int64_t stride;  // elements from a row to the next one
+};
+
+// Rows of two-byte elements, read where they are if they can be, as those of columns of a wider matrix; else
+// of a copy.
+inline Rows rows_in_place(const Tensor& tensor) {
+  int64_t size = 1;
+  bool dense = true;
+  for (int64_t dim = tensor.dim() - 1; dim > 0; --dim) {
+    dense = dense && tensor.stride(dim) == size;
+    size *= tensor.size(dim);
+  }
+  const bool aligned = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0;
+  if (dense && aligned && tensor.stride(0) % 8 == 0) return {tensor, tensor.stride(0)};
+  return {prepared(tensor), size};
+}
+
 // That a tensor is as the operator needs it, on the device of its first one.
 inline void check_tensor(const char* op, const char* name, const Tensor& tensor, Sizes sizes, ScalarType type,
                          const Tensor& first) {
@@ -121,6 +141,14 @@ inline void check_tensor(const char* op, const char* name, const Tensor& tensor,
                    tensor.scalar_type());
   PGOLF_CHECK_VALUE(tensor.device() == first.device(), op, ": ", name, " must be on ", first.device(),
                     " as the first tensor is, got ", tensor.device());
+}
+
+// That a tensor has float32 or bfloat16 numbers; returns whether it has the latter.
+inline bool check_is_bf16(const char* op, const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  PGOLF_CHECK_TYPE(type == kFloat || type == kBFloat16, op, ": ", name, " must be float32 or bfloat16, got ",
+                   type);
+  return type == kBFloat16;
 }
 
 inline int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <barrier>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -39,7 +40,7 @@ namespace pgolf::test {
 
 struct Warp {
   std::barrier<> barrier{32};
-  std::array<float, 32> value;
+  std::array<uint32_t, 32> value;
 };
 
 struct Block {
@@ -57,14 +58,18 @@ inline dim3 gridDim;
 
 inline void __syncthreads() { pgolf::test::current_block->barrier.arrive_and_wait(); }
 
-inline float __shfl_xor_sync(unsigned int, float value, int mask) {
+inline uint32_t __shfl_sync(unsigned int, uint32_t value, int source) {
   pgolf::test::Warp& warp = pgolf::test::current_block->warps[threadIdx.x / 32];
-  const unsigned int lane = threadIdx.x % 32;
-  warp.value[lane] = value;
+  warp.value[threadIdx.x % 32] = value;
   warp.barrier.arrive_and_wait();
-  const float other = warp.value[lane ^ static_cast<unsigned int>(mask)];
+  const uint32_t other = warp.value[static_cast<unsigned int>(source) % 32];
   warp.barrier.arrive_and_wait();
   return other;
+}
+
+inline float __shfl_xor_sync(unsigned int lanes, float value, int mask) {
+  const int source = static_cast<int>(threadIdx.x % 32) ^ mask;
+  return std::bit_cast<float>(__shfl_sync(lanes, std::bit_cast<uint32_t>(value), source));
 }
 
 template <typename T>
@@ -81,22 +86,27 @@ namespace pgolf::test {
 
 // Calls kernel() in every thread of every block.
 template <typename Kernel>
-void launch(unsigned int blocks, unsigned int threads, const Kernel& kernel) {
-  gridDim = {blocks};
+void launch(dim3 grid, unsigned int threads, const Kernel& kernel) {
+  gridDim = grid;
   Block block(threads);
   std::vector<std::thread> workers;
   for (unsigned int thread = 0; thread < threads; ++thread) {
     workers.emplace_back([&, thread] {
       current_block = &block;
       threadIdx = {thread};
-      for (unsigned int number = 0; number < blocks; ++number) {
-        blockIdx = {number};
+      for (unsigned int number = 0; number < grid.x * grid.y; ++number) {
+        blockIdx = {number % grid.x, number / grid.x, 0};
         kernel();
         __syncthreads();
       }
     });
   }
   for (std::thread& worker : workers) worker.join();
+}
+
+template <typename Kernel>
+void launch(unsigned int blocks, unsigned int threads, const Kernel& kernel) {
+  launch(dim3{blocks}, threads, kernel);
 }
 
 }  // namespace pgolf::test
