@@ -10,7 +10,6 @@ namespace pgolf {
 // Which columns of a token's v a lane holds, and where the heads of their group begin in a token's y.
 template <int Width, int Ratio>
 struct MixedHeads {
-  static constexpr int kRatio = Ratio;
   bool inside;
   bool first;  // of the lanes of its heads
   int v;       // column
