@@ -126,6 +126,7 @@ FAMILIES = (
     ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
     ("norms_and_mixes", r"triton_|pgolf::mix_"),
+    ("heads", r"pgolf::.*(qk_norm_rope|sum_gain|head_mix)"),
     ("mlp", r"pgolf::.*(UpEpilogue|DactEpilogue|norm_mlp|rho_kernel)"),
     ("pgolf", r"pgolf::"),
 )
@@ -295,6 +296,9 @@ def main() -> None:
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
     parser.add_argument(
+        "--heads", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the heads"
+    )
+    parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
     )
     parser.add_argument(
@@ -315,14 +319,21 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.form)
-    for form, attention, mlp, mix, blocks in contenders:
+    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.heads, args.form)
+    for form, attention, mlp, mix, heads, blocks in contenders:
         model = make_model(config).prepare(
-            device, attention=attention, compile=form, mlp=mlp, mix=mix, threads=BLOCKS[blocks]
+            device,
+            attention=attention,
+            compile=form,
+            mlp=mlp,
+            mix=mix,
+            heads=heads,
+            threads=BLOCKS[blocks],
         )
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
+        impl += (heads == "auto") * ", heads"
         impl += (blocks != "thread") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")

@@ -113,11 +113,20 @@ def test_time_in_which_no_kernel_runs_is_idle():
         step.Kernel("flash_bwd_cutlass", 30, 50),
         step.Kernel("void pgolf::forward_kernel<8>(float)", 50, 60),
         step.Kernel("Memset (Device)", 61, 62),
+        step.Kernel("void pgolf::head_mix_backward_kernel<64, 2>(HeadMixBackward)", 62, 65),
+        step.Kernel("void pgolf::mix_backward_kernel<3>(MixBackward)", 65, 69),
     ]
     found = step.families(kernels)
     assert found["idle"] == (pytest.approx(0.006), 2)
     assert {name: ms for name, (ms, _) in found.items() if name != "idle"} == pytest.approx(
-        {"norms_and_mixes": 0.01, "products": 0.02, "attention": 0.02, "loss": 0.01, "other": 0.001}
+        {
+            "norms_and_mixes": 0.014,
+            "products": 0.02,
+            "attention": 0.02,
+            "loss": 0.01,
+            "heads": 0.003,
+            "other": 0.001,
+        }
     )
 
 

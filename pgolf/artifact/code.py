@@ -64,7 +64,10 @@ _ROOT = Path(pgolf.__file__).parent.parent
 
 SCRIPT = "pgolf/report/alone_script.py"
 """The program around the modules."""
-SWAPPED = {"pgolf.artifact.code": "pgolf/artifact/own_code.py"}
+SWAPPED = {
+    "pgolf.artifact.code": "pgolf/artifact/own_code.py",
+    "pgolf.model.heads": "pgolf/model/_no_heads.py",
+}
 """Modules that every program has in another form."""
 SCORES = {"pgolf.model.threads": "pgolf/model/_no_threads.py"}
 """The same of a program that scores and does not train."""

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.model.attention import Asked, AttentionKernel, AttentionWeights, asked_rows, attention_branch
+from pgolf.model.attention import Asked, AttentionKernel, AttentionWeights, asked_rows
 from pgolf.model.gates import MixKernel, Skip, mix_and_norm, mix_lane, rms_norm, update_lanes
 from pgolf.model.lora import LayerLora
 from pgolf.model.mlp import mlp
 
 MlpKernel = Callable[..., Tensor]
 """`norm_mlp` or its reference."""
+Branch = Callable[..., Tensor]
+"""`attention_branch`, or what computes the same."""
 Tap = Callable[[str, Tensor], None] | None
 """Takes the name and the value of an input of a matrix; None: nobody looks."""
 
@@ -109,11 +111,12 @@ class Kernels(NamedTuple):
     attention: AttentionKernel
     mlp: MlpKernel
     mix: MixKernel | None
+    branch: Branch
 
 
 def attend(
     config: ModelConfig,
-    kernel: AttentionKernel,
+    kernels: Kernels,
     n: Tensor,
     w: LayerWeights,
     ctx: Context,
@@ -127,9 +130,9 @@ def attend(
         lora = (*qkv, None if bypass is None else bypass * w.scales.attn)
     if tap is not None:
         tap("attn_in", n * w.scales.ln)
-    return attention_branch(
+    return kernels.branch(
         config,
-        kernel,
+        kernels.attention,
         n,
         w.attn,
         exclusive=exclusive,
@@ -175,7 +178,7 @@ def serial_block(
     result has the rows `(R, D)` of those tokens.
     """
     u, n = mix_and_norm(kernels.mix, x, skip, ctx.x0, w.mix)
-    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
+    a = attend(config, kernels, n, w, ctx, exclusive, tap)
     u = asked_rows(u, ctx.asked)
     x = u + a
     return feed_forward(config, kernels.mlp, u if joint else x, x, w, tap)
@@ -198,7 +201,7 @@ def parallel_block(
     """
     lane0, lane1 = lanes
     lane0, n = mix_lane(kernels.mix, lane0, skip, ctx.x0, w.mix)
-    a = attend(config, kernels.attention, n, w, ctx, exclusive, tap)
+    a = attend(config, kernels, n, w, ctx, exclusive, tap)
     lane0, lane1 = asked_rows(lane0, ctx.asked), asked_rows(lane1, ctx.asked)
     m = feed_forward(config, kernels.mlp, lane1, None, w, tap)
     assert w.lane_post is not None and w.lane_resid is not None

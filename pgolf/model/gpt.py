@@ -34,6 +34,7 @@ from pgolf.model.blocks import (
 )
 from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embeddings
 from pgolf.model.gates import MixKernel, Skip
+from pgolf.model.heads import HeadsName, select_branch
 from pgolf.model.lora import Adapters
 from pgolf.model.mudd import NAMES as MUDD_NAMES
 from pgolf.model.mudd import Tail, add_sources
@@ -124,6 +125,7 @@ class GPT(nn.Module):
         backend: str | Callable[..., Any] = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
+        heads: HeadsName = "composed",
         threads: bool | None = None,
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
@@ -140,6 +142,8 @@ class GPT(nn.Module):
                 torch's operators everywhere, for a comparison.
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, which
                 saves about one percent of a pass, but cannot add the gradients of threads.
+            heads: "composed" computes what is next to attention with torch's operators, "auto" with
+                `attend_heads`, where flash-attn-4 is used.
             threads: whether the blocks add the gradients of streams that several of them read, see
                 `threads.py`; otherwise autograd does. None: with compile="blocks". With "model" there is one
                 graph, which needs none.
@@ -152,6 +156,7 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         self._mix = stream_mix if mix == "auto" else None
+        self._branch = select_branch(heads, self.attention_name, c)
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         wanted = compile == "blocks" if threads is None else threads and compile != "model"
         self._threads = threaded(jit if compile == "blocks" else None) if wanted else None
@@ -391,7 +396,7 @@ class GPT(nn.Module):
         if self._attention is None:
             self.prepare(self.tok_emb.device)
         assert self._attention is not None
-        return Kernels(self._attention, self._mlp, self._mix)
+        return Kernels(self._attention, self._mlp, self._mix, self._branch)
 
     def _run_serial(
         self,

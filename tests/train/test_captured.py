@@ -125,10 +125,13 @@ def captured_on_gpu(model, batches, forms):
 
 # Segments of up to 128 tokens: longer ones add to the gradient of a query in several parts.
 @requires_gpu
-@pytest.mark.parametrize(("attention", "compile"), [("varlen", "off"), ("auto", "blocks")])
-def test_replayed_passes_equal_launched_ones_bit_for_bit(attention, compile, fixed_order):
+@pytest.mark.parametrize(
+    ("attention", "compile", "heads"),
+    [("varlen", "off", "composed"), ("auto", "blocks", "composed"), ("auto", "blocks", "auto")],
+)
+def test_replayed_passes_equal_launched_ones_bit_for_bit(attention, compile, heads, fixed_order):
     torch._dynamo.reset()
-    model = make_model(HOPPER, "cuda", attention=attention, compile=compile)
+    model = make_model(HOPPER, "cuda", attention=attention, compile=compile, heads=heads)
     batches = make_batches(HOPPER, device="cuda")
     passes = plan(batches)
     launching = MicroSteps(model, torch.device("cuda"), passes=3)

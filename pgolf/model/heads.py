@@ -1,0 +1,179 @@
+"""The heads of a layer, from the product of q, k and v to the output product, as one node of autograd.
+
+As separate operators, v has two gradients, of attention and of exclusive self-attention, each a tensor of its
+own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
+node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, flash-attn-4 and `head_mix`. On the
+way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
+
+Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
+makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
+
+Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `R` rotated dims, `D` width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgolf.config import ModelConfig
+from pgolf.model.attention import Asked, AttentionKernel, AttentionName, AttentionWeights, attention_branch
+from pgolf.model.blocks import Branch
+from pgolf.model.gates import head_gate
+from pgolf.ops._hopper import has_kernels
+from pgolf.ops.head_mix import Kind
+from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
+
+HeadsName = Literal["auto", "composed"]
+KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
+"""`ModelConfig.head_gate` -> `kind` of `head_mix`."""
+
+
+class _Heads(torch.autograd.Function):
+    """`attend_heads` and its gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        z: Tensor | None,
+        gain: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        head_dim: int,
+        mix: tuple[float, Kind] | None,
+    ) -> Tensor:
+        q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
+        v = _values(qkv, k)
+        y, lse = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)
+        ctx.save_for_backward(qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse)
+        ctx.max_seqlen, ctx.head_dim, ctx.mix = max_seqlen, head_dim, mix
+        out: Tensor = y if mix is None else torch.ops.pgolf.head_mix(y, v, z, *mix)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse = ctx.saved_tensors
+        v, dz = _values(qkv, k), None
+        mixed: list[Tensor] = []
+        if ctx.mix is not None:
+            grad, of_mix, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
+            mixed = [of_mix]
+        dq, dk, dv = torch.ops.pgolf.fa4_backward(grad, q, k, v, y, lse, cu_seqlens, ctx.max_seqlen)
+        dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
+            dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
+        )
+        return dqkv, dz if z is not None else None, dgain.to(gain.dtype), *(None,) * 6
+
+
+def _values(qkv: Tensor, k: Tensor) -> Tensor:
+    """Return v `(T, G, K)`, the last columns of `qkv`, of the shape of `k`."""
+    return qkv[:, qkv.shape[1] - k.shape[1] * k.shape[2] :].view(k.shape)
+
+
+def attend_heads(
+    qkv: Tensor,
+    z: Tensor | None,
+    gain: Tensor,
+    rope: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    head_dim: int,
+    mix: tuple[float, Kind] | None,
+) -> Tensor:
+    """Attend with flash-attn-4 from the product of q, k and v; exclude each token's own value, and gate.
+
+    q, k = qk_norm_rope(qkv)     y = attention(q, k, v)     result = head_mix(y, v, z), or y without `mix`
+
+    The backward pass keeps qkv, q, k, y, z and the logsumexp of attention. The result can be differentiated
+    once, by torch.autograd; it works under torch.compile and in CUDA graphs.
+
+    Args:
+        qkv: `(T, (H + 2 G) K)` bfloat16, contiguous.
+        z: `(T, H)`, logits of the head gate; None: no gate.
+        gain: `(H,)`.
+        rope: cosines and sines, `(T, 1, R / 2)` float32 each.
+        cu_seqlens, max_seqlen: as in `pgolf.model.attention.sdpa_attention`.
+        head_dim: K.
+        mix: `scale` and `kind` of `head_mix`; None: return y. Then z must be None.
+
+    Returns:
+        `(T, H, K)`.
+    """
+    out: Tensor = _Heads.apply(  # type: ignore[no-untyped-call]
+        qkv, z, gain, *rope, cu_seqlens, max_seqlen, head_dim, mix
+    )
+    return out
+
+
+def heads_branch(
+    config: ModelConfig,
+    kernel: AttentionKernel,
+    n: Tensor,
+    weights: AttentionWeights,
+    *,
+    exclusive: bool,
+    rope: tuple[Tensor, Tensor],
+    cu_seqlens: Tensor,
+    lora: tuple[Tensor | None, ...] = (None,) * 4,
+    values: Tensor | None = None,
+    asked: Asked | None = None,
+    observe: Callable[[str, Tensor], None] | None = None,
+) -> Tensor:
+    """Compute `attention_branch` with `attend_heads`; arguments as there, `kernel` being flash-attn-4.
+
+    What the operators do not compute is left to `attention_branch`: adapters, value embeddings, learned
+    strengths of the exclusion, and outputs of some tokens only.
+    """
+    others = (*lora, weights.value_scale, weights.xsa_strength, asked)
+    if any(part is not None for part in others):
+        return attention_branch(
+            *(config, kernel, n, weights),
+            exclusive=exclusive,
+            rope=rope,
+            cu_seqlens=cu_seqlens,
+            lora=lora,
+            values=values,
+            asked=asked,
+            observe=observe,
+        )
+    gate, scale = config.head_gate, config.sparse_gate_scale
+    z = mix = None
+    if exclusive:
+        mix = scale if gate == "sparse" else 1.0, KINDS[gate]
+        if weights.gate is not None:
+            z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
+    y = attend_heads(
+        *(F.linear(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
+        head_dim=config.head_dim,
+        mix=mix,
+    )
+    if not exclusive and gate != "none":
+        assert weights.gate is not None
+        y = y * head_gate(gate, n, weights.gate, scale=scale)
+    y = y.flatten(1)
+    if observe is not None:
+        observe("attn_out", y)
+    return F.linear(y, weights.out)
+
+
+def select_branch(name: HeadsName, attention: AttentionName, config: ModelConfig) -> Branch:
+    """Return `heads_branch` if `name` is "auto" and flash-attn-4 attends to heads that the kernels take.
+
+    Otherwise `attention_branch`; also with torch's variable-length attention, because its forward and
+    backward operators are private. The programs that stand alone have `_no_heads.py` in place of this module.
+    """
+    return heads_branch if name == "auto" and attention == "fa4" and _takes(config) else attention_branch
+
+
+def _takes(config: ModelConfig) -> bool:
+    """Return whether this build has the kernels, and they take heads of this size."""
+    known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
+    return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))
