@@ -21,7 +21,7 @@ from pgolf.optim.split_weights import REST, is_split
 TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
 TORCH_ADAMW = {"lr", "weight_decay", "betas", "eps", "amsgrad"}
 MUON_STATE, CODED_STATE, ADAMW_STATE = {BUFFER}, {CODES, SCALES}, {"step", "exp_avg", "exp_avg_sq"}
-DTYPES = {SQUARE: torch.float32, CODES: torch.int8, SCALES: torch.float32, REST: torch.int16}
+DTYPES = {SQUARE: torch.float32, CODES: torch.int8, SCALES: torch.float32, REST: torch.int8}
 """Of state that does not have the dtype of its parameter."""
 
 
@@ -73,11 +73,14 @@ def restore_exact(
     """
     for own, saved in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(own["params"], saved["params"], strict=True):
-            wide = is_split(p, own) or own["momentum_bits"] == 8
+            split = is_split(p, own)
+            wide = split or own["momentum_bits"] == 8
             for name, value in state_dict["state"].get(key, {}).items():
                 if name in DTYPES or (wide and name != "step"):
                     dtype = DTYPES.get(name, torch.float32)
                     state[p][name] = value.detach().to(p.device, dtype, copy=True)
+            if not split and p in state:
+                state[p].pop(REST, None)
 
 
 def fit_moments(state: MutableMapping[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
@@ -141,8 +144,8 @@ def _check_state(what: str, state: Any, p: Tensor, group: Mapping[str, Any]) -> 
         value, shape = state[name], torch.Size() if name == "step" else p.shape
         if name == SQUARE:
             shape = torch.Size([sum(square_sizes(p.shape, group))])
-        if name == SCALES:
-            shape = scales_shape(p.shape)
+        if name in (SCALES, REST):
+            shape = scales_shape(p.shape) if name == SCALES else torch.Size([*p.shape, 2])
         if name == "step" and not isinstance(value, Tensor):
             value = torch.tensor(float(value))
         whole = DTYPES[name] if name in (CODES, REST) else None

@@ -337,6 +337,20 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(value, mesh_of(p), p.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
 
+def place_part(part: Tensor, p: Tensor, shape: torch.Size) -> Tensor:
+    """Return a part as a DTensor of this shape that is placed like `p`; as it is if `p` is no DTensor."""
+    if mesh_of(p) is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    placements = p.placements  # type: ignore[attr-defined]
+    found: Tensor = DTensor.from_local(
+        part, mesh_of(p), placements, run_check=False, shape=shape, stride=stride
+    )
+    return found
+
+
 def _group_of(mesh: Any) -> td.ProcessGroup | None:
     """Return a group of all ranks of the mesh."""
     group: td.ProcessGroup | None

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.optim.mesh import local, mesh_of
+from pgolf.optim.mesh import local, mesh_of, place_part
 from pgolf.optim.split_weights import is_split
 
 BUFFER, CODES, SCALES = "momentum_buffer", "momentum_codes", "momentum_scales"
@@ -91,31 +91,17 @@ def fit_momentum(state: MutableMapping[str, Any], p: Tensor, group: Mapping[str,
         if CODES not in state:
             buffer = local(state.pop(BUFFER)) if BUFFER in state else torch.zeros_like(local(p))
             codes, scales = encode(_rows(buffer).float())
-            state[CODES] = _placed(codes.reshape(buffer.shape), p, p.shape)
-            state[SCALES] = _placed(scales, p, scales_shape(p.shape))
+            state[CODES] = place_part(codes.reshape(buffer.shape), p, p.shape)
+            state[SCALES] = place_part(scales, p, scales_shape(p.shape))
         return
     dtype = torch.float32 if is_split(p, group) else like.dtype
     if CODES in state:
         values = decode(_rows(local(state.pop(CODES))), local(state.pop(SCALES)))
-        state[BUFFER] = _placed(values.reshape(local(p).shape).to(dtype), p, p.shape)
+        state[BUFFER] = place_part(values.reshape(local(p).shape).to(dtype), p, p.shape)
     elif BUFFER not in state:
         state[BUFFER] = torch.zeros_like(like if mesh_of(p) is None else p, dtype=dtype)
     elif is_split(p, group):
         state[BUFFER] = state[BUFFER].float()  # as it is, unless the group asked for something else before
-
-
-def _placed(part: Tensor, p: Tensor, shape: torch.Size) -> Tensor:
-    """Return this rank's part as a DTensor of this shape that is placed like `p`, if `p` is one."""
-    if mesh_of(p) is None:
-        return part
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(shape, device="meta").stride()
-    placements = p.placements  # type: ignore[attr-defined]
-    found: Tensor = DTensor.from_local(
-        part, mesh_of(p), placements, run_check=False, shape=shape, stride=stride
-    )
-    return found
 
 
 def update_momentum(

@@ -53,7 +53,7 @@ from pgolf.optim.muon_settings import (
 from pgolf.optim.owners import owners
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
-from pgolf.optim.split_weights import REST, is_split, join_all, split_all
+from pgolf.optim.split_weights import REST, is_split, join_all, rest_of, split_all
 from pgolf.optim.update_rules import row_normalize_
 
 
@@ -466,9 +466,7 @@ class Muon(Optimizer):
         if not is_split(p, group):
             self.state[p].pop(REST, None)  # of settings that were changed
             return None
-        if REST not in self.state[p]:
-            self.state[p][REST] = torch.zeros_like(p, dtype=torch.int16)
-        return local(self.state[p][REST])
+        return rest_of(self.state[p], p)
 
     def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
         return [local(t) for t in tensors] if self._meshes else tensors

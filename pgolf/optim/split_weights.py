@@ -9,19 +9,24 @@ sides of an even number would need 65,537 rests. All float32 numbers are exact b
 weight takes 4 bytes instead of the 6 of a bfloat16 parameter and its float32 copy. If a program changes p,
 the rest of the old weight stays, which is at most half a unit in the last place of p.
 
+The state has a rest as two int8 numbers, because the collectives of NCCL and gloo, with which a whole state
+is gathered, have no int16.
+
 Source: modded-nanogpt keeps the 16 low bits of w, so that its p is rounded towards zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgolf.optim.mesh import local, place_part
+
 REST = "weight_rest"
-"""Name of the state."""
+"""Name of the state, `(*shape of the parameter, 2)` int8."""
 
 
 def is_split(p: Tensor, group: Mapping[str, Any]) -> bool:
@@ -32,7 +37,7 @@ def is_split(p: Tensor, group: Mapping[str, Any]) -> bool:
 def split_float32(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Return the parameter (bfloat16) and the rest (int16) of float32 weights, of any shape."""
     # One bit pattern for all NaN: others would overflow to 0, or round to an infinity.
-    bits = torch.where(weights.isnan(), torch.nan, weights).view(torch.int32)
+    bits = weights.masked_fill(weights.isnan(), torch.nan).view(torch.int32)
     high = (bits + 32768) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - high * 65536).to(torch.int16)
 
@@ -40,6 +45,26 @@ def split_float32(weights: Tensor) -> tuple[Tensor, Tensor]:
 def join_float32(param: Tensor, rest: Tensor) -> Tensor:
     """Return the float32 weights of a bfloat16 parameter and its int16 rest, of the same shape."""
     return (param.view(torch.int16).to(torch.int32) * 65536 + rest).view(torch.float32)
+
+
+def rest_of(state: MutableMapping[str, Any], p: Tensor) -> Tensor:
+    """Return the int16 rest in the state, or this rank's part of it; if there is none, begin at 0."""
+    if REST not in state:
+        zeros = torch.zeros((*local(p).shape, 2), dtype=torch.int8, device=p.device)
+        state[REST] = place_part(zeros, p, torch.Size([*p.shape, 2]))
+    return local(state[REST]).view(torch.int16).squeeze(-1)
+
+
+def float32_weights(p: Tensor, state: MutableMapping[str, Any]) -> Tensor:
+    """Return the weights of a parameter in float32, exact if they are split.
+
+    Args:
+        p: the parameter; the weights are placed like it if it is a DTensor.
+        state: of the parameter, `optimizer.state[p]`.
+    """
+    if REST not in state:
+        return p.detach().float()
+    return place_part(join_float32(local(p).detach(), rest_of(state, p)), p, p.shape)
 
 
 def join_all(params: Sequence[Tensor], rests: Sequence[Tensor]) -> list[Tensor]:
