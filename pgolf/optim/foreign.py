@@ -89,7 +89,10 @@ def fit_moments(state: MutableMapping[str, Any], p: Tensor, group: Mapping[str, 
     if "step" not in state:
         state["step"] = zero_step(p, group)
     for name in ("exp_avg", "exp_avg_sq"):
-        state[name] = state[name].to(dtype) if name in state else torch.zeros_like(p, dtype=dtype)
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=dtype)
+        elif state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
 
 
 def zero_step(p: Tensor, group: Mapping[str, Any]) -> Tensor:

@@ -100,8 +100,8 @@ def fit_momentum(state: MutableMapping[str, Any], p: Tensor, group: Mapping[str,
         state[BUFFER] = place_part(values.reshape(local(p).shape).to(dtype), p, p.shape)
     elif BUFFER not in state:
         state[BUFFER] = torch.zeros_like(like if mesh_of(p) is None else p, dtype=dtype)
-    elif is_split(p, group):
-        state[BUFFER] = state[BUFFER].float()  # as it is, unless the group asked for something else before
+    elif is_split(p, group) and state[BUFFER].dtype != dtype:  # the group asked for something else before
+        state[BUFFER] = state[BUFFER].to(dtype)
 
 
 def update_momentum(

@@ -41,6 +41,7 @@ from pgolf.optim.muon_settings import (
     SETTINGS,
     SQUARE,
     boxes,
+    check_dtensors,
     check_group,
     check_numbers,
     check_options,
@@ -374,7 +375,7 @@ class Muon(Optimizer):
         """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
         for group in self.param_groups:
             if group["use_muon"] and (group["normalize"] or group["momentum_bits"]):
-                check_group(group)  # DTensors may have come, or the option been set, after it was added
+                check_dtensors(group)  # they may have come, or the option been set, after it was added
         named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
         for name, p, muon in self._named():
             if (mesh := mesh_of(p)) is not None:

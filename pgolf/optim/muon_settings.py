@@ -207,20 +207,7 @@ def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
             f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
             "convolutions; put it in a group with use_muon=False"
         )
-    if mesh_of(p) is not None:
-        check_placed(what, p)
-        if group["normalize"]:
-            raise ValueError(
-                f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
-                "use normalize=0"
-            )
-        whole = 2 if p.dim() == 3 else 1  # dimensions whose parts are whole rows
-        cut = [s.dim for s in p.placements if s.is_shard() and s.dim >= whole]  # type: ignore[attr-defined]
-        if group["momentum_bits"] and cut:
-            raise ValueError(
-                f"{what} is a DTensor that is sharded along dimension {cut[0]}, and momentum_bits=8 has "
-                "scales for parts of whole rows; shard it along dimension 0, or use momentum_bits=None"
-            )
+    _check_dtensor(what, p, group)
     rows, cols = p.shape[1:] if p.dim() == 3 else p.shape[:2]
     heads, along, split_sizes = group["num_heads"], group["heads_along"], group["split_sizes"]
     if heads is not None and along == "columns" and p.dim() > 3:
@@ -233,4 +220,28 @@ def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{what} has {rows} rows; split_sizes must be numbers >= 1 that add up to it, got "
             f"{list(split_sizes)}"
+        )
+
+
+def check_dtensors(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a Muon group has DTensors that an option is not for."""
+    for name, p in zip(_names(group), group["params"], strict=True):
+        _check_dtensor(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group)
+
+
+def _check_dtensor(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    if mesh_of(p) is None:
+        return
+    check_placed(what, p)
+    if group["normalize"]:
+        raise ValueError(
+            f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
+            "use normalize=0"
+        )
+    whole = 2 if p.dim() == 3 else 1  # dimensions whose parts are whole rows
+    cut = [s.dim for s in p.placements if s.is_shard() and s.dim >= whole]  # type: ignore[attr-defined]
+    if group["momentum_bits"] and cut:
+        raise ValueError(
+            f"{what} is a DTensor that is sharded along dimension {cut[0]}, and momentum_bits=8 has "
+            "scales for parts of whole rows; shard it along dimension 0, or use momentum_bits=None"
         )

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import pgolf.optim
 from pgolf.optim.mesh import Box, Layout
 from pgolf.optim.owners import owners
+from pgolf.optim.split_weights import float32_weights
 from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors, whole
 from tests.ranks import run_ranks
 
@@ -101,7 +102,7 @@ def train(net, optimizer, first=0, last=STEPS):
         optimizer.zero_grad()
         (net(x) - y).square().mean().backward()
         optimizer.step()
-    return {name: whole(p) for name, p in net.named_parameters()}
+    return {name: whole(float32_weights(p, optimizer.state[p])) for name, p in net.named_parameters()}
 
 
 def sharded(mesh, *modules, dtype=torch.float32):
