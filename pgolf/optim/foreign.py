@@ -74,7 +74,7 @@ def restore_exact(
     for own, saved in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(own["params"], saved["params"], strict=True):
             split = is_split(p, own)
-            wide = split or own["momentum_bits"] == 8
+            wide = split or (own["use_muon"] and own["momentum_bits"] == 8)
             for name, value in state_dict["state"].get(key, {}).items():
                 if name in DTYPES or (wide and name != "step"):
                     dtype = DTYPES.get(name, torch.float32)

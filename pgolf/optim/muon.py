@@ -497,8 +497,11 @@ class Muon(Optimizer):
         return found
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for split in {is_split(p, group): None for p in params}:
-            self._adamw_of(group, [p for p in params if is_split(p, group) == split], split)
+        kinds: dict[torch.device | None, list[Tensor]] = {}  # split weights are joined device by device
+        for p in params:
+            kinds.setdefault(p.device if is_split(p, group) else None, []).append(p)
+        for device, same in kinds.items():
+            self._adamw_of(group, same, split=device is not None)
 
     def _adamw_of(self, group: dict[str, Any], params: list[Tensor], split: bool) -> None:
         for p in params:

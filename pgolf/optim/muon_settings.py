@@ -191,7 +191,7 @@ def _check_forms(group: Mapping[str, Any]) -> None:
     if group["master_weights"] is None:
         return
     for name, p in zip(_names(group), group["params"], strict=True):
-        if p.dtype not in (torch.bfloat16, torch.float32, torch.float64):
+        if p.dtype.itemsize < 4 and p.dtype != torch.bfloat16:
             raise ValueError(
                 f"Muon: parameter {name} of shape {tuple(p.shape)} is {p.dtype}, and master_weights='split' "
                 "is for torch.bfloat16 parameters; convert the model with model.bfloat16(), or use "

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 import pgolf.optim
 from pgolf.optim.split_weights import float32_weights, join_float32, split_float32
-from tests.conftest import DEVICES
+from tests.conftest import DEVICES, requires_gpu
 
 SPLIT = {"master_weights": "split"}
 
@@ -203,6 +203,37 @@ def test_both_dtypes_in_one_group_step():
     assert ["weight_rest" in optimizer.state[p] for p in params] == [True, False, True, False]
     for narrow, wide in ((params[0], params[1]), (params[2], params[3])):
         assert torch.equal(float32_weights(narrow, optimizer.state[narrow]), wide)
+
+
+@requires_gpu
+def test_a_group_may_have_parameters_on_several_devices():
+    found = []
+    for devices in (("cpu", "cuda"), ("cpu", "cpu")):
+        params = [
+            nn.Parameter(torch.ones(s, dtype=torch.bfloat16, device=d))
+            for s in ((4, 4), (4,))
+            for d in devices
+        ]
+        groups = [{"params": params[:2]}, {"params": params[2:], "use_muon": False}]
+        optimizer = pgolf.optim.Muon(groups, lr=0.02, **SPLIT, momentum_bits=8)
+        for p in params:
+            p.grad = torch.eye(4).to(p) if p.dim() == 2 else torch.ones_like(p)
+        optimizer.step()
+        found.append([float32_weights(p, optimizer.state[p]).cpu() for p in params])
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-3)  # the iteration is in bfloat16 on CUDA
+
+
+def test_moments_of_complex_parameters_load_exactly():
+    p = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    p.grad = torch.full_like(p, 1 + 2j)
+    first, second = (
+        pgolf.optim.Muon([{"params": [p], "use_muon": False}], momentum_bits=8, **SPLIT) for _ in range(2)
+    )
+    first.step()
+    second.load_state_dict(first.state_dict())
+    for name, value in first.state[p].items():
+        assert torch.equal(second.state[p][name], value)
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum_bits": 8}], ids=str)
