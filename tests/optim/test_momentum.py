@@ -18,6 +18,7 @@ from pgolf.optim.polar import JORDAN
 from pgolf.optim.ranks import fingerprint
 from pgolf.optim.split_weights import float32_weights
 from tests.conftest import DEVICES, requires_gpu
+from tests.optim.test_step import WithoutHost
 
 LR, DECAY, MU = 0.05, 0.1, 0.9
 SHAPES = [(5, 300), (3, 7, 4), (6, 2, 3, 3), (12, 8), (12, 8), (1, 3)]
@@ -432,6 +433,24 @@ def test_bfloat16_parameters_step_on_each_device(options, device):
     tolerance = 0.15 if "master_weights" in options else 0.3
     for p, q, was in zip(params, wide, start, strict=True):
         assert (float32_weights(p, optimizer.state[p]) - q).norm() < tolerance * (q - was).norm()
+
+
+@pytest.mark.parametrize("options", [BOTH, {"momentum_bits": 8}, {"master_weights": "split"}], ids=str)
+def test_a_step_leaves_the_host_alone_so_that_a_graph_can_hold_it(options):
+    sets = [parameters(dtype=torch.bfloat16) for _ in "12"]
+    lr = torch.tensor(LR)
+    optimizers = [
+        pgolf.optim.Muon(params, lr=lr, capturable=True, normalize=0.9, cautious=True, **options)
+        for params in sets
+    ]
+    for step in range(3):
+        for params in sets:
+            for p, grad in zip(params, tensors([p.shape for p in params], step), strict=True):
+                p.grad = grad.to(p)
+        with WithoutHost():
+            optimizers[0].step()
+        optimizers[1].step()
+    assert all(torch.equal(p, q) for p, q in zip(*sets, strict=True))
 
 
 @requires_gpu
