@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import step, ttt
+from bench import muon_memory, step, ttt
 from bench.common import Recorder, Sample
 from bench.run import figures
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
@@ -136,3 +136,15 @@ def test_forms_of_a_scoring_case_are_those_that_it_has():
     assert ttt.forms_of("record_phased", torch.device("cuda"), every[1:]) == ["compiled", "captured"]
     assert ttt.forms_of("sliding64", torch.device("cuda"), every) == ["eager", "compiled"]
     assert ttt.forms_of("record_adapters", torch.device("cpu"), every) == ["eager"]
+
+
+@pytest.mark.parametrize("name", ["linear", "dynamic"])
+def test_the_other_codes_of_the_momentum_take_the_nearest_value(name: str):
+    code, x = muon_memory.CODES[name], torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    codes, scales = code.encode(x)
+    every = torch.arange(-128 if name == "dynamic" else -127, 128, dtype=torch.int8)
+    table = code.decode(every.repeat(3, 1), scales)
+    nearest = (x.unsqueeze(-1) - table.unsqueeze(1)).abs().amin(-1)
+    torch.testing.assert_close((code.decode(codes, scales) - x).abs(), nearest, rtol=1e-5, atol=1e-7)
+    assert len(table[0].unique()) == len(every) and (code.decode(codes, scales)[1] == 0).all()

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from pgolf.optim.mesh import mesh_of
+from pgolf.optim.momentum import BUFFER, CODES, SCALES, scales_shape
 from pgolf.optim.muon_settings import SQUARE, square_sizes
+from pgolf.optim.split_weights import REST, is_split
 
 TORCH_MUON = {"lr", "weight_decay", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps"}
 TORCH_ADAMW = {"lr", "weight_decay", "betas", "eps", "amsgrad"}
-MUON_STATE, ADAMW_STATE = {"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}
+MUON_STATE, CODED_STATE, ADAMW_STATE = {BUFFER}, {CODES, SCALES}, {"step", "exp_avg", "exp_avg_sq"}
+DTYPES = {SQUARE: torch.float32, CODES: torch.int8, SCALES: torch.float32, REST: torch.int8}
+"""Of state that does not have the dtype of its parameter."""
 
 
 def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
@@ -59,18 +63,36 @@ def check_saved(state_dict: Any, groups: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def restore_squares(
+def restore_exact(
     state: MutableMapping[Any, Any], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> None:
-    """Put the mean squares of NorMuon into `state`, which torch has loaded, in float32 as they were saved.
+    """Put saved tensors that torch rounds to the dtype of their parameter into `state`, which it has loaded.
 
-    torch rounds all state to the dtype of its parameter.
+    These are mean squares, codes, scales and rests, and the momentum and the moments of split weights and
+    those that are encoded next.
     """
     for own, saved in zip(groups, state_dict["param_groups"], strict=True):
         for p, key in zip(own["params"], saved["params"], strict=True):
-            value = state_dict["state"].get(key, {}).get(SQUARE)
-            if value is not None:
-                state[p][SQUARE] = value.detach().to(p.device, torch.float32, copy=True)
+            split = is_split(p, own)
+            wide = split or (own["use_muon"] and own["momentum_bits"] == 8)
+            for name, value in state_dict["state"].get(key, {}).items():
+                if name in DTYPES or (wide and name != "step"):
+                    dtype = DTYPES.get(name, torch.float32)
+                    state[p][name] = value.detach().to(p.device, dtype, copy=True)
+            if not split and p in state:
+                state[p].pop(REST, None)
+
+
+def fit_moments(state: MutableMapping[str, Any], p: Tensor, group: Mapping[str, Any]) -> None:
+    """Give a parameter of AdamW moments of the right dtype: convert those that it has, or begin at 0."""
+    dtype = torch.float32 if is_split(p, group) else p.dtype
+    if "step" not in state:
+        state["step"] = zero_step(p, group)
+    for name in ("exp_avg", "exp_avg_sq"):
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=dtype)
+        elif state[name].dtype != dtype:
+            state[name] = state[name].to(dtype)
 
 
 def zero_step(p: Tensor, group: Mapping[str, Any]) -> Tensor:
@@ -113,10 +135,10 @@ def _is_muon(group: Mapping[str, Any], i: int) -> bool:
 def _check_state(what: str, state: Any, p: Tensor, group: Mapping[str, Any]) -> None:
     """Raise ValueError unless `state` is empty or has all entries of its kind, of the shapes for `p`."""
     muon = group["use_muon"]
-    wanted = MUON_STATE if muon else ADAMW_STATE
     found = set(state) if isinstance(state, Mapping) else {f"a {type(state).__name__}"}
+    wanted = ADAMW_STATE if not muon else CODED_STATE if CODES in found else MUON_STATE
     # Mean squares that are missing start at 0, and those that the settings do not need stay unused.
-    if found and found - ({SQUARE} if muon else set()) != wanted:
+    if found and found - ({SQUARE, REST} if muon else {REST}) != wanted:
         raise ValueError(
             f"{what}: the saved state has the entries {sorted(map(str, found))}, expected those of "
             f"{'Muon' if muon else 'AdamW'}: {sorted(wanted)}"
@@ -125,12 +147,17 @@ def _check_state(what: str, state: Any, p: Tensor, group: Mapping[str, Any]) -> 
         value, shape = state[name], torch.Size() if name == "step" else p.shape
         if name == SQUARE:
             shape = torch.Size([sum(square_sizes(p.shape, group))])
+        if name in (SCALES, REST):
+            shape = scales_shape(p.shape) if name == SCALES else torch.Size([*p.shape, 2])
         if name == "step" and not isinstance(value, Tensor):
             value = torch.tensor(float(value))
-        fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+        whole = DTYPES[name] if name in (CODES, REST) else None
+        fits = isinstance(value, Tensor) and value.shape == shape
+        fits = fits and (value.dtype == whole if whole else value.is_floating_point())
         if not fits and not (isinstance(value, Tensor) and value.is_complex() and p.is_complex()):
             got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{what}: the saved {name} is {got}, expected floats of shape {tuple(shape)}")
+            kind = whole or "floats"
+            raise ValueError(f"{what}: the saved {name} is {got}, expected {kind} of shape {tuple(shape)}")
         if (mesh := mesh_of(value)) is not None and not (
             mesh == mesh_of(p) and value.placements == p.placements  # type: ignore[attr-defined]
         ):

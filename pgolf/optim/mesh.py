@@ -108,6 +108,8 @@ class Part(NamedTuple):
     """The matrix in the parameter."""
     target: Tensor
     """This rank's part of the whole parameter."""
+    rest: Tensor | None
+    """Its rest, with split weights (`pgolf.optim.split_weights`)."""
     direction: Tensor
     """The part of the direction, of the same shape."""
 
@@ -248,12 +250,14 @@ class Exchange:
         found = [[updates[p.matrix][p.slices[1:]] for p in pieces] for pieces in self.plan.updates_out]
         self._start(found, self.plan.updates_in)
 
-    def updates(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Wait for the updates; return the parts of this rank's parameters, and their updates, flat."""
+    def updates(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Wait for the updates; return this rank's parts of parameters and rests, and their updates, flat."""
         self._wait()
         arrived = list(self._arrived(self.plan.updates_in))
-        targets = [_block(self.parts[piece.matrix].target, piece.slices) for piece, _ in arrived]
-        return targets, [update for _, update in arrived]
+        found = [(self.parts[piece.matrix], piece.slices) for piece, _ in arrived]
+        targets = [_block(part.target, slices) for part, slices in found]
+        rests = [_block(part.rest, slices) for part, slices in found if part.rest is not None]
+        return targets, rests, [update for _, update in arrived]
 
     def _start(self, blocks: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Piece]]) -> None:
         flat = [block.reshape(-1) for row in blocks for block in row]
@@ -331,6 +335,20 @@ def place_like(value: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, mesh_of(p), p.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def place_part(part: Tensor, p: Tensor, shape: torch.Size) -> Tensor:
+    """Return a part as a DTensor of this shape that is placed like `p`; as it is if `p` is no DTensor."""
+    if mesh_of(p) is None:
+        return part
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(shape, device="meta").stride()
+    placements = p.placements  # type: ignore[attr-defined]
+    found: Tensor = DTensor.from_local(
+        part, mesh_of(p), placements, run_check=False, shape=shape, stride=stride
+    )
+    return found
 
 
 def _group_of(mesh: Any) -> td.ProcessGroup | None:

@@ -13,9 +13,7 @@ Legend: `m` rows (output features as stored), `n` columns of one matrix.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, overload
 
 import torch
@@ -25,7 +23,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from pgolf.ops import newton_schulz
-from pgolf.optim.foreign import check_saved, restore_squares, zero_step
+from pgolf.optim.foreign import check_saved, fit_moments, restore_exact, zero_step
 from pgolf.optim.mesh import (
     Exchange,
     MeshRanks,
@@ -35,11 +33,15 @@ from pgolf.optim.mesh import (
     mesh_of,
     place_like,
 )
+from pgolf.optim.momentum import fit_momentum, update_momentum
+from pgolf.optim.muon_buckets import Bucket, apply_updates
 from pgolf.optim.muon_settings import (
     ADAM_EPS,
+    FORMS,
     SETTINGS,
     SQUARE,
     boxes,
+    check_dtensors,
     check_group,
     check_numbers,
     check_options,
@@ -52,7 +54,8 @@ from pgolf.optim.muon_settings import (
 from pgolf.optim.owners import owners
 from pgolf.optim.polar import JORDAN, Coefficients
 from pgolf.optim.ranks import Comparison, Fact, compare_facts, host_group
-from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, row_normalize_
+from pgolf.optim.split_weights import REST, is_split, join_all, rest_of, split_all
+from pgolf.optim.update_rules import row_normalize_
 
 
 class Muon(Optimizer):
@@ -78,8 +81,8 @@ class Muon(Optimizer):
     group may set every argument except for those marked "not in a group", and in addition:
 
     - `use_muon`: False makes it an AdamW group, for embeddings, heads, gains and biases, with the settings
-      `lr`, `weight_decay`, `betas`, `eps` (default 1e-8), `capturable` and `fused`. It equals
-      `torch.optim.AdamW` and has the same state, so states can be exchanged in both directions.
+      `lr`, `weight_decay`, `betas`, `eps` (default 1e-8), `master_weights`, `capturable` and `fused`. It
+      equals `torch.optim.AdamW` and has the same state, so states can be exchanged in both directions.
     - `split_sizes`: numbers of rows of the matrices that are fused in each parameter of the group, for
       example `(d, k, k)` for QKV; each of these matrices is iterated separately.
     - `num_heads`: number of attention heads in each parameter of the group, which are iterated separately,
@@ -125,6 +128,8 @@ class Muon(Optimizer):
         row_normalize: bool = False,
         normalize: float = 0.0,
         cautious: bool = False,
+        momentum_bits: int | None = None,
+        master_weights: str | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         maximize: bool = False,
         foreach: bool | None = None,
@@ -151,6 +156,12 @@ class Muon(Optimizer):
             normalize: decay per step of the mean squares of NorMuon (arXiv 2510.05491), in [0, 1); 0 = off.
                 Not for DTensors.
             cautious: cautious weight decay (arXiv 2510.12402). It costs several more passes over weights.
+            momentum_bits: 8 keeps the momentum of Muon groups as 8-bit codes, with a scale for at most 256
+                elements of a row (`pgolf.optim.momentum`). A DTensor must consist of whole rows then. None
+                keeps the momentum in the dtype of the gradient.
+            master_weights: "split" trains bfloat16 parameters as if they were float32, with 2 more bytes per
+                weight (`pgolf.optim.split_weights`). Their momentum (with `momentum_bits=None`) and moments
+                are float32 then. Float32 and float64 parameters stay as they are. None is off.
             betas: decays of the two moments in AdamW groups.
             maximize: must be False.
             foreach: whether AdamW groups use multi-tensor operators; None means unless `fused`. Muon groups
@@ -193,6 +204,8 @@ class Muon(Optimizer):
             "row_normalize": row_normalize,
             "normalize": normalize,
             "cautious": cautious,
+            "momentum_bits": momentum_bits,
+            "master_weights": master_weights,
             "use_muon": True,
             "split_sizes": None,
             "num_heads": None,
@@ -236,7 +249,8 @@ class Muon(Optimizer):
         """Load a state_dict of this class, of `torch.optim.Muon`, or of `torch.optim.AdamW` (AdamW groups).
 
         The settings of the saved groups replace those of this optimizer; settings that are missing in the
-        saved groups stay as they are.
+        saved groups stay as they are, and so do `momentum_bits` and `master_weights`: the state is converted
+        to the form that this optimizer has. Without `master_weights`, saved rests of weights are dropped.
 
         Raises:
             ValueError: the state does not fit (see `pgolf.optim.foreign.check_saved`), or a saved setting is
@@ -244,21 +258,32 @@ class Muon(Optimizer):
             TypeError: a saved setting is not a number.
         """
         check_saved(state_dict, self.param_groups)
+        # What is stored in which form is a matter of this optimizer, and the state is converted to it.
         saved = [
-            {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **group}
+            {
+                **{k: v for k, v in own.items() if k not in ("params", "param_names")},
+                **group,
+                **{k: own[k] for k in FORMS},
+            }
             for own, group in zip(self.param_groups, state_dict["param_groups"], strict=True)
         ]
         for own, group in zip(self.param_groups, saved, strict=True):
             check_group({**group, "params": own["params"]})
         super().load_state_dict({**state_dict, "param_groups": saved})
         self._compared = False
+        restore_exact(self.state, self.param_groups, state_dict)
         for group in self.param_groups:
             for p in group["params"]:
-                state = self.state.get(p, {})
+                if not (state := self.state.get(p, {})):
+                    continue
                 if isinstance(state.get("step"), int | float):  # saved by torch before 1.12
                     state["step"] = zero_step(p, group) + state["step"]
-                state.update({k: place_like(value, p) for k, value in state.items() if k != "step"})
-        restore_squares(self.state, self.param_groups, state_dict)
+                whole = state.keys() - {"step", SQUARE}
+                state.update({name: place_like(state[name], p) for name in whole})
+                if group["use_muon"]:
+                    fit_momentum(state, p, group, p)
+                else:
+                    fit_moments(state, p, group)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -291,7 +316,7 @@ class Muon(Optimizer):
         if any(mesh_of(p) is not None for group in self.param_groups for p in group["params"]):
             self._compare_meshes()
         check_squares(self.param_groups, self.state)
-        buckets: list[_Bucket] = []
+        buckets: list[Bucket] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None and p.numel() > 0]
             if any(p.grad.is_sparse for p in params):
@@ -307,12 +332,12 @@ class Muon(Optimizer):
         else:
             updates = [list(_iterate(bucket, range(len(bucket.targets))).unbind()) for bucket in plain]
         for bucket, update in zip(plain, updates, strict=True):
-            _apply(bucket, bucket.targets, update)
+            apply_updates(bucket, bucket.targets, bucket.rests, update)
         for bucket, exchange in exchanges:
             matrices = exchange.directions()
             exchange.scatter(_polar(bucket, matrices) if len(matrices) else matrices)
         for bucket, exchange in exchanges:
-            _apply(bucket, *exchange.updates())
+            apply_updates(bucket, *exchange.updates())
         self._counts["orthogonalized"] = sum(len(b.targets) + len(b.parts) for b in buckets)
         if comparison is not None:
             comparison.finish()
@@ -349,8 +374,8 @@ class Muon(Optimizer):
     def _compare_meshes(self) -> None:
         """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
         for group in self.param_groups:
-            if group["use_muon"] and group["normalize"]:
-                check_group(group)  # DTensors may have come, or normalize been set, after it was added
+            if group["use_muon"] and (group["normalize"] or group["momentum_bits"]):
+                check_dtensors(group)  # they may have come, or the option been set, after it was added
         named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
         for name, p, muon in self._named():
             if (mesh := mesh_of(p)) is not None:
@@ -397,38 +422,33 @@ class Muon(Optimizer):
                 )
         return facts
 
-    def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[_Bucket]:
+    def _momentum(self, group: dict[str, Any], params: list[Tensor]) -> list[Bucket]:
         """Update the momentum and return the directions to iterate, matrices of one shape in one bucket."""
-        grads = self._gradients(params)
-        buffers = []
-        for p, grad in zip(params, grads, strict=True):
-            if "momentum_buffer" not in self.state[p]:
-                like = p if self._meshes and mesh_of(p) else grad
-                self.state[p]["momentum_buffer"] = torch.zeros_like(like, dtype=grad.dtype)
-            buffers.append(self.state[p]["momentum_buffer"])
-        buffers = self._locals(buffers)
-        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-        nesterov = group["nesterov"]
-        directions = torch._foreach_lerp(grads, buffers, group["momentum"]) if nesterov else buffers
+        states = [self.state[p] for p in params]
+        directions = update_momentum(group, params, states, self._gradients(params))
         table = table_of(group["ns_coefficients"], group["ns_steps"])
-        found: dict[tuple[object, ...], _Bucket] = {}
+        found: dict[tuple[object, ...], Bucket] = {}
         key: tuple[object, ...]
         for p, direction in zip(params, directions, strict=True):
+            rest = self._rest(p, group)
             if self._meshes and (ranks := self._ranks_of(p)):
                 for box in boxes(p.shape, group):
                     key = (box.shape, p.dtype, p.device, ranks)
                     if (bucket := found.get(key)) is None:
-                        bucket = found[key] = _Bucket(group, table, box.shape, ranks)
+                        bucket = found[key] = Bucket(group, table, box.shape, ranks)
                     # Not p.detach(), which DTensor dispatches in Python.
-                    bucket.parts.append(Part(ranks.layout(p), box, local(p).detach(), direction))
+                    bucket.parts.append(Part(ranks.layout(p), box, local(p).detach(), rest, direction))
                 continue
-            pieces, squares = (matrices(t, group) for t in (p.detach(), direction)), self._squares(p, group)
-            for i, (target, piece) in enumerate(zip(*pieces, strict=True)):
+            targets, pieces = matrices(p.detach(), group), matrices(direction, group)
+            rests = [] if rest is None else matrices(rest, group)
+            squares = self._squares(p, group)
+            for i, (target, piece) in enumerate(zip(targets, pieces, strict=True)):
                 matrix = piece.flatten(1)
                 key = (matrix.shape, p.dtype, p.device)
                 if (bucket := found.get(key)) is None:
-                    bucket = found[key] = _Bucket(group, table, (matrix.shape[0], matrix.shape[1]))
+                    bucket = found[key] = Bucket(group, table, (matrix.shape[0], matrix.shape[1]))
                 bucket.targets.append(target)
+                bucket.rests.extend(rests[i : i + 1])
                 bucket.directions.append(matrix)
                 bucket.squares.extend(squares[i : i + 1])
         return list(found.values())
@@ -442,6 +462,13 @@ class Muon(Optimizer):
             self.state[p][SQUARE] = torch.zeros(sum(sizes), device=p.device, dtype=torch.float32)
         return list(self.state[p][SQUARE].split(sizes))
 
+    def _rest(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """Return this rank's part of the rest of a parameter, with split weights."""
+        if not is_split(p, group):
+            self.state[p].pop(REST, None)  # of settings that were changed
+            return None
+        return rest_of(self.state[p], p)
+
     def _locals(self, tensors: list[Tensor]) -> list[Tensor]:
         return [local(t) for t in tensors] if self._meshes else tensors
 
@@ -453,9 +480,9 @@ class Muon(Optimizer):
     def _ranks_of(self, p: Tensor) -> MeshRanks | None:
         return (self._meshes or {}).get(mesh_of(p))
 
-    def _gather(self, buckets: list[_Bucket]) -> list[tuple[_Bucket, Exchange]]:
+    def _gather(self, buckets: list[Bucket]) -> list[tuple[Bucket, Exchange]]:
         """Start to gather the matrices of distributed parameters to the ranks that iterate them."""
-        by_ranks: dict[MeshRanks, list[_Bucket]] = {}
+        by_ranks: dict[MeshRanks, list[Bucket]] = {}
         for bucket in buckets:
             if bucket.ranks is not None:
                 by_ranks.setdefault(bucket.ranks, []).append(bucket)
@@ -470,14 +497,22 @@ class Muon(Optimizer):
         return found
 
     def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        kinds: dict[torch.device | None, list[Tensor]] = {}  # split weights are joined device by device
         for p in params:
-            if "step" not in self.state[p]:
-                self.state[p]["step"] = zero_step(p, group)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+            kinds.setdefault(p.device if is_split(p, group) else None, []).append(p)
+        for device, same in kinds.items():
+            self._adamw_of(group, same, split=device is not None)
+
+    def _adamw_of(self, group: dict[str, Any], params: list[Tensor], split: bool) -> None:
+        for p in params:
+            fit_moments(self.state[p], p, group)
+        weights, grads = self._locals(params), self._gradients(params)
+        targets, rests = weights, [rest for p in params if (rest := self._rest(p, group)) is not None]
+        if split:
+            weights, grads = join_all(targets, rests), [grad.float() for grad in grads]
         adamw(
-            self._locals(params),
-            self._gradients(params),
+            weights,
+            grads,
             self._locals([self.state[p]["exp_avg"] for p in params]),
             self._locals([self.state[p]["exp_avg_sq"] for p in params]),
             [],
@@ -493,73 +528,23 @@ class Muon(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+        if split:
+            split_all(weights, targets, rests)
 
 
-@dataclass(frozen=True)
-class _Bucket:
-    """The matrices of one group that have the same shape, dtype and device, whole or on the same mesh."""
-
-    group: dict[str, Any]
-    table: tuple[Coefficients, ...]
-    shape: tuple[int, int]
-    ranks: MeshRanks | None = None  # that hold the parts of the matrices
-    parts: list[Part] = field(default_factory=list)  # instead of targets and directions
-    targets: list[Tensor] = field(default_factory=list)  # views of parameters, m * n elements each
-    directions: list[Tensor] = field(default_factory=list)  # (m, n), input of the polar iteration
-    squares: list[Tensor] = field(default_factory=list)  # (max(m, n),) of each, with NorMuon
-
-    @property
-    def cost(self) -> int:
-        """Multiply-adds to iterate one matrix; each iteration computes X X^T, A^2 and a product with X."""
-        short, long = sorted(self.shape)
-        return len(self.table) * short * short * (2 * long + short)
-
-
-def _iterate(bucket: _Bucket, indices: Iterable[int]) -> Tensor:
+def _iterate(bucket: Bucket, indices: Iterable[int]) -> Tensor:
     """Return the orthogonalized directions `(number of indices, m, n)`, bfloat16 on CUDA, float32 on CPU."""
     directions = [bucket.directions[i] for i in indices]
     return _polar(bucket, torch.stack(directions).to(_dtype(directions[0].device)))
 
 
-def _polar(bucket: _Bucket, x: Tensor) -> Tensor:
+def _polar(bucket: Bucket, x: Tensor) -> Tensor:
     if bucket.group["row_normalize"]:
         row_normalize_(x)
     return newton_schulz(x, bucket.table, eps=bucket.group["eps"])
 
 
-def _apply(bucket: _Bucket, targets: list[Tensor], updates: Sequence[Tensor]) -> None:
-    if not targets:
-        return
-    group, (rows, cols) = bucket.group, bucket.shape
-    live = isinstance(group["lr"], Tensor) and group.get("capturable")
-    lr = group["lr"].view(()) if live else float(group["lr"])
-    match = group["adjust_lr_fn"] == "match_rms_adamw"
-    ratio = 0.2 * math.sqrt(max(rows, cols)) if match else lr_scale(rows, cols)
-    decay = lr * group["weight_decay"]
-    if bucket.squares:
-        updates = _normalized(bucket, updates)
-    shaped = [u.view(t.shape) for u, t in zip(updates, targets, strict=True)]
-    if group["cautious"]:
-        for target, update in zip(targets, shaped, strict=True):
-            cautious_decay_(target, update, decay)
-    else:
-        torch._foreach_mul_(targets, 1 - decay)
-    if live:
-        wide = [u.to(t.dtype) for u, t in zip(shaped, targets, strict=True)]
-        torch._foreach_sub_(targets, torch._foreach_mul(wide, lr * ratio))
-    else:
-        torch._foreach_add_(targets, shaped, alpha=-lr * ratio)
-
-
-def _normalized(bucket: _Bucket, updates: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the updates divided by the roots of their mean squares, which are updated."""
-    whole, squares = torch.stack([u.view(bucket.shape) for u in updates]), torch.stack(bucket.squares)
-    normalize_update_(whole, squares, bucket.group["normalize"])
-    torch._foreach_copy_(bucket.squares, squares.unbind())
-    return whole.unbind()
-
-
-def _shared_out(buckets: list[_Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:
+def _shared_out(buckets: list[Bucket], process_group: td.ProcessGroup | None) -> list[list[Tensor]]:
     """Iterate this rank's matrices and gather the updates of all ranks, the same bits on every rank."""
     devices = {bucket.targets[0].device for bucket in buckets}
     if len(devices) > 1:

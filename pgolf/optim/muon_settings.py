@@ -32,14 +32,18 @@ SETTINGS = {
     "row_normalize",
     "normalize",
     "cautious",
+    "momentum_bits",
+    "master_weights",
     "use_muon",
     "split_sizes",
     "num_heads",
     "heads_along",
     "betas",
 }
-ADDED = {"normalize": 0.0, "cautious": False}
+ADDED = {"normalize": 0.0, "cautious": False, "momentum_bits": None, "master_weights": None}
 """Settings that the first pickled optimizers do not have, and their defaults."""
+FORMS = ("momentum_bits", "master_weights")
+"""Settings that say in which form the state is kept; a loaded state does not change them."""
 
 
 def matrices(tensor: Tensor, group: Mapping[str, Any]) -> list[Tensor]:
@@ -154,6 +158,7 @@ def check_group(group: dict[str, Any]) -> None:
     """Raise ValueError or TypeError if a setting or a parameter of the group cannot be used."""
     check_numbers({name: group[name] for name in ("lr", "weight_decay", "eps")})
     check_options(group)
+    _check_forms(group)
     if not group["use_muon"]:
         betas = group["betas"]
         if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
@@ -178,6 +183,22 @@ def check_group(group: dict[str, Any]) -> None:
         _check_matrix(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group)
 
 
+def _check_forms(group: Mapping[str, Any]) -> None:
+    if group["momentum_bits"] not in (None, 8):
+        raise ValueError(f"Muon: momentum_bits must be 8 or None, got {group['momentum_bits']!r}")
+    if group["master_weights"] not in (None, "split"):
+        raise ValueError(f"Muon: master_weights must be 'split' or None, got {group['master_weights']!r}")
+    if group["master_weights"] is None:
+        return
+    for name, p in zip(_names(group), group["params"], strict=True):
+        if p.dtype.itemsize < 4 and p.dtype != torch.bfloat16:
+            raise ValueError(
+                f"Muon: parameter {name} of shape {tuple(p.shape)} is {p.dtype}, and master_weights='split' "
+                "is for torch.bfloat16 parameters; convert the model with model.bfloat16(), or use "
+                "master_weights=None"
+            )
+
+
 def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if p.is_complex():
         raise TypeError(f"{what} is {p.dtype}, expected a real dtype; put it in a group with use_muon=False")
@@ -186,13 +207,7 @@ def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
             f"{what} is not a matrix: Muon takes 2-D (m, n), 3-D stacks (b, m, n) and 4-D or 5-D "
             "convolutions; put it in a group with use_muon=False"
         )
-    if mesh_of(p) is not None:
-        check_placed(what, p)
-        if group["normalize"]:
-            raise ValueError(
-                f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
-                "use normalize=0"
-            )
+    _check_dtensor(what, p, group)
     rows, cols = p.shape[1:] if p.dim() == 3 else p.shape[:2]
     heads, along, split_sizes = group["num_heads"], group["heads_along"], group["split_sizes"]
     if heads is not None and along == "columns" and p.dim() > 3:
@@ -205,4 +220,28 @@ def _check_matrix(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{what} has {rows} rows; split_sizes must be numbers >= 1 that add up to it, got "
             f"{list(split_sizes)}"
+        )
+
+
+def check_dtensors(group: Mapping[str, Any]) -> None:
+    """Raise ValueError if a Muon group has DTensors that an option is not for."""
+    for name, p in zip(_names(group), group["params"], strict=True):
+        _check_dtensor(f"Muon: parameter {name} of shape {tuple(p.shape)}", p, group)
+
+
+def _check_dtensor(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
+    if mesh_of(p) is None:
+        return
+    check_placed(what, p)
+    if group["normalize"]:
+        raise ValueError(
+            f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
+            "use normalize=0"
+        )
+    whole = 2 if p.dim() == 3 else 1  # dimensions whose parts are whole rows
+    cut = [s.dim for s in p.placements if s.is_shard() and s.dim >= whole]  # type: ignore[attr-defined]
+    if group["momentum_bits"] and cut:
+        raise ValueError(
+            f"{what} is a DTensor that is sharded along dimension {cut[0]}, and momentum_bits=8 has "
+            "scales for parts of whole rows; shard it along dimension 0, or use momentum_bits=None"
         )

@@ -131,6 +131,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> Tensor:
     [1, 2), so that the sums depend on the position and the sign of every element.
     """
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
+    real = [t if t.is_floating_point() else t.float() for t in real]  # codes; torch has no norm of integers
     devices = list(dict.fromkeys(t.device for t in real))
     places = [[i for i, t in enumerate(real) if t.device == device] for device in devices]
     parts = [_measure([real[i] for i in indices]).to(devices[0], non_blocking=True) for indices in places]

@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import pgolf.optim
 from pgolf.optim.mesh import Box, Layout
 from pgolf.optim.owners import owners
+from pgolf.optim.split_weights import float32_weights
 from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors, whole
 from tests.ranks import run_ranks
 
@@ -34,9 +35,10 @@ WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1, 5), (6, 1), (7,)]
 
 BLOCKS = [Shard(0), Shard(1)]
+NARROW = torch.bfloat16
 
 
-def step_by_hand(place, place_gradient=None):
+def step_by_hand(place, place_gradient=None, **options):
     """Take steps on parameters and gradients that `place` distributes; return all values as whole tensors.
 
     In one step one parameter has no gradient on any rank.
@@ -53,7 +55,7 @@ def step_by_hand(place, place_gradient=None):
     def gradient(step, i, grad):
         return None if (step, i) == (1, 5) else (place_gradient or place)(grad)
 
-    return take_steps(params, groups, STEPS, gradient)
+    return take_steps(params, groups, STEPS, gradient, **options)
 
 
 def placer(mesh, placements):
@@ -71,38 +73,41 @@ def partial(mesh):
     return lambda tensor: DTensor.from_local(tensor / mesh.size(), mesh, [Partial()])
 
 
-def network():
+def network(dtype=torch.float32):
     rng = torch.Generator().manual_seed(9)
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3))
     for p in net.parameters():
         p.data.copy_(0.4 * torch.randn(p.shape, generator=rng))
-    return net
+    return net.to(dtype)
 
 
-def optimizer_of(net):
+COMPACT = {"momentum_bits": 8, "master_weights": "split"}
+
+
+def optimizer_of(net, **settings):
     """Return an optimizer with one group of matrices and one of vectors."""
     named = list(net.named_parameters())
     groups = [
         {"params": [(n, p) for n, p in named if p.dim() == 2], "cautious": True},
         {"params": [(n, p) for n, p in named if p.dim() != 2], "use_muon": False, "lr": 1e-3},
     ]
-    return pgolf.optim.Muon(groups, lr=0.02)
+    return pgolf.optim.Muon(groups, lr=0.02, **settings)
 
 
 def train(net, optimizer, first=0, last=STEPS):
     """Train on the same batch on each rank, so that the mean of 1, 2 or 4 gradients is exact."""
     for step in range(first, last):
         rng = torch.Generator().manual_seed(100 + step)
-        x, y = (torch.randn(16, n, generator=rng) for n in (6, 3))
+        x, y = (torch.randn(16, n, generator=rng).to(net[0].weight.dtype) for n in (6, 3))
         optimizer.zero_grad()
         (net(x) - y).square().mean().backward()
         optimizer.step()
-    return {name: whole(p) for name, p in net.named_parameters()}
+    return {name: whole(float32_weights(p, optimizer.state[p])) for name, p in net.named_parameters()}
 
 
-def sharded(mesh, *modules):
+def sharded(mesh, *modules, dtype=torch.float32):
     """Return the network after `fully_shard`; with names of modules, only these, the rest stays plain."""
-    net = network()
+    net = network(dtype)
     for name in modules:
         fully_shard(net.get_submodule(name), mesh=mesh)
     return net if modules else fully_shard(net, mesh=mesh)
@@ -113,27 +118,27 @@ def save(net, optimizer, folder):
     dcp.save({"model": model, "optimizer": state}, checkpoint_id=folder)
 
 
-def resume(mesh, folder):
+def resume(mesh, folder, dtype=torch.float32, **settings):
     """Load the checkpoint of four ranks on the ranks that there are, and train on."""
-    net = sharded(mesh)
-    optimizer = optimizer_of(net)
+    net = sharded(mesh, dtype=dtype)
+    optimizer = optimizer_of(net, **settings)
     model, state = get_state_dict(net, optimizer)
     dcp.load({"model": model, "optimizer": state}, checkpoint_id=folder)
     set_state_dict(net, optimizer, model_state_dict=model, optim_state_dict=state)
     return train(net, optimizer, RESUME_AT)
 
 
-def resume_whole(mesh):
+def resume_whole(mesh, dtype=torch.float32, **settings):
     """Save whole tensors after some steps, load them into a new optimizer, and train on."""
-    net = sharded(mesh)
-    optimizer = optimizer_of(net)
+    net = sharded(mesh, dtype=dtype)
+    optimizer = optimizer_of(net, **settings)
     train(net, optimizer, 0, RESUME_AT)
     options = StateDictOptions(full_state_dict=True)
     model, _ = get_state_dict(net, optimizer, options=options)
     state = optimizer.state_dict()
     state["state"] = {i: {k: whole(t) for k, t in s.items()} for i, s in state["state"].items()}
-    again = sharded(mesh)
-    second = optimizer_of(again)
+    again = sharded(mesh, dtype=dtype)
+    second = optimizer_of(again, **settings)
     for name, p in again.named_parameters():
         p.data.copy_(distribute_tensor(model[name], p.device_mesh, p.placements, src_data_rank=None))
     second.load_state_dict(copy.deepcopy(state))
@@ -225,6 +230,7 @@ def refused(mesh):
         "plain": message(second.step),
         "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
         "normalize": message(lambda: pgolf.optim.Muon([rows], normalize=0.9)),
+        "8 bits of columns": message(lambda: pgolf.optim.Muon([columns], momentum_bits=8)),
         "normalize, replaced": message(third.step),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
         "placed": message(lambda: second.load_state_dict(first.state_dict())),
@@ -237,6 +243,7 @@ def refused(mesh):
 def cases(world, checkpoint):
     """Return all tensors of a rank by case."""
     mesh = init_device_mesh("cpu", (world,))
+    compact = checkpoint.with_name("compact")
     found = {
         "rows": step_by_hand(placer(mesh, [Shard(0)])),
         "columns": step_by_hand(placer(mesh, [Shard(1)])),
@@ -246,6 +253,9 @@ def cases(world, checkpoint):
         "some": train(net := sharded(mesh, "0", "4"), optimizer_of(net)),
         "whole state": resume_whole(mesh),
         "replaced": replaced(mesh),
+        "compact": train(net := sharded(mesh, dtype=NARROW), optimizer_of(net, **COMPACT)),
+        "compact, whole state": resume_whole(mesh, NARROW, **COMPACT),
+        "8 bits": step_by_hand(placer(mesh, [Shard(0)]), momentum_bits=8),
     }
     if world == 4:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
@@ -264,7 +274,11 @@ def cases(world, checkpoint):
         net = sharded(mesh)
         train(net, optimizer := optimizer_of(net), 0, RESUME_AT)
         save(net, optimizer, checkpoint)
+        net = sharded(mesh, dtype=NARROW)
+        train(net, optimizer := optimizer_of(net, **COMPACT), 0, RESUME_AT)
+        save(net, optimizer, compact)
     found["resumed"] = resume(mesh, checkpoint)
+    found["compact, resumed"] = resume(mesh, compact, NARROW, **COMPACT)
     return flat(found)
 
 
@@ -277,6 +291,7 @@ REFUSED = {
         ("normalize", "normalize, replaced"),
         r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
     ),
+    "8 bits of columns": "ValueError: .* sharded along dimension 1, and momentum_bits=8 .* along dimension 0",
     "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
 }
 REFERENCES = {
@@ -290,6 +305,11 @@ REFERENCES = {
         lambda: train(net := network(), optimizer_of(net)),
     ),
     "tp": lambda: by_hand(network()),
+    **dict.fromkeys(
+        ("compact", "compact, resumed", "compact, whole state"),
+        lambda: train(net := network(NARROW), optimizer_of(net, **COMPACT)),
+    ),
+    "8 bits": lambda: step_by_hand(lambda t: t, momentum_bits=8),
 }
 
 FOUR_RANKS = {

@@ -37,6 +37,14 @@ def train_matrices(shapes, **sharing):
     return take_steps(params, groups, STEPS, **sharing)
 
 
+def train_compact(**sharing):
+    """Train bfloat16 parameters with an 8-bit momentum and split weights."""
+    params = [nn.Parameter(t.bfloat16()) for t in tensors([*SHAPES, (3, 300), (4,)], 0)]
+    groups = [{"params": params[:-1]}, {"params": params[-1:], "use_muon": False}]
+    options = {"momentum_bits": 8, "master_weights": "split"}
+    return take_steps(params, groups, STEPS, lambda step, i, grad: grad.bfloat16(), **options, **sharing)
+
+
 def train_ddp(rank, world, **sharing):
     """Train a network on this rank's part of each batch, with gradients averaged by DDP."""
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 2))
@@ -64,6 +72,7 @@ def cases(rank=0, world=1, pair=None):
         "pairs": train_matrices(SHAPES, **sharing, process_group=pair),
         "one": train_matrices(SHAPES[:1], **sharing),
         "ddp": train_ddp(rank, world, **sharing),
+        "compact": train_compact(**sharing),
     }
     return flat(found)
 
@@ -83,7 +92,7 @@ def alone():
     return cases()
 
 
-@pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp"])
+@pytest.mark.parametrize("case", ["world", "pairs", "one", "ddp", "compact"])
 def test_ranks_end_identical_bit_for_bit(ranks, case):
     for other in ranks[1:]:
         assert_equal(of_case(other, case), of_case(ranks[0], case))
@@ -93,6 +102,18 @@ def test_ranks_end_identical_bit_for_bit(ranks, case):
 def test_ranks_end_where_one_process_does(ranks, alone, case):
     # Products of a batch round like those of its parts to the last bits; the map amplifies by 990.
     torch.testing.assert_close(of_case(ranks[0], case), of_case(alone, case), rtol=2e-4, atol=2e-5)
+
+
+def test_compact_states_end_where_one_process_does(ranks, alone):
+    found, wanted = (of_case(t, "compact") for t in (ranks[0], alone))
+    assert found.keys() == wanted.keys()
+    assert {str(t.dtype) for t in found.values()} >= {"torch.int8", "torch.float32", "torch.bfloat16"}
+    # The gradients are given, so that the codes do not depend on the iteration; weights may round elsewhere.
+    codes = [name for name in found if "momentum_codes" in name or "momentum_scales" in name]
+    assert len(codes) == 2 * (len(SHAPES) + 1)
+    assert_equal({name: found[name] for name in codes}, {name: wanted[name] for name in codes})
+    for name in (name for name in found if name.startswith("param")):
+        torch.testing.assert_close(found[name], wanted[name], rtol=2**-7, atol=2e-5)
 
 
 def test_each_rank_iterates_only_its_share(ranks):
