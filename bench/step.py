@@ -296,7 +296,7 @@ def main() -> None:
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
     parser.add_argument(
-        "--heads", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the heads"
+        "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
@@ -333,7 +333,7 @@ def main() -> None:
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
-        impl += (heads == "auto") * ", heads"
+        impl += (heads == "composed") * ", composed heads"
         impl += (blocks != "thread") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")

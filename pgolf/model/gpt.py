@@ -125,7 +125,7 @@ class GPT(nn.Module):
         backend: str | Callable[..., Any] = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
-        heads: HeadsName = "composed",
+        heads: HeadsName = "auto",
         threads: bool | None = None,
     ) -> GPT:
         """Move to `device`, choose the attention kernel and the compute dtype, and compile; return the model.
@@ -142,8 +142,8 @@ class GPT(nn.Module):
                 torch's operators everywhere, for a comparison.
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, which
                 saves about one percent of a pass, but cannot add the gradients of threads.
-            heads: "composed" computes what is next to attention with torch's operators, "auto" with
-                `attend_heads`, where flash-attn-4 is used.
+            heads: "auto" computes what is next to attention with `attend_heads`, where flash-attn-4 is used;
+                "composed" uses torch's operators everywhere, for a comparison.
             threads: whether the blocks add the gradients of streams that several of them read, see
                 `threads.py`; otherwise autograd does. None: with compile="blocks". With "model" there is one
                 graph, which needs none.
@@ -156,7 +156,7 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         self._mix = stream_mix if mix == "auto" else None
-        self._branch = select_branch(heads, self.attention_name, c)
+        self._branch = select_branch(heads, self.attention_name, self._attention, c, device)
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         wanted = compile == "blocks" if threads is None else threads and compile != "model"
         self._threads = threaded(jit if compile == "blocks" else None) if wanted else None

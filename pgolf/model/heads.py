@@ -13,6 +13,8 @@ Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `R` rotated dim
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,12 +23,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.model.attention import Asked, AttentionKernel, AttentionName, AttentionWeights, attention_branch
+from pgolf.env import launch
+from pgolf.model.attention import (
+    TRIAL_TOLERANCE,
+    Asked,
+    AttentionKernel,
+    AttentionName,
+    AttentionWeights,
+    attention_branch,
+)
 from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
+from pgolf.model.rope import rope_tables
 from pgolf.ops._hopper import has_kernels
 from pgolf.ops.head_mix import Kind
 from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
+from pgolf.peers import describe
 
 HeadsName = Literal["auto", "composed"]
 KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
@@ -164,13 +176,76 @@ def heads_branch(
     return F.linear(y, weights.out)
 
 
-def select_branch(name: HeadsName, attention: AttentionName, config: ModelConfig) -> Branch:
+def select_branch(
+    name: HeadsName,
+    attention: AttentionName,
+    kernel: AttentionKernel,
+    config: ModelConfig,
+    device: torch.device,
+) -> Branch:
     """Return `heads_branch` if `name` is "auto" and flash-attn-4 attends to heads that the kernels take.
 
     Otherwise `attention_branch`; also with torch's variable-length attention, because its forward and
     backward operators are private. The programs that stand alone have `_no_heads.py` in place of this module.
+    A trial compares both first, as one does for flash-attn-4; if they differ, rank 0 warns and says how.
     """
-    return heads_branch if name == "auto" and attention == "fa4" and _takes(config) else attention_branch
+    if name != "auto" or attention != "fa4" or not _takes(config):
+        return attention_branch
+    problem = _problem(kernel, config, device)
+    if not problem:
+        return heads_branch
+    if launch().rank == 0:
+        warnings.warn(f"torch computes what is next to attention, because {problem}", stacklevel=3)
+    return attention_branch
+
+
+@functools.lru_cache(maxsize=8)
+def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device) -> str:
+    """Return what is wrong with `heads_branch` in a trial on three small segments; empty if nothing is."""
+    if torch.is_inference_mode_enabled():  # tensors that are created in it cannot be differentiated
+        with torch.inference_mode(False):
+            return _problem.__wrapped__(kernel, config, device)
+    tokens, width = 256, config.width
+    cu_seqlens = torch.tensor([0, 100, 101, tokens], dtype=torch.int32, device=device)
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(device, DTYPE)
+
+    window = width if config.head_gate == "dense" else config.gate_window
+    gate = None if config.head_gate == "none" else draw(config.heads, window)
+    leaves = [
+        draw(tokens, width),
+        draw(width + 2 * config.kv_width, width) / width**0.5,
+        draw(width, width) / width**0.5,
+        1 + draw(config.heads),
+        *([] if gate is None else [gate / window**0.5]),
+    ]
+    upstream = draw(tokens, width)
+    rope = rope_tables(tokens, config.rope_dims, base=config.rope_base, device=device)
+
+    def run(branch: Branch, exclusive: bool) -> list[Tensor]:
+        n, qkv, out, gain, *gates = (t.detach().requires_grad_() for t in leaves)
+        weights = AttentionWeights(qkv, out, gain, gates[0] if gates else None, None, None)
+        with torch.enable_grad():
+            y = branch(config, kernel, n, weights, exclusive=exclusive, rope=rope, cu_seqlens=cu_seqlens)
+        return [y.detach(), *torch.autograd.grad(y, (n, qkv, out, gain, *gates), upstream)]
+
+    try:
+        for exclusive in (True, False):
+            found, wanted = run(heads_branch, exclusive), run(attention_branch, exclusive)
+            for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
+                error = float((got - want).float().norm() / want.float().norm())
+                if not error < TRIAL_TOLERANCE:
+                    what = "output" if i == 0 else f"gradient {i}"
+                    return f"the {what} of pgolf's operators differs by {error:.1e} of the norm, in a trial"
+    except Exception as e:
+        return f"a trial of pgolf's operators raised {describe(e)}"
+    return ""
+
+
+DTYPE = torch.bfloat16
+"""Of the trial."""
 
 
 def _takes(config: ModelConfig) -> bool:

@@ -130,9 +130,9 @@ def test_the_gradients_are_those_of_the_differences(fa4, gate):
     torch.autograd.gradcheck(run, inputs)
 
 
-def prepared(config, dtype=torch.float64, **form) -> GPT:
+def prepared(config, dtype=torch.float64, *, heads="composed", **form) -> GPT:
     model = randomized(config)
-    model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **form)
+    model = (model.double() if dtype == torch.float64 else model).prepare(CPU, heads=heads, **form)
     model.compute_dtype = dtype
     return model
 
@@ -210,15 +210,39 @@ def test_adapters_and_tokens_that_are_not_asked_for_are_left_to_the_composed_ope
 
 def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_composed_operators(monkeypatch):
     monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: True)
+    monkeypatch.setattr(heads, "_problem", lambda *_: "")
     config = replace(small(), width=512, heads=8, kv_heads=4)
-    assert heads.select_branch("auto", "fa4", config) is heads_branch
-    assert heads.select_branch("composed", "fa4", config) is attention_branch
+
+    def select(name, attention, config):
+        return heads.select_branch(name, attention, sdpa_attention, config, CPU)
+
+    assert select("auto", "fa4", config) is heads_branch
+    assert select("composed", "fa4", config) is attention_branch
     for other in ("varlen", "sdpa"):
-        assert heads.select_branch("auto", other, config) is attention_branch
+        assert select("auto", other, config) is attention_branch
     for sizes in ({"heads": 16}, {"kv_heads": 1}):
-        assert heads.select_branch("auto", "fa4", replace(config, **sizes)) is attention_branch
+        assert select("auto", "fa4", replace(config, **sizes)) is attention_branch
     monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: False)
-    assert heads.select_branch("auto", "fa4", config) is attention_branch
+    assert select("auto", "fa4", config) is attention_branch
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_trial_accepts_operators_that_are_right(fa4, gate):
+    heads._problem.cache_clear()
+    assert heads._problem(find_fa4().found, small(head_gate=gate), CPU) == ""
+
+
+def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
+    config, kernel = small(), find_fa4().found
+    monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv[:, : k.shape[1] * k.shape[2]].view(k.shape))
+    heads._problem.cache_clear()
+    with pytest.warns(UserWarning, match="the output of pgolf's operators differs by .* of the norm"):
+        assert heads.select_branch("auto", "fa4", kernel, config, CPU) is attention_branch
+    monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv.nonsense)
+    heads._problem.cache_clear()
+    with pytest.warns(UserWarning, match="a trial of pgolf's operators raised AttributeError"):
+        assert heads.select_branch("auto", "fa4", kernel, config, CPU) is attention_branch
+    heads._problem.cache_clear()
 
 
 def test_a_second_derivative_is_an_error(fa4):
