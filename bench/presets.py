@@ -91,10 +91,10 @@ class Row:
     @property
     def scores(self) -> Path | None:
         """The result lines of the way of the pull request; None if it was not scored."""
-        found = [
-            p for folder in (SCORES, SHARED) for p in sorted((self.out / folder).glob(f"*_{self.name}.jsonl"))
-        ]
-        return found[0] if found else None
+        for folder in (SCORES, SHARED):
+            if found := sorted((self.out / folder).glob(f"*_{self.name}.jsonl")):
+                return found[-1]
+        return None
 
     def summary(self) -> Summary | None:
         """Return the summary of the newest finished run; None if there is none."""

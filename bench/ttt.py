@@ -109,7 +109,7 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[
         model = bench.model(compiled=form != "eager")
         found, seconds, peak = bench.score(case, model, form)
         scores[form] = found
-        gpus = torch.cuda.device_count() if bench.dist.shared else bench.dist.world_size
+        gpus = torch.cuda.device_count() if bench.dist.shares_gpu else bench.dist.world_size
         processes = bench.dist.world_size // gpus
         impl = NAMES[form] + (f", {processes} processes" if processes > 1 else "")
         rate = found.tokens / gpus
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     artifact = read_artifact(args.artifact)
-    dist = Dist.start(args.device, share=True)
+    dist = Dist.start(args.device, share_gpus=True)
     folder = DataFolder.open(args.data, vocab_size=artifact.header.model.vocab_size)
     adapters, published = TttConfig(rank=args.rank), PhasesConfig().adapters
     phases = PhasesConfig(adapters=replace(published, rank=args.rank))

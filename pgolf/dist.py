@@ -65,17 +65,17 @@ class Dist:
         local_rank: rank on this machine.
         device: where this rank computes.
         is_main: whether rank is 0.
-        shared: whether ranks share a GPU, which NCCL refuses: sums over ranks then go through the host.
+        shares_gpu: whether ranks share a GPU, which NCCL refuses: sums over ranks then go through the host.
         watch: notices ranks that are lost.
     """
 
-    def __init__(self, launch: env.Launch, device: torch.device, *, shared: bool = False) -> None:
+    def __init__(self, launch: env.Launch, device: torch.device, *, shares_gpu: bool = False) -> None:
         self.rank = launch.rank
         self.world_size = launch.world_size
         self.local_rank = launch.local_rank
         self.device = device
         self.is_main = launch.rank == 0
-        self.shared = shared
+        self.shares_gpu = shares_gpu
         self.watch = Watch(self.rank, 1, None, timeout_s=0.0)
         self._host: td.ProcessGroup | None = None
 
@@ -84,7 +84,7 @@ class Dist:
         cls,
         device: DeviceChoice,
         *,
-        share: bool = False,
+        share_gpus: bool = False,
         timeout_s: float = 600.0,
         rank_timeout_s: float = 30.0,
     ) -> Dist:
@@ -92,7 +92,7 @@ class Dist:
 
         Args:
             device: "auto" is CUDA if there is a GPU. With CUDA, rank i of a machine gets GPU i.
-            share: allow more ranks than GPUs; then rank i of a machine with n of them gets GPU i modulo n.
+            share_gpus: allow more ranks than GPUs; rank i of a machine with n of them gets GPU i modulo n.
                 This is for work that waits for the host and needs no collective but `all_reduce`.
             timeout_s: seconds that a collective may wait for the slowest rank before every rank fails. The
                 default is longer than rank 0 needs to compress the artifact (about 100 s), and allows ranks
@@ -107,9 +107,9 @@ class Dist:
         launch = env.launch()
         if not 0 <= launch.rank < launch.world_size:
             raise RunError(f"launch: rank must be in [0, {launch.world_size}), got {launch.rank}")
-        chosen = pick_device(device, launch.local_rank, share=share)
-        shared = chosen.type == "cuda" and env.ranks_on_this_host() > torch.cuda.device_count()
-        dist = cls(launch, chosen, shared=shared)
+        chosen = pick_device(device, launch.local_rank, share_gpus=share_gpus)
+        shares_gpu = chosen.type == "cuda" and env.ranks_on_this_host() > torch.cuda.device_count()
+        dist = cls(launch, chosen, shares_gpu=shares_gpu)
         if dist.device.type == "cuda":
             torch.cuda.set_device(dist.device)
         if dist.world_size > 1:
@@ -117,7 +117,7 @@ class Dist:
         return dist
 
     def _join(self, timeout: timedelta, rank_timeout_s: float) -> None:
-        cuda = self.device.type == "cuda" and not self.shared
+        cuda = self.device.type == "cuda" and not self.shares_gpu
         try:
             # The watch first: it sees ranks that are lost while the groups are made, too.
             meet_by = time.monotonic() + MEET_S
@@ -237,7 +237,7 @@ class Dist:
         """Replace `tensor` by its sum over the ranks, in place, and return it."""
         if self._host is None:
             return tensor
-        if self.shared:
+        if self.shares_gpu:
             box = tensor.cpu()
             td.all_reduce(box, group=self._host)
             return tensor.copy_(box)
@@ -325,10 +325,10 @@ class Dist:
             raise RanksFailed(f"ranks differ from rank 0 in {len(wrong)} of {len(names)} tensors: {shown}")
 
 
-def pick_device(choice: str, local_rank: int = 0, *, share: bool = False) -> torch.device:
+def pick_device(choice: str, local_rank: int = 0, *, share_gpus: bool = False) -> torch.device:
     """Return the device for "auto" (CUDA if there is a GPU), "cuda" or "cpu" on a rank of this machine.
 
-    With `share`, ranks beyond the number of GPUs get those again, in turn.
+    With `share_gpus`, ranks beyond the number of GPUs get those again, in turn.
 
     Raises:
         ValueError: the choice is another word.
@@ -343,7 +343,7 @@ def pick_device(choice: str, local_rank: int = 0, *, share: bool = False) -> tor
         why = "this torch is a CPU build" if torch.version.cuda is None else "no usable GPU or driver"
         raise RunError(f"device 'cuda' was asked for, but {why}; use device cpu or auto")
     count = torch.cuda.device_count()
-    if share:
+    if share_gpus:
         local_rank %= count
     if local_rank >= count:
         raise RunError(

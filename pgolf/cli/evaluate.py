@@ -101,42 +101,25 @@ class Evaluate:
     @property
     def settings(self) -> EvaluateConfig:
         """All settings of the ways to score."""
-        return EvaluateConfig(
-            stride=self.stride,
-            context=self.context,
-            adapters=self.ttt,
-            sgd=self.sgd,
-            phases=self.phases,
-            slot=self.slot,
-            tilt=self.tilt,
-        )
+        return EvaluateConfig(adapters=self.ttt, **{name: getattr(self, name) for name in SETTINGS})
 
 
-def parse(argv: list[str]) -> Evaluate:
-    """Return what the words ask for; with --config, settings that they leave out are those of the run."""
+def parse(argv: list[str]) -> tuple[Evaluate, Evaluate]:
+    """Return what the words ask for, and what settings are that they leave out: with --config the run's."""
     default = Evaluate(artifact=tyro.MISSING, data=tyro.MISSING)
     # A word that tyro would refuse is left to it.
     words = [part for word in argv for part in (word.split("=", 1) if word.startswith(CONFIG) else [word])]
     if CONFIG in words[:-1]:
         path = Path(words[words.index(CONFIG) + 1])
         run = from_dict(Config, read_json(path), where=str(path)).evaluate
-        default = dataclasses.replace(
-            default,
-            mode=("plain", *run.ways),
-            context=run.context,
-            stride=run.stride,
-            ttt=run.adapters,
-            sgd=run.sgd,
-            phases=run.phases,
-            slot=run.slot,
-            tilt=run.tilt,
-        )
-    return tyro.cli(Evaluate, prog="pgolf evaluate", args=argv, default=default)
+        settings = {name: getattr(run, name) for name in SETTINGS}
+        default = dataclasses.replace(default, mode=("plain", *run.ways), ttt=run.adapters, **settings)
+    return tyro.cli(Evaluate, prog="pgolf evaluate", args=argv, default=default), default
 
 
 def main(argv: list[str]) -> int:
     """Read the artifact, score it and print the results."""
-    args = parse(argv)
+    args, default = parse(argv)
     from pgolf.env import launch
     from pgolf.train.signals import Signals, Stopped
 
@@ -149,7 +132,7 @@ def main(argv: list[str]) -> int:
         )
     try:
         with Signals():
-            return _evaluate(args)
+            return _evaluate(args, default)
     except Stopped as stop:
         if args.sums is None:
             advice = "nothing is kept; with --sums DIR, the same command would go on"
@@ -159,27 +142,25 @@ def main(argv: list[str]) -> int:
         raise
 
 
-def _unused(args: Evaluate) -> Iterator[str]:
+def _unused(args: Evaluate, default: Evaluate) -> Iterator[str]:
     """Yield what was set and has no effect on any mode that was asked for."""
-    if args.config is not None:
-        return  # a run has settings of every way
     sections = {name: getattr(args, name) for name in USERS}
     for name, section in sections.items():
-        if section != type(section)() and not set(USERS[name]) & set(args.mode):
+        if section != getattr(default, name) and not set(USERS[name]) & set(args.mode):
             advice = "; its adapters are --phases.adapters" if name == "ttt" and "phased" in args.mode else ""
             yield f"--{name} has no effect on {', '.join(args.mode)}{advice}"
-    if args.tilt != TiltConfig() and not args.tilt.on:
+    if args.tilt != default.tilt and not args.tilt.on:
         yield "--tilt has no effect without --tilt.on"
 
 
-def _evaluate(args: Evaluate) -> int:
+def _evaluate(args: Evaluate, default: Evaluate) -> int:
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
     from pgolf.env import launch
     from pgolf.log import Progress
 
     main_rank = launch().rank == 0
-    for line in _unused(args):
+    for line in _unused(args, default):
         say(line)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = f"decoding the weights of {args.artifact.name}"
@@ -187,7 +168,7 @@ def _evaluate(args: Evaluate) -> int:
     _check_windows(args, artifact.header.model.max_context)
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = "starting the device and the ranks"
-        dist = Dist.start(args.device, share=True)
+        dist = Dist.start(args.device, share_gpus=True)
     with dist.closing():
         with Progress("evaluate", 1, is_main=main_rank) as progress:
             progress.doing = f"reading and checking {args.data}"

@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -123,13 +123,23 @@ def _trial(kernel: AttentionKernel, device: torch.device, heads: int, kv_heads: 
 
     try:
         found, wanted = run(kernel), run(varlen_attention)
-        for what, got, want in zip(("output", "dq", "dk", "dv"), found, wanted, strict=True):
-            error = float((got - want).float().norm() / want.float().norm())
-            if not error < TRIAL_TOLERANCE:
-                return f"not usable: its {what} differs from torch's by {error:.1e} of the norm, in a trial"
+        if worse := first_difference(("output", "dq", "dk", "dv"), found, wanted):
+            what, error = worse
+            return f"not usable: its {what} differs from torch's by {error:.1e} of the norm, in a trial"
     except Exception as e:
         return f"not usable: a trial raised {describe(e)}"
     return ""
+
+
+def first_difference(
+    names: Sequence[str], found: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> tuple[str, float] | None:
+    """Return name and relative error of the first tensor that is wrong in a trial; None: none is."""
+    for what, got, want in zip(names, found, wanted, strict=True):
+        error = float((got - want).float().norm() / want.float().norm())
+        if not error < TRIAL_TOLERANCE:
+            return what, error
+    return None
 
 
 TRIAL_TOLERANCE = 0.05

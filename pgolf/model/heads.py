@@ -25,12 +25,12 @@ from torch import Tensor
 from pgolf.config import ModelConfig
 from pgolf.env import launch
 from pgolf.model.attention import (
-    TRIAL_TOLERANCE,
     Asked,
     AttentionKernel,
     AttentionName,
     AttentionWeights,
     attention_branch,
+    first_difference,
 )
 from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
@@ -200,17 +200,16 @@ def select_branch(
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # tensors that are created in it cannot be differentiated
+@torch.enable_grad()
 def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device) -> str:
     """Return what is wrong with `heads_branch` in a trial on three small segments; empty if nothing is."""
-    if torch.is_inference_mode_enabled():  # tensors that are created in it cannot be differentiated
-        with torch.inference_mode(False):
-            return _problem.__wrapped__(kernel, config, device)
     tokens, width = 256, config.width
     cu_seqlens = torch.tensor([0, 100, 101, tokens], dtype=torch.int32, device=device)
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=rng).to(device, DTYPE)
+        return torch.randn(shape, generator=rng).to(device, torch.bfloat16)
 
     window = width if config.head_gate == "dense" else config.gate_window
     gate = None if config.head_gate == "none" else draw(config.heads, window)
@@ -223,29 +222,23 @@ def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device)
     ]
     upstream = draw(tokens, width)
     rope = rope_tables(tokens, config.rope_dims, base=config.rope_base, device=device)
+    names = ("output", "dn", "dqkv", "dout", "dgain", "dgate")[: 1 + len(leaves)]
 
     def run(branch: Branch, exclusive: bool) -> list[Tensor]:
-        n, qkv, out, gain, *gates = (t.detach().requires_grad_() for t in leaves)
+        n, qkv, out, gain, *gates = (t.requires_grad_() for t in leaves)
         weights = AttentionWeights(qkv, out, gain, gates[0] if gates else None, None, None)
-        with torch.enable_grad():
-            y = branch(config, kernel, n, weights, exclusive=exclusive, rope=rope, cu_seqlens=cu_seqlens)
-        return [y.detach(), *torch.autograd.grad(y, (n, qkv, out, gain, *gates), upstream)]
+        y = branch(config, kernel, n, weights, exclusive=exclusive, rope=rope, cu_seqlens=cu_seqlens)
+        return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
 
     try:
         for exclusive in (True, False):
             found, wanted = run(heads_branch, exclusive), run(attention_branch, exclusive)
-            for i, (got, want) in enumerate(zip(found, wanted, strict=True)):
-                error = float((got - want).float().norm() / want.float().norm())
-                if not error < TRIAL_TOLERANCE:
-                    what = "output" if i == 0 else f"gradient {i}"
-                    return f"the {what} of pgolf's operators differs by {error:.1e} of the norm, in a trial"
+            if worse := first_difference(names, found, wanted):
+                what, error = worse
+                return f"the {what} of pgolf's operators differs by {error:.1e} of the norm, in a trial"
     except Exception as e:
         return f"a trial of pgolf's operators raised {describe(e)}"
     return ""
-
-
-DTYPE = torch.bfloat16
-"""Of the trial."""
 
 
 def _takes(config: ModelConfig) -> bool:

@@ -86,7 +86,7 @@ def main(argv: list[str], program: Path) -> int:
 
 
 def _print_score(artifact: Path, data: Path, settings: Settings, program: Path, mode: Method) -> None:
-    dist = Dist.start(settings.device, share=True)
+    dist = Dist.start(settings.device, share_gpus=True)
     try:
         model = load_model(artifact, dist.device)
         blocks = dist.device.type == "cuda"

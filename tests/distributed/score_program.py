@@ -35,8 +35,8 @@ def scores(dist: Dist) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    dist = Dist.start("cuda", share=True) if sys.argv[2:] == ["cuda"] else Dist.start("cpu")
+    dist = Dist.start("cuda", share_gpus=True) if sys.argv[2:] == ["cuda"] else Dist.start("cpu")
     found = scores(dist)
-    name = f"{dist.rank}{'-shared' if dist.shared else ''}.json"
+    name = f"{dist.rank}{'-shared' if dist.shares_gpu else ''}.json"
     Path(sys.argv[1], name).write_text(json.dumps(found))
     dist.close()

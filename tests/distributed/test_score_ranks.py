@@ -44,14 +44,14 @@ def test_ranks_that_share_a_gpu_score_as_one_does(tmp_path):
 def test_only_who_asks_for_it_shares_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [pick_device("auto", rank, share=True).index for rank in range(5)] == [0, 1, 0, 1, 0]
+    assert [pick_device("auto", rank, share_gpus=True).index for rank in range(5)] == [0, 1, 0, 1, 0]
     with pytest.raises(RunError, match="no GPU for local rank 2: 2 visible"):
         pick_device("cuda", 2)
 
 
 def test_a_sum_of_ranks_that_share_a_gpu_goes_through_the_host(monkeypatch):
     dist = Dist(
-        Launch(rank=0, world_size=2, local_rank=0, distributed=True), torch.device("cpu"), shared=True
+        Launch(rank=0, world_size=2, local_rank=0, distributed=True), torch.device("cpu"), shares_gpu=True
     )
     group = object()
     monkeypatch.setattr(dist, "_host", group)

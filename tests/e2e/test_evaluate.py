@@ -99,5 +99,10 @@ def test_with_its_config_a_model_is_scored_as_its_run_did(words, run, tmp_path, 
     as_run = scored(f"--config={path}")
     assert as_run == scored("--mode", "plain", "sliding", "--context=48", "--stride=24")
     assert scored("--config", str(path), "--stride=12")["sliding"] != as_run["sliding"]
+    capsys.readouterr()
+    scored(f"--config={path}", "--ttt.rank=3")
+    assert "--ttt has no effect on plain, sliding" in "".join(capsys.readouterr())
+    scored(f"--config={path}")
+    assert "has no effect" not in "".join(capsys.readouterr())
     assert main([*words, f"--config={tmp_path / 'none.json'}"]) == 2
     assert "none.json" in capsys.readouterr().err
