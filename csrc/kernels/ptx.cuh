@@ -40,6 +40,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// The pointer to an address in the shared window.
+__device__ __forceinline__ unsigned char* shared_pointer(uint32_t address) {
+  return static_cast<unsigned char*>(__cvta_shared_to_generic(address));
+}
+
 // Starts a 16-byte copy from global to shared memory; writes zeros, and reads nothing, unless `valid`.
 __device__ __forceinline__ void cp_async16(uint32_t shared, const void* global, bool valid) {
   const int bytes = valid ? 16 : 0;

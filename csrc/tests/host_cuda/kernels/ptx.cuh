@@ -17,6 +17,8 @@ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(static_cast<const unsigned char*>(pointer) - dynamic_shared());
 }
 
+inline unsigned char* shared_pointer(uint32_t address) { return dynamic_shared() + address; }
+
 struct AsyncCopy {
   uint32_t shared;
   const void* global;  // null: zeros

@@ -1,0 +1,419 @@
+// The main kernel of doc_attention.h's backward pass.
+//
+// A block takes 128 keys of a document and a group at a time, with the keys of which the most queries depend
+// first, and walks over the blocks of 128 queries from these keys to the end of the document, for each head
+// of the group. dk and dv stay in registers. dq is added in memory by the copy engine, in float32: a document
+// is short enough for its dq to stay in L2.
+//
+// Producer warps copy queries and upstream gradients through rings. Each of two warpgroups of consumers
+// owns 64 keys in
+//
+//   S^T = K Q^T, dP^T = V dY^T   (keys x queries)     dV += P^T dY, dK += dS^T Q
+//
+// where P^T and dS^T are operands in the registers in which they were computed, and 64 queries in dQ = dS K,
+// for which dS^T goes through shared memory, because both warpgroups need all of it. That is one barrier per
+// block of queries; two buffers take turns, so a second one is not needed.
+#pragma once
+
+#include "kernels/doc_attention.h"
+#include "kernels/ptx_sm90.cuh"
+
+namespace pgolf::attention {
+
+constexpr int kWidth = kDocWidth, kTile = kDocTile;
+constexpr int kGroup = 128;    // threads of a warpgroup
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = (1 + kConsumers) * kGroup;
+constexpr int kStages = 2;
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;
+constexpr int kRows = kTile / kConsumers;       // of a warpgroup
+constexpr int kTileBytes = kTile * kWidth * 2;  // 128 rows of 128 bytes
+constexpr int kScoreBytes = kTile * kTile * 2;  // two such tiles: 64 queries each, a row per key
+constexpr int kPartBytes = kRows * kWidth * 4;  // dq of a warpgroup
+constexpr int kRowBytes = kTile * 4;            // a float per query
+constexpr uint32_t kQueriesAt = 2 * kTileBytes;
+constexpr uint32_t kGradsAt = kQueriesAt + kStages * kTileBytes;
+constexpr uint32_t kScoresAt = kGradsAt + kStages * kTileBytes;
+constexpr uint32_t kPartsAt = kScoresAt + 2 * kScoreBytes;
+constexpr uint32_t kLogSumsAt = kPartsAt + kConsumers * kPartBytes;
+constexpr uint32_t kDeltasAt = kLogSumsAt + kStages * kRowBytes;
+constexpr uint32_t kBarriersAt = kDeltasAt + kStages * kRowBytes;
+constexpr int kBarriers = 2 + 4 * kStages;
+constexpr int kSharedBytes = 1024 + static_cast<int>(kBarriersAt) + kBarriers * 8;
+static_assert(kSharedBytes <= 232448, "shared memory of a block on sm_90");
+constexpr float kLog2E = 1.44269504088896340736f;
+
+// Keys of a document: its first row and where the document ends.
+struct Tile {
+  int first, end;
+};
+
+struct BackwardArgs {
+  const int* plan;  // number of tiles, unused, then the tiles
+  const float* lse;
+  const float* delta;
+  float* dq_sum;
+  bf16 *dk, *dv;
+  int tokens, groups, ratio;  // heads per group
+  float scale;
+};
+
+// Addresses in shared memory.
+struct Shared {
+  uint32_t base;
+  // From one lane, so that the compiler keeps what follows from it in uniform registers (product_sm90.cuh).
+  __device__ explicit Shared(uint32_t start) : base(__shfl_sync(0xffffffffu, (start + 1023u) & ~1023u, 0)) {}
+  __device__ uint32_t keys() const { return base; }
+  __device__ uint32_t values() const { return base + kTileBytes; }
+  __device__ uint32_t queries(int stage) const { return base + kQueriesAt + stage * kTileBytes; }
+  __device__ uint32_t grads(int stage) const { return base + kGradsAt + stage * kTileBytes; }
+  __device__ uint32_t scores(int buffer) const { return base + kScoresAt + buffer * kScoreBytes; }
+  __device__ uint32_t part(int group) const { return base + kPartsAt + group * kPartBytes; }
+  // A float per query, from offset `at` on.
+  __device__ float* row(uint32_t at, int stage) const {
+    return reinterpret_cast<float*>(shared_pointer(base + at + stage * kRowBytes));
+  }
+  // Barriers of keys and values, of queries with their log sums, and of gradients with their deltas.
+  __device__ uint32_t keys_full() const { return barrier(0); }
+  __device__ uint32_t keys_empty() const { return barrier(1); }
+  __device__ uint32_t queries_full(int stage) const { return barrier(2 + stage); }
+  __device__ uint32_t queries_empty(int stage) const { return barrier(2 + kStages + stage); }
+  __device__ uint32_t grads_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
+  __device__ uint32_t grads_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+
+ private:
+  __device__ uint32_t barrier(int index) const { return base + kBarriersAt + index * 8; }
+};
+
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+};
+
+// The tiles of this block, one for each group.
+struct Walk {
+  int item, items;
+  __device__ explicit Walk(const BackwardArgs& args)
+      : item(static_cast<int>(blockIdx.x)), items(args.plan[0] * args.groups) {}
+  __device__ bool more() const { return item < items; }
+  __device__ void advance() { item += static_cast<int>(gridDim.x); }
+  __device__ int group(const BackwardArgs& args) const { return item % args.groups; }
+  __device__ Tile tile(const BackwardArgs& args) const {
+    const int* const at = args.plan + 2 * (1 + item / args.groups);
+    return {at[0], at[1]};
+  }
+};
+
+// Producers: one warp copies queries, one upstream gradients, one keys and values.
+
+// Copies a block of queries, or of upstream gradients, for each step of the consumers, and a number per
+// query.
+template <bool Grads>
+__device__ void produce(const BackwardArgs& args, const Shared& shared, const CUtensorMap* map) {
+  constexpr uint32_t kTiles = Grads ? kGradsAt : kQueriesAt, kNumbers = Grads ? kDeltasAt : kLogSumsAt;
+  // Queries of the next document: with an infinite sum p is 0.
+  constexpr float kFactor = Grads ? 1.0f : kLog2E, kOutside = Grads ? 0.0f : INFINITY;
+  const float* const numbers = Grads ? args.delta : args.lse;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Ring at;
+  for (Walk walk(args); walk.more(); walk.advance()) {
+    const Tile tile = walk.tile(args);
+    int head = walk.group(args) * args.ratio;
+    // As many steps as the consumers have: all heads of a block of queries, then the next block.
+    for (int first = tile.first, left = args.ratio; first < tile.end; ++head) {
+      const uint32_t full = Grads ? shared.grads_full(at.stage) : shared.queries_full(at.stage);
+      mbarrier_wait(Grads ? shared.grads_empty(at.stage) : shared.queries_empty(at.stage), at.phase ^ 1);
+      if (lane == 0) {
+        mbarrier_expect_bytes(full, kTileBytes);
+        tma_load_3d(shared.base + kTiles + at.stage * kTileBytes, map, full, 0, head, first);
+      }
+      const float* const source = numbers + (static_cast<int64_t>(head) * args.tokens + first);
+      PGOLF_UNROLL
+      for (int query = lane; query < kTile; query += 32) {
+        shared.row(kNumbers, at.stage)[query] = first + query < tile.end ? kFactor * source[query] : kOutside;
+      }
+      mbarrier_arrive(full);
+      at.advance();
+      if (--left == 0) {
+        left = args.ratio;
+        head -= args.ratio;
+        first += kTile;
+      }
+    }
+  }
+}
+
+inline __device__ void produce_keys(const BackwardArgs& args, const Shared& shared, const CUtensorMap* keys,
+                                    const CUtensorMap* values) {
+  uint32_t phase = 0;
+  for (Walk walk(args); walk.more(); walk.advance()) {
+    const Tile tile = walk.tile(args);
+    const int group = walk.group(args);
+    mbarrier_wait(shared.keys_empty(), phase ^ 1);
+    mbarrier_expect_bytes(shared.keys_full(), 2 * kTileBytes);
+    tma_load_3d(shared.keys(), keys, shared.keys_full(), 0, group, tile.first);
+    tma_load_3d(shared.values(), values, shared.keys_full(), 0, group, tile.first);
+    phase ^= 1;
+  }
+}
+
+// Consumers.
+
+// Place of a thread in its warpgroup. A tile of products has its rows `row` and `row + 8`, and columns
+// 8 n + column, 8 n + column + 1 of them.
+struct Place {
+  int group, warp, lane, row, column;
+  __device__ Place() {
+    const int thread = static_cast<int>(threadIdx.x);
+    group = __shfl_sync(0xffffffffu, thread / kGroup - 1, 0);
+    warp = thread / 32 % 4;
+    lane = thread % 32;
+    row = warp * 16 + lane / 4;
+    column = lane % 4 * 2;
+  }
+};
+
+// The pairs of columns of a tile of products, rounded: also the A operand of a product over these columns.
+template <int Count>
+__device__ __forceinline__ void round_pairs(uint32_t (&bits)[Count / 2], const float (&value)[Count]) {
+  PGOLF_UNROLL
+  for (int i = 0; i < Count / 2; ++i) bits[i] = pack_bfloat16(value[2 * i], value[2 * i + 1]);
+}
+
+// Writes rows of 64 columns with the 128-byte swizzle: 16 rows of this warp from `row` on, of which `bits`
+// has the columns from 16 `chunk` on as a product over them takes them.
+__device__ __forceinline__ void write_rows(uint32_t tile, int row, int chunk, const uint32_t* bits,
+                                           const Place& at) {
+  // Lane l has the address of row l % 8 of matrix l / 8: rows 0 and 8, then the same of the next 8 columns.
+  const int mine = row + at.lane % 16, piece = 2 * chunk + at.lane / 16;
+  stmatrix_x4<false>(tile + mine * 128 + ((piece ^ (mine % 8)) * 16), bits[0], bits[1], bits[2], bits[3]);
+}
+
+// p^T in place of s^T, from log2 sums in shared memory.
+__device__ __forceinline__ void exponentials(float (&s)[64], const float* log_sums, float factor,
+                                             bool diagonal, const Place& at) {
+  PGOLF_UNROLL
+  for (int n = 0; n < 16; ++n) {
+    const float2 sums = *reinterpret_cast<const float2*>(log_sums + 8 * n + at.column);
+    PGOLF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      s[4 * n + i] = ex2_approx(fmaf(s[4 * n + i], factor, -(i % 2 == 0 ? sums.x : sums.y)));
+    }
+  }
+  if (!diagonal) return;
+  PGOLF_UNROLL
+  for (int n = 0; n < 16; ++n) {
+    PGOLF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const int key = at.group * kRows + at.row + i / 2 * 8, query = 8 * n + at.column + i % 2;
+      if (key > query) s[4 * n + i] = 0.0f;
+    }
+  }
+}
+
+// ds^T in place of dp^T.
+__device__ __forceinline__ void score_gradients(float (&dp)[64], const float (&p)[64], const float* deltas,
+                                                const Place& at) {
+  PGOLF_UNROLL
+  for (int n = 0; n < 16; ++n) {
+    const float2 delta = *reinterpret_cast<const float2*>(deltas + 8 * n + at.column);
+    PGOLF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      dp[4 * n + i] = p[4 * n + i] * (dp[4 * n + i] - (i % 2 == 0 ? delta.x : delta.y));
+    }
+  }
+}
+
+// Adds this warpgroup's dq, of 64 queries from `first` on, to that in memory. A token's row of 64 floats has
+// its eight pieces of 32 bytes in the order piece ^ (token % 8), so that the writes below have no conflicts.
+__device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shared, float* dq_sum, int first,
+                                       int end, const Place& at) {
+  const bool leader = threadIdx.x % kGroup == 0;
+  if (leader) tma_store_wait_read<0>();
+  named_sync(2 + at.group, kGroup);
+  unsigned char* const part = shared_pointer(shared.part(at.group));
+  PGOLF_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = at.row + half * 8, token = first + row;
+    PGOLF_UNROLL
+    for (int n = 0; n < 8; ++n) {
+      auto* const to = reinterpret_cast<float2*>(part + row * 256 + (n ^ (token % 8)) * 32 + at.column * 4);
+      *to = make_float2(dq[4 * n + 2 * half], dq[4 * n + 2 * half + 1]);
+    }
+  }
+  fence_proxy_shared();
+  named_sync(2 + at.group, kGroup);
+  const int rows = min(end - first, kRows);
+  if (leader && rows > 0) {
+    bulk_add(dq_sum + static_cast<int64_t>(first) * kWidth, shared.part(at.group), rows * kWidth * 4);
+    tma_store_commit();
+  }
+}
+
+// Writes this warpgroup's 64 keys of dk or dv, through shared memory for whole lines.
+__device__ __forceinline__ void write_keys(const float (&sum)[32], bf16* target, uint32_t tile,
+                                           const BackwardArgs& args, int first, int end, const Place& at) {
+  uint32_t bits[16];
+  round_pairs(bits, sum);
+  PGOLF_UNROLL
+  for (int chunk = 0; chunk < 4; ++chunk) write_rows(tile, at.warp * 16, chunk, bits + 4 * chunk, at);
+  named_sync(2 + at.group, kGroup);
+  const int thread = static_cast<int>(threadIdx.x) % kGroup, piece = thread % 8;
+  PGOLF_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const int row = thread / 8 + 16 * i;
+    if (first + row >= end) break;
+    const uint4 from =
+        *reinterpret_cast<const uint4*>(shared_pointer(tile) + row * 128 + (piece ^ (row % 8)) * 16);
+    *reinterpret_cast<uint4*>(target + static_cast<int64_t>(first + row) * args.groups * kWidth + piece * 8) =
+        from;
+  }
+}
+
+inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
+  const Place at;
+  const float factor = args.scale * kLog2E;
+  const uint64_t keys = wgmma_descriptor(shared.keys() + at.group * kRows * 128);
+  const uint64_t values = wgmma_descriptor(shared.values() + at.group * kRows * 128);
+  const uint64_t all_keys = wgmma_descriptor(shared.keys());
+  Ring ring;
+  uint32_t keys_phase = 0;
+  int buffer = 0;
+  for (Walk walk(args); walk.more(); walk.advance()) {
+    const Tile tile = walk.tile(args);
+    const int group = walk.group(args);
+    float dk[32], dv[32];
+    PGOLF_UNROLL
+    for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
+    mbarrier_wait(shared.keys_full(), keys_phase);
+    keys_phase ^= 1;
+    for (int first = tile.first; first < tile.end; first += kTile) {
+      for (int i = 0; i < args.ratio; ++i) {
+        float s[64], dp[64];
+        const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
+        const uint64_t grads = wgmma_descriptor(shared.grads(ring.stage));
+        mbarrier_wait(shared.queries_full(ring.stage), ring.phase);
+        wgmma_fence();
+        PGOLF_UNROLL
+        for (int k = 0; k < kWidth / 16; ++k) {
+          wgmma_64x128x16<true, true>(s, wgmma_advance(keys, k * 32), wgmma_advance(queries, k * 32), k > 0,
+                                      __nv_bfloat16{});
+        }
+        wgmma_commit();
+        mbarrier_wait(shared.grads_full(ring.stage), ring.phase);
+        wgmma_fence();
+        PGOLF_UNROLL
+        for (int k = 0; k < kWidth / 16; ++k) {
+          wgmma_64x128x16<true, true>(dp, wgmma_advance(values, k * 32), wgmma_advance(grads, k * 32), k > 0,
+                                      __nv_bfloat16{});
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_keep_order(s);
+        exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
+        wgmma_wait<0>();
+        wgmma_keep_order(dp);
+        score_gradients(dp, s, shared.row(kDeltasAt, ring.stage), at);
+        uint32_t p_bits[32], ds_bits[32];
+        round_pairs(p_bits, s);
+        round_pairs(ds_bits, dp);
+
+        wgmma_fence();
+        PGOLF_UNROLL
+        for (int j = 0; j < kTile / 16; ++j) {
+          wgmma_64x64x16<false>(dv, p_bits + 4 * j, wgmma_advance(grads, j * 2048), 1);
+        }
+        wgmma_commit();
+        PGOLF_UNROLL
+        for (int j = 0; j < kTile / 16; ++j) {
+          write_rows(shared.scores(buffer) + j / 4 * kTileBytes, at.group * kRows + at.warp * 16, j % 4,
+                     ds_bits + 4 * j, at);
+        }
+        fence_proxy_shared();
+        named_sync(1, kConsumers * kGroup);
+        float dq[32];
+        wgmma_fence();
+        const uint64_t scores = wgmma_descriptor(shared.scores(buffer) + at.group * kTileBytes);
+        PGOLF_UNROLL
+        for (int j = 0; j < kTile / 16; ++j) {
+          wgmma_64x64x16<false, false>(dq, wgmma_advance(scores, j * 2048), wgmma_advance(all_keys, j * 2048),
+                                       j > 0);
+        }
+        wgmma_commit();
+        PGOLF_UNROLL
+        for (int j = 0; j < kTile / 16; ++j) {
+          wgmma_64x64x16<false>(dk, ds_bits + 4 * j, wgmma_advance(queries, j * 2048), 1);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_keep_order(dv);
+        wgmma_keep_order(dq);
+        if (at.lane == 0) mbarrier_arrive(shared.grads_empty(ring.stage));
+        const int64_t head = static_cast<int64_t>(group) * args.ratio + i;
+        add_dq(dq, shared, args.dq_sum + head * args.tokens * kWidth, first + at.group * kRows, tile.end, at);
+        wgmma_wait<0>();
+        wgmma_keep_order(dk);
+        if (at.lane == 0) mbarrier_arrive(shared.queries_empty(ring.stage));
+        buffer ^= 1;
+        ring.advance();
+      }
+    }
+    if (at.lane == 0) mbarrier_arrive(shared.keys_empty());
+    PGOLF_UNROLL
+    for (int i = 0; i < 32; ++i) dk[i] *= args.scale;
+    // The copy engine has read dq from this memory.
+    if (threadIdx.x % kGroup == 0) tma_store_wait_read<0>();
+    named_sync(2 + at.group, kGroup);
+    const int64_t column = static_cast<int64_t>(group) * kWidth;
+    const int first = tile.first + at.group * kRows;
+    const uint32_t part = shared.part(at.group);
+    write_keys(dk, args.dk + column, part, args, first, tile.end, at);
+    write_keys(dv, args.dv + column, part + kPartBytes / 2, args, first, tile.end, at);
+  }
+  // Shared memory must outlive what the copy engine reads of it.
+  if (threadIdx.x % kGroup == 0) tma_store_wait();
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    backward_kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
+                    const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
+                    const __grid_constant__ BackwardArgs args) {
+  const Shared shared(shared_address(dynamic_shared()));
+  if (threadIdx.x == 0) {
+    constexpr int kWarps = kConsumers * 4;
+    mbarrier_init(shared.keys_full(), 1);
+    mbarrier_init(shared.keys_empty(), kWarps);
+    for (int stage = 0; stage < kStages; ++stage) {
+      // The copy's arrival and one of each lane, which wrote log sums or deltas.
+      mbarrier_init(shared.queries_full(stage), 1 + 32);
+      mbarrier_init(shared.grads_full(stage), 1 + 32);
+      mbarrier_init(shared.queries_empty(stage), kWarps);
+      mbarrier_init(shared.grads_empty(stage), kWarps);
+    }
+    mbarrier_init_fence();
+    tma_prefetch(&queries);
+    tma_prefetch(&keys);
+    tma_prefetch(&values);
+    tma_prefetch(&grads);
+  }
+  __syncthreads();
+  if (threadIdx.x < kGroup) {
+    registers_lower<kProducerRegisters>();
+    if (threadIdx.x < 32) {
+      produce<false>(args, shared, &queries);
+    } else if (threadIdx.x < 64) {
+      produce<true>(args, shared, &grads);
+    } else if (threadIdx.x == 64) {
+      produce_keys(args, shared, &keys, &values);
+    }
+  } else {
+    registers_raise<kConsumerRegisters>();
+    consume(args, shared);
+  }
+}
+
+}  // namespace pgolf::attention

@@ -1,0 +1,87 @@
+// The kernels around the main one of doc_attention.h's backward pass: the list of tiles, delta = dy . y, and
+// dq in bf16.
+#pragma once
+
+#include "kernels/doc_attention.h"
+#include "kernels/head_rows.cuh"
+
+namespace pgolf::attention {
+
+inline constexpr int kPlanThreads = 1024;
+inline constexpr int kPlanSizes = 256;  // tiles with as many blocks of queries or more are alike
+
+// Writes the number of tiles and then each tile, its first key and the end of its document, those with the
+// most blocks of queries first, so that what is left at the end is short. One block.
+__global__ void __launch_bounds__(kPlanThreads)
+    plan_kernel(const int32_t* __restrict__ documents, int segments, int32_t* __restrict__ plan) {
+  __shared__ int first[kPlanSizes];  // of each size: tiles, then the place of the next one
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < kPlanSizes) first[thread] = 0;
+  __syncthreads();
+  const auto each_tile = [&](const auto& body) {
+    for (int segment = thread; segment < segments; segment += kPlanThreads) {
+      const int begin = documents[segment], end = documents[segment + 1];
+      for (int key = begin; key < end; key += kDocTile) {
+        body(key, end, min((end - key + kDocTile - 1) / kDocTile, kPlanSizes) - 1);
+      }
+    }
+  };
+  each_tile([&](int, int, int size) { atomicAdd(&first[size], 1); });
+  __syncthreads();
+  if (thread == 0) {
+    int tiles = 0;
+    for (int size = kPlanSizes - 1; size >= 0; --size) {
+      const int count = first[size];
+      first[size] = tiles;
+      tiles += count;
+    }
+    plan[0] = tiles;
+  }
+  __syncthreads();
+  each_tile([&](int key, int end, int size) {
+    const int at = 2 * (1 + atomicAdd(&first[size], 1));
+    plan[at] = key;
+    plan[at + 1] = end;
+  });
+}
+
+// delta (heads, tokens) = sum over the columns of grad y.
+__global__ void __launch_bounds__(kHeadThreads)
+    delta_kernel(const bf16* __restrict__ grad, int64_t grad_stride, const bf16* __restrict__ y,
+                 float* __restrict__ delta, int64_t tokens, int heads) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int column = (static_cast<int>(blockIdx.y) * 32 + lane) * kVector, width = heads * kDocWidth;
+  const bool inside = column < width;
+  const int64_t step = int64_t{gridDim.x} * kHeadWarps;
+  for (int64_t token = int64_t{blockIdx.x} * kHeadWarps + threadIdx.x / 32; token < tokens; token += step) {
+    HeadRaw raw[2];
+    load_if(raw[0], grad + token * grad_stride + column, inside);
+    load_if(raw[1], y + token * width + column, inside);
+    float a[kVector], b[kVector];
+    raw[0].widen(a);
+    raw[1].widen(b);
+    const float sum = head_sum<kDocWidth>(dot8(a, b));
+    if (inside && column % kDocWidth == 0) delta[column / kDocWidth * tokens + token] = sum;
+  }
+}
+
+// dq (tokens, heads, 64) in bf16 from its sums (heads, tokens, 64), whose pieces of 8 columns the main kernel
+// orders by token.
+__global__ void __launch_bounds__(kHeadThreads)
+    dq_kernel(const float* __restrict__ sums, bf16* __restrict__ dq, int64_t tokens, int heads, float scale) {
+  constexpr int kPieces = kDocWidth / kVector;
+  const int64_t pieces = tokens * heads * kPieces, step = int64_t{gridDim.x} * kHeadThreads;
+  for (int64_t at = int64_t{blockIdx.x} * kHeadThreads + threadIdx.x; at < pieces; at += step) {
+    const int64_t row = at / kPieces, token = row % tokens, head = row / tokens;
+    const int piece = static_cast<int>(at % kPieces);
+    Raw8<float> raw;
+    raw.load(sums + row * kDocWidth + (piece ^ static_cast<int>(token % 8)) * kVector);
+    float value[kVector];
+    raw.widen(value);
+    PGOLF_UNROLL
+    for (int l = 0; l < kVector; ++l) value[l] *= scale;
+    store_if(dq + (token * heads + head) * kDocWidth + piece * kVector, value, true);
+  }
+}
+
+}  // namespace pgolf::attention
