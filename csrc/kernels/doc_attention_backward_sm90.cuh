@@ -274,6 +274,21 @@ __device__ __forceinline__ void write_keys(const float (&sum)[32], bf16* target,
   }
 }
 
+// Begins s^T of this warpgroup's keys and the next block of queries; the caller waits for it. Without a next
+// block it multiplies whatever is there, because a product in a branch would make the compiler wait for each.
+__device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, const Shared& shared,
+                                             const Ring& ring, bool more) {
+  if (more) mbarrier_wait(shared.queries_full(ring.stage), ring.phase);
+  const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
+  wgmma_fence();
+  PGOLF_UNROLL
+  for (int k = 0; k < kWidth / 16; ++k) {
+    wgmma_64x128x16<true, true>(s, wgmma_advance(keys, k * 32), wgmma_advance(queries, k * 32), k > 0,
+                                __nv_bfloat16{});
+  }
+  wgmma_commit();
+}
+
 inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
   const Place at;
   const float factor = args.scale * kLog2E;
@@ -286,82 +301,87 @@ inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
   for (Walk walk(args); walk.more(); walk.advance()) {
     const Tile tile = walk.tile(args);
     const int group = walk.group(args);
-    float dk[32], dv[32];
+    float dk[32], dv[32], s[64];
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
     mbarrier_wait(shared.keys_full(), keys_phase);
     keys_phase ^= 1;
-    for (int first = tile.first; first < tile.end; first += kTile) {
-      for (int i = 0; i < args.ratio; ++i) {
-        float s[64], dp[64];
-        const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
-        const uint64_t grads = wgmma_descriptor(shared.grads(ring.stage));
-        mbarrier_wait(shared.queries_full(ring.stage), ring.phase);
-        wgmma_fence();
-        PGOLF_UNROLL
-        for (int k = 0; k < kWidth / 16; ++k) {
-          wgmma_64x128x16<true, true>(s, wgmma_advance(keys, k * 32), wgmma_advance(queries, k * 32), k > 0,
-                                      __nv_bfloat16{});
-        }
-        wgmma_commit();
-        mbarrier_wait(shared.grads_full(ring.stage), ring.phase);
-        wgmma_fence();
-        PGOLF_UNROLL
-        for (int k = 0; k < kWidth / 16; ++k) {
-          wgmma_64x128x16<true, true>(dp, wgmma_advance(values, k * 32), wgmma_advance(grads, k * 32), k > 0,
-                                      __nv_bfloat16{});
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        wgmma_keep_order(s);
-        exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
-        wgmma_wait<0>();
-        wgmma_keep_order(dp);
-        score_gradients(dp, s, shared.row(kDeltasAt, ring.stage), at);
-        uint32_t p_bits[32], ds_bits[32];
-        round_pairs(p_bits, s);
-        round_pairs(ds_bits, dp);
-
-        wgmma_fence();
-        PGOLF_UNROLL
-        for (int j = 0; j < kTile / 16; ++j) {
-          wgmma_64x64x16<false>(dv, p_bits + 4 * j, wgmma_advance(grads, j * 2048), 1);
-        }
-        wgmma_commit();
-        PGOLF_UNROLL
-        for (int j = 0; j < kTile / 16; ++j) {
-          write_rows(shared.scores(buffer) + j / 4 * kTileBytes, at.group * kRows + at.warp * 16, j % 4,
-                     ds_bits + 4 * j, at);
-        }
-        fence_proxy_shared();
-        named_sync(1, kConsumers * kGroup);
-        float dq[32];
-        wgmma_fence();
-        const uint64_t scores = wgmma_descriptor(shared.scores(buffer) + at.group * kTileBytes);
-        PGOLF_UNROLL
-        for (int j = 0; j < kTile / 16; ++j) {
-          wgmma_64x64x16<false, false>(dq, wgmma_advance(scores, j * 2048), wgmma_advance(all_keys, j * 2048),
-                                       j > 0);
-        }
-        wgmma_commit();
-        PGOLF_UNROLL
-        for (int j = 0; j < kTile / 16; ++j) {
-          wgmma_64x64x16<false>(dk, ds_bits + 4 * j, wgmma_advance(queries, j * 2048), 1);
-        }
-        wgmma_commit();
-        wgmma_wait<1>();
-        wgmma_keep_order(dv);
-        wgmma_keep_order(dq);
-        if (at.lane == 0) mbarrier_arrive(shared.grads_empty(ring.stage));
-        const int64_t head = static_cast<int64_t>(group) * args.ratio + i;
-        add_dq(dq, shared, args.dq_sum + head * args.tokens * kWidth, first + at.group * kRows, tile.end, at);
-        wgmma_wait<0>();
-        wgmma_keep_order(dk);
-        if (at.lane == 0) mbarrier_arrive(shared.queries_empty(ring.stage));
-        buffer ^= 1;
-        ring.advance();
+    begin_scores(s, keys, shared, ring, true);
+    wgmma_wait<0>();
+    wgmma_keep_order(s);
+    int head = group * args.ratio;
+    int first = tile.first, left = args.ratio;
+    do {
+      float dp[64];
+      const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
+      const uint64_t grads = wgmma_descriptor(shared.grads(ring.stage));
+      mbarrier_wait(shared.grads_full(ring.stage), ring.phase);
+      wgmma_fence();
+      PGOLF_UNROLL
+      for (int k = 0; k < kWidth / 16; ++k) {
+        wgmma_64x128x16<true, true>(dp, wgmma_advance(values, k * 32), wgmma_advance(grads, k * 32), k > 0,
+                                    __nv_bfloat16{});
       }
-    }
+      wgmma_commit();
+      exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
+      wgmma_wait<0>();
+      wgmma_keep_order(dp);
+      score_gradients(dp, s, shared.row(kDeltasAt, ring.stage), at);
+      uint32_t p_bits[32], ds_bits[32];
+      round_pairs(p_bits, s);
+      round_pairs(ds_bits, dp);
+
+      wgmma_fence();
+      PGOLF_UNROLL
+      for (int j = 0; j < kTile / 16; ++j) {
+        wgmma_64x64x16<false>(dv, p_bits + 4 * j, wgmma_advance(grads, j * 2048), 1);
+      }
+      wgmma_commit();
+      PGOLF_UNROLL
+      for (int j = 0; j < kTile / 16; ++j) {
+        write_rows(shared.scores(buffer) + j / 4 * kTileBytes, at.group * kRows + at.warp * 16, j % 4,
+                   ds_bits + 4 * j, at);
+      }
+      fence_proxy_shared();
+      named_sync(1, kConsumers * kGroup);
+      float dq[32];
+      wgmma_fence();
+      const uint64_t scores = wgmma_descriptor(shared.scores(buffer) + at.group * kTileBytes);
+      PGOLF_UNROLL
+      for (int j = 0; j < kTile / 16; ++j) {
+        wgmma_64x64x16<false, false>(dq, wgmma_advance(scores, j * 2048), wgmma_advance(all_keys, j * 2048),
+                                     j > 0);
+      }
+      wgmma_commit();
+      PGOLF_UNROLL
+      for (int j = 0; j < kTile / 16; ++j) {
+        wgmma_64x64x16<false>(dk, ds_bits + 4 * j, wgmma_advance(queries, j * 2048), 1);
+      }
+      wgmma_commit();
+
+      const int this_first = first, this_head = head, this_stage = ring.stage;
+      ++head;
+      if (--left == 0) {
+        left = args.ratio;
+        head -= args.ratio;
+        first += kTile;
+      }
+      buffer ^= 1;
+      ring.advance();
+      wgmma_wait<2>();
+      wgmma_keep_order(dv);
+      if (at.lane == 0) mbarrier_arrive(shared.grads_empty(this_stage));
+      // While dq goes to memory.
+      begin_scores(s, keys, shared, ring, first < tile.end);
+      wgmma_wait<2>();
+      wgmma_keep_order(dq);
+      add_dq(dq, shared, args.dq_sum + static_cast<int64_t>(this_head) * args.tokens * kWidth,
+             this_first + at.group * kRows, tile.end, at);
+      wgmma_wait<0>();
+      wgmma_keep_order(dk);
+      wgmma_keep_order(s);
+      if (at.lane == 0) mbarrier_arrive(shared.queries_empty(this_stage));
+    } while (first < tile.end);
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty());
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) dk[i] *= args.scale;
@@ -369,10 +389,10 @@ inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
     if (threadIdx.x % kGroup == 0) tma_store_wait_read<0>();
     named_sync(2 + at.group, kGroup);
     const int64_t column = static_cast<int64_t>(group) * kWidth;
-    const int first = tile.first + at.group * kRows;
+    const int first_row = tile.first + at.group * kRows;
     const uint32_t part = shared.part(at.group);
-    write_keys(dk, args.dk + column, part, args, first, tile.end, at);
-    write_keys(dv, args.dv + column, part + kPartBytes / 2, args, first, tile.end, at);
+    write_keys(dk, args.dk + column, part, args, first_row, tile.end, at);
+    write_keys(dv, args.dv + column, part + kPartBytes / 2, args, first_row, tile.end, at);
   }
   // Shared memory must outlive what the copy engine reads of it.
   if (threadIdx.x % kGroup == 0) tma_store_wait();
