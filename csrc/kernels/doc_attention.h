@@ -1,6 +1,8 @@
-// The gradients of causal attention within documents that are packed one after another, heads of 64 columns.
+// Causal attention within documents that are packed one after another, heads of 64 columns, and its
+// gradients.
 //
 //   s_ij = scale q_i . k_j    p_ij = exp(s_ij - lse_i)  for tokens j <= i of one document, otherwise 0
+//   y_i = sum_j p_ij v_j      lse_i = log sum_j exp(s_ij)
 //   dv_j = sum_i p_ij dy_i    ds_ij = p_ij (dy_i . v_j - delta_i),  delta_i = dy_i . y_i
 //   dq_i = scale sum_j ds_ij k_j              dk_j = scale sum_i ds_ij q_i
 //
@@ -21,12 +23,35 @@ struct DocAttentionShape {
 };
 
 inline constexpr int kDocWidth = 64;  // columns of a head
-inline constexpr int kDocTile = 128;  // tokens of a block of keys or of queries
+inline constexpr int kDocKeys = 128;  // of a tile of the backward pass
 
-// Blocks of keys at most: each document ends with a part of one.
-inline int64_t doc_attention_max_tiles(const DocAttentionShape& shape) {
-  return shape.tokens / kDocTile + shape.segments;
+// Consecutive tokens of a document, from `first` on, which is from `begin` to `end`.
+struct alignas(16) DocTile {
+  int32_t first, begin, end, unused;
+};
+
+// Tiles of `size` tokens at most: each document ends with a part of one.
+inline int64_t doc_attention_max_tiles(const DocAttentionShape& shape, int size) {
+  return shape.tokens / size + shape.segments;
 }
+
+// Queries of a tile of the forward pass, for `ratio` heads per group, which divides 4.
+PGOLF_HOST_DEVICE constexpr int doc_attention_queries(int ratio) { return 192 / ratio; }
+
+struct DocAttentionForward {
+  // (tokens, heads or groups, 64), 16-byte aligned; strides are elements from a token to the next one.
+  const bf16 *q, *k, *v;
+  int64_t q_stride, k_stride, v_stride;
+  const int32_t* documents;  // (segments + 1) starts, the last one `tokens`
+  DocTile* plan;             // scratch: doc_attention_max_tiles(doc_attention_queries) + 1
+  bf16* y;                   // (tokens, heads, 64) row-major out, 16-byte aligned
+  float* lse;                // (heads, tokens) out, natural logarithms
+};
+
+// Whether the current device is of sm_90 and the kernels take this shape: 1, 2 or 4 heads per group.
+bool doc_attention_supports(const DocAttentionShape& shape);
+
+void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape& shape, CUstream_st* stream);
 
 struct DocAttentionBackward {
   // (tokens, heads or groups, 64), 16-byte aligned; strides are elements from a token to the next one.
@@ -35,16 +60,12 @@ struct DocAttentionBackward {
   const bf16* y;             // (tokens, heads, 64) row-major, the output of attention
   const float* lse;          // (heads, tokens), natural logarithms
   const int32_t* documents;  // (segments + 1) starts, the last one `tokens`
-  // Scratch: (heads, tokens); (heads, tokens, 64), 16-byte aligned; 2 (doc_attention_max_tiles + 1), 8-byte
-  // aligned.
+  // Scratch: (heads, tokens); (heads, tokens, 64), 16-byte aligned; doc_attention_max_tiles(kDocKeys) + 1.
   float *delta, *dq_sum;
-  int32_t* plan;
+  DocTile* plan;
   // (tokens, heads or groups, 64) row-major out, 16-byte aligned
   bf16 *dq, *dk, *dv;
 };
-
-// Whether the current device is of sm_90 and the kernels take this shape.
-bool doc_attention_backward_supports(const DocAttentionShape& shape);
 
 void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,
                                  CUstream_st* stream);

@@ -15,42 +15,33 @@
 // block of queries; two buffers take turns, so a second one is not needed.
 #pragma once
 
-#include "kernels/doc_attention.h"
-#include "kernels/ptx_sm90.cuh"
+#include "kernels/doc_attention_sm90.cuh"
 
-namespace pgolf::attention {
+namespace pgolf::attention::backward {
 
-constexpr int kWidth = kDocWidth, kTile = kDocTile;
-constexpr int kGroup = 128;    // threads of a warpgroup
-constexpr int kConsumers = 2;  // warpgroups
+constexpr int kTile = kDocKeys;  // keys, and queries of a step
+constexpr int kConsumers = 2;    // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kGroup;
 constexpr int kStages = 2;
-constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
 constexpr int kRows = kTile / kConsumers;       // of a warpgroup
 constexpr int kTileBytes = kTile * kWidth * 2;  // 128 rows of 128 bytes
 constexpr int kScoreBytes = kTile * kTile * 2;  // two such tiles: 64 queries each, a row per key
 constexpr int kPartBytes = kRows * kWidth * 4;  // dq of a warpgroup
-constexpr int kRowBytes = kTile * 4;            // a float per query
+constexpr int kNumberBytes = kTile * 4;         // a float per query
 constexpr uint32_t kQueriesAt = 2 * kTileBytes;
 constexpr uint32_t kGradsAt = kQueriesAt + kStages * kTileBytes;
 constexpr uint32_t kScoresAt = kGradsAt + kStages * kTileBytes;
 constexpr uint32_t kPartsAt = kScoresAt + 2 * kScoreBytes;
 constexpr uint32_t kLogSumsAt = kPartsAt + kConsumers * kPartBytes;
-constexpr uint32_t kDeltasAt = kLogSumsAt + kStages * kRowBytes;
-constexpr uint32_t kBarriersAt = kDeltasAt + kStages * kRowBytes;
+constexpr uint32_t kDeltasAt = kLogSumsAt + kStages * kNumberBytes;
+constexpr uint32_t kBarriersAt = kDeltasAt + kStages * kNumberBytes;
 constexpr int kBarriers = 2 + 4 * kStages;
 constexpr int kSharedBytes = 1024 + static_cast<int>(kBarriersAt) + kBarriers * 8;
 static_assert(kSharedBytes <= 232448, "shared memory of a block on sm_90");
-constexpr float kLog2E = 1.44269504088896340736f;
 
-// Keys of a document: its first row and where the document ends.
-struct Tile {
-  int first, end;
-};
-
-struct BackwardArgs {
-  const int* plan;  // number of tiles, unused, then the tiles
+struct Args {
+  const DocTile* plan;  // the first one has their number
   const float* lse;
   const float* delta;
   float* dq_sum;
@@ -72,7 +63,7 @@ struct Shared {
   __device__ uint32_t part(int group) const { return base + kPartsAt + group * kPartBytes; }
   // A float per query, from offset `at` on.
   __device__ float* row(uint32_t at, int stage) const {
-    return reinterpret_cast<float*>(shared_pointer(base + at + stage * kRowBytes));
+    return reinterpret_cast<float*>(shared_pointer(base + at + stage * kNumberBytes));
   }
   // Barriers of keys and values, of queries with their log sums, and of gradients with their deltas.
   __device__ uint32_t keys_full() const { return barrier(0); }
@@ -86,43 +77,21 @@ struct Shared {
   __device__ uint32_t barrier(int index) const { return base + kBarriersAt + index * 8; }
 };
 
-struct Ring {
-  int stage = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance() {
-    if (++stage == kStages) stage = 0, phase ^= 1;
-  }
-};
-
-// The tiles of this block, one for each group.
-struct Walk {
-  int item, items;
-  __device__ explicit Walk(const BackwardArgs& args)
-      : item(static_cast<int>(blockIdx.x)), items(args.plan[0] * args.groups) {}
-  __device__ bool more() const { return item < items; }
-  __device__ void advance() { item += static_cast<int>(gridDim.x); }
-  __device__ int group(const BackwardArgs& args) const { return item % args.groups; }
-  __device__ Tile tile(const BackwardArgs& args) const {
-    const int* const at = args.plan + 2 * (1 + item / args.groups);
-    return {at[0], at[1]};
-  }
-};
-
 // Producers: one warp copies queries, one upstream gradients, one keys and values.
 
 // Copies a block of queries, or of upstream gradients, for each step of the consumers, and a number per
 // query.
 template <bool Grads>
-__device__ void produce(const BackwardArgs& args, const Shared& shared, const CUtensorMap* map) {
+__device__ void produce(const Args& args, const Shared& shared, const CUtensorMap* map) {
   constexpr uint32_t kTiles = Grads ? kGradsAt : kQueriesAt, kNumbers = Grads ? kDeltasAt : kLogSumsAt;
   // Queries of the next document: with an infinite sum p is 0.
   constexpr float kFactor = Grads ? 1.0f : kLog2E, kOutside = Grads ? 0.0f : INFINITY;
   const float* const numbers = Grads ? args.delta : args.lse;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  Ring at;
-  for (Walk walk(args); walk.more(); walk.advance()) {
-    const Tile tile = walk.tile(args);
-    int head = walk.group(args) * args.ratio;
+  Ring<kStages> at;
+  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+    const DocTile tile = walk.tile();
+    int head = walk.group() * args.ratio;
     // As many steps as the consumers have: all heads of a block of queries, then the next block.
     for (int first = tile.first, left = args.ratio; first < tile.end; ++head) {
       const uint32_t full = Grads ? shared.grads_full(at.stage) : shared.queries_full(at.stage);
@@ -147,12 +116,12 @@ __device__ void produce(const BackwardArgs& args, const Shared& shared, const CU
   }
 }
 
-inline __device__ void produce_keys(const BackwardArgs& args, const Shared& shared, const CUtensorMap* keys,
+inline __device__ void produce_keys(const Args& args, const Shared& shared, const CUtensorMap* keys,
                                     const CUtensorMap* values) {
   uint32_t phase = 0;
-  for (Walk walk(args); walk.more(); walk.advance()) {
-    const Tile tile = walk.tile(args);
-    const int group = walk.group(args);
+  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+    const DocTile tile = walk.tile();
+    const int group = walk.group();
     mbarrier_wait(shared.keys_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.keys_full(), 2 * kTileBytes);
     tma_load_3d(shared.keys(), keys, shared.keys_full(), 0, group, tile.first);
@@ -162,36 +131,6 @@ inline __device__ void produce_keys(const BackwardArgs& args, const Shared& shar
 }
 
 // Consumers.
-
-// Place of a thread in its warpgroup. A tile of products has its rows `row` and `row + 8`, and columns
-// 8 n + column, 8 n + column + 1 of them.
-struct Place {
-  int group, warp, lane, row, column;
-  __device__ Place() {
-    const int thread = static_cast<int>(threadIdx.x);
-    group = __shfl_sync(0xffffffffu, thread / kGroup - 1, 0);
-    warp = thread / 32 % 4;
-    lane = thread % 32;
-    row = warp * 16 + lane / 4;
-    column = lane % 4 * 2;
-  }
-};
-
-// The pairs of columns of a tile of products, rounded: also the A operand of a product over these columns.
-template <int Count>
-__device__ __forceinline__ void round_pairs(uint32_t (&bits)[Count / 2], const float (&value)[Count]) {
-  PGOLF_UNROLL
-  for (int i = 0; i < Count / 2; ++i) bits[i] = pack_bfloat16(value[2 * i], value[2 * i + 1]);
-}
-
-// Writes rows of 64 columns with the 128-byte swizzle: 16 rows of this warp from `row` on, of which `bits`
-// has the columns from 16 `chunk` on as a product over them takes them.
-__device__ __forceinline__ void write_rows(uint32_t tile, int row, int chunk, const uint32_t* bits,
-                                           const Place& at) {
-  // Lane l has the address of row l % 8 of matrix l / 8: rows 0 and 8, then the same of the next 8 columns.
-  const int mine = row + at.lane % 16, piece = 2 * chunk + at.lane / 16;
-  stmatrix_x4<false>(tile + mine * 128 + ((piece ^ (mine % 8)) * 16), bits[0], bits[1], bits[2], bits[3]);
-}
 
 // p^T in place of s^T, from log2 sums in shared memory.
 __device__ __forceinline__ void exponentials(float (&s)[64], const float* log_sums, float factor,
@@ -254,30 +193,10 @@ __device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shar
   }
 }
 
-// Writes this warpgroup's 64 keys of dk or dv, through shared memory for whole lines.
-__device__ __forceinline__ void write_keys(const float (&sum)[32], bf16* target, uint32_t tile,
-                                           const BackwardArgs& args, int first, int end, const Place& at) {
-  uint32_t bits[16];
-  round_pairs(bits, sum);
-  PGOLF_UNROLL
-  for (int chunk = 0; chunk < 4; ++chunk) write_rows(tile, at.warp * 16, chunk, bits + 4 * chunk, at);
-  named_sync(2 + at.group, kGroup);
-  const int thread = static_cast<int>(threadIdx.x) % kGroup, piece = thread % 8;
-  PGOLF_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const int row = thread / 8 + 16 * i;
-    if (first + row >= end) break;
-    const uint4 from =
-        *reinterpret_cast<const uint4*>(shared_pointer(tile) + row * 128 + (piece ^ (row % 8)) * 16);
-    *reinterpret_cast<uint4*>(target + static_cast<int64_t>(first + row) * args.groups * kWidth + piece * 8) =
-        from;
-  }
-}
-
 // Begins s^T of this warpgroup's keys and the next block of queries; the caller waits for it. Without a next
 // block it multiplies whatever is there, because a product in a branch would make the compiler wait for each.
 __device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, const Shared& shared,
-                                             const Ring& ring, bool more) {
+                                             const Ring<kStages>& ring, bool more) {
   if (more) mbarrier_wait(shared.queries_full(ring.stage), ring.phase);
   const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
   wgmma_fence();
@@ -289,18 +208,18 @@ __device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, cons
   wgmma_commit();
 }
 
-inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
+inline __device__ void consume(const Args& args, const Shared& shared) {
   const Place at;
   const float factor = args.scale * kLog2E;
   const uint64_t keys = wgmma_descriptor(shared.keys() + at.group * kRows * 128);
   const uint64_t values = wgmma_descriptor(shared.values() + at.group * kRows * 128);
   const uint64_t all_keys = wgmma_descriptor(shared.keys());
-  Ring ring;
+  Ring<kStages> ring;
   uint32_t keys_phase = 0;
   int buffer = 0;
-  for (Walk walk(args); walk.more(); walk.advance()) {
-    const Tile tile = walk.tile(args);
-    const int group = walk.group(args);
+  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+    const DocTile tile = walk.tile();
+    const int group = walk.group();
     float dk[32], dv[32], s[64];
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) dk[i] = dv[i] = 0.0f;
@@ -388,20 +307,24 @@ inline __device__ void consume(const BackwardArgs& args, const Shared& shared) {
     // The copy engine has read dq from this memory.
     if (threadIdx.x % kGroup == 0) tma_store_wait_read<0>();
     named_sync(2 + at.group, kGroup);
-    const int64_t column = static_cast<int64_t>(group) * kWidth;
-    const int first_row = tile.first + at.group * kRows;
-    const uint32_t part = shared.part(at.group);
-    write_keys(dk, args.dk + column, part, args, first_row, tile.end, at);
-    write_keys(dv, args.dv + column, part + kPartBytes / 2, args, first_row, tile.end, at);
+    const int first_key = tile.first + at.group * kRows;
+    const auto row_of = [&](bf16* target) {
+      return [=, groups = args.groups](int row) {
+        const int64_t key = first_key + row;
+        return key < tile.end ? target + (key * groups + group) * kWidth : nullptr;
+      };
+    };
+    write_sums(dk, shared.part(at.group), at, row_of(args.dk));
+    write_sums(dv, shared.part(at.group) + kPartBytes / 2, at, row_of(args.dv));
   }
   // Shared memory must outlive what the copy engine reads of it.
   if (threadIdx.x % kGroup == 0) tma_store_wait();
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    backward_kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
-                    const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
-                    const __grid_constant__ BackwardArgs args) {
+    kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
+           const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
+           const __grid_constant__ Args args) {
   const Shared shared(shared_address(dynamic_shared()));
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * 4;
@@ -436,4 +359,4 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-}  // namespace pgolf::attention
+}  // namespace pgolf::attention::backward

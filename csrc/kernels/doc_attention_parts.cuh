@@ -10,39 +10,38 @@ namespace pgolf::attention {
 inline constexpr int kPlanThreads = 1024;
 inline constexpr int kPlanSizes = 256;  // tiles with as many blocks of queries or more are alike
 
-// Writes the number of tiles and then each tile, its first key and the end of its document, those with the
-// most blocks of queries first, so that what is left at the end is short. One block.
+// Writes the number of tiles and then the tiles of all documents, of `size` tokens each or less, those with
+// the most work first, so that what is left at the end is short. That is the number of blocks of as many
+// tokens from the tile to the end of its document, or, `Backwards`, to the begin. One block.
+template <bool Backwards>
 __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* __restrict__ documents, int segments, int32_t* __restrict__ plan) {
-  __shared__ int first[kPlanSizes];  // of each size: tiles, then the place of the next one
+    plan_kernel(const int32_t* __restrict__ documents, int segments, int size, DocTile* __restrict__ plan) {
+  __shared__ int place[kPlanSizes];  // of each amount: tiles, then the place of the next one
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < kPlanSizes) first[thread] = 0;
+  if (thread < kPlanSizes) place[thread] = 0;
   __syncthreads();
   const auto each_tile = [&](const auto& body) {
     for (int segment = thread; segment < segments; segment += kPlanThreads) {
       const int begin = documents[segment], end = documents[segment + 1];
-      for (int key = begin; key < end; key += kDocTile) {
-        body(key, end, min((end - key + kDocTile - 1) / kDocTile, kPlanSizes) - 1);
+      for (int first = begin; first < end; first += size) {
+        const int blocks = Backwards ? (first - begin) / size : (end - first - 1) / size;
+        body(DocTile{first, begin, end, 0}, min(blocks, kPlanSizes - 1));
       }
     }
   };
-  each_tile([&](int, int, int size) { atomicAdd(&first[size], 1); });
+  each_tile([&](const DocTile&, int amount) { atomicAdd(&place[amount], 1); });
   __syncthreads();
   if (thread == 0) {
     int tiles = 0;
-    for (int size = kPlanSizes - 1; size >= 0; --size) {
-      const int count = first[size];
-      first[size] = tiles;
+    for (int amount = kPlanSizes - 1; amount >= 0; --amount) {
+      const int count = place[amount];
+      place[amount] = tiles;
       tiles += count;
     }
-    plan[0] = tiles;
+    plan->first = tiles;
   }
   __syncthreads();
-  each_tile([&](int key, int end, int size) {
-    const int at = 2 * (1 + atomicAdd(&first[size], 1));
-    plan[at] = key;
-    plan[at + 1] = end;
-  });
+  each_tile([&](const DocTile& tile, int amount) { plan[1 + atomicAdd(&place[amount], 1)] = tile; });
 }
 
 // delta (heads, tokens) = sum over the columns of grad y.

@@ -312,18 +312,17 @@ __device__ __forceinline__ void wgmma_64x192x16(float (&d)[96], uint64_t a, uint
 }
 
 // d (64x64, float32) = a (64x16) b (16x64) + (accumulate ? d : 0), d as above. `a` in shared memory, or in
-// registers: those of lane 4 g + t of warp w are (16 w + g, 2 t), (16 w + g + 8, 2 t), (16 w + g, 2 t + 8) and
-// (16 w + g + 8, 2 t + 8), each with the next column in its upper half. So columns 16 j .. 16 j + 15 of a `d`,
-// rounded, are elements 8 j .. 8 j + 7 of it in pairs.
-#define PGOLF_D32                                                                    \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+// registers: those of lane 4 g + t of warp w are (16 w + g, 2 t), (16 w + g + 8, 2 t), (16 w + g, 2 t + 8)
+// and (16 w + g + 8, 2 t + 8), each with the next column in its upper half. So columns 16 j .. 16 j + 15 of a
+// `d`, rounded, are elements 8 j .. 8 j + 7 of it in pairs.
+#define PGOLF_D32                                                           \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
 template <bool AAlongK, bool BAlongK>
 __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PGOLF_D32
-      "%32, %33, p, 1, 1, %35, %36;\n}"
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PGOLF_D32 "%32, %33, p, 1, 1, %35, %36;\n}"
       : PGOLF_R16(d, 0), PGOLF_R16(d, 16)
       : "l"(a), "l"(b), "r"(accumulate), "n"(AAlongK ? 0 : 1), "n"(BAlongK ? 0 : 1));
 }
@@ -335,6 +334,20 @@ __device__ __forceinline__ void wgmma_64x64x16(float (&d)[32], const uint32_t* a
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 " PGOLF_D32
       "{%32, %33, %34, %35}, %36, p, 1, 1, %38;\n}"
       : PGOLF_R16(d, 0), PGOLF_R16(d, 16)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BAlongK ? 0 : 1));
+}
+// The same 64x96, with `a` in registers.
+template <bool BAlongK>
+__device__ __forceinline__ void wgmma_64x96x16(float (&d)[48], const uint32_t* a, uint64_t b,
+                                               int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %53, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n96k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47}, "
+      "{%48, %49, %50, %51}, %52, p, 1, 1, %54;\n}"
+      : PGOLF_R16(d, 0), PGOLF_R16(d, 16), PGOLF_R16(d, 32)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(BAlongK ? 0 : 1));
 }
 #undef PGOLF_D32

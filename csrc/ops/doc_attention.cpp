@@ -47,7 +47,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const Tensor dv = torch::stable::new_empty(q, {tokens, groups, kDocWidth});
   const Tensor delta = torch::stable::new_empty(q, {heads, tokens}, kFloat);
   const Tensor dq_sum = torch::stable::new_empty(q, {heads, tokens, kDocWidth}, kFloat);
-  const Tensor plan = torch::stable::new_empty(cu_seqlens, {2 * (doc_attention_max_tiles(shape) + 1)});
+  const Tensor plan =
+      torch::stable::new_empty(cu_seqlens, {4 * (doc_attention_max_tiles(shape, kDocKeys) + 1)});
   doc_attention_backward_sm90({.q = const_pointer<bf16>(queries.tensor),
                                .k = const_pointer<bf16>(keys.tensor),
                                .v = const_pointer<bf16>(values.tensor),
@@ -61,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
                                .documents = const_pointer<int32_t>(starts),
                                .delta = mutable_pointer<float>(delta),
                                .dq_sum = mutable_pointer<float>(dq_sum),
-                               .plan = mutable_pointer<int32_t>(plan),
+                               .plan = mutable_pointer<DocTile>(plan),
                                .dq = mutable_pointer<bf16>(dq),
                                .dk = mutable_pointer<bf16>(dk),
                                .dv = mutable_pointer<bf16>(dv)},
