@@ -7,7 +7,8 @@
 //   dq_i = scale sum_j ds_ij k_j              dk_j = scale sum_i ds_ij q_i
 //
 // A head of q has the keys and values of its group, whose gradients are sums over its heads. Products of bf16
-// with float32 sums; p and ds are rounded to bf16. The sums of dq over blocks of keys have no fixed order.
+// with float32 sums; p and ds are rounded to bf16. dq
+// is a sum over blocks of keys, in no fixed order, and stays in float32.
 #pragma once
 
 #include "kernels/common.h"
@@ -60,11 +61,10 @@ struct DocAttentionBackward {
   const bf16* y;             // (tokens, heads, 64) row-major, the output of attention
   const float* lse;          // (heads, tokens), natural logarithms
   const int32_t* documents;  // (segments + 1) starts, the last one `tokens`
-  // Scratch: (heads, tokens); (heads, tokens, 64), 16-byte aligned; doc_attention_max_tiles(kDocKeys) + 1.
-  float *delta, *dq_sum;
-  DocTile* plan;
-  // (tokens, heads or groups, 64) row-major out, 16-byte aligned
-  bf16 *dq, *dk, *dv;
+  float* delta;              // scratch: (heads, tokens)
+  DocTile* plan;             // scratch: doc_attention_max_tiles(kDocKeys) + 1
+  float* dq;                 // (tokens, heads, 64) row-major out, 16-byte aligned, float32
+  bf16 *dk, *dv;             // (tokens, groups, 64) row-major out, 16-byte aligned
 };
 
 void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,

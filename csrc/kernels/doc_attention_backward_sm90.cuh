@@ -44,7 +44,6 @@ struct Args {
   const DocTile* plan;  // the first one has their number
   const float* lse;
   const float* delta;
-  float* dq_sum;
   bf16 *dk, *dv;
   int tokens, groups, ratio;  // heads per group
   float scale;
@@ -167,28 +166,30 @@ __device__ __forceinline__ void score_gradients(float (&dp)[64], const float (&p
   }
 }
 
-// Adds this warpgroup's dq, of 64 queries from `first` on, to that in memory. A token's row of 64 floats has
-// its eight pieces of 32 bytes in the order piece ^ (token % 8), so that the writes below have no conflicts.
-__device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shared, float* dq_sum, int first,
-                                       int end, const Place& at) {
+// Adds this warpgroup's dq, of 64 queries from `first` on, to that in memory. Queries after the document,
+// which have none, get zeros.
+__device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shared, const CUtensorMap* map,
+                                       float scale, int head, int first, const Place& at) {
   const bool leader = threadIdx.x % kGroup == 0;
   if (leader) tma_store_wait_read<0>();
   named_sync(2 + at.group, kGroup);
-  unsigned char* const part = shared_pointer(shared.part(at.group));
+  const uint32_t part = shared.part(at.group);
   PGOLF_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const int row = at.row + half * 8, token = first + row;
+  for (int n = 0; n < 8; ++n) {
     PGOLF_UNROLL
-    for (int n = 0; n < 8; ++n) {
-      auto* const to = reinterpret_cast<float2*>(part + row * 256 + (n ^ (token % 8)) * 32 + at.column * 4);
-      *to = make_float2(dq[4 * n + 2 * half], dq[4 * n + 2 * half + 1]);
+    for (int half = 0; half < 2; ++half) {
+      // Two tiles of 32 columns, with the swizzle.
+      const uint32_t piece =
+          piece_at(part + n / 4 * (kPartBytes / 2), at.row + half * 8, n % 4 * 2 + at.column / 4);
+      *reinterpret_cast<float2*>(shared_pointer(piece + at.column % 4 * 4)) =
+          make_float2(scale * dq[4 * n + 2 * half], scale * dq[4 * n + 2 * half + 1]);
     }
   }
   fence_proxy_shared();
   named_sync(2 + at.group, kGroup);
-  const int rows = min(end - first, kRows);
-  if (leader && rows > 0) {
-    bulk_add(dq_sum + static_cast<int64_t>(first) * kWidth, shared.part(at.group), rows * kWidth * 4);
+  if (leader) {
+    tma_add(map, part, 0, head, first);
+    tma_add(map, part + kPartBytes / 2, 32, head, first);
     tma_store_commit();
   }
 }
@@ -208,7 +209,7 @@ __device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, cons
   wgmma_commit();
 }
 
-inline __device__ void consume(const Args& args, const Shared& shared) {
+inline __device__ void consume(const Args& args, const Shared& shared, const CUtensorMap* dq_map) {
   const Place at;
   const float factor = args.scale * kLog2E;
   const uint64_t keys = wgmma_descriptor(shared.keys() + at.group * kRows * 128);
@@ -294,8 +295,7 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
       begin_scores(s, keys, shared, ring, first < tile.end);
       wgmma_wait<2>();
       wgmma_keep_order(dq);
-      add_dq(dq, shared, args.dq_sum + static_cast<int64_t>(this_head) * args.tokens * kWidth,
-             this_first + at.group * kRows, tile.end, at);
+      add_dq(dq, shared, dq_map, args.scale, this_head, this_first + at.group * kRows, at);
       wgmma_wait<0>();
       wgmma_keep_order(dk);
       wgmma_keep_order(s);
@@ -324,7 +324,7 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
            const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
-           const __grid_constant__ Args args) {
+           const __grid_constant__ CUtensorMap dq, const __grid_constant__ Args args) {
   const Shared shared(shared_address(dynamic_shared()));
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * 4;
@@ -342,6 +342,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     tma_prefetch(&keys);
     tma_prefetch(&values);
     tma_prefetch(&grads);
+    tma_prefetch(&dq);
   }
   __syncthreads();
   if (threadIdx.x < kGroup) {
@@ -355,7 +356,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     registers_raise<kConsumerRegisters>();
-    consume(args, shared);
+    consume(args, shared, &dq);
   }
 }
 

@@ -1,5 +1,4 @@
-// The kernels around the main one of doc_attention.h's backward pass: the list of tiles, delta = dy . y, and
-// dq in bf16.
+// The small kernels of doc_attention.h: the list of tiles, and delta = dy . y.
 #pragma once
 
 #include "kernels/doc_attention.h"
@@ -44,42 +43,26 @@ __global__ void __launch_bounds__(kPlanThreads)
   each_tile([&](const DocTile& tile, int amount) { plan[1 + atomicAdd(&place[amount], 1)] = tile; });
 }
 
+inline constexpr int kPieces = kDocWidth / kVector;  // of a head: a thread has one at a time
+
 // delta (heads, tokens) = sum over the columns of grad y.
 __global__ void __launch_bounds__(kHeadThreads)
     delta_kernel(const bf16* __restrict__ grad, int64_t grad_stride, const bf16* __restrict__ y,
                  float* __restrict__ delta, int64_t tokens, int heads) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const int column = (static_cast<int>(blockIdx.y) * 32 + lane) * kVector, width = heads * kDocWidth;
-  const bool inside = column < width;
-  const int64_t step = int64_t{gridDim.x} * kHeadWarps;
-  for (int64_t token = int64_t{blockIdx.x} * kHeadWarps + threadIdx.x / 32; token < tokens; token += step) {
+  const int64_t each = int64_t{heads} * kPieces, step = int64_t{gridDim.x} * kHeadThreads;
+  const int64_t first = int64_t{blockIdx.x} * kHeadThreads + threadIdx.x, lane = threadIdx.x % 32;
+  // All lanes of a warp take part in its sums.
+  for (int64_t at = first; at - lane < tokens * each; at += step) {
+    const bool inside = at < tokens * each;
+    const int64_t token = at / each, piece = at % each;
     HeadRaw raw[2];
-    load_if(raw[0], grad + token * grad_stride + column, inside);
-    load_if(raw[1], y + token * width + column, inside);
+    load_if(raw[0], grad + token * grad_stride + piece * kVector, inside);
+    load_if(raw[1], y + at * kVector, inside);
     float a[kVector], b[kVector];
     raw[0].widen(a);
     raw[1].widen(b);
     const float sum = head_sum<kDocWidth>(dot8(a, b));
-    if (inside && column % kDocWidth == 0) delta[column / kDocWidth * tokens + token] = sum;
-  }
-}
-
-// dq (tokens, heads, 64) in bf16 from its sums (heads, tokens, 64), whose pieces of 8 columns the main kernel
-// orders by token.
-__global__ void __launch_bounds__(kHeadThreads)
-    dq_kernel(const float* __restrict__ sums, bf16* __restrict__ dq, int64_t tokens, int heads, float scale) {
-  constexpr int kPieces = kDocWidth / kVector;
-  const int64_t pieces = tokens * heads * kPieces, step = int64_t{gridDim.x} * kHeadThreads;
-  for (int64_t at = int64_t{blockIdx.x} * kHeadThreads + threadIdx.x; at < pieces; at += step) {
-    const int64_t row = at / kPieces, token = row % tokens, head = row / tokens;
-    const int piece = static_cast<int>(at % kPieces);
-    Raw8<float> raw;
-    raw.load(sums + row * kDocWidth + (piece ^ static_cast<int>(token % 8)) * kVector);
-    float value[kVector];
-    raw.widen(value);
-    PGOLF_UNROLL
-    for (int l = 0; l < kVector; ++l) value[l] *= scale;
-    store_if(dq + (token * heads + head) * kDocWidth + piece * kVector, value, true);
+    if (inside && piece % kPieces == 0) delta[piece / kPieces * tokens + token] = sum;
   }
 }
 

@@ -9,35 +9,32 @@
 namespace pgolf {
 namespace {
 
+using attention::head_map;
 using attention::kWidth;
-
-// Of (tokens, heads, 64): a box is `box` tokens of a head.
-CUtensorMap head_map(const bf16* first, int64_t tokens, int heads, int64_t stride, int box) {
-  return tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, first,
-                    {.rank = 3,
-                     .sizes = {kWidth, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens)},
-                     .strides = {kWidth * 2, static_cast<cuuint64_t>(stride) * 2},
-                     .box = {kWidth, 1, static_cast<cuuint32_t>(box)}});
-}
 
 // The list of tiles of `size` tokens.
 template <bool Backwards>
 void plan(const int32_t* documents, const DocAttentionShape& shape, int size, DocTile* plan,
           CUstream_st* stream) {
-  attention::plan_kernel<Backwards>
-      <<<1, attention::kPlanThreads, 0, stream>>>(documents, shape.segments, size, plan);
-  PGOLF_LAUNCH_CHECK();
+  launch_kernel(attention::plan_kernel<Backwards>, {.blocks = 1, .threads = attention::kPlanThreads}, stream,
+                documents, shape.segments, size, plan);
+}
+
+Grid piece_grid(const DocAttentionShape& shape) {
+  const int64_t pieces = shape.tokens * shape.heads * attention::kPieces, most = 8 * multiprocessor_count();
+  return {.blocks = static_cast<unsigned int>(std::min((pieces + kHeadThreads - 1) / kHeadThreads, most)),
+          .threads = kHeadThreads};
 }
 
 template <typename Kernel, typename... Arguments>
-void launch(Kernel* kernel, int threads, int shared, const DocAttentionShape& shape, int tile,
+void launch(Kernel* kernel, unsigned int threads, int shared, const DocAttentionShape& shape, int tile,
             CUstream_st* stream, const Arguments&... arguments) {
   // One block per multiprocessor, as its shared memory allows no second one.
   const int64_t most = doc_attention_max_tiles(shape, tile) * shape.groups;
-  const int blocks = static_cast<int>(std::min(most, int64_t{multiprocessor_count()}));
+  const auto blocks = static_cast<unsigned int>(std::min(most, int64_t{multiprocessor_count()}));
   PGOLF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
-  kernel<<<blocks, threads, shared, stream>>>(arguments...);
-  PGOLF_LAUNCH_CHECK();
+  launch_kernel(kernel, {.blocks = blocks, .threads = threads, .shared = static_cast<size_t>(shared)}, stream,
+                arguments...);
 }
 
 }  // namespace
@@ -71,37 +68,28 @@ void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape
 void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,
                                  CUstream_st* stream) {
   if (shape.tokens == 0) return;
-  const int64_t rows = shape.tokens * shape.heads;
-  PGOLF_CUDA_CHECK(cudaMemsetAsync(args.dq_sum, 0, static_cast<size_t>(rows) * kWidth * 4, stream));
+  PGOLF_CUDA_CHECK(cudaMemsetAsync(
+      args.dq, 0, static_cast<size_t>(shape.tokens * shape.heads) * kWidth * sizeof(float), stream));
   plan<false>(args.documents, shape, kDocKeys, args.plan, stream);
-  const dim3 grid =
-      head_grid(attention::delta_kernel, shape.tokens, stripe_count(int64_t{shape.heads} * kWidth, 1));
-  attention::delta_kernel<<<grid, kHeadThreads, 0, stream>>>(args.grad, args.grad_stride, args.y, args.delta,
-                                                             shape.tokens, shape.heads);
-  PGOLF_LAUNCH_CHECK();
-
+  launch_kernel(attention::delta_kernel, piece_grid(shape), stream, args.grad, args.grad_stride, args.y,
+                args.delta, shape.tokens, shape.heads);
   const attention::backward::Args own{.plan = args.plan,
                                       .lse = args.lse,
                                       .delta = args.delta,
-                                      .dq_sum = args.dq_sum,
                                       .dk = args.dk,
                                       .dv = args.dv,
                                       .tokens = static_cast<int>(shape.tokens),
                                       .groups = shape.groups,
                                       .ratio = shape.heads / shape.groups,
                                       .scale = shape.scale};
-  launch(attention::backward::kernel, attention::backward::kThreads, attention::backward::kSharedBytes, shape,
-         kDocKeys, stream, head_map(args.q, shape.tokens, shape.heads, args.q_stride, kDocKeys),
-         head_map(args.k, shape.tokens, shape.groups, args.k_stride, kDocKeys),
-         head_map(args.v, shape.tokens, shape.groups, args.v_stride, kDocKeys),
-         head_map(args.grad, shape.tokens, shape.heads, args.grad_stride, kDocKeys), own);
-
-  const int64_t threads = rows * (kWidth / kVector);
-  const auto dq_blocks = static_cast<unsigned int>(
-      std::min((threads + kHeadThreads - 1) / kHeadThreads, int64_t{multiprocessor_count()} * 8));
-  attention::dq_kernel<<<dq_blocks, kHeadThreads, 0, stream>>>(args.dq_sum, args.dq, shape.tokens,
-                                                               shape.heads, shape.scale);
-  PGOLF_LAUNCH_CHECK();
+  launch(
+      attention::backward::kernel, attention::backward::kThreads, attention::backward::kSharedBytes, shape,
+      kDocKeys, stream, head_map(args.q, shape.tokens, shape.heads, args.q_stride, kDocKeys),
+      head_map(args.k, shape.tokens, shape.groups, args.k_stride, kDocKeys),
+      head_map(args.v, shape.tokens, shape.groups, args.v_stride, kDocKeys),
+      head_map(args.grad, shape.tokens, shape.heads, args.grad_stride, kDocKeys),
+      head_map(args.dq, shape.tokens, shape.heads, int64_t{shape.heads} * kWidth, attention::backward::kRows),
+      own);
 }
 
 }  // namespace pgolf

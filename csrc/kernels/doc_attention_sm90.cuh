@@ -3,6 +3,7 @@
 
 #include "kernels/doc_attention.h"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/tensor_map.cuh"
 
 namespace pgolf::attention {
 
@@ -11,6 +12,17 @@ constexpr int kRowBytes = kWidth * 2;  // of an operand in shared memory: the wi
 constexpr int kGroup = 128;            // threads of a warpgroup
 constexpr int kProducerRegisters = 24;
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
+
+// The map of (tokens, heads, 64), of which a box is 128 bytes of the columns of `box` tokens of a head.
+template <typename T>
+CUtensorMap head_map(const T* first, int64_t tokens, int heads, int64_t stride, int box) {
+  const auto type = sizeof(T) == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  return tensor_map(type, first,
+                    {.rank = 3,
+                     .sizes = {kWidth, static_cast<cuuint64_t>(heads), static_cast<cuuint64_t>(tokens)},
+                     .strides = {kWidth * sizeof(T), static_cast<cuuint64_t>(stride) * sizeof(T)},
+                     .box = {kRowBytes / sizeof(T), 1, static_cast<cuuint32_t>(box)}});
+}
 
 template <int Stages>
 struct Ring {

@@ -154,12 +154,13 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t share
                : "memory");
 }
 
-// Adds `bytes` of floats in shared memory to those at `global`, both 16-byte aligned and contiguous, in no
-// stated order with other additions. Joins the thread's open group.
-__device__ __forceinline__ void bulk_add(float* global, uint32_t shared, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
-               "r"(shared), "r"(bytes)
-               : "memory");
+// Adds a box of floats to those of the tensor, in no stated order with other additions.
+__device__ __forceinline__ void tma_add(const CUtensorMap* map, uint32_t shared, int x, int y, int z) {
+  asm volatile(
+      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(
+          map),
+      "r"(shared), "r"(x), "r"(y), "r"(z)
+      : "memory");
 }
 
 __device__ __forceinline__ void tma_store_commit() {

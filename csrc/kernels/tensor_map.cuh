@@ -10,12 +10,12 @@
 
 namespace pgolf {
 
-// A tensor of 16-bit elements and the box of it that one copy moves; dimension 0 is contiguous.
+// A tensor and the box of it that one copy moves; dimension 0 is contiguous.
 struct TensorShape {
   cuuint32_t rank;
   cuuint64_t sizes[5];
   cuuint64_t strides[4];  // bytes, of dimensions 1 and on
-  cuuint32_t box[5];      // 64 elements in dimension 0: the width of the swizzle
+  cuuint32_t box[5];      // 128 bytes in dimension 0: the width of the swizzle
 };
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,

@@ -42,11 +42,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const Rows upstream = rows_in_place(grad);
   const Tensor out = prepared(y), sums = torch::stable::contiguous(lse);
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
-  const Tensor dq = torch::stable::new_empty(q, {tokens, heads, kDocWidth});
+  const Tensor dq = torch::stable::new_empty(q, {tokens, heads, kDocWidth}, kFloat);
   const Tensor dk = torch::stable::new_empty(q, {tokens, groups, kDocWidth});
   const Tensor dv = torch::stable::new_empty(q, {tokens, groups, kDocWidth});
   const Tensor delta = torch::stable::new_empty(q, {heads, tokens}, kFloat);
-  const Tensor dq_sum = torch::stable::new_empty(q, {heads, tokens, kDocWidth}, kFloat);
   const Tensor plan =
       torch::stable::new_empty(cu_seqlens, {4 * (doc_attention_max_tiles(shape, kDocKeys) + 1)});
   doc_attention_backward_sm90({.q = const_pointer<bf16>(queries.tensor),
@@ -61,9 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
                                .lse = const_pointer<float>(sums),
                                .documents = const_pointer<int32_t>(starts),
                                .delta = mutable_pointer<float>(delta),
-                               .dq_sum = mutable_pointer<float>(dq_sum),
                                .plan = mutable_pointer<DocTile>(plan),
-                               .dq = mutable_pointer<bf16>(dq),
+                               .dq = mutable_pointer<float>(dq),
                                .dk = mutable_pointer<bf16>(dk),
                                .dv = mutable_pointer<bf16>(dv)},
                               shape, current_stream());
