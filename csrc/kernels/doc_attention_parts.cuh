@@ -30,15 +30,18 @@ __global__ void __launch_bounds__(kPlanThreads)
   };
   each_tile([&](const DocTile&, int amount) { atomicAdd(&place[amount], 1); });
   __syncthreads();
-  if (thread == 0) {
-    int tiles = 0;
-    for (int amount = kPlanSizes - 1; amount >= 0; --amount) {
-      const int count = place[amount];
-      place[amount] = tiles;
-      tiles += count;
-    }
-    plan->first = tiles;
+  // The sum of each amount and of all larger ones, less its own: where its tiles begin.
+  const bool mine = thread < kPlanSizes;
+  const int count = mine ? place[thread] : 0;
+  for (int step = 1; step < kPlanSizes; step *= 2) {
+    const int more = thread + step < kPlanSizes ? place[thread + step] : 0;
+    __syncthreads();
+    if (mine) place[thread] += more;
+    __syncthreads();
   }
+  if (thread == 0) plan->first = place[0];
+  __syncthreads();
+  if (mine) place[thread] -= count;
   __syncthreads();
   each_tile([&](const DocTile& tile, int amount) { plan[1 + atomicAdd(&place[amount], 1)] = tile; });
 }
