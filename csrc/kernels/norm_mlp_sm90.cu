@@ -17,26 +17,6 @@ using product::Place;
 
 constexpr int kRows = 2 * kFragments;  // of a thread
 
-__device__ __forceinline__ float square_root(float x) {
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-// Reads that stay where they are written: the compiler would else move them behind the product.
-__device__ __forceinline__ uint4 fetch16(const void* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-__device__ __forceinline__ uint32_t fetch4(const void* from) {
-  uint32_t v;
-  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
-  return v;
-}
-
 // Rows of a thread: two of each fragment, 8 and 64 apart.
 __device__ __forceinline__ int row_of(const Place& place, int r) {
   return place.row + r / 2 * 64 + r % 2 * 8;
@@ -63,7 +43,7 @@ __device__ __forceinline__ Place late_place(const Place& place) {
 // First element of a thread's part of a row.
 __device__ __forceinline__ int64_t first_element(const Place& place, int r, int column_tiles) {
   return static_cast<int64_t>(row_of(place, r)) * (column_tiles * kTile) + place.column_tile * kTile +
-         product::lane_index() % 4 * 8;
+         lane_index() % 4 * 8;
 }
 
 __device__ __forceinline__ float add_squares(float sum, uint4 v) {
@@ -195,7 +175,7 @@ struct DactEpilogue {
           const float q = v[j * 2 + e];
           const float a = __uint_as_float(e == 0 ? from[j] << 16 : from[j] & 0xffff0000u);
           const float rate = (signs[r] & (1u << (31 - (run * 8 + j * 2 + e)))) != 0 ? below : above;
-          pair[e] = q * square_root(a) * rate;
+          pair[e] = q * sqrt_approx(a) * rate;
           sums[e] = fmaf(q, a, sums[e]);
         }
         word[j] = pack_bfloat16(pair[0], pair[1]);
@@ -208,7 +188,7 @@ struct DactEpilogue {
     float sum = sums[0] + sums[1];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-    if (product::lane_index() % 4 == 0 && inside) {
+    if (lane_index() % 4 == 0 && inside) {
       args.partials[static_cast<int64_t>(place.column_tile) * args.rows + row_of(place, r)] = 2.0f * sum;
     }
   }
@@ -244,10 +224,8 @@ bool norm_mlp_sm90_supports(const NormMlpShape& shape) {
 void norm_mlp_up_sm90(const NormMlpUp& in, const NormMlpShape& shape, CUstream_st* stream) {
   if (shape.rows == 0) return;
   const unsigned int blocks = grid_blocks(shape.rows, kWarpsPerBlock, "norm_mlp");
-  rho_kernel<<<blocks, kWarpsPerBlock * 32, 0, stream>>>(reinterpret_cast<const uint4*>(in.x), in.rho,
-                                                         static_cast<int>(shape.rows),
-                                                         static_cast<int>(shape.width / 8), in.eps);
-  PGOLF_LAUNCH_CHECK();
+  launch_kernel(rho_kernel, {blocks, kWarpsPerBlock * 32}, stream, reinterpret_cast<const uint4*>(in.x),
+                in.rho, static_cast<int>(shape.rows), static_cast<int>(shape.width / 8), in.eps);
   const UpArgs args{.rho = in.rho,
                     .act = in.act,
                     .signs = in.signs,

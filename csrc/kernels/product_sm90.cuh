@@ -149,13 +149,6 @@ inline __device__ void produce(const Schedule& args, const Shared& shared, Walk 
   }
 }
 
-// Read anew where it is needed: one register less in the epilogue.
-__device__ __forceinline__ int lane_index() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
-
 // What a warpgroup has to know of a tile to multiply it.
 struct Turn {
   int turn;             // 0 or 1: which of the tiles in work
@@ -266,8 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     product_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right,
                    const __grid_constant__ Schedule args,
                    const __grid_constant__ typename Epilogue::Args own) {
-  extern __shared__ unsigned char shared_bytes[];
-  const Shared shared(shared_address(shared_bytes));
+  const Shared shared(shared_address(dynamic_shared()));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     // Full: one arrival, which announces the bytes of all copies into the stage, also those from the other

@@ -22,11 +22,40 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return y;
 }
 
+// The square root, relative error about 2^-23; denormal arguments count as 0.
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // The smaller one, NaN if either is.
 __device__ __forceinline__ float min_nan(float a, float b) {
   float smaller;
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(smaller) : "f"(a), "f"(b));
   return smaller;
+}
+
+// The thread's lane, read anew where it is needed: a register less in between.
+__device__ __forceinline__ int lane_index() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  return lane;
+}
+
+// Reads of what no thread writes, which stay where they are written: the compiler would else move them behind
+// a product.
+__device__ __forceinline__ uint4 fetch16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint32_t fetch4(const void* from) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
 }
 
 // The dynamic shared memory of the block.

@@ -5,12 +5,24 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstring>
 #include <deque>
 
 namespace pgolf {
 
-inline unsigned char* dynamic_shared() { return test::current_block->shared.data(); }
+inline float ex2_approx(float x) { return std::exp2(x); }
+inline float rcp_approx(float x) { return 1.0f / x; }
+inline float min_nan(float a, float b) { return a != a || b != b ? NAN : std::min(a, b); }
+
+inline float sqrt_approx(float x) { return std::sqrt(x); }
+
+inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+
+inline uint4 fetch16(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint32_t fetch4(const void* from) { return *static_cast<const uint32_t*>(from); }
+
+inline unsigned char* dynamic_shared() { return test::this_block().shared.data(); }
 
 // Offset in the block's dynamic shared memory.
 inline uint32_t shared_address(const void* pointer) {
@@ -19,26 +31,42 @@ inline uint32_t shared_address(const void* pointer) {
 
 inline unsigned char* shared_pointer(uint32_t address) { return dynamic_shared() + address; }
 
+namespace test {
+
 struct AsyncCopy {
   uint32_t shared;
   const void* global;  // null: zeros
 };
-inline thread_local std::vector<AsyncCopy> open_copies;
-inline thread_local std::deque<std::vector<AsyncCopy>> copy_groups;
+
+// Of a thread.
+struct AsyncCopies {
+  std::vector<AsyncCopy> open;
+  std::deque<std::vector<AsyncCopy>> groups;
+};
+
+inline AsyncCopies& async_copies() {
+  std::shared_ptr<void>& copies = this_thread().copies;
+  if (copies == nullptr) copies = std::make_shared<AsyncCopies>();
+  return *static_cast<AsyncCopies*>(copies.get());
+}
+
+}  // namespace test
 
 inline void cp_async16(uint32_t shared, const void* global, bool valid) {
-  open_copies.push_back({shared, valid ? global : nullptr});
+  test::async_copies().open.push_back({shared, valid ? global : nullptr});
 }
 
 inline void cp_async_commit() {
-  copy_groups.push_back(std::move(open_copies));
-  open_copies.clear();
+  test::AsyncCopies& copies = test::async_copies();
+  copies.groups.push_back(std::move(copies.open));
+  copies.open.clear();
 }
 
 template <int Pending>
 void cp_async_wait() {
-  for (; copy_groups.size() > Pending; copy_groups.pop_front()) {
-    for (const AsyncCopy& copy : copy_groups.front()) {
+  auto& groups = test::async_copies().groups;
+  for (; groups.size() > Pending; groups.pop_front()) {
+    for (const test::AsyncCopy& copy : groups.front()) {
       unsigned char* const to = dynamic_shared() + copy.shared;
       if (copy.global == nullptr) {
         std::memset(to, 0, 16);
@@ -49,20 +77,10 @@ void cp_async_wait() {
   }
 }
 
-// The words of all lanes of the calling thread's warp, while body() runs.
-template <size_t Count, typename Body>
-void exchange(const std::array<uint32_t, Count>& mine, const Body& body) {
-  test::Warp& warp = test::current_block->warps[threadIdx.x / 32];
-  std::copy(mine.begin(), mine.end(), warp.words[threadIdx.x % 32].begin());
-  warp.barrier.arrive_and_wait();
-  body(warp.words);
-  warp.barrier.arrive_and_wait();
-}
-
 template <bool Transposed>
 void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
   const uint32_t group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
-  exchange<1>({shared}, [&](const auto& rows) {
+  test::exchange<1>("ldmatrix", {shared}, [&](const auto& rows) {
     const auto element = [&](uint32_t matrix, uint32_t row, uint32_t column) {
       uint16_t bits;
       std::memcpy(&bits, dynamic_shared() + rows[matrix * 8 + row][0] + 2 * column, sizeof(bits));
@@ -78,7 +96,7 @@ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared) {
 
 inline void mma_16x8x16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
   const uint32_t group = threadIdx.x % 32 / 4, place = threadIdx.x % 4;
-  exchange<6>({a[0], a[1], a[2], a[3], b0, b1}, [&](const auto& words) {
+  test::exchange<6>("mma", {a[0], a[1], a[2], a[3], b0, b1}, [&](const auto& words) {
     // Element k of a row of A or a column of B: pairs lie in four lanes, k >= 8 in another word.
     const auto element = [&](uint32_t line, uint32_t k, uint32_t first, uint32_t second) {
       const uint32_t word = words[line * 4 + k % 8 / 2][k < 8 ? first : second];
