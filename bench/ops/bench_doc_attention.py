@@ -4,6 +4,7 @@ The heads are those of pr1855: 8 query heads and 4 kv heads of 64 columns, and v
 `model` has 98,304 tokens, `small` 1,024, in documents of real lengths (`document_lengths.json`) cut at 2,048
 tokens, and as many empty ones as a training run pads with. In bfloat16 (float32 on the CPU). pgolf and
 flash-attn-4 get the output and the logsumexp of the reference, torch's operator those of its forward pass.
+pgolf's dq is float32, that of the others bfloat16.
 
 `ms_bwd` is the backward pass alone. `tflops` are its counted operations per second: five products of 2 K
 operations per head and pair of a token with one that it attends to, without what tiles waste. `error_dq`,

@@ -24,8 +24,8 @@ import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import refuse_derivatives, refuse_transforms
 from pgolf.ops._hopper import has_kernels
 
-HEAD_DIM = 64
-"""K that the kernels take."""
+HEAD_DIM, HEADS_PER_GROUP = 64, (1, 2, 4)
+"""K and H / G that the kernels take."""
 
 
 def doc_attention_ref(
@@ -76,12 +76,14 @@ def doc_attention_backward(
     """Return the gradients of `q`, `k` and `v` of causal attention within documents, given that of `y`.
 
     The formula is that of the module: p from q, k and lse, then ds, dq, dk and dv. Equals
-    `doc_attention_backward_ref`, and is not differentiable. The kernels take bfloat16 with K = 64 and any G
-    that divides H, on Hopper GPUs. They multiply in bfloat16, to which they round p and ds, and add in
-    float32. The parts of dq of a document of more than 128 tokens are added in any order, so its last bits
-    differ from run to run; dk, dv, and dq of shorter documents do not. Everything else, and all of it under
-    autocast, is computed by the reference. The kernels do not read `cu_seqlens` on the host, and work under
-    torch.compile and in CUDA graphs.
+    `doc_attention_backward_ref`, and is not differentiable. The kernels take bfloat16 with K = 64 and H / G =
+    1, 2 or 4, on Hopper GPUs. They multiply in bfloat16, to which they round p and ds, and add in float32.
+    They add the parts of dq of a document of more than 128 tokens in memory, in any order, so its last bits
+    differ from run to run; dk, dv, and dq of shorter documents do not. For that they have dq in float32, and
+    it is returned so, because what reads it next need not have it rounded. An infinity or NaN may spoil the
+    documents that follow within 128 tokens. Everything else, and all of it under autocast, is computed by the
+    reference. The kernels do not read `cu_seqlens` on the host, and work under torch.compile and in CUDA
+    graphs.
 
     Args:
         grad: `(T, H, K)`, gradient of `y`, dtype of `q`.
@@ -91,7 +93,7 @@ def doc_attention_backward(
         lse: `(H, T)` float32 (or float64 if `q` is), what the forward pass returned.
 
     Returns:
-        dq `(T, H, K)`, dk and dv `(T, G, K)`, in the dtype of `q`, contiguous.
+        dq `(T, H, K)` in float32 (float64 if `q` is), dk and dv `(T, G, K)` in the dtype of `q`; contiguous.
 
     Raises:
         ValueError: shapes or devices disagree; in the reference also if `cu_seqlens` does not go from 0 to T
@@ -128,7 +130,7 @@ def doc_attention_backward_ref(
     """Compute `doc_attention_backward` with PyTorch operators, in float32, or in float64 for such input."""
     groups, wide = k.shape[1], torch.promote_types(q.dtype, torch.float32)
     scale, bounds = _scale(scale, q), _bounds("doc_attention_backward_ref", cu_seqlens, q)
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    dq, dk, dv = q.new_empty(q.shape, dtype=wide), k.new_empty(k.shape), v.new_empty(v.shape)
     for document in bounds:
         keys, values = k[document].to(wide), v[document].to(wide)
         queries, upstream, out = (_grouped(t[document], groups) for t in (q, grad, y))
@@ -136,7 +138,7 @@ def doc_attention_backward_ref(
         p = (_scores(q[document], keys, scale) - sums[..., None]).exp()
         delta = (upstream * out).sum(-1).permute(1, 2, 0)[..., None]
         ds = scale * p * (torch.einsum("tgrk,sgk->grts", upstream, values) - delta)
-        dq[document] = torch.einsum("grts,sgk->tgrk", ds, keys).flatten(1, 2).to(q.dtype)
+        dq[document] = torch.einsum("grts,sgk->tgrk", ds, keys).flatten(1, 2)
         dk[document] = torch.einsum("grts,tgrk->sgk", ds, queries).to(q.dtype)
         dv[document] = torch.einsum("grts,tgrk->sgk", p, upstream).to(q.dtype)
     return dq, dk, dv
@@ -210,7 +212,7 @@ def _takes(q: Tensor, k: Tensor) -> bool:
     return (
         q.dtype == torch.bfloat16
         and q.shape[2] == HEAD_DIM
-        and q.shape[1] % k.shape[1] == 0
+        and q.shape[1] in [k.shape[1] * n for n in HEADS_PER_GROUP]
         and has_kernels("doc_attention_backward", device.type, device.index)
         and not torch.is_autocast_enabled(device.type)
     )
@@ -226,7 +228,8 @@ def _backward_fake(
     _cu_seqlens: Tensor,
     _scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape, dtype=wide), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 torch.library.register_fake("pgolf::doc_attention_backward", _backward_fake)

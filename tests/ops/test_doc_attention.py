@@ -142,8 +142,9 @@ def test_narrow_inputs_are_computed_in_float32_and_rounded_once(dtype: torch.dty
     wide = problem.to(torch.float32)
     want = doc_attention_backward_ref(wide.grad, *wide[:3], y.float(), lse, cu_seqlens)
     got = doc_attention_backward(grad, q, k, v, y, lse, cu_seqlens)
-    for one, value in zip(got, want, strict=True):
-        assert one.dtype == dtype and torch.equal(one, value.to(dtype))
+    # The gradient of q is not rounded.
+    for one, value, kind in zip(got, want, (torch.float32, dtype, dtype), strict=True):
+        assert one.dtype == kind and torch.equal(one, value.to(kind))
 
 
 # ---- What Python adds to the kernels. On the CPU the operator computes with the reference.
@@ -168,9 +169,10 @@ def test_where_the_kernels_are_used(monkeypatch) -> None:
     def takes(heads: int, groups: int, width: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
         return MODULE._takes(*make([1], heads, groups, width, dtype, CPU)[:2])
 
-    assert all(takes(heads, groups) for heads, groups in HEADS)
+    assert takes(1, 1) and takes(8, 8) and takes(8, 4) and takes(8, 2)
     assert set(asked) == {("doc_attention_backward", "cpu", True)}
-    assert not takes(8, 4, 128) and not takes(8, 4, 32) and not takes(8, 4, dtype=torch.float16)
+    assert not takes(3, 1) and not takes(8, 1) and not takes(8, 4, 128)
+    assert not takes(8, 4, 32) and not takes(8, 4, dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
         assert not takes(8, 4)
     monkeypatch.setattr(MODULE, "has_kernels", lambda *_: False)
@@ -289,7 +291,8 @@ def assert_about_as_exact_as_the_peer(problem: Problem, longest: int) -> None:
     got, bound = gradients(doc_attention_backward, problem), peer(problem, longest)
     truth = gradients(doc_attention_backward_ref, problem.to(torch.float64))
     for name, true in truth.items():
-        assert got[name].dtype == torch.bfloat16 and got[name].shape == true.shape, name
+        kind = torch.float32 if name == "dq" else torch.bfloat16
+        assert got[name].dtype == kind and got[name].shape == true.shape, name
         assert got[name].isfinite().all(), name
         error, other = (float((t[name].double() - true).norm()) for t in (got, bound))
         # dq and dk of a document of one token are 0, and what is computed is the rounding of float32.
@@ -323,7 +326,7 @@ def test_errors_with_large_scores_are_those_of_the_peer(lengths: list[int]) -> N
 
 
 @requires_hopper
-@pytest.mark.parametrize(("heads", "groups"), [(3, 1), (1, 1), (16, 1)])
+@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (3, 3), (6, 3), (4, 1), (20, 5)])
 def test_other_numbers_of_heads_are_as_exact_as_rounding_allows(heads: int, groups: int) -> None:
     problem = make([11, 0, 300, 1, 700], heads, groups)
     truth = gradients(doc_attention_backward_ref, problem.to(torch.float64))
@@ -521,7 +524,7 @@ def test_the_operator_names_what_its_kernels_would_misread(name, value, error, m
 
 @requires_gpu
 def test_what_the_kernels_do_not_take_is_computed_by_the_reference_on_cuda() -> None:
-    for width, dtype in ((32, torch.bfloat16), (64, torch.float32)):
-        problem = make([11, 0, 300, 1], width=width, dtype=dtype)
+    for heads, width, dtype in ((8, 32, torch.bfloat16), (12, 64, torch.bfloat16), (8, 64, torch.float32)):
+        problem = make([11, 0, 300, 1], heads, width=width, dtype=dtype)
         got, want = (gradients(fn, problem) for fn in (doc_attention_backward, doc_attention_backward_ref))
         assert all(torch.equal(got[name], want[name]) for name in NAMES)
