@@ -1,6 +1,6 @@
 """The gradients of causal attention within documents that are packed one after another.
 
-On a Hopper GPU five launches compute them; elsewhere, and for what the kernels do not take,
+On a Hopper GPU kernels compute them; elsewhere, and for what the kernels do not take,
 `doc_attention_backward_ref` does. For one head, with i and j <= i tokens of one document,
 
     s_ij = scale q_i . k_j        lse_i = log sum_j exp(s_ij)        p_ij = exp(s_ij - lse_i)
