@@ -133,8 +133,10 @@ FAMILIES = (
 """Name of a family and the names of its kernels; attention first, because its names hold cutlass too."""
 
 
-def family(kernel: str) -> str:
-    """Return the family of a kernel by its name."""
+def family(kernel: str, following: str = "") -> str:
+    """Return the family of a kernel by its name; a fill before `doc_attention_backward` is part of that."""
+    if kernel.startswith("Memset") and "attention::plan_kernel" in following:
+        kernel = following
     return next((name for name, pattern in FAMILIES if re.search(pattern, kernel)), "other")
 
 
@@ -150,8 +152,10 @@ def families(kernels: list[Kernel]) -> dict[str, tuple[float, int]]:
     """Return (milliseconds, launches) by family, and as "idle" the time in which nothing ran."""
     table: dict[str, list[float]] = defaultdict(list)
     idle, last = [], kernels[0].start if kernels else 0.0
-    for kernel in sorted(kernels, key=lambda k: k.start):
-        table[family(kernel.name)].append(kernel.end - kernel.start)
+    ordered = sorted(kernels, key=lambda k: k.start)
+    for kernel, following in itertools.zip_longest(ordered, ordered[1:]):
+        name = family(kernel.name, following.name if following else "")
+        table[name].append(kernel.end - kernel.start)
         if kernel.start > last:
             idle.append(kernel.start - last)
         last = max(last, kernel.end)
@@ -296,7 +300,11 @@ def main() -> None:
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
     parser.add_argument(
-        "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
+        "--heads",
+        nargs="+",
+        default=["auto"],
+        choices=("auto", "doc", "composed"),
+        help="form of the heads; doc: with pgolf's backward pass of attention",
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
@@ -333,7 +341,7 @@ def main() -> None:
         # The default has the plain name.
         impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
-        impl += (heads == "composed") * ", composed heads"
+        impl += (heads != "auto") * f", {heads} heads"
         impl += (blocks != "thread") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")

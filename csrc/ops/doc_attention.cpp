@@ -11,6 +11,13 @@ namespace pgolf {
 #ifdef PGOLF_WITH_CUDA
 namespace {
 
+// As the copy engine reads it: no row begins before the end of the one before it, as with expanded tensors.
+Rows rows_apart(const Tensor& tensor) {
+  const Rows rows = rows_in_place(tensor);
+  const int64_t width = tensor.size(1) * tensor.size(2);
+  return rows.stride >= width ? rows : Rows{prepared(tensor), width};
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& y, const Tensor& lse,
                                             const Tensor& cu_seqlens, double scale) {
@@ -38,8 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   check_tensor(op, "lse", lse, of_lse, kFloat, q);
   check_tensor(op, "cu_seqlens", cu_seqlens, cu_seqlens.sizes(), ScalarType::Int, q);
 
-  const Rows queries = rows_in_place(q), keys = rows_in_place(k), values = rows_in_place(v);
-  const Rows upstream = rows_in_place(grad);
+  const Rows queries = rows_apart(q), keys = rows_apart(k), values = rows_apart(v);
+  const Rows upstream = rows_apart(grad);
   const Tensor out = prepared(y), sums = torch::stable::contiguous(lse);
   const Tensor starts = torch::stable::contiguous(cu_seqlens);
   const Tensor dq = torch::stable::new_empty(q, {tokens, heads, kDocWidth}, kFloat);

@@ -3,7 +3,8 @@
 As separate operators, v has two gradients, of attention and of exclusive self-attention, each a tensor of its
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
 node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, flash-attn-4 and `head_mix`. On the
-way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
+way back, the first of them writes the gradient of the product and adds both gradients of v while it does; the
+backward pass of attention is flash-attn-4's or, if asked for, `doc_attention_backward`.
 
 Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
 makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
@@ -36,11 +37,12 @@ from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
 from pgolf.model.rope import rope_tables
 from pgolf.ops._hopper import has_kernels
+from pgolf.ops.doc_attention import HEAD_DIM
 from pgolf.ops.head_mix import Kind
 from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
 from pgolf.peers import describe
 
-HeadsName = Literal["auto", "composed"]
+HeadsName = Literal["auto", "doc", "composed"]
 KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
 """`ModelConfig.head_gate` -> `kind` of `head_mix`."""
 
@@ -60,12 +62,13 @@ class _Heads(torch.autograd.Function):
         max_seqlen: int,
         head_dim: int,
         mix: tuple[float, Kind] | None,
+        doc: bool,
     ) -> Tensor:
         q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
         v = _values(qkv, k)
         y, lse = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)
         ctx.save_for_backward(qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse)
-        ctx.max_seqlen, ctx.head_dim, ctx.mix = max_seqlen, head_dim, mix
+        ctx.max_seqlen, ctx.head_dim, ctx.mix, ctx.doc = max_seqlen, head_dim, mix, doc
         out: Tensor = y if mix is None else torch.ops.pgolf.head_mix(y, v, z, *mix)
         return out
 
@@ -77,11 +80,15 @@ class _Heads(torch.autograd.Function):
         if ctx.mix is not None:
             grad, of_mix, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
             mixed = [of_mix]
-        dq, dk, dv = torch.ops.pgolf.fa4_backward(grad, q, k, v, y, lse, cu_seqlens, ctx.max_seqlen)
+        known = grad, q, k, v, y, lse, cu_seqlens
+        if ctx.doc:
+            dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*known, ctx.head_dim**-0.5)
+        else:
+            dq, dk, dv = torch.ops.pgolf.fa4_backward(*known, ctx.max_seqlen)
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
             dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
         )
-        return dqkv, dz if z is not None else None, dgain.to(gain.dtype), *(None,) * 6
+        return dqkv, dz if z is not None else None, dgain.to(gain.dtype), *(None,) * 7
 
 
 def _values(qkv: Tensor, k: Tensor) -> Tensor:
@@ -99,6 +106,7 @@ def attend_heads(
     *,
     head_dim: int,
     mix: tuple[float, Kind] | None,
+    doc: bool = False,
 ) -> Tensor:
     """Attend with flash-attn-4 from the product of q, k and v; exclude each token's own value, and gate.
 
@@ -115,12 +123,13 @@ def attend_heads(
         cu_seqlens, max_seqlen: as in `pgolf.model.attention.sdpa_attention`.
         head_dim: K.
         mix: `scale` and `kind` of `head_mix`; None: return y. Then z must be None.
+        doc: whether the backward pass of attention is `doc_attention_backward`; otherwise flash-attn-4's.
 
     Returns:
         `(T, H, K)`.
     """
     out: Tensor = _Heads.apply(  # type: ignore[no-untyped-call]
-        qkv, z, gain, *rope, cu_seqlens, max_seqlen, head_dim, mix
+        qkv, z, gain, *rope, cu_seqlens, max_seqlen, head_dim, mix, doc
     )
     return out
 
@@ -138,8 +147,9 @@ def heads_branch(
     values: Tensor | None = None,
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
+    doc: bool = False,
 ) -> Tensor:
-    """Compute `attention_branch` with `attend_heads`; arguments as there, `kernel` being flash-attn-4.
+    """Compute `attention_branch` with `attend_heads`; arguments as in both, `kernel` being flash-attn-4.
 
     What the operators do not compute is left to `attention_branch`: adapters, value embeddings, learned
     strengths of the exclusion, and outputs of some tokens only.
@@ -166,6 +176,7 @@ def heads_branch(
         *(F.linear(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
         mix=mix,
+        doc=doc,
     )
     if not exclusive and gate != "none":
         assert weights.gate is not None
@@ -176,6 +187,9 @@ def heads_branch(
     return F.linear(y, weights.out)
 
 
+doc_branch = functools.partial(heads_branch, doc=True)
+
+
 def select_branch(
     name: HeadsName,
     attention: AttentionName,
@@ -183,17 +197,19 @@ def select_branch(
     config: ModelConfig,
     device: torch.device,
 ) -> Branch:
-    """Return `heads_branch` if `name` is "auto" and flash-attn-4 attends to heads that the kernels take.
+    """Return `heads_branch` if `name` is "auto", and `doc_branch`, which has pgolf's backward pass, if "doc".
 
-    Otherwise `attention_branch`; also with torch's variable-length attention, because its forward and
-    backward operators are private. The programs that stand alone have `_no_heads.py` in place of this module.
+    This is so if flash-attn-4 attends to heads that the kernels take. Otherwise `attention_branch`; also with
+    torch's variable-length attention, because its forward and backward operators are private. The programs
+    that stand alone have `_no_heads.py` in place of this module.
     A trial compares both first, as one does for flash-attn-4; if they differ, rank 0 warns and says how.
     """
-    if name != "auto" or attention != "fa4" or not _takes(config):
+    if name == "composed" or attention != "fa4" or not _takes(config, doc=name == "doc"):
         return attention_branch
-    problem = _problem(kernel, config, device)
+    branch: Branch = doc_branch if name == "doc" else heads_branch
+    problem = _problem(branch, kernel, config, device)
     if not problem:
-        return heads_branch
+        return branch
     if launch().rank == 0:
         warnings.warn(f"torch computes what is next to attention, because {problem}", stacklevel=3)
     return attention_branch
@@ -202,8 +218,8 @@ def select_branch(
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # tensors that are created in it cannot be differentiated
 @torch.enable_grad()
-def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device) -> str:
-    """Return what is wrong with `heads_branch` in a trial on three small segments; empty if nothing is."""
+def _problem(branch: Branch, kernel: AttentionKernel, config: ModelConfig, device: torch.device) -> str:
+    """Return what is wrong with `branch` in a trial on three small segments; empty if nothing is."""
     tokens, width = 256, config.width
     cu_seqlens = torch.tensor([0, 100, 101, tokens], dtype=torch.int32, device=device)
     rng = torch.Generator().manual_seed(0)
@@ -232,7 +248,7 @@ def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device)
 
     try:
         for exclusive in (True, False):
-            found, wanted = run(heads_branch, exclusive), run(attention_branch, exclusive)
+            found, wanted = run(branch, exclusive), run(attention_branch, exclusive)
             if worse := first_difference(names, found, wanted):
                 what, error = worse
                 return f"the {what} of pgolf's operators differs by {error:.1e} of the norm, in a trial"
@@ -241,7 +257,9 @@ def _problem(kernel: AttentionKernel, config: ModelConfig, device: torch.device)
     return ""
 
 
-def _takes(config: ModelConfig) -> bool:
+def _takes(config: ModelConfig, *, doc: bool) -> bool:
     """Return whether this build has the kernels, and they take heads of this size."""
+    if doc and not (config.head_dim == HEAD_DIM and has_kernels("doc_attention_backward", "cuda", None)):
+        return False
     known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
     return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))

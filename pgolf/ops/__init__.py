@@ -11,6 +11,11 @@ from pgolf.ops.adam_step import (
     square_sums,
     square_sums_ref,
 )
+from pgolf.ops.doc_attention import (
+    doc_attention_backward,
+    doc_attention_backward_ref,
+    doc_attention_ref,
+)
 from pgolf.ops.head_mix import head_mix, head_mix_backward, head_mix_backward_ref, head_mix_ref
 from pgolf.ops.int6 import (
     pack_int6,
@@ -63,6 +68,9 @@ __all__ = [
     "clip_scale_ref",
     "decode_codes",
     "decode_codes_ref",
+    "doc_attention_backward",
+    "doc_attention_backward_ref",
+    "doc_attention_ref",
     "encode_codes",
     "encode_codes_ref",
     "head_mix",

@@ -23,7 +23,7 @@ from pgolf.model.attention import (
 )
 from pgolf.model.gates import SMALLEST_SQUARE
 from pgolf.model.gpt import GPT
-from pgolf.model.heads import attend_heads, heads_branch
+from pgolf.model.heads import attend_heads, doc_branch, heads_branch
 from pgolf.model.rope import rope_tables
 from tests.conftest import requires_hopper
 from tests.model.test_gpt import SWITCHES, label, packed, randomized, small
@@ -45,8 +45,14 @@ def fa4(stand_in, monkeypatch):
     """Let a model on the CPU have flash-attn-4, and operators for heads of any size."""
     stand_in()
     found = find_fa4().found
+
+    def results(q):
+        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1])
+
+    # The logsumexp in the inputs' dtype too, from which `doc_attention_backward` computes.
+    monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_results", results)
     monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: Attention("fa4", found, ""))
-    monkeypatch.setattr(heads, "_takes", lambda _: True)
+    monkeypatch.setattr(heads, "_takes", lambda *_, **__: True)
     monkeypatch.setattr(attention, "exclude_self", exclude_self)
 
 
@@ -62,6 +68,9 @@ def installed_fa4():
 
 
 GATES = ["none", "sparse", "dense", "out"]
+BRANCHES = {"auto": heads_branch, "doc": doc_branch}
+FORMS = pytest.mark.parametrize("form", BRANCHES)
+"""Both backward passes of attention."""
 LENGTHS = {"documents": [11, 1, 13], "one token": [1], "ones": [1] * 5}
 
 
@@ -96,25 +105,27 @@ def passed(branch, kernel, config, leaves, context, *, exclusive=True):
     return [out, *torch.autograd.grad(out, list(leaves.values()), direction)]
 
 
+@FORMS
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("exclusive", [True, False])
 @pytest.mark.parametrize("gate", GATES)
-def test_a_layer_and_its_gradients_are_those_of_the_composed_operators(fa4, gate, exclusive, lengths):
+def test_a_layer_and_its_gradients_are_those_of_the_composed_operators(fa4, gate, exclusive, lengths, form):
     for rope_dims, kv_heads in ((0, 1), (4, 2), (8, 4)):
         config = small(head_gate=gate)
         config = replace(config, rope_dims=rope_dims, kv_heads=kv_heads)
         leaves, context = layer(config, lengths)
         wanted = passed(attention_branch, sdpa_attention, config, leaves, context, exclusive=exclusive)
-        found = passed(heads_branch, None, config, leaves, context, exclusive=exclusive)
+        found = passed(BRANCHES[form], None, config, leaves, context, exclusive=exclusive)
         for name, a, b in zip(("y", *leaves), found, wanted, strict=True):
             # The tables of the rotation are float32 in both.
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("doc", [False, True])
 @pytest.mark.parametrize(
     "gate", [None, (0.7, 1), (1.0, 2), (1.0, 0)], ids=["no mix", "sparse", "out", "none"]
 )
-def test_the_gradients_are_those_of_the_differences(fa4, gate):
+def test_the_gradients_are_those_of_the_differences(fa4, gate, doc):
     rng = torch.Generator().manual_seed(0)
     qkv, z, gain = (
         torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in ((5, 32), (5, 4), (4,))
@@ -124,7 +135,7 @@ def test_the_gradients_are_those_of_the_differences(fa4, gate):
     cu = torch.tensor([0, 2, 5], dtype=torch.int32)
 
     def run(qkv, gain, *z):
-        return attend_heads(qkv, *(z or (None,)), gain, rope, cu, 3, head_dim=4, mix=gate)
+        return attend_heads(qkv, *(z or (None,)), gain, rope, cu, 3, head_dim=4, mix=gate, doc=doc)
 
     inputs = (qkv, gain) if used is None else (qkv, gain, used)
     torch.autograd.gradcheck(run, inputs)
@@ -155,6 +166,7 @@ def test_states_and_gradients_of_a_model_are_the_composed_ones(fa4, change):
         wanted = states(prepared(config), lengths, loop=loop)
         same(states(prepared(config, heads="auto"), lengths, loop=loop), wanted)
         same(states(prepared(config, heads="auto", threads=True), lengths, loop=loop), wanted)
+        same(states(prepared(config, heads="doc", threads=loop), lengths, loop=loop), wanted)
 
 
 @pytest.mark.parametrize("change", [{"head_gate": "dense", "xsa_layers": 2}, {"value_embed_layers": 2}])
@@ -184,7 +196,7 @@ PLAIN_LAYERS = [
 def test_only_layers_whose_values_and_mix_are_plain_use_the_node(fa4, change, layers):
     config = replace(small(), **change)
     ids, cu = packed([11, 1, 12], config.vocab_size)
-    for name, steps in (("auto", layers), ("composed", 0)):
+    for name, steps in (("auto", layers), ("doc", layers), ("composed", 0)):
         hidden, _ = prepared(config, heads=name).hidden(ids, cu, max_seqlen=24, loop=False)
         assert nodes(hidden).count("_HeadsBackward") == steps
 
@@ -203,7 +215,7 @@ def test_adapters_and_tokens_that_are_not_asked_for_are_left_to_the_composed_ope
         common = {"exclusive": True, "lora": lora, "asked": wanted}
         found, plain = (
             branch(config, sdpa_attention, leaves["n"], weights, **context, **common)
-            for branch in (heads_branch, attention_branch)
+            for branch in (doc_branch, attention_branch)
         )
         assert torch.equal(found, plain) and "_HeadsBackward" not in nodes(found)
 
@@ -216,20 +228,26 @@ def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_compose
     def select(name, attention, config):
         return heads.select_branch(name, attention, sdpa_attention, config, CPU)
 
-    assert select("auto", "fa4", config) is heads_branch
     assert select("composed", "fa4", config) is attention_branch
-    for other in ("varlen", "sdpa"):
-        assert select("auto", other, config) is attention_branch
-    for sizes in ({"heads": 16}, {"kv_heads": 1}):
-        assert select("auto", "fa4", replace(config, **sizes)) is attention_branch
+    for name, branch in BRANCHES.items():
+        assert select(name, "fa4", config) is branch
+        for other in ("varlen", "sdpa"):
+            assert select(name, other, config) is attention_branch
+        for sizes in ({"heads": 16}, {"kv_heads": 1}):
+            assert select(name, "fa4", replace(config, **sizes)) is attention_branch
+    wide = replace(config, width=1024)  # heads of 128 columns
+    assert select("auto", "fa4", wide) is heads_branch and select("doc", "fa4", wide) is attention_branch
+    monkeypatch.setattr(heads, "has_kernels", lambda op, *_, **__: op != "doc_attention_backward")
+    assert select("auto", "fa4", config) is heads_branch and select("doc", "fa4", config) is attention_branch
     monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: False)
     assert select("auto", "fa4", config) is attention_branch
 
 
+@FORMS
 @pytest.mark.parametrize("gate", GATES)
-def test_a_trial_accepts_operators_that_are_right(fa4, gate):
+def test_a_trial_accepts_operators_that_are_right(fa4, gate, form):
     heads._problem.cache_clear()
-    assert heads._problem(find_fa4().found, small(head_gate=gate), CPU) == ""
+    assert heads._problem(BRANCHES[form], find_fa4().found, small(head_gate=gate), CPU) == ""
 
 
 def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
@@ -245,10 +263,29 @@ def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
     heads._problem.cache_clear()
 
 
-def test_a_second_derivative_is_an_error(fa4):
+def test_a_trial_tries_the_backward_pass_of_attention_that_is_asked_for(fa4, monkeypatch):
+    # With a logsumexp of 0 `doc_attention_backward` is wrong; the stand-in of flash-attn-4 does not read it.
+    module = sys.modules["pgolf.model.fa4"]
+    forward = module._flash_attn_fwd
+
+    def without_sums(*, lse, **rest):
+        forward(lse=lse, **rest)
+        lse.zero_()
+
+    monkeypatch.setattr(module, "_flash_attn_fwd", without_sums)
+    heads._problem.cache_clear()
+    arguments = "fa4", find_fa4().found, small(), CPU
+    assert heads.select_branch("auto", *arguments) is heads_branch
+    with pytest.warns(UserWarning, match="the dn of pgolf's operators differs by .* of the norm"):
+        assert heads.select_branch("doc", *arguments) is attention_branch
+    heads._problem.cache_clear()
+
+
+@FORMS
+def test_a_second_derivative_is_an_error(fa4, form):
     leaves, context = layer(small(), [5])
     weights = AttentionWeights(leaves["qkv"], leaves["out"], leaves["gain"], leaves["gate"], None, None)
-    out = heads_branch(small(), None, leaves["n"], weights, exclusive=True, **context)
+    out = BRANCHES[form](small(), None, leaves["n"], weights, exclusive=True, **context)
     (first,) = torch.autograd.grad(out.square().sum(), leaves["n"], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable"):
         first.sum().backward()
@@ -264,32 +301,42 @@ def compiled_states(config, heads, backend, *, loop=True, **form):
 
 
 @pytest.mark.parametrize(
-    ("change", "threads"),
-    [({}, None), ({"head_gate": "dense"}, False), ({"head_gate": "none", "xsa_layers": 2}, None)],
-    ids=["threads", "plain", "half exclusive"],
+    ("change", "threads", "form"),
+    [
+        ({}, None, "auto"),
+        ({"head_gate": "dense"}, False, "auto"),
+        ({"head_gate": "none", "xsa_layers": 2}, None, "auto"),
+        ({"xsa_layers": 2}, None, "doc"),
+    ],
+    ids=["threads", "plain", "half exclusive", "doc"],
 )
-def test_compiled_blocks_compute_the_same(fa4, change, threads):
+def test_compiled_blocks_compute_the_same(fa4, change, threads, form):
     config = replace(small(), **change)
     wanted = states(prepared(config), [11, 1, 13], loop=True)
-    same(compiled_states(config, "auto", "aot_eager_decomp_partition", threads=threads), wanted)
+    same(compiled_states(config, form, "aot_eager_decomp_partition", threads=threads), wanted)
 
 
-def test_a_model_compiled_as_one_graph_computes_the_same(fa4):
+@FORMS
+def test_a_model_compiled_as_one_graph_computes_the_same(fa4, form):
     wanted = states(prepared(small()), [11, 1, 13], loop=True)
     torch._dynamo.reset()
-    model = prepared(small(), heads="auto", compile="model", backend="aot_eager")
+    model = prepared(small(), heads=form, compile="model", backend="aot_eager")
     same(states(model, [11, 1, 13], loop=True), wanted)
     torch._dynamo.reset()
 
 
-def test_inductor_computes_the_same(fa4):
+@FORMS
+def test_inductor_computes_the_same(fa4, form):
     config = small()
     wanted = states(prepared(config), [11, 1, 13], loop=False)
-    same(compiled_states(config, "auto", "inductor", loop=False), wanted)
+    same(compiled_states(config, form, "inductor", loop=False), wanted)
 
 
-OPERATORS = ("qk_norm_rope", "fa4_forward", "head_mix", "head_mix_backward", "fa4_backward")
-OPERATORS = {f"pgolf.{name}.default" for name in (*OPERATORS, "qk_norm_rope_backward")}
+OPERATORS = ("qk_norm_rope", "fa4_forward", "head_mix", "head_mix_backward", "qk_norm_rope_backward")
+OPERATORS = {
+    form: {f"pgolf.{name}.default" for name in (*OPERATORS, backward)}
+    for form, backward in (("auto", "fa4_backward"), ("doc", "doc_attention_backward"))
+}
 VIEWS = {"aten.view.default", "aten.slice.Tensor", "aten.permute.default", "aten.t.default", "getitem"}
 VIEWS |= {"aten._unsafe_view.default", "aten.reshape.default"}
 PRODUCTS = {"aten.mm.default", "aten.addmm.default"}
@@ -307,9 +354,9 @@ def beyond_views(nodes, step):
     return found
 
 
-@pytest.mark.parametrize("change", [{}, {"head_gate": "none"}], ids=label)
-def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_or_copies(fa4, change):
-    graphs = []
+@pytest.mark.parametrize(("change", "form"), [({}, "auto"), ({"head_gate": "none"}, "auto"), ({}, "doc")])
+def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_or_copies(fa4, change, form):
+    graphs, operators = [], OPERATORS[form]
 
     def keep(graph, _):
         graphs.append(graph)
@@ -320,19 +367,19 @@ def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_o
         tables = {"decompositions": select_decomp_table(), "partition_fn": partition}
         return aot_autograd(fw_compiler=keep, bw_compiler=keep, **tables)(graph, inputs)
 
-    compiled_states(replace(small(), **change), "auto", backend, loop=False)
+    compiled_states(replace(small(), **change), form, backend, loop=False)
     seen = set()
     for graph in graphs:
         for node in graph.graph.nodes:
-            if called(node) not in OPERATORS:
+            if called(node) not in operators:
                 continue
             seen.add(called(node))
             before = beyond_views(node.all_input_nodes, lambda n: n.all_input_nodes[:1])
             after = beyond_views(list(node.users), lambda n: list(n.users))
             for other in (*before, *after):
-                allowed = other.op in ("placeholder", "output") or called(other) in OPERATORS | PRODUCTS
+                allowed = other.op in ("placeholder", "output") or called(other) in operators | PRODUCTS
                 assert allowed, f"{called(other)} next to {called(node)}"
-    assert seen == OPERATORS
+    assert seen == operators
 
 
 def kept(config, **form):
@@ -353,8 +400,9 @@ def kept(config, **form):
     return sum(size for pointer, size in found.items() if pointer not in weights)
 
 
-def test_compiled_blocks_keep_no_more_for_the_backward_pass(fa4):
-    assert kept(small(), heads="auto") <= kept(small())
+@FORMS
+def test_compiled_blocks_keep_no_more_for_the_backward_pass(fa4, form):
+    assert kept(small(), heads=form) <= kept(small())
 
 
 DOCUMENTS = [1, 129, 570, 2300, 1096]
@@ -372,8 +420,11 @@ LAYERS += [("sparse", True, True), ("sparse", False, True), ("none", True, True)
 
 
 @requires_hopper
+@FORMS
 @pytest.mark.parametrize(("gate", "exclusive", "compiled"), LAYERS)
-def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(gate, exclusive, compiled):
+def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(
+    gate, exclusive, compiled, form
+):
     device = torch.device("cuda")
     kernel = installed_fa4()
     config = replace(small(head_gate=gate), width=512, heads=8, kv_heads=4, rope_dims=16, max_context=2304)
@@ -382,7 +433,7 @@ def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(ga
     on_cpu = {"rope": tuple(t.cpu() for t in context["rope"]), "cu_seqlens": context["cu_seqlens"].cpu()}
     truth = passed(attention_branch, sdpa_attention, config, exact, on_cpu, exclusive=exclusive)
     torch._dynamo.reset()
-    branches = heads_branch, attention_branch
+    branches = BRANCHES[form], attention_branch
     if compiled:
         branches = [torch.compile(branch, fullgraph=True, dynamic=False) for branch in branches]
     ours, composed = (
@@ -393,17 +444,21 @@ def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(ga
     for name, error, bound in zip(("y", *leaves), ours, composed, strict=True):
         # The gradients of the gain and of the gate are few numbers, whose errors differ by chance.
         few = name in ("gain", "gate")
-        assert error <= (2 * bound + 4e-3 if few else 1.05 * bound + 1e-4), (name, error, bound)
+        factor = 1.05 if form == "auto" else 1.5  # "doc" has not the same kernel of attention
+        assert error <= (2 * bound + 4e-3 if few else factor * bound + 1e-4), (name, error, bound)
 
 
 @requires_hopper
+@FORMS
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled):
+def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled, form):
     # Segments of up to 128 tokens: longer ones add to the gradient of a query in several parts, in any order.
     config = replace(small(), width=512, heads=8, kv_heads=4, rope_dims=16, max_context=128)
     leaves, context = layer(config, [128, 1, 77, 128, 50] * 10, torch.bfloat16, torch.device("cuda"))
     torch._dynamo.reset()
-    branch = torch.compile(heads_branch, fullgraph=True, dynamic=False) if compiled else heads_branch
+    branch = BRANCHES[form]
+    if compiled:
+        branch = torch.compile(branch, fullgraph=True, dynamic=False)
     kernel = installed_fa4()
     first, again = (passed(branch, kernel, config, leaves, context) for _ in range(2))
     torch._dynamo.reset()
@@ -413,25 +468,31 @@ def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled):
 
 @requires_hopper
 @pytest.mark.parametrize(
-    ("change", "form"),
-    [({}, {}), ({}, {"mix": "auto", "threads": False}), ({"xsa_layers": 2, "head_gate": "out"}, {})],
-    ids=["threads", "stream_mix", "half exclusive"],
+    ("change", "form", "more"),
+    [
+        ({}, "auto", {}),
+        ({}, "auto", {"mix": "auto", "threads": False}),
+        ({"xsa_layers": 2, "head_gate": "out"}, "auto", {}),
+        ({}, "doc", {}),
+    ],
+    ids=["threads", "stream_mix", "half exclusive", "doc"],
 )
-def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operators(change, form):
+def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operators(change, form, more):
     installed_fa4()
     config = replace(small(), width=256, heads=4, kv_heads=2, rope_dims=16, **change)
     want = whole(randomized(config).prepare(CPU), True)
 
     def run(heads):
         torch._dynamo.reset()
-        cuda = {"attention": "fa4", "compile": "blocks", "heads": heads, **form}
+        cuda = {"attention": "fa4", "compile": "blocks", "heads": heads, **more}
         return whole(randomized(config).prepare(torch.device("cuda"), **cuda), True)
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ours = run("auto")
+        ours = run(form)
     names = [event.key for event in profile.key_averages()]
     assert {"pgolf::qk_norm_rope", "pgolf::qk_norm_rope_backward"} <= set(names)
     assert {"pgolf::head_mix", "pgolf::head_mix_backward"} <= set(names)
+    assert ("pgolf::doc_attention_backward" in names) == (form == "doc")
     composed = run("composed")
     for name, truth in want.items():
         error, bound = (float((found[name].cpu() - truth).norm()) for found in (ours, composed))
