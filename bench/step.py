@@ -134,7 +134,7 @@ FAMILIES = (
 
 
 def family(kernel: str, following: str = "") -> str:
-    """Return the family of a kernel by its name; a fill before `doc_attention_backward` is part of that."""
+    """Return the family of a kernel by its name; the fill in `doc_attention_backward` is part of that."""
     if kernel.startswith("Memset") and "attention::plan_kernel" in following:
         kernel = following
     return next((name for name, pattern in FAMILIES if re.search(pattern, kernel)), "other")
@@ -304,7 +304,7 @@ def main() -> None:
         nargs="+",
         default=["auto"],
         choices=("auto", "doc", "composed"),
-        help="form of the heads; doc: with pgolf's backward pass of attention",
+        help="form of the heads; doc: with pgolf's own attention",
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"

@@ -58,10 +58,10 @@ struct DocAttentionBackward {
   // (tokens, heads or groups, 64), 16-byte aligned; strides are elements from a token to the next one.
   const bf16 *q, *k, *v, *grad;
   int64_t q_stride, k_stride, v_stride, grad_stride;
-  const bf16* y;             // (tokens, heads, 64) row-major, the output of attention
+  const bf16* y;             // (tokens, heads, 64) row-major, the output; null: delta is given
   const float* lse;          // (heads, tokens), natural logarithms
   const int32_t* documents;  // (segments + 1) starts, the last one `tokens`
-  float* delta;              // scratch: (heads, tokens)
+  float* delta;              // (heads, tokens); scratch if y is given
   DocTile* plan;             // scratch: doc_attention_max_tiles(kDocKeys) + 1
   float* dq;                 // (tokens, heads, 64) row-major out, 16-byte aligned, float32
   bf16 *dk, *dv;             // (tokens, groups, 64) row-major out, 16-byte aligned

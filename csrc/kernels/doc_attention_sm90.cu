@@ -71,8 +71,10 @@ void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAtte
   PGOLF_CUDA_CHECK(cudaMemsetAsync(
       args.dq, 0, static_cast<size_t>(shape.tokens * shape.heads) * kWidth * sizeof(float), stream));
   plan<false>(args.documents, shape, kDocKeys, args.plan, stream);
-  launch_kernel(attention::delta_kernel, piece_grid(shape), stream, args.grad, args.grad_stride, args.y,
-                args.delta, shape.tokens, shape.heads);
+  if (args.y != nullptr) {
+    launch_kernel(attention::delta_kernel, piece_grid(shape), stream, args.grad, args.grad_stride, args.y,
+                  args.delta, shape.tokens, shape.heads);
+  }
   const attention::backward::Args own{.plan = args.plan,
                                       .lse = args.lse,
                                       .delta = args.delta,

@@ -2,7 +2,7 @@
 
 As separate operators, v has two gradients, of attention and of exclusive self-attention, each a tensor of its
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
-node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, flash-attn-4 and `head_mix`. On the
+node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, attention and `head_mix`. On the
 way back, the first of them writes the gradient of the product and adds both gradients of v while it does; the
 backward pass of attention is flash-attn-4's or, if asked for, `doc_attention_backward`.
 
@@ -66,7 +66,10 @@ class _Heads(torch.autograd.Function):
     ) -> Tensor:
         q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
         v = _values(qkv, k)
-        y, lse = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)
+        if doc:
+            y, lse = torch.ops.pgolf.doc_attention(q, k, v, cu_seqlens, head_dim**-0.5)
+        else:
+            y, lse = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)
         ctx.save_for_backward(qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse)
         ctx.max_seqlen, ctx.head_dim, ctx.mix, ctx.doc = max_seqlen, head_dim, mix, doc
         out: Tensor = y if mix is None else torch.ops.pgolf.head_mix(y, v, z, *mix)
@@ -75,16 +78,17 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse = ctx.saved_tensors
-        v, dz = _values(qkv, k), None
+        v, dz, delta = _values(qkv, k), None, None
         mixed: list[Tensor] = []
         if ctx.mix is not None:
             grad, of_mix, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
             mixed = [of_mix]
-        known = grad, q, k, v, y, lse, cu_seqlens
+        known = grad, q, k, v, y, lse
         if ctx.doc:
-            dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*known, ctx.head_dim**-0.5)
+            scale = ctx.head_dim**-0.5
+            dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*known, delta, cu_seqlens, scale)
         else:
-            dq, dk, dv = torch.ops.pgolf.fa4_backward(*known, ctx.max_seqlen)
+            dq, dk, dv = torch.ops.pgolf.fa4_backward(*known, cu_seqlens, ctx.max_seqlen)
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
             dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
         )
@@ -108,7 +112,7 @@ def attend_heads(
     mix: tuple[float, Kind] | None,
     doc: bool = False,
 ) -> Tensor:
-    """Attend with flash-attn-4 from the product of q, k and v; exclude each token's own value, and gate.
+    """Attend from the product of q, k and v; exclude each token's own value, and multiply by the head gate.
 
     q, k = qk_norm_rope(qkv)     y = attention(q, k, v)     result = head_mix(y, v, z), or y without `mix`
 
@@ -123,7 +127,7 @@ def attend_heads(
         cu_seqlens, max_seqlen: as in `pgolf.model.attention.sdpa_attention`.
         head_dim: K.
         mix: `scale` and `kind` of `head_mix`; None: return y. Then z must be None.
-        doc: whether the backward pass of attention is `doc_attention_backward`; otherwise flash-attn-4's.
+        doc: whether to attend with `doc_attention`; otherwise with flash-attn-4.
 
     Returns:
         `(T, H, K)`.
@@ -149,10 +153,11 @@ def heads_branch(
     observe: Callable[[str, Tensor], None] | None = None,
     doc: bool = False,
 ) -> Tensor:
-    """Compute `attention_branch` with `attend_heads`; arguments as in both, `kernel` being flash-attn-4.
+    """Compute `attention_branch` with `attend_heads`; arguments as in both. Without `doc`, `kernel` is
+    flash-attn-4.
 
-    What the operators do not compute is left to `attention_branch`: adapters, value embeddings, learned
-    strengths of the exclusion, and outputs of some tokens only.
+    What the operators do not compute is left to `attention_branch` and `kernel`: adapters, value embeddings,
+    learned strengths of the exclusion, and outputs of some tokens only.
     """
     others = (*lora, weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):
@@ -197,14 +202,17 @@ def select_branch(
     config: ModelConfig,
     device: torch.device,
 ) -> Branch:
-    """Return `heads_branch` if `name` is "auto", and `doc_branch`, which has pgolf's backward pass, if "doc".
+    """Return the function that computes attention and what is next to it.
 
-    This is so if flash-attn-4 attends to heads that the kernels take. Otherwise `attention_branch`; also with
-    torch's variable-length attention, because its forward and backward operators are private. The programs
-    that stand alone have `_no_heads.py` in place of this module.
+    That is `heads_branch` if `name` is "auto" and flash-attn-4 attends; with torch's variable-length
+    attention it is not, because its forward and backward operators are private. It is `doc_branch`, with
+    pgolf's own attention, if `name` is "doc". Where the kernels do not take these heads or this device, it is
+    `attention_branch`. The programs that stand alone have `_no_heads.py` in place of this module.
+
     A trial compares both first, as one does for flash-attn-4; if they differ, rank 0 warns and says how.
     """
-    if name == "composed" or attention != "fa4" or not _takes(config, doc=name == "doc"):
+    usable = {"auto": attention == "fa4", "doc": attention in ("fa4", "varlen"), "composed": False}
+    if not usable[name] or not _takes(config, doc=name == "doc"):
         return attention_branch
     branch: Branch = doc_branch if name == "doc" else heads_branch
     problem = _problem(branch, kernel, config, device)
@@ -259,7 +267,7 @@ def _problem(branch: Branch, kernel: AttentionKernel, config: ModelConfig, devic
 
 def _takes(config: ModelConfig, *, doc: bool) -> bool:
     """Return whether this build has the kernels, and they take heads of this size."""
-    if doc and not (config.head_dim == HEAD_DIM and has_kernels("doc_attention_backward", "cuda", None)):
+    if doc and not (config.head_dim == HEAD_DIM and has_kernels("doc_attention", "cuda", None)):
         return False
     known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
     return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))

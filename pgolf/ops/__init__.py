@@ -12,6 +12,7 @@ from pgolf.ops.adam_step import (
     square_sums_ref,
 )
 from pgolf.ops.doc_attention import (
+    doc_attention,
     doc_attention_backward,
     doc_attention_backward_ref,
     doc_attention_ref,
@@ -68,6 +69,7 @@ __all__ = [
     "clip_scale_ref",
     "decode_codes",
     "decode_codes_ref",
+    "doc_attention",
     "doc_attention_backward",
     "doc_attention_backward_ref",
     "doc_attention_ref",

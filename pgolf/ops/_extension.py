@@ -45,6 +45,7 @@ OPERATORS = (
     "qk_norm_rope_backward",
     "head_mix",
     "head_mix_backward",
+    "doc_attention",
     "doc_attention_backward",
     "pack_int6",
     "unpack_int6",

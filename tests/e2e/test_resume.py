@@ -80,7 +80,7 @@ def hit(process: Forked, number: int, at_step: int) -> None:
 
 
 def saved(folder: Path) -> int:
-    """The step of the newest checkpoint; 0 without one, as when the run was killed while it wrote the first."""
+    """The step of the newest checkpoint; 0 without one, as if killed while the first was written."""
     checkpoint, _ = newest_checkpoint(folder, identity=json.loads((folder / PROGRESS).read_text())["run"])
     return checkpoint.step if checkpoint is not None else 0
 

@@ -11,22 +11,23 @@ VARLEN = "cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=
 SOURCE = """
 import torch
 
-def scores(q, k, cu):
+def weights(q, k, cu):
     at = torch.arange(len(q))
     segment = torch.searchsorted(cu, at, right=True)
-    found = torch.einsum("thk,shk->hts", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores = torch.einsum("thk,shk->hts", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1))
+    scores /= q.shape[2] ** 0.5
     allowed = (segment[:, None] == segment) & (at[:, None] >= at)
-    return (found / q.shape[2] ** 0.5).masked_fill(~allowed, -torch.inf)
+    return scores.masked_fill(~allowed, -torch.inf).softmax(-1)
 
 def _flash_attn_fwd(q, k, v, {varlen}, return_lse=False{named}):
     assert causal and return_lse and max_seqlen_q == max_seqlen_k and cu_seqlens_q is cu_seqlens_k
-    s, group = scores(q, k, cu_seqlens_q), q.shape[1] // k.shape[1]
-    out.copy_(torch.einsum("hts,shk->thk", s.softmax(-1), v.repeat_interleave(group, 1)))
-    lse.copy_(s.logsumexp(-1))
+    group = q.shape[1] // k.shape[1]
+    out.copy_(torch.einsum("hts,shk->thk", weights(q, k, cu_seqlens_q), v.repeat_interleave(group, 1)))
+    lse.zero_()
     return out, lse, *[None] * {extra}
 
 def _flash_attn_bwd(q, k, v, out, dout, lse, {varlen}, dq=None, dk=None, dv=None):
-    p, group = scores(q, k, cu_seqlens_q).softmax(-1), q.shape[1] // k.shape[1]
+    p, group = weights(q, k, cu_seqlens_q), q.shape[1] // k.shape[1]
     k, v = (t.repeat_interleave(group, 1) for t in (k, v))
     dp = torch.einsum("thk,shk->hts", dout, v)
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) / q.shape[2] ** 0.5

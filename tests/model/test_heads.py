@@ -45,12 +45,6 @@ def fa4(stand_in, monkeypatch):
     """Let a model on the CPU have flash-attn-4, and operators for heads of any size."""
     stand_in()
     found = find_fa4().found
-
-    def results(q):
-        return q.new_empty(q.shape), q.new_empty(q.shape[1::-1])
-
-    # The logsumexp in the inputs' dtype too, from which `doc_attention_backward` computes.
-    monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_results", results)
     monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: Attention("fa4", found, ""))
     monkeypatch.setattr(heads, "_takes", lambda *_, **__: True)
     monkeypatch.setattr(attention, "exclude_self", exclude_self)
@@ -70,7 +64,7 @@ def installed_fa4():
 GATES = ["none", "sparse", "dense", "out"]
 BRANCHES = {"auto": heads_branch, "doc": doc_branch}
 FORMS = pytest.mark.parametrize("form", BRANCHES)
-"""Both backward passes of attention."""
+"""Both kinds of attention."""
 LENGTHS = {"documents": [11, 1, 13], "one token": [1], "ones": [1] * 5}
 
 
@@ -231,13 +225,13 @@ def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_compose
     assert select("composed", "fa4", config) is attention_branch
     for name, branch in BRANCHES.items():
         assert select(name, "fa4", config) is branch
-        for other in ("varlen", "sdpa"):
-            assert select(name, other, config) is attention_branch
+        assert select(name, "varlen", config) is (branch if name == "doc" else attention_branch)
+        assert select(name, "sdpa", config) is attention_branch
         for sizes in ({"heads": 16}, {"kv_heads": 1}):
             assert select(name, "fa4", replace(config, **sizes)) is attention_branch
     wide = replace(config, width=1024)  # heads of 128 columns
     assert select("auto", "fa4", wide) is heads_branch and select("doc", "fa4", wide) is attention_branch
-    monkeypatch.setattr(heads, "has_kernels", lambda op, *_, **__: op != "doc_attention_backward")
+    monkeypatch.setattr(heads, "has_kernels", lambda op, *_, **__: op != "doc_attention")
     assert select("auto", "fa4", config) is heads_branch and select("doc", "fa4", config) is attention_branch
     monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: False)
     assert select("auto", "fa4", config) is attention_branch
@@ -263,21 +257,16 @@ def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
     heads._problem.cache_clear()
 
 
-def test_a_trial_tries_the_backward_pass_of_attention_that_is_asked_for(fa4, monkeypatch):
-    # With a logsumexp of 0 `doc_attention_backward` is wrong; the stand-in of flash-attn-4 does not read it.
-    module = sys.modules["pgolf.model.fa4"]
-    forward = module._flash_attn_fwd
+def test_a_trial_tries_the_attention_that_is_asked_for(fa4, monkeypatch):
+    def fail(**_):
+        raise ValueError("no flash-attn-4")
 
-    def without_sums(*, lse, **rest):
-        forward(lse=lse, **rest)
-        lse.zero_()
-
-    monkeypatch.setattr(module, "_flash_attn_fwd", without_sums)
+    monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_flash_attn_fwd", fail)
     heads._problem.cache_clear()
-    arguments = "fa4", find_fa4().found, small(), CPU
-    assert heads.select_branch("auto", *arguments) is heads_branch
-    with pytest.warns(UserWarning, match="the dn of pgolf's operators differs by .* of the norm"):
-        assert heads.select_branch("doc", *arguments) is attention_branch
+    arguments = "fa4", sdpa_attention, small(), CPU
+    assert heads.select_branch("doc", *arguments) is doc_branch
+    with pytest.warns(UserWarning, match="a trial of pgolf's operators raised ValueError: no flash-attn-4"):
+        assert heads.select_branch("auto", *arguments) is attention_branch
     heads._problem.cache_clear()
 
 
@@ -332,11 +321,9 @@ def test_inductor_computes_the_same(fa4, form):
     same(compiled_states(config, form, "inductor", loop=False), wanted)
 
 
-OPERATORS = ("qk_norm_rope", "fa4_forward", "head_mix", "head_mix_backward", "qk_norm_rope_backward")
-OPERATORS = {
-    form: {f"pgolf.{name}.default" for name in (*OPERATORS, backward)}
-    for form, backward in (("auto", "fa4_backward"), ("doc", "doc_attention_backward"))
-}
+OPERATORS = ("qk_norm_rope", "head_mix", "head_mix_backward", "qk_norm_rope_backward")
+ATTENTION = {"auto": ("fa4_forward", "fa4_backward"), "doc": ("doc_attention", "doc_attention_backward")}
+OPERATORS = {form: {f"pgolf.{n}.default" for n in (*OPERATORS, *two)} for form, two in ATTENTION.items()}
 VIEWS = {"aten.view.default", "aten.slice.Tensor", "aten.permute.default", "aten.t.default", "getitem"}
 VIEWS |= {"aten._unsafe_view.default", "aten.reshape.default"}
 PRODUCTS = {"aten.mm.default", "aten.addmm.default"}

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgolf.model.attention import find_fa4, varlen_attention
-from pgolf.ops import doc_attention_backward, doc_attention_backward_ref, doc_attention_ref
+from pgolf.ops import doc_attention, doc_attention_backward, doc_attention_backward_ref, doc_attention_ref
 from tests.conftest import requires_gpu, requires_hopper
 
 MODULE = sys.modules["pgolf.ops.doc_attention"]
@@ -114,6 +114,19 @@ def test_references_are_attention_and_its_derivative(heads: int, groups: int, le
             torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-11)
 
 
+def test_delta_is_the_part_of_the_gradient_along_the_output_and_holds_the_gradient_of_lse() -> None:
+    q, k, v, cu_seqlens, grad = make([11, 0, 30, 1], dtype=torch.float64, device=CPU)
+    leaves = [t.detach().clone().requires_grad_() for t in (q, k, v)]
+    y, lse = doc_attention_ref(*leaves, cu_seqlens)
+    given = [t.detach() for t in (y, lse)]
+    along, of_lse = (grad * given[0]).sum(-1).t(), torch.randn_like(given[1])
+    arguments = grad, q, k, v, *given, cu_seqlens
+    for delta, upstream in ((along, torch.zeros_like(of_lse)), (along - of_lse, of_lse)):
+        want = torch.autograd.grad((y, lse), leaves, (grad, upstream), retain_graph=True)
+        for got, value in zip(doc_attention_backward(*arguments, delta=delta), want, strict=True):
+            torch.testing.assert_close(got, value, rtol=1e-10, atol=1e-11)
+
+
 def test_large_scores_do_not_overflow() -> None:
     problem = make([60, 3], 2, 1, 8, torch.float64, CPU, factor=2000.0)
     assert (problem.q[-1, 0] * problem.k[-3:, 0]).sum(-1).abs().max() > 1000  # exp of it is infinite
@@ -170,7 +183,7 @@ def test_where_the_kernels_are_used(monkeypatch) -> None:
         return MODULE._takes(*make([1], heads, groups, width, dtype, CPU)[:2])
 
     assert takes(1, 1) and takes(8, 8) and takes(8, 4) and takes(8, 2)
-    assert set(asked) == {("doc_attention_backward", "cpu", True)}
+    assert set(asked) == {("doc_attention", "cpu", True)}
     assert not takes(3, 1) and not takes(8, 1) and not takes(8, 4, 128)
     assert not takes(8, 4, 32) and not takes(8, 4, dtype=torch.float16)
     with torch.autocast("cpu", torch.bfloat16):
@@ -196,7 +209,9 @@ def test_compile_in_one_graph_keeps_the_values(operator, scale: float | None) ->
 def test_opcheck_accepts_the_operator_on_the_cpu() -> None:
     q, k, v, cu_seqlens, grad = make([11, 0, 30, 1], dtype=torch.float32, device=CPU)
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
-    torch.library.opcheck(torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125))
+    torch.library.opcheck(
+        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, None, cu_seqlens, 0.125)
+    )
 
 
 def test_a_derivative_and_forward_mode_say_that_they_are_missing(operator) -> None:
@@ -237,6 +252,8 @@ STARTS = torch.tensor([0, 3], dtype=torch.int32)
         ({"y": ones(3, 4, 8).double()}, TypeError, "y must be torch.float32, got torch.float64"),
         ({"lse": ones(3, 4)}, ValueError, r"lse must be \(4, 3\), got \(3, 4\)"),
         ({"lse": ones(4, 3).bfloat16()}, TypeError, "lse must be torch.float32, got torch.bfloat16"),
+        ({"delta": ones(3, 4)}, ValueError, r"delta must be \(4, 3\), got \(3, 4\)"),
+        ({"scale": 0.0}, ValueError, "scale must be positive, got 0.0"),
         ({"cu_seqlens": STARTS[:0]}, ValueError, r"cu_seqlens must be \(S \+ 1,\), got \(0,\)"),
         ({"cu_seqlens": STARTS[None]}, ValueError, r"cu_seqlens must be \(S \+ 1,\), got \(1, 2\)"),
         ({"cu_seqlens": STARTS.long()}, TypeError, "cu_seqlens must be torch.int32, got torch.int64"),
@@ -264,9 +281,12 @@ def test_bad_input_is_named(changed: dict, error: type[Exception], message: str)
     }
     with pytest.raises(error, match=f"^doc_attention_backward(_ref)?: .*{message}"):
         doc_attention_backward(**arguments)
-    if not set(changed) & {"grad", "y", "lse"}:
+    if not set(changed) & {"grad", "y", "lse", "delta"}:
+        rest = *(arguments[name] for name in ("q", "k", "v", "cu_seqlens")), arguments.get("scale")
+        with pytest.raises(error, match=f"^doc_attention(_ref)?: .*{message}"):
+            doc_attention(*rest)
         with pytest.raises(error, match=f"^doc_attention_ref: .*{message}"):
-            doc_attention_ref(*(arguments[name] for name in ("q", "k", "v", "cu_seqlens")))
+            doc_attention_ref(*rest)
 
 
 # ---- The kernels.
@@ -473,7 +493,9 @@ def test_a_cuda_graph_replays_it_with_other_documents() -> None:
 def test_opcheck_accepts_the_operator() -> None:
     q, k, v, cu_seqlens, grad = make([128, 0, 33])
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
-    torch.library.opcheck(torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125))
+    torch.library.opcheck(
+        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, None, cu_seqlens, 0.125)
+    )
 
 
 @requires_hopper
@@ -503,6 +525,7 @@ def test_no_documents_are_no_work_and_the_host_waits_for_nothing() -> None:
         ("grad", ones(3, 4, 64).bfloat16(), ValueError, r"grad must be \[3, 8, 64\], got"),
         ("y", ones(3, 8, 64).half(), TypeError, "y must be BFloat16, got Half"),
         ("lse", ones(3, 8), ValueError, r"lse must be \[8, 3\], got \[3, 8\]"),
+        ("delta", ones(3, 8), ValueError, r"delta must be \[8, 3\], got \[3, 8\]"),
         ("cu_seqlens", STARTS.long(), TypeError, "cu_seqlens must be Int, got Long"),
         ("cu_seqlens", STARTS[:0], ValueError, r"cu_seqlens must be \(S \+ 1,\), got \[0\]"),
     ],
@@ -515,6 +538,7 @@ def test_the_operator_names_what_its_kernels_would_misread(name, value, error, m
         "v": ones(3, 4, 64).bfloat16(),
         "y": ones(3, 8, 64).bfloat16(),
         "lse": ones(8, 3),
+        "delta": ones(8, 3),
         "cu_seqlens": STARTS,
     }
     changed = [t.cuda() for t in {**arguments, name: value}.values()]
