@@ -226,13 +226,6 @@ __device__ __forceinline__ int load_target(const KernelArgs& args, int row) {
   return ignored ? epilogue::kIgnoredTarget : epilogue::kInvalidTarget;
 }
 
-// Read anew where it is needed: one register less in the epilogue, which needs all.
-__device__ __forceinline__ int lane_index() {
-  int lane;
-  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-  return lane;
-}
-
 // One of the two rows that this thread holds of 64.
 template <typename C, int Half>
 __device__ __forceinline__ void finish_row(const KernelArgs& args, const float (&c)[C::kAccumulators],
@@ -380,8 +373,7 @@ template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     forward_kernel(const __grid_constant__ CUtensorMap hidden, const __grid_constant__ CUtensorMap weight,
                    const __grid_constant__ KernelArgs args) {
-  extern __shared__ unsigned char shared_bytes[];
-  const Shared<C> shared(shared_address(shared_bytes));
+  const Shared<C> shared(shared_address(dynamic_shared()));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     // Full: one arrival, which announces the bytes of all copies into the stage, also those from other

@@ -79,17 +79,6 @@ __device__ void produce(const Args& args, Ring ring, const CUtensorMap* left, co
   }
 }
 
-__device__ __forceinline__ uint4 load16(const bf16* from) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from));
-  return v;
-}
-__device__ __forceinline__ void prefetch_line(const bf16* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
-
 // What the epilogue adds to 64 rows: of rows r and r + 8, columns 32 run + 8 t .. 8 t + 7.
 struct Addends {
   uint4 x[2][4], residual[2][4];
@@ -100,9 +89,10 @@ struct Addends {
     PGOLF_UNROLL
     for (int run = 0; run < 4; ++run) {
       const bool inside = row < args.rows && column + run * 32 < args.width;
-      x[half][run] = inside && args.x != nullptr ? load16(args.x + at + run * 32) : make_uint4(0, 0, 0, 0);
-      residual[half][run] =
-          inside && args.residual != nullptr ? load16(args.residual + at + run * 32) : make_uint4(0, 0, 0, 0);
+      x[half][run] =
+          inside && args.x != nullptr ? fetch16_alone(args.x + at + run * 32) : make_uint4(0, 0, 0, 0);
+      residual[half][run] = inside && args.residual != nullptr ? fetch16_alone(args.residual + at + run * 32)
+                                                               : make_uint4(0, 0, 0, 0);
     }
     rate[half] = row < args.rows && args.x != nullptr ? __ldg(args.rate + row) : 0.0f;
   }
@@ -211,8 +201,7 @@ __device__ void consume(const Args& args, Ring ring, uint32_t rank) {
 __global__ void __launch_bounds__(kThreads, 1)
     sum_kernel(const __grid_constant__ CUtensorMap left, const __grid_constant__ CUtensorMap right,
                const __grid_constant__ Args args) {
-  extern __shared__ unsigned char shared_bytes[];
-  const Ring ring(shared_address(shared_bytes));
+  const Ring ring(shared_address(dynamic_shared()));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     // Full: one arrival, which announces the bytes of all copies into the stage, also those of the other
@@ -264,10 +253,9 @@ void norm_mlp_sum_sm90(const NormMlpSum& in, const NormMlpShape& shape, CUstream
   using namespace norm_mlp_sum;
   if (shape.rows == 0) return;
   if (in.x != nullptr) {
-    rate_kernel<<<grid_blocks(shape.rows, 256, "norm_mlp"), 256, 0, stream>>>(
-        in.partials, in.rho, in.rate, static_cast<int>(shape.rows), static_cast<int>(shape.hidden / 128),
-        1.0f / static_cast<float>(shape.width));
-    PGOLF_LAUNCH_CHECK();
+    launch_kernel(rate_kernel, {grid_blocks(shape.rows, 256, "norm_mlp"), 256}, stream, in.partials, in.rho,
+                  in.rate, static_cast<int>(shape.rows), static_cast<int>(shape.hidden / 128),
+                  1.0f / static_cast<float>(shape.width));
   }
   const int64_t pairs = (shape.width + kCluster * kTileColumns - 1) / (kCluster * kTileColumns);
   const Args args{.x = in.x,

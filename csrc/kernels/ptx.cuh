@@ -52,10 +52,23 @@ __device__ __forceinline__ uint4 fetch16(const void* from) {
                : "l"(from));
   return v;
 }
+// The same without its neighbours: no hint to bring 256 bytes to the L2 cache.
+__device__ __forceinline__ uint4 fetch16_alone(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
 __device__ __forceinline__ uint32_t fetch4(const void* from) {
   uint32_t v;
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
   return v;
+}
+
+// Brings the line of an address to the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 }
 
 // The dynamic shared memory of the block.

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "kernels/norm_mlp_sm90.cu"
+#include "kernels/norm_mlp_sum_sm90.cu"
 #include "tests/check.h"
 
 namespace pgolf::test {
@@ -74,18 +75,57 @@ void test_matches_float64(const Case& at, uint32_t seed) {
   }
 }
 
+// out = residual + a b - (rho^2 S / width) x, without the residual or without x.
+void test_sum(const Case& at, bool with_residual, bool with_x, uint32_t seed) {
+  multiprocessors = at.multiprocessors;
+  launch_seed = seed;
+  const int64_t rows = at.rows, width = at.width, hidden = at.hidden, tiles = hidden / 128;
+  const Matrix a = random_matrix(rows * hidden, 1, 1.0f), b = random_matrix(hidden * width, 2, 0.1f);
+  const Matrix residual = random_matrix(rows * width, 3, 1.0f), x = random_matrix(rows * width, 4, 1.0f);
+  const std::vector<float> rho = normal_values(rows, 5), partials = normal_values(tiles * rows, 6);
+  std::vector<float> rate(static_cast<size_t>(rows), NAN);
+  Matrix out = unwritten(rows * width);
+  norm_mlp_sum_sm90({a.data(), b.data(), with_residual ? residual.data() : nullptr,
+                     with_x ? x.data() : nullptr, rho.data(), partials.data(), rate.data(), out.data()},
+                    {rows, width, hidden, 0.5f}, nullptr);
+  for (int64_t row = 0; row < rows; ++row) {
+    double factor = 0.0;
+    for (int64_t tile = 0; tile < tiles; ++tile) factor += partials[static_cast<size_t>(tile * rows + row)];
+    factor *= std::pow(rho[static_cast<size_t>(row)], 2) / static_cast<double>(width);
+    std::vector<double> want(static_cast<size_t>(width));
+    for (int64_t k = 0; k < hidden; ++k) {
+      const double left = to_float(a[static_cast<size_t>(row * hidden + k)]);
+      for (size_t i = 0; i < want.size(); ++i)
+        want[i] += left * to_float(b[static_cast<size_t>(k * width) + i]);
+    }
+    for (size_t i = 0; i < want.size(); ++i) {
+      const size_t place = static_cast<size_t>(row * width) + i;
+      if (with_residual) want[i] += to_float(residual[place]);
+      if (with_x) want[i] -= factor * to_float(x[place]);
+      check_close(to_float(out[place]), want[i], 1.0 / 256, 1e-4,
+                  "the sum at row " + std::to_string(row) + ", column " + std::to_string(i));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace pgolf::test
 
 int main() {
   return pgolf::test::run([] {
-    using pgolf::test::test_matches_float64;
+    using namespace pgolf::test;
     // One row, rows that end inside a fragment and inside the second cluster's rows; depths of one slice, of
-    // a part of one and of all eight; clusters with one tile, with several, and with rows that change.
+    // a part of one and of all eight; clusters with one tile, with several, with rows that change, and with
+    // one tile before they change.
     test_matches_float64({1, 64, 512, 2}, 0);
     test_matches_float64({127, 8, 512, 4}, 4);
     test_matches_float64({129, 136, 640, 2}, 8);
     test_matches_float64({300, 512, 512, 4}, 9);
     test_matches_float64({700, 72, 512, 2}, 1);
+    test_matches_float64({513, 8, 512, 8}, 7);
+    // Columns of one block of the cluster alone, of both, of more; rows as above.
+    test_sum({1, 64, 512, 2}, true, false, 0);
+    test_sum({130, 136, 512, 2}, false, true, 4);
+    test_sum({300, 392, 640, 4}, true, true, 8);
   });
 }

@@ -121,8 +121,12 @@ class Scheduler {
   void run() {
     active = this;
     leave(main_);
-    current_ = nullptr;
     while (error_ == nullptr && !pending_.empty()) step();
+    // After an error every fiber that has not ended unwinds its stack.
+    for (size_t i = 0; error_ != nullptr && i < fibers_.size(); ++i) {
+      if (!fibers_[i]->finished) change(main_, *fibers_[i]);
+    }
+    pending_.clear();
     active = nullptr;
     if (error_ != nullptr) std::rethrow_exception(error_);
   }
@@ -144,6 +148,7 @@ class Scheduler {
     leave(*current_);
   }
   void perhaps_give_way() {
+    if (!pending_.empty() && random() % 256 < eagerness_) step();
     if (random() % 16 == 0) give_way();
   }
 
@@ -153,20 +158,22 @@ class Scheduler {
   static inline Scheduler* active = nullptr;
 
  private:
+  struct Abandoned {};  // thrown in fibers after an error elsewhere
+
   static void start() {
     Scheduler& self = *active;
     self.arrived(nullptr);
     Fiber& mine = *self.current_;
     try {
-      self.body_();
-      if (mine.at_exit) mine.at_exit();
+      if (self.error_ == nullptr) self.body_();
+      if (self.error_ == nullptr && mine.at_exit) mine.at_exit();
     } catch (...) {
       if (self.error_ == nullptr) self.error_ = std::current_exception();
     }
     mine.finished = true;
     ++self.finished_;
     try {
-      self.enter_(mine);
+      if (self.error_ == nullptr) self.enter_(mine);
     } catch (...) {
       if (self.error_ == nullptr) self.error_ = std::current_exception();
     }
@@ -214,7 +221,11 @@ class Scheduler {
 
   void leave(Context& mine) {
     Context& to = next();
-    if (&to == &mine) return;
+    if (&to != &mine) change(mine, to);
+    if (error_ != nullptr && &mine != &main_ && !static_cast<Fiber&>(mine).finished) throw Abandoned{};
+  }
+
+  void change(Context& mine, Context& to) {
     previous_ = &mine;
     current_ = &to == &main_ ? nullptr : static_cast<Fiber*>(&to);
     if (current_ != nullptr) enter_(*current_);

@@ -20,7 +20,11 @@ inline float sqrt_approx(float x) { return std::sqrt(x); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
 inline uint4 fetch16(const void* from) { return *static_cast<const uint4*>(from); }
+inline uint4 fetch16_alone(const void* from) { return *static_cast<const uint4*>(from); }
 inline uint32_t fetch4(const void* from) { return *static_cast<const uint32_t*>(from); }
+
+// Reads the address, so that the sanitizers see one that is out of bounds.
+inline void prefetch_line(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
 
 inline unsigned char* dynamic_shared() { return test::this_block().shared.data(); }
 

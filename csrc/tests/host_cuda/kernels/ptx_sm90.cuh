@@ -139,6 +139,7 @@ inline void tma_store_commit() {
   test::Stores& mine = test::stores();
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
+  test::scheduler().perhaps_give_way();
 }
 
 template <int Pending>
