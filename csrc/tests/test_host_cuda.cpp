@@ -18,7 +18,7 @@ constexpr uint32_t kQ = 0, kK = kQ + 2 * kBox, kV = kK + 4 * kBox, kP = kV + 4 *
 constexpr uint32_t kBarriers = kSums + 4 * kBox, kBytes = kBarriers + 5 * 8;
 
 struct Maps {
-  CUtensorMap q, k, v, out;
+  CUtensorMap q, k, v, out, transposed;
 };
 
 void produce(const Maps& maps, uint32_t base, int head, int first) {
@@ -36,8 +36,9 @@ void produce(const Maps& maps, uint32_t base, int head, int first) {
   }
 }
 
-// p = q k^T, rounded; o += p v, twice; transposed += p^T q, once; out = p of the last keys.
-void consume(const Maps& maps, uint32_t base, int head, int first, int group, float* o, float* transposed) {
+// p = q k^T, rounded; o += p v, twice; transposed += p^T q, once, by the copy engine; out = p of the last
+// keys.
+void consume(const Maps& maps, uint32_t base, int head, int first, int group, float* o) {
   const int lane = lane_index(), warp = static_cast<int>(threadIdx.x) / 32 % 4, thread = warp * 32 + lane;
   const uint32_t bar = base + kBarriers, p_at = base + kP + static_cast<uint32_t>(group) * 2 * kBox;
   const uint32_t sums_at = base + kSums + static_cast<uint32_t>(group) * 2 * kBox;
@@ -91,13 +92,20 @@ void consume(const Maps& maps, uint32_t base, int head, int first, int group, fl
       wgmma_keep_order(t);
       if (thread == 0) tma_store_wait_read<0>();
       named_sync(1 + group, 128);
-      float* const to = reinterpret_cast<float*>(dynamic_shared() + (sums_at - base));
-      for (int i = 0; i < 32; ++i)
-        to[(warp * 16 + lane / 4 + i / 2 % 2 * 8) * 64 + i / 4 * 8 + lane % 4 * 2 + i % 2] = t[i];
+      for (int i = 0; i < 32; ++i) {
+        // Two tiles of 32 columns with the swizzle.
+        const uint32_t row = static_cast<uint32_t>(warp * 16 + lane / 4 + i / 2 % 2 * 8);
+        const uint32_t column = static_cast<uint32_t>(i / 4 * 8 + lane % 4 * 2 + i % 2);
+        const uint32_t piece = (column % 32 / 4) ^ (row % 8);
+        const uint32_t at = sums_at + column / 32 * kBox + row * 128 + piece * 16 + column % 4 * 4;
+        *reinterpret_cast<float*>(shared_pointer(at)) = t[i];
+      }
       fence_proxy();
       named_sync(1 + group, 128);
       if (thread == 0) {
-        bulk_add(transposed + (step * 128 + static_cast<int>(half) * 64) * kWidth, sums_at, 64 * 64 * 4);
+        for (uint32_t i = 0; i < 2; ++i)
+          tma_add(&maps.transposed, sums_at + i * kBox, static_cast<int>(32 * i), 0,
+                  step * 128 + static_cast<int>(half) * 64);
         tma_store_commit();
       }
     }
@@ -117,7 +125,7 @@ void consume(const Maps& maps, uint32_t base, int head, int first, int group, fl
   static_cast<void>(head);
 }
 
-void kernel(const Maps& maps, int head, float* o, float* transposed) {
+void kernel(const Maps& maps, int head, float* o) {
   const uint32_t base = shared_address(dynamic_shared()), bar = base + kBarriers;
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < 5; ++i) mbarrier_init(bar + 8 * i, i == 2 || i == 3 ? 256 : 1);
@@ -131,7 +139,7 @@ void kernel(const Maps& maps, int head, float* o, float* transposed) {
     if (threadIdx.x == 0) produce(maps, base, head, first);
   } else {
     registers_raise<240>();
-    consume(maps, base, head, first, static_cast<int>(threadIdx.x) / 128 - 1, o, transposed);
+    consume(maps, base, head, first, static_cast<int>(threadIdx.x) / 128 - 1, o);
   }
 }
 
@@ -157,11 +165,14 @@ void test_products(uint32_t seed) {
   const int head = 1;
   Matrix out(kTokens * 128, from_float<bf16>(NAN));
   std::vector<float> o(kTokens * kWidth, NAN), transposed(2 * kTile * kWidth, 1.0f);
-  Maps maps{map_of(q), map_of(k), map_of(v),
-            tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, out.data(),
-                       {.rank = 3, .sizes = {128, 1, kTokens}, .strides = {256, 256}, .box = {64, 1, 64}})};
+  Maps maps{
+      map_of(q), map_of(k), map_of(v),
+      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, out.data(),
+                 {.rank = 3, .sizes = {128, 1, kTokens}, .strides = {256, 256}, .box = {64, 1, 64}}),
+      tensor_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, transposed.data(),
+                 {.rank = 3, .sizes = {kWidth, 1, 2 * kTile}, .strides = {256, 256}, .box = {32, 1, 64}})};
   launch({.grid = {2}, .threads = 384, .shared = kBytes, .seed = seed},
-         [&] { kernel(maps, head, o.data(), transposed.data()); });
+         [&] { kernel(maps, head, o.data()); });
 
   const auto at = [&](const Matrix& m, int row, int column) {
     return double{to_float(m[static_cast<size_t>((row * kHeads + head) * kWidth + column)])};
@@ -263,7 +274,7 @@ void test_faults() {
   check_fails("tma_store_wait_read or tma_store_wait is missing", 32, [&] {
     if (threadIdx.x == 0) tma_store(&map, 1024, 0, 0, kTokens), tma_store_commit();
   });
-  check_fails("multiples of 16", 32, [&] { bulk_add(nullptr, 8, 16); });
+  check_fails("tma_add adds floats", 32, [&] { tma_add(&map, 1024, 0, 0, 0); });
   const auto multiply = [](bool fence, uint32_t bytes) {
     float d[32] = {};
     const uint64_t operand = wgmma_descriptor(bytes);
@@ -293,7 +304,10 @@ void test_races_show() {
   const CUtensorMap map = map_of(source);
   int early = 0, late = 0, added = 0;
   for (uint32_t seed = 0; seed < 24; ++seed) {
-    alignas(16) float sums[4] = {};
+    alignas(16) float sums[32] = {};
+    const CUtensorMap sums_map =
+        tensor_map(CU_TENSOR_MAP_DATA_TYPE_FLOAT32, sums,
+                   {.rank = 3, .sizes = {32, 1, 1}, .strides = {128, 128}, .box = {32, 1, 1}});
     bool missed = false;
     launch({.grid = {1}, .threads = 32, .shared = 65536, .seed = seed}, [&] {
       one_barrier(1);
@@ -309,7 +323,7 @@ void test_races_show() {
       float* const values = reinterpret_cast<float*>(dynamic_shared() + 1024);
       values[0] = 1.0f;
       fence_proxy();
-      bulk_add(sums, 1024, 16);
+      tma_add(&sums_map, 1024, 0, 0, 0);
       tma_store_commit();
       values[0] = 2.0f;
       tma_store_wait();

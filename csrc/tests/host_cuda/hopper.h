@@ -243,9 +243,8 @@ inline void add_float(unsigned char* to, const unsigned char* from) {
 struct Store {
   Block* block;
   uint32_t shared;
-  CUtensorMap map{};  // with rank 0: an addition of contiguous floats
+  CUtensorMap map{};
   Coordinates first{};
-  float* target = nullptr;
   uint32_t bytes = 0;
   bool adds = false;
   std::vector<unsigned char> source = {};  // once it has been read
@@ -263,12 +262,6 @@ struct Store {
     read();
     if (written) return;
     written = true;
-    if (map.rank == 0) {
-      for (uint32_t i = 0; i < bytes / 4; ++i) {
-        add_float(reinterpret_cast<unsigned char*>(target + i), source.data() + 4 * i);
-      }
-      return;
-    }
     for_box(map, first, shared, [&](uint32_t from, uint32_t inside, unsigned char* to) {
       const unsigned char* const piece = source.data() + (from - shared);
       for (uint32_t e = 0; e < 16; e += adds ? 4 : 1) {

@@ -129,12 +129,6 @@ inline void tma_add(const CUtensorMap* map, uint32_t shared, int x, int y, int z
                .adds = true});
 }
 
-inline void bulk_add(float* global, uint32_t shared, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0 || shared % 16 != 0 || bytes % 16 != 0 || bytes == 0)
-    test::fail("bulk_add takes addresses and a number of bytes that are multiples of 16");
-  test::store({.block = &test::this_block(), .shared = shared, .target = global, .bytes = bytes});
-}
-
 inline void tma_store_commit() {
   test::Stores& mine = test::stores();
   mine.groups.push_back(std::move(mine.open));
