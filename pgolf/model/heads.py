@@ -75,7 +75,7 @@ class _Heads(torch.autograd.Function):
         v, dz = _values(qkv, k), None
         mixed: list[Tensor] = []
         if ctx.mix is not None:
-            grad, of_mix, dz = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
+            grad, of_mix, dz, _ = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
             mixed = [of_mix]
         dq, dk, dv = torch.ops.pgolf.fa4_backward(grad, q, k, v, y, lse, cu_seqlens, ctx.max_seqlen)
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
