@@ -35,9 +35,10 @@ def measure(recorder: Recorder, name: str, args: argparse.Namespace) -> None:
         return lambda: torch.autograd.grad(fn(*leaves, *rest), leaves, grad)
 
     forward, backward = compiled(head_mix_ref), compiled(head_mix_backward_ref)
-    # Columns of a token: those of y, of v and of z, of which there is one per head.
-    of_y, of_v = HEADS * WIDTH, GROUPS * WIDTH
-    first, second = 2 * of_y + of_v + HEADS, 3 * of_y + 2 * of_v + 2 * HEADS
+    # Columns of a token: those of y, of v, of z, of which there is one per head, and of delta, which is one
+    # float32 per head.
+    of_y, of_v, of_delta = HEADS * WIDTH, GROUPS * WIDTH, HEADS * 4 // y.element_size()
+    first, second = 2 * of_y + of_v + HEADS, 3 * of_y + 2 * of_v + 2 * HEADS + of_delta
     found = [
         Pass("ms_fwd", lambda: head_mix(y, v, z, *rest), lambda: forward(y, v, z, *rest), first),
         Pass(

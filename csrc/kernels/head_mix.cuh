@@ -111,6 +111,9 @@ __global__ void __launch_bounds__(kHeadThreads, 2)
       if (args.dz != nullptr && place.inside && place.first)
         store_either(args.dz, args.gate.is_bf16, token * shape.heads + place.head + i,
                      value.slope * fmaf(-a, pv, py));
+      // Of the rounded dy. Lanes that store nothing have another one, but zeros of y.
+      const float delta = head_sum<Width>(dot8(dy, y));
+      if (place.inside && place.first) args.delta[(place.head + i) * shape.tokens + token] = delta;
     }
     const float curved = square < kSmallestSquare ? 0.0f : 2.0f * along_v;
     PGOLF_UNROLL

@@ -1,11 +1,14 @@
 // Exclusive self-attention and the gate of each head's output y, and the way back.
 //
-//   m = max(v . v, 1e-24)      a = (y . v) / m      out = gate (y - a v)      gate = outer sigmoid(inner z),
-//   or 1 w = gate (p . v) / m       dy = gate p - w v    dz = gate' (p . y - a (p . v)) dv = sum over the
-//   heads of the group of  -a gate p - w y + 2 a w v, without the last term where m = 1e-24
+//   m = max(v . v, 1e-24)      a = (y . v) / m      out = gate (y - a v)
+//   gate = outer sigmoid(inner z), or 1             w = gate (p . v) / m
+//   dy = gate p - w v      dz = gate' (p . y - a (p . v))      delta = dy . y, of dy as it is stored
+//   dv = sum over the heads of the group of  -a gate p - w y + 2 a w v, without the last term where m = 1e-24
 //
 // y, z and p, the gradient of out, are those of a head of a token, v that of its group. Float32 inside,
-// outputs are rounded once. Deterministic: every sum has a fixed order.
+// outputs are rounded once. Deterministic: every sum has a fixed order. The way back of attention needs
+// delta: the gradient of its scores, P (dP - delta), has rows that add up to zero, but only if delta is of
+// the very dy that dP is of.
 #pragma once
 
 #include "kernels/common.h"
@@ -51,9 +54,10 @@ struct HeadMixBackward {
   const bf16* v;     // as forward
   int64_t v_stride;
   HeadMixGate gate;
-  bf16* dy;  // (tokens, heads, width) row-major, 16-byte aligned out
-  bf16* dv;  // (tokens, groups, width) row-major, 16-byte aligned out
-  void* dz;  // (tokens, heads) row-major out, type of z; null without a gate
+  bf16* dy;      // (tokens, heads, width) row-major, 16-byte aligned out
+  bf16* dv;      // (tokens, groups, width) row-major, 16-byte aligned out
+  void* dz;      // (tokens, heads) row-major out, type of z; null without a gate
+  float* delta;  // (heads, tokens) row-major out
 };
 
 void head_mix_backward_cuda(const HeadMixBackward& args, const HeadMixShape& shape, CUstream_st* stream);

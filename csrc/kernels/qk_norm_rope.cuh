@@ -3,6 +3,8 @@
 // for all of them.
 #pragma once
 
+#include <type_traits>
+
 #include "kernels/head_rows.cuh"
 #include "kernels/qk_norm_rope.h"
 
@@ -12,6 +14,44 @@ namespace pgolf {
 // too.
 inline constexpr int kRopeStripes = 3;
 static_assert(kRopeStripes * kStripe % 128 == 0, "every warp begins with a head");
+
+// Eight columns as they are in memory, in some lanes of a warp float32 and in the others bfloat16, which are
+// in the first word alone.
+struct EitherRaw {
+  static constexpr int kWords = 2;
+  uint4 words[kWords];
+  bool is_bf16;
+
+  __device__ __forceinline__ void widen(float (&value)[kVector]) const {
+    HeadRaw narrow;
+    Raw8<float> wide;
+    narrow.words[0] = wide.words[0] = words[0];
+    wide.words[1] = words[1];
+    float rounded[kVector];
+    narrow.widen(rounded);
+    wide.widen(value);
+    PGOLF_UNROLL
+    for (int l = 0; l < kVector; ++l) value[l] = is_bf16 ? rounded[l] : value[l];
+  }
+};
+
+// Eight columns at `source`, or zeros where `wanted` is false.
+__device__ __forceinline__ void load_rope(EitherRaw& raw, const void* source, bool is_bf16, bool wanted) {
+  raw = {};
+  raw.is_bf16 = is_bf16;
+  if (!wanted) return;
+  const uint4* words = static_cast<const uint4*>(source);
+  raw.words[0] = __ldcs(words);
+  if (!is_bf16) raw.words[1] = __ldcs(words + 1);
+}
+
+__device__ __forceinline__ void load_rope(HeadRaw& raw, const void* source, bool, bool wanted) {
+  load_if(raw, static_cast<const bf16*>(source), wanted);
+}
+
+// Whether eight columns are bfloat16; a constant where all of a warp's are.
+__device__ __forceinline__ bool is_bf16(const EitherRaw& raw) { return raw.is_bf16; }
+__device__ __forceinline__ bool is_bf16(const HeadRaw&) { return true; }
 
 // The rotation of a lane's eight columns: out = x cos + partner sin, the partner being the column half of the
 // rotated ones away. Whole: that half is a multiple of eight, so the partners are the columns of one lane.
@@ -45,9 +85,10 @@ struct Rotation {
     }
   }
 
-  // The rotated columns of `raw`, which is at `source` in memory. All lanes of the warp call it; `inside`:
-  // there is something to rotate.
-  __device__ __forceinline__ void apply(float (&x)[kVector], const HeadRaw& raw, const bf16* source,
+  // The rotated columns of `raw`, a HeadRaw or an EitherRaw, which is at `source` in memory. All lanes of the
+  // warp call it; `inside`: there is something to rotate.
+  template <typename Raw>
+  __device__ __forceinline__ void apply(float (&x)[kVector], const Raw& raw, const void* source,
                                         bool inside) const {
     raw.widen(x);
     if (half == 0) return;
@@ -55,11 +96,14 @@ struct Rotation {
     if constexpr (Whole) {
       const int lane = static_cast<int>(threadIdx.x) % 32, lanes = half / kVector;
       const int from = first >= 2 * half ? lane : first < half ? lane + lanes : lane - lanes;
-      HeadRaw other;
-      other.words[0].x = __shfl_sync(0xffffffffu, raw.words[0].x, from);
-      other.words[0].y = __shfl_sync(0xffffffffu, raw.words[0].y, from);
-      other.words[0].z = __shfl_sync(0xffffffffu, raw.words[0].z, from);
-      other.words[0].w = __shfl_sync(0xffffffffu, raw.words[0].w, from);
+      Raw other = raw;  // of the same head, so of the same type
+      PGOLF_UNROLL
+      for (int i = 0; i < Raw::kWords; ++i) {
+        other.words[i].x = __shfl_sync(0xffffffffu, raw.words[i].x, from);
+        other.words[i].y = __shfl_sync(0xffffffffu, raw.words[i].y, from);
+        other.words[i].z = __shfl_sync(0xffffffffu, raw.words[i].z, from);
+        other.words[i].w = __shfl_sync(0xffffffffu, raw.words[i].w, from);
+      }
       other.widen(partner);
     } else {
       PGOLF_UNROLL
@@ -68,8 +112,7 @@ struct Rotation {
         partner[l] = 0.0f;
         // From the cache: the lane that holds it has just read it.
         if (inside && column < 2 * half)
-          partner[l] =
-              load_float(reinterpret_cast<const HeadDevice*>(source)[column < half ? l + half : l - half]);
+          partner[l] = load_either(source, is_bf16(raw), column < half ? l + half : l - half);
       }
     }
     PGOLF_UNROLL
@@ -165,9 +208,11 @@ __device__ __forceinline__ void store_gain_partials(const QkNormRopeBackward& ar
   args.partials[int64_t{blockIdx.x} * shape.heads + head] = sum;
 }
 
-template <int Width, bool Whole>
+// WideQ: the gradient of q is float32.
+template <int Width, bool Whole, bool WideQ>
 __global__ void __launch_bounds__(kHeadThreads, Whole ? 2 : 1)
     qk_norm_rope_backward_kernel(QkNormRopeBackward args, QkNormRopeShape shape) {
+  using QGrad = std::conditional_t<WideQ, float, bf16>;
   const int begin = rope_column();
   const int q_columns = shape.heads * Width, k_columns = shape.groups * Width;
   const int columns = q_columns + 2 * k_columns;
@@ -181,14 +226,19 @@ __global__ void __launch_bounds__(kHeadThreads, Whole ? 2 : 1)
        token += step) {
     const bf16* row = args.in.qkv + token * args.in.stride + begin;
     bf16* target = args.dqkv + token * columns;
-    const bf16* grads[kRopeStripes];
-    HeadRaw g_raw[kRopeStripes], x_raw[kRopeStripes], v_raw[kRopeValueGrads];
+    const void* grads[kRopeStripes];
+    std::conditional_t<WideQ, EitherRaw, HeadRaw> g_raw[kRopeStripes];
+    HeadRaw x_raw[kRopeStripes], v_raw[kRopeValueGrads];
     PGOLF_UNROLL
     for (int u = 0; u < kRopeStripes; ++u) {
       const int column = begin + u * kStripe;
-      grads[u] = column < q_columns ? args.dq + token * q_columns + column
-                                    : args.dk + token * k_columns + (column - q_columns);
-      load_if(g_raw[u], grads[u], column < q_columns + k_columns);
+      const bool of_q = column < q_columns;
+      if (of_q) {
+        grads[u] = static_cast<const QGrad*>(args.dq) + token * q_columns + column;
+      } else {
+        grads[u] = args.dk + token * k_columns + (column - q_columns);
+      }
+      load_rope(g_raw[u], grads[u], !WideQ || !of_q, column < q_columns + k_columns);
       load_if(x_raw[u], row + u * kStripe, column < q_columns + k_columns);
     }
     PGOLF_UNROLL

@@ -5,7 +5,8 @@
 //
 // x is a head of a token in the product of q, k and v, g the gradient of its output, R the rotation of its
 // first `dims` columns: (x1, x2) -> (x1 cos + x2 sin, x2 cos - x1 sin) for its halves. The way back also
-// writes v's columns, the sum of up to two gradients. Float32 inside, outputs are rounded once.
+// writes v's columns, the sum of up to two gradients. Float32 inside, outputs are rounded once. The gradient
+// of q may be float32, as an attention that adds it up in memory leaves it; it is not rounded then.
 // Deterministic: every sum has a fixed order, which depends on the shape alone.
 #pragma once
 
@@ -55,7 +56,8 @@ void qk_norm_rope_cuda(const QkNormRopeForward& args, const QkNormRopeShape& sha
 
 struct QkNormRopeBackward {
   QkNormRopeInput in;
-  const bf16* dq;                   // (tokens, heads, width) row-major, 16-byte aligned
+  const void* dq;                   // (tokens, heads, width) row-major, 16-byte aligned
+  bool dq_is_bf16;                  // otherwise float32
   const bf16* dk;                   // (tokens, groups, width) row-major, 16-byte aligned
   const bf16* dv[kRopeValueGrads];  // (tokens, groups, width) row-major, 16-byte aligned each; null: zeros
   bf16* dqkv;                       // (tokens, heads + 2 groups, width) row-major, 16-byte aligned out

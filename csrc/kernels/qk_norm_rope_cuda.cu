@@ -39,7 +39,11 @@ void qk_norm_rope_backward_cuda(const QkNormRopeBackward& args, const QkNormRope
   // Also without tokens: blocks that have none write the zeros of their partials.
   const dim3 grid(kRopePartials, rope_parts(shape, true));
   with_sizes(shape, [&](auto width, auto whole) {
-    qk_norm_rope_backward_kernel<width, whole><<<grid, kHeadThreads, 0, stream>>>(args, shape);
+    if (args.dq_is_bf16) {
+      qk_norm_rope_backward_kernel<width, whole, false><<<grid, kHeadThreads, 0, stream>>>(args, shape);
+    } else {
+      qk_norm_rope_backward_kernel<width, whole, true><<<grid, kHeadThreads, 0, stream>>>(args, shape);
+    }
     PGOLF_LAUNCH_CHECK();
   });
   const auto heads = static_cast<unsigned int>(shape.heads);

@@ -67,8 +67,9 @@ Tensor forward(const Tensor& y, const Tensor& v, const std::optional<Tensor>& z,
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y, const Tensor& v,
-                                            const std::optional<Tensor>& z, double scale, int64_t kind) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y, const Tensor& v,
+                                                    const std::optional<Tensor>& z, double scale,
+                                                    int64_t kind) {
   const char* op = "head_mix_backward";
   const HeadMixShape shape = make_shape(op, y, v);
   const DeviceGuard guard(y);
@@ -80,6 +81,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y,
   const Tensor dv = torch::stable::new_empty(y, {shape.tokens, shape.groups, shape.width});
   const Tensor dz = gate.z ? torch::stable::new_empty(*gate.z, {shape.tokens, shape.heads})
                            : torch::stable::new_empty(y, {0});
+  const Tensor delta = torch::stable::new_empty(y, {shape.heads, shape.tokens}, kFloat);
   head_mix_backward_cuda({.grad = const_pointer<bf16>(upstream),
                           .y = const_pointer<bf16>(dense),
                           .v = const_pointer<bf16>(values.tensor),
@@ -87,9 +89,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& y,
                           .gate = gate.args,
                           .dy = mutable_pointer<bf16>(dy),
                           .dv = mutable_pointer<bf16>(dv),
-                          .dz = gate.z ? dz.mutable_data_ptr() : nullptr},
+                          .dz = gate.z ? dz.mutable_data_ptr() : nullptr,
+                          .delta = mutable_pointer<float>(delta)},
                          shape, current_stream());
-  return {dy, dv, dz};
+  return {dy, dv, dz, delta};
 }
 
 }  // namespace
@@ -100,7 +103,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def("head_mix(Tensor y, Tensor v, Tensor? z, float scale, int kind) -> Tensor");
   m.def(
       "head_mix_backward(Tensor grad, Tensor y, Tensor v, Tensor? z, float scale, int kind) -> (Tensor dy, "
-      "Tensor dv, Tensor dz)");
+      "Tensor dv, Tensor dz, Tensor delta)");
 }
 
 #ifdef PGOLF_WITH_CUDA

@@ -97,7 +97,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dq, const Tensor& dk, TensorLi
   const int64_t of_k[] = {shape.tokens, shape.groups, head_dim};
   PGOLF_CHECK_VALUE(dv.size() <= kRopeValueGrads, op, ": dv must be at most ", kRopeValueGrads,
                     " tensors, got ", dv.size());
-  check_tensor(op, "dq", dq, of_q, kBFloat16, qkv);
+  check_tensor(op, "dq", dq, of_q, dq.scalar_type(), qkv);
+  const bool dq_is_bf16 = check_is_bf16(op, "dq", dq);
   check_tensor(op, "dk", dk, of_k, kBFloat16, qkv);
   std::vector<Tensor> grads{prepared(dq), prepared(dk)};
   for (const Tensor& grad : dv) {
@@ -108,7 +109,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dq, const Tensor& dk, TensorLi
   const Tensor dgain = torch::stable::new_empty(qkv, {shape.heads}, kFloat);
   const Tensor partials = torch::stable::new_empty(qkv, {kRopePartials, shape.heads}, kFloat);
   QkNormRopeBackward args{.in = in.args,
-                          .dq = const_pointer<bf16>(grads[0]),
+                          .dq = grads[0].const_data_ptr(),
+                          .dq_is_bf16 = dq_is_bf16,
                           .dk = const_pointer<bf16>(grads[1]),
                           .dv = {},
                           .dqkv = mutable_pointer<bf16>(dqkv),

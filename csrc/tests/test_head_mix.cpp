@@ -71,10 +71,18 @@ void test_matches_float64(const Case& at, int kind) {
   Matrix out = unwritten(tokens * heads * Width), dy = out, dv = unwritten(tokens * at.groups * Width);
   Matrix dz = unwritten(tokens * heads);
   std::vector<float> dz_float(static_cast<size_t>(tokens * heads), NAN);
+  std::vector<float> delta(static_cast<size_t>(heads * tokens), NAN);
   void* dz_target = z_is_bf16 ? static_cast<void*>(dz.data()) : dz_float.data();
   const HeadMixForward forward{y.data(), v.data(), v_stride, gate, out.data()};
-  const HeadMixBackward backward{grad.data(), y.data(),  v.data(),  v_stride,
-                                 gate,        dy.data(), dv.data(), kind == 0 ? nullptr : dz_target};
+  const HeadMixBackward backward{.grad = grad.data(),
+                                 .y = y.data(),
+                                 .v = v.data(),
+                                 .v_stride = v_stride,
+                                 .gate = gate,
+                                 .dy = dy.data(),
+                                 .dv = dv.data(),
+                                 .dz = kind == 0 ? nullptr : dz_target,
+                                 .delta = delta.data()};
   const dim3 grid{at.blocks, stripe_count(int64_t{at.groups} * Width, 1)};
   launch(grid, kHeadThreads, [&] { head_mix_kernel<Width, Ratio>(forward, shape); });
   launch(grid, kHeadThreads, [&] { head_mix_backward_kernel<Width, Ratio>(backward, shape); });
@@ -101,6 +109,11 @@ void test_matches_float64(const Case& at, int kind) {
       want_dv[static_cast<size_t>((token * at.groups + group) * Width + l)] +=
           -a * g * p_at(l) - w * y_at(l) + inside * 2.0 * a * w * v_at(l);
     }
+    double of_stored = 0.0;
+    for (int l = 0; l < Width; ++l)
+      of_stored += to_float(dy[static_cast<size_t>(head * Width + l)]) * y_at(l);
+    check_close(delta[static_cast<size_t>(head % heads * tokens + token)], of_stored, 1e-5, 1e-4,
+                "delta of head " + std::to_string(head));
   }
   check_all(out, want_out, "result");
   check_all(dy, want_dy, "gradient of y");

@@ -22,6 +22,7 @@ struct Case {
   unsigned int blocks = 1;   // fewer than a GPU has, so that blocks take several rounds
   int values = 2;            // gradients of v
   bool gain_is_bf16 = true;  // and the rows of the product have others between them
+  bool dq_is_bf16 = true;    // otherwise float32, of which no bit may be lost
 };
 
 Matrix rounded(const std::vector<float>& source) {
@@ -67,7 +68,8 @@ void test_matches_float64(const Case& at) {
   const Matrix gain_bf16 = rounded(gain);
   std::vector<float> cos, sin;
   for (const float angle : angles) cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
-  const Matrix dq = random_matrix(tokens * heads * Width, 4), dk = random_matrix(tokens * groups * Width, 5);
+  const std::vector<float> dq_float = normal_values(tokens * heads * Width, 4);
+  const Matrix dq = rounded(dq_float), dk = random_matrix(tokens * groups * Width, 5);
   const Matrix dv[2] = {random_matrix(tokens * groups * Width, 6), random_matrix(tokens * groups * Width, 7)};
   const void* gain_source = at.gain_is_bf16 ? static_cast<const void*>(gain_bf16.data()) : gain.data();
   const QkNormRopeInput in{
@@ -79,12 +81,24 @@ void test_matches_float64(const Case& at) {
   for (size_t i = 0; i < at.blocks * static_cast<size_t>(heads); ++i) partials[i] = NAN;
   std::vector<float> dgain(static_cast<size_t>(heads), NAN);
   const QkNormRopeForward forward{in, q.data(), k.data()};
-  QkNormRopeBackward backward{in, dq.data(), dk.data(), {}, dqkv.data(), partials.data(), dgain.data()};
+  QkNormRopeBackward backward{.in = in,
+                              .dq = at.dq_is_bf16 ? static_cast<const void*>(dq.data()) : dq_float.data(),
+                              .dq_is_bf16 = at.dq_is_bf16,
+                              .dk = dk.data(),
+                              .dv = {},
+                              .dqkv = dqkv.data(),
+                              .partials = partials.data(),
+                              .dgain = dgain.data()};
   for (int i = 0; i < at.values; ++i) backward.dv[i] = dv[i].data();
   launch(dim3{at.blocks, rope_parts(shape, false)}, kHeadThreads,
          [&] { qk_norm_rope_kernel<Width, Whole>(forward, shape); });
-  launch(dim3{at.blocks, rope_parts(shape, true)}, kHeadThreads,
-         [&] { qk_norm_rope_backward_kernel<Width, Whole>(backward, shape); });
+  launch(dim3{at.blocks, rope_parts(shape, true)}, kHeadThreads, [&] {
+    if (at.dq_is_bf16) {
+      qk_norm_rope_backward_kernel<Width, Whole, false>(backward, shape);
+    } else {
+      qk_norm_rope_backward_kernel<Width, Whole, true>(backward, shape);
+    }
+  });
   launch(static_cast<unsigned int>(heads), kRopeSumThreads,
          [&] { sum_gain_kernel(partials.data(), dgain.data(), at.heads); });
 
@@ -108,7 +122,8 @@ void test_matches_float64(const Case& at) {
       double square = 0.0, dot = 0.0;
       for (size_t l = 0; l < Width; ++l) {
         x[l] = to_float(qkv[static_cast<size_t>(token * stride + head * Width) + l]);
-        g[l] = to_float((of_q ? dq : dk)[static_cast<size_t>(first) + l]);
+        const size_t i = static_cast<size_t>(first) + l;
+        g[l] = of_q && !at.dq_is_bf16 ? dq_float[i] : to_float((of_q ? dq : dk)[i]);
         square += x[l] * x[l];
       }
       const auto row = static_cast<size_t>(head);
@@ -155,5 +170,12 @@ int main() {
     test_matches_float64<128, true>(Case{9, 8, 4, 96});
     test_matches_float64<128, true>(Case{5, 12, 3, 128, 1, 0});
     test_matches_float64<128, false>(Case{5, 3, 3, 126});
+    // A float32 gradient of q: stripes of q alone, of k alone, and of both.
+    for (const Case& at : {Case{19, 8, 4, 16, 2, 2, true, false}, Case{9, 2, 1, 0, 1, 0, true, false},
+                           Case{5, 1, 1, 64, 1, 1, false, false}})
+      test_matches_float64<64, true>(at);
+    test_matches_float64<64, false>(Case{5, 4, 2, 6, 1, 2, true, false});
+    test_matches_float64<128, true>(Case{9, 8, 4, 96, 1, 2, true, false});
+    test_matches_float64<128, false>(Case{5, 3, 3, 126, 1, 2, false, false});
   });
 }

@@ -7,11 +7,12 @@ group, m = max(v . v, 1e-24), and p the gradient of the result,
     a = (y . v) / m        e = y - a v        result = gate e
     dgate = p . e        w = gate (p . v) / m        dy = gate p - w v
     dv = sum over the heads of the group of  -a gate p - w y + 2 a w v
-    dz = dgate * derivative of the gate
+    dz = dgate * derivative of the gate        delta = dy . y
 
 (without the last term of dv where v . v is below 1e-24, because m is constant there).
 Nothing is saved but the inputs. Each tensor is read once and each gradient written once; the heads of a group
-are summed in registers.
+are summed in registers. `delta` is for the backward pass of attention, which otherwise reads dy and y once
+more to compute it.
 
 Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim.
 """
@@ -87,8 +88,13 @@ def head_mix_ref(y: Tensor, v: Tensor, z: Tensor | None, scale: float, kind: Kin
 
 def head_mix_backward(
     grad: Tensor, y: Tensor, v: Tensor, z: Tensor | None, scale: float, kind: Kind
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `y`, `v` and `z` of `head_mix`, given that of its result.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of `y`, `v` and `z` of `head_mix`, given that of its result, and dy . y.
+
+    The last result, delta_h,t = sum over K of dy y, is what the backward pass of attention subtracts from the
+    gradient of its probabilities P: with dP = dy v^T, that of the scores is P (dP - delta). The rows of
+    P (dP - delta) add up to 0 only if dP and delta are of the same dy, so delta is the sum over dy as it is
+    returned, rounded to its dtype, and is itself not rounded.
 
     Equals `head_mix_backward_ref`, and is not differentiable. The kernels are used where `head_mix` uses
     them.
@@ -99,7 +105,7 @@ def head_mix_backward(
 
     Returns:
         dy `(T, H, K)`, dv `(T, G, K)` and dz `(T, H)`, each in the dtype of its tensor and contiguous; dz is
-        an empty tensor `(0,)` without `z`.
+        an empty tensor `(0,)` without `z`. Then delta `(H, T)`, float32 (float64 if `y` is), contiguous.
 
     Raises:
         ValueError: shapes or devices disagree, `kind` is none of the three, or `z` is missing or superfluous.
@@ -111,13 +117,13 @@ def head_mix_backward(
     if not _takes(y, v):
         return head_mix_backward_ref(grad, y, v, z, scale, kind)
     refuse_transforms("head_mix_backward", grad, y, v, *(() if z is None else (z,)))
-    dy, dv, dz = torch.ops.pgolf.head_mix_backward(grad, y, v, z, scale, kind)
-    return dy, dv, dz
+    dy, dv, dz, delta = torch.ops.pgolf.head_mix_backward(grad, y, v, z, scale, kind)
+    return dy, dv, dz, delta
 
 
 def head_mix_backward_ref(
     grad: Tensor, y: Tensor, v: Tensor, z: Tensor | None, scale: float, kind: Kind
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute `head_mix_backward` with PyTorch operators, in float32, or in float64 for such input."""
     grouped, values = _grouped(y, v)  # (T, G, H/G, K)
     p = grad.view(grouped.shape).to(grouped.dtype)
@@ -127,14 +133,15 @@ def head_mix_backward_ref(
     through = (p * values).sum(-1, keepdim=True)
     gate, slope = _gate_and_slope(z, scale, kind, grouped)
     w = gate * through * inverse
-    dy = gate * p - w * values
+    dy = (gate * p - w * values).to(y.dtype)
+    delta = (dy * grouped).sum(-1).flatten(1).t().contiguous()
     curved = torch.where(square >= SMALLEST_SQUARE, 2 * a * w, torch.zeros_like(w))
     dv = (curved * values - a * gate * p - w * grouped).sum(2)
     if z is None:
         dz = y.new_empty(0)
     else:
         dz = (slope * ((p * grouped).sum(-1, keepdim=True) - a * through)).view(z.shape).to(z.dtype)
-    return dy.view(y.shape).to(y.dtype), dv.to(v.dtype), dz
+    return dy.view(y.shape), dv.to(v.dtype), dz, delta
 
 
 def _grouped(y: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +225,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     sources = grad, y, v, *(() if z is None else (z,))
     grads = (
         refuse_second_order("head_mix", of, *sources) if need else None
-        for of, need in zip(found, ctx.needs_input_grad[:3], strict=True)
+        for of, need in zip(found[:3], ctx.needs_input_grad[:3], strict=True)
     )
     return *grads, None, None
 
@@ -229,9 +236,10 @@ def _forward_fake(y: Tensor, _v: Tensor, _z: Tensor | None, _scale: float, _kind
 
 def _backward_fake(
     _grad: Tensor, y: Tensor, v: Tensor, z: Tensor | None, _scale: float, _kind: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dz = y.new_empty(0) if z is None else z.new_empty(z.shape)
-    return y.new_empty(y.shape), v.new_empty(v.shape), dz
+    delta = y.new_empty(y.shape[1], y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))
+    return y.new_empty(y.shape), v.new_empty(v.shape), dz, delta
 
 
 torch.library.register_fake("pgolf::head_mix", _forward_fake)

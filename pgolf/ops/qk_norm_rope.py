@@ -112,7 +112,9 @@ def qk_norm_rope_backward(
     where `qk_norm_rope` uses them.
 
     Args:
-        dq, dk: gradients of q `(T, H, K)` and k `(T, G, K)`, dtype of `qkv`.
+        dq: gradient of q `(T, H, K)`, dtype of `qkv`, or float32, which is not rounded before it is used: an
+            attention that adds up the gradient of q in memory has it in float32.
+        dk: gradient of k `(T, G, K)`, dtype of `qkv`.
         dv: up to two gradients `(T, G, K)` of v, dtype of `qkv`; with none the columns of v are 0.
         qkv, gain, cos, sin, head_dim: as in `qk_norm_rope`.
 
@@ -131,8 +133,10 @@ def qk_norm_rope_backward(
         raise ValueError(
             f"qk_norm_rope_backward: dv must be at most {MOST_VALUE_GRADS} tensors, got {len(dv)}"
         )
-    for name, grad, count in (("dq", dq, heads), ("dk", dk, groups), *(("dv", t, groups) for t in dv)):
-        _check_like("qk_norm_rope_backward", name, grad, (qkv.shape[0], count, head_dim), qkv)
+    op, of_k = "qk_norm_rope_backward", (qkv.shape[0], groups, head_dim)
+    _check_like(op, "dq", dq, (qkv.shape[0], heads, head_dim), qkv, torch.float32)
+    for name, grad in (("dk", dk), *(("dv", t) for t in dv)):
+        _check_like(op, name, grad, of_k, qkv)
     arguments = dq, dk, list(dv), qkv, gain, cos, sin, head_dim
     if not _takes(qkv, gain, cos, sin, head_dim):
         return qk_norm_rope_backward_ref(*arguments)
@@ -220,13 +224,15 @@ def _check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> N
         raise TypeError(f"{op}: {name} must be {wanted}, got {tensor.dtype}")
 
 
-def _check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise an error if `tensor` has another shape, or another dtype or device than `like`."""
+def _check_like(
+    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *also: torch.dtype
+) -> None:
+    """Raise an error if `tensor` has another shape, device or dtype than `like`, or none of `also`."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
-    _check_dtype(op, name, tensor, like.dtype)
+    _check_dtype(op, name, tensor, like.dtype, *also)
 
 
 def _takes(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:

@@ -105,6 +105,14 @@ def assert_no_worse_than_twice_eager(inputs: Inputs, kind: int) -> None:
     assert_no_worse_than_twice(got, base, want)
 
 
+def assert_delta_is_of_the_rounded_gradient(inputs: Inputs, found: tuple[Tensor, ...]) -> None:
+    dy, _, _, delta = found
+    assert delta.dtype == torch.float32 and delta.is_contiguous() and delta.shape == dy.shape[1::-1]
+    want = (dy.double() * inputs.y.double()).sum(-1).t()
+    terms = (dy.double() * inputs.y.double()).abs().sum(-1).t()
+    assert ((delta - want).abs() <= 1e-6 * terms).all()
+
+
 def published(y: Tensor, v: Tensor, z: Tensor | None, scale: float, kind: int) -> Tensor:
     """The formula, head by head."""
     ratio = y.shape[1] // v.shape[1]
@@ -162,13 +170,35 @@ def test_backward_reference_is_the_derivative(sizes: Sizes, kind: int) -> None:
     inputs.v[:1] = 0
     inputs.v[1:2] *= 1e-14
     upstream = upstream_of(inputs)
-    got = head_mix_backward(upstream, *inputs, SCALE, kind)
+    *got, delta = head_mix_backward(upstream, *inputs, SCALE, kind)
     want = run(head_mix_ref, inputs, kind, upstream)
     for value, name in zip(got, ("dy", "dv", "dz"), strict=True):
         if name in want:
             torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-12)
         else:
             assert value.shape == (0,)
+    torch.testing.assert_close(delta, (want["dy"] * inputs.y).sum(-1).t(), rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_delta_is_of_the_rounded_gradient_and_is_not_rounded(dtype: torch.dtype) -> None:
+    inputs = make_inputs(Sizes(33), 1, dtype, CPU)
+    assert_delta_is_of_the_rounded_gradient(inputs, head_mix_backward(upstream_of(inputs), *inputs, SCALE, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_with_delta_the_gradients_of_a_query_s_scores_add_up_to_zero(dtype: torch.dtype) -> None:
+    # Attention to the own group's values, in float64 but for the dtype of dy and y.
+    inputs = make_inputs(Sizes(17, 4, 2), 1, torch.float64, CPU)
+    g = torch.Generator().manual_seed(2)
+    p = torch.randn(4, 17, 17, generator=g, dtype=torch.float64).softmax(-1)
+    v = inputs.v.repeat_interleave(2, dim=1)
+    inputs = inputs._replace(y=torch.einsum("hts,shk->thk", p, v)).each(lambda t: t.to(dtype))
+    dy, _, _, delta = head_mix_backward(upstream_of(inputs), *inputs, SCALE, 1)
+    rows = (p * (torch.einsum("thk,shk->hts", dy.double(), v) - delta[..., None])).sum(-1)
+    error = (dy.double() * (torch.einsum("hts,shk->thk", p, v) - inputs.y.double())).sum(-1).t()
+    # Only the rounding of y is left, none of dy or delta.
+    torch.testing.assert_close(rows, error, rtol=1e-5, atol=1e-6 if dtype == torch.bfloat16 else 1e-12)
 
 
 # ---- What Python adds to the kernels. On the CPU the operators compute with the references.
@@ -310,13 +340,14 @@ def test_error_is_at_most_twice_eager(sizes: Sizes, kind: int) -> None:
 def test_backward_error_is_at_most_twice_the_references(sizes: Sizes, kind: int) -> None:
     inputs = make_inputs(sizes, kind)
     upstream = upstream_of(inputs)
-    names = ("dy", "dv", "dz")
+    names = ("dy", "dv", "dz", "delta")
     got, base = (
         dict(zip(names, fn(upstream, *inputs, SCALE, kind), strict=True))
         for fn in (head_mix_backward, head_mix_backward_ref)
     )
     want = head_mix_backward_ref(upstream.double(), *inputs.each(Tensor.double), SCALE, kind)
     assert_no_worse_than_twice(got, base, dict(zip(names, want, strict=True)))
+    assert_delta_is_of_the_rounded_gradient(inputs, tuple(got.values()))
 
 
 @requires_gpu
@@ -360,17 +391,22 @@ def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(
     sizes: Sizes, kind: int
 ) -> None:
     inputs = make_inputs(sizes, kind)
-    first = run(head_mix, inputs, kind)
+
+    def everything() -> dict[str, Tensor]:
+        delta = head_mix_backward(upstream_of(inputs), *inputs, SCALE, kind)[3]
+        return {**run(head_mix, inputs, kind), "delta": delta}
+
+    first = everything()
     # In this mode torch fills every new tensor with NaN.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             assert torch.empty(1, device="cuda").isnan()
-            poisoned = run(head_mix, inputs, kind)
+            poisoned = everything()
     finally:
         torch.use_deterministic_algorithms(False)
-    again = run(head_mix, inputs, kind)
+    again = everything()
     for name, value in first.items():
         assert value.isfinite().all(), name
         assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
@@ -385,6 +421,8 @@ def test_a_head_with_nan_spoils_no_other_group() -> None:
     assert not found["dy"].isnan().any()  # it does not depend on y
     assert found["dv"].isnan().any(-1).nonzero().tolist() == [[7, 1]]
     assert found["dz"].isnan().nonzero().tolist() == [[7, 3]]
+    delta = head_mix_backward(upstream_of(inputs), *inputs, SCALE, 1)[3]
+    assert delta.isnan().nonzero().tolist() == [[3, 7]]
 
 
 @requires_gpu
@@ -426,8 +464,9 @@ def test_offsets_beyond_two_to_the_31_are_right() -> None:
     long = end.each(padded)
     got = head_mix(*long, SCALE, 1), *head_mix_backward(padded(upstream), *long, SCALE, 1)
     want = head_mix(*end, SCALE, 1), *head_mix_backward(upstream, *end, SCALE, 1)
-    for value, truth in zip(got, want, strict=True):
+    for value, truth in zip(got[:-1], want[:-1], strict=True):
         assert torch.equal(value[-600:], truth)
+    assert torch.equal(got[-1][:, -600:], want[-1])
 
 
 @requires_gpu

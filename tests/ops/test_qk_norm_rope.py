@@ -253,6 +253,9 @@ def test_opcheck_accepts_the_operators_on_the_cpu(values: int) -> None:
     dq, dk, *dv = upstream_of(inputs, values)
     plain = [t.detach() for t in inputs[:4]]
     torch.library.opcheck(torch.ops.pgolf.qk_norm_rope_backward, (dq, dk, dv, *plain, inputs.head_dim))
+    narrow = [t.bfloat16() for t in (dk, *dv, *plain[:2])]
+    rest = narrow[0], narrow[1:-2], *narrow[-2:], *plain[2:], inputs.head_dim
+    torch.library.opcheck(torch.ops.pgolf.qk_norm_rope_backward, (dq, *rest))
 
 
 @pytest.mark.parametrize("of", range(2))
@@ -309,6 +312,7 @@ def test_bad_input_is_named(changed: dict, error: type[Exception], message: str)
         ({"dv": [torch.zeros(3, 4, 8)] * 3}, ValueError, "dv must be at most 2 tensors, got 3"),
         ({"dv": [torch.zeros(3, 8, 8)]}, ValueError, r"dv must be \(3, 4, 8\), got \(3, 8, 8\)"),
         ({"dq": torch.zeros(3, 4, 8)}, ValueError, r"dq must be \(3, 8, 8\), got \(3, 4, 8\)"),
+        ({"dq": torch.zeros(3, 8, 8).half()}, TypeError, "dq must be torch.float32, got torch.float16"),
         ({"dk": torch.zeros(3, 4, 8).double()}, TypeError, "dk must be torch.float32, got torch.float64"),
         ({"dk": torch.zeros(3, 4, 8, device="meta")}, ValueError, "dk must be on cpu, got meta"),
     ],
@@ -387,7 +391,9 @@ def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(
 
     def everything() -> dict[str, Tensor]:
         both = qk_norm_rope_backward(dq, dk, dv, *inputs)
-        return {**run(qk_norm_rope, inputs), "with v": both[0], "gain with v": both[1]}
+        wide = qk_norm_rope_backward(dq.float() * 1.0013, dk, dv, *inputs)
+        with_v = {"with v": both[0], "gain with v": both[1], "float32": wide[0], "gain of float32": wide[1]}
+        return {**run(qk_norm_rope, inputs), **with_v}
 
     first = everything()
     # In this mode torch fills every new tensor with NaN.
@@ -431,11 +437,14 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
         return torch.cat((t, torch.full_like(t[..., :8], torch.nan)), dim=-1)[..., : t.shape[-1]]
 
     want = *qk_norm_rope(*inputs), *qk_norm_rope_backward(dq, dk, dv, *inputs)
+    of_wide = qk_norm_rope_backward(dq.float() * 1.0013, dk, dv, *inputs)
     for change in (lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, moved, part):
         changed = Inputs(*map(change, inputs[:4]), inputs.head_dim)
         grads = change(dq), change(dk), [change(t) for t in dv]
         got = *qk_norm_rope(*changed), *qk_norm_rope_backward(*grads, *changed)
         assert all(map(torch.equal, got, want))
+        got = qk_norm_rope_backward(change(dq.float() * 1.0013), *grads[1:], *changed)
+        assert all(map(torch.equal, got, of_wide))
 
 
 @requires_gpu
@@ -500,7 +509,8 @@ def test_opcheck_accepts_the_operators(values: int) -> None:
     torch.library.opcheck(ops.qk_norm_rope, (*(t.requires_grad_() for t in inputs[:2]), *inputs[2:]))
     dq, dk, *dv = upstream_of(inputs, values)
     plain = [t.detach() for t in inputs[:4]]
-    torch.library.opcheck(ops.qk_norm_rope_backward, (dq, dk, dv, *plain, inputs.head_dim))
+    for grad in (dq, dq.float()):
+        torch.library.opcheck(ops.qk_norm_rope_backward, (grad, dk, dv, *plain, inputs.head_dim))
 
 
 @requires_gpu
@@ -529,6 +539,8 @@ def test_it_keeps_only_its_inputs_and_backward_waits_for_nothing() -> None:
         ("cos", torch.zeros(3, 1, 33), ValueError, "K = 64 and R = 66"),
         ("sin", torch.zeros(3, 4), ValueError, r"sin must be \(3, R/2\) or \(3, 1, R/2\) with R = 16"),
         ("dq", torch.zeros(3, 4, 64).bfloat16(), ValueError, r"dq must be \[3, 8, 64\], got \[3, 4, 64\]"),
+        ("dq", torch.zeros(3, 8, 64).half(), TypeError, "dq must be float32 or bfloat16, got Half"),
+        ("dk", torch.zeros(3, 4, 64), TypeError, "dk must be BFloat16, got Float"),
         ("dv", [torch.zeros(3, 4, 64).bfloat16()] * 3, ValueError, "dv must be at most 2 tensors, got 3"),
         ("dv", [torch.zeros(3, 8, 64).bfloat16()], ValueError, r"dv must be \[3, 4, 64\], got"),
     ],
