@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +75,8 @@ class Session:
             take_folder(self.folder, dist, self._files)
         self.stage: Stage = past.stage if past is not None else "training"
         self.clock, self.clock_runs = Clock(config.train, dist), False
+        self._ending = threading.Lock()
+        """Taken, and never given back, by the thread that ends the process after a failure."""
         self.log = RunLog(self.folder, is_main=dist.is_main)
         self._progress: Progress | None = None
         self._beats: ClockFile | None = None
@@ -194,6 +197,9 @@ class Session:
         """
         # Everything below is short, and a second signal in the middle of it would lose the weights.
         self._signals.close()
+        # On a slow disk it is longer than the watching thread's grace, and two threads would write the same
+        # files. Where the watching thread came first, it ends the process while this one waits here.
+        self._ending.acquire()
         known = str(error) if isinstance(error, RanksFailed) else None
         if known is None and self._dist.world_size > 1:
             # A lost rank shows here as a broken collective, or as the signal with which torchrun ends the
@@ -231,6 +237,8 @@ class Session:
 
     def _end_without_main_thread(self, reason: str) -> None:
         """End the process from the watching thread: a rank is lost and the main thread waits for it."""
+        if not self._ending.acquire(blocking=False):
+            return  # the main thread is not waiting: it is at `_ended`
         # The main thread hangs in a collective that no exception reaches, so nothing is unwound: what can be
         # kept is kept here, and the process ends at once.
         try:
