@@ -27,7 +27,7 @@ from pgolf.config import Coder
 from pgolf.quant.quantized import dequantize_state
 
 SLOWEST = 5.0
-"""Seconds of the processor that one file may take before it counts as a hang; a good one takes a millisecond."""
+"""Seconds of the processor in which a file that takes longer counts as a hang; a good one takes 0.001."""
 OWN_MEMORY = 64 << 20
 """Bytes that decoders, their threads and the interpreter may take besides what the sections hold."""
 
