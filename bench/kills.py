@@ -104,9 +104,11 @@ def start(words: list[str], output: Path, world: int, *, plain: bool = False) ->
     `plain` leaves out plots and report page, which take as long as the rest of such a small run.
     """
     with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+        # The ranks inherit it, so that no other program is given the port; rank 0 may listen there.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", 0))
         port = probe.getsockname()[1]
-    return [_fork(words, output, rank, world, port, plain) for rank in range(world)]
+        return [_fork(words, output, rank, world, port, plain) for rank in range(world)]
 
 
 def _fork(words: list[str], output: Path, rank: int, world: int, port: int, plain: bool) -> int:

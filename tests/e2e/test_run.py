@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pgolf.train import weights as weights_module
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.forks import Forked
+from tests.ranks import meeting_place
 
 
 def summary(folder: Path) -> Summary:
@@ -48,10 +48,7 @@ def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def start_ranks(world: int, words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> list[Forked]:
     """Start the command line on `world` ranks without torchrun, which would end the others when one ends."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    place = meeting_place(world)
     return [
         Forked([*program, *words], env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
