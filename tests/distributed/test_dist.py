@@ -45,7 +45,7 @@ def ranks(request, alone, candidates, tmp_path_factory):
     save_file(alone[1][0], folder / "resume.safetensors")
     save_file(candidates[1], folder / "candidates.safetensors")
     device = request.param[0]
-    done = run_ranks(world, PROGRAM, str(folder), device, device=device, timeout=120)
+    done = run_ranks(world, PROGRAM, str(folder), device, device=device)
     assert done.returncode == 0, done.stderr[-4000:]
     return [
         (json.loads((folder / f"rank{r}.json").read_text()), load_file(folder / f"rank{r}.safetensors"))
