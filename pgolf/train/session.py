@@ -10,6 +10,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,6 +81,8 @@ class Session:
         self.log = RunLog(self.folder, is_main=dist.is_main)
         self._progress: Progress | None = None
         self._beats: ClockFile | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pgolf-clock")
+        self._writing: Future[None] | None = None
         if dist.is_main:
             write_json(self.folder / "config.json", to_dict(config))
             self._progress = Progress(
@@ -92,6 +95,7 @@ class Session:
             self._progress.write(self.stage, summary, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
+            self._files.callback(self._writer.shutdown)
             self._track(past)
         # From here on the watching thread writes the clock to disk, and ends this process if a rank is lost.
         dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
@@ -129,8 +133,12 @@ class Session:
             )
 
     def _beat(self) -> None:
-        if self._beats is not None and self.clock_runs:
-            self._beats.beat(self.clock.elapsed)
+        # In a thread of its own: while a disk lets this write wait, the watching thread must give signs of
+        # life, or the other ranks take this one for lost. A beat that comes meanwhile is left out.
+        waits = self._writing is not None and not self._writing.done()
+        if self._beats is not None and self.clock_runs and not waits:
+            with contextlib.suppress(RuntimeError):  # the session is closed, or Python ends
+                self._writing = self._writer.submit(self._beats.beat, self.clock.elapsed)
 
     def start_clock(self, clock: Clock, *, at: float) -> None:
         """Let the run's clock run from `at` seconds, and keep its time on disk."""
