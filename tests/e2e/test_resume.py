@@ -72,6 +72,7 @@ def stop_here(words: list[str], at_step: int) -> None:
 HIT = """
 import os, sys, threading, time
 from pgolf.cli.main import main
+from pgolf.train.progress import read_clock
 from pgolf.train.session import RunLog
 
 metric = RunLog.metric
@@ -80,6 +81,8 @@ def watched(log, **fields):
     metric(log, **fields)
     if fields.get("step") == {step}:
         if {after_s}:
+            while not read_clock(log.folder):  # it is written four times per second
+                time.sleep(0.01)
             threading.Timer({after_s}, os.kill, (os.getpid(), {number})).start()
         else:
             os.kill(os.getpid(), {number})
