@@ -73,12 +73,12 @@ SETTINGS = [
     "--train.rank-timeout=5",
     "--train.device=cpu",
 ]
-MEET_S = 6.0
+MEET_S = 12.0
 """Seconds that ranks wait for a rank that got a signal before it had connected; 120 outside this program."""
-BOUND_S = 5 + 3 + 12.0
+BOUND_S = 5 + 3 + 52.0
 """Seconds after a hit in which every process must have ended: train.rank_timeout, the grace of the main
-thread, and 12 s for writing on a busy machine, or for `MEET_S`. Runs that were not hit get `RUN_S`."""
-RUN_S = 120.0
+thread, and 52 s for writing on a busy machine, or for `MEET_S`. Runs that were not hit get `RUN_S`."""
+RUN_S = 300.0
 SIGNALS = {1: ("KILL", "KILL", "TERM", "INT", "HUP"), 2: ("KILL", "KILL", "TERM", "INT", "STOP")}
 
 
@@ -104,9 +104,11 @@ def start(words: list[str], output: Path, world: int, *, plain: bool = False) ->
     `plain` leaves out plots and report page, which take as long as the rest of such a small run.
     """
     with socket.socket() as probe:
-        probe.bind(("localhost", 0))
+        # The ranks inherit it, so that no other program is given the port; rank 0 may listen there.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("", 0))
         port = probe.getsockname()[1]
-    return [_fork(words, output, rank, world, port, plain) for rank in range(world)]
+        return [_fork(words, output, rank, world, port, plain) for rank in range(world)]
 
 
 def _fork(words: list[str], output: Path, rank: int, world: int, port: int, plain: bool) -> int:
@@ -321,7 +323,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="signals to send (default 100)")
     parser.add_argument("--first", type=int, default=0, help="number of the first trial (default 0)")
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so many seconds")
+    parser.add_argument("--seconds", type=float, default=1e9, help="then begin no further trial")
     parser.add_argument("--out", type=Path, default=None, help="append JSON lines to this file")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -332,7 +334,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="pgolf-kills-") as name:
         base = Path(name)
         reference = prepare(base)
-        while kills < args.kills and time.monotonic() - began < args.seconds:
+        # At least one trial, even where the runs without interruption took all of the time.
+        while kills < args.kills and (number == args.first or time.monotonic() - began < args.seconds):
             rng = random.Random(number)
             what = rng.choice(("build", 1, 1, 1, 2, 2))
             trial, folder = Trial(number, str(what)), base / f"trial{number}"

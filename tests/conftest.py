@@ -45,10 +45,12 @@ def missing(*, count: int = 1, hopper: bool = False) -> str:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine has no GPU for, before any fixture is made."""
+    """Skip what this machine has no GPU for, and begin with the same random numbers."""
     for mark in item.iter_markers("gpu"):
         if what := missing(**mark.kwargs):
             pytest.skip(what)
+    # Before any fixture is made: numbers must not depend on which files this worker was given before.
+    torch.manual_seed(0)
 
 
 def devices() -> list[object]:

@@ -34,15 +34,26 @@ def run_ranks(
     )
 
 
+HELD: list[socket.socket] = []
+"""Sockets that keep the ports of this process's ranks from all others; they take no connections."""
+
+
+def meeting_place(world: int) -> dict[str, str]:
+    """Return the environment with which `world` ranks meet, at a port that no other program is given."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # so that rank 0 can listen there
+    probe.bind(("", 0))
+    HELD.append(probe)
+    port = str(probe.getsockname()[1])
+    return {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+
+
 def main(world: int, program: str, arguments: list[str]) -> int:
     """Fork the ranks; return 0 if all succeeded, else the exit status of the first that did not."""
     sys.argv = [program, *arguments]
     sys.path[0] = str(Path(program).parent)
     runpy.run_path(program, run_name="loaded")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(probe.getsockname()[1])}
-    os.environ.update(place, WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(meeting_place(world), LOCAL_WORLD_SIZE=str(world))
     ranks = [fork(rank, program) for rank in range(world)]
     while ranks:
         ended, status = os.wait()

@@ -81,7 +81,7 @@ class _Heads(torch.autograd.Function):
         v, dz, delta = _values(qkv, k), None, None
         mixed: list[Tensor] = []
         if ctx.mix is not None:
-            grad, of_mix, dz, _ = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
+            grad, of_mix, dz, delta = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
             mixed = [of_mix]
         known = grad, q, k, v, y, lse
         if ctx.doc:

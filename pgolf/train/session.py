@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,9 +76,13 @@ class Session:
             take_folder(self.folder, dist, self._files)
         self.stage: Stage = past.stage if past is not None else "training"
         self.clock, self.clock_runs = Clock(config.train, dist), False
+        self._ending = threading.Lock()
+        """Taken, and never given back, by the thread that ends the process after a failure."""
         self.log = RunLog(self.folder, is_main=dist.is_main)
         self._progress: Progress | None = None
         self._beats: ClockFile | None = None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="pgolf-clock")
+        self._writing: Future[None] | None = None
         if dist.is_main:
             write_json(self.folder / "config.json", to_dict(config))
             self._progress = Progress(
@@ -89,6 +95,7 @@ class Session:
             self._progress.write(self.stage, summary, past.clock if past is not None else 0.0)
             self._beats = ClockFile(self.folder)
             self._files.callback(self._beats.close)
+            self._files.callback(self._writer.shutdown)
             self._track(past)
         # From here on the watching thread writes the clock to disk, and ends this process if a rank is lost.
         dist.watch.attend(beat=self._beat, on_lost=self._end_without_main_thread)
@@ -126,8 +133,12 @@ class Session:
             )
 
     def _beat(self) -> None:
-        if self._beats is not None and self.clock_runs:
-            self._beats.beat(self.clock.elapsed)
+        # In a thread of its own: while a disk lets this write wait, the watching thread must give signs of
+        # life, or the other ranks take this one for lost. A beat that comes meanwhile is left out.
+        waits = self._writing is not None and not self._writing.done()
+        if self._beats is not None and self.clock_runs and not waits:
+            with contextlib.suppress(RuntimeError):  # the session is closed, or Python ends
+                self._writing = self._writer.submit(self._beats.beat, self.clock.elapsed)
 
     def start_clock(self, clock: Clock, *, at: float) -> None:
         """Let the run's clock run from `at` seconds, and keep its time on disk."""
@@ -194,6 +205,9 @@ class Session:
         """
         # Everything below is short, and a second signal in the middle of it would lose the weights.
         self._signals.close()
+        # On a slow disk it is longer than the watching thread's grace, and two threads would write the same
+        # files. Where the watching thread came first, it ends the process while this one waits here.
+        self._ending.acquire()
         known = str(error) if isinstance(error, RanksFailed) else None
         if known is None and self._dist.world_size > 1:
             # A lost rank shows here as a broken collective, or as the signal with which torchrun ends the
@@ -231,6 +245,8 @@ class Session:
 
     def _end_without_main_thread(self, reason: str) -> None:
         """End the process from the watching thread: a rank is lost and the main thread waits for it."""
+        if not self._ending.acquire(blocking=False):
+            return  # the main thread is not waiting: it is at `_ended`
         # The main thread hangs in a collective that no exception reaches, so nothing is unwound: what can be
         # kept is kept here, and the process ends at once.
         try:

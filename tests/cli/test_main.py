@@ -19,7 +19,7 @@ def shell(command, **variables):
     line = f'pgolf() {{ "{sys.executable}" -m pgolf "$@"; }}; {command}'
     environment = {**os.environ, **variables}
     return subprocess.run(
-        ["bash", "-c", line], capture_output=True, env=environment, check=False, timeout=120
+        ["bash", "-c", line], capture_output=True, env=environment, check=False, timeout=300
     )
 
 

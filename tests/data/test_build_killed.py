@@ -17,17 +17,18 @@ from pgolf.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks into /proc")
 
-BOUND_S = 20.0
-"""Seconds within which a build must end; it takes less than one."""
+BOUND_S = 120.0
+"""Seconds within which a build must end; it takes less than one where nothing else runs."""
 SLOW = """
 import sys, time
 from pathlib import Path
 from pgolf.data import build
 
 def slow(path, *, text_key):
-    for batch in read_batches(path, text_key=text_key, batch_bytes=100):
+    for number, batch in enumerate(read_batches(path, text_key=text_key, batch_bytes=100)):
         print("batch", flush=True)
-        time.sleep(0.05)
+        # The first ones come at once, so that both workers are started before one of them waits for work.
+        time.sleep(0.05 if number > 4 else 0.0)
         yield batch
 
 read_batches, build.read_batches = build.read_batches, slow
@@ -109,6 +110,8 @@ def test_a_killed_worker_ends_the_build(running: subprocess.Popen[str], files: d
 def test_no_worker_outlives_the_build(
     running: subprocess.Popen[str], files: dict[str, Path], number: signal.Signals
 ) -> None:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip("ignored by whoever started the tests")
     both = workers(running.pid)
     assert len(both) == 2
     running.send_signal(number)

@@ -199,6 +199,7 @@ def test_rows_are_the_windows_one_after_another_for_any_size_of_a_read(folder: P
         assert got[0].dtype == got[1].dtype == np.int64
 
 
+@settings(deadline=None)
 @given(st.integers(0, 500), st.integers(1, 200), st.integers(1, 60))
 def test_rows_begin_at_the_multiples_of_the_context(first: int, number: int, context: int) -> None:
     expected = sorted({0, *(i for i in range(number) if (first + i) % context == 0)})

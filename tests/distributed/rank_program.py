@@ -125,7 +125,7 @@ def to_device(tensors, dist):
 def main(folder, device):
     """Run every case on this rank."""
     torch.set_num_threads(1)
-    dist = Dist.start(device, timeout_s=60)
+    dist = Dist.start(device, timeout_s=240)
     rank, last = dist.rank, dist.world_size - 1
     tensors, norms = train(dist, 0, STEPS)
     start, _ = train(dist, 0, 0)

@@ -2,7 +2,6 @@
 
 import json
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -46,7 +45,7 @@ def ranks(request, alone, candidates, tmp_path_factory):
     save_file(alone[1][0], folder / "resume.safetensors")
     save_file(candidates[1], folder / "candidates.safetensors")
     device = request.param[0]
-    done = run_ranks(world, PROGRAM, str(folder), device, device=device, timeout=120)
+    done = run_ranks(world, PROGRAM, str(folder), device, device=device)
     assert done.returncode == 0, done.stderr[-4000:]
     return [
         (json.loads((folder / f"rank{r}.json").read_text()), load_file(folder / f"rank{r}.safetensors"))
@@ -188,7 +187,5 @@ def test_a_store_that_takes_connections_and_never_answers_is_given_up(monkeypatc
         place = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2, "MASTER_PORT": silent.getsockname()[1]}
         for name, value in {**place, "MASTER_ADDR": "localhost"}.items():
             monkeypatch.setenv(name, str(value))
-        began = time.monotonic()
         with pytest.raises(RuntimeError, match=r"rank 1 of 2 could not join .*did not answer within 0\.5 s"):
             Dist.start("cpu")
-        assert time.monotonic() - began < 20.0

@@ -121,7 +121,7 @@ def run(rank, case, group=None):
 def ranks(tmp_path_factory):
     """The results of each rank by case."""
     folder = tmp_path_factory.mktemp("differ")
-    done = run_ranks(WORLD, Path(__file__), str(folder), timeout=120)
+    done = run_ranks(WORLD, Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((folder / f"rank{r}.json").read_text()) for r in range(WORLD)]
 

@@ -81,7 +81,7 @@ def cases(rank=0, world=1, pair=None):
 def ranks(tmp_path_factory):
     """The tensors of each rank at the end."""
     folder = tmp_path_factory.mktemp("dropin")
-    done = run_ranks(WORLD, Path(__file__), str(folder), timeout=120)
+    done = run_ranks(WORLD, Path(__file__), str(folder))
     assert done.returncode == 0, done.stderr[-4000:]
     return [load_file(folder / f"rank{r}.safetensors") for r in range(WORLD)]
 

@@ -17,7 +17,7 @@ from tests.ranks import run_ranks
 
 
 def test_three_ranks_score_as_one_does_in_every_way(tmp_path):
-    done = run_ranks(3, Path(score_program.__file__), str(tmp_path), timeout=240)
+    done = run_ranks(3, Path(score_program.__file__), str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     alone = score_program.scores(Dist.start("cpu"))
     files = sorted(Path(tmp_path).glob("*.json"))
@@ -31,7 +31,7 @@ def test_three_ranks_score_as_one_does_in_every_way(tmp_path):
 @requires_gpu
 def test_ranks_that_share_a_gpu_score_as_one_does(tmp_path):
     world = 2 * torch.cuda.device_count()
-    done = run_ranks(world, Path(score_program.__file__), str(tmp_path), "cuda", device="cuda", timeout=240)
+    done = run_ranks(world, Path(score_program.__file__), str(tmp_path), "cuda", device="cuda")
     assert done.returncode == 0, done.stderr[-4000:]
     alone = score_program.scores(Dist.start("cuda"))
     files = sorted(Path(tmp_path).glob("*-shared.json"))

@@ -11,6 +11,9 @@ import pytest
 
 from pgolf.cli.main import main
 from pgolf.data.text import iterate_documents, sample_paths
+from pgolf.train.budget import Tick
+from pgolf.train.position import Position
+from pgolf.train.saver import Saver
 
 VAL_DOCUMENTS, VAL_TOKENS, VAL_BYTES = 10, 4_352, 8_125
 """Documents of the validation text of `make_shards`, its tokens that are scored, and its bytes."""
@@ -84,6 +87,18 @@ def no_plots(without_matplotlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("report.plots", "report.watched_page", "ablate.page"):
         monkeypatch.setattr(f"pgolf.{module}.why_no_plots", lambda: "left out of this test")
     monkeypatch.setenv("PYTHONPATH", f"{without_matplotlib}{os.pathsep}{os.environ['PYTHONPATH']}")
+
+
+@pytest.fixture
+def saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each checkpoint of a run in this process be whole before its next step, however slow the disk."""
+    attend = Saver.attend
+
+    def at_once(self: Saver, tick: Tick, place: Position) -> None:
+        attend(self, tick, place)
+        self.finish()
+
+    monkeypatch.setattr(Saver, "attend", at_once)
 
 
 SMALL = [

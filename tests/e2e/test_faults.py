@@ -5,7 +5,6 @@ And mistakes of the user that only a run, or what it wrote, can show: one line e
 
 import os
 import re
-import socket
 import subprocess
 from pathlib import Path
 
@@ -17,9 +16,11 @@ from pgolf.train.trainer import Trainer
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.forks import Forked
+from tests.ranks import meeting_place
 
 PROGRAM = """
 import os, sys
+from pgolf import watch
 from pgolf.evaluate import predictor
 from pgolf.train import setup, trainer
 from pgolf.cli.main import main
@@ -27,6 +28,7 @@ from pgolf.cli.main import main
 def fail(*arguments, **settings):
     raise TypeError("a fault that was put here")
 
+watch.GRACE_S = 200.0  # the main thread ends each rank, however long the other one takes on a busy machine
 if os.environ["RANK"] == sys.argv[1]:
     places = {"setup": setup, "trainer": trainer.Trainer, "predictor": predictor}
     setattr(places[sys.argv[2]], sys.argv[3], fail)
@@ -36,10 +38,7 @@ sys.exit(main(sys.argv[4:]))
 
 def two_ranks(victim: int, where: str, name: str, words: list[str]) -> list[subprocess.CompletedProcess[str]]:
     """Run `pgolf` on two gloo ranks, of which one has a function that fails; return how each ended."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    place = meeting_place(2) | {"OMP_NUM_THREADS": "1"}
     ranks = [
         Forked(
             ["-c", PROGRAM, str(victim), where, name, *words],

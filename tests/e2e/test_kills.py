@@ -21,7 +21,7 @@ def test_random_kills_lose_nothing(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1200,
         check=False,
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},  # it draws, see `no_plots`
     )

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from pgolf.train import weights as weights_module
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.forks import Forked
+from tests.ranks import meeting_place
 
 
 def summary(folder: Path) -> Summary:
@@ -48,10 +48,7 @@ def torchrun(world: int, words: list[str]) -> subprocess.CompletedProcess[str]:
 
 def start_ranks(world: int, words: list[str], program: tuple[str, ...] = ("-m", "pgolf")) -> list[Forked]:
     """Start the command line on `world` ranks without torchrun, which would end the others when one ends."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    place = meeting_place(world)
     return [
         Forked([*program, *words], env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(world)
@@ -170,7 +167,7 @@ def test_interrupted_run_keeps_its_weights(shards, tmp_path):
             process.send_signal(signal.SIGINT)
             break
     process.stdout.read()
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=240) == 130
     (folder,) = tmp_path.iterdir()
     for name in ("raw", "ema"):
         assert load_weights(folder / f"{name}.safetensors")[2]["steps"] >= 4
@@ -340,6 +337,8 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
 
     monkeypatch.setattr(weights_module, "save_weights", slowly)
     monkeypatch.setattr(run_module, "save_weights", slowly)
+    # Progress and settings are written between the phases; how long a disk takes for them is not asked here.
+    monkeypatch.setattr(os, "fsync", lambda file: None)
     words = [
         "train",
         "tiny",
@@ -348,7 +347,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
         "--out",
         str(tmp_path),
         *SMALL,
-        "--seconds=6",
+        "--seconds=600",
         "--steps=3",
     ]
     assert main(words) == 0
@@ -356,12 +355,13 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     assert not (folder / "rehearsal.safetensors").exists()
     s = summary(folder)
     assert s.phases["save"].seconds >= 1.0 and s.reserve >= 1.15 * 1.0
-    assert s.spent("inside") == pytest.approx(s.clock, abs=0.3)
+    # Two writes take a second: phases that lack one of them, or have it twice, are found on a busy machine.
+    assert s.clock - 0.9 < s.spent("inside") <= s.clock
     scores = {f"score_{name}" for name in ("raw", "ema", "quantized")}
     further = {f"score_{way}" for way in ("sliding", "ttt", "sgd", "phased", "causal_slot", "slot")}
     assert s.phases.keys() - {"start"} == PHASES.keys() - {"start"} - further >= scores
     parts = s.spent("before") + s.clock + s.spent("after")
-    assert parts == pytest.approx(s.total, abs=0.5) and parts <= s.total
+    assert s.total - 0.9 < parts <= s.total
 
 
 def test_a_run_without_an_artifact_ends_with_its_weights(shards, tmp_path):

@@ -20,6 +20,7 @@ WAYS = {
 
 HIT = """
 import os, sys
+from pgolf import watch
 from pgolf.cli.main import main
 from pgolf.evaluate import predictor, sums
 
@@ -33,6 +34,7 @@ def counted(*arguments):
     return found
 
 {place}, sums.EVERY_S = counted, 0.0
+watch.GRACE_S = 200.0  # a rank that is behind comes to its own signal, and is not ended for the other's
 sys.exit(main(sys.argv[1:]))
 """
 

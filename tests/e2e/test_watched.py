@@ -12,7 +12,7 @@ from pgolf.cli.main import main
 from tests.e2e.conftest import SMALL
 from tests.e2e.test_resume import stop_here
 from tests.e2e.test_run import two_ranks
-from tests.test_track import scalars, wandb_records
+from tests.test_track import scalars, wait_for_wandb, wandb_records
 
 
 def test_a_run_ends_with_its_report_and_a_plot_that_names_it(run):
@@ -72,6 +72,7 @@ def test_of_two_ranks_only_the_main_one_records_in_wandb(shards, tmp_path, monke
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    wait_for_wandb(monkeypatch)
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--train.track=wandb"]
     result = two_ranks(words)
     assert result.returncode == 0, result.stderr

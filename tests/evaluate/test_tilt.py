@@ -233,7 +233,8 @@ def test_finding_the_hints_is_part_of_the_time_of_scoring(model, text, monkeypat
         return find_hints(tokens, config)
 
     monkeypatch.setattr("pgolf.evaluate.tilt.find_hints", slowly)
-    assert 0.5 <= run_pass("plain", model, text, tilt=TILT).seconds < 5
+    began = time.perf_counter()
+    assert 0.5 <= run_pass("plain", model, text, tilt=TILT).seconds <= time.perf_counter() - began
 
 
 def test_adapters_are_those_without_tilt(model, text):

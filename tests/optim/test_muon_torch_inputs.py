@@ -47,7 +47,7 @@ ACCEPTED = {"only support 2D parameters"}  # a stack of matrices is a parameter 
 def seen():
     """What the program saw."""
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, __file__], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

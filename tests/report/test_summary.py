@@ -62,9 +62,11 @@ def test_summaries_of_earlier_versions_load_and_keep_every_figure(path):
 def test_a_phase_is_timed_and_adds_up_over_processes():
     s = make_summary()
     s.phases["save"] = Phase("save", "inside", 1.0)
+    began = time.perf_counter()
     with s.phase("save"):
         time.sleep(0.02)
-    assert s.phases["save"].where == "inside" and 1.02 <= s.phases["save"].seconds < 1.5
+    most = 1.0 + time.perf_counter() - began
+    assert s.phases["save"].where == "inside" and 1.02 <= s.phases["save"].seconds <= most
     assert s.under_way == "save"
 
 

@@ -303,7 +303,7 @@ print(imported, kib('VmHWM:'))
 def test_estimate_against_a_process_of_now():
     """Not by ru_maxrss, in which a child of a large process starts with its parent's size."""
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM, "2048"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, "-c", PROGRAM, "2048"], capture_output=True, text=True, timeout=300, check=True
     )
     imported, most = (int(kib) << 10 for kib in result.stdout.split())
     found = estimate_memory(config_of("tiny", 2048, quantize=False), **CPU)

@@ -1,10 +1,16 @@
 """What an unfinished run keeps: one process at a time, a clock that survives, sessions that add up."""
 
+import contextlib
 import json
+import os
+import threading
 
 import pytest
 
+from pgolf.dist import Dist
+from pgolf.presets import tiny
 from pgolf.report.summary import Summary, Training
+from pgolf.train.budget import Clock
 from pgolf.train.progress import (
     CLOCK,
     PROGRESS,
@@ -14,6 +20,8 @@ from pgolf.train.progress import (
     read_clock,
     read_past,
 )
+from pgolf.train.session import Around, Session
+from pgolf.train.signals import Signals
 
 
 def test_the_clock_on_disk_is_the_last_beat_or_nothing(tmp_path):
@@ -28,6 +36,31 @@ def test_the_clock_on_disk_is_the_last_beat_or_nothing(tmp_path):
     for damaged in ("", "nan", "-1", "1e999", "12.5x"):
         (tmp_path / CLOCK).write_text(damaged)
         assert read_clock(tmp_path) == 0.0
+
+
+def test_a_disk_that_lets_the_clock_wait_holds_up_nobody(tmp_path, monkeypatch):
+    """The thread that watches the ranks beats; while it waited, it gave the others no sign of life."""
+    write, released, asked = os.pwrite, threading.Event(), []
+
+    def waiting(*arguments):
+        asked.append(arguments)
+        assert released.wait(120)
+        return write(*arguments)
+
+    config, dist = tiny(), Dist.start("cpu")
+    with contextlib.ExitStack() as files, Signals() as signals:
+        around = Around(dist, signals, (), files)
+        words = {"past": None, "steps": lambda: 0, "keep_weights": lambda: None}
+        session = Session(config, around, tmp_path / "run", make_summary(), **words)
+        dist.watch.leave()  # so that its thread does not beat as well
+        monkeypatch.setattr(os, "pwrite", waiting)
+        session.start_clock(Clock(config.train, dist), at=41.5)
+        for _ in range(3):
+            session._beat()  # it would not return
+        assert session._writing is not None and not session._writing.done()
+        released.set()
+        session._writing.result(120)
+        assert len(asked) == 1 and 41.5 <= read_clock(tmp_path / "run") <= session.clock.elapsed
 
 
 def make_summary(*, steps: int = 0) -> Summary:

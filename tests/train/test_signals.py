@@ -28,12 +28,14 @@ def test_a_signal_raises_outside_of_training_and_waits_inside(number):
 
 
 def test_the_echo_of_a_signal_is_not_a_second_one_but_a_later_one_is(monkeypatch):
-    monkeypatch.setattr(module, "ECHO_S", 0.2)
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with Signals() as signals, signals.deferred():
-        for _ in range(3):  # the terminal's, torchrun's, the shell's
+        for after in (0.0, 0.1, module.ECHO_S - 0.2):  # the terminal's, torchrun's, the shell's
+            now[0] += after
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
-        time.sleep(0.25)
+        now[0] += 0.2
         with pytest.raises(Stopped):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(1.0)

@@ -13,12 +13,15 @@ from tests.conftest import requires_gpu
 
 
 def test_a_span_lasts_as_long_as_its_block():
-    timer = DeviceTimer(torch.device("cpu"))
+    timer, around = DeviceTimer(torch.device("cpu")), []
     for seconds in (0.02, 0.0):
+        began = time.perf_counter()
         with timer.span():
             time.sleep(seconds)
+        around.append(1000 * (time.perf_counter() - began))
     first, second = timer.read()
-    assert 20 <= first < 200 and 0 <= second < first
+    # A clock around each block bounds it from above, however long a busy machine lets it wait.
+    assert 20 <= first <= around[0] and 0 <= second <= around[1]
 
 
 @requires_gpu
