@@ -103,11 +103,7 @@ def hit(number: int, step: int, after_s: float = 0.0) -> tuple[str, ...]:
 
 
 def saved(folder: Path) -> int:
-<<<<<<< HEAD
-    """The step of the newest checkpoint; 0 without one, as if killed while the first was written."""
-=======
     """The step of the newest checkpoint; 0 without one, as when a run is killed before the first is whole."""
->>>>>>> main
     checkpoint, _ = newest_checkpoint(folder, identity=json.loads((folder / PROGRESS).read_text())["run"])
     return checkpoint.step if checkpoint is not None else 0
 
