@@ -132,14 +132,14 @@ def test_time_in_which_no_kernel_runs_is_idle():
     )
 
 
-def test_the_kernels_of_the_own_backward_pass_are_attention_and_so_is_the_fill_before_them():
+def test_the_kernels_of_the_own_attention_are_attention_and_so_is_the_fill_before_them():
     names = [
         "Memset (Device)",
         "Memset (Device)",
-        "pgolf::attention::plan_kernel(int const*, int, int*)",
-        "pgolf::attention::delta_kernel(__nv_bfloat16 const*, long, __nv_bfloat16 const*, float*, long, int)",
-        "pgolf::attention::backward_kernel(CUtensorMap_st, CUtensorMap_st, pgolf::attention::BackwardArgs)",
-        "pgolf::attention::dq_kernel(float const*, __nv_bfloat16*, long, int, float)",
+        "void pgolf::attention::plan_kernel<false>(int const*, int, int, pgolf::DocTile*)",
+        "pgolf::attention::delta_kernel(pgolf::bf16 const*, long, pgolf::bf16 const*, float*, long, int)",
+        "pgolf::attention::backward::kernel(CUtensorMap_st, CUtensorMap_st, pgolf::attention::backward::Args)",
+        "pgolf::attention::forward::kernel(CUtensorMap_st, CUtensorMap_st, pgolf::attention::forward::Args)",
     ]
     found = step.families([step.Kernel(name, 10 * i, 10 * i + 5) for i, name in enumerate(names)])
     assert found["attention"] == (pytest.approx(0.025), 5)
@@ -147,20 +147,20 @@ def test_the_kernels_of_the_own_backward_pass_are_attention_and_so_is_the_fill_b
     assert step.families([])["idle"] == (0, 0)
 
 
-def test_operations_of_the_backward_pass_of_attention_are_those_of_its_products():
+def test_operations_of_attention_are_those_of_its_products():
     cu = torch.tensor([0, 3, 3, 4, 9], dtype=torch.int32)
     pairs = 6 + 1 + 15
-    assert bench_doc_attention.operations(cu) == 5 * 2 * 64 * 8 * pairs
+    assert bench_doc_attention.operations(cu, 5) == 5 * 2 * 64 * 8 * pairs
 
 
-def test_the_bench_of_the_backward_pass_of_attention_runs_and_is_right(capsys, monkeypatch):
+def test_the_bench_of_attention_runs_and_is_right(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench_doc_attention", "--quick", "--device", "cpu"])
     monkeypatch.setitem(bench_doc_attention.CASES, "small", 150)
     bench_doc_attention.main()
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {words[3]: float(words[4]) for words in lines if words[:2] == ["doc_attention", "small"]}
-    assert found["ms_bwd"] > 0 and found["tflops"] > 0
-    assert all(found[f"error_{name}"] < 1e-4 for name in ("dq", "dk", "dv"))
+    assert all(found[f"{name}_{way}"] > 0 for name in ("ms", "tflops") for way in ("fwd", "bwd"))
+    assert all(found[f"error_{name}"] < 1e-4 for name in ("y", "dq", "dk", "dv"))
 
 
 def test_forms_of_a_scoring_case_are_those_that_it_has():

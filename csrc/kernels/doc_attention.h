@@ -7,8 +7,8 @@
 //   dq_i = scale sum_j ds_ij k_j              dk_j = scale sum_i ds_ij q_i
 //
 // A head of q has the keys and values of its group, whose gradients are sums over its heads. Products of bf16
-// with float32 sums; p and ds are rounded to bf16. dq
-// is a sum over blocks of keys, in no fixed order, and stays in float32.
+// with float32 sums; p and ds are rounded to bf16. dq is a sum over tiles of keys, in no fixed order, and
+// stays in float32.
 #pragma once
 
 #include "kernels/common.h"
@@ -26,7 +26,7 @@ struct DocAttentionShape {
 inline constexpr int kDocWidth = 64;  // columns of a head
 inline constexpr int kDocKeys = 128;  // of a tile of the backward pass
 
-// Consecutive tokens of a document, from `first` on, which is from `begin` to `end`.
+// Consecutive tokens, from `first` on, of the document of tokens `begin` to `end` - 1.
 struct alignas(16) DocTile {
   int32_t first, begin, end, unused;
 };

@@ -1,9 +1,8 @@
 // The main kernel of doc_attention.h's backward pass.
 //
-// A block takes 128 keys of a document and a group at a time, with the keys of which the most queries depend
-// first, and walks over the blocks of 128 queries from these keys to the end of the document, for each head
-// of the group. dk and dv stay in registers. dq is added in memory by the copy engine, in float32: a document
-// is short enough for its dq to stay in L2.
+// A block takes a tile at a time, 128 keys of a document and of one group, and walks over the queries from
+// there to the end of the document, 128 at a time, for each head of the group. dk and dv stay in registers.
+// dq is added in memory by the copy engine, in float32: a document is short enough for its dq to stay in L2.
 //
 // Producer warps copy queries and upstream gradients through rings. Each of two warpgroups of consumers
 // owns 64 keys in

@@ -1,8 +1,8 @@
 // The kernel of doc_attention.h's forward pass.
 //
-// Each of three warpgroups of consumers has 64 rows of scores: as many queries as `64 / heads of the group`,
-// for all heads of the group, which have the same keys. A block walks over the keys of a tile of queries from
-// the last ones, where some scores are masked, to the first ones of the document:
+// Each of three warpgroups of consumers has 64 rows of scores, which are the queries of a few tokens for all
+// heads of a group: they have the same keys. A block walks over the keys of a tile of queries, 96 at a time,
+// from the last ones, where some scores are masked, to the first ones of the document:
 //
 //   S = Q K^T      m' = max(m, rows of S)      P = exp(S - m')      O = exp(m - m') O + P V
 //

@@ -9,9 +9,9 @@ namespace pgolf::attention {
 inline constexpr int kPlanThreads = 1024;
 inline constexpr int kPlanSizes = 256;  // tiles with as many blocks of queries or more are alike
 
-// Writes the number of tiles and then the tiles of all documents, of `size` tokens each or less, those with
-// the most work first, so that what is left at the end is short. That is the number of blocks of as many
-// tokens from the tile to the end of its document, or, `Backwards`, to the begin. One block.
+// Writes the number of tiles and then the tiles of all documents, of at most `size` tokens each, those with
+// the most work first, so that all blocks end at about the same time. The work is what lies between the tile
+// and the end of its document, or, `Backwards`, its begin. One block.
 template <bool Backwards>
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* __restrict__ documents, int segments, int size, DocTile* __restrict__ plan) {
