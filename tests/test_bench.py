@@ -138,7 +138,7 @@ def test_the_kernels_of_the_own_attention_are_attention_and_so_is_the_fill_befor
         "Memset (Device)",
         "void pgolf::attention::plan_kernel<false>(int const*, int, int, pgolf::DocTile*)",
         "pgolf::attention::delta_kernel(pgolf::bf16 const*, long, pgolf::bf16 const*, float*, long, int)",
-        "pgolf::attention::backward::kernel(CUtensorMap_st, CUtensorMap_st, pgolf::attention::backward::Args)",
+        "pgolf::attention::backward::kernel(CUtensorMap_st, pgolf::attention::backward::Args)",
         "pgolf::attention::forward::kernel(CUtensorMap_st, CUtensorMap_st, pgolf::attention::forward::Args)",
     ]
     found = step.families([step.Kernel(name, 10 * i, 10 * i + 5) for i, name in enumerate(names)])
