@@ -179,8 +179,7 @@ __device__ void consume(const HiddenArgs& args, Ring ring, uint32_t rank) {
 __global__ void __launch_bounds__(kThreads, 1)
     hidden_kernel(const __grid_constant__ CUtensorMap factor, const __grid_constant__ CUtensorMap weight,
                   const __grid_constant__ HiddenArgs args) {
-  extern __shared__ unsigned char shared_bytes[];
-  const Ring ring(shared_address(shared_bytes));
+  const Ring ring(shared_address(dynamic_shared()));
   const uint32_t rank = cluster_rank();
   if (threadIdx.x == 0) {
     // Full: one arrival, which announces the bytes of all copies into the stage, also those of the other
