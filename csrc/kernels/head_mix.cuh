@@ -70,8 +70,9 @@ __global__ void __launch_bounds__(kHeadThreads, Ratio == 4 ? 3 : 4)
   }
 }
 
+// Of four heads a thread has values for more than 128 registers on some devices (sm_100).
 template <int Width, int Ratio>
-__global__ void __launch_bounds__(kHeadThreads, 2)
+__global__ void __launch_bounds__(kHeadThreads, Ratio == 4 ? 1 : 2)
     head_mix_backward_kernel(HeadMixBackward args, HeadMixShape shape) {
   const MixedHeads<Width, Ratio> place(shape.groups);
   const int64_t row = int64_t{shape.heads} * Width, step = int64_t{gridDim.x} * kHeadWarps;
