@@ -79,8 +79,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& y, const Tensor& lse,
-                                            const std::optional<Tensor>& delta, const Tensor& cu_seqlens,
-                                            double scale) {
+                                            const Tensor& cu_seqlens, double scale,
+                                            const std::optional<Tensor>& delta) {
   const char* op = "doc_attention_backward";
   const DeviceGuard guard(q);
   const Inputs in = make_inputs(op, q, k, v, cu_seqlens, scale);
@@ -127,9 +127,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
       "doc_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale) -> (Tensor y, Tensor "
       "lse)");
   m.def(
-      "doc_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor? "
-      "delta, "
-      "Tensor cu_seqlens, float scale) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "doc_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse, Tensor "
+      "cu_seqlens, float scale, Tensor? delta) -> (Tensor dq, Tensor dk, Tensor dv)");
 }
 
 #ifdef PGOLF_WITH_CUDA

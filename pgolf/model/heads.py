@@ -3,8 +3,8 @@
 As separate operators, v has two gradients, of attention and of exclusive self-attention, each a tensor of its
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
 node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, attention and `head_mix`. On the
-way back, the first of them writes the gradient of the product and adds both gradients of v while it does; the
-backward pass of attention is flash-attn-4's or, if asked for, `doc_attention_backward`.
+way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
+Attention is flash-attn-4 or, if asked for, `doc_attention`.
 
 Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
 makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
@@ -83,12 +83,12 @@ class _Heads(torch.autograd.Function):
         if ctx.mix is not None:
             grad, of_mix, dz, delta = torch.ops.pgolf.head_mix_backward(grad.contiguous(), y, v, z, *ctx.mix)
             mixed = [of_mix]
-        known = grad, q, k, v, y, lse
+        known = grad, q, k, v, y, lse, cu_seqlens
         if ctx.doc:
             scale = ctx.head_dim**-0.5
-            dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*known, delta, cu_seqlens, scale)
+            dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*known, scale, delta)
         else:
-            dq, dk, dv = torch.ops.pgolf.fa4_backward(*known, cu_seqlens, ctx.max_seqlen)
+            dq, dk, dv = torch.ops.pgolf.fa4_backward(*known, ctx.max_seqlen)
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
             dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
         )
@@ -153,11 +153,11 @@ def heads_branch(
     observe: Callable[[str, Tensor], None] | None = None,
     doc: bool = False,
 ) -> Tensor:
-    """Compute `attention_branch` with `attend_heads`; arguments as in both. Without `doc`, `kernel` is
-    flash-attn-4.
+    """Compute `attention_branch` with `attend_heads`; arguments as in both.
 
-    What the operators do not compute is left to `attention_branch` and `kernel`: adapters, value embeddings,
-    learned strengths of the exclusion, and outputs of some tokens only.
+    Without `doc`, `kernel` is flash-attn-4. What the operators do not compute is left to `attention_branch`
+    and `kernel`: adapters, value embeddings, learned strengths of the exclusion, and outputs of some tokens
+    only.
     """
     others = (*lora, weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):

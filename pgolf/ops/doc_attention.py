@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._checks import check_like
 from pgolf.ops._derivatives import refuse_derivatives, refuse_second_order, refuse_transforms
 from pgolf.ops._hopper import has_kernels
 
@@ -137,13 +138,13 @@ def doc_attention_backward(
     op = "doc_attention_backward"
     _check(op, q, k, v, cu_seqlens, scale)
     for name, tensor in (("grad", grad), ("y", y)):
-        _check_like(op, name, tensor, tuple(q.shape), q, q.dtype)
+        check_like(op, name, tensor, tuple(q.shape), q, q.dtype, of="q")
     wide = torch.promote_types(q.dtype, torch.float32)
     for name, tensor in (("lse", lse), *(() if delta is None else (("delta", delta),))):
-        _check_like(op, name, tensor, (q.shape[1], q.shape[0]), q, wide)
-    arguments = grad, q, k, v, y, lse, delta, cu_seqlens, _scale(scale, q)
+        check_like(op, name, tensor, (q.shape[1], q.shape[0]), q, wide, of="q")
+    arguments = grad, q, k, v, y, lse, cu_seqlens, _scale(scale, q), delta
     if not _takes(q, k):
-        return _backward_cpu(*arguments)
+        return doc_attention_backward_ref(*arguments)
     refuse_transforms(op, grad, q, k, v, y, lse)
     dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*arguments)
     return dq, dk, dv
@@ -227,22 +228,10 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
     if not q.is_floating_point():
         raise TypeError(f"{op}: q must have a floating-point dtype, got {q.dtype}")
     for name, tensor in (("k", k), ("v", v)):
-        _check_like(op, name, tensor, (tokens, groups, width), q, q.dtype)
+        check_like(op, name, tensor, (tokens, groups, width), q, q.dtype, of="q")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
-    _check_like(op, "cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), q, torch.int32)
-
-
-def _check_like(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype
-) -> None:
-    """Raise an error if `tensor` has another shape or dtype, or is on another device than `like`."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} as q is, got {tensor.device}")
-    if tensor.dtype != dtype:
-        raise TypeError(f"{op}: {name} must be {dtype}, got {tensor.dtype}")
+    check_like(op, "cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), q, torch.int32, of="q")
 
 
 def _takes(q: Tensor, k: Tensor) -> bool:
@@ -272,7 +261,7 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
         if grad_lse is not None:
             delta = (upstream.to(lse.dtype) * y).sum(-1).t() - grad_lse
         found = torch.ops.pgolf.doc_attention_backward(
-            upstream, q, k, v, y, lse, delta, cu_seqlens, ctx.scale
+            upstream, q, k, v, y, lse, cu_seqlens, ctx.scale, delta
         )
     sources = [t for t in (grad, grad_lse, q, k, v) if t is not None]
     grads = (
@@ -280,24 +269,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
         for of, need in zip(found, ctx.needs_input_grad[:3], strict=True)
     )
     return *grads, None, None
-
-
-def _forward_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return doc_attention_ref(q, k, v, cu_seqlens, scale)
-
-
-def _backward_cpu(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    lse: Tensor,
-    delta: Tensor | None,
-    cu_seqlens: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return doc_attention_backward_ref(grad, q, k, v, y, lse, cu_seqlens, scale, delta)
 
 
 def _forward_fake(
@@ -314,9 +285,9 @@ def _backward_fake(
     v: Tensor,
     _y: Tensor,
     _lse: Tensor,
-    _delta: Tensor | None,
     _cu_seqlens: Tensor,
     _scale: float,
+    _delta: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape, dtype=wide), k.new_empty(k.shape), v.new_empty(v.shape)
@@ -324,7 +295,7 @@ def _backward_fake(
 
 torch.library.register_fake("pgolf::doc_attention", _forward_fake)
 torch.library.register_fake("pgolf::doc_attention_backward", _backward_fake)
-torch.library.impl("pgolf::doc_attention", "CPU", _forward_cpu)
-torch.library.impl("pgolf::doc_attention_backward", "CPU", _backward_cpu)
+torch.library.impl("pgolf::doc_attention", "CPU", doc_attention_ref)
+torch.library.impl("pgolf::doc_attention_backward", "CPU", doc_attention_backward_ref)
 torch.library.register_autograd("pgolf::doc_attention", _backward, setup_context=_setup)
 refuse_derivatives("doc_attention_backward", "doc_attention_backward")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._checks import check_like
 from pgolf.ops._derivatives import refuse_derivatives, refuse_second_order, refuse_transforms
 from pgolf.ops._hopper import has_kernels
 
@@ -113,7 +114,7 @@ def head_mix_backward(
         RuntimeError: a derivative was asked for.
     """
     _check(y, v, z, kind)
-    _check_like("head_mix_backward", "grad", grad, tuple(y.shape), y)
+    check_like("head_mix_backward", "grad", grad, tuple(y.shape), y, y.dtype, of="y")
     if not _takes(y, v):
         return head_mix_backward_ref(grad, y, v, z, scale, kind)
     refuse_transforms("head_mix_backward", grad, y, v, *(() if z is None else (z,)))
@@ -183,22 +184,9 @@ def _check(y: Tensor, v: Tensor, z: Tensor | None, kind: int) -> None:
         raise ValueError(f"{op}: H must be a multiple of G, got {heads} and {groups}")
     if not y.is_floating_point():
         raise TypeError(f"{op}: y must have a floating-point dtype, got {y.dtype}")
-    _check_like(op, "v", v, (tokens, groups, width), y)
+    check_like(op, "v", v, (tokens, groups, width), y, y.dtype, of="y")
     if z is not None:
-        _check_like(op, "z", z, (tokens, heads), y, torch.float32)
-
-
-def _check_like(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *also: torch.dtype
-) -> None:
-    """Raise an error if `tensor` has another shape, device or dtype than `like`, or none of `also`."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} as y is, got {tensor.device}")
-    if tensor.dtype not in (like.dtype, *also):
-        wanted = " or ".join(str(d) for d in dict.fromkeys((like.dtype, *also)))
-        raise TypeError(f"{op}: {name} must be {wanted}, got {tensor.dtype}")
+        check_like(op, "z", z, (tokens, heads), y, y.dtype, torch.float32, of="y")
 
 
 def _takes(y: Tensor, v: Tensor) -> bool:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
+from pgolf.ops._checks import check_dtype, check_like
 from pgolf.ops._derivatives import (
     refuse_constant,
     refuse_derivatives,
@@ -134,9 +135,9 @@ def qk_norm_rope_backward(
             f"qk_norm_rope_backward: dv must be at most {MOST_VALUE_GRADS} tensors, got {len(dv)}"
         )
     op, of_k = "qk_norm_rope_backward", (qkv.shape[0], groups, head_dim)
-    _check_like(op, "dq", dq, (qkv.shape[0], heads, head_dim), qkv, torch.float32)
+    check_like(op, "dq", dq, (qkv.shape[0], heads, head_dim), qkv, qkv.dtype, torch.float32)
     for name, grad in (("dk", dk), *(("dv", t) for t in dv)):
-        _check_like(op, name, grad, of_k, qkv)
+        check_like(op, name, grad, of_k, qkv, qkv.dtype)
     arguments = dq, dk, list(dv), qkv, gain, cos, sin, head_dim
     if not _takes(qkv, gain, cos, sin, head_dim):
         return qk_norm_rope_backward_ref(*arguments)
@@ -211,28 +212,11 @@ def _check(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -
                 f"{op}: {name} must be ({tokens}, R/2) or ({tokens}, 1, R/2) with R <= {head_dim}, the same "
                 f"R for both, got {tuple(table.shape)}"
             )
-        _check_dtype(op, name, table, torch.promote_types(qkv.dtype, torch.float32), torch.float32)
-    _check_dtype(op, "gain", gain, qkv.dtype, torch.float32)
+        check_dtype(op, name, table, torch.promote_types(qkv.dtype, torch.float32), torch.float32)
+    check_dtype(op, "gain", gain, qkv.dtype, torch.float32)
     for name, tensor in (("gain", gain), ("cos", cos), ("sin", sin)):
         if tensor.device != qkv.device:
             raise ValueError(f"{op}: {name} must be on {qkv.device} as qkv is, got {tensor.device}")
-
-
-def _check_dtype(op: str, name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
-    if tensor.dtype not in allowed:
-        wanted = " or ".join(str(d) for d in dict.fromkeys(allowed))
-        raise TypeError(f"{op}: {name} must be {wanted}, got {tensor.dtype}")
-
-
-def _check_like(
-    op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor, *also: torch.dtype
-) -> None:
-    """Raise an error if `tensor` has another shape, device or dtype than `like`, or none of `also`."""
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device}, got {tensor.device}")
-    _check_dtype(op, name, tensor, like.dtype, *also)
 
 
 def _takes(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> bool:

@@ -210,7 +210,7 @@ def test_opcheck_accepts_the_operator_on_the_cpu() -> None:
     q, k, v, cu_seqlens, grad = make([11, 0, 30, 1], dtype=torch.float32, device=CPU)
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
     torch.library.opcheck(
-        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, None, cu_seqlens, 0.125)
+        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125, None)
     )
 
 
@@ -494,7 +494,7 @@ def test_opcheck_accepts_the_operator() -> None:
     q, k, v, cu_seqlens, grad = make([128, 0, 33])
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
     torch.library.opcheck(
-        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, None, cu_seqlens, 0.125)
+        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125, None)
     )
 
 
@@ -538,12 +538,14 @@ def test_the_operator_names_what_its_kernels_would_misread(name, value, error, m
         "v": ones(3, 4, 64).bfloat16(),
         "y": ones(3, 8, 64).bfloat16(),
         "lse": ones(8, 3),
-        "delta": ones(8, 3),
         "cu_seqlens": STARTS,
+        "scale": 0.125,
+        "delta": ones(8, 3),
     }
-    changed = [t.cuda() for t in {**arguments, name: value}.values()]
+    given = {**arguments, name: value}
+    changed = [t.cuda() if isinstance(t, Tensor) else t for t in given.values()]
     with pytest.raises(error, match=f"doc_attention_backward: .*{message}"):
-        torch.ops.pgolf.doc_attention_backward(*changed, 0.125)
+        torch.ops.pgolf.doc_attention_backward(*changed)
 
 
 @requires_gpu
