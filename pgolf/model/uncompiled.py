@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from pgolf.model.attention import AttentionKernel
+from pgolf.model.attention import AttentionKernel, attention_branch
 from pgolf.model.gpt import GPT
 
 
@@ -30,6 +30,9 @@ def uncompiled(
     twin.load_state_dict({n: t.clone() for n, t in weights.items()} if own else weights, assign=True)
     twin.requires_grad_(False).eval()
     twin.prepare(model.tok_emb.device, attention=model.attention_name)
-    twin._attention, twin._mlp, twin._mix = kernel or twin._attention, model._mlp, model._mix
+    twin._mlp, twin._mix, twin._branch = model._mlp, model._mix, model._branch
+    if kernel is not None:
+        # `heads_branch` attends with a kernel of its own.
+        twin._attention, twin._branch = kernel, attention_branch
     twin.compute_dtype = model.compute_dtype
     return twin

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from pgolf.data.text import sample_paths
 from pgolf.data.tokenizer import Tokenizer, train_tokenizer
+from pgolf.model.attention import attention_branch, sdpa_attention
 from pgolf.model.generate import Decoder, Sampling, draw, generate, sample, text_pieces, window_start
 from pgolf.model.gpt import GPT
 from pgolf.presets import pr1855
@@ -57,6 +58,17 @@ def test_it_is_the_same_in_the_dtype_of_each_device(device):
     assert (got - expected).norm() < (1e-5 if device.type == "cpu" else 0.05) * expected.norm()
     text = [list(draw(model, ids[:5], Sampling(seed=2), tokens=50, stop_id=-1)) for _ in range(2)]
     assert text[0] == text[1] and len(text[0]) == 50
+
+
+def test_a_branch_with_a_kernel_of_its_own_is_left_to_whole_passes(monkeypatch):
+    """As `heads_branch` is, whose operators would not see the tokens that the decoder keeps."""
+
+    def branch(config, _kernel, *args, **kwargs):
+        return attention_branch(config, sdpa_attention, *args, **kwargs)
+
+    monkeypatch.setattr("pgolf.model.gpt.select_branch", lambda *_: branch)
+    model, ids = randomized(small()), packed([24], 96)[0].tolist()
+    torch.testing.assert_close(fed(model, ids), whole(model, ids), atol=1e-5, rtol=0)
 
 
 def test_several_tokens_at_once_are_as_one_by_one():
