@@ -21,26 +21,30 @@ namespace pgolf::attention::backward {
 constexpr int kTile = kDocKeys;  // keys, and queries of a step
 constexpr int kConsumers = 2;    // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kGroup;
-constexpr int kStages = 2;
+constexpr int kQueryStages = 3;
+constexpr int kGradStages = 2;  // they are free earlier than queries
 constexpr int kConsumerRegisters = 240;
+constexpr int kProducerRegisters = 24;
+static_assert(registers_fit(kConsumers, kConsumerRegisters, kProducerRegisters));
 constexpr int kRows = kTile / kConsumers;       // of a warpgroup
 constexpr int kTileBytes = kTile * kWidth * 2;  // 128 rows of 128 bytes
 constexpr int kScoreBytes = kTile * kTile * 2;  // two such tiles: 64 queries each, a row per key
 constexpr int kPartBytes = kRows * kWidth * 4;  // dq of a warpgroup
 constexpr int kNumberBytes = kTile * 4;         // a float per query
 constexpr uint32_t kQueriesAt = 2 * kTileBytes;
-constexpr uint32_t kGradsAt = kQueriesAt + kStages * kTileBytes;
-constexpr uint32_t kScoresAt = kGradsAt + kStages * kTileBytes;
-constexpr uint32_t kPartsAt = kScoresAt + 2 * kScoreBytes;
+constexpr uint32_t kGradsAt = kQueriesAt + kQueryStages * kTileBytes;
+constexpr uint32_t kScoresAt = kGradsAt + kGradStages * kTileBytes;
+constexpr uint32_t kPartsAt = kScoresAt + kGradStages * kScoreBytes;
 constexpr uint32_t kLogSumsAt = kPartsAt + kConsumers * kPartBytes;
-constexpr uint32_t kDeltasAt = kLogSumsAt + kStages * kNumberBytes;
-constexpr uint32_t kBarriersAt = kDeltasAt + kStages * kNumberBytes;
-constexpr int kBarriers = 2 + 4 * kStages;
-constexpr int kSharedBytes = 1024 + static_cast<int>(kBarriersAt) + kBarriers * 8;
+constexpr uint32_t kDeltasAt = kLogSumsAt + kQueryStages * kNumberBytes;
+constexpr uint32_t kBarriersAt = kDeltasAt + kGradStages * kNumberBytes;
+constexpr int kBarriers = 2 + 2 * (kQueryStages + kGradStages);
+constexpr uint32_t kDrawnAt = kBarriersAt + kBarriers * 8;
+constexpr int kSharedBytes = 1024 + static_cast<int>(kDrawnAt) + kDrawnBytes;
 static_assert(kSharedBytes <= 232448, "shared memory of a block on sm_90");
 
 struct Args {
-  const DocTile* plan;  // the first one has their number
+  DocTile* plan;
   const float* lse;
   const float* delta;
   bf16 *dk, *dv;
@@ -67,13 +71,36 @@ struct Shared {
   __device__ uint32_t keys_full() const { return barrier(0); }
   __device__ uint32_t keys_empty() const { return barrier(1); }
   __device__ uint32_t queries_full(int stage) const { return barrier(2 + stage); }
-  __device__ uint32_t queries_empty(int stage) const { return barrier(2 + kStages + stage); }
-  __device__ uint32_t grads_full(int stage) const { return barrier(2 + 2 * kStages + stage); }
-  __device__ uint32_t grads_empty(int stage) const { return barrier(2 + 3 * kStages + stage); }
+  __device__ uint32_t queries_empty(int stage) const { return barrier(2 + kQueryStages + stage); }
+  __device__ uint32_t grads_full(int stage) const { return barrier(2 + 2 * kQueryStages + stage); }
+  __device__ uint32_t grads_empty(int stage) const {
+    return barrier(2 + 2 * kQueryStages + kGradStages + stage);
+  }
+  __device__ uint32_t drawn() const { return base + kDrawnAt; }
 
  private:
   __device__ uint32_t barrier(int index) const { return base + kBarriersAt + index * 8; }
 };
+
+// Where the number of a query is, so that one load has those of columns 8 n + column and 8 (n + 1) + column,
+// and of the next ones, for an even n.
+__device__ __forceinline__ constexpr int number_at(int query) {
+  return query / 16 * 16 + query % 8 / 2 * 4 + query / 8 % 2 * 2 + query % 2;
+}
+
+// Calls body(i, number) for the 64 products of a thread, each with the number of its query.
+template <typename Body>
+__device__ __forceinline__ void with_numbers(const float* numbers, const Place& at, const Body& body) {
+  PGOLF_UNROLL
+  for (int n = 0; n < 16; n += 2) {
+    const float4 four = *reinterpret_cast<const float4*>(numbers + 8 * n + 2 * at.column);
+    PGOLF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      body(4 * n + i, i % 2 == 0 ? four.x : four.y);
+      body(4 * n + 4 + i, i % 2 == 0 ? four.z : four.w);
+    }
+  }
+}
 
 // Producers: one warp copies queries, one upstream gradients, one keys and values.
 
@@ -86,23 +113,29 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
   constexpr float kFactor = Grads ? 1.0f : kLog2E, kOutside = Grads ? 0.0f : INFINITY;
   const float* const numbers = Grads ? args.delta : args.lse;
   const int lane = static_cast<int>(threadIdx.x) % 32;
-  Ring<kStages> at;
-  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+  Ring<Grads ? kGradStages : kQueryStages> at;
+  Walk walk(args.plan, args.groups, shared.drawn());
+  while (walk.next()) {
     const DocTile tile = walk.tile();
     int head = walk.group() * args.ratio;
     // As many steps as the consumers have: all heads of a block of queries, then the next block.
     for (int first = tile.first, left = args.ratio; first < tile.end; ++head) {
+      // Before the wait, so that they are there after it.
+      const float* const source = numbers + (static_cast<int64_t>(head) * args.tokens + first);
+      float number[kTile / 32];
+      PGOLF_UNROLL
+      for (int i = 0; i < kTile / 32; ++i) {
+        number[i] = first + lane + 32 * i < tile.end ? kFactor * source[lane + 32 * i] : kOutside;
+      }
       const uint32_t full = Grads ? shared.grads_full(at.stage) : shared.queries_full(at.stage);
       mbarrier_wait(Grads ? shared.grads_empty(at.stage) : shared.queries_empty(at.stage), at.phase ^ 1);
       if (lane == 0) {
         mbarrier_expect_bytes(full, kTileBytes);
         tma_load_3d(shared.base + kTiles + at.stage * kTileBytes, map, full, 0, head, first);
       }
-      const float* const source = numbers + (static_cast<int64_t>(head) * args.tokens + first);
       PGOLF_UNROLL
-      for (int query = lane; query < kTile; query += 32) {
-        shared.row(kNumbers, at.stage)[query] = first + query < tile.end ? kFactor * source[query] : kOutside;
-      }
+      for (int i = 0; i < kTile / 32; ++i)
+        shared.row(kNumbers, at.stage)[number_at(lane) + 32 * i] = number[i];
       mbarrier_arrive(full);
       at.advance();
       if (--left == 0) {
@@ -117,9 +150,10 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
 inline __device__ void produce_keys(const Args& args, const Shared& shared, const CUtensorMap* keys,
                                     const CUtensorMap* values) {
   uint32_t phase = 0;
-  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
-    const DocTile tile = walk.tile();
-    const int group = walk.group();
+  Draw draw(args.plan, args.groups, shared.drawn());
+  while (draw.next()) {
+    const DocTile tile = draw.tile();
+    const int group = draw.group();
     mbarrier_wait(shared.keys_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.keys_full(), 2 * kTileBytes);
     tma_load_3d(shared.keys(), keys, shared.keys_full(), 0, group, tile.first);
@@ -133,14 +167,7 @@ inline __device__ void produce_keys(const Args& args, const Shared& shared, cons
 // p^T in place of s^T, from log2 sums in shared memory.
 __device__ __forceinline__ void exponentials(float (&s)[64], const float* log_sums, float factor,
                                              bool diagonal, const Place& at) {
-  PGOLF_UNROLL
-  for (int n = 0; n < 16; ++n) {
-    const float2 sums = *reinterpret_cast<const float2*>(log_sums + 8 * n + at.column);
-    PGOLF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      s[4 * n + i] = ex2_approx(fmaf(s[4 * n + i], factor, -(i % 2 == 0 ? sums.x : sums.y)));
-    }
-  }
+  with_numbers(log_sums, at, [&](int i, float sum) { s[i] = ex2_approx(fmaf(s[i], factor, -sum)); });
   if (!diagonal) return;
   PGOLF_UNROLL
   for (int n = 0; n < 16; ++n) {
@@ -155,14 +182,7 @@ __device__ __forceinline__ void exponentials(float (&s)[64], const float* log_su
 // ds^T in place of dp^T.
 __device__ __forceinline__ void score_gradients(float (&dp)[64], const float (&p)[64], const float* deltas,
                                                 const Place& at) {
-  PGOLF_UNROLL
-  for (int n = 0; n < 16; ++n) {
-    const float2 delta = *reinterpret_cast<const float2*>(deltas + 8 * n + at.column);
-    PGOLF_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      dp[4 * n + i] = p[4 * n + i] * (dp[4 * n + i] - (i % 2 == 0 ? delta.x : delta.y));
-    }
-  }
+  with_numbers(deltas, at, [&](int i, float delta) { dp[i] = p[i] * (dp[i] - delta); });
 }
 
 // Adds this warpgroup's dq, of 64 queries from `first` on, to that in memory. Queries after the document,
@@ -172,16 +192,21 @@ __device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shar
   const bool leader = threadIdx.x % kGroup == 0;
   if (leader) tma_store_wait_read<0>();
   named_sync(2 + at.group, kGroup);
+  // Two tiles of 32 columns, with the swizzle. Odd rows write other columns first: of the four rows which are
+  // written at once, no two then use the same banks.
   const uint32_t part = shared.part(at.group);
+  const int lane = lane_index(), row = at.warp * 16 + lane / 4;
+  const bool odd = row % 2 != 0;
+  const uint32_t own = piece_at(part, row, lane % 4 / 2 ^ (odd ? 4 : 0)) + lane % 2 * 8;
   PGOLF_UNROLL
   for (int n = 0; n < 8; ++n) {
     PGOLF_UNROLL
     for (int half = 0; half < 2; ++half) {
-      // Two tiles of 32 columns, with the swizzle.
-      const uint32_t piece =
-          piece_at(part + n / 4 * (kPartBytes / 2), at.row + half * 8, n % 4 * 2 + at.column / 4);
-      *reinterpret_cast<float2*>(shared_pointer(piece + at.column % 4 * 4)) =
-          make_float2(scale * dq[4 * n + 2 * half], scale * dq[4 * n + 2 * half + 1]);
+      const int even_at = 4 * n + 2 * half, odd_at = 4 * (n ^ 2) + 2 * half;
+      const float2 sums = make_float2(scale * (odd ? dq[odd_at] : dq[even_at]),
+                                      scale * (odd ? dq[odd_at + 1] : dq[even_at + 1]));
+      const uint32_t to = (own ^ n % 4 * 32) + n / 4 * (kPartBytes / 2) + half * 8 * kRowBytes;
+      *reinterpret_cast<float2*>(shared_pointer(to)) = sums;
     }
   }
   fence_proxy_shared();
@@ -196,7 +221,7 @@ __device__ __forceinline__ void add_dq(const float (&dq)[32], const Shared& shar
 // Begins s^T of this warpgroup's keys and the next block of queries; the caller waits for it. Without a next
 // block it multiplies whatever is there, because a product in a branch would make the compiler wait for each.
 __device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, const Shared& shared,
-                                             const Ring<kStages>& ring, bool more) {
+                                             const Ring<kQueryStages>& ring, bool more) {
   if (more) mbarrier_wait(shared.queries_full(ring.stage), ring.phase);
   const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
   wgmma_fence();
@@ -214,10 +239,11 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
   const uint64_t keys = wgmma_descriptor(shared.keys() + at.group * kRows * 128);
   const uint64_t values = wgmma_descriptor(shared.values() + at.group * kRows * 128);
   const uint64_t all_keys = wgmma_descriptor(shared.keys());
-  Ring<kStages> ring;
+  Ring<kQueryStages> ring;
+  Ring<kGradStages> of_grads;  // and of the buffers of ds^T
   uint32_t keys_phase = 0;
-  int buffer = 0;
-  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+  Walk walk(args.plan, args.groups, shared.drawn());
+  while (walk.next()) {
     const DocTile tile = walk.tile();
     const int group = walk.group();
     float dk[32], dv[32], s[64];
@@ -228,13 +254,14 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
     begin_scores(s, keys, shared, ring, true);
     wgmma_wait<0>();
     wgmma_keep_order(s);
+    exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, true, at);
     int head = group * args.ratio;
     int first = tile.first, left = args.ratio;
     do {
       float dp[64];
       const uint64_t queries = wgmma_descriptor(shared.queries(ring.stage));
-      const uint64_t grads = wgmma_descriptor(shared.grads(ring.stage));
-      mbarrier_wait(shared.grads_full(ring.stage), ring.phase);
+      const uint64_t grads = wgmma_descriptor(shared.grads(of_grads.stage));
+      mbarrier_wait(shared.grads_full(of_grads.stage), of_grads.phase);
       wgmma_fence();
       PGOLF_UNROLL
       for (int k = 0; k < kWidth / 16; ++k) {
@@ -242,30 +269,41 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
                                     __nv_bfloat16{});
       }
       wgmma_commit();
-      exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
       wgmma_wait<0>();
       wgmma_keep_order(dp);
-      score_gradients(dp, s, shared.row(kDeltasAt, ring.stage), at);
+      score_gradients(dp, s, shared.row(kDeltasAt, of_grads.stage), at);
       uint32_t p_bits[32], ds_bits[32];
       round_pairs(p_bits, s);
       round_pairs(ds_bits, dp);
 
+      const int this_first = first, this_head = head, this_stage = ring.stage;
+      ++head;
+      if (--left == 0) {
+        left = args.ratio;
+        head -= args.ratio;
+        first += kTile;
+      }
+      ring.advance();
       wgmma_fence();
       PGOLF_UNROLL
       for (int j = 0; j < kTile / 16; ++j) {
         wgmma_64x64x16<false>(dv, p_bits + 4 * j, wgmma_advance(grads, j * 2048), 1);
       }
       wgmma_commit();
+      begin_scores(s, keys, shared, ring, first < tile.end);
       PGOLF_UNROLL
       for (int j = 0; j < kTile / 16; ++j) {
-        write_rows(shared.scores(buffer) + j / 4 * kTileBytes, at.group * kRows + at.warp * 16, j % 4,
+        write_rows(shared.scores(of_grads.stage) + j / 4 * kTileBytes, at.group * kRows + at.warp * 16, j % 4,
                    ds_bits + 4 * j, at);
       }
       fence_proxy_shared();
       named_sync(1, kConsumers * kGroup);
+      wgmma_wait<1>();
+      wgmma_keep_order(dv);
+      if (at.lane == 0) mbarrier_arrive(shared.grads_empty(of_grads.stage));
       float dq[32];
       wgmma_fence();
-      const uint64_t scores = wgmma_descriptor(shared.scores(buffer) + at.group * kTileBytes);
+      const uint64_t scores = wgmma_descriptor(shared.scores(of_grads.stage) + at.group * kTileBytes);
       PGOLF_UNROLL
       for (int j = 0; j < kTile / 16; ++j) {
         wgmma_64x64x16<false, false>(dq, wgmma_advance(scores, j * 2048), wgmma_advance(all_keys, j * 2048),
@@ -277,27 +315,16 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
         wgmma_64x64x16<false>(dk, ds_bits + 4 * j, wgmma_advance(queries, j * 2048), 1);
       }
       wgmma_commit();
-
-      const int this_first = first, this_head = head, this_stage = ring.stage;
-      ++head;
-      if (--left == 0) {
-        left = args.ratio;
-        head -= args.ratio;
-        first += kTile;
-      }
-      buffer ^= 1;
-      ring.advance();
+      of_grads.advance();
       wgmma_wait<2>();
-      wgmma_keep_order(dv);
-      if (at.lane == 0) mbarrier_arrive(shared.grads_empty(this_stage));
-      // While dq goes to memory.
-      begin_scores(s, keys, shared, ring, first < tile.end);
-      wgmma_wait<2>();
+      wgmma_keep_order(s);
+      // While these products run.
+      exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
+      wgmma_wait<1>();
       wgmma_keep_order(dq);
       add_dq(dq, shared, dq_map, args.scale, this_head, this_first + at.group * kRows, at);
       wgmma_wait<0>();
       wgmma_keep_order(dk);
-      wgmma_keep_order(s);
       if (at.lane == 0) mbarrier_arrive(shared.queries_empty(this_stage));
     } while (first < tile.end);
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty());
@@ -329,11 +356,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kWarps = kConsumers * 4;
     mbarrier_init(shared.keys_full(), 1);
     mbarrier_init(shared.keys_empty(), kWarps);
-    for (int stage = 0; stage < kStages; ++stage) {
-      // The copy's arrival and one of each lane, which wrote log sums or deltas.
+    Drawn{shared.drawn()}.init(kWarps + 2);  // the consumers and the producers of queries and gradients
+    // Full: the copy's arrival and one of each lane, which wrote log sums or deltas.
+    for (int stage = 0; stage < kQueryStages; ++stage) {
       mbarrier_init(shared.queries_full(stage), 1 + 32);
-      mbarrier_init(shared.grads_full(stage), 1 + 32);
       mbarrier_init(shared.queries_empty(stage), kWarps);
+    }
+    for (int stage = 0; stage < kGradStages; ++stage) {
+      mbarrier_init(shared.grads_full(stage), 1 + 32);
       mbarrier_init(shared.grads_empty(stage), kWarps);
     }
     mbarrier_init_fence();

@@ -17,6 +17,8 @@ namespace pgolf::attention::forward {
 constexpr int kConsumers = 3;  // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kGroup;
 constexpr int kConsumerRegisters = 160;
+constexpr int kProducerRegisters = 32;
+static_assert(registers_fit(kConsumers, kConsumerRegisters, kProducerRegisters));
 constexpr int kRows = 64;  // of a warpgroup
 constexpr int kKeys = 96;  // of a step
 constexpr int kStages = 4;
@@ -28,14 +30,15 @@ constexpr uint32_t kQueriesAt = kValuesAt + kStages * kKeyBytes;
 constexpr uint32_t kOutAt = kQueriesAt + kQueryBytes;
 constexpr uint32_t kBarriersAt = kOutAt + kQueryBytes;
 constexpr int kBarriers = 2 + 4 * kStages;
-constexpr int kSharedBytes = 1024 + static_cast<int>(kBarriersAt) + kBarriers * 8;
+constexpr uint32_t kDrawnAt = kBarriersAt + kBarriers * 8;
+constexpr int kSharedBytes = 1024 + static_cast<int>(kDrawnAt) + kDrawnBytes;
 static_assert(kSharedBytes <= 232448, "shared memory of a block on sm_90");
 static_assert(kKeyBytes % 1024 == 0 && kPartBytes % 1024 == 0, "the swizzle repeats every 1,024 bytes");
 
 static_assert(doc_attention_queries(1) == kConsumers * kRows, "a row of scores for each query and head");
 
 struct Args {
-  const DocTile* plan;  // the first one has their number
+  DocTile* plan;
   bf16* y;
   float* lse;
   int tokens, groups, ratio;  // heads per group
@@ -51,6 +54,7 @@ struct Shared {
   __device__ uint32_t values(int stage) const { return base + kValuesAt + stage * kKeyBytes; }
   __device__ uint32_t queries(int group) const { return base + kQueriesAt + group * kPartBytes; }
   __device__ uint32_t out(int group) const { return base + kOutAt + group * kPartBytes; }
+  __device__ uint32_t drawn() const { return base + kDrawnAt; }
   __device__ uint32_t queries_full() const { return barrier(0); }
   __device__ uint32_t queries_empty() const { return barrier(1); }
   __device__ uint32_t keys_full(int stage) const { return barrier(2 + stage); }
@@ -73,9 +77,10 @@ inline __device__ void produce(const Args& args, const Shared& shared, const CUt
   const int each = kRows / args.ratio;  // queries of a warpgroup
   Ring<kStages> at;
   uint32_t phase = 0;
-  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
-    const DocTile tile = walk.tile();
-    const int group = walk.group();
+  Draw draw(args.plan, args.groups, shared.drawn());
+  while (draw.next()) {
+    const DocTile tile = draw.tile();
+    const int group = draw.group();
     mbarrier_wait(shared.queries_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.queries_full(), kQueryBytes);
     for (int part = 0; part < kConsumers; ++part) {
@@ -176,7 +181,8 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
   const float factor = args.scale * kLog2E;
   Ring<kStages> ring;
   uint32_t phase = 0;
-  for (Walk walk(args.plan, args.groups); walk.more(); walk.advance()) {
+  Walk walk(args.plan, args.groups, shared.drawn());
+  while (walk.next()) {
     const DocTile tile = walk.tile();
     const int first_query = tile.first + at.group * each;
     uint32_t q[16];
@@ -267,6 +273,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     constexpr int kWarps = kConsumers * 4;
     mbarrier_init(shared.queries_full(), 1);
     mbarrier_init(shared.queries_empty(), kWarps);
+    Drawn{shared.drawn()}.init(kWarps);
     for (int stage = 0; stage < kStages; ++stage) {
       mbarrier_init(shared.keys_full(stage), 1);
       mbarrier_init(shared.keys_empty(stage), kWarps);

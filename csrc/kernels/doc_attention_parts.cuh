@@ -7,30 +7,30 @@
 namespace pgolf::attention {
 
 inline constexpr int kPlanThreads = 1024;
-inline constexpr int kPlanSizes = 256;  // tiles with as many blocks of queries or more are alike
+inline constexpr int kPlanSizes = 256;  // documents of as many tiles or more are alike
 
-// Writes the number of tiles and then the tiles of all documents, of at most `size` tokens each, those with
-// the most work first, so that all blocks end at about the same time. The work is what lies between the tile
-// and the end of its document, or, `Backwards`, its begin. One block.
-template <bool Backwards>
+// Writes the number of tiles, zero for how many are drawn, and then the tiles of all documents, of at most
+// `size` tokens each. Those of a document are next to each other, so that blocks which draw them one after
+// another read the same rows, from L2. The longest documents come first, and of each the tile with the most
+// work, so that all blocks end at about the same time: that is its last one, or, `FromFirst`, its first one.
+// One block.
+template <bool FromFirst>
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* __restrict__ documents, int segments, int size, DocTile* __restrict__ plan) {
-  __shared__ int place[kPlanSizes];  // of each amount: tiles, then the place of the next one
+  __shared__ int place[kPlanSizes];  // of each number of tiles: their sum, then the place of the next one
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kPlanSizes) place[thread] = 0;
   __syncthreads();
-  const auto each_tile = [&](const auto& body) {
+  const auto each_document = [&](const auto& body) {
     for (int segment = thread; segment < segments; segment += kPlanThreads) {
       const int begin = documents[segment], end = documents[segment + 1];
-      for (int first = begin; first < end; first += size) {
-        const int blocks = Backwards ? (first - begin) / size : (end - first - 1) / size;
-        body(DocTile{first, begin, end, 0}, min(blocks, kPlanSizes - 1));
-      }
+      const int tiles = (end - begin + size - 1) / size;
+      if (tiles > 0) body(begin, end, tiles, place + min(tiles, kPlanSizes) - 1);
     }
   };
-  each_tile([&](const DocTile&, int amount) { atomicAdd(&place[amount], 1); });
+  each_document([](int, int, int tiles, int* sum) { atomicAdd(sum, tiles); });
   __syncthreads();
-  // The sum of each amount and of all larger ones, less its own: where its tiles begin.
+  // The sum of each number and of all larger ones, less its own: where its tiles begin.
   const bool mine = thread < kPlanSizes;
   const int count = mine ? place[thread] : 0;
   for (int step = 1; step < kPlanSizes; step *= 2) {
@@ -39,11 +39,16 @@ __global__ void __launch_bounds__(kPlanThreads)
     if (mine) place[thread] += more;
     __syncthreads();
   }
-  if (thread == 0) plan->first = place[0];
+  if (thread == 0) plan[0] = DocTile{place[0], 0, 0, 0};
   __syncthreads();
   if (mine) place[thread] -= count;
   __syncthreads();
-  each_tile([&](const DocTile& tile, int amount) { plan[1 + atomicAdd(&place[amount], 1)] = tile; });
+  each_document([&](int begin, int end, int tiles, int* next) {
+    DocTile* const own = plan + 1 + atomicAdd(next, tiles);
+    for (int i = 0; i < tiles; ++i) {
+      own[i] = DocTile{begin + (FromFirst ? i : tiles - 1 - i) * size, begin, end, 0};
+    }
+  });
 }
 
 inline constexpr int kPieces = kDocWidth / kVector;  // of a head: a thread has one at a time

@@ -13,10 +13,10 @@ using attention::head_map;
 using attention::kWidth;
 
 // The list of tiles of `size` tokens.
-template <bool Backwards>
+template <bool FromFirst>
 void plan(const int32_t* documents, const DocAttentionShape& shape, int size, DocTile* plan,
           CUstream_st* stream) {
-  launch_kernel(attention::plan_kernel<Backwards>, {.blocks = 1, .threads = attention::kPlanThreads}, stream,
+  launch_kernel(attention::plan_kernel<FromFirst>, {.blocks = 1, .threads = attention::kPlanThreads}, stream,
                 documents, shape.segments, size, plan);
 }
 
@@ -50,7 +50,7 @@ void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape
                         CUstream_st* stream) {
   if (shape.tokens == 0) return;
   const int ratio = shape.heads / shape.groups, queries = doc_attention_queries(ratio);
-  plan<true>(args.documents, shape, queries, args.plan, stream);
+  plan<false>(args.documents, shape, queries, args.plan, stream);
   const attention::forward::Args own{.plan = args.plan,
                                      .y = args.y,
                                      .lse = args.lse,
@@ -70,7 +70,7 @@ void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAtte
   if (shape.tokens == 0) return;
   PGOLF_CUDA_CHECK(cudaMemsetAsync(
       args.dq, 0, static_cast<size_t>(shape.tokens * shape.heads) * kWidth * sizeof(float), stream));
-  plan<false>(args.documents, shape, kDocKeys, args.plan, stream);
+  plan<true>(args.documents, shape, kDocKeys, args.plan, stream);
   if (args.y != nullptr) {
     launch_kernel(attention::delta_kernel, piece_grid(shape), stream, args.grad, args.grad_stride, args.y,
                   args.delta, shape.tokens, shape.heads);

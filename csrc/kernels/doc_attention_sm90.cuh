@@ -3,6 +3,7 @@
 
 #include "kernels/doc_attention.h"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/registers.h"
 #include "kernels/tensor_map.cuh"
 
 namespace pgolf::attention {
@@ -10,7 +11,6 @@ namespace pgolf::attention {
 constexpr int kWidth = kDocWidth;
 constexpr int kRowBytes = kWidth * 2;  // of an operand in shared memory: the width of the swizzle
 constexpr int kGroup = 128;            // threads of a warpgroup
-constexpr int kProducerRegisters = 24;
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
 // The map of (tokens, heads, 64), of which a box is 128 bytes of the columns of `box` tokens of a head.
@@ -33,16 +33,68 @@ struct Ring {
   }
 };
 
-// The tiles of this block, one for each group, from the list that plan_kernel made.
-struct Walk {
+// Items are tiles, one for each group. A block draws the next one of plan_kernel's list whenever it is free:
+// one thread does (Draw), and the other warps read what it drew from shared memory (Walk).
+struct Items {
   const DocTile* tiles;
-  int item, items, groups;
-  __device__ Walk(const DocTile* plan, int groups)
-      : tiles(plan + 1), item(static_cast<int>(blockIdx.x)), items(plan->first * groups), groups(groups) {}
-  __device__ bool more() const { return item < items; }
-  __device__ void advance() { item += static_cast<int>(gridDim.x); }
+  int groups, item = 0;
+  __device__ Items(const DocTile* plan, int groups) : tiles(plan + 1), groups(groups) {}
   __device__ int group() const { return item % groups; }
   __device__ DocTile tile() const { return tiles[item / groups]; }
+};
+
+constexpr int kDraws = 2;  // how far ahead
+constexpr int kDrawnBytes = kDraws * (4 + 8 + 8);
+
+// What was drawn, in shared memory; -1: nothing is left.
+struct Drawn {
+  uint32_t base;
+  uint32_t draws = 0;
+  __device__ int& item() const { return *reinterpret_cast<int*>(shared_pointer(base + stage() * 4)); }
+  __device__ uint32_t full() const { return base + kDraws * 4 + stage() * 8; }
+  __device__ uint32_t empty() const { return base + kDraws * 12 + stage() * 8; }
+  __device__ uint32_t phase() const { return draws / kDraws % 2; }
+  // For as many warps that walk.
+  __device__ void init(int warps) {
+    for (draws = 0; draws < kDraws; ++draws) {
+      mbarrier_init(full(), 1);
+      mbarrier_init(empty(), warps);
+    }
+  }
+
+ private:
+  __device__ uint32_t stage() const { return draws % kDraws; }
+};
+
+struct Walk : Items {
+  Drawn drawn;
+  __device__ Walk(const DocTile* plan, int groups, uint32_t drawn) : Items(plan, groups), drawn{drawn} {}
+  // Goes to the next item; false if there is none. All lanes of a warp.
+  __device__ bool next() {
+    mbarrier_wait(drawn.full(), drawn.phase());
+    item = __shfl_sync(0xffffffffu, drawn.item(), 0);
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(drawn.empty());
+    ++drawn.draws;
+    return item >= 0;
+  }
+};
+
+struct Draw : Items {
+  Drawn drawn;
+  int *counter, count;
+  int ready = static_cast<int>(blockIdx.x);  // the next item, asked for in time
+  __device__ Draw(DocTile* plan, int groups, uint32_t drawn)
+      : Items(plan, groups), drawn{drawn}, counter(&plan->begin), count(plan->first * groups) {}
+  // Draws the next item; false if there is none. One thread.
+  __device__ bool next() {
+    item = ready < count ? ready : -1;
+    mbarrier_wait(drawn.empty(), drawn.phase() ^ 1);
+    drawn.item() = item;
+    mbarrier_arrive(drawn.full());
+    ++drawn.draws;
+    if (item >= 0) ready = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
+    return item >= 0;
+  }
 };
 
 // Place of a thread in its warpgroup. A tile of products has its rows `row` and `row + 8`, and columns

@@ -10,6 +10,7 @@
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/registers.h"
 #include "kernels/tensor_map.cuh"
 
 namespace pgolf {
@@ -24,6 +25,7 @@ constexpr int kGroup = 128;
 constexpr int kThreads = 3 * kGroup;
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
+static_assert(registers_fit(2, kConsumerRegisters, kProducerRegisters));
 constexpr int kFactorBytes = 4 * kBoxBytes;
 constexpr int kStageBytes = kFactorBytes + 2 * kBoxBytes;
 constexpr int kStages = 4;

@@ -16,6 +16,7 @@
 #include "kernels/linear_softcap_ce.h"
 #include "kernels/linear_softcap_ce_epilogue.cuh"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/registers.h"
 #include "kernels/tensor_map.cuh"
 
 namespace pgolf {
@@ -57,6 +58,7 @@ struct Config {
   static constexpr int kSharedBytes = 1024 + kResidentBytes + kStages * kStageBytes + kBarriers * 8;
   static constexpr int kAccumulators = TileColumns / 2;  // of a thread, for 64 rows
   static_assert(kSharedBytes <= kSharedLimit && kStages >= 3, "shared memory");
+  static_assert(registers_fit(kTurns* Parts, kConsumerRegisters, kProducerRegisters));
 };
 
 struct KernelArgs : epilogue::Args {

@@ -11,6 +11,7 @@
 #pragma once
 
 #include "kernels/newton_schulz_sm90_feed.cuh"
+#include "kernels/registers.h"
 
 namespace pgolf {
 namespace ns90 {
@@ -446,8 +447,8 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
   // A warp-uniform value: the compiler must see that each role is taken by whole warps.
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
-    // 3 * 168 registers per thread of three warpgroups become 40 + 2 * 232: the multiplying ones hold 128
-    // sums.
+    // The multiplying warpgroups hold 128 sums.
+    static_assert(registers_fit(2, 232, 40));
     registers_lower<40>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
     if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);

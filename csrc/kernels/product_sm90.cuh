@@ -18,6 +18,7 @@
 #include "kernels/common.h"
 #include "kernels/cuda_check.cuh"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/registers.h"
 #include "kernels/tensor_map.cuh"
 
 namespace pgolf::product {
@@ -35,6 +36,7 @@ constexpr int kFragments = 2;             // of 64 rows, of a warpgroup
 constexpr int kThreads = (1 + kTurns) * kGroup;
 constexpr int kProducerRegisters = 24;
 constexpr int kConsumerRegisters = 240;
+static_assert(registers_fit(kTurns, kConsumerRegisters, kProducerRegisters));
 constexpr int kBarriers = 2 * kStages + 2 * kMaxSlices;
 constexpr int kSharedBytes = 1024 + (kMaxSlices + kStages) * kSliceBytes + kBarriers * 8;
 static_assert(kSharedBytes <= 232448, "shared memory of a block on sm_90");
