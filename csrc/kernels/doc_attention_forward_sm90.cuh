@@ -6,6 +6,7 @@
 //
 //   S = Q K^T      m' = max(m, rows of S)      P = exp(S - m')      O = exp(m - m') O + P V
 //
+// where m' stays m if that is not much smaller, as in FlashAttention-4: then O need not be multiplied.
 // While a warpgroup computes exponentials, its product with the values before is under way, and the products
 // of the other two. Q and P are operands in registers. A producer thread copies queries, keys and values.
 #pragma once
@@ -22,6 +23,7 @@ static_assert(registers_fit(kConsumers, kConsumerRegisters, kProducerRegisters))
 constexpr int kRows = 64;  // of a warpgroup
 constexpr int kKeys = 96;  // of a step
 constexpr int kStages = 4;
+constexpr float kSpare = 8.0f;  // doublings by which P may exceed 1
 constexpr uint32_t kPartBytes = kRows * kRowBytes;
 constexpr uint32_t kQueryBytes = kConsumers * kPartBytes;
 constexpr uint32_t kKeyBytes = kKeys * kRowBytes;
@@ -117,16 +119,20 @@ __device__ __forceinline__ float largest_of_row(const float (&s)[48], int half) 
   return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
 }
 
-// P in place of S, and the factors by which sums so far shrink. factor is that of scores, times log2 e.
-__device__ __forceinline__ void exponentials(float (&s)[48], Softmax& state, float (&shrink)[2],
+// P in place of S. Returns whether sums so far shrink, by `shrink`, for a row of this warp. They need not as
+// long as the scores exceed the largest one before by less than kSpare: then P is at most 2^kSpare. factor is
+// that of scores, times log2 e.
+__device__ __forceinline__ bool exponentials(float (&s)[48], Softmax& state, float (&shrink)[2],
                                              float factor) {
+  bool grown[2];
   PGOLF_UNROLL
   for (int half = 0; half < 2; ++half) {
-    const float largest = fmaxf(state.largest[half], largest_of_row(s, half));
+    const float largest = largest_of_row(s, half), before = state.largest[half];
+    grown[half] = largest * factor > fmaf(before, factor, kSpare);
+    state.largest[half] = grown[half] ? largest : before;
     // A row of which all scores so far are masked has no finite one.
-    const float offset = largest == -INFINITY ? 0.0f : largest * factor;
-    shrink[half] = ex2_approx(fmaf(state.largest[half], factor, -offset));
-    state.largest[half] = largest;
+    const float offset = state.largest[half] == -INFINITY ? 0.0f : state.largest[half] * factor;
+    shrink[half] = grown[half] ? ex2_approx(fmaf(before, factor, -offset)) : 1.0f;
     float sum = 0.0f;
     PGOLF_UNROLL
     for (int n = 0; n < 12; ++n) {
@@ -138,6 +144,7 @@ __device__ __forceinline__ void exponentials(float (&s)[48], Softmax& state, flo
     }
     state.sum[half] = fmaf(state.sum[half], shrink[half], sum);
   }
+  return __any_sync(0xffffffffu, grown[0] || grown[1]);
 }
 
 // Scores of keys after the query become -inf. `first` is the key of the first column less the warpgroup's
@@ -225,12 +232,14 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
       wgmma_keep_order(s);
       if (at.lane == 0) mbarrier_arrive(shared.keys_empty(next.stage));
       if (offset + kKeys > 1) mask_scores(s, offset, each - 1, at);
-      exponentials(s, state, shrink, factor);
+      const bool shrinks = exponentials(s, state, shrink, factor);
       wgmma_wait<0>();
       wgmma_keep_order(o);
       if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
-      PGOLF_UNROLL
-      for (int i = 0; i < 32; ++i) o[i] *= shrink[i / 2 % 2];
+      if (shrinks) {
+        PGOLF_UNROLL
+        for (int i = 0; i < 32; ++i) o[i] *= shrink[i / 2 % 2];
+      }
       round_pairs(p, s);
       ring = next;
     }
