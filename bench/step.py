@@ -7,8 +7,9 @@ lengths of real ones (`document_lengths.json`), and the clock has settled before
 For each contender and loop mode: milliseconds, joules, SM clock and memory of a micro-step, then where its
 time goes by family of kernels, next to what was counted: operations of the matrix products and of attention,
 bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
-too. `--capture off on` compares launched passes with passes that are replayed as CUDA graphs; then peak_mib
-holds the memory of the graphs.
+too. `--attention doc fa4` compares pgolf's own attention, "pgolf", with flash-attn-4, "pgolf flash-attn-4";
+until commit 2fc973a "pgolf" was flash-attn-4. `--capture off on` compares launched passes with passes that
+are replayed as CUDA graphs; then peak_mib holds the memory of the graphs.
 """
 
 from __future__ import annotations
@@ -281,6 +282,9 @@ FORMS = {"blocks": "pgolf", "model": f"torch.compile {torch.__version__}", "off"
 """train.compile -> the name of the contender: one graph of the whole model is the form of the published
 scripts, with the same mathematics."""
 
+ATTENTION = {"doc": "doc_attention", "fa4": "flash-attn-4", "varlen": "varlen"}
+"""train.attention -> its kernel in the name of the contender."""
+
 BLOCKS = {"thread": None, "plain": False}
 """Form of the blocks -> `threads` of `GPT.prepare`: what adds the gradients of streams with several readers,
 the blocks (if they are compiled one by one) or autograd."""
@@ -291,7 +295,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--attention", nargs="+", default=["fa4"], help="kernels: varlen fa4")
+    parser.add_argument(
+        "--attention", nargs="+", default=["doc"], choices=tuple(ATTENTION), help="attention kernels"
+    )
     parser.add_argument("--compile", nargs="+", default=["blocks"], choices=tuple(FORMS), help="forms")
     parser.add_argument(
         "--mlp", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the MLP"
@@ -300,11 +306,7 @@ def main() -> None:
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
     parser.add_argument(
-        "--heads",
-        nargs="+",
-        default=["auto"],
-        choices=("auto", "doc", "composed"),
-        help="form of the heads; doc: with pgolf's own attention",
+        "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
@@ -339,7 +341,8 @@ def main() -> None:
             threads=BLOCKS[blocks],
         )
         # The default has the plain name.
-        impl = "pgolf" if (form, attention) == ("blocks", "fa4") else f"{FORMS[form]} {attention}"
+        plain = (form, attention) == ("blocks", "doc")
+        impl = "pgolf" if plain else f"{FORMS[form]} {ATTENTION[attention]}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
         impl += (heads != "auto") * f", {heads} heads"
         impl += (blocks != "thread") * f", {blocks}"

@@ -312,8 +312,9 @@ class TrainConfig:
     """Device to run on; auto uses CUDA if there is a GPU."""
     compile: Literal["off", "blocks", "model"] = "blocks"
     """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
-    attention: Literal["auto", "varlen", "fa4", "sdpa"] = "auto"
-    """Attention kernel; auto takes fa4 (flash-attn-4) where it works, else varlen on CUDA, else sdpa."""
+    attention: Literal["auto", "doc", "fa4", "varlen", "sdpa"] = "auto"
+    """Attention kernel; auto takes doc (pgolf's own, for Hopper) where it takes the model's heads, else fa4
+    (flash-attn-4, for Hopper) where it works, else varlen (torch's) on CUDA, else sdpa."""
     capture: bool = False
     """Capture forward and backward passes as CUDA graphs before the clock and replay them, so that what stops
     the host for a moment does not stop the GPU. Losses and gradients are computed by the same kernels. The

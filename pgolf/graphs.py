@@ -55,7 +55,7 @@ def obstacle(device: torch.device, attention: str) -> str:
     if device.type != "cuda":
         return f"the device is {device.type}"
     if attention == "sdpa":
-        return "the attention sdpa reads the segments on the host, which varlen and fa4 do not"
+        return "the attention sdpa reads the segments on the host, which the other kernels do not"
     return ""
 
 

@@ -67,6 +67,7 @@ SCRIPT = "pgolf/report/alone_script.py"
 SWAPPED = {
     "pgolf.artifact.code": "pgolf/artifact/own_code.py",
     "pgolf.model.heads": "pgolf/model/_no_heads.py",
+    "pgolf.model.own_attention": "pgolf/model/_no_own_attention.py",
 }
 """Modules that every program has in another form."""
 SCORES = {"pgolf.model.threads": "pgolf/model/_no_threads.py"}

@@ -13,7 +13,8 @@ OPTIONAL = {
     "matplotlib": ("matplotlib.pyplot", "no plots; pip install 'pgolf[plot]'"),
     "flash-attn-4": (
         "pgolf.model.fa4",
-        "attention uses torch's FlashAttention-2; pip install 'pgolf[fa4]' on Hopper",
+        "no train.attention=fa4, for heads on Hopper that pgolf's own attention does not take; "
+        "pip install 'pgolf[fa4]'",
     ),
     "pyarrow": ("pyarrow.parquet", "no parquet input; pip install 'pgolf[parquet]'"),
     "tensorboard": (

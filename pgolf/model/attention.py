@@ -1,6 +1,6 @@
 """Causal attention over packed documents, and the attention branch of a block.
 
-There are three implementations of the function `kernel(q, k, v, cu_seqlens, max_seqlen)`, of which
+There are four implementations of the function `kernel(q, k, v, cu_seqlens, max_seqlen)`, of which
 `select_attention` chooses one when a model is prepared. No token attends across a segment boundary.
 Legend: `T` tokens, `R` of them whose output is wanted, `H` query heads, `G` kv heads, `K` head dim, `S`
 segments, `D` width.
@@ -23,11 +23,12 @@ from pgolf.config import ModelConfig
 from pgolf.env import keep_kernels, launch
 from pgolf.errors import RunError
 from pgolf.model.gates import exclude_self, head_gate, rms_norm
+from pgolf.model.own_attention import choose_own
 from pgolf.model.rope import rotate
 from pgolf.peers import Peer, describe, try_peer
 
 AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
-AttentionName = Literal["auto", "varlen", "fa4", "sdpa"]
+AttentionName = Literal["auto", "doc", "fa4", "varlen", "sdpa"]
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
@@ -152,7 +153,8 @@ class Attention(NamedTuple):
     name: AttentionName
     kernel: AttentionKernel
     note: str
-    """A sentence that says why flash-attn-4, although installed, was not chosen; otherwise empty."""
+    """A sentence that says why kernels that come before it were not chosen, although this device and these
+    heads are theirs; otherwise empty."""
 
 
 def select_attention(
@@ -160,38 +162,45 @@ def select_attention(
 ) -> Attention:
     """Return the attention kernel to use on `device`.
 
-    "auto" chooses flash-attn-4 on a Hopper GPU where it is installed and works, otherwise torch's
-    variable-length kernel on CUDA devices of sm_80 and newer, otherwise SDPA. If flash-attn-4 is installed
-    but does not work, rank 0 warns and says why.
+    "auto" chooses the first that can run: on a Hopper GPU pgolf's own attention, "doc", where it takes these
+    heads, and then flash-attn-4 where it is installed; torch's variable-length kernel on CUDA devices of
+    sm_80 and newer; SDPA. A trial compares the first two with torch's kernel. If one fails, or flash-attn-4
+    is installed and cannot be imported, rank 0 warns and says why.
 
     Args:
-        heads, kv_heads, head_dim: sizes of the model, with which flash-attn-4 is tried.
+        heads, kv_heads, head_dim: sizes of the model, with which the kernels are tried.
 
     Raises:
         RuntimeError: the kernel that was asked for cannot run here.
     """
-    cuda = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if cuda else (0, 0)
-    note = ""
+    own, reasons = choose_own(name, device, heads, kv_heads, head_dim, _trial)
+    if own is not None:
+        return Attention("doc", own, "")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if name == "doc":  # a program that stands alone scores a run that asked for it
+        name = "auto"
     if name == "fa4" or (name == "auto" and capability[0] == 9):
         problem = fa4_problem(device, heads, kv_heads, head_dim)
-        if not problem:
-            return Attention("fa4", find_fa4().found, note)
-        if name == "fa4":
+        if problem and name == "fa4":
             raise RunError(
                 "train.attention=fa4 needs a Hopper GPU and the flash-attn-4 package "
-                f"(here: {problem}); pip install 'pgolf[fa4]', or use train.attention=varlen"
+                f"(here: {problem}); pip install 'pgolf[fa4]', or use train.attention=auto"
             )
-        if problem != "not installed":
-            note = f"attention is torch's varlen, because flash-attn-4 is {problem}"
-            if launch().rank == 0:
-                warnings.warn(note, stacklevel=2)
+        if not problem:
+            name = "fa4"
+        elif problem != "not installed":
+            reasons.append(f"flash-attn-4 is {problem}")
     if name == "auto":
         name = "varlen" if capability >= (8, 0) else "sdpa"
     if name == "varlen" and capability < (8, 0):
         raise RunError(
             "train.attention=varlen needs a CUDA device of sm_80 or newer; use train.attention=sdpa"
         )
+    note = f"attention is {name}, because {' and '.join(reasons)}" if reasons else ""
+    if note and launch().rank == 0:
+        warnings.warn(note, stacklevel=2)
+    if name == "fa4":
+        return Attention(name, find_fa4().found, note)
     return Attention(name, varlen_attention if name == "varlen" else sdpa_attention, note)
 
 

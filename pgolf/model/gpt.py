@@ -142,9 +142,8 @@ class GPT(nn.Module):
                 torch's operators everywhere, for a comparison.
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, which
                 saves about one percent of a pass, but cannot add the gradients of threads.
-            heads: "auto" computes what is next to attention with `attend_heads`, where flash-attn-4 is used;
-                "doc" does the same with `doc_attention` in place of flash-attn-4, which need not be there;
-                "composed" uses torch's operators everywhere, for a comparison.
+            heads: "auto" computes what is next to attention with `attend_heads`, where the attention is
+                pgolf's own or flash-attn-4; "composed" uses torch's operators everywhere, for a comparison.
             threads: whether the blocks add the gradients of streams that several of them read, see
                 `threads.py`; otherwise autograd does. None: with compile="blocks". With "model" there is one
                 graph, which needs none.

@@ -4,7 +4,7 @@ As separate operators, v has two gradients, of attention and of exclusive self-a
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
 node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, attention and `head_mix`. On the
 way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
-Attention is flash-attn-4 or, if asked for, `doc_attention`.
+Attention is `doc_attention` or flash-attn-4.
 
 Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
 makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
@@ -37,12 +37,11 @@ from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
 from pgolf.model.rope import rope_tables
 from pgolf.ops._hopper import has_kernels
-from pgolf.ops.doc_attention import HEAD_DIM
 from pgolf.ops.head_mix import Kind
 from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
 from pgolf.peers import describe
 
-HeadsName = Literal["auto", "doc", "composed"]
+HeadsName = Literal["auto", "composed"]
 KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
 """`ModelConfig.head_gate` -> `kind` of `head_mix`."""
 
@@ -155,9 +154,9 @@ def heads_branch(
 ) -> Tensor:
     """Compute `attention_branch` with `attend_heads`; arguments as in both.
 
-    Without `doc`, `kernel` is flash-attn-4. What the operators do not compute is left to `attention_branch`
-    and `kernel`: adapters, value embeddings, learned strengths of the exclusion, and outputs of some tokens
-    only.
+    `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. What the operators do not compute is left
+    to `attention_branch` and `kernel`: adapters, value embeddings, learned strengths of the exclusion, and
+    outputs of some tokens only.
     """
     others = (*lora, weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):
@@ -204,17 +203,17 @@ def select_branch(
 ) -> Branch:
     """Return the function that computes attention and what is next to it.
 
-    That is `heads_branch` if `name` is "auto" and flash-attn-4 attends; with torch's variable-length
-    attention it is not, because its forward and backward operators are private. It is `doc_branch`, with
-    pgolf's own attention, if `name` is "doc". Where the kernels do not take these heads or this device, it is
-    `attention_branch`. The programs that stand alone have `_no_heads.py` in place of this module.
+    If `name` is "auto", that is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
+    with torch's variable-length attention it is neither, because its forward and backward operators are
+    private. Where the other kernels do not take these heads or this device, it is `attention_branch`. The
+    programs that stand alone have `_no_heads.py` in place of this module.
 
-    A trial compares both first, as one does for flash-attn-4; if they differ, rank 0 warns and says how.
+    A trial compares both first, as one does for attention; if they differ, rank 0 warns and says how.
     """
-    usable = {"auto": attention == "fa4", "doc": attention in ("fa4", "varlen"), "composed": False}
-    if not usable[name] or not _takes(config, doc=name == "doc"):
+    branches: dict[str, Branch] = {"doc": doc_branch, "fa4": heads_branch}
+    branch = branches.get(attention)
+    if branch is None or name == "composed" or not _takes(config):
         return attention_branch
-    branch: Branch = doc_branch if name == "doc" else heads_branch
     problem = _problem(branch, kernel, config, device)
     if not problem:
         return branch
@@ -265,9 +264,7 @@ def _problem(branch: Branch, kernel: AttentionKernel, config: ModelConfig, devic
     return ""
 
 
-def _takes(config: ModelConfig, *, doc: bool) -> bool:
-    """Return whether this build has the kernels, and they take heads of this size."""
-    if doc and not (config.head_dim == HEAD_DIM and has_kernels("doc_attention", "cuda", None)):
-        return False
+def _takes(config: ModelConfig) -> bool:
+    """Return whether this build has the kernels next to attention, and they take heads of this size."""
     known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
     return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))

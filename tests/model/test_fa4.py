@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pgolf.artifact.code import reader_code
-from pgolf.model import attention, gpt
+from pgolf.model import attention, gpt, own_attention
 from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
 from pgolf.presets import tiny
 from tests.conftest import requires_hopper
@@ -84,16 +84,15 @@ def test_the_counted_code_of_an_artifact_holds_the_wrapper():
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A device that looks like CUDA with compute capability 9.0 to the choice of the attention kernel."""
+    """A device that looks like a Hopper GPU without pgolf's kernels to the choice of the attention kernel."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(own_attention, "has_kernels", lambda *_: False)
     return torch.device("cuda")
 
 
 def test_auto_falls_back_with_one_sentence_and_fa4_says_why(stand_in, hopper):
     stand_in(source="raise TypeError('not for this Python')")
-    sentence = (
-        "attention is torch's varlen, because flash-attn-4 is not usable: TypeError: not for this Python"
-    )
+    sentence = "attention is varlen, because flash-attn-4 is not usable: TypeError: not for this Python"
     with pytest.warns(UserWarning) as caught:
         chosen = select_attention("auto", hopper)
     assert [str(w.message) for w in caught] == [sentence]
@@ -106,7 +105,7 @@ def test_auto_falls_back_with_one_sentence_and_fa4_says_why(stand_in, hopper):
 
 
 def test_a_model_keeps_the_sentence_for_the_log(monkeypatch):
-    why = "attention is torch's varlen, because flash-attn-4 is not usable: TypeError: no"
+    why = "attention is varlen, because flash-attn-4 is not usable: TypeError: no"
     chosen = attention.Attention("varlen", sdpa_attention, why)
     monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: chosen)
     model = gpt.GPT(tiny().model).prepare(torch.device("cpu"))
@@ -159,7 +158,9 @@ def test_the_installed_flash_attn_4_equals_torchs_varlen(heads, kv_heads, dim, c
     assert peer.usable, f"flash-attn-4 {peer.version} is {peer.problem}"
     fa4_problem.cache_clear()
     assert fa4_problem(device, heads, kv_heads, dim) == ""
-    assert select_attention("auto", device, heads=heads, kv_heads=kv_heads, head_dim=dim).name == "fa4"
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": dim}
+    assert select_attention("fa4", device, **sizes).name == "fa4"
+    assert select_attention("auto", device, **sizes).name == ("doc" if dim == 64 else "fa4")
     cu = torch.tensor([0, 1, 130, 700, 3000, 4096, 4096], dtype=torch.int32, device=device)
     inputs = [t.to(device, torch.bfloat16) for t in tensors(4096, heads, kv_heads, dim)]
 

@@ -24,6 +24,7 @@ from pgolf.model.attention import (
 from pgolf.model.gates import SMALLEST_SQUARE
 from pgolf.model.gpt import GPT
 from pgolf.model.heads import attend_heads, doc_branch, heads_branch
+from pgolf.model.own_attention import doc_kernel
 from pgolf.model.rope import rope_tables
 from tests.conftest import requires_hopper
 from tests.model.test_gpt import SWITCHES, label, packed, randomized, small
@@ -42,11 +43,12 @@ def exclude_self(y, v, beyond=None):
 
 @pytest.fixture
 def fa4(stand_in, monkeypatch):
-    """Let a model on the CPU have flash-attn-4, and operators for heads of any size."""
+    """Let a model on the CPU have both kernels for Hopper, and operators for heads of any size."""
     stand_in()
     found = find_fa4().found
-    monkeypatch.setattr(gpt, "select_attention", lambda *_, **__: Attention("fa4", found, ""))
-    monkeypatch.setattr(heads, "_takes", lambda *_, **__: True)
+    kernels = {"fa4": found, "doc": doc_kernel}
+    monkeypatch.setattr(gpt, "select_attention", lambda name, *_, **__: Attention(name, kernels[name], ""))
+    monkeypatch.setattr(heads, "_takes", lambda *_: True)
     monkeypatch.setattr(attention, "exclude_self", exclude_self)
 
 
@@ -61,8 +63,13 @@ def installed_fa4():
     return peer.found
 
 
+def kernel_of(form):
+    """The attention kernel of a form on a Hopper GPU."""
+    return doc_kernel if form == "doc" else installed_fa4()
+
+
 GATES = ["none", "sparse", "dense", "out"]
-BRANCHES = {"auto": heads_branch, "doc": doc_branch}
+BRANCHES = {"fa4": heads_branch, "doc": doc_branch}
 FORMS = pytest.mark.parametrize("form", BRANCHES)
 """Both kinds of attention."""
 LENGTHS = {"documents": [11, 1, 13], "one token": [1], "ones": [1] * 5}
@@ -135,9 +142,11 @@ def test_the_gradients_are_those_of_the_differences(fa4, gate, doc):
     torch.autograd.gradcheck(run, inputs)
 
 
-def prepared(config, dtype=torch.float64, *, heads="composed", **form) -> GPT:
+def prepared(config, dtype=torch.float64, *, form="composed", **more) -> GPT:
+    """A model with a kind of attention whose heads are one node, or with composed operators."""
     model = randomized(config)
-    model = (model.double() if dtype == torch.float64 else model).prepare(CPU, heads=heads, **form)
+    how = {"attention": "fa4", "heads": "composed"} if form == "composed" else {"attention": form}
+    model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **how, **more)
     model.compute_dtype = dtype
     return model
 
@@ -158,19 +167,20 @@ def test_states_and_gradients_of_a_model_are_the_composed_ones(fa4, change):
     config, lengths = replace(small(), **change), [11, 1, 13]
     for loop in (False, True):
         wanted = states(prepared(config), lengths, loop=loop)
-        same(states(prepared(config, heads="auto"), lengths, loop=loop), wanted)
-        same(states(prepared(config, heads="auto", threads=True), lengths, loop=loop), wanted)
-        same(states(prepared(config, heads="doc", threads=loop), lengths, loop=loop), wanted)
+        same(states(prepared(config, form="fa4"), lengths, loop=loop), wanted)
+        same(states(prepared(config, form="fa4", threads=True), lengths, loop=loop), wanted)
+        same(states(prepared(config, form="doc", threads=loop), lengths, loop=loop), wanted)
 
 
+@FORMS
 @pytest.mark.parametrize("change", [{"head_gate": "dense", "xsa_layers": 2}, {"value_embed_layers": 2}])
-def test_without_gradients_a_model_computes_the_same(fa4, change):
+def test_without_gradients_a_model_computes_the_same(fa4, change, form):
     config = replace(small(), **change)
     ids, cu = packed([11, 1, 12], config.vocab_size)
     with torch.inference_mode():
         wanted, found = (
-            prepared(config, heads=name)(ids, ids.roll(-1), cu, max_seqlen=24, loop=True)
-            for name in ("composed", "auto")
+            prepared(config, form=name)(ids, ids.roll(-1), cu, max_seqlen=24, loop=True)
+            for name in ("composed", form)
         )
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
@@ -190,8 +200,8 @@ PLAIN_LAYERS = [
 def test_only_layers_whose_values_and_mix_are_plain_use_the_node(fa4, change, layers):
     config = replace(small(), **change)
     ids, cu = packed([11, 1, 12], config.vocab_size)
-    for name, steps in (("auto", layers), ("doc", layers), ("composed", 0)):
-        hidden, _ = prepared(config, heads=name).hidden(ids, cu, max_seqlen=24, loop=False)
+    for name, steps in (("fa4", layers), ("doc", layers), ("composed", 0)):
+        hidden, _ = prepared(config, form=name).hidden(ids, cu, max_seqlen=24, loop=False)
         assert nodes(hidden).count("_HeadsBackward") == steps
 
 
@@ -219,22 +229,21 @@ def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_compose
     monkeypatch.setattr(heads, "_problem", lambda *_: "")
     config = replace(small(), width=512, heads=8, kv_heads=4)
 
-    def select(name, attention, config):
-        return heads.select_branch(name, attention, sdpa_attention, config, CPU)
+    def select(name, kernel, config):
+        return heads.select_branch(name, kernel, sdpa_attention, config, CPU)
 
-    assert select("composed", "fa4", config) is attention_branch
-    for name, branch in BRANCHES.items():
-        assert select(name, "fa4", config) is branch
-        assert select(name, "varlen", config) is (branch if name == "doc" else attention_branch)
-        assert select(name, "sdpa", config) is attention_branch
+    for kernel, branch in BRANCHES.items():
+        assert select("auto", kernel, config) is branch
+        assert select("composed", kernel, config) is attention_branch
         for sizes in ({"heads": 16}, {"kv_heads": 1}):
-            assert select(name, "fa4", replace(config, **sizes)) is attention_branch
-    wide = replace(config, width=1024)  # heads of 128 columns
-    assert select("auto", "fa4", wide) is heads_branch and select("doc", "fa4", wide) is attention_branch
-    monkeypatch.setattr(heads, "has_kernels", lambda op, *_, **__: op != "doc_attention")
-    assert select("auto", "fa4", config) is heads_branch and select("doc", "fa4", config) is attention_branch
-    monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: False)
-    assert select("auto", "fa4", config) is attention_branch
+            assert select("auto", kernel, replace(config, **sizes)) is attention_branch
+    for kernel in ("varlen", "sdpa"):
+        assert select("auto", kernel, config) is attention_branch
+    assert select("auto", "fa4", replace(config, width=1024)) is heads_branch  # heads of 128 columns
+    for missing in ("qk_norm_rope", "head_mix"):
+        monkeypatch.setattr(heads, "has_kernels", lambda op, *_, absent=missing, **__: op != absent)
+        for kernel in BRANCHES:
+            assert select("auto", kernel, config) is attention_branch
 
 
 @FORMS
@@ -257,16 +266,16 @@ def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
     heads._problem.cache_clear()
 
 
-def test_a_trial_tries_the_attention_that_is_asked_for(fa4, monkeypatch):
+def test_a_trial_tries_the_attention_that_was_chosen(fa4, monkeypatch):
     def fail(**_):
         raise ValueError("no flash-attn-4")
 
     monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_flash_attn_fwd", fail)
     heads._problem.cache_clear()
-    arguments = "fa4", sdpa_attention, small(), CPU
-    assert heads.select_branch("doc", *arguments) is doc_branch
+    arguments = sdpa_attention, small(), CPU
+    assert heads.select_branch("auto", "doc", *arguments) is doc_branch
     with pytest.warns(UserWarning, match="a trial of pgolf's operators raised ValueError: no flash-attn-4"):
-        assert heads.select_branch("auto", *arguments) is attention_branch
+        assert heads.select_branch("auto", "fa4", *arguments) is attention_branch
     heads._problem.cache_clear()
 
 
@@ -280,10 +289,10 @@ def test_a_second_derivative_is_an_error(fa4, form):
         first.sum().backward()
 
 
-def compiled_states(config, heads, backend, *, loop=True, **form):
+def compiled_states(config, form, backend, *, loop=True, **more):
     """States and gradients in float64 of a model whose blocks are compiled."""
     torch._dynamo.reset()
-    model = prepared(config, heads=heads, compile="blocks", backend=backend, **form)
+    model = prepared(config, form=form, compile="blocks", backend=backend, **more)
     found = states(model, [11, 1, 13], loop=loop)
     torch._dynamo.reset()
     return found
@@ -292,9 +301,9 @@ def compiled_states(config, heads, backend, *, loop=True, **form):
 @pytest.mark.parametrize(
     ("change", "threads", "form"),
     [
-        ({}, None, "auto"),
-        ({"head_gate": "dense"}, False, "auto"),
-        ({"head_gate": "none", "xsa_layers": 2}, None, "auto"),
+        ({}, None, "fa4"),
+        ({"head_gate": "dense"}, False, "fa4"),
+        ({"head_gate": "none", "xsa_layers": 2}, None, "fa4"),
         ({"xsa_layers": 2}, None, "doc"),
     ],
     ids=["threads", "plain", "half exclusive", "doc"],
@@ -309,7 +318,7 @@ def test_compiled_blocks_compute_the_same(fa4, change, threads, form):
 def test_a_model_compiled_as_one_graph_computes_the_same(fa4, form):
     wanted = states(prepared(small()), [11, 1, 13], loop=True)
     torch._dynamo.reset()
-    model = prepared(small(), heads=form, compile="model", backend="aot_eager")
+    model = prepared(small(), form=form, compile="model", backend="aot_eager")
     same(states(model, [11, 1, 13], loop=True), wanted)
     torch._dynamo.reset()
 
@@ -322,7 +331,7 @@ def test_inductor_computes_the_same(fa4, form):
 
 
 OPERATORS = ("qk_norm_rope", "head_mix", "head_mix_backward", "qk_norm_rope_backward")
-ATTENTION = {"auto": ("fa4_forward", "fa4_backward"), "doc": ("doc_attention", "doc_attention_backward")}
+ATTENTION = {"fa4": ("fa4_forward", "fa4_backward"), "doc": ("doc_attention", "doc_attention_backward")}
 OPERATORS = {form: {f"pgolf.{n}.default" for n in (*OPERATORS, *two)} for form, two in ATTENTION.items()}
 VIEWS = {"aten.view.default", "aten.slice.Tensor", "aten.permute.default", "aten.t.default", "getitem"}
 VIEWS |= {"aten._unsafe_view.default", "aten.reshape.default"}
@@ -341,7 +350,7 @@ def beyond_views(nodes, step):
     return found
 
 
-@pytest.mark.parametrize(("change", "form"), [({}, "auto"), ({"head_gate": "none"}, "auto"), ({}, "doc")])
+@pytest.mark.parametrize(("change", "form"), [({}, "fa4"), ({"head_gate": "none"}, "fa4"), ({}, "doc")])
 def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_or_copies(fa4, change, form):
     graphs, operators = [], OPERATORS[form]
 
@@ -369,10 +378,10 @@ def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_o
     assert seen == operators
 
 
-def kept(config, **form):
+def kept(config, **how):
     """Bytes that one pass of compiled blocks keeps for the backward pass, without the weights."""
     torch._dynamo.reset()
-    model = prepared(config, torch.float32, compile="blocks", backend="aot_eager_decomp_partition", **form)
+    model = prepared(config, torch.float32, compile="blocks", backend="aot_eager_decomp_partition", **how)
     ids, cu = packed([11, 1, 13], config.vocab_size)
     weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -389,7 +398,7 @@ def kept(config, **form):
 
 @FORMS
 def test_compiled_blocks_keep_no_more_for_the_backward_pass(fa4, form):
-    assert kept(small(), heads=form) <= kept(small())
+    assert kept(small(), form=form) <= kept(small())
 
 
 DOCUMENTS = [1, 129, 570, 2300, 1096]
@@ -412,8 +421,7 @@ LAYERS += [("sparse", True, True), ("sparse", False, True), ("none", True, True)
 def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(
     gate, exclusive, compiled, form
 ):
-    device = torch.device("cuda")
-    kernel = installed_fa4()
+    device, kernel = torch.device("cuda"), kernel_of(form)
     config = replace(small(head_gate=gate), width=512, heads=8, kv_heads=4, rope_dims=16, max_context=2304)
     leaves, context = layer(config, DOCUMENTS, torch.bfloat16, device)
     exact = {name: t.detach().double().cpu().requires_grad_() for name, t in leaves.items()}
@@ -431,8 +439,7 @@ def test_the_kernels_of_a_layer_are_no_less_exact_than_the_composed_operators(
     for name, error, bound in zip(("y", *leaves), ours, composed, strict=True):
         # The gradients of the gain and of the gate are few numbers, whose errors differ by chance.
         few = name in ("gain", "gate")
-        factor = 1.05 if form == "auto" else 1.5  # "doc" has not the same kernel of attention
-        assert error <= (2 * bound + 4e-3 if few else factor * bound + 1e-4), (name, error, bound)
+        assert error <= (2 * bound + 4e-3 if few else 1.05 * bound + 1e-4), (name, error, bound)
 
 
 @requires_hopper
@@ -446,7 +453,7 @@ def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled, form):
     branch = BRANCHES[form]
     if compiled:
         branch = torch.compile(branch, fullgraph=True, dynamic=False)
-    kernel = installed_fa4()
+    kernel = kernel_of(form)
     first, again = (passed(branch, kernel, config, leaves, context) for _ in range(2))
     torch._dynamo.reset()
     for name, a, b in zip(("y", *leaves), first, again, strict=True):
@@ -457,25 +464,25 @@ def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled, form):
 @pytest.mark.parametrize(
     ("change", "form", "more"),
     [
-        ({}, "auto", {}),
-        ({}, "auto", {"mix": "auto", "threads": False}),
-        ({"xsa_layers": 2, "head_gate": "out"}, "auto", {}),
         ({}, "doc", {}),
+        ({}, "doc", {"mix": "auto", "threads": False}),
+        ({"xsa_layers": 2, "head_gate": "out"}, "doc", {}),
+        ({}, "fa4", {}),
     ],
-    ids=["threads", "stream_mix", "half exclusive", "doc"],
+    ids=["threads", "stream_mix", "half exclusive", "flash-attn-4"],
 )
 def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operators(change, form, more):
-    installed_fa4()
+    kernel_of(form)
     config = replace(small(), width=256, heads=4, kv_heads=2, rope_dims=16, **change)
     want = whole(randomized(config).prepare(CPU), True)
 
     def run(heads):
         torch._dynamo.reset()
-        cuda = {"attention": "fa4", "compile": "blocks", "heads": heads, **more}
+        cuda = {"attention": form, "compile": "blocks", "heads": heads, **more}
         return whole(randomized(config).prepare(torch.device("cuda"), **cuda), True)
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ours = run(form)
+        ours = run("auto")
     names = [event.key for event in profile.key_averages()]
     assert {"pgolf::qk_norm_rope", "pgolf::qk_norm_rope_backward"} <= set(names)
     assert {"pgolf::head_mix", "pgolf::head_mix_backward"} <= set(names)

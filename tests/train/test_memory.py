@@ -119,8 +119,11 @@ def test_estimate_is_a_little_more_than_the_committed_peak_of_a_step(implementat
     if loop == "off":
         config = replace(config, model=replace(config.model, recurrence_repeats=0))
     kernels = implementation == "pgolf"
-    found = estimate_memory(config, device_type="cuda", world_size=1, attention="fa4", kernels=kernels)
+    gpu = {"device_type": "cuda", "world_size": 1, "kernels": kernels}
+    found = estimate_memory(config, attention="fa4", **gpu)
     assert peak <= found.total / MIB <= 1.1 * peak
+    # pgolf's own attention keeps the same tensors.
+    assert estimate_memory(config, attention="doc", **gpu) == found
 
 
 def saved_bytes(model: ModelConfig, tokens: int) -> int:
