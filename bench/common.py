@@ -89,6 +89,8 @@ class Recorder:
     lines: list[dict[str, object]] = field(default_factory=list)
     file: str = ""
     """Name of the bench in the name of the result file; when empty, `bench`."""
+    measured: dict[str, Any] = field(default_factory=dict)
+    """What the lines say of device, commit and versions, where another process measured."""
     _commit: tuple[str, bool] = field(default_factory=source_commit)
 
     def add(self, case: str, impl: str, metric: str, sample: Sample, unit: str) -> None:
@@ -107,6 +109,7 @@ class Recorder:
                 "commit": self._commit[0],
                 "dirty": self._commit[1],
                 "versions": versions(),
+                **self.measured,
                 "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             }
         )
@@ -137,7 +140,8 @@ class Recorder:
         if self.out is None:
             return None
         day = datetime.datetime.now(datetime.timezone.utc).strftime("%Y%m%d")
-        device = re.sub(r"[^a-z0-9]+", "-", device_name(self.device).lower()).strip("-")
+        device = self.measured.get("device", device_name(self.device))
+        device = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
         path = self.out / f"{day}_{device}_{self.file or self.bench}.jsonl"
         with atomic_file(path) as file:
             file.writelines(json.dumps(line).encode() + b"\n" for line in self.lines)

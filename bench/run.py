@@ -1,12 +1,13 @@
 """Result lines of a finished run, from its summary: `python -m bench.run FOLDER --case record_600s_1gpu`.
 
-Nothing is measured here. `record` in the names of cases is the former name of the preset `pr1855`.
+Nothing is measured here: device, commit and versions are those of the run. `record` in the names of cases is the former name of the preset `pr1855`.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,17 @@ def figures(summary: Summary) -> dict[str, tuple[float, str]]:
     return {name: (value, unit) for name, (value, unit) in found.items() if value is not None}
 
 
+def of_run(summary: Summary) -> dict[str, Any]:
+    """Return where and with what the run was made, as result lines say it."""
+    commit = summary.commit.removesuffix("-dirty")
+    return {
+        "device": summary.device,
+        "commit": commit,
+        "dirty": commit != summary.commit,
+        "versions": summary.versions,
+    }
+
+
 def main() -> None:
     """Parse arguments, read the summary, write the result file."""
     parser = argparse.ArgumentParser(
@@ -49,8 +61,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
     summary = Summary.load(args.folder / SUMMARY)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recorder = Recorder("run", device, args.out, file=f"run-{args.case}")
+    recorder = Recorder(
+        "run", torch.device("cpu"), args.out, file=f"run-{args.case}", measured=of_run(summary)
+    )
     for metric, (value, unit) in figures(summary).items():
         recorder.add(args.case, f"pgolf {summary.attention}", metric, Sample(value, 0.0, 1), unit)
     recorder.write()

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import muon_memory, step, ttt
 from bench.common import Recorder, Sample
 from bench.ops import bench_doc_attention
-from bench.run import figures
+from bench.run import figures, of_run
 from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
 from pgolf.evaluate.bpb import Score
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes
@@ -77,6 +77,17 @@ def test_a_run_without_an_artifact_has_figures_but_no_bytes():
     found = figures(summary)
     assert found["bpb_raw"] == (1.5, "bits/byte") and found["seconds_train"] == (2.0, "s")
     assert not {"bytes", "bytes_code", "clip_scale"} & found.keys()
+
+
+def test_the_lines_of_a_run_name_its_device_and_commit_wherever_they_are_written(tmp_path, capsys):
+    summary = Summary("tiny", "0" * 16, "NVIDIA H200", 1, "doc", 1000)
+    summary.commit, summary.versions = "ab" * 20 + "-dirty", {"torch": "2.11.0"}
+    recorder = Recorder("run", torch.device("cpu"), tmp_path, file="run-tiny", measured=of_run(summary))
+    recorder.add("tiny", "pgolf doc", "steps", Sample(3.0, 0.0, 1), "steps")
+    path = recorder.write()
+    line = json.loads(path.read_text())
+    assert path.name.endswith("_nvidia-h200_run-tiny.jsonl") and line["device"] == "NVIDIA H200"
+    assert (line["commit"], line["dirty"], line["versions"]) == ("ab" * 20, True, {"torch": "2.11.0"})
 
 
 def test_the_bench_of_a_step_has_segments_of_real_documents():
