@@ -194,6 +194,15 @@ class Dist:
         """Return the `values` (64-bit integers) of all ranks on every rank, by rank."""
         return self._rows(torch.tensor(values, dtype=torch.int64))
 
+    def gather_texts(self, text: str) -> list[str]:
+        """Return the texts of all ranks on every rank, by rank."""
+        own = text.encode()
+        sizes = [row[0] for row in self.gather_ints([len(own)])]
+        box = torch.zeros(max(sizes), dtype=torch.uint8)
+        box[: len(own)] = torch.tensor(list(own), dtype=torch.uint8)
+        rows = self._rows(box) if max(sizes) else [[] for _ in sizes]
+        return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
     def _rows(self, box: Tensor) -> list[list[Any]]:
         """Return the numbers of all ranks' tensors, as one list per rank."""
         if self._host is None:
@@ -220,16 +229,9 @@ class Dist:
                 raise RanksFailed(str(error))
             return
         message = brief(cause) if cause is not None else error
-        text = b"" if message is None else (str(message) or "no message").encode()
-        sizes = [row[0] for row in self.gather_ints([len(text)])]
-        if max(sizes) == 0:
-            return
-        box = torch.zeros(max(sizes), dtype=torch.uint8)
-        box[: len(text)] = torch.tensor(list(text), dtype=torch.uint8)
-        boxes = [torch.empty_like(box) for _ in sizes]
-        td.all_gather(boxes, box, group=self._host)
-        texts = [bytes(b[:n].tolist()).decode() for b, n in zip(boxes, sizes, strict=True)]
-        raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t)) from cause
+        texts = self.gather_texts("" if message is None else str(message) or "no message")
+        if any(texts):
+            raise RanksFailed("; ".join(f"rank {r} failed: {t}" for r, t in enumerate(texts) if t)) from cause
 
     # Communication between devices: tensors, in the order of the stream, without waiting on the host (CUDA).
 

@@ -1,5 +1,5 @@
 // doc_attention's Hopper kernels, run on the host (host_cuda/cuda_runtime.h), against a direct float64
-// evaluation.
+// evaluation; the drawing of tiles and their list also alone.
 #include <limits>
 #include <numeric>
 
@@ -33,6 +33,12 @@ Matrix random_matrix(int64_t count, unsigned seed, float factor = 1.0f) {
 // Filled with NaN, so that what is not written is found.
 Matrix unwritten(int64_t count) {
   return Matrix(static_cast<size_t>(count), from_float<bf16>(std::numeric_limits<float>::quiet_NaN()));
+}
+
+// A list of tiles as it may be in memory that held something else: a kernel must not count on zeros.
+std::vector<DocTile> unwritten_plan(const DocAttentionShape& shape, int size) {
+  return std::vector<DocTile>(static_cast<size_t>(doc_attention_max_tiles(shape, size) + 1),
+                              DocTile{1 << 28, 1 << 28, 1 << 28, 1 << 28});
 }
 
 // (tokens, heads, 64) in rows of `stride` elements.
@@ -77,8 +83,7 @@ void test_matches_float64(const Case& at) {
   Heads y{unwritten(tokens * of_q), of_q}, dk{unwritten(tokens * of_k), of_k}, dv = dk;
   const auto count = static_cast<size_t>(tokens * at.heads);
   std::vector<float> lse(count, NAN), delta(count, NAN), dq(count * kColumns, NAN);
-  std::vector<DocTile> plan(static_cast<size_t>(
-      doc_attention_max_tiles(shape, doc_attention_queries(static_cast<int>(ratio))) + 1));
+  std::vector<DocTile> plan = unwritten_plan(shape, doc_attention_queries(static_cast<int>(ratio)));
   doc_attention_sm90({.q = q.values.data(),
                       .k = k.values.data(),
                       .v = all.values.data() + of_q + of_k,
@@ -90,7 +95,7 @@ void test_matches_float64(const Case& at) {
                       .y = y.values.data(),
                       .lse = lse.data()},
                      shape, nullptr);
-  std::vector<DocTile> back(static_cast<size_t>(doc_attention_max_tiles(shape, kDocKeys) + 1));
+  std::vector<DocTile> back = unwritten_plan(shape, kDocKeys);
   doc_attention_backward_sm90({.q = q.values.data(),
                                .k = k.values.data(),
                                .v = all.values.data() + of_q + of_k,
@@ -174,6 +179,92 @@ void test_matches_float64(const Case& at) {
   of_dv.check_below(5e-3, name + ": dv");
 }
 
+// The list of tiles alone, which is the only part that long documents and many of them are quick enough for.
+template <bool FromFirst>
+void test_plan(const std::vector<int32_t>& lengths, int size, const std::string& what) {
+  std::vector<int32_t> starts{0};
+  for (const int32_t length : lengths) starts.push_back(starts.back() + length);
+  const DocAttentionShape shape{starts.back(), 1, 1, static_cast<int>(lengths.size()), 1.0f};
+  std::vector<DocTile> plan = unwritten_plan(shape, size);
+  launch_kernel(attention::plan_kernel<FromFirst>, {.blocks = 1, .threads = attention::kPlanThreads}, nullptr,
+                starts.data(), shape.segments, size, plan.data());
+  check(plan[0].begin == 0, what + ": no tile is drawn yet");
+  // Every token has one tile of its own document; those of a document are next to each other, the one with
+  // the most work first, and no document comes before a longer one, as far as they are told apart.
+  const auto work = [&](int begin, int end) {
+    return std::min((end - begin + size - 1) / size, attention::kPlanSizes);
+  };
+  const auto count = static_cast<size_t>(plan[0].first);
+  std::vector<bool> seen(lengths.size());
+  int longest = attention::kPlanSizes;
+  size_t at = 1;
+  int64_t tokens = 0;
+  while (at <= count) {
+    const DocTile head = plan[at];
+    const auto found = std::upper_bound(starts.begin(), starts.end(), head.begin) - starts.begin() - 1;
+    const auto document = static_cast<size_t>(found);
+    check(starts[document] == head.begin && starts[document + 1] == head.end && !seen[document],
+          what + ": a document that is there, once");
+    seen[document] = true;
+    check(work(head.begin, head.end) <= longest, what + ": the longest documents come first");
+    longest = work(head.begin, head.end);
+    const int tiles = (head.end - head.begin + size - 1) / size;
+    for (int i = 0; i < tiles; ++i, ++at) {
+      const DocTile& tile = plan[at];
+      const int first = head.begin + (FromFirst ? i : tiles - 1 - i) * size;
+      check(at <= count && tile.first == first && tile.begin == head.begin && tile.end == head.end,
+            what + ": the tiles of a document in their order");
+    }
+    tokens += head.end - head.begin;
+  }
+  check(tokens == shape.tokens, what + ": all documents that are not empty");
+}
+
+constexpr int kWalkers = 3;  // warps
+
+// taken: by warp and item, one from each lane.
+void drawing_kernel(DocTile* plan, int groups, int* taken, int items) {
+  const uint32_t drawn = shared_address(dynamic_shared());
+  if (threadIdx.x == 0) {
+    attention::Drawn{drawn}.init(kWalkers);
+    mbarrier_init_fence();
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (attention::Draw draw(plan, groups, drawn); draw.next();) continue;
+  } else if (threadIdx.x >= 32) {
+    attention::Walk walk(plan, groups, drawn);
+    while (walk.next()) {
+      check(walk.item < items, "no item after the last one");
+      check(walk.tile().first == walk.item / groups && walk.group() == walk.item % groups,
+            "its tile and group");
+      atomicAdd(taken + (static_cast<int>(threadIdx.x) / 32 - 1) * items + walk.item, 1);
+    }
+  }
+}
+
+// Drawing alone. The kernels of attention wait for a tile's queries or keys before they draw the one after
+// the next, which hides what goes wrong if more is drawn than was read.
+void test_drawing(int tiles, int groups, uint32_t seed) {
+  launch_seed = seed;
+  std::vector<DocTile> plan{DocTile{tiles, 0, 0, 0}};
+  for (int i = 0; i < tiles; ++i) plan.push_back(DocTile{i, 0, 0, 0});
+  const int items = tiles * groups;
+  std::vector<int> taken(static_cast<size_t>(kWalkers * items));
+  launch_kernel(drawing_kernel,
+                {.blocks = 2, .threads = 32 * (1 + kWalkers), .shared = attention::kDrawnBytes}, nullptr,
+                plan.data(), groups, taken.data(), items);
+  check(std::ranges::all_of(taken, [](int lanes) { return lanes == 32; }),
+        "each warp goes to each item once, with all lanes, with seed " + std::to_string(seed));
+}
+
+// Documents of 1 to 200 tokens.
+std::vector<int32_t> some_lengths(int count) {
+  std::vector<int32_t> lengths;
+  for (int i = 0; i < count; ++i) lengths.push_back(1 + i * 67 % 200);
+  return lengths;
+}
+
 }  // namespace
 }  // namespace pgolf::test
 
@@ -188,5 +279,16 @@ int main() {
           Case{{129}, 2, 1, 1.0f, 2}, Case{{1, 1, 1, 3}, 4, 1, 1.0f, 3}, Case{{97, 31}, 4, 1, 1.0f, 4},
           Case{{300, 0, 1, 70}, 4, 2, 1.0f, 5}, Case{{200}, 2, 1, 8.0f, 6}})
       test_matches_float64(at);
+    // Far more tiles than are drawn ahead, of more documents and groups than there are blocks.
+    multiprocessors = 3;
+    for (const uint32_t seed : {7u, 8u}) test_matches_float64({some_lengths(10), 4, 4, 1.0f, seed});
+    for (uint32_t seed = 0; seed < 24; ++seed) test_drawing(7, 3, seed);
+    // Lists of tiles of documents that are too long to compute here: of 256 tiles and more, which are alike,
+    // and of more documents than threads.
+    const std::vector<int32_t> lengths{48 * 256, 48 * 255, 1, 48 * 257 + 1, 0, 48 * 400, 47, 48 * 255 + 1};
+    test_plan<false>(lengths, 48, "long documents, last tile first");
+    test_plan<true>(lengths, 48, "long documents, first tile first");
+    test_plan<false>(std::vector<int32_t>(65536, 1), 96, "65,536 documents");
+    test_plan<true>(some_lengths(2500), 64, "more documents than threads");
   });
 }

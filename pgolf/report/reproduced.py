@@ -83,7 +83,8 @@ def check_code(
         return Tested("C1", "code", "untested", what)
     cuda = dist.device.type == "cuda"
     model = load_model(artifact, dist.device)
-    model.prepare(dist.device, attention=config.train.attention, compile="blocks" if cuda else "off")
+    # With any attention that runs here: that of the run may need another GPU, and only the rounding differs.
+    model.prepare(dist.device, compile="blocks" if cuda else "off")
     settings = PLAIN if way == "plain" else config.evaluate
     ours = score_as(
         way, model, folder, text, dist, batch_tokens=config.data.micro_tokens, settings=settings
@@ -138,14 +139,18 @@ def _run(
 
 
 def _settings(artifact: Path, config: Config, dist: Dist) -> dict[str, Any]:
-    """Return what the program gets as config.json: that of the run as it is, because it may be older."""
+    """Return what the program gets as config.json: that of the run, because it may be older, on this device.
+
+    Without a GPU the attention is "auto", because that of the run may need one.
+    """
     saved = artifact.with_name("config.json")
     settings: dict[str, Any] = to_dict(config)
     if saved.is_file():
         run = read_json(saved)
         same = from_dict(Config, run, where=str(saved)).evaluate == config.evaluate
         settings = run if same else {**run, "evaluate": settings["evaluate"]}
-    return {**settings, "train": {**settings["train"], "device": dist.device.type}}
+    here = {"device": dist.device.type, **({} if dist.device.type == "cuda" else {"attention": "auto"})}
+    return {**settings, "train": {**settings["train"], **here}}
 
 
 def libraries_without_pgolf(folder: Path) -> Path:

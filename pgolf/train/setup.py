@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -16,6 +18,7 @@ from pgolf.dist import Dist
 from pgolf.env import commit_name
 from pgolf.errors import MemoryAdvice, RanksFailed, RunError, UserError
 from pgolf.evaluate.validation import DataFolder
+from pgolf.model.attention import AttentionName
 from pgolf.model.gpt import GPT
 from pgolf.model.neutral import Added
 from pgolf.optim.ema import Ema
@@ -29,6 +32,8 @@ from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import passes_per_step
 from pgolf.train.weights import load_initial
 
+CompileName = Literal["off", "blocks", "model"]
+"""How the blocks are compiled, see `GPT.prepare`."""
 LESS_MEMORY = "pass a smaller --data.micro-tokens"
 """What takes less memory in a run."""
 
@@ -118,6 +123,9 @@ def set_up(config: Config, dist: Dist, *, resume: Path | None, train: bool) -> S
     # The next collective must not be entered before all ranks know that, or they would wait for that rank.
     dist.check(error)
     assert made is not None
+    agree_on_attention(made.model, dist, compile=_compiled(config, dist))
+    if made.trains or made.past is None:  # else the summary is of the machine that trained
+        made.summary.attention = made.model.attention_name
     try:
         made.memory = check_memory(config, dist, attention=made.model.attention_name)
     except UserError as e:  # by rank 0's figures, so all ranks have it; one of them is to print it
@@ -134,7 +142,7 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
     model = GPT(config.model, seed=config.train.seed).prepare(
         dist.device,
         attention=config.train.attention,
-        compile=config.train.compile if dist.device.type == "cuda" else "off",
+        compile=_compiled(config, dist),
     )
     # A run that goes on has its weights in its checkpoint, and the initial ones may be gone by then.
     begins, added, start = trains and not (past and past.checkpoint), Added(), None
@@ -152,6 +160,33 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
         summary = _taken_up(summary, past, config, trains=trains)
     new = str(added) if added.names else ""
     return SetUp(data, model, ema, optimizer, summary, past, trains, start, new)
+
+
+def _compiled(config: Config, dist: Dist) -> CompileName:
+    return config.train.compile if dist.device.type == "cuda" else "off"
+
+
+def agree_on_attention(model: GPT, dist: Dist, *, compile: CompileName) -> None:
+    """Let all ranks attend with the same kernel; every rank calls it with its prepared model.
+
+    Each rank tried the kernels by itself, and one may fail on a single GPU. Then all ranks take torch's
+    kernel, which all of them have, and the note of every model says why.
+
+    Args:
+        compile: with which the model was prepared.
+    """
+    names, notes = dist.gather_texts(model.attention_name), dist.gather_texts(model.attention_note)
+    if len(set(names)) == 1:
+        return
+    found = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(names))
+    reasons = "".join(f"; rank {rank}: {note}" for rank, note in enumerate(notes) if note)
+    together: AttentionName = "sdpa" if "sdpa" in names else "varlen"
+    model.prepare(dist.device, attention=together, compile=compile)
+    model.attention_note = (
+        f"attention is {together} on all ranks, because each by itself had {found}{reasons}"
+    )
+    if dist.is_main:
+        warnings.warn(model.attention_note, stacklevel=2)
 
 
 def _summary(config: Config, dist: Dist, model: GPT, data: DataFolder) -> Summary:

@@ -6,6 +6,7 @@ rank<r>.json and rank<r>.safetensors in FOLDER.
 
 import json
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from torch import nn
 
 from pgolf.config import MuonConfig, OptimConfig
 from pgolf.dist import Dist
+from pgolf.model.gpt import GPT
 from pgolf.optim.step import Optimizer
+from pgolf.presets import tiny
+from pgolf.train.setup import agree_on_attention
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
@@ -118,6 +122,17 @@ def replica_messages(dist):
     }
 
 
+def agreed(dist, *names):
+    """Return attention and note of a model whose ranks had attention `names[0]`, the last one `names[1]`."""
+    model = GPT(tiny().model).prepare(dist.device)
+    last = dist.rank == dist.world_size - 1
+    model.attention_name, model.attention_note = names[last], "it is new" if last else ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        agree_on_attention(model, dist, compile="off")
+    return [model.attention_name, model.attention_note, [str(w.message) for w in caught]]
+
+
 def to_device(tensors, dist):
     return {name: t.to(dist.device) for name, t in tensors.items()}
 
@@ -144,6 +159,9 @@ def main(folder, device):
         "check_one": message(dist.check, "the disk is full: \u00e9" if rank == last else None),
         "check_all": message(dist.check, f"no {rank}"),
         "check_empty": message(dist.check, "" if rank == 0 else None),
+        "texts": dist.gather_texts("\u00e9" * dist.rank),
+        "agreed": agreed(dist, "doc", "doc"),
+        "agreed_not": agreed(dist, "sdpa", "doc"),
         "replicas": replica_messages(dist),
         "is_main": dist.is_main,
         "device": dist.device.type,

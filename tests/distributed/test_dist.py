@@ -123,6 +123,20 @@ def test_check_raises_on_every_rank_and_names_the_failed_ones(ranks):
         assert seen["check_empty"] == "rank 0 failed: no message"
 
 
+def test_texts_of_any_length_are_known_to_all_ranks(ranks):
+    for seen, _ in ranks:
+        assert seen["texts"] == ["\u00e9" * rank for rank in range(len(ranks))]
+
+
+def test_ranks_that_chose_different_attention_take_torchs_together_and_rank_0_says_why(ranks):
+    last = len(ranks) - 1
+    found = ", ".join([f"sdpa on rank {r}" for r in range(last)] + [f"doc on rank {last}"])
+    note = f"attention is sdpa on all ranks, because each by itself had {found}; rank {last}: it is new"
+    for rank, (seen, _) in enumerate(ranks):
+        assert seen["agreed"] == ["doc", "it is new" if rank == last else "", []]
+        assert seen["agreed_not"] == ["sdpa", note, [note] if rank == 0 else []]
+
+
 def test_replica_check_names_tensor_and_ranks_on_every_rank(ranks):
     world = len(ranks)
     for rank, (seen, _) in enumerate(ranks):

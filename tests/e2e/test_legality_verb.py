@@ -156,6 +156,17 @@ def code_test(folder, shards):
     )
 
 
+@pytest.mark.parametrize("attention", ["doc", "fa4"])
+def test_a_run_with_the_attention_of_a_gpu_is_tested_without_one(run, shards, tmp_path, attention):
+    for file in ("model.pgolf", "evaluate_gpt.py"):
+        (tmp_path / file).write_bytes((run / file).read_bytes())
+    saved = read_json(run / "config.json")
+    saved["train"]["attention"] = attention
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    found = code_test(tmp_path, shards)
+    assert found.verdict == "ok", found.text
+
+
 def test_an_artifact_without_a_program_is_not_tested_for_that(run, shards, tmp_path):
     for file in ("model.pgolf", "config.json"):
         (tmp_path / file).write_bytes((run / file).read_bytes())

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ from pgolf.artifact.read import read_artifact
 from pgolf.cli.main import VERBS, main
 from pgolf.data.shards import read_shard, write_shard
 from pgolf.data.text import sample_paths
+from pgolf.dist import Dist
+from pgolf.presets import tiny
 from pgolf.report.summary import PHASES, Summary
 from pgolf.train import run as run_module
 from pgolf.train import weights as weights_module
+from pgolf.train.setup import set_up
 from pgolf.train.weights import load_weights, save_weights
 from tests.e2e.conftest import SMALL
 from tests.forks import Forked
@@ -400,3 +404,15 @@ def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
     assert {s.bytes for s in scores.values()} == {scores["raw"].bytes}
     # A stride of the whole context is the plain pass.
     assert abs(scores["sliding"].bpb - scores["quantized"].bpb) < 1e-6
+
+
+def test_the_summary_names_the_attention_that_the_ranks_agreed_on(shards, monkeypatch):
+    def agree(model, *_, **__):
+        model.attention_name = "varlen"
+
+    monkeypatch.setattr("pgolf.train.setup.agree_on_attention", agree)
+    config = tiny()
+    model, data = replace(config.model, vocab_size=512), replace(config.data, dir=shards)
+    config = replace(config, model=model, data=data)
+    made = set_up(config, Dist.start("cpu"), resume=None, train=True)
+    assert made.model.attention_name == made.summary.attention == "varlen"
