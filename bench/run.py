@@ -1,6 +1,7 @@
 """Result lines of a finished run, from its summary: `python -m bench.run FOLDER --case record_600s_1gpu`.
 
-Nothing is measured here: device, commit and versions are those of the run. `record` in the names of cases is the former name of the preset `pr1855`.
+Nothing is measured here: device, commit and versions are those of the run. `record` in the names of cases is
+the former name of the preset `pr1855`.
 """
 
 from __future__ import annotations
