@@ -45,6 +45,7 @@ struct Items {
 
 constexpr int kDraws = 2;  // how far ahead
 constexpr int kDrawnBytes = kDraws * (4 + 8 + 8);
+static_assert(kDraws % 2 == 0, "mbarriers of 8 bytes follow items of 4");
 
 // What was drawn, in shared memory; -1: nothing is left.
 struct Drawn {

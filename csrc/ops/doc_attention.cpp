@@ -45,6 +45,8 @@ Inputs make_inputs(const char* op, const Tensor& q, const Tensor& k, const Tenso
   check_tensor(op, "k", k, of_k, kBFloat16, q);
   check_tensor(op, "v", v, of_k, kBFloat16, q);
   check_tensor(op, "cu_seqlens", cu_seqlens, cu_seqlens.sizes(), ScalarType::Int, q);
+  PGOLF_CHECK_VALUE(shape.segments > 0 || shape.tokens == 0, op,
+                    ": cu_seqlens must begin with 0 and end with T = ", shape.tokens, ", got one number");
   return {shape, rows_apart(q), rows_apart(k), rows_apart(v), torch::stable::contiguous(cu_seqlens)};
 }
 

@@ -232,6 +232,8 @@ def _check(op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
         raise ValueError(f"{op}: cu_seqlens must be (S + 1,), got {tuple(cu_seqlens.shape)}")
     check_like(op, "cu_seqlens", cu_seqlens, tuple(cu_seqlens.shape), q, torch.int32, of="q")
+    if cu_seqlens.shape[0] == 1 and tokens > 0:
+        raise ValueError(f"{op}: cu_seqlens must begin with 0 and end with T = {tokens}, got one number")
 
 
 def _takes(q: Tensor, k: Tensor) -> bool:

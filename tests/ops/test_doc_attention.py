@@ -259,7 +259,7 @@ STARTS = torch.tensor([0, 3], dtype=torch.int32)
         ({"cu_seqlens": STARTS.long()}, TypeError, "cu_seqlens must be torch.int32, got torch.int64"),
         ({"cu_seqlens": STARTS.to("meta")}, ValueError, "cu_seqlens must be on cpu as q is, got meta"),
         ({"cu_seqlens": STARTS + 1}, ValueError, r"begin with 0, .* and end with T = 3, got \[1, 4\]"),
-        ({"cu_seqlens": STARTS[:1]}, ValueError, r"end with T = 3, got \[0\]"),
+        ({"cu_seqlens": STARTS[:1]}, ValueError, "end with T = 3, got one number"),
         (
             {"cu_seqlens": torch.tensor([0, 2, 1, 3]).int()},
             ValueError,
@@ -528,6 +528,7 @@ def test_no_documents_are_no_work_and_the_host_waits_for_nothing() -> None:
         ("delta", ones(3, 8), ValueError, r"delta must be \[8, 3\], got \[3, 8\]"),
         ("cu_seqlens", STARTS.long(), TypeError, "cu_seqlens must be Int, got Long"),
         ("cu_seqlens", STARTS[:0], ValueError, r"cu_seqlens must be \(S \+ 1,\), got \[0\]"),
+        ("cu_seqlens", STARTS[:1], ValueError, "end with T = 3, got one number"),
     ],
 )
 def test_the_operator_names_what_its_kernels_would_misread(name, value, error, message: str) -> None:
