@@ -11,6 +11,7 @@ from pgolf.artifact.read import load_model, read_state
 from pgolf.cli.main import main
 from pgolf.dist import Dist
 from pgolf.evaluate.validation import DataFolder, score_model
+from tests.e2e.conftest import SMALL
 from tests.e2e.test_code import bare
 
 
@@ -27,7 +28,8 @@ def trained(run: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     return made
 
 
-def test_it_trains_as_the_package_does(trained, run):
+def assert_alike(run: Path, trained: Path) -> None:
+    """Six steps of the program and of the package have the same losses and gradients."""
     ours, theirs = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, trained)
@@ -36,6 +38,25 @@ def test_it_trains_as_the_package_does(trained, run):
     for a, b in zip(ours, theirs, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], abs=2e-3), a["step"]
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=0.02), a["step"]
+
+
+def test_it_trains_as_the_package_does(trained, run):
+    assert_alike(run, trained)
+
+
+def test_it_makes_steps_ahead_of_the_weights_as_best_1gpu_does(run, shards, tmp_path):
+    ahead = ["--optim.ema-nesterov=0.6", "--optim.ema-nesterov-from=0", "--optim.ema-nesterov-horizon=0.3"]
+    words = ["--data", str(shards), *SMALL, *ahead, "--train.no-quantize"]
+    assert main(["train", "tiny", *words, "--out", str(tmp_path / "package")]) == 0
+    (package,) = (tmp_path / "package").iterdir()
+    (tmp_path / TRAIN.name).write_bytes(code_program(TRAIN))
+    words = ["--data", str(shards), "--config", str(package / "config.json"), "--out", "program"]
+    done = bare(TRAIN.name, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (program,) = (tmp_path / "program").iterdir()
+    assert_alike(package, program)
+    last, plain = (json.loads((f / "metrics.jsonl").read_text().splitlines()[-1]) for f in (package, run))
+    assert abs(last["loss"] - plain["loss"]) > 0.01
 
 
 def test_its_file_counts_and_is_kept_with_the_run(trained):
