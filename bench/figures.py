@@ -86,6 +86,18 @@ PANELS = (
         {"n8192_v131072_d4096_fast": "fast", "n8192_v131072_d4096_memory": "low"},
         "ms_fwd_bwd",
     ),
+    Panel(
+        "doc_attention: 98,304 tokens in documents,\n8 heads of 64, CUDA graph",
+        "doc_attention",
+        {"model": ""},
+        "ms_fwd",
+    ),
+    Panel(
+        "doc_attention_backward:\nthe same, CUDA graph",
+        "doc_attention",
+        {"model": ""},
+        "ms_bwd",
+    ),
 )
 
 NAMES = (
@@ -100,6 +112,8 @@ NAMES = (
     ("gram-newton-schulz", "gram-newton-schulz"),
     ("speedrun form", "Triton, as in modded-nanogpt"),
     ("record form", "Triton, as in the baseline script"),
+    ("torch.varlen", "torch, varlen_attn"),
+    ("flash-attn-4", "flash-attn-4"),
     ("liger", "Liger"),
     ("quack", "quack (has no cap)"),
     ("cut_cross_entropy", "Cut Cross-Entropy"),
