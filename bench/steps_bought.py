@@ -6,7 +6,7 @@ fit, where f is the fraction of the run before depth recurrence is switched on, 
 milliseconds per step before and after that. Each part is measured by another bench and read from the
 committed result files, or given here:
 
-- forward+backward: `ms_fwd_bwd` of the newest bench `step` file;
+- forward+backward: the newest `ms_fwd_bwd` of bench `step`, in whatever file;
 - Muon: `pgolf` of the newest bench `optimizer` file, for the share of one rank of `world` (as a graph with
   one rank; as launched with several ranks, whose collectives are not captured);
 - the rest of the tail (clip, AdamW, average, zero): bench `tail` of one GPU minus Muon of one GPU;
@@ -213,7 +213,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     p.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4, 8])
     p.add_argument("--baseline", default="polar_express_golf5")
-    p.add_argument("--attention", default="pgolf fa4 blocks", help="impl in the bench `step` file")
+    p.add_argument("--impl", default="pgolf", help="contender of bench `step`")
     p.add_argument("--batch-tokens", type=int, default=pr1855().data.batch_tokens)
     p.add_argument("--micro-tokens", type=int, default=pr1855().data.micro_tokens)
     p.add_argument("--seconds", type=float, default=pr1855().train.seconds)
@@ -240,13 +240,31 @@ def passes(args: argparse.Namespace) -> tuple[Value, Value]:
     """Return forward+backward of a micro-step, loop off and on, ms."""
     if args.forward_backward_ms:
         return Value(args.forward_backward_ms[0]), Value(args.forward_backward_ms[1])
-    lines = newest(args.results, "step")
-    found = [pick(lines, f"record_loop_{mode}", "ms_fwd_bwd", args.attention) for mode in ("off", "on")]
-    if found[0] is None or found[1] is None:
-        raise ValueError(
-            f"the newest bench `step` file has no {args.attention!r}; choose another --attention"
+    off, on = (newest_pass(args.results, f"record_real_{mode}", args.impl) for mode in ("off", "on"))
+    return off, on
+
+
+def newest_pass(folder: Path, case: str, impl: str) -> Value:
+    """Return the newest forward+backward of a case in any file of bench `step`, ms.
+
+    Raises:
+        ValueError: there is none; says which contenders there are.
+    """
+    lines = [
+        line
+        for path in folder.glob("*_step*.jsonl")
+        for line in map(json.loads, path.read_text().splitlines())
+        if (line["bench"], line["case"], line["metric"]) == ("step", case, "ms_fwd_bwd")
+    ]
+    own = [line for line in lines if line["impl"] == impl]
+    if not own:
+        known = (
+            ", ".join(sorted({line["impl"] for line in lines}))
+            or "none; run `python -m bench.step` on the GPU"
         )
-    return found[0], found[1]
+        raise ValueError(f"no {case} of {impl!r} in {folder}; choose another --impl: {known}")
+    last = max(own, key=lambda line: line["time"])
+    return Value(last["value"], last["spread"] / IQR / math.sqrt(max(last["n"], 1)))
 
 
 def muon_times(args: argparse.Namespace) -> dict[int, dict[str, Value]]:
@@ -316,7 +334,10 @@ def find_slope(args: argparse.Namespace) -> Slope:
         return Slope(Value(value, error).scaled(at / 100), f"given, at {at:g} steps")
     if args.runs:
         return slope_between(args.runs)
-    folders = sorted(p.parent for p in args.results.glob("*_record_600s*/metrics.jsonl"))
+    folders = sorted(
+        (p.parent for p in args.results.glob("*_600s_*/metrics.jsonl")),
+        key=lambda folder: Summary.load(folder / SUMMARY).started,
+    )
     if args.run is None and not folders:
         raise FileNotFoundError(
             f"no committed 600 s run in {args.results}; pass --run, --runs or --bpb-per-100-steps"

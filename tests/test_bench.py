@@ -12,7 +12,15 @@ from bench import muon_memory, step, ttt
 from bench.common import Recorder, Sample
 from bench.ops import bench_doc_attention
 from bench.run import figures, of_run
-from bench.steps_bought import BANKS, REST_BYTES, Setting, Value, effective_bandwidth, wire_ms
+from bench.steps_bought import (
+    BANKS,
+    REST_BYTES,
+    Setting,
+    Value,
+    effective_bandwidth,
+    newest_pass,
+    wire_ms,
+)
 from pgolf.evaluate.bpb import Score
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes
 from pgolf.presets import pr1855, tiny
@@ -77,6 +85,21 @@ def test_a_run_without_an_artifact_has_figures_but_no_bytes():
     found = figures(summary)
     assert found["bpb_raw"] == (1.5, "bits/byte") and found["seconds_train"] == (2.0, "s")
     assert not {"bytes", "bytes_code", "clip_scale"} & found.keys()
+
+
+def test_the_newest_pass_is_found_in_whatever_file(tmp_path):
+    def line(value: float, time: str, impl: str = "pgolf") -> str:
+        facts = {"bench": "step", "case": "record_real_off", "metric": "ms_fwd_bwd", "impl": impl}
+        return json.dumps({**facts, "value": value, "spread": 0.0, "n": 4, "time": time}) + "\n"
+
+    (tmp_path / "20261130_h_step-attention.jsonl").write_text(line(67.7, "b") + line(71.4, "d", "other"))
+    (tmp_path / "20261130_h_step.jsonl").write_text(line(92.2, "a"))
+    (tmp_path / "20261130_h_adam_step.jsonl").write_text(line(0.1, "e").replace('"step"', '"adam_step"'))
+    assert newest_pass(tmp_path, "record_real_off", "pgolf").value == 67.7
+    with pytest.raises(
+        ValueError, match=r"no record_real_off of 'fa4' in .*choose another --impl: other, pgolf"
+    ):
+        newest_pass(tmp_path, "record_real_off", "fa4")
 
 
 def test_the_lines_of_a_run_name_its_device_and_commit_wherever_they_are_written(tmp_path, capsys):
