@@ -12,6 +12,9 @@
 // where P^T and dS^T are operands in the registers in which they were computed, and 64 queries in dQ = dS K,
 // for which dS^T goes through shared memory, because both warpgroups need all of it. That is one barrier per
 // block of queries; two buffers take turns, so a second one is not needed.
+//
+// The tensor cores get dP^T, dV, the next block's S^T, dQ and dK in this order: exponentials of the next
+// block are computed while dQ and dK are multiplied.
 #pragma once
 
 #include "kernels/doc_attention_sm90.cuh"
