@@ -10,7 +10,7 @@ from pgolf.cli.overrides import parse_config
 from pgolf.config import Config, from_dict, to_dict
 from pgolf.model.gpt import parameter_shapes
 from pgolf.optim.schedule import context_at, ema_decay, muon_momentum
-from pgolf.presets import PRESETS, pr1787, pr1851, pr1855, pr2135
+from pgolf.presets import PRESETS, best, best_1gpu, pr1787, pr1851, pr1855, pr2135
 from pgolf.published import PUBLISHED
 
 
@@ -37,7 +37,7 @@ def test_the_coder_is_that_of_the_pull_request_where_python_has_it():
         "brotli": {
             *("pr1394", "pr1493", "pr1516", "pr1787", "pr1809", "pr1831", "pr1831_fixed", "pr1851", "pr1874")
         },
-        "range": {"best_1gpu", "pr1855", "pr2014", "pr2135", "tiny"},
+        "range": {"best_1gpu", "best", "pr1855", "pr2014", "pr2135", "tiny"},
     }
 
 
@@ -50,6 +50,13 @@ def test_pr1851_is_pr1787_with_two_changes():
         quant=replace(changed.quant, lqer="off"),
     )
     assert back == pr1787()
+
+
+def test_best_is_best_1gpu_for_eight_gpus_and_says_that_it_was_not_run(capsys):
+    assert replace(best(), name="best_1gpu") == best_1gpu() and best().data.batch_tokens == 786_432
+    assert main(["presets"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("best "))
+    assert row.endswith("for eight GPUs, with 786,432 tokens per step. Not run.")
 
 
 def test_pr2135_trains_with_2048_tokens_and_is_scored_with_2560():
@@ -97,7 +104,7 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets", "best_1gpu"]) == 0
     assert "--caseops --marker-pairs" in capsys.readouterr().out
     assert main(["presets", "pr1"]) == 2
-    assert "expected one of best_1gpu, pr1855" in capsys.readouterr().err
+    assert "expected one of best_1gpu, best, pr1855" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0
 
 
