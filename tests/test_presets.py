@@ -114,7 +114,10 @@ def test_an_unknown_name_gets_a_suggestion(tmp_path, monkeypatch, capsys):
     (tmp_path / "a-run").mkdir()
     (tmp_path / "a-run" / "config.json").write_text("{}")
     assert main(["train", "a-run"]) == 2
-    assert "a-run is the folder of a run; its settings are a-run/config.json" in capsys.readouterr().err
+    assert (
+        "a-run is the folder of a run, expected a preset or settings; pass a-run/config.json"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_schedules_of_the_log_are_a_command(capsys):

@@ -82,7 +82,9 @@ def load_base(name: str) -> Config:
         if preset_of(name):
             raise UserError(f"the preset of the pull request {name} is called {preset_of(name)}")
         if (path / "config.json").is_file():
-            raise UserError(f"{name} is the folder of a run; its settings are {path / 'config.json'}")
+            raise UserError(
+                f"{name} is the folder of a run, expected a preset or settings; pass {path / 'config.json'}"
+            )
         raise UserError(f"{name!r} is neither a preset nor a saved config.json; {preset_hint(name)}")
     return from_dict(Config, read_json(path), where=str(path))
 
