@@ -104,8 +104,27 @@ def test_the_list_has_every_preset_and_the_published_figures(capsys):
     assert main(["presets", "best_1gpu"]) == 0
     assert "--caseops --marker-pairs" in capsys.readouterr().out
     assert main(["presets", "pr1"]) == 2
-    assert "expected one of best_1gpu, best, pr1855" in capsys.readouterr().err
+    assert "no preset is called 'pr1'; did you mean pr" in capsys.readouterr().err
+    assert main(["presets", "pr1855", "pr1787"]) == 2
+    assert "expected one name of a preset, got 'pr1855 pr1787'" in capsys.readouterr().err
     assert main(["presets", "--help"]) == 0
+
+
+def test_an_unknown_name_gets_a_suggestion(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for word, meant in (("best1gpu", "best_1gpu"), ("pr185", "pr1855"), ("tny", "tiny")):
+        assert main(["train", word, "--data", "shards"]) == 2
+        error = capsys.readouterr().err
+        assert f"'{word}' is neither a preset nor a saved config.json; did you mean {meant}" in error
+    assert main(["config", "nowhere.json"]) == 2
+    assert "a saved config.json; `pgolf presets` lists the presets" in capsys.readouterr().err
+    (tmp_path / "a-run").mkdir()
+    (tmp_path / "a-run" / "config.json").write_text("{}")
+    assert main(["train", "a-run"]) == 2
+    assert (
+        "a-run is the folder of a run, expected a preset or settings; pass a-run/config.json"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_schedules_of_the_log_are_a_command(capsys):

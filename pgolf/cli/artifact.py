@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from pgolf.cli.evaluate import check_kind
 from pgolf.config import Coder
 from pgolf.errors import UserError
 
@@ -69,6 +70,7 @@ def main(argv: list[str]) -> int:
         return 0
     from pgolf.artifact.export import describe, description_text, export_artifact
 
+    check_kind(job.file)
     if isinstance(job, Export):
         if job.out.suffix != ".safetensors":
             raise UserError(f"expected a file name that ends in .safetensors, got {job.out}")

@@ -125,7 +125,7 @@ def main(argv: list[str]) -> int:
 
     if args.json is not None:
         check_output(args.json, "--json")
-    _check_kind(args.artifact)
+    check_kind(args.artifact)
     if args.legality and launch().world_size > 1:
         raise UserError(
             "--legality runs on one rank; score without torchrun, or run `pgolf legality` after it"
@@ -224,7 +224,7 @@ def _open(args: Evaluate, artifact: Artifact) -> DataFolder:
     return data_folder
 
 
-def _check_kind(path: Path) -> None:
+def check_kind(path: Path) -> None:
     """Raise UserError with advice for a path that is not an artifact, but a run folder or a checkpoint."""
     if path.is_dir():
         inside = path / "model.pgolf"

@@ -13,8 +13,8 @@ OPTIONAL = {
     "matplotlib": ("matplotlib.pyplot", "no plots; pip install 'pgolf[plot]'"),
     "flash-attn-4": (
         "pgolf.model.fa4",
-        "no train.attention=fa4, for heads on Hopper that pgolf's own attention does not take; "
-        "pip install 'pgolf[fa4]'",
+        "no train.attention=fa4, which only Hopper GPUs run, and only models need whose heads pgolf's own "
+        "attention does not take; pip install 'pgolf[fa4]'",
     ),
     "pyarrow": ("pyarrow.parquet", "no parquet input; pip install 'pgolf[parquet]'"),
     "tensorboard": (
@@ -24,6 +24,9 @@ OPTIONAL = {
     "wandb": ("wandb", "no train.track=wandb; pip install 'pgolf[wandb]'"),
 }
 """By package: the module that is imported, and what is not available without it."""
+NOTE = """
+cpu no: there PyTorch's operators compute the same. The CUDA kernels of norm_mlp and doc_attention are for
+Hopper GPUs alone; other GPUs get PyTorch's operators for them."""
 
 
 def state(peer: Peer, without: str) -> str:
@@ -65,4 +68,5 @@ def main(argv: list[str]) -> int:
     for row in rows:
         have = "  ".join(f"{kind} {'yes' if row[kind] else 'no '}" for kind in ("cpu", "cuda"))
         print(f"op             {row['op']:<{width}}{have}  {row['reason']}")
+    print(NOTE)
     return 0

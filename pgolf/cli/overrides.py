@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def preset_of(number: str) -> str:
     return name if name in PRESETS else ""
 
 
+def preset_hint(name: str) -> str:
+    """Return which presets have names like one that is unknown, and where all of them are listed."""
+    near = difflib.get_close_matches(name, PRESETS, n=3)
+    ask = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{ask}`pgolf presets` lists the presets"
+
+
 def sets(words: list[str], setting: str) -> bool:
     """Return whether the words of a command line set the dotted name `setting`."""
     flags = {f"--{setting}", f"--{setting}".replace("_", "-")}
@@ -73,10 +81,11 @@ def load_base(name: str) -> Config:
     if path.suffix != ".json" or not path.is_file():
         if preset_of(name):
             raise UserError(f"the preset of the pull request {name} is called {preset_of(name)}")
-        raise UserError(
-            f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a saved config.json; "
-            "see `pgolf config --help`"
-        )
+        if (path / "config.json").is_file():
+            raise UserError(
+                f"{name} is the folder of a run, expected a preset or settings; pass {path / 'config.json'}"
+            )
+        raise UserError(f"{name!r} is neither a preset nor a saved config.json; {preset_hint(name)}")
     return from_dict(Config, read_json(path), where=str(path))
 
 
@@ -128,7 +137,8 @@ def parse_config(verb: str, args: list[str]) -> Config:
         if args and args[0] in ("-h", "--help"):
             print(text)
             raise SystemExit(0)
-        raise UserError(f"name a preset first\n\n{text}")
+        other = ", or pass --data DIR to train best_1gpu" if verb == "train" else ""
+        raise UserError(f"name a preset first{other}\n\n{text}")
     base = load_base(args[0])
     if verb != "train":  # `pgolf train` writes the note to its log
         say(base_note(args[0]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 
-from pgolf.cli.overrides import preset_of
+from pgolf.cli.overrides import preset_hint, preset_of
 from pgolf.cli.table import align
 from pgolf.errors import UserError
 from pgolf.presets import PRESETS
@@ -32,9 +32,10 @@ def main(argv: list[str]) -> int:
         print(table())
     elif len(argv) == 1 and (argv[0] in PRESETS or preset_of(argv[0])):
         print(one(preset_of(argv[0]) or argv[0]))
+    elif len(argv) == 1:
+        raise UserError(f"no preset is called {argv[0]!r}; {preset_hint(argv[0])}")
     else:
-        names = ", ".join(PRESETS)
-        raise UserError(f"expected one of {names}, got {' '.join(argv)!r}; see pgolf presets --help")
+        raise UserError(f"expected one name of a preset, got {' '.join(argv)!r}; see pgolf presets --help")
     return 0
 
 

@@ -68,6 +68,12 @@ def test_export_holds_the_dequantized_parameters(path, state, tmp_path, capsys):
 def test_bad_files_are_one_clear_line(path, tmp_path, capsys):
     assert main(["artifact", "inspect", str(tmp_path / "nothing")]) == 2
     assert "no artifact at" in capsys.readouterr().err
+    for words in (
+        ["inspect", str(path.parent)],
+        ["export", str(path.parent), str(tmp_path / "w.safetensors")],
+    ):
+        assert main(["artifact", *words]) == 2
+        assert f"{path.parent} is a folder, expected an artifact; pass {path}" in capsys.readouterr().err
     damaged = bytearray(path.read_bytes())
     damaged[-40] ^= 1
     path.write_bytes(damaged)

@@ -85,8 +85,10 @@ def test_words_that_set_a_setting_are_found_in_both_spellings(tmp_path, monkeypa
     assert not is_preset("pr1855")
 
 
-def test_training_without_a_preset_is_pr1855(capsys):
+def test_training_without_a_preset_is_best_1gpu(capsys):
     assert main(["train", "--data", "/nowhere", "--train.device=cpu"]) == 2
     assert "/nowhere" in capsys.readouterr().err
     assert main(["config", "--data", "/nowhere"]) == 2
-    assert "name a preset first" in capsys.readouterr().err
+    assert "name a preset first\n" in capsys.readouterr().err
+    assert main(["train"]) == 2
+    assert "name a preset first, or pass --data DIR to train best_1gpu" in capsys.readouterr().err
