@@ -8,7 +8,8 @@ picked by a rule that follows imports from the program's entry, those inside of 
 syntax trees, so that what is left behaves as the whole does:
 
 1. Comments, docstrings and other bare strings are left out, and what only a type checker sees: the body of
-   `if TYPE_CHECKING`, and the types of parameters, results and variables of functions.
+   `if TYPE_CHECKING`, and the types of parameters, results and variables of functions, and of attributes of
+   classes that are no fields.
 2. A function, class or constant of a module, or a method of a class without bases, is left out if
    nothing that stays names it: as a name, an attribute, an import or in a string without spaces. Decorated
    functions (except for `WRAPPERS`) and values that are computed by a call stay as they are, because they may
@@ -328,6 +329,12 @@ class _Strip(ast.NodeTransformer):
                 argument.annotation = None
             node.returns = None
             node.body = [part for n in node.body if (part := _Untype().visit(n)) is not None]
+        return self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.AST:
+        if not node.decorator_list and "NamedTuple" not in map(ast.unparse, node.bases):
+            # Not fields, which are those of dataclasses and named tuples.
+            node.body = [n for n in node.body if not isinstance(n, ast.AnnAssign) or n.value is not None]
         return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:

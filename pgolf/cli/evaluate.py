@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from pgolf.evaluate.bpb import Score
     from pgolf.evaluate.sums import Sums
     from pgolf.evaluate.validation import DataFolder
-    from pgolf.model.gpt import GPT
+    from pgolf.model.gpt import GPT, CompileName
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
@@ -262,13 +262,15 @@ def _score(
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
     from pgolf.log import Progress
+    from pgolf.model.agree import agree_on_kernels
 
     # Compiling takes longer than a short text.
     worth = dist.device.type == "cuda" and text.tokens.size > SHORT_TEXT
     with Progress("evaluate", 1, is_main=dist.is_main) as progress:
         progress.doing = "choosing and compiling the attention"
         model = build_model(artifact, dist.device)
-        model.prepare(dist.device, compile="blocks" if worth else "off")
+        compile: CompileName = "blocks" if worth else "off"
+        agree_on_kernels(model.prepare(dist.device, compile=compile), dist, compile=compile)
     settings = args.settings
     scores: dict[str, Score] = {}
     for mode in dict.fromkeys(args.mode):
@@ -329,6 +331,7 @@ def _facts(
         "ranks": "any" if mode in ALONE else dist.world_size,
         "device": torch.cuda.get_device_name(dist.device) if cuda else "cpu",
         "attention": model.attention_name,
+        "heads": model.heads_name,
         "compiled": compiled,
         "torch": torch.__version__,
         "pgolf": f"{pgolf.__version__} {commit_name(12) or ''}".strip(),

@@ -55,7 +55,8 @@ def main(argv: list[str]) -> int:
     from pgolf.data.foreign import check_foreign
     from pgolf.dist import Dist
     from pgolf.evaluate.validation import DataFolder, score_model
-    from pgolf.model.gpt import GPT
+    from pgolf.model.agree import agree_on_kernels
+    from pgolf.model.gpt import GPT, CompileName
     from pgolf.quant.pipeline import Quantizer
     from pgolf.train.trainer import open_loader
     from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
@@ -72,9 +73,9 @@ def main(argv: list[str]) -> int:
     data_folder.validation(documents=1)  # raises now what scoring would raise in the end
     dist = Dist.start(args.device)
     try:
-        model = GPT(config.model).prepare(
-            dist.device, compile="blocks" if dist.device.type == "cuda" else "off"
-        )
+        compile: CompileName = "blocks" if dist.device.type == "cuda" else "off"
+        model = GPT(config.model).prepare(dist.device, compile=compile)
+        agree_on_kernels(model, dist, compile=compile)
         copy_parameters(model, state)
         with open_loader(config, data_folder, dist) as loader:
             quantizer = Quantizer.calibrated(model, iter(loader.next, None), config.quant, dist)

@@ -8,5 +8,5 @@ from pgolf.model.attention import attention_branch
 
 
 def select_branch(*_: Any) -> Any:
-    """Return `attention_branch`."""
-    return attention_branch
+    """Return `attention_branch` with its name."""
+    return "composed", attention_branch, ""

@@ -48,6 +48,8 @@ from pgolf.ops import linear_softcap_ce, norm_mlp, norm_mlp_ref, stream_mix
 from pgolf.ops._compiler import room_for_graphs
 
 Observe = Callable[[str, int, Tensor], None]
+CompileName = Literal["off", "blocks", "model"]
+"""How a model is compiled, see `GPT.prepare`."""
 MlpName = Literal["auto", "composed"]
 MixName = Literal["auto", "composed"]
 Rounding = Callable[[str, Tensor], Tensor]
@@ -89,6 +91,10 @@ class GPT(nn.Module):
     attention_name: AttentionName
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
+    heads_name: HeadsName
+    """What computes the heads: "auto" is `attend_heads`, "composed" torch's operators."""
+    heads_note: str
+    """A sentence that says why a trial refused `attend_heads`; otherwise empty."""
     compiled = False  # prepared to be compiled, with an attention kernel that can be in a graph
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
@@ -121,7 +127,7 @@ class GPT(nn.Module):
         device: torch.device,
         *,
         attention: AttentionName = "auto",
-        compile: Literal["off", "blocks", "model"] = "off",
+        compile: CompileName = "off",
         backend: str | Callable[..., Any] = "inductor",
         mlp: MlpName = "auto",
         mix: MixName = "composed",
@@ -156,7 +162,9 @@ class GPT(nn.Module):
         )
         self._mlp = norm_mlp if mlp == "auto" else norm_mlp_ref
         self._mix = stream_mix if mix == "auto" else None
-        self._branch = select_branch(heads, self.attention_name, self._attention, c, device)
+        self.heads_name, self._branch, self.heads_note = select_branch(
+            heads, self.attention_name, self._attention, c, device
+        )
         jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
         wanted = compile == "blocks" if threads is None else threads and compile != "model"
         self._threads = threaded(jit if compile == "blocks" else None) if wanted else None

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -194,32 +194,44 @@ def heads_branch(
 doc_branch = functools.partial(heads_branch, doc=True)
 
 
+class Heads(NamedTuple):
+    """What `select_branch` chose."""
+
+    name: HeadsName
+    """"auto": with `attend_heads`; "composed": with torch's operators."""
+    branch: Branch
+    note: str
+    """A sentence that says why a trial refused `attend_heads`; otherwise empty."""
+
+
 def select_branch(
     name: HeadsName,
     attention: AttentionName,
     kernel: AttentionKernel,
     config: ModelConfig,
     device: torch.device,
-) -> Branch:
+) -> Heads:
     """Return the function that computes attention and what is next to it.
 
-    If `name` is "auto", that is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
+    If `name` is "auto", it is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
     with torch's variable-length attention it is neither, because its forward and backward operators are
     private. Where the other kernels do not take these heads or this device, it is `attention_branch`. The
     programs that stand alone have `_no_heads.py` in place of this module.
 
-    A trial compares both first, as one does for attention; if they differ, rank 0 warns and says how.
+    A trial compares both first, as one does for attention; if they differ, the note says how, with which
+    rank 0 warns.
     """
     branches: dict[str, Branch] = {"doc": doc_branch, "fa4": heads_branch}
     branch = branches.get(attention)
     if branch is None or name == "composed" or not _takes(config):
-        return attention_branch
+        return Heads("composed", attention_branch, "")
     problem = _problem(branch, kernel, config, device)
     if not problem:
-        return branch
+        return Heads("auto", branch, "")
+    note = f"torch computes what is next to attention, because {problem}"
     if launch().rank == 0:
-        warnings.warn(f"torch computes what is next to attention, because {problem}", stacklevel=3)
-    return attention_branch
+        warnings.warn(note, stacklevel=3)
+    return Heads("composed", attention_branch, note)
 
 
 @functools.lru_cache(maxsize=8)

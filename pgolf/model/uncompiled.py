@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from pgolf.model.attention import AttentionKernel, attention_branch
+from pgolf.model.attention import AttentionKernel
 from pgolf.model.gpt import GPT
 
 
@@ -29,10 +29,14 @@ def uncompiled(
     weights = model.state_dict()
     twin.load_state_dict({n: t.clone() for n, t in weights.items()} if own else weights, assign=True)
     twin.requires_grad_(False).eval()
-    twin.prepare(model.tok_emb.device, attention=model.attention_name)
-    twin._mlp, twin._mix, twin._branch = model._mlp, model._mix, model._branch
+    # `heads_branch` attends with a kernel of its own.
+    twin.prepare(
+        model.tok_emb.device,
+        attention=model.attention_name,
+        heads=model.heads_name if kernel is None else "composed",
+    )
+    twin._mlp, twin._mix = model._mlp, model._mix
     if kernel is not None:
-        # `heads_branch` attends with a kernel of its own.
-        twin._attention, twin._branch = kernel, attention_branch
+        twin._attention = kernel
     twin.compute_dtype = model.compute_dtype
     return twin

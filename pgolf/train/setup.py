@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -18,8 +16,8 @@ from pgolf.dist import Dist
 from pgolf.env import commit_name
 from pgolf.errors import MemoryAdvice, RanksFailed, RunError, UserError
 from pgolf.evaluate.validation import DataFolder
-from pgolf.model.attention import AttentionName
-from pgolf.model.gpt import GPT
+from pgolf.model.agree import agree_on_kernels
+from pgolf.model.gpt import GPT, CompileName
 from pgolf.model.neutral import Added
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
@@ -32,8 +30,6 @@ from pgolf.train.timing import process_seconds
 from pgolf.train.trainer import passes_per_step
 from pgolf.train.weights import load_initial
 
-CompileName = Literal["off", "blocks", "model"]
-"""How the blocks are compiled, see `GPT.prepare`."""
 LESS_MEMORY = "pass a smaller --data.micro-tokens"
 """What takes less memory in a run."""
 
@@ -123,7 +119,7 @@ def set_up(config: Config, dist: Dist, *, resume: Path | None, train: bool) -> S
     # The next collective must not be entered before all ranks know that, or they would wait for that rank.
     dist.check(error)
     assert made is not None
-    agree_on_attention(made.model, dist, compile=_compiled(config, dist))
+    agree_on_kernels(made.model, dist, compile=_compiled(config, dist))
     if made.trains or made.past is None:  # else the summary is of the machine that trained
         made.summary.attention = made.model.attention_name
     try:
@@ -164,29 +160,6 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
 
 def _compiled(config: Config, dist: Dist) -> CompileName:
     return config.train.compile if dist.device.type == "cuda" else "off"
-
-
-def agree_on_attention(model: GPT, dist: Dist, *, compile: CompileName) -> None:
-    """Let all ranks attend with the same kernel; every rank calls it with its prepared model.
-
-    Each rank tried the kernels by itself, and one may fail on a single GPU. Then all ranks take torch's
-    kernel, which all of them have, and the note of every model says why.
-
-    Args:
-        compile: with which the model was prepared.
-    """
-    names, notes = dist.gather_texts(model.attention_name), dist.gather_texts(model.attention_note)
-    if len(set(names)) == 1:
-        return
-    found = ", ".join(f"{name} on rank {rank}" for rank, name in enumerate(names))
-    reasons = "".join(f"; rank {rank}: {note}" for rank, note in enumerate(notes) if note)
-    together: AttentionName = "sdpa" if "sdpa" in names else "varlen"
-    model.prepare(dist.device, attention=together, compile=compile)
-    model.attention_note = (
-        f"attention is {together} on all ranks, because each by itself had {found}{reasons}"
-    )
-    if dist.is_main:
-        warnings.warn(model.attention_note, stacklevel=2)
 
 
 def _summary(config: Config, dist: Dist, model: GPT, data: DataFolder) -> Summary:

@@ -98,6 +98,8 @@ def test_no_function_that_nothing_registers_has_types(code):
                 assert node.returns is None, f"{path}: {node.name}"
                 assert not [a for a in node.args.args if a.annotation], f"{path}: {node.name}"
     assert "max_context: int" in code["pgolf/config_model.py"]  # a field
+    assert "branch: Branch" in code["pgolf/model/blocks.py"]  # one of a named tuple
+    assert "attention_name:" not in code["pgolf/model/gpt.py"]
 
 
 def test_what_is_counted_is_what_unpacks(code, tmp_path):

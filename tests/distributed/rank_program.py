@@ -9,6 +9,7 @@ import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,10 +17,12 @@ from torch import nn
 
 from pgolf.config import MuonConfig, OptimConfig
 from pgolf.dist import Dist
+from pgolf.model.agree import agree_on_kernels
+from pgolf.model.attention import Attention, attention_branch
 from pgolf.model.gpt import GPT
+from pgolf.model.own_attention import doc_kernel
 from pgolf.optim.step import Optimizer
 from pgolf.presets import tiny
-from pgolf.train.setup import agree_on_attention
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
@@ -122,15 +125,30 @@ def replica_messages(dist):
     }
 
 
-def agreed(dist, *names):
-    """Return attention and note of a model whose ranks had attention `names[0]`, the last one `names[1]`."""
-    model = GPT(tiny().model).prepare(dist.device)
-    last = dist.rank == dist.world_size - 1
-    model.attention_name, model.attention_note = names[last], "it is new" if last else ""
-    with warnings.catch_warnings(record=True) as caught:
+def agreed(dist, first, last, problem=""):
+    """Return what a model has after its ranks agreed, and the warnings of that.
+
+    Each rank had attention `first`, and the last one `last`; there the trial of the heads found `problem`.
+    """
+    is_last = dist.rank == dist.world_size - 1
+    own, note = (last, "it is new" if last != first else "") if is_last else (first, "")
+
+    def select(name, *_, **__):
+        return Attention(own, doc_kernel, note) if name == "auto" else Attention(name, doc_kernel, "")
+
+    with (
+        patch("pgolf.model.gpt.select_attention", select),
+        patch("pgolf.model.heads._takes", lambda _: True),
+        patch("pgolf.model.heads._problem", lambda *_: problem if is_last else ""),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always")
-        agree_on_attention(model, dist, compile="off")
-    return [model.attention_name, model.attention_note, [str(w.message) for w in caught]]
+        model = GPT(tiny().model).prepare(dist.device)
+        caught.clear()
+        agree_on_kernels(model, dist, compile="off")
+    composed = model._branch is attention_branch
+    said = [str(w.message) for w in caught]
+    return [model.attention_name, model.heads_name, composed, model.attention_note, said]
 
 
 def to_device(tensors, dist):
@@ -161,7 +179,9 @@ def main(folder, device):
         "check_empty": message(dist.check, "" if rank == 0 else None),
         "texts": dist.gather_texts("\u00e9" * dist.rank),
         "agreed": agreed(dist, "doc", "doc"),
-        "agreed_not": agreed(dist, "sdpa", "doc"),
+        "other_attention": agreed(dist, "sdpa", "doc"),
+        "no_common_attention": agreed(dist, "fa4", "doc"),
+        "other_heads": agreed(dist, "doc", "doc", "the output differs"),
         "replicas": replica_messages(dist),
         "is_main": dist.is_main,
         "device": dist.device.type,

@@ -128,13 +128,25 @@ def test_texts_of_any_length_are_known_to_all_ranks(ranks):
         assert seen["texts"] == ["\u00e9" * rank for rank in range(len(ranks))]
 
 
-def test_ranks_that_chose_different_attention_take_torchs_together_and_rank_0_says_why(ranks):
+def test_ranks_that_chose_different_kernels_take_torchs_together_and_rank_0_says_why(ranks):
     last = len(ranks) - 1
-    found = ", ".join([f"sdpa on rank {r}" for r in range(last)] + [f"doc on rank {last}"])
-    note = f"attention is sdpa on all ranks, because each by itself had {found}; rank {last}: it is new"
+    trial = "torch computes what is next to attention, because the output differs"
+
+    def note(together, first, differs):
+        said = [f"rank {r} had {first}" for r in range(last)] + [f"rank {last} had {differs}"]
+        return f"attention is {together} with composed heads on all ranks, because {'; '.join(said)}"
+
+    notes = {
+        "other_attention": note("sdpa", "sdpa with composed heads", "doc with auto heads, it is new"),
+        "no_common_attention": note("varlen", "fa4 with auto heads", "doc with auto heads, it is new"),
+        "other_heads": note("doc", "doc with auto heads", f"doc with composed heads, {trial}"),
+    }
+    together = {"other_attention": "sdpa", "no_common_attention": "varlen", "other_heads": "doc"}
     for rank, (seen, _) in enumerate(ranks):
-        assert seen["agreed"] == ["doc", "it is new" if rank == last else "", []]
-        assert seen["agreed_not"] == ["sdpa", note, [note] if rank == 0 else []]
+        assert seen["agreed"] == ["doc", "auto", False, "", []]
+        for case, said in notes.items():
+            warned = [said] if rank == 0 else []
+            assert seen[case] == [together[case], "composed", True, said, warned]
 
 
 def test_replica_check_names_tensor_and_ranks_on_every_rank(ranks):

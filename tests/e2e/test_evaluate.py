@@ -7,6 +7,9 @@ import pytest
 
 from pgolf.cli.main import main
 from pgolf.errors import RunError
+from tests.ranks import run_ranks
+
+AGREE = Path(__file__).with_name("agree_program.py")
 
 
 @pytest.fixture
@@ -23,6 +26,19 @@ def test_scores_are_printed_before_a_later_way_fails(words, monkeypatch, capsys)
     assert main([*words, "--mode", "plain", "ttt"]) == 2
     out, err = capsys.readouterr()
     assert " bpb  " in out and "  plain  (first 1 documents only)" in out and "the loss is NaN" in err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "quantize"])
+def test_ranks_have_the_same_heads_although_a_trial_failed_on_one(words, run, shards, tmp_path, verb):
+    if verb == "quantize":
+        out = tmp_path / "model.pgolf"
+        words = [verb, str(run / "ema.safetensors"), f"--data={shards}", f"--out={out}", "--device=cpu"]
+    done = run_ranks(2, AGREE, *words)
+    assert done.returncode == 0, done.stderr
+    why = "torch computes what is next to attention, because the output differs"
+    note = "attention is doc with composed heads on all ranks, because rank 0 had doc with auto heads; rank 1"
+    assert done.stderr.count(f"{note} had doc with composed heads, {why}") == 1
+    assert " bpb" in done.stdout
 
 
 def test_scores_are_written_before_a_test_of_legality_fails(words, monkeypatch, capsys, tmp_path):

@@ -410,7 +410,7 @@ def test_the_summary_names_the_attention_that_the_ranks_agreed_on(shards, monkey
     def agree(model, *_, **__):
         model.attention_name = "varlen"
 
-    monkeypatch.setattr("pgolf.train.setup.agree_on_attention", agree)
+    monkeypatch.setattr("pgolf.train.setup.agree_on_kernels", agree)
     config = tiny()
     model, data = replace(config.model, vocab_size=512), replace(config.data, dir=shards)
     config = replace(config, model=model, data=data)

@@ -13,6 +13,7 @@ from pgolf.data.tokenizer import Tokenizer, train_tokenizer
 from pgolf.model.attention import attention_branch, sdpa_attention
 from pgolf.model.generate import Decoder, Sampling, draw, generate, sample, text_pieces, window_start
 from pgolf.model.gpt import GPT
+from pgolf.model.heads import Heads
 from pgolf.presets import pr1855
 from tests.model.test_gpt import BOS, SWITCHES, label, packed, randomized, small
 
@@ -66,7 +67,10 @@ def test_a_branch_with_a_kernel_of_its_own_is_left_to_whole_passes(monkeypatch):
     def branch(config, _kernel, *args, **kwargs):
         return attention_branch(config, sdpa_attention, *args, **kwargs)
 
-    monkeypatch.setattr("pgolf.model.gpt.select_branch", lambda *_: branch)
+    def select(name, *_):
+        return Heads(name, attention_branch if name == "composed" else branch, "")
+
+    monkeypatch.setattr("pgolf.model.gpt.select_branch", select)
     model, ids = randomized(small()), packed([24], 96)[0].tolist()
     torch.testing.assert_close(fed(model, ids), whole(model, ids), atol=1e-5, rtol=0)
 

@@ -230,7 +230,7 @@ def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_compose
     config = replace(small(), width=512, heads=8, kv_heads=4)
 
     def select(name, kernel, config):
-        return heads.select_branch(name, kernel, sdpa_attention, config, CPU)
+        return heads.select_branch(name, kernel, sdpa_attention, config, CPU).branch
 
     for kernel, branch in BRANCHES.items():
         assert select("auto", kernel, config) is branch
@@ -258,11 +258,11 @@ def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
     monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv[:, : k.shape[1] * k.shape[2]].view(k.shape))
     heads._problem.cache_clear()
     with pytest.warns(UserWarning, match="the output of pgolf's operators differs by .* of the norm"):
-        assert heads.select_branch("auto", "fa4", kernel, config, CPU) is attention_branch
+        assert heads.select_branch("auto", "fa4", kernel, config, CPU).branch is attention_branch
     monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv.nonsense)
     heads._problem.cache_clear()
     with pytest.warns(UserWarning, match="a trial of pgolf's operators raised AttributeError"):
-        assert heads.select_branch("auto", "fa4", kernel, config, CPU) is attention_branch
+        assert heads.select_branch("auto", "fa4", kernel, config, CPU).branch is attention_branch
     heads._problem.cache_clear()
 
 
@@ -273,9 +273,11 @@ def test_a_trial_tries_the_attention_that_was_chosen(fa4, monkeypatch):
     monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_flash_attn_fwd", fail)
     heads._problem.cache_clear()
     arguments = sdpa_attention, small(), CPU
-    assert heads.select_branch("auto", "doc", *arguments) is doc_branch
+    assert heads.select_branch("auto", "doc", *arguments) == ("auto", doc_branch, "")
     with pytest.warns(UserWarning, match="a trial of pgolf's operators raised ValueError: no flash-attn-4"):
-        assert heads.select_branch("auto", "fa4", *arguments) is attention_branch
+        name, branch, note = heads.select_branch("auto", "fa4", *arguments)
+    assert (name, branch) == ("composed", attention_branch)
+    assert note.endswith("a trial of pgolf's operators raised ValueError: no flash-attn-4")
     heads._problem.cache_clear()
 
 
