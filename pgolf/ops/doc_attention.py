@@ -15,6 +15,7 @@ Legend: `T` tokens, `H` query heads, `G` kv heads, `K` head dim, `S` documents.
 from __future__ import annotations
 
 import itertools
+import warnings
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ def doc_attention(
     Equals `doc_attention_ref`. The kernels take bfloat16 with K = 64 and H / G = 1, 2 or 4, on Hopper GPUs.
     They multiply in bfloat16, to which they round p, and add in float32. Both results can be differentiated
     once, by torch.autograd, see `doc_attention_backward`. Everything else, and all of it under autocast, is
-    computed by the reference. The kernels do not read `cu_seqlens` on the host, and work under torch.compile
-    and in CUDA graphs.
+    computed by the reference, which is slow; on a GPU a warning says so. The kernels do not read `cu_seqlens`
+    on the host, and work under torch.compile and in CUDA graphs.
 
     Args:
         q: `(T, H, K)` floating point.
@@ -65,6 +66,8 @@ def doc_attention(
     """
     _check("doc_attention", q, k, v, cu_seqlens, scale)
     if not _takes(q, k):
+        if q.is_cuda:
+            _warn_of_reference("doc_attention", q, k)
         return doc_attention_ref(q, k, v, cu_seqlens, scale)
     refuse_transforms("doc_attention", q, k, v, reference="doc_attention_ref")
     y, lse = torch.ops.pgolf.doc_attention(q, k, v, cu_seqlens, _scale(scale, q))
@@ -144,6 +147,8 @@ def doc_attention_backward(
         check_like(op, name, tensor, (q.shape[1], q.shape[0]), q, wide, of="q")
     arguments = grad, q, k, v, y, lse, cu_seqlens, _scale(scale, q), delta
     if not _takes(q, k):
+        if q.is_cuda:
+            _warn_of_reference(op, q, k)
         return doc_attention_backward_ref(*arguments)
     refuse_transforms(op, grad, q, k, v, y, lse)
     dq, dk, dv = torch.ops.pgolf.doc_attention_backward(*arguments)
@@ -245,6 +250,20 @@ def _takes(q: Tensor, k: Tensor) -> bool:
         and q.shape[1] in [k.shape[1] * n for n in HEADS_PER_GROUP]
         and has_kernels("doc_attention", device.type, device.index)
         and not torch.is_autocast_enabled(device.type)
+    )
+
+
+def _warn_of_reference(op: str, q: Tensor, k: Tensor) -> None:
+    """Say, once at each place, that the kernels do not take this problem on a GPU, where that is slow."""
+    *some, last = map(str, HEADS_PER_GROUP)
+    given = f"{q.dtype}, {q.shape[1]} heads of {q.shape[2]} columns, {k.shape[1]} kv heads"
+    device = torch.cuda.get_device_name(q.device) if q.is_cuda else q.device.type
+    autocast = ", under autocast" if torch.is_autocast_enabled(q.device.type) else ""
+    warnings.warn(
+        f"{op} is computed by its reference, one document after another, which is slow. The kernels take "
+        f"bfloat16, heads of {HEAD_DIM} columns, and {', '.join(some)} or {last} of them per kv head, on "
+        f"Hopper GPUs and outside of autocast; got {given} on {device}{autocast}. Use another attention",
+        stacklevel=3,
     )
 
 

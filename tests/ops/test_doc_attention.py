@@ -94,6 +94,24 @@ def gradients(fn: Callable, problem: Problem, scale: float | None = None) -> dic
     return dict(zip(NAMES, fn(grad, q, k, v, y, lse, cu_seqlens, scale), strict=True))
 
 
+def test_a_warning_says_why_the_kernels_are_not_used_and_what_they_take() -> None:
+    q, k = torch.zeros(3, 12, 128, dtype=torch.half), torch.zeros(3, 4, 128, dtype=torch.half)
+    with pytest.warns(UserWarning) as found, torch.autocast("cpu"):
+        MODULE._warn_of_reference("doc_attention", q, k)
+    (warning,) = (str(w.message) for w in found)
+    assert "take bfloat16, heads of 64 columns, and 1, 2 or 4 of them per kv head, on Hopper GPUs" in warning
+    assert "got torch.float16, 12 heads of 128 columns, 4 kv heads on cpu, under autocast" in warning
+
+
+@requires_gpu
+def test_the_reference_on_a_gpu_is_not_silent() -> None:
+    problem = make([5, 3], 2, 1, 32)
+    with pytest.warns(UserWarning, match="doc_attention is computed by its reference"):
+        doc_attention(*problem[:4])
+    with pytest.warns(UserWarning, match="doc_attention_backward is computed by its reference"):
+        gradients(doc_attention_backward, problem)
+
+
 # ---- The references.
 
 
@@ -550,6 +568,7 @@ def test_the_operator_names_what_its_kernels_would_misread(name, value, error, m
 
 
 @requires_gpu
+@pytest.mark.filterwarnings("ignore:doc_attention_backward is computed by its reference")
 def test_what_the_kernels_do_not_take_is_computed_by_the_reference_on_cuda() -> None:
     for heads, width, dtype in ((8, 32, torch.bfloat16), (12, 64, torch.bfloat16), (8, 64, torch.float32)):
         problem = make([11, 0, 300, 1], heads, width=width, dtype=dtype)
