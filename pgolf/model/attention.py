@@ -99,7 +99,7 @@ def fa4_problem(device: torch.device, heads: int, kv_heads: int, head_dim: int) 
     tokens. The trial compiles the same kernels that the model will use.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return "needs a Hopper GPU"
+        return "no Hopper GPU"
     peer = find_fa4()
     return peer.problem or _trial(peer.found, device, heads, kv_heads, head_dim)
 
