@@ -85,7 +85,7 @@ def newest(folder: Path, bench: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: there is none; says which command writes one.
     """
-    # <day>_<device>_<bench>.jsonl; `step` is not the end of `adam_step`.
+    # <day>_<device>_<bench>.jsonl, where <bench> is not only the end of another name.
     found = sorted(p for p in folder.glob(f"*_{bench}.jsonl") if p.stem.split("_", 2)[2:] == [bench])
     if not found:
         raise FileNotFoundError(
@@ -95,11 +95,16 @@ def newest(folder: Path, bench: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in found[-1].read_text().splitlines()]
 
 
+def measured(line: dict[str, Any]) -> Value:
+    """Return the median of a result line with its standard error."""
+    return Value(line["value"], line["spread"] / IQR / math.sqrt(max(line["n"], 1)))
+
+
 def pick(lines: Sequence[dict[str, Any]], case: str, metric: str, impl: str) -> Value | None:
     """Return the measurement of a case, or None."""
     for line in lines:
         if (line["case"], line["metric"]) == (case, metric) and line["impl"].startswith(impl):
-            return Value(line["value"], line["spread"] / IQR / math.sqrt(max(line["n"], 1)))
+            return measured(line)
     return None
 
 
@@ -263,8 +268,7 @@ def newest_pass(folder: Path, case: str, impl: str) -> Value:
             or "none; run `python -m bench.step` on the GPU"
         )
         raise ValueError(f"no {case} of {impl!r} in {folder}; choose another --impl: {known}")
-    last = max(own, key=lambda line: line["time"])
-    return Value(last["value"], last["spread"] / IQR / math.sqrt(max(last["n"], 1)))
+    return measured(max(own, key=lambda line: line["time"]))
 
 
 def muon_times(args: argparse.Namespace) -> dict[int, dict[str, Value]]:
@@ -277,8 +281,7 @@ def muon_times(args: argparse.Namespace) -> dict[int, dict[str, Value]]:
         variant, world = line["case"].rsplit("_w", 1)
         metric = "ms_graph" if world == "1" else "ms_launched"
         if line["impl"] == "pgolf" and line["metric"] == metric and int(world) in args.worlds:
-            error = line["spread"] / IQR / math.sqrt(line["n"])
-            times.setdefault(int(world), {})[variant] = Value(line["value"], error)
+            times.setdefault(int(world), {})[variant] = measured(line)
     return times
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pgolf.errors import RunError
 from pgolf.ops._hopper import has_kernels
-from pgolf.ops.doc_attention import HEAD_DIM, HEADS_PER_GROUP, doc_attention
+from pgolf.ops.doc_attention import HEAD_DIM, HEADS_PER_GROUP, HEADS_TAKEN, doc_attention
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 Trial = Callable[[Kernel, torch.device, int, int, int], str]
@@ -52,11 +52,9 @@ def choose_own(
     if not problem:
         return doc_kernel, []
     if name == "doc":
-        *some, last = map(str, HEADS_PER_GROUP)
         raise RunError(
-            f"train.attention=doc needs a Hopper GPU, a pgolf built with nvcc, heads of {HEAD_DIM} columns, "
-            f"and {', '.join(some)} or {last} of them per kv head (here: {problem}); use "
-            "train.attention=auto, which takes another kernel where this one cannot run"
+            f"train.attention=doc needs a Hopper GPU, a pgolf built with nvcc, {HEADS_TAKEN} (here: "
+            f"{problem}); use train.attention=auto, which takes another kernel where this one cannot run"
         )
     return None, [] if lacking else [f"pgolf's own is {problem}"]
 

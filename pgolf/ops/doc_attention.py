@@ -28,6 +28,9 @@ from pgolf.ops._hopper import has_kernels
 
 HEAD_DIM, HEADS_PER_GROUP = 64, (1, 2, 4)
 """K and H / G that the kernels take."""
+_COUNTS = f"{', '.join(map(str, HEADS_PER_GROUP[:-1]))} or {HEADS_PER_GROUP[-1]}"
+HEADS_TAKEN = f"heads of {HEAD_DIM} columns, and {_COUNTS} of them per kv head"
+"""The same in words."""
 
 
 def doc_attention(
@@ -255,14 +258,13 @@ def _takes(q: Tensor, k: Tensor) -> bool:
 
 def _warn_of_reference(op: str, q: Tensor, k: Tensor) -> None:
     """Say, once at each place, that the kernels do not take this problem on a GPU, where that is slow."""
-    *some, last = map(str, HEADS_PER_GROUP)
     given = f"{q.dtype}, {q.shape[1]} heads of {q.shape[2]} columns, {k.shape[1]} kv heads"
     device = torch.cuda.get_device_name(q.device) if q.is_cuda else q.device.type
     autocast = ", under autocast" if torch.is_autocast_enabled(q.device.type) else ""
     warnings.warn(
         f"{op} is computed by its reference, one document after another, which is slow. The kernels take "
-        f"bfloat16, heads of {HEAD_DIM} columns, and {', '.join(some)} or {last} of them per kv head, on "
-        f"Hopper GPUs and outside of autocast; got {given} on {device}{autocast}. Use another attention",
+        f"bfloat16, {HEADS_TAKEN}, on Hopper GPUs and outside of autocast; got {given} on "
+        f"{device}{autocast}. Use another attention",
         stacklevel=3,
     )
 
