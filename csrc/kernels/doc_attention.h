@@ -36,6 +36,11 @@ inline int64_t doc_attention_max_tiles(const DocAttentionShape& shape, int size)
   return shape.tokens / size + shape.segments;
 }
 
+// Flags of the backward pass: one for each group of each of its tiles.
+inline int64_t doc_attention_flags(const DocAttentionShape& shape) {
+  return doc_attention_max_tiles(shape, kDocKeys) * shape.groups;
+}
+
 // Queries of a tile of the forward pass, for `ratio` heads per group, which divides 4.
 PGOLF_HOST_DEVICE constexpr int doc_attention_queries(int ratio) { return 192 / ratio; }
 
@@ -63,6 +68,7 @@ struct DocAttentionBackward {
   const int32_t* documents;  // (segments + 1) starts, the last one `tokens`
   float* delta;              // (heads, tokens); scratch if y is given
   DocTile* plan;             // scratch: doc_attention_max_tiles(kDocKeys) + 1
+  uint32_t* filled;          // scratch: doc_attention_flags
   float* dq;                 // (tokens, heads, 64) row-major out, 16-byte aligned, float32
   bf16 *dk, *dv;             // (tokens, groups, 64) row-major out, 16-byte aligned
 };

@@ -3,6 +3,10 @@
 // A block takes a tile at a time, 128 keys of a document and of one group, and walks over the queries from
 // there to the end of the document, 128 at a time, for each head of the group. dk and dv stay in registers.
 // dq is added in memory by the copy engine, in float32: a document is short enough for its dq to stay in L2.
+// For the same reason the zeros to which it is added are written here and not by a kernel before this one:
+// each block writes those of its tile as soon as it has drawn it, one tile ahead, and sets a flag. A tile
+// adds to its own rows and to later ones of its document, whose tiles were drawn before it, so no block waits
+// for one that waits for it.
 //
 // Producer warps copy queries and upstream gradients through rings. Each of two warpgroups of consumers
 // owns 64 keys in
@@ -26,19 +30,21 @@ constexpr int kConsumers = 2;    // warpgroups
 constexpr int kThreads = (1 + kConsumers) * kGroup;
 constexpr int kQueryStages = 3;
 constexpr int kGradStages = 2;  // they are free earlier than queries
-constexpr int kConsumerRegisters = 240;
-constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 232;
+constexpr int kProducerRegisters = 40;
 static_assert(registers_fit(kConsumers, kConsumerRegisters, kProducerRegisters));
 constexpr int kRows = kTile / kConsumers;       // of a warpgroup
 constexpr int kTileBytes = kTile * kWidth * 2;  // 128 rows of 128 bytes
 constexpr int kScoreBytes = kTile * kTile * 2;  // two such tiles: 64 queries each, a row per key
 constexpr int kPartBytes = kRows * kWidth * 4;  // dq of a warpgroup
+constexpr int kZeroBytes = kPartBytes / 2;      // 64 rows of 32 columns of dq
 constexpr int kNumberBytes = kTile * 4;         // a float per query
 constexpr uint32_t kQueriesAt = 2 * kTileBytes;
 constexpr uint32_t kGradsAt = kQueriesAt + kQueryStages * kTileBytes;
 constexpr uint32_t kScoresAt = kGradsAt + kGradStages * kTileBytes;
 constexpr uint32_t kPartsAt = kScoresAt + kGradStages * kScoreBytes;
-constexpr uint32_t kLogSumsAt = kPartsAt + kConsumers * kPartBytes;
+constexpr uint32_t kZerosAt = kPartsAt + kConsumers * kPartBytes;
+constexpr uint32_t kLogSumsAt = kZerosAt + kZeroBytes;
 constexpr uint32_t kDeltasAt = kLogSumsAt + kQueryStages * kNumberBytes;
 constexpr uint32_t kBarriersAt = kDeltasAt + kGradStages * kNumberBytes;
 constexpr int kBarriers = 2 + 2 * (kQueryStages + kGradStages);
@@ -50,6 +56,8 @@ struct Args {
   DocTile* plan;
   const float* lse;
   const float* delta;
+  uint32_t* filled;  // an item's rows of dq are zeros
+  float* dq;
   bf16 *dk, *dv;
   int tokens, groups, ratio;  // heads per group
   float scale;
@@ -66,6 +74,7 @@ struct Shared {
   __device__ uint32_t grads(int stage) const { return base + kGradsAt + stage * kTileBytes; }
   __device__ uint32_t scores(int buffer) const { return base + kScoresAt + buffer * kScoreBytes; }
   __device__ uint32_t part(int group) const { return base + kPartsAt + group * kPartBytes; }
+  __device__ uint32_t zeros() const { return base + kZerosAt; }
   // A float per query, from offset `at` on.
   __device__ float* row(uint32_t at, int stage) const {
     return reinterpret_cast<float*>(shared_pointer(base + at + stage * kNumberBytes));
@@ -108,7 +117,7 @@ __device__ __forceinline__ void with_numbers(const float* numbers, const Place& 
 // Producers: one warp copies queries, one upstream gradients, one keys and values.
 
 // Copies a block of queries, or of upstream gradients, for each step of the consumers, and a number per
-// query.
+// query. Queries come when there are zeros to which the step can add their dq.
 template <bool Grads>
 __device__ void produce(const Args& args, const Shared& shared, const CUtensorMap* map) {
   constexpr uint32_t kTiles = Grads ? kGradsAt : kQueriesAt, kNumbers = Grads ? kDeltasAt : kLogSumsAt;
@@ -121,6 +130,7 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
   while (walk.next()) {
     const DocTile tile = walk.tile();
     int head = walk.group() * args.ratio;
+    const uint32_t* filled = args.filled + walk.item;  // of the tile of keys in the place of the queries
     // As many steps as the consumers have: all heads of a block of queries, then the next block.
     for (int first = tile.first, left = args.ratio; first < tile.end; ++head) {
       // Before the wait, so that they are there after it.
@@ -129,6 +139,12 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
       PGOLF_UNROLL
       for (int i = 0; i < kTile / 32; ++i) {
         number[i] = first + lane + 32 * i < tile.end ? kFactor * source[lane + 32 * i] : kOutside;
+      }
+      if constexpr (!Grads) {
+        if (left == args.ratio) {
+          wait_for(filled, 1);
+          filled -= args.groups;
+        }
       }
       const uint32_t full = Grads ? shared.grads_full(at.stage) : shared.queries_full(at.stage);
       mbarrier_wait(Grads ? shared.grads_empty(at.stage) : shared.queries_empty(at.stage), at.phase ^ 1);
@@ -150,13 +166,36 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
   }
 }
 
+// Writes zeros to the item's rows of dq.
+__device__ __forceinline__ void fill_dq(const Args& args, const Shared& shared, const CUtensorMap* map,
+                                        const DocTile& tile, int head) {
+  int first = tile.first;
+  const int end = min(first + kTile, tile.end);
+  for (; first + kRows <= end; first += kRows) {
+    for (int i = 0; i < args.ratio; ++i) {
+      tma_store(map, shared.zeros(), 0, head + i, first);
+      tma_store(map, shared.zeros(), 32, head + i, first);
+    }
+  }
+  // The next document's rows may be sums already.
+  float* to = args.dq + (static_cast<int64_t>(first) * args.groups * args.ratio + head) * kWidth;
+  for (; first < end; ++first, to += args.groups * args.ratio * kWidth)
+    bulk_store(to, shared.zeros(), args.ratio * kWidth * 4);
+  tma_store_commit();
+  tma_store_wait();
+  fence_proxy();
+}
+
+// One thread. It draws each item when the one before it begins, not earlier: others may wait for its zeros.
 inline __device__ void produce_keys(const Args& args, const Shared& shared, const CUtensorMap* keys,
-                                    const CUtensorMap* values) {
+                                    const CUtensorMap* values, const CUtensorMap* dq) {
   uint32_t phase = 0;
   Draw draw(args.plan, args.groups, shared.drawn());
-  while (draw.next()) {
+  for (; draw.next(); draw.ask()) {
     const DocTile tile = draw.tile();
     const int group = draw.group();
+    fill_dq(args, shared, dq, tile, group * args.ratio);
+    release_add(args.filled + draw.item, 1);
     mbarrier_wait(shared.keys_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.keys_full(), 2 * kTileBytes);
     tma_load_3d(shared.keys(), keys, shared.keys_full(), 0, group, tile.first);
@@ -303,6 +342,7 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
       named_sync(1, kConsumers * kGroup);
       wgmma_wait<1>();
       wgmma_keep_order(dv);
+      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.grads_empty(of_grads.stage));
       float dq[32];
       wgmma_fence();
@@ -328,8 +368,10 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
       add_dq(dq, shared, dq_map, args.scale, this_head, this_first + at.group * kRows, at);
       wgmma_wait<0>();
       wgmma_keep_order(dk);
+      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.queries_empty(this_stage));
     } while (first < tile.end);
+    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty());
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) dk[i] *= args.scale;
@@ -355,6 +397,9 @@ __global__ void __launch_bounds__(kThreads, 1)
            const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
            const __grid_constant__ CUtensorMap dq, const __grid_constant__ Args args) {
   const Shared shared(shared_address(dynamic_shared()));
+  for (int at = static_cast<int>(threadIdx.x) * 16; at < kZeroBytes; at += kThreads * 16)
+    *reinterpret_cast<uint4*>(shared_pointer(shared.zeros() + at)) = make_uint4(0, 0, 0, 0);
+  fence_proxy_shared();
   if (threadIdx.x == 0) {
     constexpr int kWarps = kConsumers * 4;
     mbarrier_init(shared.keys_full(), 1);
@@ -384,7 +429,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else if (threadIdx.x < 64) {
       produce<true>(args, shared, &grads);
     } else if (threadIdx.x == 64) {
-      produce_keys(args, shared, &keys, &values);
+      produce_keys(args, shared, &keys, &values, &dq);
     }
   } else {
     registers_raise<kConsumerRegisters>();

@@ -83,6 +83,7 @@ inline __device__ void produce(const Args& args, const Shared& shared, const CUt
   while (draw.next()) {
     const DocTile tile = draw.tile();
     const int group = draw.group();
+    draw.ask();
     mbarrier_wait(shared.queries_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.queries_full(), kQueryBytes);
     for (int part = 0; part < kConsumers; ++part) {
@@ -216,6 +217,7 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
     begin_scores(s, q, shared.keys(ring.stage));
     wgmma_wait<0>();
     wgmma_keep_order(s);
+    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty(ring.stage));
     mask_scores(s, offset, each - 1, at);
     exponentials(s, state, shrink, factor);
@@ -230,11 +232,13 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
       begin_outputs(o, p, shared.values(ring.stage));
       wgmma_wait<1>();
       wgmma_keep_order(s);
+      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.keys_empty(next.stage));
       if (offset + kKeys > 1) mask_scores(s, offset, each - 1, at);
       const bool shrinks = exponentials(s, state, shrink, factor);
       wgmma_wait<0>();
       wgmma_keep_order(o);
+      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
       if (shrinks) {
         PGOLF_UNROLL
@@ -247,6 +251,7 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
     begin_outputs(o, p, shared.values(ring.stage));
     wgmma_wait<0>();
     wgmma_keep_order(o);
+    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
     ring.advance();
 

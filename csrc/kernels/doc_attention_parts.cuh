@@ -10,15 +10,15 @@ inline constexpr int kPlanThreads = 1024;
 inline constexpr int kPlanSizes = 256;  // documents of as many tiles or more are alike
 
 // Writes the number of tiles, zero for how many are drawn, and then the tiles of all documents, of at most
-// `size` tokens each. Those of a document are next to each other, so that blocks which draw them one after
-// another read the same rows, from L2. The longest documents come first, and of each the tile with the most
-// work, so that all blocks end at about the same time: that is its last one, or, `FromFirst`, its first one.
-// One block.
-template <bool FromFirst>
+// `size` tokens each, and zeros for `flags` flags. Tiles of a document are next to each other, the last one
+// first, so that blocks which draw them one after another read the same rows, from L2. The longest documents
+// come first, so that all blocks end at about the same time. One block.
 __global__ void __launch_bounds__(kPlanThreads)
-    plan_kernel(const int32_t* __restrict__ documents, int segments, int size, DocTile* __restrict__ plan) {
+    plan_kernel(const int32_t* __restrict__ documents, int segments, int size, DocTile* __restrict__ plan,
+                uint32_t* __restrict__ flag, int64_t flags) {
   __shared__ int place[kPlanSizes];  // of each number of tiles: their sum, then the place of the next one
   const int thread = static_cast<int>(threadIdx.x);
+  for (int64_t i = thread; i < flags; i += kPlanThreads) flag[i] = 0;
   if (thread < kPlanSizes) place[thread] = 0;
   __syncthreads();
   const auto each_document = [&](const auto& body) {
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kPlanThreads)
   each_document([&](int begin, int end, int tiles, int* next) {
     DocTile* const own = plan + 1 + atomicAdd(next, tiles);
     for (int i = 0; i < tiles; ++i) {
-      own[i] = DocTile{begin + (FromFirst ? i : tiles - 1 - i) * size, begin, end, 0};
+      own[i] = DocTile{begin + (tiles - 1 - i) * size, begin, end, 0};
     }
   });
 }

@@ -12,12 +12,11 @@ namespace {
 using attention::head_map;
 using attention::kWidth;
 
-// The list of tiles of `size` tokens.
-template <bool FromFirst>
-void plan(const int32_t* documents, const DocAttentionShape& shape, int size, DocTile* plan,
-          CUstream_st* stream) {
-  launch_kernel(attention::plan_kernel<FromFirst>, {.blocks = 1, .threads = attention::kPlanThreads}, stream,
-                documents, shape.segments, size, plan);
+// The list of tiles of `size` tokens, and zeros for as many flags.
+void plan(const int32_t* documents, const DocAttentionShape& shape, int size, DocTile* plan, uint32_t* flag,
+          int64_t flags, CUstream_st* stream) {
+  launch_kernel(attention::plan_kernel, {.blocks = 1, .threads = attention::kPlanThreads}, stream, documents,
+                shape.segments, size, plan, flag, flags);
 }
 
 Grid piece_grid(const DocAttentionShape& shape) {
@@ -50,7 +49,7 @@ void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape
                         CUstream_st* stream) {
   if (shape.tokens == 0) return;
   const int ratio = shape.heads / shape.groups, queries = doc_attention_queries(ratio);
-  plan<false>(args.documents, shape, queries, args.plan, stream);
+  plan(args.documents, shape, queries, args.plan, nullptr, 0, stream);
   const attention::forward::Args own{.plan = args.plan,
                                      .y = args.y,
                                      .lse = args.lse,
@@ -68,9 +67,7 @@ void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape
 void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,
                                  CUstream_st* stream) {
   if (shape.tokens == 0) return;
-  PGOLF_CUDA_CHECK(cudaMemsetAsync(
-      args.dq, 0, static_cast<size_t>(shape.tokens * shape.heads) * kWidth * sizeof(float), stream));
-  plan<true>(args.documents, shape, kDocKeys, args.plan, stream);
+  plan(args.documents, shape, kDocKeys, args.plan, args.filled, doc_attention_flags(shape), stream);
   if (args.y != nullptr) {
     launch_kernel(attention::delta_kernel, piece_grid(shape), stream, args.grad, args.grad_stride, args.y,
                   args.delta, shape.tokens, shape.heads);
@@ -78,6 +75,8 @@ void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAtte
   const attention::backward::Args own{.plan = args.plan,
                                       .lse = args.lse,
                                       .delta = args.delta,
+                                      .filled = args.filled,
+                                      .dq = args.dq,
                                       .dk = args.dk,
                                       .dv = args.dv,
                                       .tokens = static_cast<int>(shape.tokens),

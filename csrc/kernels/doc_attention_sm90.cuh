@@ -74,6 +74,7 @@ struct Walk : Items {
   __device__ bool next() {
     mbarrier_wait(drawn.full(), drawn.phase());
     item = __shfl_sync(0xffffffffu, drawn.item(), 0);
+    __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(drawn.empty());
     ++drawn.draws;
     return item >= 0;
@@ -83,9 +84,11 @@ struct Walk : Items {
 struct Draw : Items {
   Drawn drawn;
   int *counter, count;
-  int ready = static_cast<int>(blockIdx.x);  // the next item, asked for in time
+  int ready = static_cast<int>(blockIdx.x);
   __device__ Draw(DocTile* plan, int groups, uint32_t drawn)
       : Items(plan, groups), drawn{drawn}, counter(&plan->begin), count(plan->first * groups) {}
+  // Asks for the item after this one, which takes a while. Before each next() but the first.
+  __device__ void ask() { ready = static_cast<int>(gridDim.x) + atomicAdd(counter, 1); }
   // Draws the next item; false if there is none. One thread.
   __device__ bool next() {
     item = ready < count ? ready : -1;
@@ -93,7 +96,6 @@ struct Draw : Items {
     drawn.item() = item;
     mbarrier_arrive(drawn.full());
     ++drawn.draws;
-    if (item >= 0) ready = static_cast<int>(gridDim.x) + atomicAdd(counter, 1);
     return item >= 0;
   }
 };

@@ -214,15 +214,6 @@ struct Cursor {
   }
 };
 
-// Waits until the tiles that a task needs are in memory. Polls, as the flag comes from other blocks. The
-// fence orders the copies that follow, which go through another proxy, after the acquiring load.
-__device__ __forceinline__ void wait_for(const uint32_t* done, uint32_t need) {
-  for (uint32_t polls = 0; load_acquire(done) < need; ++polls) {
-    if (polls == kMaxPolls) give_up();
-  }
-  fence_proxy();
-}
-
 __device__ void feed_a(const Plan& plan, uint32_t base, char* shared, int tasks) {
   Cursor<RingA, kASlots> cursor;
   int run = 0;

@@ -154,6 +154,14 @@ __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t share
                : "memory");
 }
 
+// Copies `bytes`, a multiple of 16, from shared memory to 16-byte aligned memory. Joins the thread's open
+// group.
+__device__ __forceinline__ void bulk_store(void* to, uint32_t shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared),
+               "r"(bytes)
+               : "memory");
+}
+
 // Adds a box of floats to those of the tensor, in no stated order with other additions.
 __device__ __forceinline__ void tma_add(const CUtensorMap* map, uint32_t shared, int x, int y, int z) {
   asm volatile(
@@ -208,6 +216,15 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* counter) {
   uint32_t value;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
+}
+
+// Waits until a counter that other blocks add to has reached `need`. The fence orders copies that follow,
+// which go through another proxy, after the acquiring load.
+__device__ __forceinline__ void wait_for(const uint32_t* counter, uint32_t need) {
+  for (uint32_t polls = 0; load_acquire(counter) < need; ++polls) {
+    if (polls == kMaxPolls) give_up();
+  }
+  fence_proxy();
 }
 
 // Two floats rounded to nearest even, x in the lower half.

@@ -97,6 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   const Tensor out = prepared(y), sums = torch::stable::contiguous(lse), plan = make_plan(in, kDocKeys);
   const Tensor along = delta ? torch::stable::contiguous(*delta)
                              : torch::stable::new_empty(q, {shape.heads, shape.tokens}, kFloat);
+  const Tensor filled = torch::stable::new_empty(in.documents, {doc_attention_flags(shape)});
   const Tensor dq = torch::stable::new_empty(q, {shape.tokens, shape.heads, kDocWidth}, kFloat);
   const Tensor dk = torch::stable::new_empty(q, {shape.tokens, shape.groups, kDocWidth});
   const Tensor dv = torch::stable::new_empty(q, {shape.tokens, shape.groups, kDocWidth});
@@ -113,6 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
                                .documents = const_pointer<int32_t>(in.documents),
                                .delta = mutable_pointer<float>(along),
                                .plan = mutable_pointer<DocTile>(plan),
+                               .filled = mutable_pointer<uint32_t>(filled),
                                .dq = mutable_pointer<float>(dq),
                                .dk = mutable_pointer<bf16>(dk),
                                .dv = mutable_pointer<bf16>(dv)},

@@ -96,6 +96,7 @@ void test_matches_float64(const Case& at) {
                       .lse = lse.data()},
                      shape, nullptr);
   std::vector<DocTile> back = unwritten_plan(shape, kDocKeys);
+  std::vector<uint32_t> filled(static_cast<size_t>(doc_attention_flags(shape)), 7);
   doc_attention_backward_sm90({.q = q.values.data(),
                                .k = k.values.data(),
                                .v = all.values.data() + of_q + of_k,
@@ -109,6 +110,7 @@ void test_matches_float64(const Case& at) {
                                .documents = starts.data(),
                                .delta = delta.data(),
                                .plan = back.data(),
+                               .filled = filled.data(),
                                .dq = dq.data(),
                                .dk = dk.values.data(),
                                .dv = dv.values.data()},
@@ -180,17 +182,20 @@ void test_matches_float64(const Case& at) {
 }
 
 // The list of tiles alone, which is the only part that long documents and many of them are quick enough for.
-template <bool FromFirst>
 void test_plan(const std::vector<int32_t>& lengths, int size, const std::string& what) {
   std::vector<int32_t> starts{0};
   for (const int32_t length : lengths) starts.push_back(starts.back() + length);
   const DocAttentionShape shape{starts.back(), 1, 1, static_cast<int>(lengths.size()), 1.0f};
   std::vector<DocTile> plan = unwritten_plan(shape, size);
-  launch_kernel(attention::plan_kernel<FromFirst>, {.blocks = 1, .threads = attention::kPlanThreads}, nullptr,
-                starts.data(), shape.segments, size, plan.data());
+  std::vector<uint32_t> flags(lengths.size() + 1, 7);
+  launch_kernel(attention::plan_kernel, {.blocks = 1, .threads = attention::kPlanThreads}, nullptr,
+                starts.data(), shape.segments, size, plan.data(), flags.data(),
+                static_cast<int64_t>(lengths.size()));
   check(plan[0].begin == 0, what + ": no tile is drawn yet");
-  // Every token has one tile of its own document; those of a document are next to each other, the one with
-  // the most work first, and no document comes before a longer one, as far as they are told apart.
+  check(flags.back() == 7 && std::ranges::count(flags, 0u) == static_cast<int64_t>(lengths.size()),
+        what + ": zeros for its flags");
+  // Every token has one tile of its own document; those of a document are next to each other, the last one
+  // first, and no document comes before a longer one, as far as they are told apart.
   const auto work = [&](int begin, int end) {
     return std::min((end - begin + size - 1) / size, attention::kPlanSizes);
   };
@@ -211,7 +216,7 @@ void test_plan(const std::vector<int32_t>& lengths, int size, const std::string&
     const int tiles = (head.end - head.begin + size - 1) / size;
     for (int i = 0; i < tiles; ++i, ++at) {
       const DocTile& tile = plan[at];
-      const int first = head.begin + (FromFirst ? i : tiles - 1 - i) * size;
+      const int first = head.begin + (tiles - 1 - i) * size;
       check(at <= count && tile.first == first && tile.begin == head.begin && tile.end == head.end,
             what + ": the tiles of a document in their order");
     }
@@ -231,7 +236,7 @@ void drawing_kernel(DocTile* plan, int groups, int* taken, int items) {
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (attention::Draw draw(plan, groups, drawn); draw.next();) continue;
+    for (attention::Draw draw(plan, groups, drawn); draw.next(); draw.ask()) continue;
   } else if (threadIdx.x >= 32) {
     attention::Walk walk(plan, groups, drawn);
     while (walk.next()) {
@@ -286,9 +291,8 @@ int main() {
     // Lists of tiles of documents that are too long to compute here: of 256 tiles and more, which are alike,
     // and of more documents than threads.
     const std::vector<int32_t> lengths{48 * 256, 48 * 255, 1, 48 * 257 + 1, 0, 48 * 400, 47, 48 * 255 + 1};
-    test_plan<false>(lengths, 48, "long documents, last tile first");
-    test_plan<true>(lengths, 48, "long documents, first tile first");
-    test_plan<false>(std::vector<int32_t>(65536, 1), 96, "65,536 documents");
-    test_plan<true>(some_lengths(2500), 64, "more documents than threads");
+    test_plan(lengths, 48, "long documents");
+    test_plan(std::vector<int32_t>(65536, 1), 96, "65,536 documents");
+    test_plan(some_lengths(2500), 64, "more documents than threads");
   });
 }

@@ -247,6 +247,7 @@ struct Store {
   Coordinates first{};
   uint32_t bytes = 0;
   bool adds = false;
+  unsigned char* to = nullptr;             // of a copy without a map
   std::vector<unsigned char> source = {};  // once it has been read
   bool written = false;
 
@@ -262,6 +263,10 @@ struct Store {
     read();
     if (written) return;
     written = true;
+    if (to != nullptr) {
+      std::memcpy(to, source.data(), bytes);
+      return;
+    }
     for_box(map, first, shared, [&](uint32_t from, uint32_t inside, unsigned char* to) {
       const unsigned char* const piece = source.data() + (from - shared);
       for (uint32_t e = 0; e < 16; e += adds ? 4 : 1) {

@@ -129,6 +129,15 @@ inline void tma_add(const CUtensorMap* map, uint32_t shared, int x, int y, int z
                .adds = true});
 }
 
+inline void bulk_store(void* to, uint32_t shared, uint32_t bytes) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || shared % 16 != 0 || bytes % 16 != 0)
+    test::fail("bulk_store copies whole pieces of 16 bytes");
+  test::store({.block = &test::this_block(),
+               .shared = shared,
+               .bytes = bytes,
+               .to = static_cast<unsigned char*>(to)});
+}
+
 inline void tma_store_commit() {
   test::Stores& mine = test::stores();
   mine.groups.push_back(std::move(mine.open));
@@ -209,6 +218,11 @@ inline void release_add(uint32_t* counter, uint32_t value) {
 inline uint32_t load_acquire(const uint32_t* counter) {
   test::scheduler().give_way();
   return *counter;
+}
+
+inline void wait_for(const uint32_t* counter, uint32_t need) {
+  while (load_acquire(counter) < need) continue;
+  fence_proxy();
 }
 
 inline uint32_t pack_half(float x, float y) {
