@@ -134,10 +134,8 @@ FAMILIES = (
 """Name of a family and the names of its kernels; attention first, because its names hold cutlass too."""
 
 
-def family(kernel: str, following: str = "") -> str:
-    """Return the family of a kernel by its name; the fill in `doc_attention_backward` is part of that."""
-    if kernel.startswith("Memset") and "attention::plan_kernel" in following:
-        kernel = following
+def family(kernel: str) -> str:
+    """Return the family of a kernel by its name."""
     return next((name for name, pattern in FAMILIES if re.search(pattern, kernel)), "other")
 
 
@@ -153,10 +151,8 @@ def families(kernels: list[Kernel]) -> dict[str, tuple[float, int]]:
     """Return (milliseconds, launches) by family, and as "idle" the time in which nothing ran."""
     table: dict[str, list[float]] = defaultdict(list)
     idle, last = [], kernels[0].start if kernels else 0.0
-    ordered = sorted(kernels, key=lambda k: k.start)
-    for kernel, following in itertools.zip_longest(ordered, ordered[1:]):
-        name = family(kernel.name, following.name if following else "")
-        table[name].append(kernel.end - kernel.start)
+    for kernel in sorted(kernels, key=lambda k: k.start):
+        table[family(kernel.name)].append(kernel.end - kernel.start)
         if kernel.start > last:
             idle.append(kernel.start - last)
         last = max(last, kernel.end)

@@ -191,7 +191,7 @@ inline __device__ void produce_keys(const Args& args, const Shared& shared, cons
                                     const CUtensorMap* values, const CUtensorMap* dq) {
   uint32_t phase = 0;
   Draw draw(args.plan, args.groups, shared.drawn());
-  for (; draw.next(); draw.ask()) {
+  for (draw.ask(); draw.next(); draw.ask()) {
     const DocTile tile = draw.tile();
     const int group = draw.group();
     fill_dq(args, shared, dq, tile, group * args.ratio);

@@ -80,6 +80,7 @@ inline __device__ void produce(const Args& args, const Shared& shared, const CUt
   Ring<kStages> at;
   uint32_t phase = 0;
   Draw draw(args.plan, args.groups, shared.drawn());
+  draw.ask();
   while (draw.next()) {
     const DocTile tile = draw.tile();
     const int group = draw.group();

@@ -7,6 +7,7 @@
 #include "kernels/newton_schulz_sm90_plan.h"
 #include "kernels/ptx.cuh"
 #include "kernels/ptx_sm90.cuh"
+#include "kernels/registers.h"
 
 namespace pgolf {
 namespace ns90 {
@@ -15,6 +16,9 @@ constexpr int kTaskSlots = 4;
 constexpr int kGroups = 2;  // warpgroups that multiply
 constexpr int kGroupThreads = 128;
 constexpr int kThreads = (kGroups + 1) * kGroupThreads;
+constexpr int kConsumerRegisters = 232;  // they hold 128 sums
+constexpr int kProducerRegisters = 40;
+static_assert(registers_fit(kGroups, kConsumerRegisters, kProducerRegisters));
 constexpr int kStagedPerGroup = 2;  // boxes on their way out
 constexpr int kLanes = 32;
 

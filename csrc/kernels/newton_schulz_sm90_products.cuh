@@ -11,7 +11,6 @@
 #pragma once
 
 #include "kernels/newton_schulz_sm90_feed.cuh"
-#include "kernels/registers.h"
 
 namespace pgolf {
 namespace ns90 {
@@ -448,14 +447,13 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
     // The multiplying warpgroups hold 128 sums.
-    static_assert(registers_fit(2, 232, 40));
-    registers_lower<40>();
+    registers_lower<kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
     if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);
     if (threadIdx.x == 3 * kLanes) feed_b(plan, base, shared);
     if (threadIdx.x % kLanes == 0 && warp > 0 && warp <= kGroups) store_jobs(plan, base, shared, warp - 1);
   } else {
-    registers_raise<232>();
+    registers_raise<kConsumerRegisters>();
     multiply_tasks(plan.queue.done, base, shared, role - 1);
   }
 #endif

@@ -236,7 +236,8 @@ void drawing_kernel(DocTile* plan, int groups, int* taken, int items) {
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (attention::Draw draw(plan, groups, drawn); draw.next(); draw.ask()) continue;
+    attention::Draw draw(plan, groups, drawn);
+    for (draw.ask(); draw.next(); draw.ask()) continue;
   } else if (threadIdx.x >= 32) {
     attention::Walk walk(plan, groups, drawn);
     while (walk.next()) {
@@ -286,6 +287,8 @@ int main() {
       test_matches_float64(at);
     // Far more tiles than are drawn ahead, of more documents and groups than there are blocks.
     multiprocessors = 3;
+    blocks_together = true;  // some wait for the zeros that others write
+    test_matches_float64({{1100}, 1, 1, 1.0f, 9});
     for (const uint32_t seed : {7u, 8u}) test_matches_float64({some_lengths(10), 4, 4, 1.0f, seed});
     for (uint32_t seed = 0; seed < 24; ++seed) test_drawing(7, 3, seed);
     // Lists of tiles of documents that are too long to compute here: of 256 tiles and more, which are alike,

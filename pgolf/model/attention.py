@@ -105,21 +105,22 @@ def fa4_problem(device: torch.device, heads: int, kv_heads: int, head_dim: int) 
 
 
 def _trial(kernel: AttentionKernel, device: torch.device, heads: int, kv_heads: int, head_dim: int) -> str:
-    """Return what is wrong with a kernel's output and gradients on three small segments; empty if nothing."""
+    """Return what is wrong with a kernel's output and gradients on four segments; empty if nothing."""
     if torch.is_inference_mode_enabled():  # tensors that are created in it cannot be differentiated
         with torch.inference_mode(False):
             return _trial(kernel, device, heads, kv_heads, head_dim)
-    cu = torch.tensor([0, 100, 101, 256, 256], dtype=torch.int32, device=device)
+    # So many tokens that a block of a kernel has more than one tile, also on the largest GPU.
+    cu = torch.tensor([0, 100, 101, 2149, 2149, TRIAL_TOKENS], dtype=torch.int32, device=device)
     rng = torch.Generator().manual_seed(0)
     inputs = [
-        torch.randn(256, h, head_dim, generator=rng).to(device, torch.bfloat16)
+        torch.randn(TRIAL_TOKENS, h, head_dim, generator=rng).to(device, torch.bfloat16)
         for h in (heads, kv_heads, kv_heads, heads)
     ]
 
     def run(attend: AttentionKernel) -> list[Tensor]:
         q, k, v = (t.requires_grad_() for t in inputs[:3])
         with torch.enable_grad():
-            out = attend(q, k, v, cu, 256)
+            out = attend(q, k, v, cu, TRIAL_TOKENS)
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]
 
     try:
@@ -143,6 +144,7 @@ def first_difference(
     return None
 
 
+TRIAL_TOKENS = 8192
 TRIAL_TOLERANCE = 0.05
 """Relative error above which a kernel is wrong. Two correct bfloat16 kernels differ by 0.005."""
 

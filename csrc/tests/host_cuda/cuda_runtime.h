@@ -72,7 +72,8 @@ inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace pgolf::test {
 
 inline int multiprocessors = 1;
-inline uint32_t launch_seed = 0;  // of launches that name none
+inline uint32_t launch_seed = 0;      // of launches that name none
+inline bool blocks_together = false;  // all blocks of a launch run at the same time, as one cluster
 
 // Threads that wait for each other; `what` is the same for all.
 struct Meeting {
@@ -302,10 +303,11 @@ void launch(const Launch& at, const Kernel& kernel) {
     throw std::runtime_error("a grid is a multiple of its clusters");
   if (at.threads == 0 || at.threads > 1024) throw std::runtime_error("a block has 1 to 1024 threads");
   if (at.shared > 232448) throw std::runtime_error("a block has at most 232448 bytes of shared memory");
-  for (unsigned int first = 0; first < blocks; first += at.cluster) {
+  const unsigned int together = blocks_together ? blocks : at.cluster;
+  for (unsigned int first = 0; first < blocks; first += together) {
     Cluster cluster;
     Scheduler scheduler(at.seed + first, kernel, enter, name_of);
-    for (unsigned int rank = 0; rank < at.cluster; ++rank) {
+    for (unsigned int rank = 0; rank < together; ++rank) {
       const unsigned int number = first + rank;
       const dim3 index{number % at.grid.x, number / at.grid.x % at.grid.y, number / at.grid.x / at.grid.y};
       cluster.blocks.push_back(std::make_unique<Block>(cluster, rank, index, at.threads, at.shared));

@@ -135,6 +135,9 @@ inline Hopper& hopper(Block& block) {
   return *static_cast<Hopper*>(block.hopper.get());
 }
 
+// Fibers that wait for a counter in global memory.
+inline std::map<const uint32_t*, std::vector<Fiber*>> counter_waiting;
+
 // What the copy engine or a product reads must have been fenced since stmatrix wrote it.
 inline void check_fenced(Block& block, uint32_t address, const char* reader) {
   const Hopper& state = hopper(block);

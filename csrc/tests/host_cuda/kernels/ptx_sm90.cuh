@@ -212,6 +212,7 @@ void registers_lower() {
 
 inline void release_add(uint32_t* counter, uint32_t value) {
   *counter += value;
+  test::scheduler().wake(test::counter_waiting[counter]);
   test::scheduler().perhaps_give_way();
 }
 
@@ -221,7 +222,8 @@ inline uint32_t load_acquire(const uint32_t* counter) {
 }
 
 inline void wait_for(const uint32_t* counter, uint32_t need) {
-  while (load_acquire(counter) < need) continue;
+  test::scheduler().perhaps_give_way();
+  while (*counter < need) test::scheduler().sleep(test::counter_waiting[counter], {"a counter"});
   fence_proxy();
 }
 
