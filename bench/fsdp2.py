@@ -55,6 +55,8 @@ from pgolf.peers import describe
 LR, WEIGHT_DECAY, MOMENTUM, BETAS, EPS = 1e-3, 0.1, 0.95, (0.9, 0.95), 1e-8
 HEAD = 64
 """Width of an attention head."""
+WARM_UP = 3
+"""Steps before the time is measured, besides two in which other things are."""
 
 
 @dataclass(frozen=True)
@@ -313,7 +315,10 @@ def measure(recorder: Recorder, shape: Shape, peers: list[str], repeats: int) ->
         recorder.add(case, name, "distance", far, "1")
     for name, step in steps.items():
         recorder.add(case, name, "collectives", Sample(collectives(step), 0.0, 1), "1")
-    samples = time_ranks(steps, device, repeats=repeats, warm_up=3)
+    # A peer with a graph captures it in a later step than its first, and that may fail, too.
+    later = {name: lambda step=step: [step() for _ in range(WARM_UP)] for name, step in steps.items()}
+    steps = {name: steps[name] for name in working(later)}
+    samples = time_ranks(steps, device, repeats=repeats, warm_up=0)
     for name, sample in samples.items():
         recorder.add(case, name, "ms_optimizer", sample, "ms")
     print(f"\n{'optimizer':<32} {'ms':>9} {'+-':>7} {'of pgolf':>9} {'share of the step':>18}")

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import muon_memory, step, ttt
 from bench.common import Recorder, Sample
-from bench.ops import bench_doc_attention
+from bench.ops import bench_doc_attention, bench_newton_schulz
 from bench.run import figures, of_run
 from bench.steps_bought import (
     BANKS,
@@ -23,6 +23,7 @@ from bench.steps_bought import (
 )
 from pgolf.evaluate.bpb import Score
 from pgolf.model.gpt import GPT, layer_order, parameter_shapes
+from pgolf.optim.polar import JORDAN
 from pgolf.presets import pr1855, tiny
 from pgolf.report.summary import Summary, Training
 
@@ -52,6 +53,26 @@ def test_result_lines_keep_small_and_large_values(tmp_path, capsys):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["value"] for line in lines] == [4.3718e-7, 473_156_608.0, 0.3]
     assert [line["spread"] for line in lines] == [4.3718e-8, pytest.approx(47_315_660.8, rel=1e-5), 0.03]
+
+
+def test_rates_count_the_same_operations_for_pgolf_and_for_products(monkeypatch):
+    contenders = {}
+
+    def timed(found, device, *, repeats, **settings):
+        contenders.update(found)
+        return {name: Sample(2.0, 0.5, repeats) for name in found}
+
+    monkeypatch.setattr(bench_newton_schulz, "time_launched", timed)
+    recorder, x = Recorder("newton_schulz", torch.device("cpu")), torch.randn(3, 16, 16)
+    bench_newton_schulz.rates(recorder, "3x16x16", x, (JORDAN,) * 3, 4)
+    for call in contenders.values():
+        with FlopCounterMode(display=False) as counter:
+            call()
+        if counter.get_total_flops():  # torch's products; pgolf's operator is not counted
+            assert counter.get_total_flops() == 3 * 3 * 4 * 16**3
+    assert [(line["metric"], line["unit"]) for line in recorder.lines] == [("tflops", "TFLOP/s")] * 2
+    assert recorder.lines[0]["value"] == pytest.approx(3 * 3 * 4 * 16**3 / 2e-3 / 1e12)
+    assert recorder.lines[0]["spread"] == pytest.approx(recorder.lines[0]["value"] / 4, rel=1e-5)
 
 
 def test_steps_gained_are_the_difference_of_the_steps():

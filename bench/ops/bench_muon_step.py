@@ -115,7 +115,10 @@ def dion_muon(shapes: Shapes, device: torch.device) -> dict[str, Callable[[], ob
         if found:
             calls[found[0]] = make().step
         if found and graph and device.type == "cuda":
-            calls[graph[0]] = graph[1](make(), warmup_steps=2).step
+            captured = graph[1](make(), warmup_steps=2).step
+            for _ in range(4):
+                captured()  # the third call captures, and that may fail, too
+            calls[graph[0]] = captured
     except Exception as e:
         print(f"{'dion.Muon':<28} not usable: {describe(e)}")
     return calls

@@ -3,7 +3,9 @@
 `bank66` is all 66 matrices of preset pr1855, `eighth` the share of one rank of eight. Input and output are
 bfloat16, with the coefficients of `polar_express_golf`. A call iterates the whole set of banks. The contender
 `pgolf standard` is the portable kernel. sv_min and sv_max are the extreme singular values of the first matrix
-of each bank after the iteration.
+of each bank after the iteration. For large squares, `tflops` is the rate of products at settled clocks: that
+of pgolf, counted as 4 n^3 operations per iteration, and that of cuBLAS for as many operations in plain
+products of the same matrices.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ CASES = {
 } | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE + ODD}
 QUICK = "tiny_steps5"
 """The case that only --quick runs, because a CPU takes minutes for an eighth in bfloat16."""
+SETTLING_CALLS = 40
+"""Calls in one measurement of a rate."""
+SQUARE = 2048
+"""Smallest side of the squares whose rate is measured."""
 LARGEST_SPECTRUM = 2048
 """Largest short side for which singular values are computed; above it they take longer than the bench."""
 
@@ -91,6 +97,21 @@ def singular_values(outputs: Banks) -> tuple[float, float]:
     return values.min().item(), values.max().item()
 
 
+def rates(recorder: Recorder, case: str, x: Tensor, table: Table, repeats: int) -> None:
+    """Record the rate of products of pgolf and of cuBLAS on squares `(b, n, n)`, timed in turns."""
+    b, n, _ = x.shape
+    out = torch.empty_like(x)
+    products = 2 * len(table)  # of 2 n^3 operations each
+    calls: dict[str, Callable[[], object]] = {
+        "pgolf": lambda: newton_schulz_banks([x], table),
+        torch_name("bmm"): lambda: [torch.bmm(x, x, out=out) for _ in range(products)],
+    }
+    # Long measurements, because the clock falls within the first tenths of a second at full power.
+    for name, ms in time_launched(calls, recorder.device, repeats=repeats, calls=SETTLING_CALLS).items():
+        rate = products * 2 * b * n**3 / ms.value / 1e9
+        recorder.add(case, name, "tflops", Sample(rate, rate * ms.spread / ms.value, ms.n), "TFLOP/s")
+
+
 def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> None:
     """Time one case in both ways and record it."""
     shapes, steps = CASES[case]
@@ -103,6 +124,8 @@ def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> No
         recorder.add(case, name, "ms_launched", sample, "ms")
     for name, sample in time_graph(calls, device, repeats=repeats).items():
         recorder.add(case, name, "ms_graph", sample, "ms")
+    if all(m == n >= SQUARE for _, m, n in shapes):
+        rates(recorder, case, banks[0], table, repeats)
     if max(min(shape[1:]) for shape in shapes) > LARGEST_SPECTRUM:
         return
     for name, call in calls.items():

@@ -2,11 +2,13 @@
 
 There is one launch each of four, two and one rank over gloo; that of four saves the checkpoint that all of
 them load. Each rank runs this file as a program (FILE FOLDER), which writes
-rank<r>.safetensors and rank<r>.json in FOLDER and asserts nothing.
+rank<r>.safetensors and rank<r>.json in FOLDER and asserts nothing. On two GPUs over NCCL the program (FILE
+FOLDER nccl) writes how far the ranks end from plain parameters on one GPU.
 """
 
 import copy
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -27,12 +29,16 @@ import pgolf.optim
 from pgolf.optim.mesh import Box, Layout
 from pgolf.optim.owners import owners
 from pgolf.optim.split_weights import float32_weights
+from tests.conftest import requires_two_gpus
 from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors, whole
 from tests.ranks import run_ranks
 
 WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
 # Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1, 5), (6, 1), (7,)]
+
+# Sides that the kernel for Hopper takes, and 101 rows in unequal parts.
+LARGE = [(256, 128), (256, 128), (101, 512)]
 
 BLOCKS = [Shard(0), Shard(1)]
 NARROW = torch.bfloat16
@@ -73,12 +79,12 @@ def partial(mesh):
     return lambda tensor: DTensor.from_local(tensor / mesh.size(), mesh, [Partial()])
 
 
-def network(dtype=torch.float32):
+def network(dtype=torch.float32, device="cpu"):
     rng = torch.Generator().manual_seed(9)
     net = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 3))
     for p in net.parameters():
         p.data.copy_(0.4 * torch.randn(p.shape, generator=rng))
-    return net.to(dtype)
+    return net.to(device, dtype)
 
 
 COMPACT = {"momentum_bits": 8, "master_weights": "split"}
@@ -98,7 +104,7 @@ def train(net, optimizer, first=0, last=STEPS):
     """Train on the same batch on each rank, so that the mean of 1, 2 or 4 gradients is exact."""
     for step in range(first, last):
         rng = torch.Generator().manual_seed(100 + step)
-        x, y = (torch.randn(16, n, generator=rng).to(net[0].weight.dtype) for n in (6, 3))
+        x, y = (torch.randn(16, n, generator=rng).to(net[0].weight) for n in (6, 3))
         optimizer.zero_grad()
         (net(x) - y).square().mean().backward()
         optimizer.step()
@@ -107,7 +113,7 @@ def train(net, optimizer, first=0, last=STEPS):
 
 def sharded(mesh, *modules, dtype=torch.float32):
     """Return the network after `fully_shard`; with names of modules, only these, the rest stays plain."""
-    net = network(dtype)
+    net = network(dtype, mesh.device_type)
     for name in modules:
         fully_shard(net.get_submodule(name), mesh=mesh)
     return net if modules else fully_shard(net, mesh=mesh)
@@ -157,7 +163,7 @@ def replaced(mesh):
 
 def tensor_parallel(mesh):
     """Take steps by hand on FSDP2 over tensor parallelism along rows and columns."""
-    net = network()
+    net = network(device=mesh.device_type)
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel()}
     fully_shard(parallelize_module(net, mesh["tp"], plan), mesh=mesh["fsdp"])
     return by_hand(net)
@@ -177,7 +183,7 @@ def by_hand(net):
 
 def distribute_like(tensor, p):
     if not isinstance(p, DTensor):
-        return tensor
+        return tensor.to(p.device)
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -280,6 +286,62 @@ def cases(world, checkpoint):
     found["resumed"] = resume(mesh, checkpoint)
     found["compact, resumed"] = resume(mesh, compact, NARROW, **COMPACT)
     return flat(found)
+
+
+def distances(mesh, folder):
+    """Return how far the ranks of a mesh end from plain parameters on this rank's device, by case."""
+
+    def alone(tensor):
+        return tensor.to(mesh.device_type)
+
+    def trained(dtype=torch.float32, **settings):
+        return train(net := network(dtype, mesh.device_type), optimizer_of(net, **settings))
+
+    grid = init_device_mesh(mesh.device_type, (1, mesh.size()), mesh_dim_names=("fsdp", "tp"))
+    train(net := sharded(mesh), optimizer := optimizer_of(net), 0, RESUME_AT)
+    save(net, optimizer, folder)
+    by_hand_alone = step_by_hand(alone)
+    found = {
+        "rows": (step_by_hand(placer(mesh, [Shard(0)])), by_hand_alone),
+        "columns": (step_by_hand(placer(mesh, [Shard(1)])), by_hand_alone),
+        "copies": (step_by_hand(placer(mesh, [Replicate()])), by_hand_alone),
+        "sums": (step_by_hand(placer(mesh, [Replicate()]), partial(mesh)), by_hand_alone),
+        "copies of rows": (step_by_hand(placer(grid, [Replicate(), Shard(0)])), by_hand_alone),
+        "8 bits": (
+            step_by_hand(placer(mesh, [Shard(0)]), momentum_bits=8),
+            step_by_hand(alone, momentum_bits=8),
+        ),
+        "large": (large_steps(placer(mesh, [Shard(0)])), large_steps(alone)),
+        "fsdp": (train(net := sharded(mesh), optimizer_of(net)), trained()),
+        "hsdp": (train(net := sharded(grid), optimizer_of(net)), trained()),
+        "tp": (tensor_parallel(grid), by_hand(network(device=mesh.device_type))),
+        "compact": (
+            train(net := sharded(mesh, dtype=NARROW), optimizer_of(net, **COMPACT)),
+            trained(NARROW, **COMPACT),
+        ),
+        "whole state": (resume_whole(mesh), trained()),
+        "resumed": (resume(mesh, folder), trained()),
+    }
+    return {case: distance(*pair, LARGE if case == "large" else SHAPES) for case, pair in found.items()}
+
+
+def large_steps(place):
+    """Take steps on matrices that a kernel for large ones iterates."""
+    params = [nn.Parameter(place(t)) for t in tensors(LARGE, 0)]
+    return take_steps(params, [{"params": params}], STEPS, lambda step, i, grad: place(grad))
+
+
+def distance(found, wanted, shapes):
+    """Return the largest |found - wanted| / |wanted - start| of all tensors of a case."""
+    assert found.keys() == wanted.keys() and found
+    starts = dict(network().named_parameters())
+    starts |= {f"param{i}": t for i, t in enumerate(tensors(shapes, 0))}
+    far = []
+    for name, end in wanted.items():
+        end, other = end.cpu().double(), found[name].cpu().double()
+        moved = (end - starts[name].detach()).norm() if name in starts else end.norm()
+        far.append(((other - end).norm() / moved).item())
+    return max(far)
 
 
 REFUSED = {
@@ -396,22 +458,38 @@ def test_copies_are_shared_out_evenly_among_the_ranks_that_hold_them():
     assert [list(pairs.sources(owner)) for owner in range(4)] == [[0, 1], [0, 1], [2, 3], [2, 3]]
 
 
-def main(folder):
+@requires_two_gpus
+def test_gpus_end_where_one_gpu_does(tmp_path):
+    done = run_ranks(2, Path(__file__), str(tmp_path), "nccl", device="cuda")
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        # The kernel may differ with the number of matrices; a part in a wrong place is a distance of 1.
+        assert {case: far for case, far in seen["distances"].items() if not far < 0.05} == {}
+        assert len(seen["distances"]) == 13
+        for case, text in seen["differing"].items():
+            assert re.match(DIFFERING[case], text)
+
+
+def main(folder, backend="gloo"):
     """Run every case on this rank."""
     torch.set_num_threads(1)
-    td.init_process_group("gloo")
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    td.init_process_group(backend)
     rank, world = td.get_rank(), td.get_world_size()
-    found = cases(world, folder.parent / "checkpoint")
-    mesh = init_device_mesh("cpu", (world,))
-    seen = {
-        "iterated": iterated(lambda: step_by_hand(placer(mesh, [Shard(0)]))),
-        "refused": refused(mesh),
-        "differing": {case: differing(mesh, case) for case in DIFFERING} if world > 1 else {},
-    }
-    save_file({name: t.contiguous() for name, t in found.items()}, folder / f"rank{rank}.safetensors")
+    mesh = init_device_mesh("cuda" if backend == "nccl" else "cpu", (world,))
+    seen = {"differing": {case: differing(mesh, case) for case in DIFFERING} if world > 1 else {}}
+    if backend == "nccl":
+        seen["distances"] = distances(mesh, folder / "checkpoint")
+    else:
+        found = cases(world, folder.parent / "checkpoint")
+        seen["iterated"] = iterated(lambda: step_by_hand(placer(mesh, [Shard(0)])))
+        seen["refused"] = refused(mesh)
+        save_file({name: t.contiguous() for name, t in found.items()}, folder / f"rank{rank}.safetensors")
     (folder / f"rank{rank}.json").write_text(json.dumps(seen))
     td.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

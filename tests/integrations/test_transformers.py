@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pgolf.integrations.transformers import patch
+from tests.conftest import DEVICES
 
 HAS = importlib.util.find_spec("transformers") is not None
 requires_transformers = pytest.mark.skipif(
@@ -169,15 +170,21 @@ def test_compile_in_one_graph() -> None:
 
 
 @requires_transformers
-def test_autocast_and_bfloat16_come_as_near_as_the_unpatched_model() -> None:
-    exact, _ = step(make("gemma2 cap 1").double(), **batch())
-    for cast in ("autocast", "model"):
-        usual = make("gemma2 cap 1")
-        usual = usual.bfloat16() if cast == "model" else usual
-        fused = patch(copy.deepcopy(usual))
-        with torch.autocast("cpu", torch.bfloat16, enabled=cast == "autocast"):
-            (want, _), (got, _) = step(usual, **batch()), step(fused, **batch())
-        assert abs(got.loss - exact.loss) <= 2 * abs(want.loss - exact.loss) + 0.01 * exact.loss
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["llama", "gemma2 cap 1", "gemma3 cap 30"])
+@pytest.mark.parametrize("cast", ["autocast", "model"])
+def test_16_bits_come_as_near_as_the_unpatched_model(name: str, cast: str, device: str) -> None:
+    inputs = {key: value.to(device) for key, value in batch().items()}
+    exact, gradients = step(make(name).double().to(device), **inputs)
+    usual = make(name).to(device, torch.bfloat16 if cast == "model" else torch.float32)
+    fused = patch(copy.deepcopy(usual))
+    with torch.autocast(device, torch.bfloat16, enabled=cast == "autocast"):
+        (want, wanted), (got, grads) = step(usual, **inputs), step(fused, **inputs)
+    assert got.logits is None
+    assert abs(got.loss - exact.loss) <= 2 * abs(want.loss - exact.loss) + 0.01 * exact.loss
+    for key, gradient in gradients.items():
+        usual_error, error = ((g[key] - gradient).norm() for g in (wanted, grads))
+        assert error <= 2 * usual_error + 0.01 * gradient.norm(), key
 
 
 @requires_transformers

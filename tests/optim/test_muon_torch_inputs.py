@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import pgolf.optim
+from tests.conftest import DEVICES
 
 STEPS = 3
 # What torch says, and what this class says about the same input.
@@ -43,11 +44,11 @@ ERRORS = {
 ACCEPTED = {"only support 2D parameters"}  # a stack of matrices is a parameter of this class
 
 
-@pytest.fixture(scope="module")
-def seen():
-    """What the program saw."""
+@pytest.fixture(scope="module", params=DEVICES)
+def seen(request):
+    """What the program saw on a device."""
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, __file__, request.param], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -74,16 +75,16 @@ def test_stacks_of_matrices_are_accepted(seen):
     assert {desc: seen["errors"][desc] for desc in ACCEPTED} == {desc: ["", ""] for desc in ACCEPTED}
 
 
-def distance(kwargs):
+def distance(kwargs, device):
     """Return |ours - torch's| / |torch's - start| after some steps."""
     ends = []
     for make in (pgolf.optim.Muon, torch.optim.Muon):
         rng = torch.Generator().manual_seed(0)
-        p = nn.Parameter(torch.randn(10, 6, generator=rng))
+        p = nn.Parameter(torch.randn(10, 6, generator=rng).to(device))
         start = p.detach().clone()
         optimizer = make([p], **kwargs)
         for _ in range(STEPS):
-            p.grad = torch.randn(p.shape, generator=rng)
+            p.grad = torch.randn(p.shape, generator=rng).to(device)
             optimizer.step()
         ends.append(p.detach())
     return ((ends[0] - ends[1]).norm() / (ends[1] - start).norm()).item()
@@ -100,22 +101,22 @@ def refusal(case):
     return ["", ""]
 
 
-def main():
-    """Print what the inputs do."""
+def main(device):
+    """Print what the inputs do on a device."""
     if importlib.util.find_spec("expecttest") is None:  # only torch's tests use it
         stub = types.ModuleType("expecttest")
         stub.TestCase = unittest.TestCase
         sys.modules["expecttest"] = stub
     from torch.testing._internal import common_optimizers as inputs
 
-    found = inputs.optim_inputs_func_muon("cpu")
-    errors = inputs.optim_error_inputs_func_muon("cpu", torch.float32)
+    found = inputs.optim_inputs_func_muon(device)
+    errors = inputs.optim_error_inputs_func_muon(device, torch.float32)
     result = {
-        "inputs": {case.desc: distance(case.kwargs) for case in found},
+        "inputs": {case.desc: distance(case.kwargs, device) for case in found},
         "errors": {e.optimizer_error_input.desc: refusal(e.optimizer_error_input) for e in errors},
     }
     sys.stdout.write(json.dumps(result))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
