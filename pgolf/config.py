@@ -310,6 +310,10 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data, >= 0."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Device to run on; auto uses CUDA if there is a GPU."""
+    fp8: Literal["off", "qkv"] = "off"
+    """Products of training that take 8-bit floats (e4m3): qkv = those that make queries, keys and values, in
+    the forward pass. Their gradients, and all that scores or quantizes, stay in bfloat16. It needs a GPU of
+    compute capability 8.9 or newer and widths that are multiples of 16; a CPU computes the same values."""
     compile: Literal["off", "blocks", "model"] = "blocks"
     """torch.compile each kind of block once, or all layers as one graph; the CPU is never compiled."""
     attention: Literal["auto", "doc", "fa4", "varlen", "sdpa"] = "auto"
