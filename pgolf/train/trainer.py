@@ -107,8 +107,9 @@ class Trainer:
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
         rounding = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip).__call__
-        twin = trained_as(config, model)
-        self._micro = MicroSteps(twin, dist.device, passes=self._passes, rounding=rounding)
+        self._micro = MicroSteps(
+            trained_as(config, model), dist.device, passes=self._passes, rounding=rounding
+        )
         self._last = Mode()
 
     def warm_up(self, log: RunLog, *, capture: bool = True) -> None:
