@@ -4,11 +4,11 @@
 
 W are the matrices of queries, keys and values, n is their normed input. Only the forward product is rounded;
 the gradients are those of the unrounded product, in bfloat16. Why this product and no other was counted with
-the passes over a `(T, D)` tensor in bfloat16 that a conversion takes: torch.compile computes n, so its kernel
-also writes the codes, half a pass. The inputs of the other products (the attention's output, the activation
-of the MLP, the gradients of both) come from kernels of pgolf, so each needs a conversion of its own that
-reads what was written: 1.5 passes for each D columns, which is what the product saves. A weight's gradient
-would need both operands transposed.
+the passes over a `(T, D)` tensor in bfloat16 that a conversion takes (`bench/fp8.py` times both):
+torch.compile computes n, so its kernel also writes the codes, half a pass. The inputs of the other products
+(the attention's output, the activation of the MLP, the gradients of both) come from kernels of pgolf, so each
+would need a conversion that reads what was written, 1.5 passes for each D columns, which is what its product
+saves. A weight's gradient would need both operands transposed.
 
 n needs no search for its largest value: no element of a row of D numbers with the root mean square 1 is above
 sqrt(D). So s_n is a power of two that D gives. s_w is the largest weight of all layers over 448, the largest
