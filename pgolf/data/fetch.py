@@ -31,6 +31,8 @@ RECORD = "fetched.json"
 ENDPOINT = "https://huggingface.co"
 ROOT = "datasets"
 """Folder of the published files in their repository."""
+DOCUMENTS = "docs_selected.jsonl"
+"""The documents, one JSON object a line, those of the validation text first."""
 CHUNK = 1 << 20
 TIMEOUT_S = 60.0
 TRIES = 6
@@ -160,6 +162,9 @@ class FetchJob:
     train_shards: int = 40
     """Shards of training text, >= 0, of 100 million tokens and 200 MB each. A run of 600 s on 8 H100 reads
     39 of them."""
+    documents: bool = False
+    """Also download the documents from which the shards were made, as docs_selected.jsonl (48 GB): the
+    validation text is its first 50,000. The repository of sp1024 publishes them."""
     repository: str = ""
     """Dataset repository of the Hugging Face Hub; empty: where the variant was published."""
     endpoint: str = ENDPOINT
@@ -179,7 +184,9 @@ class FetchJob:
         """The command line that does this job."""
         words = ["pgolf", "data", "fetch"]
         for item in fields(self):
-            words += [f"--{item.name.replace('_', '-')}", str(getattr(self, item.name))]
+            name, value = item.name.replace("_", "-"), getattr(self, item.name)
+            flag = isinstance(value, bool)
+            words += [f"--{'' if value else 'no-'}{name}"] if flag else [f"--{name}", str(value)]
         return shlex.join(words)
 
 
@@ -242,7 +249,7 @@ def files_of(listing: dict[str, Any], job: FetchJob) -> dict[str, str]:
     for split, count in (("val", val), *sidecars, ("train", job.train_shards)):
         names = [f"fineweb_{split}_{i:06d}.bin" for i in range(count)]
         wanted |= {shard: f"datasets/{name}/{shard}" for shard in names}
-    return wanted
+    return wanted | ({DOCUMENTS: DOCUMENTS} if job.documents else {})
 
 
 def checked(path: Path, stated: str, job: FetchJob, known: dict[str, Any] | None) -> dict[str, Any]:

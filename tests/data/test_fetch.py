@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+import shlex
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from pgolf.cli.main import main
 from pgolf.data import challenge, fetch
 from pgolf.data.challenge import SEQUENCE, VARIANTS, known_text
-from pgolf.data.fetch import RECORD, FetchJob, stated_hash
+from pgolf.data.fetch import DOCUMENTS, RECORD, FetchJob, stated_hash
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import MARKER_NAME, TOKENIZER_NAME, find_shards, write_shard
 from pgolf.data.text import sample_paths
@@ -197,6 +199,25 @@ def test_a_folder_is_no_data_set_until_all_of_it_is_there(hub, tmp_path):
     hub.cut_after.clear()
     run(hub, out)
     assert find_tokenizer(out).vocab_size == 512
+
+
+def test_the_documents_come_with_the_shards_if_they_are_asked_for(hub, tmp_path):
+    sent = _sample().encode()
+    hub.files[DOCUMENTS] = sent
+    hub.stated[DOCUMENTS] = hashlib.sha256(sent).hexdigest()
+    hub.cut_after[DOCUMENTS] = [len(sent) // 3]
+    record, lines = run(hub, tmp_path / "data", train_shards=1, documents=True)
+    assert (tmp_path / "data" / DOCUMENTS).read_bytes() == sent
+    assert record["files"][DOCUMENTS]["compared"] == "stated by the server"
+    assert any(f"going on from byte {len(sent) // 3:,}" in line for line in lines)
+    run(hub, tmp_path / "without")
+    assert not (tmp_path / "without" / DOCUMENTS).exists()
+
+
+def test_the_command_in_the_marker_does_the_same_job(tmp_path):
+    job = FetchJob(variant="sp1024", out=tmp_path, train_shards=1, documents=True)
+    words = shlex.split(job.command)[3:]
+    assert tyro.cli(FetchJob, args=words) == job and "--train-shards 1" in job.command
 
 
 def test_the_stated_hash_is_compared_and_a_wrong_file_removed(hub, tmp_path):
