@@ -126,6 +126,9 @@ def run_fetch(job: FetchJob) -> None:
     print(f"{job.out}: {len(files)} files of {job.repository}, {sum(f['bytes'] for f in files):,} bytes")
     for by, count in sorted(Counter(f["compared"] for f in files).items()):
         print(f"  SHA-256 {'recorded at the ' if by == 'first download' else ''}{by}: {count} files")
+    for name, entry in record["files"].items():
+        if "beginning" in entry:
+            print(f"  {name}: {entry['beginning']}")
     known = known_text(file_sha256(job.out / TOKENIZER_NAME), validation_totals(job.out)[0])
     print(known or "the number of validation tokens of this text is not known to pgolf")
 

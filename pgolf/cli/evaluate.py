@@ -303,7 +303,7 @@ def _compiled(
     if isinstance(kept, bool) and not args.ttt.warm_a:
         return kept
     lengths = document_bounds(text, data_folder.tokenizer.bos_id)[1]
-    batches = plan_batches(lengths, args.context or model.config.max_context, args.ttt)
+    batches = plan_batches(lengths, args.context or model.config.max_context, args.ttt, dist.world_size)
     return worth_compiling(batches, model, dist)
 
 

@@ -8,6 +8,7 @@ recorded at the first download and later downloads must agree. `fetched.json` sa
 
 from __future__ import annotations
 
+import hashlib
 import http.client
 import json
 import re
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pgolf.data.challenge import VARIANTS
-from pgolf.data.shards import MARKER_NAME, TOKENIZER_NAME
+from pgolf.data.shards import MARKER_NAME, TOKENIZER_NAME, Tokens, read_shard
 from pgolf.errors import RunError, UserError
 from pgolf.files import file_sha256, write_json
 
@@ -31,6 +32,15 @@ RECORD = "fetched.json"
 ENDPOINT = "https://huggingface.co"
 ROOT = "datasets"
 """Folder of the published files in their repository."""
+DOCUMENTS = "docs_selected.jsonl"
+"""The documents, one JSON object a line, those of the validation text first."""
+FIRST_VALIDATION = "fineweb_val_000000.bin"
+BEGINNINGS = {
+    "sp1024": (1_040_298, "3fad60f7e717550f18ba7aa3a9f1d0cb14ded3e3823714488ecb1e2a7f6630df"),
+    "sp8192": (679_222, "191b00e8856eef9ea60dbe783e620190b3fa53c8a37f1030d3cf4a42141a7622"),
+}
+"""Variant -> number and SHA-256 of the ids, as uint16, that its tokenizer makes of the first 902 documents of
+the validation text. This project has these documents, normalized, and not the published shards."""
 CHUNK = 1 << 20
 TIMEOUT_S = 60.0
 TRIES = 6
@@ -160,6 +170,9 @@ class FetchJob:
     train_shards: int = 40
     """Shards of training text, >= 0, of 100 million tokens and 200 MB each. A run of 600 s on 8 H100 reads
     39 of them."""
+    documents: bool = False
+    """Also download the documents from which the shards were made, as docs_selected.jsonl (48 GB): the
+    validation text is its first 50,000. The repository of sp1024 publishes them."""
     repository: str = ""
     """Dataset repository of the Hugging Face Hub; empty: where the variant was published."""
     endpoint: str = ENDPOINT
@@ -179,7 +192,9 @@ class FetchJob:
         """The command line that does this job."""
         words = ["pgolf", "data", "fetch"]
         for item in fields(self):
-            words += [f"--{item.name.replace('_', '-')}", str(getattr(self, item.name))]
+            name, value = item.name.replace("_", "-"), getattr(self, item.name)
+            flag = isinstance(value, bool)
+            words += [f"--{'' if value else 'no-'}{name}"] if flag else [f"--{name}", str(value)]
         return shlex.join(words)
 
 
@@ -242,7 +257,21 @@ def files_of(listing: dict[str, Any], job: FetchJob) -> dict[str, str]:
     for split, count in (("val", val), *sidecars, ("train", job.train_shards)):
         names = [f"fineweb_{split}_{i:06d}.bin" for i in range(count)]
         wanted |= {shard: f"datasets/{name}/{shard}" for shard in names}
-    return wanted
+    return wanted | ({DOCUMENTS: DOCUMENTS} if job.documents else {})
+
+
+def known_beginning(variant: str, tokens: Tokens) -> str:
+    """Return whether the first documents of a validation text are those that this project has.
+
+    Args:
+        variant: for all but those of `BEGINNINGS` the answer is empty.
+        tokens: `(n,)` uint16, the first shard of validation text.
+    """
+    if variant not in BEGINNINGS:
+        return ""
+    count, sha256 = BEGINNINGS[variant]
+    same = hashlib.sha256(tokens[:count].tobytes()).hexdigest() == sha256
+    return f"its first 902 documents are {'' if same else 'NOT '}those of the challenge's validation text"
 
 
 def checked(path: Path, stated: str, job: FetchJob, known: dict[str, Any] | None) -> dict[str, Any]:
@@ -264,4 +293,7 @@ def checked(path: Path, stated: str, job: FetchJob, known: dict[str, Any] | None
             f"{path.name}: SHA-256 {found}, expected {wanted} ({by}); it was removed, run the command again, "
             "and if that does not help, the published file has changed"
         )
-    return {"bytes": path.stat().st_size, "sha256": found, "compared": by if wanted else "first download"}
+    entry = {"bytes": path.stat().st_size, "sha256": found, "compared": by if wanted else "first download"}
+    if path.name == FIRST_VALIDATION and (beginning := known_beginning(job.variant, read_shard(path))):
+        entry["beginning"] = beginning
+    return entry

@@ -142,7 +142,7 @@ def phased_pass(
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    whole = plan_batches(bounds[1], context, phases.adapters)
+    whole = plan_batches(bounds[1], context, phases.adapters, dist.world_size)
     if compiled is None:
         compiled = worth_compiling(whole, model, dist)
     parts = plan_phases(whole, phases)

@@ -10,8 +10,8 @@ only on the artifact and on the tokens before it in its document:
     AdamW without momentum. The weights of the model do not change.
 Documents of similar length are read together, chunk by chunk, with the longest first in the batch, so that
 the documents that are still being read are always the first rows of every tensor. All windows of a batch have
-the same length and are packed without padding. A rank gets whole batches, which do not depend on the number
-of ranks.
+the same length and are packed without padding. A rank gets whole batches, smaller ones if there are many
+ranks.
 
 The method comes from PR #1855, with these differences. Chunks grow with the position, from 48 tokens to 256
 tokens from position 4,096 on. (With 48 tokens throughout, the longest document of the challenge would take
@@ -91,8 +91,9 @@ class DocumentBatch:
     """What reading them takes, in units of a token of a short window."""
 
 
-MOST_SHARE = 1 / 12
-"""Largest part of the cost of all documents that a batch may have, so that eight ranks can share the work."""
+MOST_SHARE = 2 / 3
+"""Largest part of a rank's share of the cost of all documents that a batch may have, so that ranks can share
+the work. Smaller batches take more steps: on one GPU each waits for the host, so there are few of them."""
 LEAST_COST = 1e6
 """Cost below which batches are not made smaller: a second or two on a GPU."""
 ATTENTION_WIDTH = 4096
@@ -115,16 +116,18 @@ def step_cost(documents: int, width: int) -> float:
     return max(documents * (width * (1 + width / ATTENTION_WIDTH) + DOCUMENT_COST), STEP_COST)
 
 
-def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) -> list[DocumentBatch]:
+def plan_batches(
+    lengths: NDArray[np.int64], context: int, config: TttConfig, ranks: int = 1
+) -> list[DocumentBatch]:
     """Group documents of similar length so that a forward pass has at most batch_tokens tokens.
 
     A batch of a single document may have more. A batch that has too much of the cost of all documents, as the
-    one with the longest has, gets half of its documents, as often as necessary. The batches do not depend on
-    the number of ranks.
+    one with the longest has on many ranks, gets fewer documents.
 
     Args:
         lengths: `(n,)` number of targets of each document, all >= 1.
         context: tokens of the longest window.
+        ranks: that share the batches.
     """
     order = np.argsort(-lengths, kind="stable")
 
@@ -149,7 +152,7 @@ def plan_batches(lengths: NDArray[np.int64], context: int, config: TttConfig) ->
         return batches
 
     whole = plan(float("inf"))
-    return plan(max(LEAST_COST, MOST_SHARE * sum(found.cost for found in whole)))
+    return plan(max(LEAST_COST, MOST_SHARE / ranks * sum(found.cost for found in whole)))
 
 
 def share_batches(batches: list[DocumentBatch], rank: int, world_size: int) -> list[DocumentBatch]:
@@ -413,7 +416,7 @@ def adapted_pass(
         ValueError: the text has no documents.
     """
     bounds = document_bounds(text, bos_id)
-    whole = plan_batches(bounds[1], context, config)
+    whole = plan_batches(bounds[1], context, config, dist.world_size)
     if compiled is None:
         compiled = worth_compiling(whole, model, dist)
     batches = left_over(whole, bounds, done)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import lzma
+import os
+import shlex
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,18 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tyro
 
 from pgolf.cli.main import main
 from pgolf.data import challenge, fetch
 from pgolf.data.challenge import SEQUENCE, VARIANTS, known_text
-from pgolf.data.fetch import RECORD, FetchJob, stated_hash
+from pgolf.data.fetch import BEGINNINGS, DOCUMENTS, RECORD, FetchJob, known_beginning, stated_hash
 from pgolf.data.manifest import NO_MANIFEST
 from pgolf.data.shards import MARKER_NAME, TOKENIZER_NAME, find_shards, write_shard
-from pgolf.data.text import sample_paths
+from pgolf.data.text import iterate_documents, sample_paths
 from pgolf.data.tokenizer import Tokenizer, find_tokenizer, train_tokenizer
 from pgolf.evaluate.validation import DataFolder
 from pgolf.files import file_sha256
 
+CHALLENGE_FOLDER = os.environ.get("PGOLF_CHALLENGE", "")
 PREFIX = "/datasets/some/repo/resolve/main/datasets/"
 
 
@@ -199,6 +203,25 @@ def test_a_folder_is_no_data_set_until_all_of_it_is_there(hub, tmp_path):
     assert find_tokenizer(out).vocab_size == 512
 
 
+def test_the_documents_come_with_the_shards_if_they_are_asked_for(hub, tmp_path):
+    sent = _sample().encode()
+    hub.files[DOCUMENTS] = sent
+    hub.stated[DOCUMENTS] = hashlib.sha256(sent).hexdigest()
+    hub.cut_after[DOCUMENTS] = [len(sent) // 3]
+    record, lines = run(hub, tmp_path / "data", train_shards=1, documents=True)
+    assert (tmp_path / "data" / DOCUMENTS).read_bytes() == sent
+    assert record["files"][DOCUMENTS]["compared"] == "stated by the server"
+    assert any(f"going on from byte {len(sent) // 3:,}" in line for line in lines)
+    run(hub, tmp_path / "without")
+    assert not (tmp_path / "without" / DOCUMENTS).exists()
+
+
+def test_the_command_in_the_marker_does_the_same_job(tmp_path):
+    job = FetchJob(variant="sp1024", out=tmp_path, train_shards=1, documents=True)
+    words = shlex.split(job.command)[3:]
+    assert tyro.cli(FetchJob, args=words) == job and "--train-shards 1" in job.command
+
+
 def test_the_stated_hash_is_compared_and_a_wrong_file_removed(hub, tmp_path):
     out, name = tmp_path / "data", "datasets/fineweb10B_small/fineweb_train_000000.bin"
     hub.stated[name] = hashlib.sha256(hub.files[name]).hexdigest()
@@ -232,6 +255,38 @@ def test_the_challenges_tokenizer_is_pinned(hub, tmp_path, monkeypatch, tokenize
     monkeypatch.setitem(VARIANTS, "small", challenge.Variant("some/repo", file_sha256(tokenizer.path), None))
     record, _ = run(hub, tmp_path / "data")
     assert record["files"][TOKENIZER_NAME]["compared"] == "pinned"
+
+
+@pytest.mark.parametrize(("change", "told"), [(0, "are those of"), (1, "are NOT those of")])
+def test_the_beginning_of_the_validation_text_is_compared(
+    hub, tmp_path, monkeypatch, tokenizer, change, told
+):
+    shard = "fineweb_val_000000.bin"
+    data = bytearray(hub.files[f"datasets/fineweb10B_small/{shard}"])
+    first = hashlib.sha256(data[-3000 * 2 : -2000 * 2]).hexdigest()
+    monkeypatch.setitem(BEGINNINGS, "small", (1000, first))
+    data[-2500 * 2] ^= change
+    hub.files[f"datasets/fineweb10B_small/{shard}"] = bytes(data)
+    record, _ = run(hub, tmp_path / "data")
+    assert told in record["files"][shard]["beginning"]
+    assert not any("beginning" in entry for name, entry in record["files"].items() if name != shard)
+
+
+@pytest.mark.skipif(
+    not CHALLENGE_FOLDER,
+    reason="PGOLF_CHALLENGE names no folder of fineweb_val_prefix.jsonl.xz and tokenizers/",
+)
+@pytest.mark.parametrize("variant", ["sp1024", "sp8192"])
+def test_the_pinned_beginning_is_what_the_tokenizer_makes_of_the_text(variant):
+    folder = Path(CHALLENGE_FOLDER)
+    model = Tokenizer(folder / "tokenizers" / f"fineweb_{variant[2:]}_bpe.model")
+    texts = [document.text for document in iterate_documents(folder / "fineweb_val_prefix.jsonl.xz")]
+    ids = np.concatenate([[model.bos_id, *model._sp.encode(text)] for text in texts]).astype(np.uint16)
+    assert ids.size == BEGINNINGS[variant][0]
+    assert known_beginning(variant, ids).startswith("its first 902 documents are those")
+    ids[-1] ^= 1
+    assert "NOT" in known_beginning(variant, ids)
+    assert known_beginning("sp4096", ids) == ""
 
 
 def test_what_cannot_be_had_is_said(hub, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.presets import PRESETS
 
-STEPS = 12
+STEPS = 20
 REDUCED = [
     "--model.vocab-size=512",
     "--model.width=32",

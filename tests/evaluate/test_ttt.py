@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from pgolf.config import TttConfig
+from pgolf.config import PhasesConfig, TttConfig
 from pgolf.evaluate import ttt
 from pgolf.evaluate.heads import AdaptedHead
+from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import evaluating
 from pgolf.evaluate.ttt import (
     COMPILE_COST,
     AdapterState,
+    adapted_pass,
     plan_batches,
     plan_chunks,
     share_batches,
@@ -85,7 +87,7 @@ def window_tokens(batch, lengths):
     return sum(n * (c.end - c.start) for n, c in zip(read, batch.chunks, strict=True))
 
 
-def test_eight_ranks_share_documents_of_real_lengths_evenly(monkeypatch):
+def test_eight_ranks_share_documents_of_real_lengths_evenly():
     """By the cost that is planned with, and by window tokens; before, the largest batch had 21 % of them."""
     quantiles = json.loads((ROOT / "bench" / "document_lengths.json").read_text())["quantiles"]
     lengths = np.tile(np.array(quantiles), 4)  # as many documents as the project's validation text has
@@ -94,11 +96,10 @@ def test_eight_ranks_share_documents_of_real_lengths_evenly(monkeypatch):
         shares = [sum(map(weight, share_batches(batches, rank, world))) for rank in range(world)]
         return max(shares) / sum(shares)
 
-    batches = plan_batches(lengths, 2048, TttConfig())
+    batches = plan_batches(lengths, 2048, TttConfig(), 8)
     assert sorted(np.concatenate([b.documents for b in batches]).tolist()) == list(range(lengths.size))
     assert largest(batches, lambda b: b.cost) < 1.02 / 8
     assert largest(batches, lambda b: window_tokens(b, lengths)) < 1.05 / 8
-    monkeypatch.setattr(ttt, "MOST_SHARE", 1.0)
     large = plan_batches(lengths, 2048, TttConfig())
     assert largest(large, lambda b: window_tokens(b, lengths)) > 1.6 / 8
     steps, few = (sum(len(b.chunks) for b in plan) for plan in (batches, large))
@@ -110,8 +111,23 @@ def test_smaller_batches_for_balance_do_not_change_the_scores(monkeypatch):
     want = token_losses("ttt", model, text)
     count = len(plan_batches(np.array(LENGTHS) + 1, CONTEXT, TTT))
     monkeypatch.setattr(ttt, "LEAST_COST", 0.0)
+    monkeypatch.setattr(ttt, "MOST_SHARE", 1 / 12)
     assert len(plan_batches(np.array(LENGTHS) + 1, CONTEXT, TTT)) > count
     np.testing.assert_allclose(token_losses("ttt", model, text)[1:], want[1:], atol=5e-5)
+
+
+@pytest.mark.parametrize("make", [adapted_pass, phased_pass])
+def test_a_rank_alone_takes_larger_batches_than_ranks_that_share_them(monkeypatch, make):
+    model, text = small_model(), make_text(random_documents(LENGTHS))
+    monkeypatch.setattr(ttt, "LEAST_COST", 0.0)
+    settings = {"config": TTT} if make is adapted_pass else {"phases": PhasesConfig(adapters=TTT)}
+
+    def steps(world):
+        where = {"bos_id": BOS, "context": CONTEXT, **settings}
+        passes = [make(model, text, FakeDist(rank, world), **where) for rank in range(world)]
+        return sum(len(found.turns) for found in passes)
+
+    assert steps(1) < steps(8)
 
 
 def test_a_short_text_is_not_cut_into_small_batches():
