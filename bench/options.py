@@ -10,6 +10,10 @@ the first row), with a 95 % interval over documents (`difference_low`, `differen
 better. On a GPU test-time training is compiled; the first row that needs a graph has its compilation in its
 seconds.
 
+`--keep FOLDER` keeps what was measured of each row and the losses of all documents, and a row that is there
+already is read instead of scored. So rows can be scored by several processes, or after an interruption, and
+one more call with all of them compares each with the same base.
+
 Choose options on text that no run has trained on and that is not the validation text: `pgolf data held-out`
 makes such a folder before a run.
 """
@@ -20,21 +24,27 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from bench.common import Recorder, Sample
+from bench.common import Recorder, Sample, device_name, versions
 from bench.documents import Documents
 from pgolf.artifact.read import build_model, read_artifact
 from pgolf.config import Config, EvaluateConfig, Method, from_dict
 from pgolf.config_evaluate import METHODS
 from pgolf.config_io import read_json
 from pgolf.dist import Dist
+from pgolf.env import source_commit
 from pgolf.evaluate.validation import DataFolder
+from pgolf.files import atomic_file, file_sha256
+from pgolf.model.gpt import GPT
 
 ROWS = {
     "plain": "plain",
+    "plain_context3072": "plain context=3072",
     "plain_tilt": "plain tilt.on=true",
     "plain_tilt_seen2": "plain tilt.on=true tilt.seen=2",
     "plain_tilt_boost1": "plain tilt.on=true tilt.boost=1.0",
@@ -59,6 +69,7 @@ ROWS = {
     "ttt_beta2_0.999": "ttt adapters.beta2=0.999",
     "ttt_first_chunks": "ttt adapters.first_chunks=8,16,24",
     "ttt_chunk32": "ttt adapters.chunk=32 adapters.chunk_growth=24",
+    "ttt_chunk64": "ttt adapters.chunk=64 adapters.chunk_growth=8",
     "phased": "phased",
     "phased_one": "phased phases.count=1",
     "phased_two_caps": "phased phases.two_caps=true",
@@ -124,6 +135,81 @@ class Row:
         return f"{self.name} ({remark})" if remark else self.name
 
 
+class Scored(NamedTuple):
+    """What was measured of a row."""
+
+    impl: str
+    values: list[tuple[str, float, str]]
+    """Metric, value and unit of each."""
+    nats: NDArray[np.float64]
+    """`(n,)` sum of the losses of each document."""
+    origin: dict[str, Any]
+    """Device, commit and versions, as result lines have them."""
+
+
+class Kept:
+    """A folder with what was measured of rows.
+
+    Args:
+        folder: where; made when the first row is kept.
+        facts: what all rows have in common, such as the hash of the file that is scored.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self._folder, self._facts = folder, facts
+
+    def _facts_of(self, row: Row) -> dict[str, Any]:
+        return {**self._facts, "way": row.way, "settings": row.settings.settings_of(row.way)}
+
+    def read(self, row: Row) -> Scored | None:
+        """Return what was measured of a row, None if it is not there.
+
+        Raises:
+            ValueError: a row of this name was measured with something else.
+        """
+        path = self._folder / f"{row.name}.npz"
+        if not path.is_file():
+            return None
+        with np.load(path) as file:
+            found, nats = json.loads(str(file["measured"])), file["nats"]
+        if found["facts"] != json.loads(json.dumps(self._facts_of(row))):
+            raise ValueError(
+                f"{path} has a row of this name with other settings, of another file or of another text; use "
+                "another name or another folder"
+            )
+        values = [(metric, value, unit) for metric, value, unit in found["values"]]
+        return Scored(found["impl"], values, nats, found["origin"])
+
+    def write(self, row: Row, scored: Scored) -> None:
+        """Keep what was measured of a row."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        measured = {"facts": self._facts_of(row), **scored._asdict()}
+        del measured["nats"]
+        with atomic_file(self._folder / f"{row.name}.npz") as file:
+            np.savez(file, measured=np.array(json.dumps(measured)), nats=scored.nats)
+
+
+def measure(row: Row, model: GPT, documents: Documents, impl: str) -> Scored:
+    """Score a row; `impl` is what result lines say of who did it."""
+    device = documents.dist.device
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    score, nats = documents.score(model, row.way, row.settings, compiled=cuda)
+    values = [
+        ("bpb", score.bpb, "bpb"),
+        ("tokens", float(score.tokens), "tokens"),
+        ("seconds", score.seconds, "s"),
+        ("tokens_per_s", score.tokens / score.seconds, "1/s"),
+    ]
+    if cuda:
+        values.append(("peak_mib", torch.cuda.max_memory_allocated(device) / 2**20, "MiB"))
+    commit, dirty = source_commit()
+    origin = {"device": device_name(device), "commit": commit, "dirty": dirty, "versions": versions()}
+    return Scored(impl, values, nats, origin)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Score, print and write; see the top of the file."""
     parser = argparse.ArgumentParser(
@@ -136,6 +222,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=0, help="first documents of the text; 0: all")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep rows there, and read those it has")
+    parser.add_argument(
+        "--shared", action="store_true", help="say in each line that other programs ran on the same GPU"
+    )
     parser.add_argument("--file", default="options", help="name of the result file")
     parser.add_argument("--out", type=Path, help="folder of the result file")
     options = parser.parse_args(argv)
@@ -152,34 +242,38 @@ def main(argv: list[str] | None = None) -> None:
     compile: Literal["off", "blocks"] = "blocks" if cuda else "off"
     model = build_model(artifact, dist.device).prepare(dist.device, compile=compile)
     folder = DataFolder.open(options.data, vocab_size=model.config.vocab_size)
-    documents = Documents(folder, folder.validation(documents=options.documents), dist, options.tokens)
+    text = folder.validation(documents=options.documents)
+    documents = Documents(folder, text, dist, options.tokens)
     # Rows with other adapters need graphs of their own.
     torch._dynamo.config.recompile_limit = 64
+    kept = None
+    if options.keep:
+        facts = {"artifact": file_sha256(options.artifact), "tokens": text.tokens.size, **folder.facts()}
+        kept = Kept(options.keep, facts)
+    impl = "pgolf, shared GPU" if options.shared else "pgolf"
     recorder, first = Recorder("options", dist.device, options.out, file=options.file), None
     for row in rows:
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(dist.device)
-        score, nats = documents.score(model, row.way, row.settings, compiled=cuda)
-        values = [
-            ("bpb", score.bpb, "bpb"),
-            ("tokens", score.tokens, "tokens"),
-            ("seconds", score.seconds, "s"),
-            ("tokens_per_s", score.tokens / score.seconds, "1/s"),
-        ]
+        try:
+            scored = kept and kept.read(row)
+        except ValueError as e:
+            parser.error(str(e))
+        if scored is None:
+            scored = measure(row, model, documents, impl)
+            if kept:
+                kept.write(row, scored)
+        values = list(scored.values)
+        recorder.measured = scored.origin
         if row.name == base:
-            first = nats
+            first = scored.nats
         if first is not None:
-            found = documents.against(nats, first)
+            found = documents.against(scored.nats, first)
             values[1:1] = [
                 ("difference", found.mean, "bpb"),
                 ("difference_low", found.low, "bpb"),
                 ("difference_high", found.high, "bpb"),
             ]
-        if cuda:
-            values.append(("peak_mib", torch.cuda.max_memory_allocated(dist.device) / 2**20, "MiB"))
         for metric, value, unit in values:
-            recorder.add(row.case, "pgolf", metric, Sample(float(value), 0.0, 1), unit)
+            recorder.add(row.case, scored.impl, metric, Sample(float(value), 0.0, 1), unit)
     recorder.write()
     dist.close()
 

@@ -1,25 +1,29 @@
 """Speed, score and memory of the costly ways to score, with eager and with compiled blocks side by side.
 
 `python -m bench.ttt MODEL.pgolf --data SHARDS` scores the whole validation text, or its first `--documents`,
-with adapters, with the published phased recipe (PR #1855) and with a sliding window of stride 64. Every case
-is measured in the `--forms` that there are of it, by default eager, then compiled. The form `captured` is
-compiled, too, and its steps with adapters are replayed as CUDA graphs where that pays
-(`pgolf/evaluate/replayed.py`). `seconds` is the wall time of the whole score, so it has the time of compiling
-and capturing in it. With `--again` these two forms run a second time in the same process, which gives
-`seconds_again`, without compiling. `tokens_per_s` is scored tokens per second and GPU; `peak_mib` is the
-largest GPU memory that torch held. All forms must give the same bits per byte up to rounding; the differences
-from the first one are printed. On a CPU only the eager form is measured. Under torchrun all ranks score
-together, and rank 0 writes.
+with adapters, with the published phased recipe (PR #1855) and with a sliding window of stride 64. The case
+`sliding64_stream` is that window as the scripts of the challenge had it, on one rank: over the whole text as
+if it were one document, so that every 64 tokens have a window of full length, most of them with tokens of
+other documents before them. Its bits per byte are not comparable. Every case is measured in the `--forms`
+that there are of it, by default eager, then compiled. The form `captured` is compiled, too, and its steps
+with adapters are replayed as CUDA graphs where that pays (`pgolf/evaluate/replayed.py`). `seconds` is the
+wall time of the whole score, so it has the time of compiling and capturing in it. With `--again` these two
+forms run a second time in the same process, which gives `seconds_again`, without compiling. `tokens_per_s` is
+scored tokens per second and GPU; `peak_mib` is the largest GPU memory that torch held. All forms must give
+the same bits per byte up to rounding; the differences from the first one are printed. On a CPU only the eager
+form is measured. Under torchrun all ranks score together, and rank 0 writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.common import RESULTS, Recorder, Sample
@@ -27,16 +31,18 @@ from pgolf.artifact.read import Artifact, build_model, read_artifact
 from pgolf.config import EvaluateConfig, PhasesConfig, TttConfig
 from pgolf.data.loader import ValidationText
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Pass, evaluating, read
 from pgolf.evaluate.replayed import capture
-from pgolf.evaluate.sliding import window_pass
+from pgolf.evaluate.sliding import Fixed, sliding_windows, window_pass, window_questions
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.evaluate.validation import DataFolder
 from pgolf.model.gpt import GPT
 
-CASES = ("plain", "record_adapters", "record_phased", "sliding64")
+STREAM = "sliding64_stream"
+CASES = ("plain", "record_adapters", "record_phased", "sliding64", STREAM)
 """`plain` is what the others are compared with."""
 ADAPTED = CASES[1:3]
 """Those that can be captured."""
@@ -55,6 +61,8 @@ class Bench:
     tokens: int
     """Tokens per forward pass of windows."""
     settings: EvaluateConfig
+    shared: bool = False
+    """Whether other programs ran on the same GPU."""
 
     def model(self, *, compiled: bool) -> GPT:
         """Return the model, prepared."""
@@ -74,6 +82,23 @@ class Bench:
         where |= {"stride": context if case == "plain" else 64, "batch_tokens": self.tokens}
         return window_pass(model, self.text, self.dist, **where)
 
+    def stream(self, model: GPT) -> Score:
+        """Return the score of windows over the whole text, see the top of the file."""
+        if self.dist.world_size > 1:
+            raise UserError(f"{STREAM} is measured on one rank; start the bench without torchrun")
+        context, began = model.config.max_context, time.perf_counter()
+        ends = np.array([self.text.tokens.size - 1])
+        windows = sliding_windows(np.array([0]), ends, context=context, stride=64)
+        sizes: dict[str, Any] = {"context": context, "batch_tokens": max(self.tokens, context)}
+        total, predictor = torch.zeros((), dtype=torch.float64, device=self.dist.device), Fixed(model)
+        for question in window_questions(windows, **sizes, device=self.dist.device):
+            inputs, targets = question.tensors(self.text, self.dist.device)
+            with torch.no_grad():
+                total += predictor.predict(inputs).nats(targets).sum(dtype=torch.float64)
+        nats, tokens, size = float(total), int(ends[0]), int(self.text.bytes[1:].sum())
+        seconds = time.perf_counter() - began
+        return Score(nats, tokens, size, nats / math.log(2) / size, nats / tokens, seconds)
+
     def score(self, case: str, model: GPT, form: str) -> tuple[Score, float, float]:
         """Return the score, the seconds with all preparation, and MiB of GPU memory (0 on a CPU)."""
         device = self.dist.device
@@ -84,11 +109,14 @@ class Bench:
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         with evaluating(model):
-            run = self.start(case, model, compiled=form != "eager")
-            if form == "captured":
-                run, note = capture(run)
-                print(note, f"({time.perf_counter() - began:.1f} s)", flush=True)
-            found = read(run, self.text, self.dist, bos_id=self.bos_id)
+            if case == STREAM:
+                found = self.stream(model)
+            else:
+                run = self.start(case, model, compiled=form != "eager")
+                if form == "captured":
+                    run, note = capture(run)
+                    print(note, f"({time.perf_counter() - began:.1f} s)", flush=True)
+                found = read(run, self.text, self.dist, bos_id=self.bos_id)
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else 0.0
         return found, seconds, peak
@@ -112,6 +140,7 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[
         gpus = torch.cuda.device_count() if bench.dist.shares_gpu else bench.dist.world_size
         processes = bench.dist.world_size // gpus
         impl = NAMES[form] + (f", {processes} processes" if processes > 1 else "")
+        impl += ", shared GPU" if bench.shared else ""
         rate = found.tokens / gpus
         values = {
             "seconds": (seconds, "s"),
@@ -137,6 +166,8 @@ def main() -> None:
     parser.add_argument("artifact", type=Path, help="the model file, .pgolf")
     parser.add_argument("--data", type=Path, required=True, help="folder of shards and tokenizer")
     parser.add_argument("--documents", type=int, default=0, help="score the first n documents; 0 = all")
+    parser.add_argument("--text", default="wiki_val", help="name of the text, in the names of the cases")
+    parser.add_argument("--shared", action="store_true", help="say that other programs ran on the same GPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--rank", type=int, default=TttConfig.rank, help="rank of the adapters")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass of windows")
@@ -153,10 +184,10 @@ def main() -> None:
     phases = PhasesConfig(adapters=replace(published, rank=args.rank))
     settings = EvaluateConfig(adapters=adapters, phases=phases)
     text = folder.validation(documents=args.documents)
-    bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings)
+    bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings, args.shared)
     recorder = Recorder("ttt", dist.device, args.out, file=args.file)
     for case in args.cases:
-        suffix = f"_first{args.documents}" if args.documents else "_wiki_val"
+        suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
         forms = forms_of(case, dist.device, args.forms)
         measure(bench, case, recorder, case + suffix, forms, again=args.again)
     if dist.is_main:

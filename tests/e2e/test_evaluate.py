@@ -1,11 +1,13 @@
 """`pgolf evaluate`: what is known stays known when something fails later; what cannot work fails first."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from pgolf.cli.main import main
+from pgolf.data.text import sample_paths
 from pgolf.errors import RunError
 from tests.ranks import run_ranks
 
@@ -58,6 +60,24 @@ def test_a_stride_that_does_not_fit_is_refused_before_anything_is_scored(words, 
     assert main([*words, "--mode", "ttt", "sliding", "--context=32", "--stride=33"]) == 2
     assert "--stride must be in [1, 32] (--context), got 33" in capsys.readouterr().err
     assert main([*words, "--mode", "plain", "--stride=65"]) == 0  # plain has no stride
+
+
+@pytest.mark.parametrize("size", [512, 600])
+def test_an_artifact_of_another_vocabulary_is_refused(run, shards, tmp_path, capsys, size):
+    model, other = tmp_path / "other.model", tmp_path / "other"
+    text = ["--inputs", str(sample_paths().train), "--vocab-size", str(size)]
+    assert main(["data", "tokenizer", *text, "--out", str(model)]) == 0
+    shutil.copytree(shards, other)
+    shutil.copy(model, other / "tokenizer.model")
+    (other / "manifest.json").unlink()  # it would say before that the tokenizer is another
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "model.pgolf"), f"--data={other}", "--device=cpu"]) == 2
+    said = capsys.readouterr().err
+    if size == 512:
+        assert "model.pgolf was trained with another tokenizer (sha256 " in said
+        assert "use a folder with the tokenizer.model of the run" in said
+    else:
+        assert "tokenizer.model has 600 tokens, but model.vocab_size is 512; pass" in said
 
 
 def test_legality_on_several_ranks_is_refused_before_anything_is_scored(words, monkeypatch, capsys):

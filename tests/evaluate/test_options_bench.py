@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.documents import Documents
-from bench.options import ROWS, Row
+from bench.options import ROWS, Kept, Row, Scored
 from pgolf.evaluate.documents import document_bounds
 from tests.evaluate.legal_helpers import BOS, FakeDist, make_text, random_documents, small_model
 
@@ -61,3 +61,17 @@ def test_the_losses_of_documents_are_those_of_the_score(way):
     found = documents.against(nats + 1.0, nats)
     np.testing.assert_allclose(found.mean, nats.size / documents.bits, rtol=1e-9)
     assert found.low <= found.mean <= found.high
+
+
+def test_a_row_that_is_kept_is_read_again_and_refused_for_anything_else(tmp_path):
+    kept, row = Kept(tmp_path / "kept", {"artifact": "a", "tokens": 9}), Row.read("mine=ttt adapters.rank=4")
+    assert kept.read(row) is None
+    values = [("bpb", 1.5, "bpb"), ("seconds", 2.25, "s")]
+    kept.write(row, Scored("pgolf, shared GPU", values, np.array([0.125, 7.0]), {"device": "NVIDIA H200"}))
+    found = kept.read(row)
+    assert found[:2] == ("pgolf, shared GPU", values) and found.nats.tolist() == [0.125, 7.0]
+    assert found.origin == {"device": "NVIDIA H200"}
+    assert kept.read(Row.read("other=ttt adapters.rank=4")) is None
+    for other, of in ((kept, Row.read("mine=ttt")), (Kept(tmp_path / "kept", {"artifact": "b"}), row)):
+        with pytest.raises(ValueError, match=r"mine\.npz has a row of this name with other settings"):
+            other.read(of)

@@ -1,0 +1,46 @@
+"""The bench of the costly ways to score: the sliding window as the scripts of the challenge had it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from bench.ttt import STREAM, Bench
+from pgolf.config import EvaluateConfig
+from tests.evaluate.legal_helpers import (
+    BOS,
+    FakeDist,
+    make_text,
+    random_documents,
+    small_config,
+    small_model,
+)
+
+
+def make_bench(text) -> Bench:
+    return Bench(None, text, FakeDist(), BOS, 64, EvaluateConfig())
+
+
+def test_the_window_over_the_whole_text_scores_each_token_once_after_all_those_before_it():
+    context = 128
+    model = small_model(shape=replace(small_config(), max_context=context))
+    text = make_text(random_documents([context - 9, 70, 0, 9, 2 * context]))
+    found, _, _ = make_bench(text).score(STREAM, model, "eager")
+    tokens = torch.from_numpy(text.tokens.astype(np.int64))
+    nats = []
+    with torch.no_grad():
+        for place in range(1, tokens.numel()):  # the window of each token, by hand
+            begin = 0 if place <= context else -(-(place - context) // 64) * 64
+            window = tokens[begin : place + 1]
+            cut = torch.tensor([0, place - begin], dtype=torch.int32)
+            nats.append(model(window[:-1], window[1:], cut, max_seqlen=context, loop=True)[-1].item())
+    assert found.tokens == len(nats) and found.bytes == int(text.bytes[1:].sum())
+    assert found.nats == pytest.approx(sum(nats), rel=1e-5)
+    assert found.bpb == pytest.approx(found.nats / np.log(2) / found.bytes)
+
+
+def test_several_ranks_are_refused():
+    bench = replace(make_bench(make_text(random_documents([9]))), dist=FakeDist(world_size=2))
+    with pytest.raises(ValueError, match="sliding64_stream is measured on one rank"):
+        bench.stream(small_model())
