@@ -342,7 +342,6 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
       named_sync(1, kConsumers * kGroup);
       wgmma_wait<1>();
       wgmma_keep_order(dv);
-      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.grads_empty(of_grads.stage));
       float dq[32];
       wgmma_fence();
@@ -368,10 +367,8 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
       add_dq(dq, shared, dq_map, args.scale, this_head, this_first + at.group * kRows, at);
       wgmma_wait<0>();
       wgmma_keep_order(dk);
-      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.queries_empty(this_stage));
     } while (first < tile.end);
-    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty());
     PGOLF_UNROLL
     for (int i = 0; i < 32; ++i) dk[i] *= args.scale;

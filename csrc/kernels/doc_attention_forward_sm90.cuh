@@ -218,7 +218,6 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
     begin_scores(s, q, shared.keys(ring.stage));
     wgmma_wait<0>();
     wgmma_keep_order(s);
-    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty(ring.stage));
     mask_scores(s, offset, each - 1, at);
     exponentials(s, state, shrink, factor);
@@ -233,13 +232,11 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
       begin_outputs(o, p, shared.values(ring.stage));
       wgmma_wait<1>();
       wgmma_keep_order(s);
-      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.keys_empty(next.stage));
       if (offset + kKeys > 1) mask_scores(s, offset, each - 1, at);
       const bool shrinks = exponentials(s, state, shrink, factor);
       wgmma_wait<0>();
       wgmma_keep_order(o);
-      __syncwarp();
       if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
       if (shrinks) {
         PGOLF_UNROLL
@@ -252,7 +249,6 @@ inline __device__ void consume(const Args& args, const Shared& shared) {
     begin_outputs(o, p, shared.values(ring.stage));
     wgmma_wait<0>();
     wgmma_keep_order(o);
-    __syncwarp();
     if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
     ring.advance();
 

@@ -74,7 +74,6 @@ struct Walk : Items {
   __device__ bool next() {
     mbarrier_wait(drawn.full(), drawn.phase());
     item = __shfl_sync(0xffffffffu, drawn.item(), 0);
-    __syncwarp();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(drawn.empty());
     ++drawn.draws;
     return item >= 0;
