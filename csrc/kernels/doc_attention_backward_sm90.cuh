@@ -190,8 +190,8 @@ __device__ __forceinline__ void fill_dq(const Args& args, const Shared& shared, 
 inline __device__ void produce_keys(const Args& args, const Shared& shared, const CUtensorMap* keys,
                                     const CUtensorMap* values, const CUtensorMap* dq) {
   uint32_t phase = 0;
-  Draw draw(args.plan, args.groups, shared.drawn());
-  for (draw.ask(); draw.next(); draw.ask()) {
+  Draw draw(args.plan, args.groups, shared.drawn(), false);
+  for (; draw.next(); draw.ask()) {
     const DocTile tile = draw.tile();
     const int group = draw.group();
     fill_dq(args, shared, dq, tile, group * args.ratio);

@@ -79,12 +79,11 @@ inline __device__ void produce(const Args& args, const Shared& shared, const CUt
   const int each = kRows / args.ratio;  // queries of a warpgroup
   Ring<kStages> at;
   uint32_t phase = 0;
-  Draw draw(args.plan, args.groups, shared.drawn());
-  draw.ask();
+  Draw draw(args.plan, args.groups, shared.drawn(), true);
   while (draw.next()) {
+    draw.ask();
     const DocTile tile = draw.tile();
     const int group = draw.group();
-    draw.ask();
     mbarrier_wait(shared.queries_empty(), phase ^ 1);
     mbarrier_expect_bytes(shared.queries_full(), kQueryBytes);
     for (int part = 0; part < kConsumers; ++part) {

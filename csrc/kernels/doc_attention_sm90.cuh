@@ -83,12 +83,18 @@ struct Walk : Items {
 struct Draw : Items {
   Drawn drawn;
   int *counter, count;
-  int ready = 0;
-  __device__ Draw(DocTile* plan, int groups, uint32_t drawn)
-      : Items(plan, groups), drawn{drawn}, counter(&plan->begin), count(plan->first * groups) {}
-  // Asks for an item, which takes a while. Once before each next(). Only blocks that run have items, and in
-  // their order: a block may wait for what others do with items before its own.
-  __device__ void ask() { ready = atomicAdd(counter, 1); }
+  int begin, ready;
+  // own_first: a block begins with the item of its own number, and saves the time to ask. Without it, only
+  // blocks that run have items, in their order: a block may wait for what others do with items before its
+  // own.
+  __device__ Draw(DocTile* plan, int groups, uint32_t drawn, bool own_first)
+      : Items(plan, groups), drawn{drawn}, counter(&plan->begin), count(plan->first * groups) {
+    begin = own_first ? static_cast<int>(gridDim.x) : 0;
+    ready = static_cast<int>(blockIdx.x);
+    if (!own_first) ask();
+  }
+  // Asks for the item after this one, which takes a while. Once before each next() but the first.
+  __device__ void ask() { ready = begin + atomicAdd(counter, 1); }
   // Draws the next item; false if there is none. One thread.
   __device__ bool next() {
     item = ready < count ? ready : -1;
