@@ -9,8 +9,7 @@ time goes by family of kernels, next to what was counted: operations of the matr
 bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
 too. `--attention doc fa4` compares pgolf's own attention, "pgolf", with flash-attn-4, "pgolf flash-attn-4";
 until commit 2fc973a "pgolf" was flash-attn-4. `--capture off on` compares launched passes with passes that
-are replayed as CUDA graphs; then peak_mib holds the memory of the graphs. `--fp8 off qkv` compares products
-in bfloat16 with those of train.fp8.
+are replayed as CUDA graphs; then peak_mib holds the memory of the graphs.
 """
 
 from __future__ import annotations
@@ -32,11 +31,10 @@ import torch
 
 from bench.common import RESULTS, Recorder, Sample, time_launched
 from bench.power import Meter, find_driver
-from pgolf.config import ModelConfig, TrainConfig
+from pgolf.config import ModelConfig
 from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
-from pgolf.model.fp8 import trained_as
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
@@ -307,9 +305,6 @@ def main() -> None:
         "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
     )
     parser.add_argument(
-        "--fp8", nargs="+", default=["off"], choices=("off", "qkv"), help="products in 8-bit floats"
-    )
-    parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
     )
     parser.add_argument(
@@ -347,10 +342,8 @@ def main() -> None:
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
         impl += (heads != "auto") * f", {heads} heads"
         impl += (blocks != "thread") * f", {blocks}"
-        for fp8, capture in itertools.product(args.fp8, args.capture):
-            trained = trained_as(replace(pr1855(), train=TrainConfig(fp8=fp8)), model)
-            name = f"{impl}, fp8 {fp8}" if fp8 != "off" else impl
-            measure(recorder, trained, work, name, args, capture=capture == "on")
+        for capture in args.capture:
+            measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()
         torch._dynamo.reset()
     if model is not None and not args.no_tail:

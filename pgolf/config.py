@@ -326,10 +326,6 @@ class TrainConfig:
     context_stages: str = ""
     """Longest attention segment in training, by fraction of the run: 1024@0.1,2048@0.7 means 1,024 tokens up
     to 0.1, 2,048 up to 0.7, then model.max_context (PR #2014). Shorter segments take less time."""
-    fp8: Literal["off", "qkv"] = "off"
-    """Products of training that take 8-bit floats (e4m3): qkv = those that make queries, keys and values, in
-    the forward pass. Their gradients, and all that scores or quantizes, stay in bfloat16. It needs a GPU of
-    compute capability 8.9 or newer and widths that are multiples of 16; a CPU computes the same values."""
     warmup_steps: int = 3
     """Untimed steps before the clock, without and with recurrence; all state is restored after them."""
     out: Path = Path("runs")

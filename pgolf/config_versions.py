@@ -234,7 +234,6 @@ CHANGES: tuple[Change, ...] = (
     Change("cb92e33", {"model.mudd": 0, "model.xsa_strength": False, "optim.adam.mudd_lr": 0.002}),
     Change("5f3f432", {"train.capture": False}),
     Change("dc8e115", {"artifact.program": "evaluate"}),
-    Change("7a58082", {"train.fp8": "off"}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""
@@ -309,9 +308,8 @@ def check_removed(key: str, value: Any, where: str) -> None:
     """
     if value != REMOVED[key]:
         raise UserError(
-            f"{where}: the setting {key} does not exist any more, and its value {value!r} asks for something "
-            f"that this version cannot do; what it does now is what the value {REMOVED[key]!r} did. Take the "
-            "setting out to go on with that"
+            f"{where}: the setting {key} does not exist any more, and this version cannot do what its value "
+            f"{value!r} asks for, only what {REMOVED[key]!r} did; take the setting out to go on with that"
         )
 
 

@@ -150,7 +150,7 @@ def work_key(config: Config) -> str:
             node = node[key]
         for name in names:
             del node[name]
-    how = ("device", "compile", "attention", "fp8", "fake_quant_from")
+    how = ("device", "compile", "attention", "fake_quant_from")
     return config_hash({**data, **{name: getattr(config.train, name) for name in how}})
 
 

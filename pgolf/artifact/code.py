@@ -67,7 +67,6 @@ SCRIPT = "pgolf/report/alone_script.py"
 """The program around the modules."""
 SWAPPED = {
     "pgolf.artifact.code": "pgolf/artifact/own_code.py",
-    "pgolf.model.fp8": "pgolf/model/_no_fp8.py",
     "pgolf.model.heads": "pgolf/model/_no_heads.py",
     "pgolf.model.own_attention": "pgolf/model/_no_own_attention.py",
 }

@@ -226,7 +226,7 @@ def require_windows(folder: Path, sizes: Sequence[int], context: int, order: str
         raise UserError(
             f"{folder}: data.order={order} needs a shard of at least {context + 1} tokens, which is "
             f"model.max_context + 1, but the longest has {max(sizes)}; lower model.max_context, or take "
-            "data.order=documents or stream, which go on with the next shard"
+            "data.order=documents or stream"
         )
 
 

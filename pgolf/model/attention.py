@@ -267,7 +267,6 @@ def attention_branch(
     values: Tensor | None = None,
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
-    project: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """Return the attention output `(T, D)` for the normed input `n` `(T, D)`; with `asked`, `(R, D)` of it.
 
@@ -285,11 +284,10 @@ def attention_branch(
         values: value embeddings `(T, G * K)`; layers with a `value_scale` add them to v.
         asked: the tokens whose output is wanted; the others only need keys and values.
         observe: called with ("attn_out", input of the output projection).
-        project: computes q, k and v from `n` and `weights.qkv`.
     """
     widths = [config.width, config.kv_width, config.kv_width]
     if asked is None:
-        q, k, v = torch.split(project(n, weights.qkv), widths, dim=-1)
+        q, k, v = torch.split(F.linear(n, weights.qkv), widths, dim=-1)
     else:
         q = F.linear(asked.rows(n), weights.qkv[: widths[0]])
         k, v = torch.split(F.linear(n, weights.qkv[widths[0] :]), widths[1:], dim=-1)

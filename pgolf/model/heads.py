@@ -150,7 +150,6 @@ def heads_branch(
     values: Tensor | None = None,
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
-    project: Callable[[Tensor, Tensor], Tensor] = F.linear,
     doc: bool = False,
 ) -> Tensor:
     """Compute `attention_branch` with `attend_heads`; arguments as in both.
@@ -170,7 +169,6 @@ def heads_branch(
             values=values,
             asked=asked,
             observe=observe,
-            project=project,
         )
     gate, scale = config.head_gate, config.sparse_gate_scale
     z = mix = None
@@ -179,7 +177,7 @@ def heads_branch(
         if weights.gate is not None:
             z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
     y = attend_heads(
-        *(project(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
+        *(F.linear(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
         mix=mix,
         doc=doc,

@@ -101,9 +101,8 @@ def refuse_transforms(op: str, *tensors: Tensor, reference: str | None = None) -
         found = (forward or stacked) and any(_is_differentiated(t, forward) for t in tensors)
     if found:
         raise RuntimeError(
-            f"{op}: forward-mode derivatives and those of torch.func (grad, vjp, jvp, jacrev, jacfwd, "
-            f"hessian) are not implemented; use {reference or op + '_ref'}, which has them, or detach the "
-            "tensors that need no derivative"
+            f"{op}: forward-mode derivatives and those of torch.func are not implemented; use "
+            f"{reference or op + '_ref'}, which has them, or detach the tensors that need no derivative"
         )
 
 

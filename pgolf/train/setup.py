@@ -17,7 +17,6 @@ from pgolf.env import commit_name
 from pgolf.errors import MemoryAdvice, RanksFailed, RunError, UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.model.agree import agree_on_kernels
-from pgolf.model.fp8 import trained_as
 from pgolf.model.gpt import GPT, CompileName
 from pgolf.model.neutral import Added
 from pgolf.optim.ema import Ema
@@ -64,7 +63,7 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
         FileNotFoundError: no data folder, or no shards in it.
         UserError: the data are not as their manifest says, not those that `past` began with, or not fit to
             be trained on or scored; the limit leaves no room for a model; the batch does not divide into
-            passes. RunError: the tracker, the algorithm or the fp8 that is asked for cannot be used here.
+            passes. RunError: the tracker or the algorithm that is asked for cannot be used here.
     """
     if dist.is_main:
         check_tracker(config.train.track)
@@ -141,7 +140,6 @@ def _make(config: Config, dist: Dist, past: Past | None, *, trains: bool) -> Set
         attention=config.train.attention,
         compile=_compiled(config, dist),
     )
-    trained_as(config, model)  # refuses what the trainer would refuse
     # A run that goes on has its weights in its checkpoint, and the initial ones may be gone by then.
     begins, added, start = trains and not (past and past.checkpoint), Added(), None
     if config.train.start is not None and begins:

@@ -24,7 +24,6 @@ from pgolf.errors import UserError
 from pgolf.evaluate.validation import DataFolder
 from pgolf.log import Progress, RunLog
 from pgolf.model.fake_quant import FakeQuant
-from pgolf.model.fp8 import trained_as
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.schedule import context_at, ema_decay, fake_quant_on, loop_on, swa_decay, took_snapshot
@@ -107,9 +106,7 @@ class Trainer:
         self._ema, self._loader, self._dist = ema, loader, dist
         self._passes = passes_per_step(config.data, dist.world_size)
         rounding = FakeQuant(config.quant.attn_clip, config.quant.mlp_clip).__call__
-        self._micro = MicroSteps(
-            trained_as(config, model), dist.device, passes=self._passes, rounding=rounding
-        )
+        self._micro = MicroSteps(model, dist.device, passes=self._passes, rounding=rounding)
         self._last = Mode()
 
     def warm_up(self, log: RunLog, *, capture: bool = True) -> None:

@@ -85,7 +85,6 @@ def test_arms_that_differ_in_numbers_alone_do_the_same_work(tmp_path):
         return work_key(replace(base, optim=replace(base.optim, muon=muon)))
 
     assert key(momentum_age=0.01) == work_key(base)
-    assert work_key(replace(base, train=replace(base.train, fp8="qkv"))) != work_key(base)
     assert key(normalize=0.9) == key(normalize=0.95) != work_key(base) != key(cautious=True)
     assert key(slow_age=0.01) == key(slow_age=0.02, slow_weight=0.3) != work_key(base)
     assert len({key(head_pairs=pairs) for pairs in ("off", "qk", "kv", "qkv")}) == 4
