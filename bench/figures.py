@@ -1,9 +1,10 @@
 """The figures of README and docs/, plotted from the committed result files: `python -m bench.figures`.
 
 The figures are `docs/figures/kernels.png` (kernels compared with other implementations) and
-`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each panel reads the newest result file of its bench for
-`DEVICE` that has its cases: a newer one may have measured others. The same files and the same matplotlib give the same bytes. Each picture stores the SHA-256 of the
-data as `Source`, so that a test finds a picture that is older than the results. matplotlib is needed.
+`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each panel reads the newest result file of its bench
+for `DEVICE` that has its cases, because a newer file may have other cases. The same files and the same matplotlib
+give the same bytes. Each picture stores the SHA-256 of the data as `Source`, so that a test finds a picture that
+is older than the results. matplotlib is needed.
 """
 
 from __future__ import annotations
@@ -135,13 +136,14 @@ WAYS = (
 
 
 def newest(bench: str, results: Path, cases: Iterable[str] = ()) -> Path:
-    """Return the newest result file of a bench on `DEVICE` that has all `cases`; raises FileNotFoundError if none has."""
+    """Return the newest result file of a bench on `DEVICE` with all `cases`, or raise FileNotFoundError."""
     wanted = set(cases)
     for path in sorted(results.glob(f"*_{DEVICE}_{bench}.jsonl"), reverse=True):
         if wanted <= {line["case"] for line in read_lines(path)}:
             return path
     raise FileNotFoundError(
-        f"no result of {bench} on {DEVICE} in {results} has the cases {sorted(wanted)}; run bench/ops/bench_{bench}.py"
+        f"no result of {bench} on {DEVICE} in {results} has the cases {sorted(wanted)}; "
+        f"run bench/ops/bench_{bench}.py"
     )
 
 
