@@ -1,10 +1,10 @@
 """The figures of README and docs/, plotted from the committed result files: `python -m bench.figures`.
 
 The figures are `docs/figures/kernels.png` (kernels compared with other implementations) and
-`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each panel reads the newest result file of its bench
-for `DEVICE` that has its cases, because a newer file may have other cases. The same files and the same matplotlib
-give the same bytes. Each picture stores the SHA-256 of the data as `Source`, so that a test finds a picture that
-is older than the results. matplotlib is needed.
+`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each panel reads the newest result file of its
+bench for `DEVICE` that has its cases, because a newer file may have other cases. The same files and the same
+matplotlib give the same bytes. Each picture stores the SHA-256 of the data as `Source`, so that a test finds
+a picture that is older than the results. matplotlib is needed.
 """
 
 from __future__ import annotations
