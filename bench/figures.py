@@ -1,9 +1,10 @@
 """The figures of README and docs/, plotted from the committed result files: `python -m bench.figures`.
 
 The figures are `docs/figures/kernels.png` (kernels compared with other implementations) and
-`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each reads the newest result file of its bench for
-`DEVICE`. The same files and the same matplotlib give the same bytes. Each picture stores the SHA-256 of the
-data as `Source`, so that a test finds a picture that is older than the results. matplotlib is needed.
+`docs/figures/bpb_bytes.png` (bits per byte against bytes). Each panel reads the newest result file of its
+bench for `DEVICE` that has its cases, because a newer file may have other cases. The same files and the same
+matplotlib give the same bytes. Each picture stores the SHA-256 of the data as `Source`, so that a test finds
+a picture that is older than the results. matplotlib is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,7 +116,10 @@ NAMES = (
     ("record form", "Triton, as in the baseline script"),
     ("torch.varlen", "torch, varlen_attn"),
     ("flash-attn-4", "flash-attn-4"),
+    ("liger SM90 scaled", "Liger, Hopper, scaled (has no cap)"),
+    ("liger SM90", "Liger, Hopper (has no cap)"),
     ("liger", "Liger"),
+    ("quack, no cap, all logits", "quack, all logits (has no cap)"),
     ("quack", "quack (has no cap)"),
     ("cut_cross_entropy", "Cut Cross-Entropy"),
 )
@@ -130,14 +135,16 @@ WAYS = (
 """Case of the quantize bench, its label, and the height of the label above its mark in points."""
 
 
-def newest(bench: str, results: Path) -> Path:
-    """Return the newest result file of a bench on `DEVICE`; raises FileNotFoundError if there is none."""
-    found = sorted(results.glob(f"*_{DEVICE}_{bench}.jsonl"))
-    if not found:
-        raise FileNotFoundError(
-            f"no result of {bench} on {DEVICE} in {results}; run bench/ops/bench_{bench}.py"
-        )
-    return found[-1]
+def newest(bench: str, results: Path, cases: Iterable[str] = ()) -> Path:
+    """Return the newest result file of a bench on `DEVICE` with all `cases`, or raise FileNotFoundError."""
+    wanted = set(cases)
+    for path in sorted(results.glob(f"*_{DEVICE}_{bench}.jsonl"), reverse=True):
+        if wanted <= {line["case"] for line in read_lines(path)}:
+            return path
+    raise FileNotFoundError(
+        f"no result of {bench} on {DEVICE} in {results} has the cases {sorted(wanted)}; "
+        f"run bench/ops/bench_{bench}.py"
+    )
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -154,7 +161,7 @@ def shown_name(impl: str, added: str) -> str:
 def bars(panel: Panel, results: Path) -> list[tuple[str, float, bool]]:
     """Return (name, milliseconds, whether it is pgolf's) of each bar of a panel, the fastest first."""
     rows = []
-    for line in read_lines(newest(panel.bench, results)):
+    for line in read_lines(newest(panel.bench, results, panel.cases)):
         if line["metric"] != panel.metric or line["case"] not in panel.cases:
             continue
         if not any(part in line["impl"] for part in panel.skip):
@@ -257,18 +264,18 @@ def draw_bytes(results: Path) -> Any:
     return figure
 
 
-FIGURES = {
-    "kernels.png": (draw_kernels, tuple(dict.fromkeys(panel.bench for panel in PANELS))),
-    "bpb_bytes.png": (draw_bytes, ("quantize",)),
+FIGURES: dict[str, tuple[Callable[[Path], Any], tuple[tuple[str, tuple[str, ...]], ...]]] = {
+    "kernels.png": (draw_kernels, tuple((panel.bench, tuple(panel.cases)) for panel in PANELS)),
+    "bpb_bytes.png": (draw_bytes, (("quantize", ()),)),
 }
-"""By file name: the function that plots the figure, and the benches whose results it reads."""
+"""By file name: the function that plots the figure, and the benches and cases whose results it reads."""
 
 
 def source(name: str, results: Path = RESULTS) -> str:
     """Return the SHA-256 of the result files that a figure reads and of the choice of data from them."""
     digest = hashlib.sha256(repr((PANELS, NAMES, WAYS)).encode())
-    for bench in FIGURES[name][1]:
-        digest.update(newest(bench, results).read_bytes())
+    for path in dict.fromkeys(newest(bench, results, cases) for bench, cases in FIGURES[name][1]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -346,6 +346,20 @@ def test_figures_are_those_of_the_newest_results():
         assert made_from == source(name), f"docs/figures/{name} is old; run `make figures`"
 
 
+def test_a_panel_reads_the_newest_file_that_has_its_cases(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.figures import DEVICE, newest
+
+    for day, cases in (("20260101", ["a", "b"]), ("20260102", ["a", "b", "c"]), ("20260103", ["c"])):
+        lines = "\n".join(json.dumps({"case": case}) for case in cases)
+        (tmp_path / f"{day}_{DEVICE}_kernel.jsonl").write_text(lines)
+    (tmp_path / f"20260104_{DEVICE}_kernel-other.jsonl").write_text(json.dumps({"case": "a"}))
+    assert newest("kernel", tmp_path, ["a", "b"]).name.startswith("20260102")
+    assert newest("kernel", tmp_path, ["c"]).name.startswith("20260103")
+    with pytest.raises(FileNotFoundError, match=r"no result of kernel on .* has the cases \['a', 'd'\]"):
+        newest("kernel", tmp_path, ["a", "d"])
+
+
 def test_figures_are_drawn_the_same_twice(tmp_path):
     pytest.importorskip("matplotlib")
     from bench.figures import write_figures

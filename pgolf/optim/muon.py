@@ -68,7 +68,8 @@ class Muon(Optimizer):
         p <- p (1 - lr wd) - lr r O
 
     With `normalize`, O is divided by the roots of its mean squares over time before (NorMuon); with
-    `cautious`, only weights that O moves towards 0 decay. See `pgolf.optim.update_rules` for both.
+    `cautious`, only weights that O moves towards 0 decay; with `update_floor`, rows of O that are short next
+    to their weights are lengthened. See `pgolf.optim.update_rules` for all three.
 
     Equals `torch.optim.Muon` with the same arguments except for two roundings: torch iterates in bfloat16,
     this class in float16 on CUDA (on Hopper GPUs with `algorithm="gram"` of `newton_schulz`) and in float32
@@ -128,6 +129,7 @@ class Muon(Optimizer):
         row_normalize: bool = False,
         normalize: float = 0.0,
         cautious: bool = False,
+        update_floor: float = 0.0,
         momentum_bits: int | None = None,
         master_weights: str | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -156,6 +158,8 @@ class Muon(Optimizer):
             normalize: decay per step of the mean squares of NorMuon (arXiv 2510.05491), in [0, 1); 0 = off.
                 Not for DTensors.
             cautious: cautious weight decay (arXiv 2510.12402). It costs several more passes over weights.
+            update_floor: smallest norm of each row of r O, as a part of the norm of the row of weights, >= 0;
+                0 = off (`pgolf.optim.update_rules.floor_update_`). A DTensor must consist of whole rows then.
             momentum_bits: 8 keeps the momentum of Muon groups as 8-bit codes, with a scale for at most 256
                 elements of a row (`pgolf.optim.momentum`). A DTensor must consist of whole rows then. None
                 keeps the momentum in the dtype of the gradient.
@@ -204,6 +208,7 @@ class Muon(Optimizer):
             "row_normalize": row_normalize,
             "normalize": normalize,
             "cautious": cautious,
+            "update_floor": update_floor,
             "momentum_bits": momentum_bits,
             "master_weights": master_weights,
             "use_muon": True,
@@ -374,7 +379,7 @@ class Muon(Optimizer):
     def _compare_meshes(self) -> None:
         """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
         for group in self.param_groups:
-            if group["use_muon"] and (group["normalize"] or group["momentum_bits"]):
+            if group["use_muon"] and (group["normalize"] or group["momentum_bits"] or group["update_floor"]):
                 check_dtensors(group)  # they may have come, or the option been set, after it was added
         named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
         for name, p, muon in self._named():

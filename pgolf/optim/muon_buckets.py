@@ -13,7 +13,7 @@ from torch import Tensor
 from pgolf.optim.mesh import MeshRanks, Part
 from pgolf.optim.polar import Coefficients
 from pgolf.optim.split_weights import join_all, split_all
-from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_
+from pgolf.optim.update_rules import cautious_decay_, floor_update_, lr_scale, normalize_update_
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,11 @@ def apply_updates(
     if bucket.squares:
         updates = _normalized(bucket, updates)
     shaped = [u.view(t.shape) for u, t in zip(updates, weights, strict=True)]
+    if group["update_floor"]:
+        # Of a stack, what a rank has of a matrix of a DTensor is (1, m, n); 4-D and 5-D are convolutions.
+        for pair in zip(shaped, weights, strict=True):
+            update, weight = (t.flatten(1) if t.dim() > 3 else t for t in pair)
+            floor_update_(update, weight, group["update_floor"] / ratio)
     if group["cautious"]:
         for target, update in zip(weights, shaped, strict=True):
             cautious_decay_(target, update, decay)

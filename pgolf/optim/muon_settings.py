@@ -32,6 +32,7 @@ SETTINGS = {
     "row_normalize",
     "normalize",
     "cautious",
+    "update_floor",
     "momentum_bits",
     "master_weights",
     "use_muon",
@@ -40,7 +41,13 @@ SETTINGS = {
     "heads_along",
     "betas",
 }
-ADDED = {"normalize": 0.0, "cautious": False, "momentum_bits": None, "master_weights": None}
+ADDED = {
+    "normalize": 0.0,
+    "cautious": False,
+    "update_floor": 0.0,
+    "momentum_bits": None,
+    "master_weights": None,
+}
 """Settings that the first pickled optimizers do not have, and their defaults."""
 FORMS = ("momentum_bits", "master_weights")
 """Settings that say in which form the state is kept; a loaded state does not change them."""
@@ -164,7 +171,7 @@ def check_group(group: dict[str, Any]) -> None:
         if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
             raise ValueError(f"Muon: betas must be two numbers in [0, 1), got {betas}")
         return
-    check_numbers({name: group[name] for name in ("momentum", "normalize")})
+    check_numbers({name: group[name] for name in ("momentum", "normalize", "update_floor")})
     if not 0 <= group["momentum"] <= 1:
         raise ValueError(f"Muon: momentum must be in [0, 1], got {group['momentum']}")
     if group["normalize"] >= 1:
@@ -244,4 +251,9 @@ def _check_dtensor(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{what} is a DTensor that is sharded along dimension {cut[0]}, and momentum_bits=8 has "
             "scales for parts of whole rows; shard it along dimension 0, or use momentum_bits=None"
+        )
+    if group["update_floor"] and cut:
+        raise ValueError(
+            f"{what} is a DTensor that is sharded along dimension {cut[0]}, and update_floor compares whole "
+            "rows; shard it along dimension 0, or use update_floor=0"
         )

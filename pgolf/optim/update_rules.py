@@ -58,6 +58,32 @@ def cautious_decay_(param: Tensor, update: Tensor, decay: float | Tensor) -> Ten
     return param.sub_(decay * param * (param * update > 0))
 
 
+def floor_update_(update: Tensor, param: Tensor, floor: float) -> Tensor:
+    """Lengthen each row of an update that is short next to its row of weights, in place.
+
+        O_r <- O_r max(1, floor |w_r| / |O_r|)
+
+    So a row of weights moves by at least lr floor |w_r|, however long it has grown. A row of zeros stays
+    zero: |O_r| is taken to be at least 1e-7. Norms and factors are computed in float32 or float64.
+
+    Args:
+        update: `(..., m, n)` any floating-point dtype, O; changed.
+        param: `(..., m, n)`, w before the step.
+        floor: smallest length of a row of the update over that of the weights, >= 0.
+
+    Returns:
+        `update`.
+
+    Source: the update floor of modded-nanogpt's optimizer benchmark (track 3), per row; without its pin of
+    the norm of the weights.
+    """
+    long, short = (
+        torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=torch.promote_types(t.dtype, torch.float32))
+        for t in (param, update)
+    )
+    return update.mul_((floor * long / short.clamp_(min=1e-7)).clamp_(min=1))
+
+
 def normalize_update_(update: Tensor, square: Tensor, decay: float, taken: Tensor | None = None) -> Tensor:
     """Divide an orthogonalized update by the root of its mean squares over time (NorMuon), in place.
 

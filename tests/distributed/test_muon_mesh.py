@@ -236,6 +236,7 @@ def refused(mesh):
         "plain": message(second.step),
         "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
         "normalize": message(lambda: pgolf.optim.Muon([rows], normalize=0.9)),
+        "floor of columns": message(lambda: pgolf.optim.Muon([columns], update_floor=0.5)),
         "8 bits of columns": message(lambda: pgolf.optim.Muon([columns], momentum_bits=8)),
         "normalize, replaced": message(third.step),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
@@ -262,6 +263,7 @@ def cases(world, checkpoint):
         "compact": train(net := sharded(mesh, dtype=NARROW), optimizer_of(net, **COMPACT)),
         "compact, whole state": resume_whole(mesh, NARROW, **COMPACT),
         "8 bits": step_by_hand(placer(mesh, [Shard(0)]), momentum_bits=8),
+        "floor": step_by_hand(placer(mesh, [Shard(0)]), update_floor=0.5),
     }
     if world == 4:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
@@ -353,6 +355,7 @@ REFUSED = {
         ("normalize", "normalize, replaced"),
         r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
     ),
+    "floor of columns": "ValueError: .* sharded along dimension 1, and update_floor .* along dimension 0",
     "8 bits of columns": "ValueError: .* sharded along dimension 1, and momentum_bits=8 .* along dimension 0",
     "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
 }
@@ -372,6 +375,7 @@ REFERENCES = {
         lambda: train(net := network(NARROW), optimizer_of(net, **COMPACT)),
     ),
     "8 bits": lambda: step_by_hand(lambda t: t, momentum_bits=8),
+    "floor": lambda: step_by_hand(lambda t: t, update_floor=0.5),
 }
 
 FOUR_RANKS = {

@@ -13,6 +13,7 @@ import pgolf.optim
 from pgolf.ops import newton_schulz_ref
 from pgolf.optim.muon import owners
 from pgolf.optim.polar import JORDAN, coefficients, polar_express
+from pgolf.optim.update_rules import floor_update_
 from tests.conftest import DEVICES
 
 LR, DECAY = 0.05, 0.1
@@ -58,6 +59,9 @@ def reference(starts, grads, momentum=0.95, nesterov=True, table=(JORDAN,) * 5, 
                     along = 1 if rows >= cols else 0
                     squares[i] = b * squares[i] + (1 - b) * o.square().mean(dim=along, keepdim=True)
                     o = o / squares[i].sqrt() * (o.norm() / (o / squares[i].sqrt()).norm())
+                if floor := options.get("update_floor"):
+                    wanted = floor * matrices[i].norm(dim=1, keepdim=True)
+                    o = o * (wanted / (ratio * o.norm(dim=1, keepdim=True))).clamp(min=1)
                 decays = DECAY * (matrices[i] * o > 0) if options.get("cautious") else DECAY
                 matrices[i] = matrices[i] * (1 - LR * decays) - LR * ratio * o
         ends.append(matrices)
@@ -103,6 +107,8 @@ TABLE = [(2.0, -1.5, 0.5), *polar_express(1e-2, 3)]
         ({"row_normalize": True}, {"row_normalize": True}),
         ({"normalize": 0.9}, {"normalize": 0.9}),
         ({"cautious": True}, {"cautious": True}),
+        ({"update_floor": 1.5}, {"update_floor": 1.5}),
+        ({"update_floor": 1.5, "adjust_lr_fn": "match_rms_adamw"}, {"update_floor": 1.5, "adjust": True}),
         ({"ns_steps": 3}, {"table": (JORDAN,) * 3}),
         ({"ns_coefficients": (2, -1.5, 0.5)}, {"table": [(2, -1.5, 0.5)] * 5}),
         ({"ns_coefficients": [[2, -1.5, 0.5]] * 3, "ns_steps": 3}, {"table": [(2, -1.5, 0.5)] * 3}),
@@ -138,6 +144,7 @@ def test_eps_is_added_to_the_norm():
         ([(9, 2, 3, 3)], {"split_sizes": [4, 5]}),
         ([(3, 9, 5), (9, 4)], {"split_sizes": [3, 6], "normalize": 0.9, "cautious": True}),
         ([(6, 3, 3, 2), (4, 18), (4, 18)], {"normalize": 0.9, "cautious": True}),
+        ([(6, 3, 3, 2), (3, 9, 18)], {"normalize": 0.9, "cautious": True, "update_floor": 0.9}),
     ],
     ids=str,
 )
@@ -152,8 +159,16 @@ def test_channels_last_convolutions_equal_the_reference():
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_shapes_at_once_equal_the_reference_on_each_device(device):
     shapes = [*SHAPES, (3, 5, 12), (6, 3, 3, 2)]
-    options = {"row_normalize": True, "normalize": 0.9, "cautious": True}
+    options = {"row_normalize": True, "normalize": 0.9, "cautious": True, "update_floor": 0.9}
     assert_steps_like_reference(shapes, settings=options, device=device, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_floor_lengthens_short_rows_only(dtype):
+    update = torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, 0.0]], dtype=dtype)
+    weights = torch.tensor([[6.0, 8.0], [6.0, 8.0], [6.0, 8.0]], dtype=dtype)
+    wanted = torch.tensor([[3.0, 4.0], [1.5, 2.0], [0.0, 0.0]], dtype=dtype)
+    torch.testing.assert_close(floor_update_(update, weights, 0.25), wanted)
 
 
 class Net(nn.Module):

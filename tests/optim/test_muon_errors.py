@@ -61,8 +61,13 @@ def test_bad_settings_are_refused(arguments, message):
         ({"params": parameters([(2,)]), "use_muon": False, "betas": (0.9, 1)}, ValueError, r"betas must be"),
         ({"params": parameters([(2, 2)]), "maximize": True}, ValueError, r"negate the loss"),
         ({"params": parameters([(2, 2)]), "cautious": "yes"}, TypeError, r"True or False, got 'yes'"),
+        (
+            {"params": parameters([(2, 2)]), "update_floor": -1},
+            ValueError,
+            r"update_floor must be >= 0, got -1",
+        ),
     ],
-    ids=["1-D", "named", "6-D", "complex", "split", "split-empty", "betas", "maximize", "cautious"],
+    ids=["1-D", "named", "6-D", "complex", "split", "split-empty", "betas", "maximize", "cautious", "floor"],
 )
 def test_bad_groups_are_refused_and_not_added(group, error, message):
     named = isinstance(group["params"][0], tuple)

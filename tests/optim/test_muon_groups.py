@@ -184,13 +184,20 @@ def test_the_counter_says_what_the_last_step_iterated():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tensor_lr": True, "capturable": True}, {"normalize": 0.9, "cautious": True}],
+    [
+        {},
+        {"tensor_lr": True, "capturable": True},
+        {"normalize": 0.9, "cautious": True},
+        {"update_floor": 0.5},
+    ],
     ids=str,
 )
 def test_a_compiled_step_is_one_graph(options):
     torch._dynamo.reset()  # what other cases compiled makes some numbers dynamic, which is one more graph
     compiled = CompileCounterWithBackend("aot_eager")
-    settings = {key: value for key, value in options.items() if key in ("normalize", "cautious")}
+    settings = {
+        key: value for key, value in options.items() if key in ("normalize", "cautious", "update_floor")
+    }
     groups = {"ns_coefficients": "polar_express_golf", **settings}
     muon_only = options.get("capturable")  # torch's AdamW refuses capturable on the CPU
     found = []
