@@ -111,7 +111,7 @@ def decode_artifact(reader: Reader) -> tuple[Header, QuantizedState]:
 def open_artifact(path: Path) -> Iterator[Reader]:
     """Yield the reader of a file, which has checked the header; raises as `read_artifact`."""
     if not path.exists():
-        raise FileNotFoundError(f"no artifact at {path}; a run writes one: python -m pgolf train PRESET")
+        raise FileNotFoundError(f"no artifact at {path}; a run writes one: pgolf train PRESET")
     if not path.is_file():
         raise ArtifactError(f"{path} is not a regular file, expected an artifact")
     with path.open("rb") as file:

@@ -16,7 +16,8 @@ from pgolf.config import ArtifactConfig, QuantConfig
 class Quantize:
     """Make an artifact of a run's saved weights, with other quantization settings than the run had.
 
-    The weights are calibrated on training text, quantized, written, read back and scored.
+    The weights are calibrated on training text, quantized, written, read back and scored. Under torchrun the
+    ranks calibrate and score together, and the first one writes.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -79,11 +80,19 @@ def main(argv: list[str]) -> int:
         copy_parameters(model, state)
         with open_loader(config, data_folder, dist) as loader:
             quantizer = Quantizer.calibrated(model, iter(loader.next, None), config.quant, dist)
-        ledger = write_quantized(args.out, quantizer, config, tokenizer_sha256=data_folder.sha256)
+        error, ledger = None, None
+        if dist.is_main:
+            try:
+                ledger = write_quantized(args.out, quantizer, config, tokenizer_sha256=data_folder.sha256)
+            except Exception as e:
+                error = e
+        dist.check(error)
         copy_parameters(model, read_artifact(args.out).state)
         score = score_model(model, data_folder, config.data.micro_tokens, dist)
     finally:
         dist.close()
+    if ledger is None:  # another rank has written
+        return 0
     note = f"  ({data_folder.checked})" if data_folder.manifest is None else ""
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
     if fill := fill_note(ledger):

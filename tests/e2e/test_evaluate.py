@@ -40,7 +40,15 @@ def test_ranks_have_the_same_heads_although_a_trial_failed_on_one(words, run, sh
     why = "torch computes what is next to attention, because the output differs"
     note = "attention is doc with composed heads on all ranks, because rank 0 had doc with auto heads; rank 1"
     assert done.stderr.count(f"{note} had doc with composed heads, {why}") == 1
-    assert " bpb" in done.stdout
+    assert done.stdout.count(" bpb") == 1  # one rank speaks, and the same one writes
+
+
+def test_ranks_learn_that_the_one_that_writes_has_failed(run, shards, tmp_path):
+    out = tmp_path / "model.pgolf"
+    words = ["quantize", str(run / "ema.safetensors"), f"--data={shards}", f"--out={out}", "--device=cpu"]
+    done = run_ranks(2, AGREE, *words, "--artifact.limit=70000")
+    assert done.returncode != 0 and not out.exists()
+    assert "rank 0 failed: " in done.stderr and "70,000" in done.stderr, done.stderr
 
 
 def test_scores_are_written_before_a_test_of_legality_fails(words, monkeypatch, capsys, tmp_path):
