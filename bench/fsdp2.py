@@ -56,7 +56,7 @@ LR, WEIGHT_DECAY, MOMENTUM, BETAS, EPS = 1e-3, 0.1, 0.95, (0.9, 0.95), 1e-8
 HEAD = 64
 """Width of an attention head."""
 WARM_UP = 3
-"""Steps before the time is measured, besides two in which other things are."""
+"""Steps before the time is measured, after one for the distance and one for the number of collectives."""
 
 
 @dataclass(frozen=True)

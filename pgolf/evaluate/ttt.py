@@ -93,7 +93,7 @@ class DocumentBatch:
 
 MOST_SHARE = 2 / 3
 """Largest part of a rank's share of the cost of all documents that a batch may have, so that ranks can share
-the work. Smaller batches take more steps: on one GPU each waits for the host, so there are few of them."""
+the work. Smaller batches take more steps, and each costs time on the host, so one rank has large ones."""
 LEAST_COST = 1e6
 """Cost below which batches are not made smaller: a second or two on a GPU."""
 ATTENTION_WIDTH = 4096
@@ -129,7 +129,7 @@ def plan_batches(
     Args:
         lengths: `(n,)` number of targets of each document, all >= 1.
         context: tokens of the longest window.
-        ranks: that share the batches.
+        ranks: how many share the batches, >= 1.
     """
     order = np.argsort(-lengths, kind="stable")
 
