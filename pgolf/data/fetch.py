@@ -172,7 +172,7 @@ class FetchJob:
     39 of them."""
     documents: bool = False
     """Also download the documents from which the shards were made, as docs_selected.jsonl (48 GB): the
-    validation text is its first 50,000. The repository of sp1024 publishes them."""
+    validation text is the first 50,000 of them. The repository of sp1024 publishes them."""
     repository: str = ""
     """Dataset repository of the Hugging Face Hub; empty: where the variant was published."""
     endpoint: str = ENDPOINT
@@ -225,7 +225,15 @@ def fetch(job: FetchJob, report: Report, *, sleep: Callable[[float], None] = tim
             continue
         report(f"{name}: file {number} of {len(wanted)}")
         download = Download(f"{base}/{remote}", target, report, sleep)
-        download.run()
+        try:
+            download.run()
+        except FileNotFoundError as e:
+            if name != DOCUMENTS:
+                raise
+            raise FileNotFoundError(
+                f"{e}; run again without --documents and, for the documents, with --variant sp1024 "
+                "--train-shards 0 and another --out"
+            ) from e
         record["files"][name] = checked(target, download.stated, job, known)
         write_json(path, record)
     (job.out / MARKER_NAME).unlink()

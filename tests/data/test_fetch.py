@@ -214,6 +214,9 @@ def test_the_documents_come_with_the_shards_if_they_are_asked_for(hub, tmp_path)
     assert any(f"going on from byte {len(sent) // 3:,}" in line for line in lines)
     run(hub, tmp_path / "without")
     assert not (tmp_path / "without" / DOCUMENTS).exists()
+    del hub.files[DOCUMENTS]
+    with pytest.raises(FileNotFoundError, match=r"answers 404 .*; run again without --documents and"):
+        run(hub, tmp_path / "missing", train_shards=1, documents=True)
 
 
 def test_the_command_in_the_marker_does_the_same_job(tmp_path):

@@ -471,6 +471,7 @@ def test_gpus_end_where_one_gpu_does(tmp_path):
         # The kernel may differ with the number of matrices; a part in a wrong place is a distance of 1.
         assert {case: far for case, far in seen["distances"].items() if not far < 0.05} == {}
         assert len(seen["distances"]) == 13
+        assert seen["differing"].keys() == DIFFERING.keys()
         for case, text in seen["differing"].items():
             assert re.match(DIFFERING[case], text)
 
