@@ -4,8 +4,9 @@
 bfloat16, with the coefficients of `polar_express_golf`. A call iterates the whole set of banks. The contender
 `pgolf standard` is the portable kernel. sv_min and sv_max are the extreme singular values of the first matrix
 of each bank after the iteration. For large squares, `tflops` is the rate of products at settled clocks: that
-of pgolf, counted as 4 n^3 operations per iteration, and that of cuBLAS for as many operations in plain
-products of the same matrices.
+of pgolf, counted as 4 n^3 operations per iteration (those of the standard form if half of its two symmetric
+products is computed), and that of cuBLAS for as many operations in plain products of the same matrices. More
+is better.
 """
 
 from __future__ import annotations
