@@ -446,7 +446,6 @@ __global__ void __launch_bounds__(kThreads, 1) products_kernel(const __grid_cons
   // A warp-uniform value: the compiler must see that each role is taken by whole warps.
   const int role = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kGroupThreads, 0);
   if (role == 0) {
-    // The multiplying warpgroups hold 128 sums.
     registers_lower<kProducerRegisters>();
     const int warp = static_cast<int>(threadIdx.x) / kLanes;
     if (threadIdx.x == 0) feed_a(plan, base, shared, tasks);
