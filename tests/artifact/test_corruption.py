@@ -183,9 +183,7 @@ def test_other_files_are_named(tmp_path):
         )
     with pytest.raises(ArtifactError, match="not a regular file"):
         read_state(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"no artifact at .*nothing; a run writes one: pgolf train"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no artifact at .*nothing; a run writes one: pgolf train"):
         read_state(tmp_path / "nothing")
 
 
