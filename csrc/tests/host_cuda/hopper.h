@@ -250,7 +250,7 @@ struct Store {
   Coordinates first{};
   uint32_t bytes = 0;
   bool adds = false;
-  unsigned char* to = nullptr;             // of a copy without a map
+  unsigned char* target = nullptr;         // of a copy without a map
   std::vector<unsigned char> source = {};  // once it has been read
   bool written = false;
 
@@ -266,8 +266,8 @@ struct Store {
     read();
     if (written) return;
     written = true;
-    if (to != nullptr) {
-      std::memcpy(to, source.data(), bytes);
+    if (target != nullptr) {
+      std::memcpy(target, source.data(), bytes);
       return;
     }
     for_box(map, first, shared, [&](uint32_t from, uint32_t inside, unsigned char* to) {

@@ -135,7 +135,7 @@ inline void bulk_store(void* to, uint32_t shared, uint32_t bytes) {
   test::store({.block = &test::this_block(),
                .shared = shared,
                .bytes = bytes,
-               .to = static_cast<unsigned char*>(to)});
+               .target = static_cast<unsigned char*>(to)});
 }
 
 inline void tma_store_commit() {
