@@ -108,9 +108,9 @@ COMPILE_COST = 4.2e7
 """Cost of a rank's batches from which on compiling is worth its time. On an H200 `pr1855` with flash-attn-4
 compiled for about 61 s, or for 13 s if torch had kept the graphs on disk, and then took 0.55 of the eager
 time, which is 3.3 s per million, so the times are equal at 4.1e7 without the disk. With pgolf's own attention
-it is at most 38 s, with other programs on the same host: the times are then equal at 2.6e7, which no program
-alone has confirmed yet. The project's validation text has 4.6e7 with the default settings (docs/findings.md,
-the entries about windows of 3,072 tokens and about other settings of the adapters)."""
+it takes at most 38 s while other programs use the host, so that the times are equal at 2.6e7; without other
+programs it was not measured yet. The project's validation text has 4.6e7 with the default settings
+(docs/findings.md, the entries about windows of 3,072 tokens and about other settings of the adapters)."""
 
 
 def step_cost(documents: int, width: int) -> float:
