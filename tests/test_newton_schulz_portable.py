@@ -13,11 +13,13 @@ from torch import Tensor
 from bench.portable_emulation import DTYPES, KINDS, deviation, emulate, make_matrix
 from pgolf.ops import newton_schulz, newton_schulz_ref
 from pgolf.optim.polar import coefficients
-from tests.conftest import requires_gpu
+from tests.conftest import requires_gpu, requires_hopper
 
 TABLE = coefficients("polar_express_golf", 5)
 # Sides that are no multiple of 8, large batches of small matrices, tall and wide; tiles of both sizes.
 SHAPES = [(5, 257, 511), (7, 320, 1000), (64, 128, 128), (9, 2048, 64)]
+# Small squares, which the Hopper kernel takes as well.
+SMALL = [(9, 32, 32), (9, 64, 64), (9, 96, 96), (6, 192, 192), (6, 256, 256)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +53,7 @@ def make_batch(shape: tuple[int, int, int], kind: str, dtype: torch.dtype) -> Te
 @requires_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES + SMALL)
 def test_singular_values_follow_the_exact_map(
     shape: tuple[int, int, int], kind: str, dtype: torch.dtype
 ) -> None:
@@ -63,6 +65,18 @@ def test_singular_values_follow_the_exact_map(
     # Every matrix as its copies.
     copies = got[: shape[0] // 5 * 5].view(-1, 5, *shape[1:])
     assert torch.equal(copies, copies[:1].expand_as(copies))
+
+
+@requires_hopper
+@pytest.mark.parametrize("shape", [(64, 128, 128), *SMALL])
+def test_both_kernels_can_be_chosen_for_small_squares(shape: tuple[int, int, int]) -> None:
+    x = make_batch(shape, "gaussian", torch.bfloat16)
+    found = {a: newton_schulz(x.cuda(), TABLE, algorithm=a).cpu() for a in ("standard", "gram")}
+    for algorithm, got in found.items():
+        off = deviation(got[-5:], x[-5:], TABLE)
+        assert off < 0.01, f"{algorithm} {shape}: singular values off by {off:.4f}"
+    chosen = newton_schulz(x.cuda(), TABLE).cpu()
+    assert any(torch.equal(chosen, got) for got in found.values())
 
 
 @requires_gpu

@@ -32,6 +32,10 @@ LARGE = [(1, 1536, 7168), (1, 18432, 1536), (24, 1024, 4096), (16, 2048, 2048), 
 LARGE += [(384, 768, 2048), (1, 12288, 7168)]
 # Sides that the portable kernel pads, small matrices and a long side, whose numerics are tested, too.
 ODD = [(5, 257, 511), (7, 320, 1000), (64, 128, 128), (9, 2048, 64)]
+# Small squares, few and many, and a longer side: which of the two kernels of a Hopper GPU should take them
+# (`kNsPortableSide` of csrc/kernels/newton_schulz_sm90.h).
+SMALL = [(64, side, side) for side in (32, 64, 96, 160, 192, 256)]
+SMALL += [(8, 128, 128), (512, 128, 128), (64, 64, 128), (64, 128, 256)]
 # By case: (bank shapes, iterations), from the smallest to the largest.
 CASES = {
     "tiny_steps5": ([(4, 64, 64), (4, 32, 64), (2, 256, 64), (2, 64, 256)], 5),
@@ -39,7 +43,7 @@ CASES = {
     "eighth_steps5": (EIGHTH, 5),
     "bank66_steps4": (BANK66, 4),
     "bank66_steps5": (BANK66, 5),
-} | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE + ODD}
+} | {f"{b}x{m}x{n}": ([(b, m, n)], 5) for b, m, n in LARGE + ODD + SMALL}
 QUICK = "tiny_steps5"
 """The case that only --quick runs, because a CPU takes minutes for an eighth in bfloat16."""
 SETTLING_CALLS = 40

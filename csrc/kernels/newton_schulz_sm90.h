@@ -31,6 +31,19 @@ struct NsBank {
 // multiples of 8.
 bool newton_schulz_sm90_can_run(const NsBank* banks, int count);
 
+// Longest side of the matrices that "auto" gives to newton_schulz_cuda although this kernel can run; 0 =
+// none. For 64 matrices of 128 x 128 newton_schulz_cuda takes 0.074 ms and this kernel 0.092 ms
+// (docs/benchmarks.md). `bench_newton_schulz` measures both for the sides up to 256, as "pgolf standard" and
+// "pgolf gram"; until that says which side pays, nothing changes.
+inline constexpr int64_t kNsPortableSide = 0;
+
+// Whether newton_schulz_cuda is the faster one for banks that both can run. Several banks are one launch here
+// and several there. The number of matrices does not count, so that ranks that iterate different numbers of
+// them take the same kernel.
+constexpr bool newton_schulz_portable_pays(const NsBank* banks, int count, int64_t side = kNsPortableSide) {
+  return count == 1 && banks[0].rows <= side && banks[0].cols <= side;
+}
+
 // Bytes of scratch memory, to be 256-byte aligned. It holds the banks in 16 bits, once more where `out` is
 // float32, and one square of the short side per matrix; two squares where the sides are 1 : 2 to below 1 : 3
 // and two iterations are taken at once; three where the matrices are few and the sides are 1 : 2 or longer.

@@ -90,7 +90,9 @@ std::vector<Tensor> run_banks_cuda(TensorList banks, Doubles coefficients, doubl
                     .cols = shapes[i].cols});
   }
   const int count = static_cast<int>(list.size());
-  const bool gram = chosen != NsAlgorithm::kStandard && newton_schulz_sm90_can_run(list.data(), count);
+  const bool wanted = chosen == NsAlgorithm::kGram ||
+                      (chosen == NsAlgorithm::kAuto && !newton_schulz_portable_pays(list.data(), count));
+  const bool gram = wanted && newton_schulz_sm90_can_run(list.data(), count);
   PGOLF_CHECK(gram || chosen != NsAlgorithm::kGram,
               "newton_schulz: algorithm 'gram' needs a Hopper GPU and sides that are multiples of 8, got ",
               banks[0].sizes(), "; use 'auto'");

@@ -321,6 +321,24 @@ void test_shapes_that_do_not_fit() {
   check(!fits(1 << 10, 1 << 13, 1 << 14), "too many blocks to normalise");
 }
 
+void test_small_sides_of_one_bank() {
+  const auto bank = [](int64_t batch, int64_t rows, int64_t cols) {
+    return NsBank{nullptr, nullptr, NsType::kFloat16, batch, rows, cols};
+  };
+  const NsBank banks[] = {bank(64, 128, 128), bank(64, 64, 64)};
+  check(newton_schulz_portable_pays(banks, 1, 128), "both sides at the limit");
+  check(!newton_schulz_portable_pays(banks, 1, 127), "sides beyond the limit");
+  check(!newton_schulz_portable_pays(banks, 2, 128), "several banks are one launch of the Hopper kernel");
+  check(!newton_schulz_portable_pays(banks, 0, 128), "no bank");
+  for (const int64_t batch : {1, 3, 4096}) {
+    const NsBank other = bank(batch, 96, 128);
+    check(newton_schulz_portable_pays(&other, 1, 128), "the number of matrices does not count");
+  }
+  const NsBank wide = bank(9, 64, 136), tall = bank(9, 136, 64);
+  check(!newton_schulz_portable_pays(&wide, 1, 128) && !newton_schulz_portable_pays(&tall, 1, 128),
+        "the longer side counts");
+}
+
 // ---- Meaning, for small shapes
 
 template <typename T>
@@ -503,6 +521,7 @@ int main() {
     test_tall_tiles();
     test_full_launches();
     test_shapes_that_do_not_fit();
+    test_small_sides_of_one_bank();
     // Nearly square; between 1 : 2 and 1 : 3, where T needs the spare buffer; longer, where it does not.
     test_iteration(bank(NsType::kBfloat16, 2, 136, 200), 2, false);
     test_iteration(bank(NsType::kFloat32, 2, 200, 136), 1, false);
