@@ -5,6 +5,9 @@ matrix to the rank that iterates it, its owner, and sends every rank its part of
 all-to-all exchanges per bucket (matrices of one shape), both asynchronous: first all buckets are gathered,
 then each is iterated as soon as it is there, while the others are on their way.
 
+The mean squares of NorMuon are kept whole on every rank: they are as long as one side of each matrix. The
+owner updates them, and every rank of the mesh gets their bits behind its parts of the update.
+
 A mesh dimension that replicates (HSDP) makes copies of each part. The owner takes the parts from its own
 copy and sends the update to all, so copies that start equal stay equal bit for bit.
 
@@ -112,6 +115,8 @@ class Part(NamedTuple):
     """Its rest, with split weights (`pgolf.optim.split_weights`)."""
     direction: Tensor
     """The part of the direction, of the same shape."""
+    square: Tensor | None = None
+    """The live mean squares of the whole matrix, float32, with NorMuon."""
 
 
 class MeshRanks:
@@ -177,7 +182,8 @@ class Piece(NamedTuple):
 class _Plan:
     """What one rank sends and receives for a bucket, by the other rank; the order is that of the bucket."""
 
-    mine: list[int]  # matrices that this rank iterates
+    owned: list[list[int]]  # matrices that each rank iterates
+    mine: list[int]  # those of this rank
     parts_out: list[list[Piece]]  # parts of directions, to their owners
     parts_in: list[list[Piece]]  # parts of the directions of `mine`
     updates_out: list[list[Piece]]  # parts of the updates of `mine`
@@ -186,7 +192,8 @@ class _Plan:
 
 def _plan(matrices: Sequence[tuple[Layout, Box, int]], rank: int, size: int) -> _Plan:
     """Return the plan of `rank` for a bucket of matrices (layout, box, owner)."""
-    plan = _Plan([], *(_rows(size) for _ in range(4)))
+    owned: list[list[int]] = [[] for _ in range(size)]
+    plan = _Plan(owned, owned[rank], *(_rows(size) for _ in range(4)))
     for j, (layout, matrix, owner) in enumerate(matrices):
         sources = set(layout.sources(owner)) if owner == rank or layout.boxes[rank].common(matrix) else set()
         k = len(plan.mine)
@@ -205,13 +212,16 @@ def _plan(matrices: Sequence[tuple[Layout, Box, int]], rank: int, size: int) -> 
                 plan.updates_out[other].append(whole)
                 if other in sources:
                     plan.parts_in[other].append(whole)
-        if owner == rank:
-            plan.mine.append(j)
+        owned[owner].append(j)
     return plan
 
 
 def _rows(size: int) -> list[list[Piece]]:
     return [[] for _ in range(size)]
+
+
+def _sizes(pieces: Sequence[Sequence[Piece]]) -> list[list[int]]:
+    return [[piece.numel for piece in row] for row in pieces]
 
 
 @dataclass
@@ -234,37 +244,63 @@ class Exchange:
             [_stack(self.parts[p.matrix].direction)[p.slices].to(self.dtype) for p in pieces]
             for pieces in self.plan.parts_out
         ]
-        self._start(found, self.plan.parts_in)
+        self._start(found, _sizes(self.plan.parts_in))
 
     def directions(self) -> Tensor:
         """Wait for the parts; return the matrices that this rank iterates, `(count, m, n)`."""
         self._wait()
         whole = self._received.new_empty(len(self.plan.mine), 1, *self.shape)
-        for piece, part in self._arrived(self.plan.parts_in):
+        pieces = itertools.chain.from_iterable(self.plan.parts_in)
+        for piece, part in zip(pieces, self._arrived(_sizes(self.plan.parts_in)), strict=True):
             block = whole[piece.matrix][piece.slices]
             block.copy_(part.view(block.shape))
         return whole.squeeze(1)
 
+    def squares(self) -> list[Tensor]:
+        """Return the live mean squares of the matrices that this rank iterates; none without NorMuon."""
+        return self._squares_of(self.plan.mine)
+
     def scatter(self, updates: Tensor) -> None:
-        """Start to send the updates `(count, m, n)` of this rank's matrices to all that hold parts."""
+        """Start to send the updates `(count, m, n)` of this rank's matrices to all that hold parts.
+
+        With NorMuon, the mean squares of these matrices are sent to all ranks, after their pieces.
+        """
         found = [[updates[p.matrix][p.slices[1:]] for p in pieces] for pieces in self.plan.updates_out]
-        self._start(found, self.plan.updates_in)
+        bits = [square.view(self.dtype) for square in self.squares()]
+        self._start([row + bits for row in found], self._update_sizes())
 
     def updates(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Wait for the updates; return this rank's parts of parameters and rests, and their updates, flat."""
         self._wait()
-        arrived = list(self._arrived(self.plan.updates_in))
-        found = [(self.parts[piece.matrix], piece.slices) for piece, _ in arrived]
-        targets = [_block(part.target, slices) for part, slices in found]
-        rests = [_block(part.rest, slices) for part, slices in found if part.rest is not None]
-        return targets, rests, [update for _, update in arrived]
+        arrived = self._arrived(self._update_sizes())
+        targets, rests, updates = [], [], []
+        for pieces, owned in zip(self.plan.updates_in, self.plan.owned, strict=True):
+            for piece in pieces:
+                part = self.parts[piece.matrix]
+                targets.append(_block(part.target, piece.slices))
+                if part.rest is not None:
+                    rests.append(_block(part.rest, piece.slices))
+                updates.append(next(arrived))
+            for square in self._squares_of(owned):
+                square.view(self.dtype).copy_(next(arrived))
+        return targets, rests, updates
 
-    def _start(self, blocks: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Piece]]) -> None:
+    def _squares_of(self, matrices: Sequence[int]) -> list[Tensor]:
+        return [square for j in matrices if (square := self.parts[j].square) is not None]
+
+    def _update_sizes(self) -> list[list[int]]:
+        """Return what arrives from each rank with the updates: its pieces, then the mean squares."""
+        return [
+            sizes + [square.view(self.dtype).numel() for square in self._squares_of(owned)]
+            for sizes, owned in zip(_sizes(self.plan.updates_in), self.plan.owned, strict=True)
+        ]
+
+    def _start(self, blocks: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[int]]) -> None:
         flat = [block.reshape(-1) for row in blocks for block in row]
         example = self.parts[0].direction
         self._sent = torch.cat(flat) if flat else example.new_empty(0, dtype=self.dtype)
         sizes = [[sum(block.numel() for block in row) for row in blocks]]
-        sizes += [[sum(piece.numel for piece in row) for row in expected]]
+        sizes += [[sum(row) for row in expected]]
         self._received = self._sent.new_empty(sum(sizes[1]))
         self._work = td.all_to_all_single(
             self._received, self._sent, sizes[1], sizes[0], group=self.ranks.group, async_op=True
@@ -274,9 +310,9 @@ class Exchange:
         self._work.wait()
         self._work = self._sent = None
 
-    def _arrived(self, expected: Sequence[Sequence[Piece]]) -> Iterator[tuple[Piece, Tensor]]:
-        pieces = [piece for row in expected for piece in row]
-        return zip(pieces, torch.split(self._received, [piece.numel for piece in pieces]), strict=True)
+    def _arrived(self, expected: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Return an iterator over what arrived, in the order of the ranks."""
+        return iter(torch.split(self._received, list(itertools.chain.from_iterable(expected))))
 
 
 def local(tensor: Tensor) -> Tensor:

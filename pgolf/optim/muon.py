@@ -34,7 +34,7 @@ from pgolf.optim.mesh import (
     place_like,
 )
 from pgolf.optim.momentum import fit_momentum, update_momentum
-from pgolf.optim.muon_buckets import Bucket, apply_updates
+from pgolf.optim.muon_buckets import Bucket, apply_updates, normalized
 from pgolf.optim.muon_settings import (
     ADAM_EPS,
     FORMS,
@@ -94,10 +94,10 @@ class Muon(Optimizer):
     A parameter may be a DTensor: of FSDP2 (`fully_shard`, also with replicas), of tensor parallelism, or of
     both; other parameters may be plain. Each matrix is gathered to one rank of its mesh, chosen so that the
     cost is balanced, iterated there, and its update is sent to all ranks with a part of it. The momentum is
-    placed like the parameter; a state is loaded placed in the same way, whole, or through
-    `torch.distributed.checkpoint`, also with another number of ranks. The result is that of one process with
-    the same gradients, on the CPU bit for bit. All ranks of the mesh must call `step`. It cannot be captured
-    in a CUDA graph.
+    placed like the parameter, and every rank keeps the mean squares of `normalize` whole; a state is loaded
+    placed in the same way, whole, or through `torch.distributed.checkpoint`, also with another number of
+    ranks. The result is that of one process with the same gradients, on the CPU bit for bit. All ranks of the
+    mesh must call `step`. It cannot be captured in a CUDA graph.
 
     `lr`, `weight_decay` and `momentum` are read from the groups at each step, so schedulers work. The update
     of a zero direction is zero, and an empty parameter is skipped. A gradient that is not finite makes its
@@ -156,7 +156,6 @@ class Muon(Optimizer):
             adjust_lr_fn: how r is computed: None or "original" for sqrt(max(1, m / n)), or "match_rms_adamw".
             row_normalize: divide each row of u by its norm before the iteration (MuonEq-R, arXiv 2603.28254).
             normalize: decay per step of the mean squares of NorMuon (arXiv 2510.05491), in [0, 1); 0 = off.
-                Not for DTensors.
             cautious: cautious weight decay (arXiv 2510.12402). It costs several more passes over weights.
             update_floor: smallest norm of each row of r O, as a part of the norm of the row of weights, >= 0;
                 0 = off (`pgolf.optim.update_rules.floor_update_`). A DTensor must consist of whole rows then.
@@ -304,8 +303,8 @@ class Muon(Optimizer):
             closure: called before the step, with gradients enabled; returns the loss.
 
         Raises:
-            ValueError: a group with normalize has DTensors now, or its matrices are others than those of its
-                state, because `num_heads`, for example, was changed.
+            ValueError: the matrices of a group with normalize are others than those of its state, because
+                `num_heads`, for example, was changed, or a group has DTensors now that an option is not for.
             RuntimeError: a gradient is sparse, the gradient of a DTensor is a plain tensor, a step on
                 DTensors is being captured, the matrices of a sharded optimizer are on several devices, its
                 ranks hold different gradients, parameters or settings, or the ranks of a device mesh have
@@ -340,7 +339,9 @@ class Muon(Optimizer):
             apply_updates(bucket, bucket.targets, bucket.rests, update)
         for bucket, exchange in exchanges:
             matrices = exchange.directions()
-            exchange.scatter(_polar(bucket, matrices) if len(matrices) else matrices)
+            if len(matrices):
+                matrices = normalized(bucket, _polar(bucket, matrices), exchange.squares())
+            exchange.scatter(matrices)
         for bucket, exchange in exchanges:
             apply_updates(bucket, *exchange.updates())
         self._counts["orthogonalized"] = sum(len(b.targets) + len(b.parts) for b in buckets)
@@ -379,7 +380,7 @@ class Muon(Optimizer):
     def _compare_meshes(self) -> None:
         """Raise if the ranks of a device mesh differ in what the host knows; learn what each one holds."""
         for group in self.param_groups:
-            if group["use_muon"] and (group["normalize"] or group["momentum_bits"] or group["update_floor"]):
+            if group["use_muon"] and (group["momentum_bits"] or group["update_floor"]):
                 check_dtensors(group)  # they may have come, or the option been set, after it was added
         named: dict[Any, list[tuple[str, Tensor, bool]]] = {}
         for name, p, muon in self._named():
@@ -437,12 +438,15 @@ class Muon(Optimizer):
         for p, direction in zip(params, directions, strict=True):
             rest = self._rest(p, group)
             if self._meshes and (ranks := self._ranks_of(p)):
-                for box in boxes(p.shape, group):
+                live = self._squares(p, group)
+                for i, box in enumerate(boxes(p.shape, group)):
+                    square = live[i] if live else None
                     key = (box.shape, p.dtype, p.device, ranks)
                     if (bucket := found.get(key)) is None:
                         bucket = found[key] = Bucket(group, table, box.shape, ranks)
                     # Not p.detach(), which DTensor dispatches in Python.
-                    bucket.parts.append(Part(ranks.layout(p), box, local(p).detach(), rest, direction))
+                    part = Part(ranks.layout(p), box, local(p).detach(), rest, direction, square)
+                    bucket.parts.append(part)
                 continue
             targets, pieces = matrices(p.detach(), group), matrices(direction, group)
             rests = [] if rest is None else matrices(rest, group)

@@ -58,7 +58,8 @@ def apply_updates(
     ratio = 0.2 * math.sqrt(max(rows, cols)) if match else lr_scale(rows, cols)
     decay = lr * group["weight_decay"]
     if bucket.squares:
-        updates = _normalized(bucket, updates)
+        whole = torch.stack([u.view(bucket.shape) for u in updates])
+        updates = normalized(bucket, whole, bucket.squares).unbind()
     shaped = [u.view(t.shape) for u, t in zip(updates, weights, strict=True)]
     if group["update_floor"]:
         # Of a stack, what a rank has of a matrix of a DTensor is (1, m, n); 4-D and 5-D are convolutions.
@@ -79,9 +80,16 @@ def apply_updates(
         split_all(weights, targets, rests)
 
 
-def _normalized(bucket: Bucket, updates: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the updates divided by the roots of their mean squares, which are updated."""
-    whole, squares = torch.stack([u.view(bucket.shape) for u in updates]), torch.stack(bucket.squares)
-    normalize_update_(whole, squares, bucket.group["normalize"])
-    torch._foreach_copy_(bucket.squares, squares.unbind())
-    return whole.unbind()
+def normalized(bucket: Bucket, updates: Tensor, squares: list[Tensor]) -> Tensor:
+    """Divide updates by the roots of their mean squares, in place, with NorMuon; return the updates.
+
+    Args:
+        bucket: says with which decay.
+        updates: of whole matrices, `(count, m, n)`; changed.
+        squares: the live mean squares of each of them; changed. None without NorMuon.
+    """
+    if squares:
+        live = torch.stack(squares)
+        normalize_update_(updates, live, bucket.group["normalize"])
+        torch._foreach_copy_(squares, live.unbind())
+    return updates

@@ -240,11 +240,6 @@ def _check_dtensor(what: str, p: Tensor, group: Mapping[str, Any]) -> None:
     if mesh_of(p) is None:
         return
     check_placed(what, p)
-    if group["normalize"]:
-        raise ValueError(
-            f"{what} is a DTensor, and normalize is only for parameters that every rank holds whole; "
-            "use normalize=0"
-        )
     whole = 2 if p.dim() == 3 else 1  # dimensions whose parts are whole rows
     cut = [s.dim for s in p.placements if s.is_shard() and s.dim >= whole]  # type: ignore[attr-defined]
     if group["momentum_bits"] and cut:

@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import pgolf.optim
+from pgolf.optim import muon
 from pgolf.optim.mesh import Box, Layout
 from pgolf.optim.owners import owners
 from pgolf.optim.split_weights import float32_weights
@@ -88,6 +89,7 @@ def network(dtype=torch.float32, device="cpu"):
 
 
 COMPACT = {"momentum_bits": 8, "master_weights": "split"}
+NORMUON = {"normalize": 0.9}
 
 
 def optimizer_of(net, **settings):
@@ -151,10 +153,10 @@ def resume_whole(mesh, dtype=torch.float32, **settings):
     return train(again, second, RESUME_AT)
 
 
-def replaced(mesh):
+def replaced(mesh, **settings):
     """Train on parameters that took the places of plain ones in the groups, as Accelerate does with FSDP2."""
     plain, net = network(), sharded(mesh)
-    optimizer = optimizer_of(plain)
+    optimizer = optimizer_of(plain, **settings)
     new = dict(zip(plain.parameters(), net.parameters(), strict=True))
     for group in optimizer.param_groups:
         group["params"] = [new[p] for p in group["params"]]
@@ -179,6 +181,16 @@ def by_hand(net):
             p.grad = distribute_like(grad, p)
         optimizer.step()
     return {name: whole(p) for name, p in net.named_parameters()}
+
+
+def in_16_bits(run):
+    """Return what `run` returns if updates are iterated and sent in bfloat16, as on CUDA."""
+    original = muon._dtype
+    muon._dtype = lambda device: torch.bfloat16
+    try:
+        return run()
+    finally:
+        muon._dtype = original
 
 
 def distribute_like(tensor, p):
@@ -230,15 +242,14 @@ def refused(mesh):
     rows.grad = torch.ones_like(rows)
     first.step()
     columns.grad = torch.ones(4, 4)
-    third = pgolf.optim.Muon([nn.Parameter(matrix)], normalize=0.9)
-    third.param_groups[0]["params"] = [rows]
+    third = pgolf.optim.Muon([nn.Parameter(matrix)], update_floor=0.5)
+    third.param_groups[0]["params"] = [columns]
     return {
         "plain": message(second.step),
         "partial": message(lambda: pgolf.optim.Muon([nn.Parameter(added)])),
-        "normalize": message(lambda: pgolf.optim.Muon([rows], normalize=0.9)),
         "floor of columns": message(lambda: pgolf.optim.Muon([columns], update_floor=0.5)),
         "8 bits of columns": message(lambda: pgolf.optim.Muon([columns], momentum_bits=8)),
-        "normalize, replaced": message(third.step),
+        "floor of columns, replaced": message(third.step),
         "deep": message(lambda: pgolf.optim.Muon([nn.Parameter(deep)])),
         "placed": message(lambda: second.load_state_dict(first.state_dict())),
         "not placed": message(
@@ -250,7 +261,7 @@ def refused(mesh):
 def cases(world, checkpoint):
     """Return all tensors of a rank by case."""
     mesh = init_device_mesh("cpu", (world,))
-    compact = checkpoint.with_name("compact")
+    compact, normuon = checkpoint.with_name("compact"), checkpoint.with_name("normuon")
     found = {
         "rows": step_by_hand(placer(mesh, [Shard(0)])),
         "columns": step_by_hand(placer(mesh, [Shard(1)])),
@@ -264,11 +275,20 @@ def cases(world, checkpoint):
         "compact, whole state": resume_whole(mesh, NARROW, **COMPACT),
         "8 bits": step_by_hand(placer(mesh, [Shard(0)]), momentum_bits=8),
         "floor": step_by_hand(placer(mesh, [Shard(0)]), update_floor=0.5),
+        "normalized rows": step_by_hand(placer(mesh, [Shard(0)]), update_floor=0.5, **NORMUON),
+        "normalized columns": step_by_hand(placer(mesh, [Shard(1)]), **NORMUON),
+        "normalized copies": step_by_hand(placer(mesh, [Replicate()]), **NORMUON),
+        "normalized, 16 bits": in_16_bits(lambda: step_by_hand(placer(mesh, [Shard(0)]), **NORMUON)),
+        "normalized fsdp": train(net := sharded(mesh), optimizer_of(net, **NORMUON)),
+        "normalized, whole state": resume_whole(mesh, **NORMUON),
+        "normalized, replaced": replaced(mesh, **NORMUON),
     }
     if world == 4:
         pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
         found |= {
             "blocks": step_by_hand(placer(pairs, BLOCKS)),
+            "normalized blocks": step_by_hand(placer(pairs, BLOCKS), **NORMUON),
+            "normalized hsdp": train(net := sharded(pairs), optimizer_of(net, **NORMUON)),
             "rows twice": step_by_hand(placer(pairs, [Shard(0), Shard(0)])),
             "copies of rows": step_by_hand(placer(pairs, [Replicate(), Shard(0)])),
             "columns of copies": step_by_hand(placer(pairs, [Shard(1), Replicate()])),
@@ -285,6 +305,9 @@ def cases(world, checkpoint):
         net = sharded(mesh, dtype=NARROW)
         train(net, optimizer := optimizer_of(net, **COMPACT), 0, RESUME_AT)
         save(net, optimizer, compact)
+        train(net := sharded(mesh), optimizer := optimizer_of(net, **NORMUON), 0, RESUME_AT)
+        save(net, optimizer, normuon)
+    found["normalized, resumed"] = resume(mesh, normuon, **NORMUON)
     found["resumed"] = resume(mesh, checkpoint)
     found["compact, resumed"] = resume(mesh, compact, NARROW, **COMPACT)
     return flat(found)
@@ -314,6 +337,10 @@ def distances(mesh, folder):
             step_by_hand(alone, momentum_bits=8),
         ),
         "large": (large_steps(placer(mesh, [Shard(0)])), large_steps(alone)),
+        "normalized": (
+            step_by_hand(placer(mesh, [Shard(0)]), **NORMUON),
+            step_by_hand(alone, **NORMUON),
+        ),
         "fsdp": (train(net := sharded(mesh), optimizer_of(net)), trained()),
         "hsdp": (train(net := sharded(grid), optimizer_of(net)), trained()),
         "tp": (tensor_parallel(grid), by_hand(network(device=mesh.device_type))),
@@ -352,10 +379,9 @@ REFUSED = {
     "placed": "ValueError: .*momentum_buffer is a DTensor that is not placed like .*distributed.checkpoint",
     "not placed": r"ValueError: .*momentum_buffer is a DTensor that is not placed like .*full_tensor\(\)",
     **dict.fromkeys(
-        ("normalize", "normalize, replaced"),
-        r"ValueError: .* \(4, 4\) is a DTensor, and normalize is only for .* use normalize=0",
+        ("floor of columns", "floor of columns, replaced"),
+        "ValueError: .* sharded along dimension 1, and update_floor .* along dimension 0",
     ),
-    "floor of columns": "ValueError: .* sharded along dimension 1, and update_floor .* along dimension 0",
     "8 bits of columns": "ValueError: .* sharded along dimension 1, and momentum_bits=8 .* along dimension 0",
     "plain": r"RuntimeError: Muon: the gradient of a DTensor of shape \(4, 4\) is a plain tensor",
 }
@@ -376,6 +402,22 @@ REFERENCES = {
     ),
     "8 bits": lambda: step_by_hand(lambda t: t, momentum_bits=8),
     "floor": lambda: step_by_hand(lambda t: t, update_floor=0.5),
+    "normalized rows": lambda: step_by_hand(lambda t: t, update_floor=0.5, **NORMUON),
+    **dict.fromkeys(
+        ("normalized columns", "normalized copies", "normalized blocks"),
+        lambda: step_by_hand(lambda t: t, **NORMUON),
+    ),
+    "normalized, 16 bits": lambda: in_16_bits(lambda: step_by_hand(lambda t: t, **NORMUON)),
+    **dict.fromkeys(
+        (
+            "normalized fsdp",
+            "normalized hsdp",
+            "normalized, resumed",
+            "normalized, whole state",
+            "normalized, replaced",
+        ),
+        lambda: train(net := network(), optimizer_of(net, **NORMUON)),
+    ),
 }
 
 FOUR_RANKS = {
@@ -387,6 +429,8 @@ FOUR_RANKS = {
     "a part of three dimensions",
     "hsdp",
     "tp",
+    "normalized blocks",
+    "normalized hsdp",
 }
 
 
@@ -470,7 +514,7 @@ def test_gpus_end_where_one_gpu_does(tmp_path):
         seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
         # The kernel may differ with the number of matrices; a part in a wrong place is a distance of 1.
         assert {case: far for case, far in seen["distances"].items() if not far < 0.05} == {}
-        assert len(seen["distances"]) == 13
+        assert len(seen["distances"]) == 14
         assert seen["differing"].keys() == DIFFERING.keys()
         for case, text in seen["differing"].items():
             assert re.match(DIFFERING[case], text)
