@@ -4,6 +4,7 @@
 //                  u = (1 - mu) s g + mu m  (lerp); without nesterov u = m; with row_normalize each row of u
 //                  is divided by max(its L2 norm, 1e-7). u is rounded once, from float32.
 // muon_apply:      p = p (1 - lr wd) - lr lr_scale o;  then  average = lerp(average, p, average_weight).
+//                  With `cautious`, elements with p o <= 0 do not decay.
 //
 // lr, mu, wd, s (grad_scale) and average_weight come from the tensor of hyper.h. When s is not finite,
 // muon_direction leaves the momentum and writes zeros, and muon_apply does nothing: that is how a step with
@@ -97,9 +98,10 @@ template <typename G, typename M, typename X>
 void muon_step_cuda(const MuonStep& step, const MuonPlan& plan, void* workspace, CUstream_st* stream);
 
 template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads);
+void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, bool cautious, int threads);
 
 template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, CUstream_st* stream);
+void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, bool cautious,
+                     CUstream_st* stream);
 
 }  // namespace pgolf

@@ -33,12 +33,15 @@ float row_scale(const float* u, int64_t cols) {
 }
 
 template <typename X>
-void apply_range(const MuonTarget& t, const float* hyper, int64_t begin, int64_t end) {
+void apply_range(const MuonTarget& t, const float* hyper, bool cautious, int64_t begin, int64_t end) {
   const float lr = hyper[kHyperLr];
   const float keep = 1.0f - lr * hyper[kHyperWeightDecay];
   const float step = lr * t.lr_scale;
   const X* update = static_cast<const X*>(t.update);
-  for (int64_t i = begin; i < end; ++i) t.param[i] = t.param[i] * keep - step * to_float(update[i]);
+  for (int64_t i = begin; i < end; ++i) {
+    const float p = t.param[i], o = to_float(update[i]);
+    t.param[i] = p * (cautious && !(p * o > 0.0f) ? 1.0f : keep) - step * o;
+  }
   if (t.average == nullptr) return;
   // Two forms, as torch.lerp: exact at both ends of the weight.
   const float weight = hyper[kHyperAverageWeight];
@@ -93,11 +96,12 @@ void muon_step_cpu(const MuonStep& step, void* workspace, int threads) {
 }
 
 template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, int threads) {
+void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, bool cautious, int threads) {
   if (!std::isfinite(hyper[kHyperGradScale])) return;
   for (int i = 0; i < count; ++i) {
-    parallel_for(targets[i].count, kGrain, threads,
-                 [&](int64_t begin, int64_t end) { apply_range<X>(targets[i], hyper, begin, end); });
+    parallel_for(targets[i].count, kGrain, threads, [&](int64_t begin, int64_t end) {
+      apply_range<X>(targets[i], hyper, cautious, begin, end);
+    });
   }
 }
 
@@ -126,7 +130,7 @@ template void muon_step_cpu<bf16, float, float>(const MuonStep&, void*, int);
 template void muon_step_cpu<bf16, float, bf16>(const MuonStep&, void*, int);
 template void muon_step_cpu<bf16, bf16, float>(const MuonStep&, void*, int);
 template void muon_step_cpu<bf16, bf16, bf16>(const MuonStep&, void*, int);
-template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, int);
-template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, int);
+template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, bool, int);
+template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, bool, int);
 
 }  // namespace pgolf

@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kThreads)
 struct ApplyArgs {
   Runs<MuonTarget, kMaxTargets> runs;
   const float* hyper;
+  bool cautious;
 };
 static_assert(sizeof(ApplyArgs) <= 4096, "kernel arguments hold 4 KB on every driver");
 
@@ -111,7 +112,10 @@ __global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_const
   const float keep = 1.0f - lr * args.hyper[kHyperWeightDecay];
   const float step = lr * t.lr_scale;
   PGOLF_UNROLL
-  for (int i = 0; i < kVector; ++i) p[i] = fmaf(p[i], keep, -step * o[i]);
+  for (int i = 0; i < kVector; ++i) {
+    const bool decays = !args.cautious || p[i] * o[i] > 0.0f;
+    p[i] = fmaf(p[i], decays ? keep : 1.0f, -step * o[i]);
+  }
   store8<true>(t.param + at, p, valid, aligned);
   if (t.average == nullptr) return;
   lerp8(average, p, args.hyper[kHyperAverageWeight]);
@@ -139,13 +143,14 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyp
 }
 
 template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, CUstream_st* stream) {
+void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, bool cautious,
+                     CUstream_st* stream) {
   launch_runs<kMaxTargets>(
       targets, count, "muon_step", [](const MuonTarget& t) { return (t.count + kRun - 1) / kRun; },
       [](const MuonTarget& t) { return aligned16(t.param) && aligned16(t.update) && aligned16(t.average); },
       [&](const Runs<MuonTarget, kMaxTargets>& runs, unsigned int blocks) {
         muon_apply_kernel<typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{.runs = runs, .hyper = hyper});
+            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{.runs = runs, .hyper = hyper, .cautious = cautious});
         PGOLF_LAUNCH_CHECK();
       });
 }
@@ -166,7 +171,7 @@ template void muon_direction_cuda<bf16, bf16, float>(const MuonDirection*, int, 
                                                      CUstream_st*);
 template void muon_direction_cuda<bf16, bf16, bf16>(const MuonDirection*, int, const float*, MuonOptions,
                                                     CUstream_st*);
-template void muon_apply_cuda<float>(const MuonTarget*, int, const float*, CUstream_st*);
-template void muon_apply_cuda<bf16>(const MuonTarget*, int, const float*, CUstream_st*);
+template void muon_apply_cuda<float>(const MuonTarget*, int, const float*, bool, CUstream_st*);
+template void muon_apply_cuda<bf16>(const MuonTarget*, int, const float*, bool, CUstream_st*);
 
 }  // namespace pgolf

@@ -155,8 +155,8 @@ void run_cuda(const MuonStep& step, const Tensor& hyper) {
 }
 #endif
 
-void apply(TensorList params, TensorList updates, TensorList averages, const Tensor& hyper,
-           Doubles lr_scales) {
+void apply(TensorList params, TensorList updates, TensorList averages, const Tensor& hyper, Doubles lr_scales,
+           bool cautious) {
   const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
   const int count = static_cast<int>(targets.size());
   const DeviceGuard guard(hyper);
@@ -164,17 +164,17 @@ void apply(TensorList params, TensorList updates, TensorList averages, const Ten
     using X = decltype(tag);
 #ifdef PGOLF_WITH_CUDA
     if (hyper.is_cuda()) {
-      muon_apply_cuda<X>(targets.data(), count, const_pointer<float>(hyper), current_stream());
+      muon_apply_cuda<X>(targets.data(), count, const_pointer<float>(hyper), cautious, current_stream());
       return;
     }
 #endif
-    muon_apply_cpu<X>(targets.data(), count, const_pointer<float>(hyper), num_threads());
+    muon_apply_cpu<X>(targets.data(), count, const_pointer<float>(hyper), cautious, num_threads());
   });
 }
 
 void step(TensorList params, TensorList grads, TensorList momenta, TensorList updates, TensorList averages,
           const Tensor& hyper, Doubles lr_scales, Doubles coefficients, double eps, bool nesterov, bool lerp,
-          bool row_normalize, int64_t algorithm) {
+          bool row_normalize, bool cautious, int64_t algorithm) {
   check_hyper(hyper);
   const NsAlgorithm chosen = check_algorithm("muon_step", algorithm);
   const std::vector<MuonBank> banks = check_banks(grads, momenta, updates, hyper);
@@ -195,7 +195,7 @@ void step(TensorList params, TensorList grads, TensorList momenta, TensorList up
 #endif
     run_cpu<G, M, X>(step, hyper);
   });
-  if (!params.empty()) apply(params, updates, averages, hyper, lr_scales);
+  if (!params.empty()) apply(params, updates, averages, hyper, lr_scales, cautious);
 }
 
 }  // namespace
@@ -205,10 +205,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
       "Tensor(d!)[] averages, Tensor hyper, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize, int algorithm) -> ()");
+      "bool nesterov, bool lerp, bool row_normalize, bool cautious, int algorithm) -> ()");
   m.def(
       "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor hyper, "
-      "float[] lr_scales) -> ()");
+      "float[] lr_scales, bool cautious) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgolf, CPU, m) {

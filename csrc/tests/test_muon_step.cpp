@@ -36,15 +36,16 @@ void test_direction(int64_t rows, int64_t cols, MuonOptions options, int threads
   }
 }
 
-void test_apply(int64_t count, float weight, int threads) {
+void test_apply(int64_t count, float weight, bool cautious, int threads) {
   const float hyper[kHyperCount] = {0.1f, 0.9f, 0.2f, 0.5f, weight};
   const std::vector<float> start = normal_values(count, 3), update = normal_values(count, 4),
                            average = normal_values(count, 5);
   std::vector<float> param = start, moved = average;
   const MuonTarget target{param.data(), update.data(), moved.data(), count, 2.0f};
-  muon_apply_cpu<float>(&target, 1, hyper, threads);
+  muon_apply_cpu<float>(&target, 1, hyper, cautious, threads);
   for (size_t i = 0; i < param.size(); ++i) {
-    const double want = start[i] * (1 - 0.1 * 0.2) - 0.1 * 2.0 * update[i];
+    const bool decays = !cautious || (start[i] > 0) == (update[i] > 0);
+    const double want = start[i] * (decays ? 1 - 0.1 * 0.2 : 1.0) - 0.1 * 2.0 * update[i];
     check_close(param[i], want, 1e-5, 1e-6, "param");
     check_close(moved[i], average[i] + weight * (want - average[i]), 1e-5, 1e-6, "average");
   }
@@ -58,7 +59,7 @@ void test_skip() {
     const MuonDirection bank{grad.data(), momentum.data(), direction.data(), 2, 3};
     muon_direction_cpu<float, float, float>(&bank, 1, hyper, {true, false, true}, 1);
     const MuonTarget target{param.data(), grad.data(), average.data(), 6, 1.0f};
-    muon_apply_cpu<float>(&target, 1, hyper, 1);
+    muon_apply_cpu<float>(&target, 1, hyper, true, 1);
     check(direction == std::vector<float>(6), "a skipped step left a direction");
     check(momentum == before && param == before && average == grad, "a skipped step changed something");
   }
@@ -125,8 +126,11 @@ int main() {
       test_direction(3, 5, {(bits & 1) != 0, (bits & 2) != 0, (bits & 4) != 0}, 1);
     test_direction(1, 1, {true, false, true}, 1);
     test_direction(7, 20000, {true, false, true}, 3);
-    for (float weight : {0.0f, 0.25f, 0.75f, 1.0f}) test_apply(100003, weight, 3);
-    test_apply(0, 0.5f, 2);
+    for (float weight : {0.0f, 0.25f, 0.75f, 1.0f}) {
+      test_apply(100003, weight, false, 3);
+      test_apply(100003, weight, true, 3);
+    }
+    test_apply(0, 0.5f, true, 2);
     test_skip();
     test_step();
   });

@@ -68,6 +68,9 @@ class MuonRule(NamedTuple):
     algorithm: Algorithm = "auto"
     """Implementation of the polar iteration: "gram" is the Hopper kernel for all banks at once (sides must be
     multiples of 8), "standard" the portable one; "auto" chooses the one that was measured to be faster."""
+    cautious: bool = False
+    """Decay only the parameters that the update moves towards 0 as well (cautious weight decay, arXiv
+    2510.12402)."""
 
 
 def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
@@ -78,7 +81,7 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         (lerp: buf <- mu buf + (1 - mu) g';   u = (1 - mu) g' + mu buf)
         u <- u / max(||u_row||, 1e-7) (row_normalize)
         update <- newton_schulz(u)
-        param <- param (1 - lr wd) - lr lr_scale update
+        param <- param (1 - lr wd) - lr lr_scale update (cautious: no decay where param update <= 0)
         average <- average + average_weight (param - average)
 
     Equals `muon_step_ref` on the same tensors. The momentum is rounded to its own dtype and u to the dtype of
@@ -125,6 +128,7 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         rule.nesterov,
         rule.lerp,
         rule.row_normalize,
+        rule.cautious,
         algorithm_number("muon_step", rule.algorithm),
     )
     # The operator changed these tensors in place. With a higher version, a backward pass that saved one of
@@ -156,7 +160,8 @@ def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> N
     if params:
         averages = _all_or_none([bank.average for bank in banks], "average")
         lr_scales = [bank.lr_scale for bank in banks]
-        muon_apply_ref(params, [b.update for b in banks], hyper, lr_scales=lr_scales, averages=averages)
+        updates = [bank.update for bank in banks]
+        muon_apply_ref(params, updates, hyper, lr_scales=lr_scales, averages=averages, cautious=rule.cautious)
 
 
 def muon_apply(
@@ -166,10 +171,11 @@ def muon_apply(
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
+    cautious: bool = False,
 ) -> None:
     """Decay and update parameters, then move their averages, all in place.
 
-        param <- param (1 - lr wd) - lr lr_scale update
+        param <- param (1 - lr wd) - lr lr_scale update (cautious: no decay where param update <= 0)
         average <- average + average_weight (param - average)
 
     This is the second half of `muon_step`, for updates that were gathered from other ranks. It does nothing
@@ -181,13 +187,14 @@ def muon_apply(
         hyper: as in `muon_step`.
         lr_scales: factor on the learning rate, one per parameter.
         averages: float32, of the shapes of the parameters; an empty sequence if there are no averages.
+        cautious: decay only the parameters that the update moves towards 0 as well.
 
     Raises:
         ValueError, TypeError: as in `muon_step`.
     """
     refuse_recording("muon_apply", [*params, *updates, *averages])
     torch.ops.pgolf.muon_apply(
-        list(params), list(updates), list(averages), hyper, [float(s) for s in lr_scales]
+        list(params), list(updates), list(averages), hyper, [float(s) for s in lr_scales], cautious
     )
     increment_version([*params, *averages])
 
@@ -199,13 +206,16 @@ def muon_apply_ref(
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
+    cautious: bool = False,
 ) -> None:
     """Compute `muon_apply` with PyTorch operators; a step that is skipped has rates and weights of 0."""
     taken = hyper[GRAD_SCALE].isfinite()
     lr, weight = hyper[LR] * taken, hyper[AVERAGE_WEIGHT] * taken
     for i, param in enumerate(params):
-        change = (lr * lr_scales[i] * updates[i].to(param.dtype)).masked_fill_(~taken, 0.0)
-        param.mul_(1 - lr * hyper[WEIGHT_DECAY]).sub_(change)
+        update = updates[i].to(param.dtype)
+        change = (lr * lr_scales[i] * update).masked_fill_(~taken, 0.0)
+        decay = lr * hyper[WEIGHT_DECAY]
+        param.mul_(1 - (decay * (param * update > 0) if cautious else decay)).sub_(change)
         if averages:
             averages[i].lerp_(param, weight.to(param.dtype))
 
@@ -232,6 +242,7 @@ def _fake_step(
     _nesterov: bool,
     _lerp: bool,
     _row_normalize: bool,
+    _cautious: bool,
     _algorithm: int,
 ) -> None:
     return None
@@ -243,6 +254,7 @@ def _fake_apply(
     _averages: list[Tensor],
     _hyper: Tensor,
     _lr_scales: list[float],
+    _cautious: bool,
 ) -> None:
     return None
 

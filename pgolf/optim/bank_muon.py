@@ -29,11 +29,11 @@ from torch import Tensor
 from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
-from pgolf.ops.muon_step import GRAD_SCALE, LR, WEIGHT_DECAY
+from pgolf.ops.muon_step import GRAD_SCALE
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import Blocks
 from pgolf.optim.polar import coefficients
-from pgolf.optim.update_rules import cautious_decay_, lr_scale, normalize_update_, square_size
+from pgolf.optim.update_rules import lr_scale, normalize_update_, square_size
 
 
 class Shard(NamedTuple):
@@ -81,8 +81,7 @@ class BankMuon:
     slow average and w is config.slow_weight: a momentum with two time scales. It differs from that of
     modded-nanogpt in that s passes through the momentum, which adds the momentum's mean age to that of s.
     With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
-    passes over the updates of this rank, cautious decay several over all weights; with one process either of
-    them makes the update a launch of its own.
+    passes over the updates of this rank; with one process it makes the update a launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
     several processes; everything between is computed in float32.
 
@@ -116,6 +115,7 @@ class BankMuon:
             coefficients(config.coefficients, config.ns_steps),
             nesterov=config.nesterov,
             row_normalize=config.row_normalize,
+            cautious=config.cautious,
             algorithm=config.algorithm,
         )
         dtype = torch.bfloat16 if dist.device.type == "cuda" else torch.float32
@@ -145,7 +145,7 @@ class BankMuon:
                 scale=lr_scale(rows, cols),
             )
         # A single process can update the weights in the pass in which the iteration ends.
-        self._fused = self._alone and not (config.normalize or config.cautious)
+        self._fused = self._alone and not config.normalize
         self._iterated = [
             piece
             for name, bank in self._banks.items()
@@ -214,8 +214,6 @@ class BankMuon:
         gather = Pending() if self._alone else self._dist.all_gather(self._wire, self._updates)
         meanwhile()
         gather.wait()
-        if self._config.cautious:
-            hyper = self._decay_cautiously(hyper)
         # The polar iteration maps zero matrices to zero, so the gaps and the padding of the wire are still
         # zero, and the next gradients can be written without clearing it.
         muon_apply(
@@ -224,6 +222,7 @@ class BankMuon:
             hyper,
             lr_scales=[part.scale for part in parts],
             averages=[part.average for part in parts if part.average is not None],
+            cautious=self._config.cautious,
         )
 
     def _mix_with_slow(self, hyper: Tensor, decay: Tensor | None) -> Tensor:
@@ -236,14 +235,6 @@ class BankMuon:
         self.shard.copy_(grad.lerp_(self._slow, self._config.slow_weight))
         # A factor that is not finite stays, so that the step is skipped.
         rest[GRAD_SCALE].copy_(torch.where(taken, torch.ones_like(scale), scale))
-        return rest
-
-    def _decay_cautiously(self, hyper: Tensor) -> Tensor:
-        """Decay the weights; return the hyperparameters with which the update then does not."""
-        decay, rest = hyper[LR] * hyper[WEIGHT_DECAY], hyper.clone()
-        rest[WEIGHT_DECAY].zero_()
-        for part in self._parts:
-            cautious_decay_(part.param, part.wire, decay)
         return rest
 
     def reset(self) -> None:

@@ -191,20 +191,45 @@ def test_updates_alone_leave_the_parameters_to_apply(device) -> None:
         assert torch.equal(a.param, b.param) and torch.equal(a.average, b.average)
 
 
+@pytest.mark.parametrize("cautious", [False, True])
 @pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.9, 1.0])
-def test_apply_takes_many_tensors_of_any_shape(weight, device) -> None:
+def test_apply_takes_many_tensors_of_any_shape(weight: float, cautious: bool, device) -> None:
     # More tensors than one launch takes; the ends of the average's weight must be exact.
     rng = torch.Generator().manual_seed(1)
     shapes = [(), (7,), (3, 5), (0,), (4099,)] * 20
     params, updates, averages = ([torch.randn(s, generator=rng).to(device) for s in shapes] for _ in range(3))
     want = [[t.clone() for t in tensors] for tensors in (params, averages)]
     hyper, scales = make_scalars(device, average_weight=weight), [0.5] * len(shapes)
-    muon_apply_ref(want[0], updates, hyper, lr_scales=scales, averages=want[1])
-    muon_apply(params, updates, hyper, lr_scales=scales, averages=averages)
+    muon_apply_ref(want[0], updates, hyper, lr_scales=scales, averages=want[1], cautious=cautious)
+    muon_apply(params, updates, hyper, lr_scales=scales, averages=averages, cautious=cautious)
     torch.testing.assert_close(params, want[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(averages, want[1], rtol=1e-6, atol=1e-6)
     if weight == 1.0:
         assert all(torch.equal(a, p) for a, p in zip(averages, params, strict=True))
+
+
+@pytest.mark.parametrize("update", [torch.float32, torch.bfloat16])
+def test_only_what_the_update_moves_towards_zero_decays(update: torch.dtype, device) -> None:
+    # Twelve elements, so that eight are loaded at once and four one by one.
+    param = torch.tensor([1.0, -1.0, 2.0, -2.0, 3.0, 0.0] * 2, device=device)
+    moved = torch.tensor([1.0, -1.0, -1.0, 1.0, 0.0, 1.0] * 2, dtype=update, device=device)
+    muon_apply([param], [moved], make_scalars(device), lr_scales=[2.0], cautious=True)
+    kept = 1 - 0.05 * 0.1
+    want = torch.tensor([kept - 0.1, 0.1 - kept, 2.1, -2.1, 3.0, -0.1] * 2, device=device)
+    torch.testing.assert_close(param, want, rtol=0, atol=1e-6)
+
+
+def test_a_cautious_step_is_a_step_and_a_cautious_update(device) -> None:
+    rule, hyper = MuonRule([JORDAN] * 2, cautious=True), make_scalars(device)
+    whole = make_banks(device)
+    split = clone(whole)
+    muon_step(whole, hyper, rule)
+    muon_step([bank._replace(param=None, average=None) for bank in split], hyper, rule)
+    for bank in split:
+        decay = hyper[0] * hyper[2] * (bank.param * bank.update.float() > 0)
+        bank.param.mul_(1 - decay).sub_(hyper[0] * LR_SCALE * bank.update.float())
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a.param, b.param, rtol=1e-6, atol=1e-6)
 
 
 def test_misaligned_views_are_served(device) -> None:
@@ -243,13 +268,13 @@ def op_arguments(device: torch.device) -> tuple[object, ...]:
     banks = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
     names = ("param", "grad", "momentum", "update", "average")
     lists = [[getattr(bank, name) for bank in banks] for name in names]
-    return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True, 0)
+    return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True, True, 0)
 
 
 def test_opcheck_accepts_both_operators(device) -> None:
     torch.library.opcheck(torch.ops.pgolf.muon_step, op_arguments(device))
     params, _, _, updates, averages, hyper, scales, *_ = op_arguments(device)
-    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, hyper, scales))
+    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, hyper, scales, True))
 
 
 def test_a_backward_pass_notices_changed_parameters(device) -> None:
