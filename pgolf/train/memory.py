@@ -247,9 +247,8 @@ def _optimizer(shapes: dict[str, tuple[int, ...]], world_size: int, size: int, c
     muon += share // size * 4 * (config.muon.slow_age > 0)
     if size == 2 and world_size == 1:
         # The step is a CUDA graph, whose temporary tensors have a pool of their own: a float32 gradient of
-        # all banks, and of the largest bank two float32 tensors and a mask. They are not alive at once.
-        largest = max(prod(shapes[name]) for name in BANKS)
-        muon += max(share // size * 4 * (config.muon.slow_age > 0), 9 * largest * config.muon.cautious)
+        # all banks.
+        muon += share // size * 4 * (config.muon.slow_age > 0)
     ahead = 2 * 4 * sum(map(prod, shapes.values())) * (config.ema_nesterov > 0)
     return muon + 2 * 4 * rest + ahead
 
