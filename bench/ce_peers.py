@@ -114,8 +114,17 @@ def _quack_chunked() -> dict[str, FromHidden]:
         f"{name}, untuned": lambda x, w, y, _cap: chunked_ce(x, w, y, tuned=False, **plain)
     }
     if scaled is not None:
-        peers[scaled[0]] = lambda x, w, y, _cap: scaled[1](x, w, y)
+        peers[scaled[0]] = lambda x, w, y, _cap: scaled[1](x, w, y, chunk_size=scaled_chunk(x.shape[-1]))
     return peers
+
+
+def scaled_chunk(width: int) -> int:
+    """Return the rows of a chunk for quack's scaled-exp path: its own 4,096, or half if that is the width.
+
+    Version 0.6.5 tells a vector per row from one per column by its length, and raises a ValueError ("row/col
+    inference ambiguous") where both are equal.
+    """
+    return 2048 if width == 4096 else 4096
 
 
 def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:

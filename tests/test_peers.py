@@ -162,7 +162,14 @@ def test_losses_without_a_cap_are_called_as_their_versions_want(fake, newest: bo
             call(torch.zeros(3, 2), torch.zeros(4, 2), torch.zeros(3, dtype=torch.long), 30.0)
     chunks = {"tuned": False} | ({"use_scaled_exp": False} if newest else {})
     wanted = [("Linear", 3, {}), ("all", 4, {}), ("Scaled", 3, {}), ("chunks", 3, chunks)]
-    assert calls == wanted + ([("scaled-exp", 3, {})] if newest else [])
+    assert calls == wanted + ([("scaled-exp", 3, {"chunk_size": 4096})] if newest else [])
+
+
+def test_a_chunk_of_the_scaled_exp_path_never_has_as_many_rows_as_columns():
+    widths = {rows_vocab_width[-1] for rows_vocab_width in bench_linear_softcap_ce.SHAPES.values()}
+    assert 4096 in widths
+    for width in widths:
+        assert ce_peers.scaled_chunk(width) % 128 == 0 and ce_peers.scaled_chunk(width) != width
 
 
 def test_an_optimizer_that_cannot_be_made_is_left_out(fake, capsys):
