@@ -10,8 +10,9 @@ with adapters are replayed as CUDA graphs where that pays (`pgolf/evaluate/repla
 wall time of the whole score, so it has the time of compiling and capturing in it. With `--again` these two
 forms run a second time in the same process, which gives `seconds_again`, without compiling. `tokens_per_s` is
 scored tokens per second and GPU; `peak_mib` is the largest GPU memory that torch held. All forms must give
-the same bits per byte up to rounding; the differences from the first one are printed. On a CPU only the eager
-form is measured. Under torchrun all ranks score together, and rank 0 writes.
+the same bits per byte up to rounding; the differences from the first one are printed. Within a case, what
+comes after the first compiled form finds its graphs compiled. On a CPU only the eager form is measured. Under
+torchrun all ranks score together, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -129,18 +130,23 @@ def forms_of(case: str, device: torch.device, forms: list[str]) -> list[str]:
     return [form for form in forms if form != "captured" or case in ADAPTED]
 
 
-def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[str], *, again: bool) -> None:
-    """Measure one case in these forms, and print by how much their scores differ from the first one's."""
+def measure(
+    bench: Bench, case: str, recorder: Recorder, name: str, forms: list[str], *, again: bool, note: str = ""
+) -> None:
+    """Measure one case in these forms, and print by how much their scores differ from the first one's.
+
+    Args:
+        note: what the names of the contenders say in addition.
+    """
     scores = {}
     for form in forms:
-        torch.compiler.reset()
         model = bench.model(compiled=form != "eager")
         found, seconds, peak = bench.score(case, model, form)
         scores[form] = found
         gpus = torch.cuda.device_count() if bench.dist.shares_gpu else bench.dist.world_size
         processes = bench.dist.world_size // gpus
         impl = NAMES[form] + (f", {processes} processes" if processes > 1 else "")
-        impl += ", shared GPU" if bench.shared else ""
+        impl += note + (", shared GPU" if bench.shared else "")
         rate = found.tokens / gpus
         values = {
             "seconds": (seconds, "s"),
@@ -160,6 +166,16 @@ def measure(bench: Bench, case: str, recorder: Recorder, name: str, forms: list[
         print(f"{name}: {form} minus {forms[0]} {gap:+.6f} bits per byte", flush=True)
 
 
+def batches_of(word: str) -> tuple[int, int]:
+    """Return the two numbers of TOKENSxDOCUMENTS.
+
+    Raises:
+        ValueError: another form.
+    """
+    tokens, _, documents = word.partition("x")
+    return int(tokens), int(documents)
+
+
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -172,6 +188,14 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=TttConfig.rank, help="rank of the adapters")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass of windows")
     parser.add_argument("--forms", nargs="+", choices=tuple(NAMES), default=["eager", "compiled"])
+    parser.add_argument(
+        "--batches",
+        nargs="+",
+        type=batches_of,
+        metavar="TOKENSxDOCUMENTS",
+        default=[(TttConfig.batch_tokens, TttConfig.batch_documents)],
+        help="most tokens of a step and most documents of a batch, for adapters; each in turn",
+    )
     parser.add_argument("--again", action="store_true", help="time compiled forms without compiling, too")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--file", default="ttt", help="name of the result file")
@@ -180,16 +204,20 @@ def main() -> None:
     artifact = read_artifact(args.artifact)
     dist = Dist.start(args.device, share_gpus=True)
     folder = DataFolder.open(args.data, vocab_size=artifact.header.model.vocab_size)
-    adapters, published = TttConfig(rank=args.rank), PhasesConfig().adapters
+    published = PhasesConfig().adapters
     phases = PhasesConfig(adapters=replace(published, rank=args.rank))
-    settings = EvaluateConfig(adapters=adapters, phases=phases)
     text = folder.validation(documents=args.documents)
-    bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings, args.shared)
     recorder = Recorder("ttt", dist.device, args.out, file=args.file)
+    suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
     for case in args.cases:
-        suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
+        torch.compiler.reset()
         forms = forms_of(case, dist.device, args.forms)
-        measure(bench, case, recorder, case + suffix, forms, again=args.again)
+        for tokens, documents in args.batches if case == "record_adapters" else args.batches[:1]:
+            adapters = TttConfig(rank=args.rank, batch_tokens=tokens, batch_documents=documents)
+            settings = EvaluateConfig(adapters=adapters, phases=phases)
+            bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings, args.shared)
+            note = f", {tokens:,} tokens" if len(args.batches) > 1 and case == "record_adapters" else ""
+            measure(bench, case, recorder, case + suffix, forms, again=args.again, note=note)
     if dist.is_main:
         recorder.write()
     dist.close()

@@ -149,16 +149,18 @@ def feed_forward(
     config: ModelConfig, kernel: MlpKernel, x: Tensor, residual: Tensor | None, w: LayerWeights, tap: Tap
 ) -> Tensor:
     """Return `residual` (None: 0) plus the scaled output `(T, D)` of a layer's MLP on the stream `x`."""
-    if tap is None and w.lora is None:
-        return kernel(x, w.up, w.down, residual, slope=config.slope)
-    n = rms_norm(x)
-    if tap is not None:
+    if tap is None:
+        y = kernel(x, w.up, w.down, residual, slope=config.slope)
+    else:
+        n = rms_norm(x)
         tap("mlp_in", n * w.scales.ln)
-    m = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
-    extra = None if w.lora is None else w.lora.mlp(n * w.scales.ln)
-    if extra is not None:
-        m = m + w.scales.mlp * extra
-    return m if residual is None else residual + m
+        y = mlp(n, w.up, w.down, slope=config.slope, observe=tap)
+        y = y if residual is None else residual + y
+    if w.lora is None or w.lora.mlp_a is None:
+        return y
+    extra = w.lora.mlp(rms_norm(x) * w.scales.ln)
+    assert extra is not None
+    return y + w.scales.mlp * extra
 
 
 def serial_block(

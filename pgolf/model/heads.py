@@ -155,10 +155,10 @@ def heads_branch(
     """Compute `attention_branch` with `attend_heads`; arguments as in both.
 
     `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. What the operators do not compute is left
-    to `attention_branch` and `kernel`: adapters, value embeddings, learned strengths of the exclusion, and
-    outputs of some tokens only.
+    to `attention_branch` and `kernel`: value embeddings, learned strengths of the exclusion, and outputs of
+    some tokens only.
     """
-    others = (*lora, weights.value_scale, weights.xsa_strength, asked)
+    others = (weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):
         return attention_branch(
             *(config, kernel, n, weights),
@@ -176,8 +176,14 @@ def heads_branch(
         mix = scale if gate == "sparse" else 1.0, KINDS[gate]
         if weights.gate is not None:
             z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
+    qkv = F.linear(n, weights.qkv)
+    if any(part is not None for part in lora[:3]):
+        widths = [config.width, config.kv_width, config.kv_width]
+        parts = zip(qkv.split(widths, dim=-1), lora[:3], strict=True)
+        # One tensor, as the operators take it: the compiler adds while it writes.
+        qkv = torch.cat([part if extra is None else part + extra for part, extra in parts], dim=-1)
     y = attend_heads(
-        *(F.linear(n, weights.qkv), z, weights.q_gain, rope, cu_seqlens, config.max_context),
+        *(qkv, z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
         mix=mix,
         doc=doc,
@@ -188,7 +194,8 @@ def heads_branch(
     y = y.flatten(1)
     if observe is not None:
         observe("attn_out", y)
-    return F.linear(y, weights.out)
+    out = F.linear(y, weights.out)
+    return out if lora[3] is None else out + lora[3]
 
 
 doc_branch = functools.partial(heads_branch, doc=True)

@@ -109,9 +109,13 @@ def test_the_layer_that_runs_last_skips_the_other_tokens_exactly(preset, places)
 def test_one_graph_of_each_kind_of_block_serves_all_sizes():
     model = small_model(shape=small_like("pr1855"))
     torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
     compiled = compile_adapted(uncompiled(model, masked_attention), backend="eager")
-    plain = uncompiled(model, masked_attention)
+    check_sizes(compiled, uncompiled(model, masked_attention))
+
+
+def check_sizes(compiled: GPT, plain: GPT) -> None:
+    """Check that blocks compiled for adapters compute what `plain` does, in one graph of each kind."""
+    torch._dynamo.utils.counters.clear()
     graphs, counted = [], torch._dynamo.utils.counters["stats"]
     for documents, width in SIZES:
         for got, want in zip(*(run(m, documents, width) for m in (compiled, plain)), strict=True):
@@ -158,15 +162,17 @@ def test_test_time_training_is_the_same_with_compiled_blocks_and_optimizer(way, 
 
 @requires_gpu
 @pytest.mark.parametrize("way", ["ttt", "phased"])
-def test_on_a_gpu_compiled_scores_are_those_of_the_plain_blocks(way):
+def test_on_a_gpu_compiled_scores_are_those_of_the_plain_blocks_and_of_composed_operators(way):
     device = torch.device("cuda")
     shape = replace(FEW, width=128, heads=2, kv_heads=1, rope_dims=16)
     model = small_model(shape=shape).prepare(device)
     text, dist = make_text(random_documents([5, 60, 9, 31, 44, 90, 90])), FakeDist()
     dist.device = device
     config, found = replace(TTT, rank=16, lr=1e-3), []
-    for compiled in (False, True):
-        with evaluating(model):
-            run = passes(way, model, text, dist, config, compiled=compiled)
+    composed = small_model(shape=shape).prepare(device, heads="composed", mlp="composed")
+    for used, compiled in ((composed, False), (model, False), (model, True)):
+        with evaluating(used):
+            run = passes(way, used, text, dist, config, compiled=compiled)
             found.append(losses_of(run, text, dist)[1:])
-    assert found[1].mean() == pytest.approx(found[0].mean(), rel=2e-3)
+    for losses in found[1:]:
+        assert losses.mean() == pytest.approx(found[0].mean(), rel=2e-3)

@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from pgolf.model import attention, gpt, heads
+from pgolf.model.adapted import compile_adapted
 from pgolf.model.attention import (
     Asked,
     Attention,
@@ -26,7 +27,10 @@ from pgolf.model.gpt import GPT
 from pgolf.model.heads import attend_heads, doc_branch, heads_branch
 from pgolf.model.own_attention import doc_kernel
 from pgolf.model.rope import rope_tables
+from pgolf.model.uncompiled import uncompiled
 from tests.conftest import requires_hopper
+from tests.evaluate.legal_helpers import small_model
+from tests.model.test_adapted import check_sizes, small_like
 from tests.model.test_gpt import SWITCHES, label, packed, randomized, small
 from tests.model.test_gpt import passed as whole
 from tests.model.test_threads import same, states
@@ -46,8 +50,13 @@ def fa4(stand_in, monkeypatch):
     """Let a model on the CPU have both kernels for Hopper, and operators for heads of any size."""
     stand_in()
     found = find_fa4().found
-    kernels = {"fa4": found, "doc": doc_kernel}
-    monkeypatch.setattr(gpt, "select_attention", lambda name, *_, **__: Attention(name, kernels[name], ""))
+    kernels = {"fa4": found, "doc": doc_kernel, "sdpa": sdpa_attention}
+
+    def select(name, *_, **__):
+        name = "sdpa" if name == "auto" else name
+        return Attention(name, kernels[name], "")
+
+    monkeypatch.setattr(gpt, "select_attention", select)
     monkeypatch.setattr(heads, "_takes", lambda *_: True)
     monkeypatch.setattr(attention, "exclude_self", exclude_self)
 
@@ -205,18 +214,43 @@ def test_only_layers_whose_values_and_mix_are_plain_use_the_node(fa4, change, la
         assert nodes(hidden).count("_HeadsBackward") == steps
 
 
-def test_adapters_and_tokens_that_are_not_asked_for_are_left_to_the_composed_operators(fa4, monkeypatch):
+@FORMS
+@pytest.mark.parametrize("places", ["qkvo", "ko", "v", "o"])
+def test_what_adapters_add_has_the_composed_results_and_gradients(fa4, places, form):
+    config = small()
+    leaves, context = layer(config, [11, 1, 13])
+    widths = {"q": config.width, "k": config.kv_width, "v": config.kv_width, "o": config.width}
+    rng = torch.Generator().manual_seed(2)
+    extra = {
+        place: torch.randn(25, widths[place], generator=rng, dtype=torch.float64).requires_grad_()
+        for place in places
+    }
+    context["lora"] = tuple(extra.get(place) for place in "qkvo")
+    wanted = passed(attention_branch, sdpa_attention, config, leaves | extra, context)
+    found = passed(BRANCHES[form], None, config, leaves | extra, context)
+    assert "_HeadsBackward" in nodes(found[0])
+    for name, a, b in zip(("y", *leaves, *extra), found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.slow
+def test_with_adapters_one_graph_of_each_kind_of_block_serves_all_sizes(fa4):
+    model = small_model(shape=small_like("pr1855"))
+    model.prepare(CPU, attention="doc")
+    torch._dynamo.reset()
+    compiled = compile_adapted(uncompiled(model), backend="eager")
+    assert compiled.heads_name == "auto"
+    check_sizes(compiled, uncompiled(model))
+
+
+def test_tokens_that_are_not_asked_for_are_left_to_the_composed_operators(fa4):
     config = small()
     leaves, context = layer(config, [6, 6])
     weights = AttentionWeights(leaves["qkv"], leaves["out"], leaves["gain"], leaves["gate"], None, None)
     extra = torch.ones(12, config.kv_width, dtype=torch.float64)
     asked = Asked.last(2, 6, context["cu_seqlens"], context["rope"])
-    for lora, wanted in (
-        ((None,) * 4, asked),
-        ((None, extra, None, None), None),
-        ((None, None, None, extra[:, :1]), None),
-    ):
-        common = {"exclusive": True, "lora": lora, "asked": wanted}
+    for lora in ((None,) * 4, (None, extra, None, None)):
+        common = {"exclusive": True, "lora": lora, "asked": asked}
         found, plain = (
             branch(config, sdpa_attention, leaves["n"], weights, **context, **common)
             for branch in (doc_branch, attention_branch)
