@@ -2,6 +2,7 @@
 // are bound by memory: each tensor is read and written once, 16 bytes at a time, and all loads of a thread
 // are under way before its first store. What is not read again soon (gradients, momentum, parameters,
 // averages) is marked to leave L2 first, so that the directions stay there for the polar iteration.
+#include "kernels/muon_apply.cuh"
 #include "kernels/muon_momentum.cuh"
 #include "kernels/muon_step.h"
 
@@ -10,10 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kHeld = 8;                      // spans of a row that stay in registers
-constexpr int64_t kRun = kThreads * kVector;  // elements of a block in muon_apply
+constexpr int kHeld = 8;  // spans of a row that stay in registers
 constexpr int kMaxBanks = 64;
-constexpr int kMaxTargets = 80;
 
 // ---- muon_direction: one row per warp
 
@@ -85,43 +84,6 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// ---- muon_apply: one run of elements per block
-
-struct ApplyArgs {
-  Runs<MuonTarget, kMaxTargets> runs;
-  const float* hyper;
-  bool cautious;
-};
-static_assert(sizeof(ApplyArgs) <= 4096, "kernel arguments hold 4 KB on every driver");
-
-template <typename X>
-__global__ void __launch_bounds__(kThreads) muon_apply_kernel(const __grid_constant__ ApplyArgs args) {
-  if (!isfinite(args.hyper[kHyperGradScale])) return;
-  const int which = args.runs.of_block(blockIdx.x);
-  const MuonTarget& t = args.runs.targets[which];
-  const X* update = static_cast<const X*>(t.update);
-  const int64_t at = (blockIdx.x - args.runs.first[which]) * kRun + threadIdx.x * kVector;
-  const int64_t valid = t.count - at;
-  if (valid <= 0) return;
-  const bool aligned = args.runs.aligned[which] && valid >= kVector;
-  float p[kVector], o[kVector], average[kVector];
-  load8(p, t.param + at, valid, aligned);
-  load8(o, update + at, valid, aligned);
-  if (t.average != nullptr) load8(average, t.average + at, valid, aligned);
-  const float lr = args.hyper[kHyperLr];
-  const float keep = 1.0f - lr * args.hyper[kHyperWeightDecay];
-  const float step = lr * t.lr_scale;
-  PGOLF_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    const bool decays = !args.cautious || p[i] * o[i] > 0.0f;
-    p[i] = fmaf(p[i], decays ? keep : 1.0f, -step * o[i]);
-  }
-  store8<true>(t.param + at, p, valid, aligned);
-  if (t.average == nullptr) return;
-  lerp8(average, p, args.hyper[kHyperAverageWeight]);
-  store8<true>(t.average + at, average, valid, aligned);
-}
-
 }  // namespace
 
 template <typename G, typename M, typename X>
@@ -145,14 +107,12 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyp
 template <typename X>
 void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, bool cautious,
                      CUstream_st* stream) {
-  launch_runs<kMaxTargets>(
-      targets, count, "muon_step", [](const MuonTarget& t) { return (t.count + kRun - 1) / kRun; },
-      [](const MuonTarget& t) { return aligned16(t.param) && aligned16(t.update) && aligned16(t.average); },
-      [&](const Runs<MuonTarget, kMaxTargets>& runs, unsigned int blocks) {
-        muon_apply_kernel<typename DeviceType<X>::type>
-            <<<blocks, kThreads, 0, stream>>>(ApplyArgs{.runs = runs, .hyper = hyper, .cautious = cautious});
-        PGOLF_LAUNCH_CHECK();
-      });
+  using D = typename DeviceType<X>::type;
+  const auto kernel = cautious ? muon_apply_kernel<D, true> : muon_apply_kernel<D, false>;
+  launch_apply(targets, count, hyper, [&](const ApplyArgs& args, unsigned int blocks) {
+    kernel<<<blocks, kApplyThreads, 0, stream>>>(args);
+    PGOLF_LAUNCH_CHECK();
+  });
 }
 
 template void muon_direction_cuda<float, float, float>(const MuonDirection*, int, const float*, MuonOptions,
