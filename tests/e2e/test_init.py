@@ -128,7 +128,7 @@ def test_arms_start_from_their_trunk_and_the_report_needs_no_weights(shards, tmp
         "base": "tiny",
         "data": str(shards),
         "out": str(out),
-        "steps": 6,
+        "steps": 10,
         "trunk": {"steps": 4, "overrides": {"optim.warmdown": 0.0, "train.quantize": False}},
         "overrides": {**small_overrides(), "train.device": "cpu", "train.warmup_steps": 0},
         "baseline": "base",
