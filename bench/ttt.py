@@ -143,7 +143,7 @@ def measure(
         model = bench.model(compiled=form != "eager")
         found, seconds, peak = bench.score(case, model, form)
         scores[form] = found
-        gpus = torch.cuda.device_count() if bench.dist.shares_gpu else bench.dist.world_size
+        gpus = bench.dist.devices
         processes = bench.dist.world_size // gpus
         impl = NAMES[form] + (f", {processes} processes" if processes > 1 else "")
         impl += note + (", shared GPU" if bench.shared else "")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from pgolf.config_checks import check_finite, parse_sizes, require
@@ -42,9 +42,9 @@ class TttConfig:
     """Added to the square root of the second moment, > 0."""
     weight_decay: float = 0.5
     """Decoupled weight decay, >= 0; it is multiplied by lr."""
-    chunk: int = 48
+    chunk: int = 64
     """Tokens of the shortest chunk, >= 1; the adapters learn from a chunk after it was scored."""
-    chunk_growth: int = 16
+    chunk_growth: int = 8
     """A chunk at position p has p / chunk_growth tokens if that is more than chunk; 0 = no growth."""
     chunk_max: int = 256
     """Tokens of the longest chunk, at least chunk."""
@@ -172,7 +172,8 @@ class TiltConfig:
 
 
 def _published_adapters() -> TttConfig:
-    return TttConfig(chunk_growth=0, chunk_max=48, warm_a=True, batch_tokens=131_072, batch_documents=64)
+    sizes = TttConfig(chunk=48, chunk_growth=0, chunk_max=48, batch_tokens=131_072, batch_documents=64)
+    return replace(sizes, warm_a=True)
 
 
 @dataclass(frozen=True, kw_only=True)

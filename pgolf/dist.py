@@ -66,6 +66,7 @@ class Dist:
         device: where this rank computes.
         is_main: whether rank is 0.
         shares_gpu: whether ranks share a GPU, which NCCL refuses: sums over ranks then go through the host.
+        devices: number of GPUs of all ranks; on CPUs, and where no rank shares a GPU, that of ranks.
         watch: notices ranks that are lost.
     """
 
@@ -76,6 +77,10 @@ class Dist:
         self.device = device
         self.is_main = launch.rank == 0
         self.shares_gpu = shares_gpu
+        self.devices = launch.world_size
+        if shares_gpu:
+            hosts = launch.world_size / env.ranks_on_this_host()
+            self.devices = round(hosts * torch.cuda.device_count())
         self.watch = Watch(self.rank, 1, None, timeout_s=0.0)
         self._host: td.ProcessGroup | None = None
 

@@ -7,6 +7,10 @@ from pathlib import Path
 # Set before torch is loaded, because threads that spin at barriers slow down other processes, also of the
 # tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Workers share the cores: threads of several of them on one core wait for each other at every small operator.
+# Tests of operators use all cores, see tests/ops/conftest.py.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
 
 import pytest
 import torch

@@ -36,6 +36,7 @@ PACKAGE = (
     "torch.distributed.checkpoint",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",
+    "torch._dynamo",  # which torch's optimizers load at their first step
     "pgolf.cli.main",
     "pgolf.train.run",
     "pgolf.artifact.code:code_bytes",

@@ -23,17 +23,17 @@ STANDARD = set(
     re.findall(
         r"\w+",
         """
-        __attribute__ __builtin_cpu_supports __int128 __x86_64__ abs algorithm always_inline array
-        auto begin bit bit_width bool break case catch char clamp class cmath const constexpr
-        continue copy cstdint cstdlib current_exception data decltype decode default define
-        defined delete do else emplace_back empty encode end endif enum exception exception_ptr
-        explicit extern false fill fill_n float for gnu if ifdef ifndef include inline int int16_t
-        int32_t int64_t int8_t join long max min min_element move namespace nearbyint new noexcept
-        nullptr operator private protected public push_back reserve resize rethrow_exception
-        return short signed size size_t sizeof static static_assert static_cast std struct switch
-        system_error target template this thread throw transform trellis true try typename
-        uint16_t uint32_t uint64_t uint8_t unlikely unsigned using utility vector virtual void
-        while
+        GCC __attribute__ __builtin_cpu_supports __int128 __x86_64__ abs algorithm always_inline
+        array auto begin bit bit_cast bit_width bool break case catch char clamp class cmath
+        const constexpr continue copy cstdint cstdlib current_exception data decltype decode
+        default define defined delete do else emplace_back empty encode end endif enum exception
+        exception_ptr explicit extern false fill fill_n float for gnu if ifdef ifndef include
+        inline int int16_t int32_t int64_t int8_t join long max min min_element move namespace
+        new noexcept nullptr operator pragma private protected public push_back reserve resize
+        rethrow_exception return short signed size size_t sizeof static static_assert
+        static_cast std struct switch system_error target template this thread throw transform
+        trellis true try typename uint16_t uint32_t uint64_t uint8_t unlikely unroll unsigned
+        using utility vector vector_size virtual void while
         """,
     )
 )
@@ -59,11 +59,11 @@ def chosen(text: str, *, encoder: bool) -> str:
 
 
 def renamed(text: str) -> str:
-    """Give every name of ours a short one, the most frequent names the shortest."""
+    """Give every name of ours a short one, the most frequent names the shortest, of those the first first."""
     found = Counter(t for t in TOKEN.findall(text) if t[0] in f"{ascii_letters}_" and t not in STANDARD)
     pairs = ("".join(letters) for n in (1, 2) for letters in product(ascii_letters, repeat=n))
     short = (name for name in pairs if name not in STANDARD)
-    names = {name: next(short) for name, _ in sorted(found.items(), key=lambda item: (-item[1], item[0]))}
+    names = {name: next(short) for name, _ in found.most_common()}
     return re.sub(r'"[^"]*"|\b[A-Za-z_]\w*', lambda m: names.get(m[0], m[0]), text)
 
 

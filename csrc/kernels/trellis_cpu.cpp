@@ -1,8 +1,9 @@
-// CPU kernels of trellis.h. The two states 2p and 2p + 1 are reached from the same two, p and p + 128, at
-// costs that differ by which is which; the loop over p has no branch, so that the compiler vectorises it.
+// CPU kernels of trellis.h. Four chains go side by side, one in each lane of a vector, so that a step has no
+// branch and lanes exchange nothing. The two states 2p and 2p + 1 are reached from the same two, p and
+// p + 128, at costs that differ by which is which.
 #include <algorithm>
 #include <array>
-#include <cmath>
+#include <bit>
 #include <vector>
 
 #include "kernels/parallel.h"
@@ -12,81 +13,96 @@ namespace pgolf {
 namespace {
 
 constexpr int kStates = kTrellisStates, kHalf = kStates / 2;
+constexpr int kLanes = 4;            // of the vectors that every x86-64 has
 constexpr float kUnreached = 1e30f;  // of the states that no path has come to yet
 
-struct Machine {
-  std::array<uint32_t, kHalf> side{};   // of both states p and p + 128
-  std::array<uint32_t, kHalf> input{};  // parity(p & kTrellisInput); of p + 128 it is the other one
-};
+using Floats __attribute__((vector_size(4 * kLanes))) = float;
+using Bits __attribute__((vector_size(4 * kLanes))) = uint32_t;
+using Row = std::array<Floats, kStates>;
 
-constexpr Machine make_machine() {
-  Machine machine;
-  for (uint32_t p = 0; p < kHalf; ++p) {
-    machine.side[p] = trellis_parity(p & kTrellisSide);
-    machine.input[p] = trellis_parity(p & kTrellisInput);
-  }
-  return machine;
+// Whether states were reached from the higher of their two: bit 31 - i of word w is that of state 32 w + i.
+using Decisions = std::array<Bits, kStates / 32>;
+
+// The residue mod 4 of the values between p and 2p, and between p + 128 and 2p + 1. That of the other two
+// pairs differs in bit 1, because residue(128) is 2. Parities add up: residue(p) = residue(p - p % 16) ^
+// residue(p % 16).
+constexpr uint32_t residue(uint32_t p) {
+  return 2 * trellis_parity(p & kTrellisInput) + trellis_parity(p & kTrellisSide);
 }
 
-constexpr Machine kMachine = make_machine();
-static_assert((kTrellisSide & kHalf) == 0 && (kTrellisInput & kHalf) != 0, "the two predecessors' relation");
-
-using Row = std::array<float, kStates>;
-
-// Whether 2p and 2p + 1 were reached from p + 128, by p.
-struct Decisions {
-  std::array<uint8_t, kHalf> even, odd;
-};
-
-float squared_distance(float target, float residue) {
-  const float off = target - residue;
-  const float distance = off - 4.0f * std::nearbyint(0.25f * off);
-  return distance * distance;
+// The nearest multiple of 4, halfway the even one, of numbers below 2^23: floats near kFour are 4 apart.
+template <typename T>
+T nearest(const T& x) {
+  constexpr float kFour = 3 << 24;
+  return x + kFour - kFour;
 }
 
-void step(float target, const Row& before, Row& after, Decisions& decided) {
-  const float c0 = squared_distance(target, 0), c1 = squared_distance(target, 1);
-  const float c2 = squared_distance(target, 2), c3 = squared_distance(target, 3);
-  for (int p = 0; p < kHalf; ++p) {
-    const float zero = kMachine.side[p] ? c1 : c0, two = kMachine.side[p] ? c3 : c2;
-    const float same = kMachine.input[p] ? two : zero, other = kMachine.input[p] ? zero : two;
-    const float even_low = before[p] + same, even_high = before[p + kHalf] + other;
-    const float odd_low = before[p] + other, odd_high = before[p + kHalf] + same;
-    after[2 * p] = std::min(even_low, even_high);
-    after[2 * p + 1] = std::min(odd_low, odd_high);
-    decided.even[p] = even_high < even_low;
-    decided.odd[p] = odd_high < odd_low;
+void step(const Floats* distances, const Row& before, Row& after, Decisions& decided) {
+  for (int word = 0; word < kStates / 32; ++word) {
+    const uint32_t first = residue(16 * word);
+    const Floats d[4] = {distances[first], distances[first ^ 1], distances[first ^ 2], distances[first ^ 3]};
+    Bits bits{};
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      const int p = 16 * word + i;
+      const Floats same = d[residue(i)], other = d[residue(i) ^ 2];
+      const auto even_low = before[p] + same, even_high = before[p + kHalf] + other;
+      const auto odd_low = before[p] + other, odd_high = before[p + kHalf] + same;
+      after[2 * p] = even_high < even_low ? even_high : even_low;
+      after[2 * p + 1] = odd_high < odd_low ? odd_high : odd_low;
+      // Compared with the minimum, not with each other: then the compiler takes an instruction for minima.
+      bits += bits - std::bit_cast<Bits>(after[2 * p] != even_low);  // true is -1
+      bits += bits - std::bit_cast<Bits>(after[2 * p + 1] != odd_low);
+    }
+    decided[word] = bits;
   }
 }
 
-void round_chain(const float* x, float* value, int length) {
-  Row metrics[2];
+// Rounds one chain of each of `lanes` rows that begin `stride` numbers apart.
+void round_chains(const float* x, float* value, int64_t stride, int64_t lanes, int64_t length) {
+  Row costs[2];
   std::array<Decisions, kTrellisChain> decided;
-  metrics[0].fill(kUnreached);
-  metrics[0][0] = 0;
-  for (int t = 0; t < length; ++t) step(2.0f * x[t] + 0.5f, metrics[t % 2], metrics[(t + 1) % 2], decided[t]);
-  const Row& last = metrics[length % 2];
-  int state = static_cast<int>(std::min_element(last.begin(), last.end()) - last.begin());
-  for (int t = length - 1; t >= 0; --t) {
-    const int p = state / 2, u = state % 2;
-    const uint32_t high = u != 0 ? decided[t].odd[p] : decided[t].even[p];
-    const uint32_t odd_code = static_cast<uint32_t>(u) ^ kMachine.input[p] ^ high;
-    const float residue = static_cast<float>(2 * odd_code + kMachine.side[p]);
-    const float target = 2.0f * x[t] + 0.5f;
-    value[t] = 0.5f * (residue + 4.0f * std::nearbyint(0.25f * (target - residue))) - 0.25f;
-    state = p + static_cast<int>(high) * kHalf;
+  costs[0].fill(Floats{} + kUnreached);
+  costs[0][0] = Floats{};
+  Floats target{}, distances[4];
+  for (int64_t t = 0; t < length; ++t) {
+    for (int64_t lane = 0; lane < lanes; ++lane) target[lane] = 2.0f * x[lane * stride + t] + 0.5f;
+    for (int r = 0; r < 4; ++r) {
+      const Floats off = target - static_cast<float>(r), distance = off - nearest(off);
+      distances[r] = distance * distance;
+    }
+    step(distances, costs[t % 2], costs[(t + 1) % 2], decided[t]);
+  }
+  const Row& last = costs[length % 2];
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    uint32_t state = 0;
+    for (uint32_t s = 1; s < kStates; ++s) {
+      if (last[s][lane] < last[state][lane]) state = s;
+    }
+    for (int64_t t = length - 1; t >= 0; --t) {
+      const uint32_t high = decided[t][state / 32][lane] >> (31 - state % 32) & 1;
+      const auto r = static_cast<float>(residue(state / 2) ^ 2 * (state % 2 ^ high));
+      const float goal = 2.0f * x[lane * stride + t] + 0.5f;
+      value[lane * stride + t] = 0.5f * (r + nearest(goal - r)) - 0.25f;
+      state = state / 2 + kHalf * high;
+    }
   }
 }
 
 }  // namespace
 
 void trellis_round_cpu(const float* x, float* value, int64_t rows, int64_t n, int threads) {
+  if (n % kTrellisChain == 0) {  // then the lanes take chains of one row, too
+    rows *= n / kTrellisChain;
+    n = kTrellisChain;
+  }
   const int64_t chains = (n + kTrellisChain - 1) / kTrellisChain;
-  parallel_for(rows * chains, 16, threads, [&](int64_t begin, int64_t end) {
+  // Two vectors of chains take longer than the start of a thread.
+  parallel_for((rows + kLanes - 1) / kLanes * chains, 2, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i / chains * n + i % chains * kTrellisChain;
-      const int64_t length = std::min<int64_t>(kTrellisChain, n - i % chains * kTrellisChain);
-      round_chain(x + first, value + first, static_cast<int>(length));
+      const int64_t row = i / chains * kLanes, first = i % chains * kTrellisChain, at = row * n + first;
+      round_chains(x + at, value + at, n, std::min<int64_t>(kLanes, rows - row),
+                   std::min<int64_t>(kTrellisChain, n - first));
     }
   });
 }

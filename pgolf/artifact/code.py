@@ -156,6 +156,12 @@ def unpack_code(text: str, folder: Path) -> list[Path]:
 
 def reader_code(program: Program = EVALUATE) -> dict[str, str]:
     """Return the stripped modules that a program carries, by path ("pgolf/config.py"), in order."""
+    return dict(_reader_code(program))
+
+
+@cache
+def _reader_code(program: Program) -> dict[str, str]:
+    """Return what `reader_code` does, always the same object: this takes seconds."""
     others = ENCODER if program is TRAIN else SCORES if program.coder else SCORES | NO_CODER
     sources = _Sources(_ROOT, SWAPPED | others)
     names, modules = {"main"}, set(_packages(program.entry))

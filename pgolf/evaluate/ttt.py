@@ -13,10 +13,10 @@ the documents that are still being read are always the first rows of every tenso
 the same length and are packed without padding. A rank gets whole batches, smaller ones if there are many
 ranks.
 
-The method comes from PR #1855, with these differences. Chunks grow with the position, from 48 tokens to 256
-tokens from position 4,096 on. (With 48 tokens throughout, the longest document of the challenge would take
-2,024 sequential steps instead of 410, and this project's validation text 78 million window tokens instead of
-31 million.) The matrix A starts again with every document; the start of a window does not depend on where the
+The method comes from PR #1855, with these differences. Chunks grow with the position, from 64 tokens to 256
+tokens from position 2,048 on. (With 48 tokens throughout, the longest document of the challenge would take
+2,024 sequential steps instead of 392, and this project's validation text 78 million window tokens instead of
+21 million.) The matrix A starts again with every document; the start of a window does not depend on where the
 document ends. Phases, in which the model itself learns from whole documents, are in `phases.py`; kept A is a
 setting.
 Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D` width, `V` vocab.
@@ -91,7 +91,7 @@ class DocumentBatch:
     """What reading them takes, in units of a token of a short window."""
 
 
-MOST_SHARE = 2 / 3
+MOST_SHARE = 0.6
 """Largest part of a rank's share of the cost of all documents that a batch may have, so that ranks can share
 the work. Smaller batches take more steps, and each costs time on the host, so one rank has large ones."""
 LEAST_COST = 1e6
@@ -104,13 +104,12 @@ STEP_COST = 8192
 """Least cost of a step: below it, launching its kernels takes longer than running them (counted)."""
 
 
-COMPILE_COST = 4.2e7
-"""Cost of a rank's batches from which on compiling is worth its time. On an H200 `pr1855` with flash-attn-4
-compiled for about 61 s, or for 13 s if torch had kept the graphs on disk, and then took 0.55 of the eager
-time, which is 3.3 s per million, so the times are equal at 4.1e7 without the disk. With pgolf's own attention
-it takes at most 38 s while other programs use the host, so that the times are equal at 2.6e7; without other
-programs it was not measured yet. The project's validation text has 4.6e7 with the default settings
-(docs/findings.md, the entries about windows of 3,072 tokens and about other settings of the adapters)."""
+COMPILE_COST = 2.7e7
+"""Cost of the batches that a GPU reads from which on compiling is worth its time. On an H200 `pr1855`
+compiles for 32 s, or for about 13 s if torch has kept the graphs on disk, and then reads a million in 1.44 s.
+If that is 0.55 of the eager time, as it was with flash-attn-4, the times are equal at 2.7e7 without the disk.
+The project's validation text has 3.2e7 with the default settings (docs/findings.md, the entries about three
+processes on one GPU and about windows of 3,072 tokens)."""
 
 
 def step_cost(documents: int, width: int) -> float:
@@ -380,13 +379,13 @@ def left_over(
 
 
 def worth_compiling(batches: list[DocumentBatch], model: GPT, dist: Dist) -> bool:
-    """Tell whether compiling takes less time than it saves: it depends on the number of ranks.
+    """Tell whether compiling takes less time than it saves: it depends on the number of GPUs.
 
     A model that was prepared without compiling stays so; the compiler may not work here.
     """
     if not model.compiled:
         return False
-    cost = sum(batch.cost for batch in batches) / dist.world_size
+    cost = sum(batch.cost for batch in batches) / dist.devices
     return dist.device.type == "cuda" and cost >= COMPILE_COST
 
 

@@ -179,7 +179,7 @@ def heads_branch(
     qkv = F.linear(n, weights.qkv)
     if any(part is not None for part in lora[:3]):
         widths = [config.width, config.kv_width, config.kv_width]
-        parts = zip(qkv.split(widths, dim=-1), lora[:3], strict=True)
+        parts = zip(torch.split(qkv, widths, dim=-1), lora[:3], strict=True)
         # One tensor, as the operators take it: the compiler adds while it writes.
         qkv = torch.cat([part if extra is None else part + extra for part, extra in parts], dim=-1)
     y = attend_heads(

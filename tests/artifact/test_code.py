@@ -1,7 +1,6 @@
 """The counted code: stripped, complete, as small as the ledger says. That it runs: tests/e2e/test_code.py."""
 
 import ast
-import functools
 import io
 import sys
 import tokenize
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import pgolf.artifact.code as module
 from pgolf.artifact.code import (
     EVALUATE,
     EVALUATE_GENERAL,
@@ -27,18 +25,9 @@ from pgolf.artifact.portable import references, without_extension
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def sources():
-    """Assemble the sources of each program once, which takes a second or two, and return what does."""
-    once = functools.cache(reader_code)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "reader_code", lambda program=EVALUATE: dict(once(program)))
-        yield module.reader_code
-
-
 @pytest.fixture(scope="module")
-def code(sources):
-    return sources()
+def code():
+    return reader_code()
 
 
 def test_it_is_what_reading_and_scoring_import(code):
@@ -120,9 +109,9 @@ OPTIONAL = {EVALUATE: set(), EVALUATE_GENERAL: set(), TRAIN: {"matplotlib", "ten
 
 
 @pytest.mark.parametrize("program", [EVALUATE, EVALUATE_GENERAL, TRAIN], ids=lambda p: p.coder or p.name)
-def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(sources, program):
+def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(program):
     allowed = ALLOWED | OPTIONAL[program] | set(sys.stdlib_module_names)
-    for path, source in {**sources(program), SCRIPT: code_program(program).decode()}.items():
+    for path, source in {**reader_code(program), SCRIPT: code_program(program).decode()}.items():
         for node in ast.walk(ast.parse(source)):
             named = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             if isinstance(node, ast.Import):
@@ -139,9 +128,9 @@ def test_nothing_needs_the_extension_and_only_allowed_packages_are_imported(sour
 
 
 @pytest.mark.parametrize("program", [EVALUATE, EVALUATE_GENERAL, TRAIN], ids=lambda p: p.coder or p.name)
-def test_programs_that_a_newer_python_wrote_can_be_read_by_python_3_10(sources, program):
+def test_programs_that_a_newer_python_wrote_can_be_read_by_python_3_10(program):
     """ast.unparse of Python 3.12 uses the quotes of an f-string within its braces, too."""
-    for path, source in {**sources(program), SCRIPT: code_program(program).decode()}.items():
+    for path, source in {**reader_code(program), SCRIPT: code_program(program).decode()}.items():
         for node in ast.walk(ast.parse(source)):
             parts = node.values if isinstance(node, ast.JoinedStr) else []
             braces = [part.value for part in parts if isinstance(part, ast.FormattedValue)]
@@ -159,19 +148,19 @@ def test_f_strings_become_calls_that_give_the_same_text():
     assert ".format(" in ast.unparse(tree) and "f'{n}'" in ast.unparse(tree)
 
 
-def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code, sources):
-    found = sources(EVALUATE_GENERAL)
+def test_the_program_of_a_general_compressor_has_no_coder_to_compile(code):
+    found = reader_code(EVALUATE_GENERAL)
     assert set(code) - set(found) == {"pgolf/ops/_coder.py"} and set(found) <= set(code)
     assert "ctypes" not in "".join(found.values()) and "_coder" not in found["pgolf/ops/range_coder.py"]
     assert code_bytes("zlib") == code_bytes("brotli") == len(code_program(EVALUATE_GENERAL))
     assert 6_000 < code_bytes("range") - code_bytes("brotli") < 8_000
 
 
-def test_only_the_program_that_trains_has_threads(sources):
+def test_only_the_program_that_trains_has_threads():
     path = "pgolf/model/threads.py"
-    assert "autograd.Function" in sources(TRAIN)[path] and "class" in sources(TRAIN)[path]
+    assert "autograd.Function" in reader_code(TRAIN)[path] and "class" in reader_code(TRAIN)[path]
     for program in (EVALUATE, EVALUATE_GENERAL):
-        assert "class" not in sources(program)[path] and "threaded" in sources(program)[path]
+        assert "class" not in reader_code(program)[path] and "threaded" in reader_code(program)[path]
 
 
 def test_the_size_of_the_program_that_trains():

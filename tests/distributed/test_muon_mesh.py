@@ -34,7 +34,7 @@ from tests.conftest import requires_two_gpus
 from tests.distributed.muon_cases import assert_equal, flat, iterated, of_case, take_steps, tensors, whole
 from tests.ranks import run_ranks
 
-WORLDS, STEPS, RESUME_AT = (4, 2, 1), 4, 2
+WORLDS, STEPS, RESUME_AT = (4, 2, 1), 3, 2
 # Rows and columns that 4 and 2 do not divide, fewer rows than ranks, stacks, a convolution, a vector.
 SHAPES = [(5, 12), (3, 5, 12), (13, 4), (6, 3, 2, 2), (9, 7), (7, 7), (7, 7), (1, 5), (6, 1), (7,)]
 

@@ -21,6 +21,7 @@ NAMES = ("pgolf-a", "pgolf-b")
 ADDRESSES = ("10.77.31.1", "10.77.31.2")
 TIMEOUT_S = 5
 WORDS = [*SMALL, "--train.checkpoint-every=0.2", f"--train.rank-timeout={TIMEOUT_S}", "--train.device=cpu"]
+WORDS += ["--train.no-quantize"]  # for which each process would make the counted code, for seconds
 
 
 def ip(*words: str) -> None:

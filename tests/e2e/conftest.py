@@ -9,28 +9,37 @@ from pathlib import Path
 
 import pytest
 
+from pgolf.ablate import page
 from pgolf.cli.main import main
 from pgolf.data.text import iterate_documents, sample_paths
+from pgolf.report import plots, watched_page
+from pgolf.report.plots import why_no_plots
 from pgolf.train.budget import Tick
 from pgolf.train.position import Position
 from pgolf.train.saver import Saver
 
+DRAWING = (plots, watched_page, page)
+"""Modules that ask `why_no_plots` before they draw."""
+
 VAL_DOCUMENTS, VAL_TOKENS, VAL_BYTES = 10, 4_352, 8_125
-"""Documents of the validation text of `make_shards`, its tokens that are scored, and its bytes."""
+"""Documents of `short_validation`, its tokens that are scored, and its bytes."""
+
+
+def short_validation(folder: Path) -> Path:
+    """Write a validation text: the beginnings of ten documents, because every run scores it three times."""
+    path = folder / "val.jsonl"
+    documents = itertools.islice(iterate_documents(sample_paths().val), VAL_DOCUMENTS)
+    path.write_text("".join(json.dumps({"text": d.text[:1000]}) + "\n" for d in documents))
+    return path
 
 
 def make_shards(folder: Path) -> Path:
-    """Return shards of the sample text with a tokenizer of 512 tokens, in a folder below `folder`.
-
-    The validation text is the beginning of ten of its documents, because every run scores it three times.
-    """
+    """Return shards of the sample text with a tokenizer of 512 tokens, in a folder below `folder`."""
     sample = sample_paths()
-    model, val = str(folder / "tokenizer.model"), folder / "val.jsonl"
+    model, val = str(folder / "tokenizer.model"), short_validation(folder)
     assert (
         main(["data", "tokenizer", "--inputs", str(sample.val), "--vocab-size", "512", "--out", model]) == 0
     )
-    documents = itertools.islice(iterate_documents(sample.val), VAL_DOCUMENTS)
-    val.write_text("".join(json.dumps({"text": d.text[:1000]}) + "\n" for d in documents))
     split = ["--train", str(sample.train), "--val", str(val), "--tokenizer", model]
     assert main(["data", "shards", *split, "--out", str(folder / "shards")]) == 0
     return folder / "shards"
@@ -78,15 +87,14 @@ def without_matplotlib(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_plots(without_matplotlib: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the runs of a test draw nothing, here and in other processes: drawing takes a third of a small run.
-
-    Runs of fixtures for a module or the session are made before, and draw.
-    """
-    for module in ("report.plots", "report.watched_page", "ablate.page"):
-        monkeypatch.setattr(f"pgolf.{module}.why_no_plots", lambda: "left out of this test")
-    monkeypatch.setenv("PYTHONPATH", f"{without_matplotlib}{os.pathsep}{os.environ['PYTHONPATH']}")
+@pytest.fixture(scope="module", autouse=True)
+def no_plots(without_matplotlib: Path) -> Iterator[None]:
+    """Let all runs but `run` draw nothing, here and in other processes: drawing takes a third of one."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in DRAWING:
+            patch.setattr(module, "why_no_plots", lambda: "left out of this test")
+        patch.setenv("PYTHONPATH", f"{without_matplotlib}{os.pathsep}{os.environ['PYTHONPATH']}")
+        yield
 
 
 @pytest.fixture
@@ -116,6 +124,7 @@ SMALL = [
     "--data.batch-tokens=2048",
     "--data.micro-tokens=512",
     "--quant.calibration-batches=2",
+    "--quant.gradient-batches=2",
     "--seconds=0",
     "--steps=6",
 ]
@@ -124,8 +133,11 @@ SMALL = [
 
 @pytest.fixture(scope="session")
 def run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished small run."""
+    """The folder of a finished small run, with its plots."""
     out = tmp_path_factory.mktemp("runs")
-    assert main(["train", "tiny", "--data", str(shards), "--out", str(out), *SMALL]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        for module in DRAWING:
+            patch.setattr(module, "why_no_plots", why_no_plots)
+        assert main(["train", "tiny", "--data", str(shards), "--out", str(out), *SMALL]) == 0
     (folder,) = out.iterdir()
     return folder

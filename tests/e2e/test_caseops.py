@@ -13,9 +13,9 @@ import pytest
 from pgolf import _C
 from pgolf.cli.main import main
 from pgolf.data.shards import list_files
-from pgolf.data.text import iterate_documents, sample_paths
+from pgolf.data.text import sample_paths
 from pgolf.report.summary import Summary
-from tests.e2e.conftest import SMALL
+from tests.e2e.conftest import SMALL, VAL_BYTES, short_validation
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cased(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--train",
         train,
         "--val",
-        val,
+        str(short_validation(folder)),
         "--tokenizer",
         model,
         "--out",
@@ -55,18 +55,17 @@ def cased_run(cased: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_score_counts_the_bytes_of_the_original_text(
     cased: Path, cased_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    size = sum(len(d.text.encode()) for d in iterate_documents(sample_paths().val))
     scores = Summary.load(cased_run / "summary.json").scores
-    assert {score.bytes for score in scores.values()} == {size}
+    assert {score.bytes for score in scores.values()} == {VAL_BYTES}
     found = tmp_path / "found.json"
     words = [str(cased_run / "model.pgolf"), "--data", str(cased), "--json", str(found)]
     assert main(["evaluate", *words]) == 0
     (score,) = json.loads(found.read_text())["scores"].values()
-    assert score["bytes"] == size
+    assert score["bytes"] == VAL_BYTES
     assert score["bpb"] == pytest.approx(scores["quantized"].bpb, rel=1e-6)
-    assert score["bpb"] == pytest.approx(score["nats"] / math.log(2) / size)
+    assert score["bpb"] == pytest.approx(score["nats"] / math.log(2) / VAL_BYTES)
     assert main(["data", "inspect", str(cased)]) == 0
-    assert f"{size:,} bytes" in capsys.readouterr().out
+    assert f"{VAL_BYTES:,} bytes" in capsys.readouterr().out
 
 
 def test_the_counted_code_scores_caseops_shards(cased: Path, tmp_path: Path) -> None:
@@ -89,8 +88,7 @@ def test_the_counted_code_scores_caseops_shards(cased: Path, tmp_path: Path) -> 
         text=True,
         check=False,
     )
-    size = sum(len(d.text.encode()) for d in iterate_documents(sample_paths().val))
-    assert done.stdout.split() == ["True", "True", str(size)], done.stderr[-2000:]
+    assert done.stdout.split() == ["True", "True", str(VAL_BYTES)], done.stderr[-2000:]
 
 
 def test_generated_text_has_no_operators(cased_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

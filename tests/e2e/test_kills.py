@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.slow
 def test_random_kills_lose_nothing(tmp_path):
     out, first = tmp_path / "kills.jsonl", time.time_ns() % 1_000_000
-    words = [sys.executable, "-m", "bench.kills", "--kills", "5", "--seconds", "40"]
+    words = [sys.executable, "-m", "bench.kills", "--kills", "3", "--seconds", "20"]
     done = subprocess.run(
         [*words, "--first", str(first), "--out", str(out)],
         cwd=ROOT,

@@ -19,12 +19,14 @@ from tests.e2e.test_run import summary, two_ranks
 
 STEPS, BATCH = 12, 1024
 SAVED = "--train.snapshots=0.25,0.5,1.0"
+WARM, HALVES = "--train.warmup-steps=1", f"--data.micro-tokens={BATCH // 2}"
 AHEAD = ["--optim.ema-nesterov=0.6", "--optim.ema-nesterov-horizon=0.2"]
 
 
 def words(shards: Path, *more: str) -> list[str]:
-    small = [*SMALL, f"--data.batch-tokens={BATCH}", "--train.no-quantize", f"--steps={STEPS}"]
-    return ["train", "tiny", "--data", str(shards), *small, *more]
+    small = [*SMALL, f"--data.batch-tokens={BATCH}", f"--data.micro-tokens={BATCH}", f"--steps={STEPS}"]
+    quick = ["--train.no-quantize", "--train.warmup-steps=0", "--evaluate.no-raw"]
+    return ["train", "tiny", "--data", str(shards), *small, *quick, *more]
 
 
 def train(folder: Path, shards: Path, *more: str) -> Path:
@@ -35,8 +37,8 @@ def train(folder: Path, shards: Path, *more: str) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps with snapshots after 3 and 6 steps, and at its end."""
-    return train(tmp_path_factory.mktemp("whole"), shards, SAVED)
+    """A run of 12 steps after a warm-up, with snapshots after 3 and 6 steps, and at its end."""
+    return train(tmp_path_factory.mktemp("whole"), shards, SAVED, WARM)
 
 
 def state(run: Path, name: str = "1.0") -> dict[str, torch.Tensor]:
@@ -59,7 +61,7 @@ def same_rows(one: Path, other: Path, after: int) -> bool:
 @pytest.mark.parametrize(("name", "left"), [("0.25", 9), ("0.5", 6)])
 def test_a_branch_with_unchanged_settings_is_the_trunks_own_continuation(shards, whole, tmp_path, name, left):
     start = f"--train.start={whole}/snapshots/{name}"
-    branch = train(tmp_path, shards, start, f"--steps={left}", "--train.snapshots=1.0")
+    branch = train(tmp_path, shards, start, f"--steps={left}", "--train.snapshots=1.0", WARM)
     assert_same_state(whole, branch)
     assert same_rows(whole, branch, STEPS - left)
     for file in ("raw", "ema"):
@@ -163,7 +165,7 @@ def test_snapshots_after_the_checkpoint_are_written_again(shards, whole, tmp_pat
 
 def test_two_ranks_continue_what_one_wrote_and_the_other_way_round(shards, whole, tmp_path):
     """Any number of ranks reads the snapshot of any other; the state that they begin with is the same."""
-    start = [f"--train.start={whole}/snapshots/0.5", "--steps=6", "--train.snapshots=1.0"]
+    start = [f"--train.start={whole}/snapshots/0.5", "--steps=6", "--train.snapshots=1.0", HALVES]
     done = two_ranks([*words(shards, *start), "--train.device=cpu", "--out", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     (two,) = (tmp_path / "two").iterdir()
@@ -219,7 +221,7 @@ def test_weights_of_a_run_that_was_stopped_or_ends_early_are_not_those_ahead(sha
 
 def test_ranks_with_velocities_stay_equal(shards, tmp_path):
     """The run itself compares the weights of its ranks at the end, bit for bit."""
-    done = two_ranks([*words(shards, *AHEAD), "--train.device=cpu", "--out", str(tmp_path)])
+    done = two_ranks([*words(shards, *AHEAD, HALVES), "--train.device=cpu", "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -233,28 +235,32 @@ def test_an_arm_with_velocities_begins_where_its_trunk_ended(shards, whole, tmp_
     assert re.search(r"starts at 0: optim\.nesterov\.velocity\.", (two / "log.txt").read_text())
 
 
+WITHOUT = ["--model.no-smear-gate", "--model.head-gate=none"]
 ADDITIONS = {
-    "smear": (["--model.no-smear-gate"], ["--model.smear-gate"], ["smear_lambda"]),
-    "bigram": ([], ["--model.bigram-buckets=64"], ["bigram_table"]),
-    "values": ([], ["--model.value-embed-layers=2"], ["value_table"]),
-    "sparse": (["--model.head-gate=none"], ["--model.head-gate=sparse"], ["head_gate"]),
-    "dense": (["--model.head-gate=none"], ["--model.head-gate=dense"], ["head_gate"]),
-    "out": (["--model.head-gate=none"], ["--model.head-gate=out"], ["head_gate"]),
-    "mix": (["--model.no-resid-mix"], ["--model.resid-mix"], ["resid_mix"]),
-    "skip": (["--model.skip=none"], ["--model.skip=weighted"], ["skip_weights"]),
-    "mudd": ([], ["--model.mudd=4"], ["mudd_out", "mudd_bias"]),
+    "smear": (["--model.smear-gate"], ["smear_lambda"]),
+    "values": (["--model.value-embed-layers=2"], ["value_table"]),
+    "sparse": (["--model.head-gate=sparse"], ["head_gate"]),
+    "mudd": (["--model.mudd=4"], ["mudd_out", "mudd_bias"]),
 }
+"""What is added to a network without gates, and the parameters of it that move after its neutral start."""
 
 
-@pytest.mark.parametrize("case", ["smear", "values", "sparse", "mudd"])
-def test_an_arm_with_more_parameters_starts_with_the_trunks_function(shards, tmp_path, case):
-    """The loss at its first step is the trunk's, bit for bit, and then the new parameters move."""
-    without, added, moving = ADDITIONS[case]
+@pytest.fixture(scope="module")
+def plain(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The settings with which an arm goes on from a trunk without gates, and the arm that adds nothing."""
+    folder = tmp_path_factory.mktemp("plain")
     short = ["--steps=4", "--train.until=0.5", "--train.snapshots=0.5"]
-    trunk = train(tmp_path / "trunk", shards, *without, *short)
+    trunk = train(folder / "trunk", shards, *WITHOUT, *short)
     start = [f"--train.start={trunk}/snapshots/0.5", "--steps=2", "--train.snapshots=1.0"]
-    same = train(tmp_path / "same", shards, *without, *start)
-    arm = train(tmp_path / "arm", shards, *without, *added, *start)
+    return start, train(folder / "same", shards, *WITHOUT, *start)
+
+
+@pytest.mark.parametrize("case", ADDITIONS)
+def test_an_arm_with_more_parameters_starts_with_the_trunks_function(shards, tmp_path, plain, case):
+    """The loss at its first step is the trunk's, bit for bit, and then the new parameters move."""
+    added, moving = ADDITIONS[case]
+    start, same = plain
+    arm = train(tmp_path, shards, *WITHOUT, *added, *start)
     first, second = (read_metrics(run / "metrics.jsonl") for run in (same, arm))
     assert first[0]["loss"] == second[0]["loss"] and first[1]["loss"] != second[1]["loss"]
     text = (arm / "log.txt").read_text()

@@ -32,6 +32,7 @@ class FakeDist:
 
     def __init__(self, rank=0, world_size=1, others=()):
         self.rank, self.world_size, self.is_main = rank, world_size, rank == 0
+        self.devices = world_size
         self.others, self.seen = list(others), []
 
     def all_reduce(self, tensor):

@@ -56,14 +56,14 @@ def test_chunks_tile_a_document_and_do_not_know_its_length(length):
     assert chunks[-1].begin < length <= chunks[-1].end
 
 
-def test_chunks_grow_from_48_to_256():
+def test_chunks_grow_from_64_to_256():
     sizes = {c.begin: c.end - c.begin for c in plan_chunks(97_113, 2048, TttConfig())}
-    assert sizes[0] == 48 and max(sizes.values()) == 256
-    assert all(size == 48 for begin, size in sizes.items() if begin < 1024)
-    assert all(size == 256 for begin, size in sizes.items() if begin >= 4096)
+    assert sizes[0] == 64 and max(sizes.values()) == 256
+    assert all(size == 64 for begin, size in sizes.items() if begin < 640)
+    assert all(size == 256 for begin, size in sizes.items() if begin >= 2048)
     assert list(sizes.values()) == sorted(sizes.values())
-    assert len(sizes) == 410  # the longest document of the challenge: 2,024 chunks of 48
-    assert len(plan_chunks(97_113, 2048, TttConfig(chunk_growth=0))) == 2024
+    assert len(sizes) == 392  # the longest document of the challenge: 2,024 chunks of 48
+    assert len(plan_chunks(97_113, 2048, TttConfig(chunk=48, chunk_growth=0))) == 2024
 
 
 def test_batches_hold_every_document_once_and_ranks_every_batch_once():
@@ -98,12 +98,12 @@ def test_eight_ranks_share_documents_of_real_lengths_evenly():
 
     batches = plan_batches(lengths, 2048, TttConfig(), 8)
     assert sorted(np.concatenate([b.documents for b in batches]).tolist()) == list(range(lengths.size))
-    assert largest(batches, lambda b: b.cost) < 1.02 / 8
+    assert largest(batches, lambda b: b.cost) < 1.03 / 8
     assert largest(batches, lambda b: window_tokens(b, lengths)) < 1.05 / 8
     large = plan_batches(lengths, 2048, TttConfig())
     assert largest(large, lambda b: window_tokens(b, lengths)) > 1.6 / 8
     steps, few = (sum(len(b.chunks) for b in plan) for plan in (batches, large))
-    assert few < steps < 1.35 * few, "the price: smaller steps with the longest documents"
+    assert few < steps < 1.6 * few, "the price: smaller steps with the longest documents"
 
 
 def test_smaller_batches_for_balance_do_not_change_the_scores(monkeypatch):
@@ -182,7 +182,7 @@ def test_adapters_of_some_places_are_all_adapters_with_the_others_zero(on):
 def test_first_chunks_are_by_position_and_not_by_length():
     config = TttConfig(first_chunks="8,16,24")
     chunks = plan_chunks(1000, 2048, config)
-    assert [c.end for c in chunks[:5]] == [8, 24, 48, 96, 144]
+    assert [c.end for c in chunks[:5]] == [8, 24, 48, 112, 176]
     assert plan_chunks(30, 2048, config) == chunks[:3]
     losses = token_losses("ttt", *two_texts(), config=replace(TTT, first_chunks="2,5"))
     assert np.isfinite(losses[1:]).all()
@@ -362,13 +362,13 @@ def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("device", "ranks", "may", "worth"),
+    ("device", "gpus", "may", "worth"),
     [("cuda", 1, True, True), ("cuda", 2, True, False), ("cpu", 1, True, False), ("cuda", 1, False, False)],
 )
-def test_blocks_are_compiled_where_each_rank_has_enough_to_do(device, ranks, may, worth):
+def test_blocks_are_compiled_where_each_gpu_has_enough_to_do(device, gpus, may, worth):
     batch = plan_batches(np.array([2000] * 64), 2048, TttConfig())[0]
     batches = [batch] * round(1.5 * COMPILE_COST / batch.cost)
-    dist = SimpleNamespace(device=torch.device(device), world_size=ranks)
+    dist = SimpleNamespace(device=torch.device(device), devices=gpus)
     assert worth_compiling(batches, SimpleNamespace(compiled=may), dist) is worth
 
 
