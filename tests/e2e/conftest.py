@@ -52,6 +52,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 COMPILER = """#!{python} -IS
 import hashlib, os, pathlib, shutil, subprocess, sys
+if sys.argv[-3:-2] != ["-o"]:  # not the counted program, but torch.compile in the same process
+    os.execvp({compiler!r}[0], [*{compiler!r}, *sys.argv[1:]])
 *flags, _, out, source = sys.argv[1:]
 known = hashlib.sha256(repr(flags).encode() + pathlib.Path(source).read_bytes()).hexdigest()
 kept = pathlib.Path(__file__).with_name(known)
