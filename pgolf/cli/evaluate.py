@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 SHORT_TEXT = 200_000
 """Tokens up to which a model is not compiled for scoring."""
+SHARED_GPU = 100 * 2**30
+"""Bytes of a GPU's memory from which on three processes with adapters fit. On an H200 of 141 GB each held at
+most 25 GiB, and PyTorch more for later."""
 ALONE = ("plain", "sliding", "ttt", "slot", "causal_slot")
 """Modes in which documents are scored on their own, so that any number of ranks can go on."""
 SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
@@ -259,6 +262,8 @@ def _score(
     dist: Dist,
 ) -> dict[str, Score]:
     """Return the scores of all modes that were asked for; print each as soon as it is known."""
+    import torch
+
     from pgolf.artifact.read import build_model
     from pgolf.evaluate.validation import score_as
     from pgolf.log import Progress
@@ -273,7 +278,9 @@ def _score(
         agree_on_kernels(model.prepare(dist.device, compile=compile), dist, compile=compile)
     settings = args.settings
     scores: dict[str, Score] = {}
+    memory = torch.cuda.get_device_properties(dist.device).total_memory if worth else 0
     for mode in dict.fromkeys(args.mode):
+        say(sharing_note(mode, dist.world_size, memory))
         adapters = _compiled(args, text, data_folder, model, dist) if mode == "ttt" else None
         compiled = worth if adapters is None else adapters
         facts = _facts(args, mode, model, text, dist, compiled=compiled)
@@ -283,6 +290,16 @@ def _score(
         if dist.is_main:
             _print(args, data_folder, documents, mode, scores[mode])
     return scores
+
+
+def sharing_note(mode: Method, processes: int, memory: int) -> str:
+    """Return the advice to let processes share a GPU of `memory` bytes; empty if it does not help."""
+    if mode != "ttt" or processes > 1 or memory < SHARED_GPU:
+        return ""
+    return (
+        "ttt often waits for the host; three processes that share this GPU take about half the time: "
+        "torchrun --standalone --nproc_per_node=3 -m pgolf evaluate ..."
+    )
 
 
 def _compiled(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pgolf.cli.evaluate import SHARED_GPU, sharing_note
 from pgolf.cli.main import main
 from pgolf.data.text import sample_paths
 from pgolf.errors import RunError
@@ -150,3 +151,18 @@ def test_with_its_config_a_model_is_scored_as_its_run_did(words, run, tmp_path, 
     assert "has no effect" not in "".join(capsys.readouterr())
     assert main([*words, f"--config={tmp_path / 'none.json'}"]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "processes", "memory", "said"),
+    [
+        ("ttt", 1, SHARED_GPU, True),
+        ("plain", 1, SHARED_GPU, False),
+        ("ttt", 3, SHARED_GPU, False),
+        ("ttt", 1, SHARED_GPU - 1, False),
+    ],
+)
+def test_who_scores_with_one_process_on_a_large_gpu_learns_that_three_are_faster(
+    mode, processes, memory, said
+):
+    assert ("nproc_per_node=3" in sharing_note(mode, processes, memory)) is said

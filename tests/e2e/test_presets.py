@@ -9,7 +9,7 @@ import pytest
 from pgolf.cli.main import main
 from pgolf.presets import PRESETS
 
-STEPS = 10
+STEPS = 20
 REDUCED = [
     "--model.vocab-size=512",
     "--model.width=32",
