@@ -60,20 +60,20 @@ def library_folders() -> list[str]:
     Raises:
         UserError: a library is missing, or pgolf is installed in one of the folders.
     """
-    found = {}
+    found: list[str] = []
     for name in LIBRARIES:
         spec = find_spec(name)
         if spec is None or spec.origin is None:
             raise UserError(f"train_gpt.py needs {name}, which is not installed here: pip install {name}")
-        found[
-            str(Path(spec.origin).parents[1] if spec.submodule_search_locations else Path(spec.origin).parent)
-        ] = 0
-    for folder in found:
-        if (Path(folder) / "pgolf").is_dir():
+        file = Path(spec.origin)
+        folder = file.parents[1] if spec.submodule_search_locations else file.parent
+        if (folder / "pgolf").is_dir():
             raise UserError(
                 f"pgolf is installed in {folder}, where the program would find it; use pip install -e ."
             )
-    return list(found)
+        if str(folder) not in found:
+            found.append(str(folder))
+    return found
 
 
 def isolated(*arguments: str, cwd: Path, code: str = "") -> str:
@@ -131,12 +131,14 @@ def unequal_weights(artifact: Path, folder: Path) -> list[str]:
 
 def scores(run: Path, data: Path, folder: Path) -> tuple[float, float]:
     """Return the bits per byte of the file by the program and by the package."""
-    words = ("--evaluate", str(run / ARTIFACT), "--data", str(data), "--config", str(run / "config.json"))
-    printed = isolated(str(folder / TRAIN.name), *words, cwd=folder)
+    words = [str(run / ARTIFACT), "--data", str(data), "--mode", "plain"]
+    settings = ("--config", str(run / "config.json"))
+    printed = isolated(str(folder / TRAIN.name), "--evaluate", *words, *settings, cwd=folder)
     alone = next(float(line.split()[0]) for line in printed.splitlines() if " bpb, " in line)
     report = folder.parent / "package.json"
-    command = [sys.executable, "-m", "pgolf", "evaluate", str(run / ARTIFACT), "--data", str(data)]
-    subprocess.run([*command, "--json", str(report)], check=True)
+    # Without the run's settings, whose `evaluate.context` the program does not use when it scores plainly.
+    command = [sys.executable, "-m", "pgolf", "evaluate", *words, "--json", str(report)]
+    subprocess.run(command, check=True)
     return alone, json.loads(report.read_text())["scores"]["plain"]["bpb"]
 
 

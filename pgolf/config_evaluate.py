@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from pgolf.config_checks import check_finite, parse_sizes, require
@@ -172,8 +172,9 @@ class TiltConfig:
 
 
 def _published_adapters() -> TttConfig:
-    sizes = TttConfig(chunk=48, chunk_growth=0, chunk_max=48, batch_tokens=131_072, batch_documents=64)
-    return replace(sizes, warm_a=True)
+    return TttConfig(
+        chunk=48, chunk_growth=0, chunk_max=48, warm_a=True, batch_tokens=131_072, batch_documents=64
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,6 +158,7 @@ def feed_forward(
         y = y if residual is None else residual + y
     if w.lora is None or w.lora.mlp_a is None:
         return y
+    # The norm again, because kernels do not give away theirs.
     extra = w.lora.mlp(rms_norm(x) * w.scales.ln)
     assert extra is not None
     return y + w.scales.mlp * extra

@@ -49,6 +49,18 @@ def test_only_who_asks_for_it_shares_a_gpu(monkeypatch):
         pick_device("cuda", 2)
 
 
+@pytest.mark.parametrize(
+    ("ranks", "here", "shared", "devices"),
+    [(6, 6, True, 2), (3, 3, True, 2), (12, 6, True, 4), (2, 2, False, 2), (4, 2, False, 4)],
+    ids=["three each", "unevenly", "two hosts", "one each", "two hosts, one each"],
+)
+def test_ranks_know_how_many_gpus_all_of_them_have(monkeypatch, ranks, here, shared, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    launch = Launch(rank=0, world_size=ranks, local_rank=0, distributed=True)
+    assert Dist(launch, torch.device("cpu"), shares_gpu=shared).devices == devices
+
+
 def test_a_sum_of_ranks_that_share_a_gpu_goes_through_the_host(monkeypatch):
     dist = Dist(
         Launch(rank=0, world_size=2, local_rank=0, distributed=True), torch.device("cpu"), shares_gpu=True
