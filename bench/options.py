@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -211,6 +212,20 @@ def measure(row: Row, model: GPT, documents: Documents, impl: str) -> Scored:
     return Scored(impl, values, nats, origin)
 
 
+def mixed(origins: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return a line that says so if rows, by name, were measured on several devices or commits; else nothing.
+
+    Their differences are then also those of other kernels and other rounding.
+    """
+    found: dict[str, list[str]] = {}
+    for name, origin in origins.items():
+        found.setdefault(f"{origin['device']} at {origin['commit']}", []).append(name)
+    if len(found) < 2:
+        return ""
+    parts = "; ".join(f"{', '.join(names)} on {where}" for where, names in found.items())
+    return f"note: these rows were not measured with the same kernels: {parts}\n"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Score, print and write; see the top of the file."""
     parser = argparse.ArgumentParser(
@@ -253,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         kept = Kept(options.keep, facts)
     impl = "pgolf, shared GPU" if options.shared else "pgolf"
     recorder, first = Recorder("options", dist.device, options.out, file=options.file), None
+    origins: dict[str, dict[str, Any]] = {}
     for row in rows:
         try:
             scored = kept and kept.read(row)
@@ -264,6 +280,7 @@ def main(argv: list[str] | None = None) -> None:
                 kept.write(row, scored)
         values = list(scored.values)
         recorder.measured = scored.origin
+        origins[row.name] = scored.origin
         if row.name == base:
             first = scored.nats
         if first is not None:
@@ -276,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         for metric, value, unit in values:
             recorder.add(row.case, scored.impl, metric, Sample(float(value), 0.0, 1), unit)
     recorder.write()
+    print(mixed(origins), end="")
     dist.close()
 
 

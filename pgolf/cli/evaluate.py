@@ -63,7 +63,8 @@ class Evaluate:
     data: Path
     """Folder of shards with the tokenizer that the model was trained with."""
     config: Path | None = None
-    """The config.json of a run: score as that run did, but for what the command line says."""
+    """The config.json of a run: score with its settings, but for what the command line says. They include its
+    evaluate.context, which the run itself does not use for plain scores; --context 0 gives those."""
     mode: tuple[Method, ...] = ("plain",)
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
     over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
@@ -156,6 +157,16 @@ def _unused(args: Evaluate, default: Evaluate) -> Iterator[str]:
         yield "--tilt has no effect without --tilt.on"
 
 
+def _wider(args: Evaluate, max_context: int) -> str:
+    """Return what to say where plain scores have other windows than those of the run; empty if not so."""
+    if args.config is None or "plain" not in args.mode or args.context in (0, max_context):
+        return ""
+    return (
+        f"plain has windows of {args.context:,} tokens; the run itself scores plainly in windows of "
+        f"{max_context:,}, as --context 0 does"
+    )
+
+
 def _evaluate(args: Evaluate, default: Evaluate) -> int:
     from pgolf.artifact.read import read_artifact
     from pgolf.dist import Dist
@@ -169,6 +180,7 @@ def _evaluate(args: Evaluate, default: Evaluate) -> int:
         progress.doing = f"decoding the weights of {args.artifact.name}"
         artifact = read_artifact(args.artifact)
     _check_windows(args, artifact.header.model.max_context)
+    say(_wider(args, artifact.header.model.max_context))
     with Progress("evaluate", 1, is_main=main_rank) as progress:
         progress.doing = "starting the device and the ranks"
         dist = Dist.start(args.device, share_gpus=True)

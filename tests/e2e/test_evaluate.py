@@ -148,7 +148,10 @@ def test_with_its_config_a_model_is_scored_as_its_run_did(words, run, tmp_path, 
     scored(f"--config={path}", "--ttt.rank=3")
     assert "--ttt has no effect on plain, sliding" in "".join(capsys.readouterr())
     scored(f"--config={path}")
-    assert "has no effect" not in "".join(capsys.readouterr())
+    said = capsys.readouterr().err
+    assert "has no effect" not in said and "note: plain has windows of 48 tokens; the run itself" in said
+    scored(f"--config={path}", "--context=0")
+    assert "plain has windows" not in capsys.readouterr().err
     assert main([*words, f"--config={tmp_path / 'none.json'}"]) == 2
     assert "none.json" in capsys.readouterr().err
 

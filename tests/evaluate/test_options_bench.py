@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bench.documents import Documents
-from bench.options import ROWS, Kept, Row, Scored
+from bench.options import ROWS, Kept, Row, Scored, mixed
 from pgolf.evaluate.documents import document_bounds
 from tests.evaluate.legal_helpers import BOS, FakeDist, make_text, random_documents, small_model
 
@@ -75,3 +75,10 @@ def test_a_row_that_is_kept_is_read_again_and_refused_for_anything_else(tmp_path
     for other, of in ((kept, Row.read("mine=ttt")), (Kept(tmp_path / "kept", {"artifact": "b"}), row)):
         with pytest.raises(ValueError, match=r"mine\.npz has a row of this name with other settings"):
             other.read(of)
+
+
+def test_rows_of_several_commits_are_named():
+    rows = {"a": {"device": "cpu", "commit": "1"}, "b": {"device": "cpu", "commit": "1"}}
+    assert mixed(rows) == ""
+    said = mixed(rows | {"c": {"device": "cpu", "commit": "2"}})
+    assert said.endswith("a, b on cpu at 1; c on cpu at 2\n") and said.startswith("note: ")
