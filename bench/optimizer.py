@@ -11,8 +11,9 @@ compiled), torch.optim.Muon, and, if installed, dion's Muon, also as the CUDA gr
 iterations of `bench.polar_peers` (the iteration only). AOL (the row scaling of Turbo-Muon, four iterations,
 another polar factor) is compiled torch code.
 
-The tail is reduce, clip, AdamW, Muon, average and zeroing on pr1855's model, compared with torch's fused
-kernels; under torchrun it includes the communication of that many ranks. On the CPU all shapes are small.
+The tail is reduce, clip, AdamW, Muon, average and zeroing on pr1855's model, also with EMA-Nesterov, compared
+with torch's fused kernels; under torchrun it includes the communication of that many ranks. On the CPU all
+shapes are small.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,6 +44,7 @@ from bench.ops.bench_muon_step import (
     torch_muon,
 )
 from bench.polar_peers import Table, each, others
+from pgolf.config import OptimConfig
 from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.ops import MuonBank, MuonRule, muon_step
@@ -162,7 +165,7 @@ def measure_variant(recorder: Recorder, variant: str, world: int, repeats: int, 
     table = coefficients(name, steps)
     shapes = share(BANKS["bank66" if device.type == "cuda" else "tiny"], world)
     own = banks(shapes, device)
-    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
+    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0, 0.0, 0.0], device=device)
     rule = MuonRule(table, row_normalize=True)
     calls: dict[str, Callable[[], object]] = {"pgolf": lambda: muon_step(own, hyper, rule)}
     gram = rule._replace(algorithm="gram")
@@ -229,14 +232,22 @@ def measure_tail(device: torch.device, repeats: int, out: Path | None) -> Record
     dist = Dist.start("cuda" if device.type == "cuda" else "cpu")
     recorder = Recorder("tail", device, out)
     config = pr1855() if device.type == "cuda" else tiny()
-    model = GPT(config.model).to(dist.device)
-    ema = Ema(dict(model.named_parameters()))
+    # An optimizer owns the gradients of its model.
+    model, ahead_model = (GPT(config.model).to(dist.device) for _ in range(2))
+    ahead = replace(config.optim, ema_nesterov=0.6)
     case = f"record_{dist.world_size}gpu" if device.type == "cuda" else "tiny_cpu"
     peer = {torch_name("fused"): torch_tail(model)} if dist.world_size == 1 else {}
 
+    def tail(model: GPT, optim: OptimConfig, *, capture: bool) -> Callable[[], object]:
+        ema = Ema(dict(model.named_parameters()))
+        optimizer = Optimizer(model, optim, dist, ema=ema, capture=capture)
+        return lambda: optimizer.step(0.5, ema_decay=0.99, delta=1e-4)
+
     def ours(*, capture: bool) -> dict[str, Callable[[], object]]:
-        optimizer = Optimizer(model, config.optim, dist, ema=ema, capture=capture)
-        return {"pgolf": lambda: optimizer.step(0.5, ema_decay=0.99)}
+        return {
+            "pgolf": tail(model, config.optim, capture=capture),
+            "pgolf, EMA-Nesterov": tail(ahead_model, ahead, capture=capture),
+        }
 
     for impl, sample in time_launched(ours(capture=False) | peer, device, repeats=repeats).items():
         recorder.add(case, impl, "ms_launched", sample, "ms")

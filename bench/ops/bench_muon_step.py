@@ -68,7 +68,7 @@ def banks(shapes: Shapes, device: torch.device) -> list[MuonBank]:
 def contenders(case: str, device: torch.device) -> dict[str, Callable[[], object]]:
     """Return every implementation as a call over all banks; each has separate tensors."""
     ours, eager, compiled = (banks(CASES[case], device) for _ in range(3))
-    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0], device=device)
+    hyper = torch.tensor([LR, MOMENTUM, WEIGHT_DECAY, 1.0, 0.0, 0.0, 0.0], device=device)
     rule = MuonRule(TABLE, row_normalize=True)
     compiled_step = torch.compile(banked_step, dynamic=False, fullgraph=True)
     found: dict[str, Callable[[], object]] = {

@@ -5,11 +5,13 @@
 //               norm is not finite;  t <- t + 1 unless that is so;  c1 = 1 / (1 - beta1^t), c2 likewise.
 // adam_step:    g = s grad;  m <- beta1 m + (1 - beta1) g;  v <- beta2 v + (1 - beta2) g^2;
 //               p <- p (1 - lr wd) - lr c1 m / (sqrt(c2 v) + eps);  average <- lerp(average, p, weight);
-//               grad <- 0. Where s is not finite only the gradient is zeroed.
+//               grad <- 0. Then EMA-Nesterov (ahead.h). Where s is not finite only the gradient is zeroed,
+//               and EMA-Nesterov does what it does then.
 //
 // clip_scale writes s to the tensor of hyper.h; adam_step reads s and the weight of the average there.
 #pragma once
 
+#include "kernels/ahead.h"
 #include "kernels/common.h"
 #include "kernels/hyper.h"
 
@@ -64,7 +66,10 @@ void clip_scale_cpu(const float* sums, int count, float* state, float* hyper, fl
 void clip_scale_cuda(const float* sums, int count, float* state, float* hyper, float* corrections,
                      ClipRule rule, CUstream_st* stream);
 
-void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int threads);
-void adam_step_cuda(const AdamTarget* targets, int count, AdamRule rule, CUstream_st* stream);
+// Target is AdamTarget, or Ahead<AdamTarget> with EMA-Nesterov.
+template <typename Target>
+void adam_step_cpu(const Target* targets, int count, AdamRule rule, int threads);
+template <typename Target>
+void adam_step_cuda(const Target* targets, int count, AdamRule rule, CUstream_st* stream);
 
 }  // namespace pgolf

@@ -76,12 +76,14 @@ void clip_scale_cpu(const float* sums, int count, float* state, float* hyper, fl
   corrections[1] = static_cast<float>(1.0 / (1.0 - std::pow(rule.beta2, steps)));
 }
 
-void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int threads) {
+template <typename Target>
+void adam_step_cpu(const Target* targets, int count, AdamRule rule, int threads) {
   const bool skip = !std::isfinite(rule.hyper[kHyperGradScale]);
   for (int i = 0; i < count; ++i) {
-    const AdamTarget& t = targets[i];
+    const Target& t = targets[i];
     parallel_for(t.count, kGrain, threads, [&](int64_t begin, int64_t end) {
       if (!skip) adam_range(t, rule, begin, end);
+      if constexpr (kAhead<Target>) move_ahead(t, rule.hyper, skip, begin, end);
       std::fill(t.grad + begin, t.grad + end, 0.0f);
     });
   }
@@ -89,5 +91,7 @@ void adam_step_cpu(const AdamTarget* targets, int count, AdamRule rule, int thre
 
 template void square_sums_cpu<float>(const SquareSum*, int, float*, int);
 template void square_sums_cpu<bf16>(const SquareSum*, int, float*, int);
+template void adam_step_cpu(const AdamTarget*, int, AdamRule, int);
+template void adam_step_cpu(const Ahead<AdamTarget>*, int, AdamRule, int);
 
 }  // namespace pgolf

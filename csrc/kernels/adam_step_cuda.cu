@@ -1,14 +1,10 @@
 // CUDA kernels of adam_step.h: bound by memory, 16 bytes at a time, every tensor read and written once.
-#include "kernels/adam_step.h"
+#include "kernels/adam_apply.cuh"
 #include "kernels/reduce.cuh"
-#include "kernels/vector8.cuh"
 
 namespace pgolf {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int64_t kRun = kThreads * kVector;  // elements of a block in adam_step
-constexpr int kMaxTargets = 56;
 constexpr int kSumThreads = 512;
 constexpr int kSumUnroll = 2;                                    // vectors of a thread in square_sums
 constexpr int64_t kSumRun = kSumThreads * kVector * kSumUnroll;  // elements of a partial sum, on any GPU
@@ -80,52 +76,6 @@ __global__ void clip_scale_kernel(const float* sums, int count, float* state, fl
   corrections[1] = static_cast<float>(1.0 / (1.0 - pow(rule.beta2, steps)));
 }
 
-// ---- adam_step: one run of elements per block
-
-struct AdamArgs {
-  Runs<AdamTarget, kMaxTargets> runs;
-  AdamRule rule;
-};
-static_assert(sizeof(AdamArgs) <= 4096, "kernel arguments hold 4 KB on every driver");
-
-__global__ void __launch_bounds__(kThreads) adam_step_kernel(const __grid_constant__ AdamArgs args) {
-  const int which = args.runs.of_block(blockIdx.x);
-  const AdamTarget& t = args.runs.targets[which];
-  const int64_t at = (blockIdx.x - args.runs.first[which]) * kRun + threadIdx.x * kVector;
-  const int64_t valid = t.count - at;
-  if (valid <= 0) return;
-  const bool aligned = args.runs.aligned[which] && valid >= kVector;
-  const AdamRule& rule = args.rule;
-  const float scale = rule.hyper[kHyperGradScale], weight = rule.hyper[kHyperAverageWeight];
-  if (!isfinite(scale)) {
-    zero8(t.grad + at, valid, aligned);
-    return;
-  }
-  float p[kVector], g[kVector], m[kVector], v[kVector], average[kVector];
-  load8(g, t.grad + at, valid, aligned);
-  load8(m, t.mean + at, valid, aligned);
-  load8(v, t.square + at, valid, aligned);
-  load8(p, t.param + at, valid, aligned);
-  if (t.average != nullptr) load8(average, t.average + at, valid, aligned);
-  const float lr = *rule.lr;
-  const float keep = 1.0f - lr * rule.weight_decay, step = lr * rule.corrections[0];
-  const float correction = rule.corrections[1];
-  PGOLF_UNROLL
-  for (int i = 0; i < kVector; ++i) {
-    g[i] *= scale;
-    m[i] = fmaf(rule.beta1, m[i], rule.rest1 * g[i]);
-    v[i] = fmaf(rule.beta2, v[i], rule.rest2 * g[i] * g[i]);
-    p[i] = fmaf(p[i], keep, -step * m[i] / (sqrtf(correction * v[i]) + rule.eps));
-  }
-  zero8(t.grad + at, valid, aligned);
-  store8<true>(t.mean + at, m, valid, aligned);
-  store8<true>(t.square + at, v, valid, aligned);
-  store8<true>(t.param + at, p, valid, aligned);
-  if (t.average == nullptr) return;
-  lerp8(average, p, weight);
-  store8<true>(t.average + at, average, valid, aligned);
-}
-
 }  // namespace
 
 int64_t square_sums_workspace(const SquareSum* tensors, int count) {
@@ -156,20 +106,17 @@ void clip_scale_cuda(const float* sums, int count, float* state, float* hyper, f
   PGOLF_LAUNCH_CHECK();
 }
 
-void adam_step_cuda(const AdamTarget* targets, int count, AdamRule rule, CUstream_st* stream) {
-  launch_runs<kMaxTargets>(
-      targets, count, "adam_step", [](const AdamTarget& t) { return (t.count + kRun - 1) / kRun; },
-      [](const AdamTarget& t) {
-        return aligned16(t.param) && aligned16(t.grad) && aligned16(t.mean) && aligned16(t.square) &&
-               aligned16(t.average);
-      },
-      [&](const Runs<AdamTarget, kMaxTargets>& runs, unsigned int blocks) {
-        adam_step_kernel<<<blocks, kThreads, 0, stream>>>(AdamArgs{runs, rule});
-        PGOLF_LAUNCH_CHECK();
-      });
+template <typename Target>
+void adam_step_cuda(const Target* targets, int count, AdamRule rule, CUstream_st* stream) {
+  launch_adam(targets, count, rule, [&](const AdamArgs<Target>& args, unsigned int blocks) {
+    adam_step_kernel<<<blocks, kAdamThreads, 0, stream>>>(args);
+    PGOLF_LAUNCH_CHECK();
+  });
 }
 
 template void square_sums_cuda<float>(const SquareSum*, int, float*, void*, CUstream_st*);
 template void square_sums_cuda<bf16>(const SquareSum*, int, float*, void*, CUstream_st*);
+template void adam_step_cuda(const AdamTarget*, int, AdamRule, CUstream_st*);
+template void adam_step_cuda(const Ahead<AdamTarget>*, int, AdamRule, CUstream_st*);
 
 }  // namespace pgolf

@@ -12,6 +12,8 @@ enum HyperPlace : int {
   kHyperWeightDecay,
   kHyperGradScale,  // factor of the clip; NaN or infinity: the step is skipped
   kHyperAverageWeight,
+  kHyperVelocityWeight,  // of EMA-Nesterov, ahead.h, and so is the last one
+  kHyperShift,
   kHyperCount
 };
 

@@ -4,13 +4,15 @@
 //                  u = (1 - mu) s g + mu m  (lerp); without nesterov u = m; with row_normalize each row of u
 //                  is divided by max(its L2 norm, 1e-7). u is rounded once, from float32.
 // muon_apply:      p = p (1 - lr wd) - lr lr_scale o;  then  average = lerp(average, p, average_weight).
-//                  With `cautious`, elements with p o <= 0 do not decay.
+//                  With `cautious`, elements with p o <= 0 do not decay. Then EMA-Nesterov (ahead.h).
 //
 // lr, mu, wd, s (grad_scale) and average_weight come from the tensor of hyper.h. When s is not finite,
-// muon_direction leaves the momentum and writes zeros, and muon_apply does nothing: that is how a step with
-// non-finite gradients is skipped on the device. float32 arithmetic, no atomics: deterministic.
+// muon_direction leaves the momentum and writes zeros, and muon_apply does nothing but what EMA-Nesterov does
+// then: that is how a step with non-finite gradients is skipped on the device. float32 arithmetic, no
+// atomics: deterministic.
 #pragma once
 
+#include "kernels/ahead.h"
 #include "kernels/common.h"
 #include "kernels/hyper.h"
 #include "kernels/newton_schulz.h"
@@ -97,11 +99,12 @@ MuonPlan muon_step_plan_cuda(const MuonStep& step);
 template <typename G, typename M, typename X>
 void muon_step_cuda(const MuonStep& step, const MuonPlan& plan, void* workspace, CUstream_st* stream);
 
-template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, bool cautious, int threads);
+// Target is MuonTarget, or Ahead<MuonTarget> with EMA-Nesterov.
+template <typename X, typename Target>
+void muon_apply_cpu(const Target* targets, int count, const float* hyper, bool cautious, int threads);
 
-template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, bool cautious,
+template <typename X, typename Target>
+void muon_apply_cuda(const Target* targets, int count, const float* hyper, bool cautious,
                      CUstream_st* stream);
 
 }  // namespace pgolf

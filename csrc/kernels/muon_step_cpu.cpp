@@ -95,12 +95,14 @@ void muon_step_cpu(const MuonStep& step, void* workspace, int threads) {
   }
 }
 
-template <typename X>
-void muon_apply_cpu(const MuonTarget* targets, int count, const float* hyper, bool cautious, int threads) {
-  if (!std::isfinite(hyper[kHyperGradScale])) return;
+template <typename X, typename Target>
+void muon_apply_cpu(const Target* targets, int count, const float* hyper, bool cautious, int threads) {
+  const bool skipped = !std::isfinite(hyper[kHyperGradScale]);
+  if (skipped && !kAhead<Target>) return;
   for (int i = 0; i < count; ++i) {
     parallel_for(targets[i].count, kGrain, threads, [&](int64_t begin, int64_t end) {
-      apply_range<X>(targets[i], hyper, cautious, begin, end);
+      if (!skipped) apply_range<X>(targets[i], hyper, cautious, begin, end);
+      if constexpr (kAhead<Target>) move_ahead(targets[i], hyper, skipped, begin, end);
     });
   }
 }
@@ -132,5 +134,7 @@ template void muon_step_cpu<bf16, bf16, float>(const MuonStep&, void*, int);
 template void muon_step_cpu<bf16, bf16, bf16>(const MuonStep&, void*, int);
 template void muon_apply_cpu<float>(const MuonTarget*, int, const float*, bool, int);
 template void muon_apply_cpu<bf16>(const MuonTarget*, int, const float*, bool, int);
+template void muon_apply_cpu<float>(const Ahead<MuonTarget>*, int, const float*, bool, int);
+template void muon_apply_cpu<bf16>(const Ahead<MuonTarget>*, int, const float*, bool, int);
 
 }  // namespace pgolf

@@ -104,12 +104,12 @@ void muon_direction_cuda(const MuonDirection* banks, int count, const float* hyp
       });
 }
 
-template <typename X>
-void muon_apply_cuda(const MuonTarget* targets, int count, const float* hyper, bool cautious,
+template <typename X, typename Target>
+void muon_apply_cuda(const Target* targets, int count, const float* hyper, bool cautious,
                      CUstream_st* stream) {
   using D = typename DeviceType<X>::type;
-  const auto kernel = cautious ? muon_apply_kernel<D, true> : muon_apply_kernel<D, false>;
-  launch_apply(targets, count, hyper, [&](const ApplyArgs& args, unsigned int blocks) {
+  const auto kernel = cautious ? muon_apply_kernel<D, true, Target> : muon_apply_kernel<D, false, Target>;
+  launch_apply(targets, count, hyper, [&](const ApplyArgs<Target>& args, unsigned int blocks) {
     kernel<<<blocks, kApplyThreads, 0, stream>>>(args);
     PGOLF_LAUNCH_CHECK();
   });
@@ -133,5 +133,7 @@ template void muon_direction_cuda<bf16, bf16, bf16>(const MuonDirection*, int, c
                                                     CUstream_st*);
 template void muon_apply_cuda<float>(const MuonTarget*, int, const float*, bool, CUstream_st*);
 template void muon_apply_cuda<bf16>(const MuonTarget*, int, const float*, bool, CUstream_st*);
+template void muon_apply_cuda<float>(const Ahead<MuonTarget>*, int, const float*, bool, CUstream_st*);
+template void muon_apply_cuda<bf16>(const Ahead<MuonTarget>*, int, const float*, bool, CUstream_st*);
 
 }  // namespace pgolf

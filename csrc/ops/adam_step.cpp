@@ -72,35 +72,47 @@ void clip_scale_on_cpu(const Tensor& sums, const Tensor& state, const Tensor& hy
                  mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule);
 }
 
+// Where tensor `i` of a list lies, which must be like the parameter.
+float* place(TensorList list, const char* what, TensorList params, size_t i, const Device& device) {
+  PGOLF_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
+                    ", one per parameter, got ", list.size());
+  PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i,
+                    " must have shape ", params[i].sizes(), ", got ", list[i].sizes());
+  check_vector(list[i], "adam_step", what, params[i].numel(), device);
+  return mutable_pointer<float>(list[i]);
+}
+
 std::vector<AdamTarget> check_adam(TensorList params, TensorList grads, TensorList means, TensorList squares,
-                                   TensorList averages, const Tensor& lr, const Tensor& hyper,
-                                   const Tensor& corrections) {
-  const Device device = lr.device();
-  check_vector(lr, "adam_step", "lr", 1, device);
-  check_vector(hyper, "adam_step", "hyper", kHyperCount, device);
-  check_vector(corrections, "adam_step", "corrections", 2, device);
-  const auto take = [&](TensorList list, const char* what, size_t i) {
-    PGOLF_CHECK_VALUE(list.size() == params.size(), "adam_step: expected ", params.size(), " ", what,
-                      ", one per parameter, got ", list.size());
-    PGOLF_CHECK_VALUE(same(list[i].sizes(), params[i].sizes()), "adam_step: ", what, " ", i,
-                      " must have shape ", params[i].sizes(), ", got ", list[i].sizes());
-    check_vector(list[i], "adam_step", what, params[i].numel(), device);
-    return mutable_pointer<float>(list[i]);
-  };
+                                   TensorList averages, const Device& device) {
   std::vector<AdamTarget> targets;
   for (size_t i = 0; i < params.size(); ++i) {
-    targets.push_back({.param = take(params, "params", i),
-                       .grad = take(grads, "grads", i),
-                       .mean = take(means, "means", i),
-                       .square = take(squares, "squares", i),
-                       .average = averages.empty() ? nullptr : take(averages, "averages", i),
+    const auto take = [&](TensorList list, const char* what) { return place(list, what, params, i, device); };
+    targets.push_back({.param = take(params, "params"),
+                       .grad = take(grads, "grads"),
+                       .mean = take(means, "means"),
+                       .square = take(squares, "squares"),
+                       .average = averages.empty() ? nullptr : take(averages, "averages"),
                        .count = params[i].numel()});
   }
   return targets;
 }
 
+// The same with EMA-Nesterov.
+std::vector<Ahead<AdamTarget>> check_ahead(const std::vector<AdamTarget>& targets, TensorList params,
+                                           TensorList bases, TensorList velocities, const Device& device) {
+  std::vector<Ahead<AdamTarget>> ahead;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    ahead.push_back({targets[i], place(bases, "bases", params, i, device),
+                     place(velocities, "velocities", params, i, device)});
+  }
+  return ahead;
+}
+
 AdamRule make_rule(const Tensor& lr, const Tensor& hyper, const Tensor& corrections, double weight_decay,
                    double beta1, double beta2, double eps) {
+  check_vector(lr, "adam_step", "lr", 1, lr.device());
+  check_vector(hyper, "adam_step", "hyper", kHyperCount, lr.device());
+  check_vector(corrections, "adam_step", "corrections", 2, lr.device());
   check_betas("adam_step", beta1, beta2);
   PGOLF_CHECK_VALUE(eps >= 0 && weight_decay >= 0, "adam_step: eps and weight_decay must be >= 0, got ", eps,
                     " and ", weight_decay);
@@ -115,12 +127,30 @@ AdamRule make_rule(const Tensor& lr, const Tensor& hyper, const Tensor& correcti
           .rest2 = static_cast<float>(1 - beta2)};
 }
 
-void adam_step_on_cpu(TensorList params, TensorList grads, TensorList means, TensorList squares,
-                      TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
-                      double weight_decay, double beta1, double beta2, double eps) {
-  const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
-  adam_step_cpu(targets.data(), static_cast<int>(targets.size()),
-                make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), num_threads());
+// Target is AdamTarget or Ahead<AdamTarget>.
+template <typename Target>
+void run_adam(const std::vector<Target>& targets, const AdamRule& rule, const Tensor& lr) {
+  const int count = static_cast<int>(targets.size());
+#ifdef PGOLF_WITH_CUDA
+  if (lr.is_cuda()) {
+    const DeviceGuard guard(lr);
+    adam_step_cuda(targets.data(), count, rule, current_stream());
+    return;
+  }
+#endif
+  adam_step_cpu(targets.data(), count, rule, num_threads());
+}
+
+void adam_step(TensorList params, TensorList grads, TensorList means, TensorList squares, TensorList averages,
+               TensorList bases, TensorList velocities, const Tensor& lr, const Tensor& hyper,
+               const Tensor& corrections, double weight_decay, double beta1, double beta2, double eps) {
+  const AdamRule rule = make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps);
+  const auto targets = check_adam(params, grads, means, squares, averages, lr.device());
+  if (bases.empty() && velocities.empty()) {
+    run_adam(targets, rule, lr);
+  } else {
+    run_adam(check_ahead(targets, params, bases, velocities, lr.device()), rule, lr);
+  }
 }
 
 #ifdef PGOLF_WITH_CUDA
@@ -142,15 +172,6 @@ void clip_scale_on_cuda(const Tensor& sums, const Tensor& state, const Tensor& h
   clip_scale_cuda(const_pointer<float>(sums), static_cast<int>(sums.numel()), mutable_pointer<float>(state),
                   mutable_pointer<float>(hyper), mutable_pointer<float>(corrections), rule, current_stream());
 }
-
-void adam_step_on_cuda(TensorList params, TensorList grads, TensorList means, TensorList squares,
-                       TensorList averages, const Tensor& lr, const Tensor& hyper, const Tensor& corrections,
-                       double weight_decay, double beta1, double beta2, double eps) {
-  const auto targets = check_adam(params, grads, means, squares, averages, lr, hyper, corrections);
-  const DeviceGuard guard(lr);
-  adam_step_cuda(targets.data(), static_cast<int>(targets.size()),
-                 make_rule(lr, hyper, corrections, weight_decay, beta1, beta2, eps), current_stream());
-}
 #endif
 
 }  // namespace
@@ -163,21 +184,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
       "float beta1, float beta2) -> ()");
   m.def(
       "adam_step(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] means, Tensor(d!)[] squares, "
-      "Tensor(e!)[] averages, Tensor lr, Tensor hyper, Tensor corrections, float weight_decay, float "
-      "beta1, "
-      "float beta2, float eps) -> ()");
+      "Tensor(e!)[] averages, Tensor(f!)[] bases, Tensor(g!)[] velocities, Tensor lr, Tensor hyper, "
+      "Tensor corrections, float weight_decay, float beta1, float beta2, float eps) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgolf, CPU, m) {
   m.impl("square_sums", TORCH_BOX(&pgolf::square_sums_on_cpu));
   m.impl("clip_scale", TORCH_BOX(&pgolf::clip_scale_on_cpu));
-  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step_on_cpu));
+  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step));
 }
 
 #ifdef PGOLF_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(pgolf, CUDA, m) {
   m.impl("square_sums", TORCH_BOX(&pgolf::square_sums_on_cuda));
   m.impl("clip_scale", TORCH_BOX(&pgolf::clip_scale_on_cuda));
-  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step_on_cuda));
+  m.impl("adam_step", TORCH_BOX(&pgolf::adam_step));
 }
 #endif

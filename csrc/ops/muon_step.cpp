@@ -87,6 +87,22 @@ std::vector<MuonTarget> check_targets(TensorList params, TensorList updates, Ten
   return targets;
 }
 
+// The same with EMA-Nesterov.
+std::vector<Ahead<MuonTarget>> check_ahead(const std::vector<MuonTarget>& targets, TensorList params,
+                                           TensorList bases, TensorList velocities, const Tensor& hyper) {
+  check_counts(bases.size(), params.size(), "bases");
+  check_counts(velocities.size(), params.size(), "velocities");
+  check_list(bases, "base", kFloat, hyper);
+  check_list(velocities, "velocity", kFloat, hyper);
+  std::vector<Ahead<MuonTarget>> ahead;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    check_like(bases[i], params[i], "base", i);
+    check_like(velocities[i], params[i], "velocity", i);
+    ahead.push_back({targets[i], mutable_pointer<float>(bases[i]), mutable_pointer<float>(velocities[i])});
+  }
+  return ahead;
+}
+
 // The iteration without the shape of a bank.
 NewtonSchulzShape check_iteration(Doubles coefficients, double eps) {
   const auto count = static_cast<int64_t>(coefficients.size());
@@ -155,12 +171,12 @@ void run_cuda(const MuonStep& step, const Tensor& hyper) {
 }
 #endif
 
-void apply(TensorList params, TensorList updates, TensorList averages, const Tensor& hyper, Doubles lr_scales,
-           bool cautious) {
-  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
+// Target is MuonTarget or Ahead<MuonTarget>.
+template <typename Target>
+void run_apply(const std::vector<Target>& targets, ScalarType updates, const Tensor& hyper, bool cautious) {
   const int count = static_cast<int>(targets.size());
   const DeviceGuard guard(hyper);
-  dispatch_state("updates", first_type(updates), [&](auto tag) {
+  dispatch_state("updates", updates, [&](auto tag) {
     using X = decltype(tag);
 #ifdef PGOLF_WITH_CUDA
     if (hyper.is_cuda()) {
@@ -172,9 +188,20 @@ void apply(TensorList params, TensorList updates, TensorList averages, const Ten
   });
 }
 
+void apply(TensorList params, TensorList updates, TensorList averages, TensorList bases,
+           TensorList velocities, const Tensor& hyper, Doubles lr_scales, bool cautious) {
+  const std::vector<MuonTarget> targets = check_targets(params, updates, averages, hyper, lr_scales);
+  if (bases.empty() && velocities.empty()) {
+    run_apply(targets, first_type(updates), hyper, cautious);
+  } else {
+    run_apply(check_ahead(targets, params, bases, velocities, hyper), first_type(updates), hyper, cautious);
+  }
+}
+
 void step(TensorList params, TensorList grads, TensorList momenta, TensorList updates, TensorList averages,
-          const Tensor& hyper, Doubles lr_scales, Doubles coefficients, double eps, bool nesterov, bool lerp,
-          bool row_normalize, bool cautious, int64_t algorithm) {
+          TensorList bases, TensorList velocities, const Tensor& hyper, Doubles lr_scales,
+          Doubles coefficients, double eps, bool nesterov, bool lerp, bool row_normalize, bool cautious,
+          int64_t algorithm) {
   check_hyper(hyper);
   const NsAlgorithm chosen = check_algorithm("muon_step", algorithm);
   const std::vector<MuonBank> banks = check_banks(grads, momenta, updates, hyper);
@@ -184,7 +211,10 @@ void step(TensorList params, TensorList grads, TensorList momenta, TensorList up
                       .options = {.nesterov = nesterov, .lerp = lerp, .row_normalize = row_normalize},
                       .algorithm = chosen,
                       .iteration = check_iteration(coefficients, eps)};
-  if (!params.empty()) check_targets(params, updates, averages, hyper, lr_scales);
+  if (!params.empty()) {
+    const auto targets = check_targets(params, updates, averages, hyper, lr_scales);
+    if (!bases.empty() || !velocities.empty()) check_ahead(targets, params, bases, velocities, hyper);
+  }
   const DeviceGuard guard(hyper);
   dispatch_states(grads, momenta, updates, [&](auto g, auto m, auto x) {
     using G = decltype(g);
@@ -195,7 +225,7 @@ void step(TensorList params, TensorList grads, TensorList momenta, TensorList up
 #endif
     run_cpu<G, M, X>(step, hyper);
   });
-  if (!params.empty()) apply(params, updates, averages, hyper, lr_scales, cautious);
+  if (!params.empty()) apply(params, updates, averages, bases, velocities, hyper, lr_scales, cautious);
 }
 
 }  // namespace
@@ -204,11 +234,12 @@ void step(TensorList params, TensorList grads, TensorList momenta, TensorList up
 STABLE_TORCH_LIBRARY_FRAGMENT(pgolf, m) {
   m.def(
       "muon_step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momenta, Tensor(c!)[] updates, "
-      "Tensor(d!)[] averages, Tensor hyper, float[] lr_scales, float[] coefficients, float eps, "
-      "bool nesterov, bool lerp, bool row_normalize, bool cautious, int algorithm) -> ()");
+      "Tensor(d!)[] averages, Tensor(e!)[] bases, Tensor(f!)[] velocities, Tensor hyper, float[] lr_scales, "
+      "float[] coefficients, float eps, bool nesterov, bool lerp, bool row_normalize, bool cautious, "
+      "int algorithm) -> ()");
   m.def(
-      "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor hyper, "
-      "float[] lr_scales, bool cautious) -> ()");
+      "muon_apply(Tensor(a!)[] params, Tensor[] updates, Tensor(b!)[] averages, Tensor(c!)[] bases, "
+      "Tensor(d!)[] velocities, Tensor hyper, float[] lr_scales, bool cautious) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pgolf, CPU, m) {

@@ -1,10 +1,19 @@
 // The CPU kernels of adam_step.h against plain float64 loops: sizes around the grain of a thread, sums that
-// do not depend on the number of threads, and the step that is skipped.
+// do not depend on the number of threads, and the step that is skipped. The CUDA kernel of a step, run on the
+// host (host_cuda/cuda_runtime.h), against them: several launches, ends of tensors, addresses that are not
+// 16-byte aligned.
+#include <math.h>  // isfinite outside namespace std
+
 #include <cmath>
 #include <limits>
 
-#include "kernels/adam_step.h"
+#include "kernels/common.h"
 #include "tests/check.h"
+
+#undef PGOLF_UNROLL
+#define PGOLF_UNROLL  // g++ has no such pragma
+
+#include "kernels/adam_apply.cuh"
 
 namespace pgolf::test {
 namespace {
@@ -69,6 +78,108 @@ void test_skip() {
   }
 }
 
+// A step with EMA-Nesterov, of tensors that a test copies to compare what several kernels make of them.
+struct Tensors {
+  std::vector<std::vector<float>> params, grads, means, squares, averages, bases, velocities;
+
+  explicit Tensors(const std::vector<int64_t>& sizes) {
+    unsigned seed = 0;
+    for (auto* list : {&params, &grads, &means, &squares, &averages, &bases, &velocities})
+      for (const int64_t size : sizes) list->push_back(normal_values(size, ++seed));
+    for (auto& square : squares)
+      for (float& value : square) value *= value;
+  }
+
+  // `skip` elements of each tensor are left out at its start, which moves the addresses.
+  std::vector<Ahead<AdamTarget>> targets(int64_t skip, bool with_averages) {
+    std::vector<Ahead<AdamTarget>> all;
+    for (size_t i = 0; i < params.size(); ++i) {
+      const auto at = [&](std::vector<std::vector<float>>& list) { return list[i].data() + skip; };
+      const int64_t count = static_cast<int64_t>(params[i].size()) - skip;
+      all.push_back(
+          {{at(params), at(grads), at(means), at(squares), with_averages ? at(averages) : nullptr, count},
+           at(bases),
+           at(velocities)});
+    }
+    return all;
+  }
+
+  std::vector<AdamTarget> plain_targets(int64_t skip, bool with_averages) {
+    std::vector<AdamTarget> all;
+    for (const AdamTarget& target : targets(skip, with_averages)) all.push_back(target);
+    return all;
+  }
+};
+
+template <typename Target>
+void run_on_host(const std::vector<Target>& targets, const AdamRule& rule) {
+  launch_adam(targets.data(), static_cast<int>(targets.size()), rule,
+              [&](const AdamArgs<Target>& args, unsigned int blocks) {
+                launch(blocks, kAdamThreads, [&] { adam_step_kernel<Target>(args); });
+              });
+}
+
+// Compares the lists of two steps that should be equal but for rounding.
+void check_lists(const Tensors& got, const Tensors& want, const char* what) {
+  const auto close = [&](const auto& a, const auto& b, const char* name) {
+    for (size_t i = 0; i < a.size(); ++i)
+      for (size_t k = 0; k < a[i].size(); ++k)
+        check_close(a[i][k], b[i][k], 4e-6, 4e-6,
+                    std::string(what) + " " + name + " " + std::to_string(k) + " of " + std::to_string(i));
+  };
+  close(got.params, want.params, "param");
+  close(got.means, want.means, "mean");
+  close(got.squares, want.squares, "square");
+  close(got.averages, want.averages, "average");
+  close(got.bases, want.bases, "base");
+  close(got.velocities, want.velocities, "velocity");
+  check(got.grads == want.grads, std::string(what) + ": gradients");
+}
+
+// `scale` that is not finite: the step is skipped.
+void test_kernel(const std::vector<int64_t>& sizes, int64_t skip, bool averages, float weight, float scale) {
+  const float lr = 0.1f, corrections[2] = {2.0f, 3.0f}, shift = 0.6f;
+  const float hyper[kHyperCount] = {0.0f, 0.0f, 0.0f, scale, 0.25f, weight, shift};
+  const AdamRule rule{&lr, hyper, corrections, 0.2f, 0.9f, 0.99f, 1e-8f, 0.1f, 0.01f};
+  const Tensors before(sizes);
+  const int count = static_cast<int>(sizes.size());
+  Tensors plain = before, plain_cpu = before, ahead = before, ahead_cpu = before;
+  run_on_host(plain.plain_targets(skip, averages), rule);
+  adam_step_cpu(plain_cpu.plain_targets(skip, averages).data(), count, rule, 1);
+  check_lists(plain, plain_cpu, "without EMA-Nesterov");
+  run_on_host(ahead.targets(skip, averages), rule);
+  adam_step_cpu(ahead_cpu.targets(skip, averages).data(), count, rule, 1);
+  check_lists(ahead, ahead_cpu, "with EMA-Nesterov");
+  // All but parameter, base and velocity is as without it, bit for bit.
+  check(ahead.means == plain.means && ahead.squares == plain.squares && ahead.averages == plain.averages &&
+            ahead.grads == plain.grads,
+        "EMA-Nesterov changed the step");
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    for (size_t k = static_cast<size_t>(skip); k < before.params[i].size(); ++k) {
+      const bool taken = std::isfinite(scale);
+      const double base = before.bases[i][k], old = before.velocities[i][k];
+      const double x = taken ? plain.params[i][k] : base, v = taken ? old + weight * (x - base - old) : old;
+      const std::string where = " " + std::to_string(k) + " of tensor " + std::to_string(i);
+      check(ahead.bases[i][k] == static_cast<float>(x), "base" + where);
+      check_close(ahead.velocities[i][k], v, 1e-5, 1e-6, "velocity" + where);
+      check_close(ahead.params[i][k], x + shift * v, 1e-5, 1e-6, "parameter" + where);
+    }
+  }
+}
+
+void test_kernels() {
+  // More tensors than one launch takes, empty ones among them.
+  std::vector<int64_t> many;
+  for (int i = 0; i < 2 * kMaxAdamTargets + 3; ++i) many.push_back(i % 3 == 0 ? 0 : i);
+  for (float scale : {0.5f, std::numeric_limits<float>::quiet_NaN()}) {
+    for (float weight : {0.0f, 0.25f, 0.75f, 1.0f})
+      test_kernel({1, 8, 9, 4096, 2 * kAdamRun + 5}, 0, true, weight, scale);
+    test_kernel({kAdamRun + 12, 17}, 0, false, 0.25f, scale);
+    test_kernel({kAdamRun + 12, 17}, 1, true, 0.25f, scale);
+    test_kernel(many, 0, true, 0.25f, scale);
+  }
+}
+
 }  // namespace
 }  // namespace pgolf::test
 
@@ -85,5 +196,6 @@ int main() {
       test_step(100003, weight, 3);
     }
     test_skip();
+    test_kernels();
   });
 }

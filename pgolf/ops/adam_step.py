@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 import pgolf.ops._extension  # noqa: F401  (registers the operators)
 from pgolf.ops._derivatives import no_derivative_error, refuse_recording, refuse_transforms
-from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE
+from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, move_ahead_ref
 
 NORM, STEPS, SKIPPED = range(3)
 """Indices into the state of `clip_scale`, which is `(CLIP_STATE,)` float32."""
@@ -36,6 +36,11 @@ class AdamTensor(NamedTuple):
     square: Tensor
     average: Tensor | None = None
     """Moving average of the parameter. Either all tensors of a call have one, or none has."""
+    base: Tensor | None = None
+    """The weights of which EMA-Nesterov keeps the parameter ahead. Either all have one, or none has, and so
+    for the velocity, which belongs to it."""
+    velocity: Tensor | None = None
+    """Average of the displacements of the weights."""
 
 
 class AdamRule(NamedTuple):
@@ -138,30 +143,36 @@ def adam_step(
         mean <- beta1 mean + (1 - beta1) g;   square <- beta2 square + (1 - beta2) g^2
         param <- param (1 - lr wd) - lr c1 mean / (sqrt(c2 square) + eps)
         average <- average + average_weight (param - average)
+        with a base, EMA-Nesterov, where x is param:
+        velocity <- velocity + velocity_weight (x - base - velocity)
+        base <- x;   param <- x + shift velocity
         grad <- 0
 
-    Equals `torch.optim.AdamW` (decoupled weight decay, no AMSGrad). If grad_scale is not finite, only the
-    gradients are zeroed. Each tensor is read once and written once: 40 bytes per element with averages. On
+    Equals `torch.optim.AdamW` (decoupled weight decay, no AMSGrad). If grad_scale is not finite, the
+    gradients are zeroed and, with a base, param <- base + shift velocity; all else keeps its values. Each
+    tensor is read once and written once: 40 bytes per element with averages, 56 if there is a base, too. On
     CUDA one launch updates up to 56 tensors.
 
     Args:
         tensors: see `AdamTensor`; an empty list does nothing.
         lr: learning rate, one float32 element on the device.
-        hyper: as in `muon_step`; grad_scale and average_weight are read from it.
+        hyper: as in `muon_step`; grad_scale, average_weight, velocity_weight and shift are read from it.
         corrections: `(2,)` float32, c1 and c2, from `clip_scale`.
 
     Raises:
-        ValueError, TypeError: a shape, device, stride or dtype does not fit, some tensors have an average and
-            others have none, a beta is outside [0, 1), or eps or the weight decay is negative.
+        ValueError, TypeError: a shape, device, stride or dtype does not fit, some tensors have an average, a
+            base or a velocity and others have none, a beta is outside [0, 1), or eps or the weight decay is
+            negative.
     """
     refuse_recording("adam_step", (x for t in tensors for x in t))
-    averages = [t.average for t in tensors if t.average is not None]
     torch.ops.pgolf.adam_step(
         [t.param for t in tensors],
         [t.grad for t in tensors],
         [t.mean for t in tensors],
         [t.square for t in tensors],
-        averages,
+        [t.average for t in tensors if t.average is not None],
+        [t.base for t in tensors if t.base is not None],
+        [t.velocity for t in tensors if t.velocity is not None],
         lr,
         hyper,
         corrections,
@@ -184,6 +195,8 @@ def adam_step_ref(
         t.param.mul_(1 - lr * rule.weight_decay).sub_(lr * corrections[0] * t.mean / denominator)
         if t.average is not None:
             t.average.lerp_(t.param, weight.to(g))
+        if t.base is not None and t.velocity is not None:
+            move_ahead_ref(t.param, t.base, t.velocity, hyper)
         t.grad.zero_()
 
 
@@ -209,6 +222,8 @@ def _fake_adam_step(
     _means: list[Tensor],
     _squares: list[Tensor],
     _averages: list[Tensor],
+    _bases: list[Tensor],
+    _velocities: list[Tensor],
     _lr: Tensor,
     _hyper: Tensor,
     _corrections: Tensor,

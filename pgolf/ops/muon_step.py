@@ -2,9 +2,9 @@
 
 This is the Python interface of `torch.ops.pgolf.muon_step` and `muon_apply`, which work in place on lists of
 tensors. The numbers that change from step to step (learning rate, momentum, weight decay, clip factor, weight
-of the average) are read from one small tensor on the device, `hyper`. So a captured CUDA graph follows a
-schedule, and the device itself skips a step whose gradients are not finite. Coefficient tables are in
-`pgolf.optim.polar`, kernels in csrc/kernels/muon_step.h.
+of the average, those of EMA-Nesterov) are read from one small tensor on the device, `hyper`. So a captured
+CUDA graph follows a schedule, and the device itself skips a step whose gradients are not finite. Coefficient
+tables are in `pgolf.optim.polar`, kernels in csrc/kernels/muon_step.h.
 
 Legend: `B` matrices of a bank, `m` rows, `n` columns.
 """
@@ -23,9 +23,9 @@ from pgolf.ops._algorithm import Algorithm, algorithm_number
 from pgolf.ops._derivatives import refuse_recording
 from pgolf.ops.newton_schulz import newton_schulz_ref
 
-LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT = range(5)
+HYPER = 7
+LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT, VELOCITY_WEIGHT, SHIFT = range(HYPER)
 """Indices into `hyper`, which is `(HYPER,)` float32."""
-HYPER = 5
 
 ROW_EPS = 1e-7
 
@@ -49,6 +49,11 @@ class MuonBank(NamedTuple):
     """float32 moving average of the weights; updated. Either all banks have one or none has."""
     lr_scale: float = 1.0
     """Factor on the learning rate, for example sqrt(max(1, m / n))."""
+    base: Tensor | None = None
+    """float32 weights of which EMA-Nesterov keeps `param` ahead; updated. Either all banks have one or none
+    has, and so for the velocity, which belongs to it."""
+    velocity: Tensor | None = None
+    """float32 average of the displacements of the weights; updated."""
 
 
 class MuonRule(NamedTuple):
@@ -83,6 +88,9 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
         update <- newton_schulz(u)
         param <- param (1 - lr wd) - lr lr_scale update (cautious: no decay where param update <= 0)
         average <- average + average_weight (param - average)
+        with a base, EMA-Nesterov, where x is param:
+        velocity <- velocity + velocity_weight (x - base - velocity)
+        base <- x;   param <- x + shift velocity
 
     Equals `muon_step_ref` on the same tensors. The momentum is rounded to its own dtype and u to the dtype of
     the updates; everything between is computed in float32. CUDA launches one kernel for all banks before the
@@ -93,34 +101,43 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
 
     Args:
         banks: see `MuonBank`. The gradients of matrices that are padding must be zero.
-        hyper: `(5,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight.
-            If grad_scale is not finite, the step is skipped: momentum, parameters and averages keep their
-            values, and the updates are zero. `clip_scale` writes such a grad_scale for gradients whose norm
-            is not finite.
+        hyper: `(7,)` float32 on the device: lr, momentum mu, weight decay wd, grad_scale, average_weight,
+            velocity_weight, shift (that of the next step). If grad_scale is not finite, the step is skipped:
+            momentum, parameters and averages keep their values, and the updates are zero; with a base,
+            param <- base + shift velocity, and base and velocity keep their values. `clip_scale` writes such
+            a grad_scale for gradients whose norm is not finite.
 
     Raises:
-        ValueError: shapes, devices or strides do not fit, only some banks have a param or an average, the
-            coefficients are none, too many or not finite, eps < 0, or the algorithm is unknown.
+        ValueError: shapes, devices or strides do not fit, only some banks have a param, an average, a base
+            or a velocity, the coefficients are none, too many or not finite, eps < 0, or the algorithm is
+            unknown.
         RuntimeError: the algorithm is "gram", which cannot run on this device or for these shapes.
         TypeError: a dtype is neither float32 nor bfloat16, or differs between banks.
 
-    Source: Muon, https://kellerjordan.github.io/posts/muon; MuonEq-R, arXiv 2603.28254.
+    Source: Muon, https://kellerjordan.github.io/posts/muon; MuonEq-R, arXiv 2603.28254; EMA-Nesterov, arXiv
+    2605.25395.
     """
     for row in rule.coefficients:
         if len(row) != 3:
             raise ValueError(f"muon_step: coefficients must be triples (a, b, c), got {tuple(row)}")
     params = _all_or_none([bank.param for bank in banks], "param")
     averages = _all_or_none([bank.average for bank in banks], "average")
-    if averages and not params:
-        raise ValueError("muon_step: average needs param; without it, pass averages to muon_apply")
+    bases = _all_or_none([bank.base for bank in banks], "base")
+    velocities = _all_or_none([bank.velocity for bank in banks], "velocity")
+    for what, tensors in (("average", averages), ("base", bases), ("velocity", velocities)):
+        if tensors and not params:
+            raise ValueError(f"muon_step: {what} needs param; without it, give it to muon_apply")
     momenta, updates = [bank.momentum for bank in banks], [bank.update for bank in banks]
-    refuse_recording("muon_step", [bank.grad for bank in banks] + momenta + updates + params + averages)
+    changed = [*params, *momenta, *updates, *averages, *bases, *velocities]
+    refuse_recording("muon_step", [bank.grad for bank in banks] + changed)
     torch.ops.pgolf.muon_step(
         params,
         [bank.grad for bank in banks],
         momenta,
         updates,
         averages,
+        bases,
+        velocities,
         hyper,
         [float(bank.lr_scale) for bank in banks],
         [float(value) for row in rule.coefficients for value in row],
@@ -133,7 +150,7 @@ def muon_step(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
     )
     # The operator changed these tensors in place. With a higher version, a backward pass that saved one of
     # them before raises an error instead of using the new values, as after torch's own in-place operators.
-    increment_version([*params, *momenta, *updates, *averages])
+    increment_version(changed)
 
 
 def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> None:
@@ -156,12 +173,17 @@ def muon_step_ref(banks: Sequence[MuonBank], hyper: Tensor, rule: MuonRule) -> N
             u = u / u.norm(dim=-1, keepdim=True).clamp(min=ROW_EPS)
         u = newton_schulz_ref(u.to(bank.update.dtype), rule.coefficients, eps=rule.eps)
         bank.update.copy_(u.masked_fill(~taken, 0.0))
-    params = _all_or_none([bank.param for bank in banks], "param")
-    if params:
-        averages = _all_or_none([bank.average for bank in banks], "average")
-        lr_scales = [bank.lr_scale for bank in banks]
-        updates = [bank.update for bank in banks]
-        muon_apply_ref(params, updates, hyper, lr_scales=lr_scales, averages=averages, cautious=rule.cautious)
+        if bank.param is not None:
+            muon_apply_ref(
+                [bank.param],
+                [bank.update],
+                hyper,
+                lr_scales=[bank.lr_scale],
+                averages=[bank.average] if bank.average is not None else [],
+                bases=[bank.base] if bank.base is not None else [],
+                velocities=[bank.velocity] if bank.velocity is not None else [],
+                cautious=rule.cautious,
+            )
 
 
 def muon_apply(
@@ -171,15 +193,21 @@ def muon_apply(
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
+    bases: Sequence[Tensor] = (),
+    velocities: Sequence[Tensor] = (),
     cautious: bool = False,
 ) -> None:
-    """Decay and update parameters, then move their averages, all in place.
+    """Decay and update parameters, move their averages, and with bases keep them ahead, all in place.
 
         param <- param (1 - lr wd) - lr lr_scale update (cautious: no decay where param update <= 0)
         average <- average + average_weight (param - average)
+        with bases, EMA-Nesterov, where x is param:
+        velocity <- velocity + velocity_weight (x - base - velocity)
+        base <- x;   param <- x + shift velocity
 
-    This is the second half of `muon_step`, for updates that were gathered from other ranks. It does nothing
-    if grad_scale is not finite. Equals `muon_apply_ref` on the same tensors. CUDA needs one launch.
+    This is the second half of `muon_step`, for updates that were gathered from other ranks. If grad_scale is
+    not finite, it does nothing but, with bases, param <- base + shift velocity. Equals `muon_apply_ref` on
+    the same tensors. CUDA needs one launch for up to 80 tensors, 64 with bases.
 
     Args:
         params: float32, any shape, contiguous.
@@ -187,16 +215,25 @@ def muon_apply(
         hyper: as in `muon_step`.
         lr_scales: factor on the learning rate, one per parameter.
         averages: float32, of the shapes of the parameters; an empty sequence if there are no averages.
+        bases, velocities: the same, either both or none.
         cautious: decay only the parameters that the update moves towards 0 as well.
 
     Raises:
         ValueError, TypeError: as in `muon_step`.
     """
-    refuse_recording("muon_apply", [*params, *updates, *averages])
+    changed = [*params, *averages, *bases, *velocities]
+    refuse_recording("muon_apply", [*changed, *updates])
     torch.ops.pgolf.muon_apply(
-        list(params), list(updates), list(averages), hyper, [float(s) for s in lr_scales], cautious
+        list(params),
+        list(updates),
+        list(averages),
+        list(bases),
+        list(velocities),
+        hyper,
+        [float(s) for s in lr_scales],
+        cautious,
     )
-    increment_version([*params, *averages])
+    increment_version(changed)
 
 
 def muon_apply_ref(
@@ -206,6 +243,8 @@ def muon_apply_ref(
     *,
     lr_scales: Sequence[float],
     averages: Sequence[Tensor] = (),
+    bases: Sequence[Tensor] = (),
+    velocities: Sequence[Tensor] = (),
     cautious: bool = False,
 ) -> None:
     """Compute `muon_apply` with PyTorch operators; a step that is skipped has rates and weights of 0."""
@@ -218,6 +257,20 @@ def muon_apply_ref(
         param.mul_(1 - (decay * (param * update > 0) if cautious else decay)).sub_(change)
         if averages:
             averages[i].lerp_(param, weight.to(param.dtype))
+        if bases:
+            move_ahead_ref(param, bases[i], velocities[i], hyper)
+
+
+def move_ahead_ref(param: Tensor, base: Tensor, velocity: Tensor, hyper: Tensor) -> None:
+    """Compute with PyTorch operators what `muon_apply` and `adam_step` do for EMA-Nesterov.
+
+    `param` holds what the optimizer made of it, which is not used if the step is skipped.
+    """
+    taken = hyper[GRAD_SCALE].isfinite()
+    x = torch.where(taken, param, base)
+    velocity.lerp_(x - base, (hyper[VELOCITY_WEIGHT] * taken).to(x))
+    base.copy_(x)
+    param.copy_(x + hyper[SHIFT] * velocity)
 
 
 def _all_or_none(tensors: list[Tensor | None], what: str) -> list[Tensor]:
@@ -235,6 +288,8 @@ def _fake_step(
     _momenta: list[Tensor],
     _updates: list[Tensor],
     _averages: list[Tensor],
+    _bases: list[Tensor],
+    _velocities: list[Tensor],
     _hyper: Tensor,
     _lr_scales: list[float],
     _coefficients: list[float],
@@ -252,6 +307,8 @@ def _fake_apply(
     _params: list[Tensor],
     _updates: list[Tensor],
     _averages: list[Tensor],
+    _bases: list[Tensor],
+    _velocities: list[Tensor],
     _hyper: Tensor,
     _lr_scales: list[float],
     _cautious: bool,

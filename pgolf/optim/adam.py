@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgolf.config import AdamConfig
 from pgolf.ops import AdamRule, AdamTensor, adam_step
+from pgolf.optim.ema_nesterov import EmaNesterov
 
 
 class AdamW:
@@ -32,8 +33,12 @@ class AdamW:
         *,
         weight_decay: float,
         averages: Mapping[str, Tensor] | None = None,
+        ahead: EmaNesterov | None = None,
     ) -> None:
-        """Take parameters, their gradients and averages by name, float32; `step` works on them in place."""
+        """Take parameters, their gradients and averages by name, float32; `step` works on them in place.
+
+        With `ahead` each step keeps them ahead of their weights.
+        """
         self._rule = AdamRule(weight_decay, config.beta1, config.beta2, config.eps)
         self._tensors = {
             name: AdamTensor(
@@ -42,6 +47,8 @@ class AdamW:
                 mean=torch.zeros_like(p),
                 square=torch.zeros_like(p),
                 average=None if averages is None else averages[name],
+                base=None if ahead is None else ahead.base[name],
+                velocity=None if ahead is None else ahead.velocity[name],
             )
             for name, p in params.items()
         }

@@ -30,6 +30,7 @@ from pgolf.config import MuonConfig
 from pgolf.dist import Dist, Pending
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_step
 from pgolf.ops.muon_step import GRAD_SCALE
+from pgolf.optim.ema_nesterov import EmaNesterov
 from pgolf.optim.flat import flat_views
 from pgolf.optim.groups import Blocks
 from pgolf.optim.polar import coefficients
@@ -51,6 +52,8 @@ class _Bank:
 
     param: Tensor  # (B, m, n) float32, detached
     average: Tensor | None  # (B, m, n) float32 moving average of param
+    base: Tensor | None  # (B, m, n) float32 weights that param is ahead of, with EMA-Nesterov
+    velocity: Tensor | None  # (B, m, n) float32, with EMA-Nesterov
     shard: Tensor  # (S, m, n) averaged gradient of this rank's matrices
     momentum: Tensor  # (S, m, n)
     update: Tensor  # (S, m, n) output of the polar iteration
@@ -66,6 +69,8 @@ class _Part:
     param: Tensor
     grad: Tensor  # of this process, not averaged
     average: Tensor | None
+    base: Tensor | None
+    velocity: Tensor | None
     wire: Tensor  # holds the gradients to send, later the updates received; with one process the updates
     scale: float
 
@@ -80,6 +85,7 @@ class BankMuon:
     With config.slow_age the momentum takes in (1 - w) g + w s instead of g, where s <- b s + (1 - b) g is a
     slow average and w is config.slow_weight: a momentum with two time scales. It differs from that of
     modded-nanogpt in that s passes through the momentum, which adds the momentum's mean age to that of s.
+    With `ahead`, EMA-Nesterov keeps p ahead of the weights in the pass that updates it.
     With config.cautious the factor 1 - lr wd is 1 where O and p have different signs. NorMuon takes two more
     passes over the updates of this rank; with one process it makes the update a launch of its own.
     Momentum and updates are bfloat16 on CUDA and float32 on the CPU, and so are the averaged gradients with
@@ -99,6 +105,7 @@ class BankMuon:
         dist: Dist,
         *,
         averages: Mapping[str, Tensor] | None = None,
+        ahead: EmaNesterov | None = None,
         blocks: Mapping[str, Blocks] | None = None,
     ) -> None:
         """Take the banks and their gradients, which have the same names in the same order.
@@ -107,6 +114,7 @@ class BankMuon:
             banks: float32 parameters by name; `step` updates them in place.
             flat_grad, grads: the gradients of the banks, from `flat_views`, which each step reads.
             averages: float32 moving averages by name, which each step moves; None if there are none.
+            ahead: what EMA-Nesterov keeps of the banks; None without it.
             blocks: banks whose first matrices are iterated in blocks of rows. All else about them, such as
                 momentum and NorMuon, stays that of whole matrices.
         """
@@ -137,6 +145,8 @@ class BankMuon:
             self._banks[name] = _Bank(
                 param=p.detach(),
                 average=None if averages is None else averages[name],
+                base=None if ahead is None else ahead.base[name],
+                velocity=None if ahead is None else ahead.velocity[name],
                 shard=shards[name],
                 momentum=momenta[name],
                 update=updates[name],
@@ -169,9 +179,11 @@ class BankMuon:
             param = bank.param[mine]
             if param.numel() == 0:
                 continue
-            average = None if bank.average is None else bank.average[mine]
+            average, base, velocity = (
+                None if t is None else t[mine] for t in (bank.average, bank.base, bank.velocity)
+            )
             wire = piece[start : start + param.numel()].view_as(param)
-            parts.append(_Part(param, grads[name][mine], average, wire, bank.scale))
+            parts.append(_Part(param, grads[name][mine], average, base, velocity, wire, bank.scale))
         return parts
 
     def reduce(self) -> list[Pending]:
@@ -192,8 +204,8 @@ class BankMuon:
         """Update momentum, all banks and their averages from `shard`, without synchronizing the host.
 
         Args:
-            hyper: `(5,)` float32 on the device, see `pgolf.ops.muon_step`. If its grad_scale is not finite,
-                nothing changes.
+            hyper: `(7,)` float32 on the device, see `pgolf.ops.muon_step`. If its grad_scale is not finite,
+                the step is skipped.
             slow_decay: `()` float32 on the device, b of slow_age; None = 1, which leaves the slow average.
             meanwhile: called when the gradients have been read; the work that it queues overlaps the gather.
         """
@@ -222,6 +234,8 @@ class BankMuon:
             hyper,
             lr_scales=[part.scale for part in parts],
             averages=[part.average for part in parts if part.average is not None],
+            bases=[part.base for part in parts if part.base is not None],
+            velocities=[part.velocity for part in parts if part.velocity is not None],
             cautious=self._config.cautious,
         )
 
@@ -293,7 +307,7 @@ def _pieces(bank: _Bank, fused: bool, blocks: Blocks | None, rank: int) -> list[
     """Return views of this rank's matrices for `muon_step`; with the weights, if it is to update them."""
     found = MuonBank(bank.shard, bank.momentum, bank.update, lr_scale=bank.scale)
     if fused:
-        found = found._replace(param=bank.param, average=bank.average)
+        found = found._replace(param=bank.param, average=bank.average, base=bank.base, velocity=bank.velocity)
     if blocks is None:
         return [found]
     size, rows, cols = bank.shard.shape

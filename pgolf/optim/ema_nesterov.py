@@ -4,7 +4,8 @@
 
 `A` is a whole step of the optimizer: gradients are taken at x + s v, and the step is made from there. A
 displacement that stays the same, u per step, grows to u / (1 - s). Between steps the parameters hold x + s v;
-`base` holds x.
+`base` holds x. The passes that write the weights, `muon_apply` and `adam_step`, compute v and x + s v, too,
+with s of the next step.
 Source: arXiv 2605.25395. Differs: gamma is given by fractions of the run, exp(-delta / horizon), so that the
 velocity has the same memory in runs of any length, and s follows the learning rate (`ema_nesterov_shift`).
 """
@@ -19,7 +20,7 @@ from torch import Tensor
 
 
 class EmaNesterov:
-    """Velocities and unshifted weights of named parameters, which it moves in place.
+    """Velocities and unshifted weights of named parameters, which the operators of a step move in place.
 
     Attributes:
         base: x by name, float32. velocity: v by name, float32.
@@ -30,25 +31,6 @@ class EmaNesterov:
         self._params = {name: p.detach() for name, p in params.items()}
         self.base = {name: p.clone() for name, p in self._params.items()}
         self.velocity = {name: torch.zeros_like(p) for name, p in self._params.items()}
-
-    @torch.no_grad()
-    def after_step(self, done: Tensor, *, gamma: float, shift: float) -> None:
-        """Take in what a step of the optimizer did, and shift the parameters for the next one.
-
-        Args:
-            done: `()` float32 on the device: 1 if the step was made; 0 if it was skipped, which changes
-                neither x nor v.
-            gamma: decay of the velocity in this step, 0 to 1.
-            shift: s of the next step.
-        """
-        for name, p in self._params.items():
-            base, velocity = self.base[name], self.velocity[name]
-            # A skipped step left p at the shifted point; then it is taken back.
-            p.lerp_(base, 1 - done)
-            velocity.lerp_(p - base, (1 - gamma) * done)
-            base.copy_(p)
-            if shift:
-                p.add_(velocity, alpha=shift)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -83,14 +83,21 @@ class Optimizer:
             p.grad = self._grads[name]
         averages = None if ema is None else ema.tensors
         blocks = head_blocks(model, config.muon.head_pairs)
+        self._nesterov = ahead = EmaNesterov(self._params) if config.ema_nesterov else None
         self._muon = BankMuon(
-            banks, self._bank_grad, bank_grads, config.muon, dist, averages=averages, blocks=blocks
+            banks,
+            self._bank_grad,
+            bank_grads,
+            config.muon,
+            dist,
+            averages=averages,
+            ahead=ahead,
+            blocks=blocks,
         )
         adam = config.adam
-        self._nesterov = EmaNesterov(self._params) if config.ema_nesterov else None
         # In the order in which `_set` sends their learning rates; few models have the last group.
         self._adam = {
-            name: AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages)
+            name: AdamW(group, rest_grads, adam, weight_decay=decay, averages=averages, ahead=ahead)
             for name, group, decay in (
                 ("embed", groups.embed, adam.embed_weight_decay),
                 ("scalars", groups.scalars, adam.scalar_weight_decay),
@@ -126,18 +133,12 @@ class Optimizer:
         """
         self._check_attached()
         self._set(frac, ema_decay, delta)
-        before = self.skipped.clone() if self._nesterov is not None else None
         if self._replay is not None:
             self._replay()
         else:
             self._launch()
             if self._capture_next:
                 self._capture()
-        if self._nesterov is not None and before is not None:
-            # After the averages have moved, which take in x and not the shifted point.
-            gamma = 1.0 if delta is None else math.exp(-delta / self._config.ema_nesterov_horizon)
-            done, shift = before - self.skipped + 1, ema_nesterov_shift(frac, self._config)
-            self._nesterov.after_step(done, gamma=gamma, shift=shift)
 
     def _set(self, frac: float, ema_decay: float | None, delta: float | None = None) -> None:
         """Send this step's numbers to the device.
@@ -156,6 +157,8 @@ class Optimizer:
             muon.weight_decay,
             1.0,  # grad_scale, which `_clip` computes on the device
             0.0 if ema_decay is None else 1 - ema_decay,
+            0.0 if delta is None else 1 - math.exp(-delta / config.ema_nesterov_horizon),
+            ema_nesterov_shift(frac, config),
             factors.embed * adam.embed_lr,
             factors.scalar * adam.scalar_lr,
             factors.scalar * adam.mudd_lr,

@@ -26,7 +26,13 @@ from pgolf.presets import tiny
 
 # Momentum rises and the learning rate falls within the run; clipping is active in every step.
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), grad_clip=0.3)
-CANDIDATES = replace(CONFIG, muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True, slow_age=0.2))
+CANDIDATES = replace(
+    CONFIG,
+    muon=MuonConfig(lr=0.05, normalize=0.9, cautious=True, slow_age=0.2),
+    ema_nesterov=0.5,
+    ema_nesterov_horizon=0.3,
+    ema_nesterov_from=0.0,
+)
 """With every setting that is off by default and has state or work of its own."""
 STEPS = 4
 RESUME_AT = 2

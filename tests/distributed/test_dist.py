@@ -94,6 +94,8 @@ def test_state_of_one_process_continues_on_many(ranks, alone):
 
 def test_settings_that_are_off_by_default_continue_on_many_ranks_too(ranks, candidates):
     assert {"optim.muon.square.few", "optim.muon.slow.few"} <= candidates[0].keys()
+    ahead = candidates[1]["model.few"] - candidates[1]["optim.nesterov.base.few"]
+    assert ahead.abs().min() > 0
     assert_like_alone(*ranks[0], candidates[0], "candidates.")
 
 

@@ -17,7 +17,7 @@ from pgolf.ops import (
     square_sums_ref,
 )
 from pgolf.ops.adam_step import CLIP_STATE, NORM, SKIPPED, STEPS
-from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, HYPER
+from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, HYPER, SHIFT, VELOCITY_WEIGHT
 
 RULE = AdamRule(weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 # A scalar, nothing, one vector of eight and one more, one block and one more element, a matrix, and more
@@ -25,7 +25,9 @@ RULE = AdamRule(weight_decay=0.1, beta1=0.9, beta2=0.99, eps=1e-8)
 SHAPES = [(), (0,), (8,), (9,), (4096,), (4097,), (129, 65), *[(3,)] * 60]
 
 
-def make_tensors(device: torch.device, *, averages: bool = True, offset: int = 0) -> list[AdamTensor]:
+def make_tensors(
+    device: torch.device, *, averages: bool = True, ahead: bool = False, offset: int = 0
+) -> list[AdamTensor]:
     """Random tensors; with `offset` they start between 16-byte boundaries."""
     rng = torch.Generator().manual_seed(0)
 
@@ -40,6 +42,8 @@ def make_tensors(device: torch.device, *, averages: bool = True, offset: int = 0
             mean=random(shape),
             square=random(shape).square_(),
             average=random(shape) if averages else None,
+            base=random(shape) if ahead else None,
+            velocity=random(shape) if ahead else None,
         )
         for shape in SHAPES
     ]
@@ -52,13 +56,16 @@ def clone(tensors: list[AdamTensor]) -> list[AdamTensor]:
 def numbers(device: torch.device, grad_scale: float = 0.5, weight: float = 0.25) -> tuple[Tensor, ...]:
     hyper = torch.zeros(HYPER, device=device)
     hyper[GRAD_SCALE], hyper[AVERAGE_WEIGHT] = grad_scale, weight
+    hyper[VELOCITY_WEIGHT], hyper[SHIFT] = 0.125, 0.5
     return torch.tensor(0.03, device=device), hyper, torch.tensor([2.5, 30.0], device=device)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize(("averages", "weight"), [(True, 0.25), (True, 0.75), (True, 1.0), (False, 0.25)])
-def test_step_equals_the_reference(averages, weight, offset, device) -> None:
-    tensors, given = make_tensors(device, averages=averages, offset=offset), numbers(device, weight=weight)
+def test_step_equals_the_reference(averages, weight, offset, ahead, device) -> None:
+    tensors = make_tensors(device, averages=averages, ahead=ahead, offset=offset)
+    given = numbers(device, weight=weight)
     want = clone(tensors)
     adam_step_ref(want, *given, RULE)
     adam_step(tensors, *given, RULE)
@@ -108,7 +115,7 @@ def test_clip_scale_equals_the_reference_over_steps(clip, device) -> None:
 def test_a_captured_step_follows_its_numbers(device) -> None:
     if device.type != "cuda":
         pytest.skip("needs a CUDA device")
-    tensors, (lr, hyper, corrections) = make_tensors(device), numbers(device)
+    tensors, (lr, hyper, corrections) = make_tensors(device, ahead=True), numbers(device)
     want, state = clone(tensors), torch.zeros(CLIP_STATE, device=device)
     twin, state_twin = hyper.clone(), state.clone()
 
@@ -131,11 +138,13 @@ def test_a_captured_step_follows_its_numbers(device) -> None:
 
 
 def test_operators_pass_opcheck(device) -> None:
-    tensors, (lr, hyper, corrections) = make_tensors(device)[:8], numbers(device)
+    tensors, (lr, hyper, corrections) = make_tensors(device, ahead=True)[:8], numbers(device)
     lists = [list(column) for column in zip(*tensors, strict=True)]
     torch.library.opcheck(torch.ops.pgolf.square_sums, (lists[1],))
     state, sums = torch.zeros(CLIP_STATE, device=device), torch.ones(2, device=device)
     torch.library.opcheck(torch.ops.pgolf.clip_scale, (sums, state, hyper, corrections, 0.3, 0.9, 0.99))
+    torch.library.opcheck(torch.ops.pgolf.adam_step, (*lists, lr, hyper, corrections, *RULE))
+    lists[-3:] = [], [], []
     torch.library.opcheck(torch.ops.pgolf.adam_step, (*lists, lr, hyper, corrections, *RULE))
 
 
@@ -161,6 +170,11 @@ def test_bad_input_is_named(device) -> None:
         adam_step([tensors[2]._replace(param=tensors[2].param.half())], *given, RULE)
     with pytest.raises(ValueError, match="expected 2 averages, one per parameter, got 1"):
         adam_step([tensors[2], tensors[2]._replace(average=None)], *given, RULE)
+    with pytest.raises(ValueError, match="expected 1 velocities, one per parameter, got 0"):
+        adam_step([tensors[2]._replace(base=tensors[2].param.clone())], *given, RULE)
+    with pytest.raises(ValueError, match=r"bases 0 must have shape \[8\], got \[9\]"):
+        wrong = torch.zeros(9, device=device)
+        adam_step([tensors[2]._replace(base=wrong, velocity=wrong)], *given, RULE)
     with pytest.raises(ValueError, match="lr must have 1 contiguous elements"):
         adam_step(tensors, given[1], *given[1:], RULE)
     with pytest.raises(TypeError, match="one dtype"):

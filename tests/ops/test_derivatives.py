@@ -28,6 +28,7 @@ from pgolf.ops import (
     trellis_round,
     unpack_dequantize,
 )
+from pgolf.ops.muon_step import HYPER
 
 Function = Callable[[Tensor], Tensor]
 TABLE = [(3.4445, -4.7750, 2.0315)]
@@ -229,7 +230,7 @@ def test_a_loss_may_be_scaled_in_place_before_backward(name: str, device) -> Non
 def in_place(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
     """By name: an operator that works in place, called with one tensor that may require grad."""
     one = torch.ones(1, 4, 4, device=device)
-    hyper, rest = torch.ones(5, device=device), torch.ones(3, device=device)
+    hyper, rest = torch.ones(HYPER, device=device), torch.ones(3, device=device)
     return {
         "muon_step": lambda p: muon_step(
             [MuonBank(one.clone(), one.clone(), one.clone(), p)], hyper, MuonRule(TABLE)

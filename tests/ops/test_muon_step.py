@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pgolf.ops import MuonBank, MuonRule, muon_apply, muon_apply_ref, muon_step, muon_step_ref
-from pgolf.ops.muon_step import AVERAGE_WEIGHT, GRAD_SCALE, LR, MOMENTUM, WEIGHT_DECAY
+from pgolf.ops.muon_step import (
+    AVERAGE_WEIGHT,
+    GRAD_SCALE,
+    LR,
+    MOMENTUM,
+    SHIFT,
+    VELOCITY_WEIGHT,
+    WEIGHT_DECAY,
+)
 from tests.conftest import requires_gpu, requires_hopper
 
 JORDAN = (3.4445, -4.7750, 2.0315)
@@ -17,11 +25,19 @@ LR_SCALE = 2.0
 # registers (2048); an empty bank; wide, square and tall.
 SHAPES = [(1, 1, 1), (3, 5, 7), (2, 7, 8), (1, 9, 256), (2, 3, 257), (1, 2, 2056), (0, 4, 4), (2, 33, 12)]
 STATE = [torch.float32, torch.bfloat16]
+SCALARS = {
+    "lr": 0.05,
+    "momentum": 0.9,
+    "weight_decay": 0.1,
+    "grad_scale": 0.5,
+    "average_weight": 0.25,
+    "velocity_weight": 0.125,
+    "shift": 0.5,
+}
 
 
 def make_scalars(device: torch.device, **changes: float) -> Tensor:
-    values = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1, "grad_scale": 0.5, "average_weight": 0.25}
-    return torch.tensor(list((values | changes).values()), device=device)
+    return torch.tensor(list((SCALARS | changes).values()), device=device)
 
 
 def make_banks(
@@ -31,7 +47,9 @@ def make_banks(
     momentum: torch.dtype = torch.float32,
     update: torch.dtype = torch.float32,
     shapes: list[tuple[int, ...]] = SHAPES,
+    ahead: bool = False,
 ) -> list[MuonBank]:
+    """Random banks; with `ahead` EMA-Nesterov keeps their parameters ahead of random weights."""
     rng = torch.Generator().manual_seed(0)
 
     def random(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -45,6 +63,8 @@ def make_banks(
             param=random(s, torch.float32),
             average=random(s, torch.float32),
             lr_scale=LR_SCALE,
+            base=random(s, torch.float32) if ahead else None,
+            velocity=random(s, torch.float32) if ahead else None,
         )
         for s in shapes
     ]
@@ -63,17 +83,22 @@ def assert_banks_close(got: list[MuonBank], want: list[MuonBank], rounding: floa
             ("update", polar),
             ("param", polar),
             ("average", polar),
+            ("base", polar),
+            ("velocity", polar),
         ):
+            if getattr(b, name) is None:
+                continue
             error = (getattr(a, name).double() - getattr(b, name).double()).abs()
             assert not error.numel() or error.max() <= bound, f"bank {index} {name}: {error.max():.2e}"
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize(
     ("nesterov", "lerp", "row_normalize"), list(itertools.product((True, False), repeat=3))
 )
-def test_step_equals_the_reference(nesterov, lerp, row_normalize, device) -> None:
+def test_step_equals_the_reference(nesterov, lerp, row_normalize, ahead, device) -> None:
     rule = MuonRule([JORDAN] * 2, nesterov=nesterov, lerp=lerp, row_normalize=row_normalize)
-    banks, hyper = make_banks(device), make_scalars(device)
+    banks, hyper = make_banks(device, ahead=ahead), make_scalars(device)
     expected = clone(banks)
     muon_step_ref(expected, hyper, rule)
     muon_step(banks, hyper, rule)
@@ -176,19 +201,22 @@ def test_zero_rows_and_matrices_stay_zero(device) -> None:
 
 def test_updates_alone_leave_the_parameters_to_apply(device) -> None:
     rule, hyper = MuonRule([JORDAN] * 2), make_scalars(device)
-    whole = make_banks(device)
+    whole = make_banks(device, ahead=True)
     split = clone(whole)
     muon_step(whole, hyper, rule)
-    muon_step([bank._replace(param=None, average=None) for bank in split], hyper, rule)
+    alone = {"param": None, "average": None, "base": None, "velocity": None}
+    muon_step([bank._replace(**alone) for bank in split], hyper, rule)
     muon_apply(
         [bank.param for bank in split],
         [bank.update for bank in split],
         hyper,
         lr_scales=[LR_SCALE] * len(split),
         averages=[bank.average for bank in split],
+        bases=[bank.base for bank in split],
+        velocities=[bank.velocity for bank in split],
     )
     for a, b in zip(whole, split, strict=True):
-        assert torch.equal(a.param, b.param) and torch.equal(a.average, b.average)
+        assert all(torch.equal(getattr(a, name), getattr(b, name)) for name in alone)
 
 
 @pytest.mark.parametrize("cautious", [False, True])
@@ -265,16 +293,17 @@ def test_no_banks_is_no_work(device) -> None:
 
 
 def op_arguments(device: torch.device) -> tuple[object, ...]:
-    banks = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
-    names = ("param", "grad", "momentum", "update", "average")
+    banks = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)], ahead=True)
+    names = ("param", "grad", "momentum", "update", "average", "base", "velocity")
     lists = [[getattr(bank, name) for bank in banks] for name in names]
     return (*lists, make_scalars(device), [1.0, 2.0], [*JORDAN], 1e-7, True, False, True, True, 0)
 
 
 def test_opcheck_accepts_both_operators(device) -> None:
     torch.library.opcheck(torch.ops.pgolf.muon_step, op_arguments(device))
-    params, _, _, updates, averages, hyper, scales, *_ = op_arguments(device)
-    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, averages, hyper, scales, True))
+    params, _, _, updates, *kept, hyper, scales = op_arguments(device)[:9]
+    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, *kept, hyper, scales, True))
+    torch.library.opcheck(torch.ops.pgolf.muon_apply, (params, updates, [], [], [], hyper, scales, False))
 
 
 def test_a_backward_pass_notices_changed_parameters(device) -> None:
@@ -293,7 +322,7 @@ def test_a_backward_pass_notices_changed_parameters(device) -> None:
 
 def test_compile_in_one_graph_matches_eager(device) -> None:
     rule, hyper = MuonRule([JORDAN] * 2, row_normalize=True), make_scalars(device)
-    eager = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)])
+    eager = make_banks(device, shapes=[(2, 5, 7), (1, 8, 4)], ahead=True)
     compiled = clone(eager)
 
     def step(banks: list[MuonBank], hyper: Tensor) -> Tensor:
@@ -310,17 +339,18 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
 def test_captured_step_follows_the_scalars() -> None:
     device = torch.device("cuda")
     rule = MuonRule([JORDAN] * 2, row_normalize=True)
-    banks, hyper = make_banks(device), make_scalars(device)
+    banks, hyper = make_banks(device, ahead=True), make_scalars(device)
     expected = clone(banks)
     graph = torch.cuda.CUDAGraph()
     muon_step(clone(banks), hyper, rule)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
         muon_step(banks, hyper, rule)
-    for lr, momentum in ((0.1, 0.8), (0.01, 0.95)):
-        hyper.copy_(make_scalars(device, lr=lr, momentum=momentum))
+    for lr, momentum, shift in ((0.1, 0.8, 0.25), (0.01, 0.95, 0.0)):
+        scalars = make_scalars(device, lr=lr, momentum=momentum, shift=shift, velocity_weight=lr)
+        hyper.copy_(scalars)
         graph.replay()
-        muon_step(expected, make_scalars(device, lr=lr, momentum=momentum), rule)
+        muon_step(expected, scalars, rule)
     assert_banks_close(banks, expected, 0.0, 0.0)
 
 
@@ -370,6 +400,19 @@ def change(index: int, **fields: object):
             ValueError,
             "average needs param",
         ),
+        (
+            lambda banks: [b._replace(param=None, average=None, base=b.grad) for b in banks],
+            {},
+            ValueError,
+            "base needs param",
+        ),
+        (change(0, base=torch.zeros(2, 5, 7)), {}, ValueError, "base must be given in all banks or in none"),
+        (
+            lambda banks: [b._replace(base=b.param.clone()) for b in banks],
+            {},
+            ValueError,
+            "expected 2 velocities, one per tensor, got 0",
+        ),
         (list, {"coefficients": []}, ValueError, "must be 1 to 10 triples .* got 0 numbers"),
         (list, {"coefficients": [JORDAN] * 11}, ValueError, "must be 1 to 10 triples .* got 33 numbers"),
         (list, {"coefficients": [(1.0, 2.0)]}, ValueError, r"must be triples \(a, b, c\), got \(1.0, 2.0\)"),
@@ -400,8 +443,8 @@ def test_tensors_on_two_devices_are_refused() -> None:
 @pytest.mark.parametrize(
     ("hyper", "error", "message"),
     [
-        (torch.zeros(4), ValueError, r"hyper must be \(5,\) contiguous, got \[4\]"),
-        (torch.zeros(5).double(), TypeError, "hyper must be float32, got Double"),
+        (torch.zeros(5), ValueError, r"hyper must be \(7,\) contiguous, got \[5\]"),
+        (torch.zeros(7).double(), TypeError, "hyper must be float32, got Double"),
     ],
 )
 def test_bad_scalars_are_named(hyper, error, message) -> None:
@@ -419,23 +462,33 @@ def test_apply_names_lists_that_do_not_fit() -> None:
         muon_apply([p], [p], hyper, lr_scales=[])
     with pytest.raises(ValueError, match="expected 1 averages, one per tensor, got 2"):
         muon_apply([p], [p], hyper, lr_scales=[1.0], averages=[p, p])
+    with pytest.raises(ValueError, match="expected 1 bases, one per tensor, got 0"):
+        muon_apply([p], [p], hyper, lr_scales=[1.0], velocities=[p])
+    with pytest.raises(ValueError, match=r"velocity 0 must have shape \[3\], got \[4\]"):
+        muon_apply([p], [p], hyper, lr_scales=[1.0], bases=[p], velocities=[torch.zeros(4)])
+    with pytest.raises(TypeError, match="base 0 must be Float, got Double"):
+        muon_apply([p], [p], hyper, lr_scales=[1.0], bases=[p.double()], velocities=[p])
 
 
 def test_places_of_the_scalars_are_those_of_the_kernels() -> None:
     # Each scalar moves what it should and nothing else.
-    assert (LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT) == (0, 1, 2, 3, 4)
+    places = (LR, MOMENTUM, WEIGHT_DECAY, GRAD_SCALE, AVERAGE_WEIGHT, VELOCITY_WEIGHT, SHIFT)
+    assert places == (0, 1, 2, 3, 4, 5, 6)
     cpu, rule = torch.device("cpu"), MuonRule([JORDAN])
-    for name in ("lr", "momentum", "weight_decay", "grad_scale", "average_weight"):
-        banks = make_banks(cpu, shapes=[(1, 3, 4)])
+    for name in SCALARS:
+        banks = make_banks(cpu, shapes=[(1, 3, 4)], ahead=True)
         old = clone(banks)[0]
-        only = dict.fromkeys(("lr", "momentum", "weight_decay", "grad_scale", "average_weight"), 0.0)
+        only = dict.fromkeys(SCALARS, 0.0)
         hyper = make_scalars(cpu, **(only | {name: 0.5} | ({"lr": 0.5} if name == "weight_decay" else {})))
         muon_step(banks, hyper, rule)
         bank = banks[0]
         keep = {"momentum": 0.5 * old.momentum, "grad_scale": 0.5 * old.grad}
         torch.testing.assert_close(bank.momentum, keep.get(name, torch.zeros_like(old.momentum)))
-        torch.testing.assert_close(
-            bank.param, 0.75 * old.param if name == "weight_decay" else old.param, rtol=1e-6, atol=1e-6
-        )
-        moved = 0.5 * (old.average + bank.param) if name == "average_weight" else old.average
+        x = 0.75 * old.param if name == "weight_decay" else old.param
+        torch.testing.assert_close(bank.base, x, rtol=1e-6, atol=1e-6)
+        moved = 0.5 * (old.average + x) if name == "average_weight" else old.average
         torch.testing.assert_close(bank.average, moved)
+        turned = 0.5 * (old.velocity + x - old.base) if name == "velocity_weight" else old.velocity
+        torch.testing.assert_close(bank.velocity, turned)
+        ahead = x + 0.5 * old.velocity if name == "shift" else x
+        torch.testing.assert_close(bank.param, ahead, rtol=1e-6, atol=1e-6)

@@ -54,7 +54,7 @@ def reference_step(params, grads, buffers, squares, slow, config, momentum):
 
 def hyper(momentum, weight_decay, device="cpu"):
     """The hyperparameters of a step on the device, without clip and average."""
-    return torch.tensor([LR, momentum, weight_decay, 1.0, 0.0], device=device)
+    return torch.tensor([LR, momentum, weight_decay, 1.0, 0.0, 0.0, 0.0], device=device)
 
 
 def build(config, device):
