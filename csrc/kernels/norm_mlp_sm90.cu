@@ -4,46 +4,25 @@
 // one's output waits in registers, as many bytes as would else be staged in shared memory.
 #include <cuda.h>
 
-#include "kernels/linear_softcap_ce_epilogue.cuh"
 #include "kernels/norm_mlp.h"
-#include "kernels/product_sm90.cuh"
+#include "kernels/product_rows.cuh"
 
 namespace pgolf {
 namespace {
 
+using product::eight_columns;
+using product::first_element;
 using product::kFragments;
+using product::kRows;
 using product::kTile;
+using product::late_place;
 using product::Place;
-
-constexpr int kRows = 2 * kFragments;  // of a thread
-
-// Rows of a thread: two of each fragment, 8 and 64 apart.
-__device__ __forceinline__ int row_of(const Place& place, int r) {
-  return place.row + r / 2 * 64 + r % 2 * 8;
-}
+using product::row_of;
 
 // The word of this thread's signs of a row.
 __device__ __forceinline__ int64_t sign_word(const Place& place, int r, int column_tiles) {
   const int64_t tile = static_cast<int64_t>(place.block) * column_tiles + place.column_tile;
   return tile * 512 + r * 128 + static_cast<int>(threadIdx.x % 128);
-}
-
-// Columns 32 run + 8 t .. 8 t + 7 of one of the two rows that a thread of lane 4 g + t holds of a fragment.
-__device__ __forceinline__ void eight_columns(float (&v)[8], const float (&c)[64], int half, int run) {
-  PGOLF_UNROLL
-  for (int i = 0; i < 8; ++i) v[i] = c[run * 16 + i / 2 * 4 + half * 2 + i % 2];
-}
-
-// A thread's place that the compiler computes where it is used, not before the product: all registers are
-// taken there.
-__device__ __forceinline__ Place late_place(const Place& place) {
-  return {epilogue::late(place.row), place.column_tile, place.block};
-}
-
-// First element of a thread's part of a row.
-__device__ __forceinline__ int64_t first_element(const Place& place, int r, int column_tiles) {
-  return static_cast<int64_t>(row_of(place, r)) * (column_tiles * kTile) + place.column_tile * kTile +
-         lane_index() % 4 * 8;
 }
 
 __device__ __forceinline__ float add_squares(float sum, uint4 v) {
