@@ -35,6 +35,7 @@ from pgolf.config import ModelConfig
 from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
+from pgolf.model import heads as heads_node
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
@@ -127,7 +128,7 @@ FAMILIES = (
     ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
     ("norms_and_mixes", r"triton_|pgolf::mix_"),
-    ("heads", r"pgolf::.*(qk_norm_rope|sum_gain|head_mix)"),
+    ("heads", r"pgolf::.*(qk_norm_rope|QkvRopeEpilogue|sum_gain|head_mix)"),
     ("mlp", r"pgolf::.*(UpEpilogue|DactEpilogue|norm_mlp|rho_kernel)"),
     ("pgolf", r"pgolf::"),
 )
@@ -285,6 +286,9 @@ BLOCKS = {"thread": None, "plain": False}
 """Form of the blocks -> `threads` of `GPT.prepare`: what adds the gradients of streams with several readers,
 the blocks (if they are compiled one by one) or autograd."""
 
+QKV = {"default": heads_node.QKV_ROPE, "linear": False, "rope": True}
+"""Who computes the product of q, k and v -> `QKV_ROPE` of `pgolf.model.heads`."""
+
 
 def main() -> None:
     """Parse arguments, time every contender in both loop modes, and write the results."""
@@ -303,6 +307,13 @@ def main() -> None:
     )
     parser.add_argument(
         "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
+    )
+    parser.add_argument(
+        "--qkv",
+        nargs="+",
+        default=["default"],
+        choices=tuple(QKV),
+        help="what computes the product of q, k and v: the model's default, F.linear, qkv_rope",
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
@@ -325,8 +336,11 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.heads, args.form)
-    for form, attention, mlp, mix, heads, blocks in contenders:
+    contenders = itertools.product(
+        args.compile, args.attention, args.mlp, args.mix, args.heads, args.form, args.qkv
+    )
+    for form, attention, mlp, mix, heads, blocks, qkv in contenders:
+        heads_node.QKV_ROPE = QKV[qkv]
         model = make_model(config).prepare(
             device,
             attention=attention,
@@ -341,7 +355,7 @@ def main() -> None:
         impl = "pgolf" if plain else f"{FORMS[form]} {ATTENTION[attention]}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
         impl += (heads != "auto") * f", {heads} heads"
-        impl += (blocks != "thread") * f", {blocks}"
+        impl += (blocks != "thread") * f", {blocks}" + (qkv != "default") * f", qkv {qkv}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()

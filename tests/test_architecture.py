@@ -227,7 +227,7 @@ def test_functions_stay_readable_in_length() -> None:
     assert not long, f"more than {FUNCTION_LIMIT} lines of code in one function"
 
 
-COMPOSED = {"doc_attention", "head_mix", "norm_mlp", "qk_norm_rope", "stream_mix"}
+COMPOSED = {"doc_attention", "head_mix", "norm_mlp", "qk_norm_rope", "qkv_rope", "stream_mix"}
 """Operators that torch's own compute where they have no CUDA kernel."""
 STEMS = [p for p in python_files("pgolf/ops") if not p.stem.startswith("_")]
 

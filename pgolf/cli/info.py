@@ -25,8 +25,8 @@ OPTIONAL = {
 }
 """By package: the module that is imported, and what is not available without it."""
 NOTE = """
-cpu no: there PyTorch's operators compute the same. The CUDA kernels of norm_mlp and doc_attention are for
-Hopper GPUs alone; other GPUs get PyTorch's operators for them."""
+cpu no: there PyTorch's operators compute the same. The CUDA kernels of norm_mlp, qkv_rope and
+doc_attention are for Hopper GPUs alone; other GPUs get PyTorch's operators for them."""
 
 
 def state(peer: Peer, without: str) -> str:

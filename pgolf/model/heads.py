@@ -4,7 +4,8 @@ As separate operators, v has two gradients, of attention and of exclusive self-a
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
 node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, attention and `head_mix`. On the
 way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
-Attention is `doc_attention` or flash-attn-4.
+Attention is `doc_attention` or flash-attn-4. With `QKV_ROPE`, the product of q, k and v is part of the node,
+and `qkv_rope` computes it together with q and k.
 
 Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
 makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
@@ -39,11 +40,15 @@ from pgolf.model.rope import rope_tables
 from pgolf.ops._hopper import has_kernels
 from pgolf.ops.head_mix import Kind
 from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
+from pgolf.ops.qkv_rope import HEAD_DIM, LEAST_HEADS, MOST_WIDTH, ROTATED
 from pgolf.peers import describe
 
 HeadsName = Literal["auto", "composed"]
 KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
 """`ModelConfig.head_gate` -> `kind` of `head_mix`."""
+
+QKV_ROPE = False
+"""Whether `select_branch` lets `qkv_rope` compute the product of q, k and v where its kernel takes it."""
 
 
 class _Heads(torch.autograd.Function):
@@ -52,7 +57,8 @@ class _Heads(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        qkv: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
         z: Tensor | None,
         gain: Tensor,
         cos: Tensor,
@@ -63,20 +69,25 @@ class _Heads(torch.autograd.Function):
         mix: tuple[float, Kind] | None,
         doc: bool,
     ) -> Tensor:
-        q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
+        if weight is None:
+            qkv = x
+            q, k = torch.ops.pgolf.qk_norm_rope(qkv, gain, cos, sin, head_dim)
+        else:
+            qkv, q, k = torch.ops.pgolf.qkv_rope(x, weight, gain, cos, sin, head_dim)
         v = _values(qkv, k)
         if doc:
             y, lse = torch.ops.pgolf.doc_attention(q, k, v, cu_seqlens, head_dim**-0.5)
         else:
             y, lse = torch.ops.pgolf.fa4_forward(q, k, v, cu_seqlens, max_seqlen)
-        ctx.save_for_backward(qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse)
+        n = None if weight is None else x
+        ctx.save_for_backward(n, weight, qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse)
         ctx.max_seqlen, ctx.head_dim, ctx.mix, ctx.doc = max_seqlen, head_dim, mix, doc
         out: Tensor = y if mix is None else torch.ops.pgolf.head_mix(y, v, z, *mix)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse = ctx.saved_tensors
+        n, weight, qkv, z, gain, cos, sin, cu_seqlens, q, k, y, lse = ctx.saved_tensors
         v, dz, delta = _values(qkv, k), None, None
         mixed: list[Tensor] = []
         if ctx.mix is not None:
@@ -91,7 +102,12 @@ class _Heads(torch.autograd.Function):
         dqkv, dgain = torch.ops.pgolf.qk_norm_rope_backward(
             dq, dk, [dv, *mixed], qkv, gain, cos, sin, ctx.head_dim
         )
-        return dqkv, dz if z is not None else None, dgain.to(gain.dtype), *(None,) * 7
+        dx, dweight = dqkv, None
+        if weight is not None:
+            # As autograd does for F.linear.
+            dx = dqkv @ weight if ctx.needs_input_grad[0] else None
+            dweight = dqkv.t() @ n if ctx.needs_input_grad[1] else None
+        return dx, dweight, dz if z is not None else None, dgain.to(gain.dtype), *(None,) * 7
 
 
 def _values(qkv: Tensor, k: Tensor) -> Tensor:
@@ -100,7 +116,7 @@ def _values(qkv: Tensor, k: Tensor) -> Tensor:
 
 
 def attend_heads(
-    qkv: Tensor,
+    x: Tensor,
     z: Tensor | None,
     gain: Tensor,
     rope: tuple[Tensor, Tensor],
@@ -110,16 +126,17 @@ def attend_heads(
     head_dim: int,
     mix: tuple[float, Kind] | None,
     doc: bool = False,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Attend from the product of q, k and v; exclude each token's own value, and multiply by the head gate.
 
     q, k = qk_norm_rope(qkv)     y = attention(q, k, v)     result = head_mix(y, v, z), or y without `mix`
 
-    The backward pass keeps qkv, q, k, y, z and the logsumexp of attention. The result can be differentiated
-    once, by torch.autograd; it works under torch.compile and in CUDA graphs.
+    The backward pass keeps qkv, q, k, y, z and the logsumexp of attention, and with `weight` also that and x.
+    The result can be differentiated once, by torch.autograd; it works under torch.compile and in CUDA graphs.
 
     Args:
-        qkv: `(T, (H + 2 G) K)` bfloat16, contiguous.
+        x: qkv `(T, (H + 2 G) K)` bfloat16, contiguous; with `weight` the input of the product `(T, D)`.
         z: `(T, H)`, logits of the head gate; None: no gate.
         gain: `(H,)`.
         rope: cosines and sines, `(T, 1, R / 2)` float32 each.
@@ -127,12 +144,13 @@ def attend_heads(
         head_dim: K.
         mix: `scale` and `kind` of `head_mix`; None: return y. Then z must be None.
         doc: whether to attend with `doc_attention`; otherwise with flash-attn-4.
+        weight: `((H + 2 G) K, D)`, dtype of x: qkv = x weight^T, by `qkv_rope`.
 
     Returns:
         `(T, H, K)`.
     """
     out: Tensor = _Heads.apply(  # type: ignore[no-untyped-call]
-        qkv, z, gain, *rope, cu_seqlens, max_seqlen, head_dim, mix, doc
+        x, weight, z, gain, *rope, cu_seqlens, max_seqlen, head_dim, mix, doc
     )
     return out
 
@@ -151,10 +169,12 @@ def heads_branch(
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
     doc: bool = False,
+    product: bool = False,
 ) -> Tensor:
     """Compute `attention_branch` with `attend_heads`; arguments as in both.
 
-    `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. What the operators do not compute is left
+    `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. With `product`, `qkv_rope` computes the
+    product of q, k and v, except where adapters add to it. What the operators do not compute is left
     to `attention_branch` and `kernel`: value embeddings, learned strengths of the exclusion, and outputs of
     some tokens only.
     """
@@ -176,17 +196,20 @@ def heads_branch(
         mix = scale if gate == "sparse" else 1.0, KINDS[gate]
         if weights.gate is not None:
             z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
-    qkv = F.linear(n, weights.qkv)
-    if any(part is not None for part in lora[:3]):
+    added = any(part is not None for part in lora[:3])
+    inside = product and not added
+    x = n if inside else F.linear(n, weights.qkv)
+    if added:
         widths = [config.width, config.kv_width, config.kv_width]
-        parts = zip(torch.split(qkv, widths, dim=-1), lora[:3], strict=True)
+        parts = zip(torch.split(x, widths, dim=-1), lora[:3], strict=True)
         # One tensor, as the operators take it: the compiler adds while it writes.
-        qkv = torch.cat([part if extra is None else part + extra for part, extra in parts], dim=-1)
+        x = torch.cat([part if extra is None else part + extra for part, extra in parts], dim=-1)
     y = attend_heads(
-        *(qkv, z, weights.q_gain, rope, cu_seqlens, config.max_context),
+        *(x, z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
         mix=mix,
         doc=doc,
+        weight=weights.qkv if inside else None,
     )
     if not exclusive and gate != "none":
         assert weights.gate is not None
@@ -199,6 +222,9 @@ def heads_branch(
 
 
 doc_branch = functools.partial(heads_branch, doc=True)
+PLAIN: dict[str, Branch] = {"doc": doc_branch, "fa4": heads_branch}
+WITH_PRODUCT: dict[str, Branch] = {n: functools.partial(b, product=True) for n, b in PLAIN.items()}
+"""Attention -> branch; in the second, `qkv_rope` computes the product."""
 
 
 class Heads(NamedTuple):
@@ -222,14 +248,14 @@ def select_branch(
 
     If `name` is "auto", it is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
     with torch's variable-length attention it is neither, because its forward and backward operators are
-    private. Where the other kernels do not take these heads or this device, it is `attention_branch`. The
-    programs that stand alone have `_no_heads.py` in place of this module.
+    private. With `QKV_ROPE`, `qkv_rope` computes their product where its kernel takes it. Where the other
+    kernels do not take these heads or this device, it is `attention_branch`. The programs that stand alone
+    have `_no_heads.py` in place of this module.
 
     A trial compares both first, as one does for attention; if they differ, the note says how, with which
     rank 0 warns.
     """
-    branches: dict[str, Branch] = {"doc": doc_branch, "fa4": heads_branch}
-    branch = branches.get(attention)
+    branch = (WITH_PRODUCT if QKV_ROPE and _takes_product(config) else PLAIN).get(attention)
     if branch is None or name == "composed" or not _takes(config):
         return Heads("composed", attention_branch, "")
     problem = _problem(branch, kernel, config, device)
@@ -287,3 +313,11 @@ def _takes(config: ModelConfig) -> bool:
     """Return whether this build has the kernels next to attention, and they take heads of this size."""
     known = config.head_dim in HEAD_DIMS and config.heads // config.kv_heads in HEADS_PER_GROUP
     return known and all(has_kernels(op, "cuda", None, hopper=False) for op in ("qk_norm_rope", "head_mix"))
+
+
+def _takes_product(config: ModelConfig) -> bool:
+    """Return whether this build has the kernel of `qkv_rope`, and it takes heads of this size."""
+    heads, groups = config.heads, config.kv_heads
+    known = config.head_dim == HEAD_DIM and config.rope_dims in ROTATED and heads % 2 == groups % 2 == 0
+    fits = config.width <= MOST_WIDTH and heads + 2 * groups >= LEAST_HEADS
+    return known and fits and has_kernels("qkv_rope", "cuda", None)

@@ -52,6 +52,7 @@ from pgolf.ops.qk_norm_rope import (
     qk_norm_rope_backward_ref,
     qk_norm_rope_ref,
 )
+from pgolf.ops.qkv_rope import qkv_rope, qkv_rope_ref
 from pgolf.ops.range_coder import decode_codes, decode_codes_ref, encode_codes, encode_codes_ref
 from pgolf.ops.softcap_ce import softcap_ce, softcap_ce_ref
 from pgolf.ops.stream_mix import stream_mix, stream_mix_ref
@@ -98,6 +99,8 @@ __all__ = [
     "qk_norm_rope_backward",
     "qk_norm_rope_backward_ref",
     "qk_norm_rope_ref",
+    "qkv_rope",
+    "qkv_rope_ref",
     "quantize_pack",
     "quantize_pack_ref",
     "quantize_pack_sdclip",

@@ -43,6 +43,7 @@ OPERATORS = (
     "stream_mix_backward",
     "qk_norm_rope",
     "qk_norm_rope_backward",
+    "qkv_rope",
     "head_mix",
     "head_mix_backward",
     "doc_attention",

@@ -2,8 +2,10 @@
 
 import operator
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -74,13 +76,13 @@ def installed_fa4():
 
 def kernel_of(form):
     """The attention kernel of a form on a Hopper GPU."""
-    return doc_kernel if form == "doc" else installed_fa4()
+    return installed_fa4() if form == "fa4" else doc_kernel
 
 
 GATES = ["none", "sparse", "dense", "out"]
-BRANCHES = {"fa4": heads_branch, "doc": doc_branch}
+BRANCHES = {"fa4": heads_branch, "doc": doc_branch, "product": heads.WITH_PRODUCT["doc"]}
 FORMS = pytest.mark.parametrize("form", BRANCHES)
-"""Both kinds of attention."""
+"""Both kinds of attention, and the second with the product of q, k and v in the node."""
 LENGTHS = {"documents": [11, 1, 13], "one token": [1], "ones": [1] * 5}
 
 
@@ -131,6 +133,33 @@ def test_a_layer_and_its_gradients_are_those_of_the_composed_operators(fa4, gate
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@FORMS
+@pytest.mark.parametrize("of", [("n",), ("qkv",), ("gain",), ("n", "gate")], ids="-".join)
+def test_a_part_of_the_gradients_is_the_same_as_in_all_of_them(fa4, of, form):
+    leaves, context = layer(small(), [11, 1, 13])
+    wanted = dict(zip(("y", *leaves), passed(BRANCHES[form], None, small(), leaves, context), strict=True))
+    frozen = {name: t if name in of else t.detach() for name, t in leaves.items()}
+    weights = AttentionWeights(frozen["qkv"], frozen["out"], frozen["gain"], frozen["gate"], None, None)
+    out = BRANCHES[form](small(), None, frozen["n"], weights, exclusive=True, **context)
+    rng = torch.Generator().manual_seed(1)
+    direction = torch.randn(out.shape, generator=rng, dtype=torch.float64)
+    found = torch.autograd.grad(out, [frozen[name] for name in of], direction)
+    for name, grad in zip(of, found, strict=True):
+        assert torch.equal(grad, wanted[name]), name
+
+
+@pytest.mark.parametrize("attention", heads.PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_product_in_the_node_has_the_bits_of_the_one_before_it(fa4, attention, dtype):
+    leaves, context = layer(small(), [11, 1, 13], dtype)
+    wanted, found = (
+        passed(branches[attention], None, small(), leaves, context)
+        for branches in (heads.PLAIN, heads.WITH_PRODUCT)
+    )
+    for name, a, b in zip(("y", *leaves), found, wanted, strict=True):
+        assert a.dtype == dtype and torch.equal(a, b), name
+
+
 @pytest.mark.parametrize("doc", [False, True])
 @pytest.mark.parametrize(
     "gate", [None, (0.7, 1), (1.0, 2), (1.0, 0)], ids=["no mix", "sparse", "out", "none"]
@@ -150,12 +179,36 @@ def test_the_gradients_are_those_of_the_differences(fa4, gate, doc):
     inputs = (qkv, gain) if used is None else (qkv, gain, used)
     torch.autograd.gradcheck(run, inputs)
 
+    def with_product(weight, n, gain, *z):
+        z = z or (None,)
+        return attend_heads(n, *z, gain, rope, cu, 3, head_dim=4, mix=gate, doc=doc, weight=weight)
+
+    n, weight = (
+        torch.randn(s, generator=rng, dtype=torch.float64).requires_grad_() for s in ((5, 6), (32, 6))
+    )
+    torch.autograd.gradcheck(with_product, (weight, n, *inputs[1:]))
+
+
+def attention_of(form):
+    """What `GPT.prepare` is told for a form."""
+    return {"attention": "fa4" if form == "fa4" else "doc"}
+
+
+def with_product(form, *, always=False):
+    """Let a model that is prepared meanwhile compute what the form says, `always`: without a kernel."""
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(heads, "QKV_ROPE", form == "product"))
+    if always:
+        stack.enter_context(mock.patch.object(heads, "_takes_product", lambda _: True))
+    return stack
+
 
 def prepared(config, dtype=torch.float64, *, form="composed", **more) -> GPT:
     """A model with a kind of attention whose heads are one node, or with composed operators."""
     model = randomized(config)
-    how = {"attention": "fa4", "heads": "composed"} if form == "composed" else {"attention": form}
-    model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **how, **more)
+    how = {"attention": "fa4", "heads": "composed"} if form == "composed" else attention_of(form)
+    with with_product(form, always=True):
+        model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **how, **more)
     model.compute_dtype = dtype
     return model
 
@@ -179,6 +232,7 @@ def test_states_and_gradients_of_a_model_are_the_composed_ones(fa4, change):
         same(states(prepared(config, form="fa4"), lengths, loop=loop), wanted)
         same(states(prepared(config, form="fa4", threads=True), lengths, loop=loop), wanted)
         same(states(prepared(config, form="doc", threads=loop), lengths, loop=loop), wanted)
+        same(states(prepared(config, form="product", threads=loop), lengths, loop=loop), wanted)
 
 
 @FORMS
@@ -261,23 +315,30 @@ def test_tokens_that_are_not_asked_for_are_left_to_the_composed_operators(fa4):
 def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_composed_operators(monkeypatch):
     monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: True)
     monkeypatch.setattr(heads, "_problem", lambda *_: "")
-    config = replace(small(), width=512, heads=8, kv_heads=4)
+    config = replace(small(), width=512, heads=8, kv_heads=4, rope_dims=16)
 
     def select(name, kernel, config):
         return heads.select_branch(name, kernel, sdpa_attention, config, CPU).branch
 
-    for kernel, branch in BRANCHES.items():
+    for kernel, branch in heads.PLAIN.items():
+        monkeypatch.setattr(heads, "QKV_ROPE", False)
         assert select("auto", kernel, config) is branch
+        monkeypatch.setattr(heads, "QKV_ROPE", True)
+        assert select("auto", kernel, config) is heads.WITH_PRODUCT[kernel]
+        odd, wide = {"width": 256, "heads": 4, "kv_heads": 1}, {"width": 1024, "heads": 16}
+        for sizes in ({"rope_dims": 8}, odd, wide):
+            assert select("auto", kernel, replace(config, **sizes)) is branch
         assert select("composed", kernel, config) is attention_branch
         for sizes in ({"heads": 16}, {"kv_heads": 1}):
             assert select("auto", kernel, replace(config, **sizes)) is attention_branch
     for kernel in ("varlen", "sdpa"):
         assert select("auto", kernel, config) is attention_branch
     assert select("auto", "fa4", replace(config, width=1024)) is heads_branch  # heads of 128 columns
-    for missing in ("qk_norm_rope", "head_mix"):
+    for missing in ("qk_norm_rope", "head_mix", "qkv_rope"):
         monkeypatch.setattr(heads, "has_kernels", lambda op, *_, absent=missing, **__: op != absent)
-        for kernel in BRANCHES:
-            assert select("auto", kernel, config) is attention_branch
+        for kernel, branch in heads.PLAIN.items():
+            wanted = branch if missing == "qkv_rope" else attention_branch
+            assert select("auto", kernel, config) is wanted
 
 
 @FORMS
@@ -341,8 +402,9 @@ def compiled_states(config, form, backend, *, loop=True, **more):
         ({"head_gate": "dense"}, False, "fa4"),
         ({"head_gate": "none", "xsa_layers": 2}, None, "fa4"),
         ({"xsa_layers": 2}, None, "doc"),
+        ({"xsa_layers": 2}, None, "product"),
     ],
-    ids=["threads", "plain", "half exclusive", "doc"],
+    ids=["threads", "plain", "half exclusive", "doc", "product"],
 )
 def test_compiled_blocks_compute_the_same(fa4, change, threads, form):
     config = replace(small(), **change)
@@ -369,6 +431,7 @@ def test_inductor_computes_the_same(fa4, form):
 OPERATORS = ("qk_norm_rope", "head_mix", "head_mix_backward", "qk_norm_rope_backward")
 ATTENTION = {"fa4": ("fa4_forward", "fa4_backward"), "doc": ("doc_attention", "doc_attention_backward")}
 OPERATORS = {form: {f"pgolf.{n}.default" for n in (*OPERATORS, *two)} for form, two in ATTENTION.items()}
+OPERATORS["product"] = OPERATORS["doc"] - {"pgolf.qk_norm_rope.default"} | {"pgolf.qkv_rope.default"}
 VIEWS = {"aten.view.default", "aten.slice.Tensor", "aten.permute.default", "aten.t.default", "getitem"}
 VIEWS |= {"aten._unsafe_view.default", "aten.reshape.default"}
 PRODUCTS = {"aten.mm.default", "aten.addmm.default"}
@@ -386,7 +449,9 @@ def beyond_views(nodes, step):
     return found
 
 
-@pytest.mark.parametrize(("change", "form"), [({}, "fa4"), ({"head_gate": "none"}, "fa4"), ({}, "doc")])
+@pytest.mark.parametrize(
+    ("change", "form"), [({}, "fa4"), ({"head_gate": "none"}, "fa4"), ({}, "doc"), ({}, "product")]
+)
 def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_or_copies(fa4, change, form):
     graphs, operators = [], OPERATORS[form]
 
@@ -408,6 +473,8 @@ def test_next_to_attention_compiled_blocks_have_products_and_nothing_that_adds_o
             seen.add(called(node))
             before = beyond_views(node.all_input_nodes, lambda n: n.all_input_nodes[:1])
             after = beyond_views(list(node.users), lambda n: list(n.users))
+            if called(node) == "pgolf.qkv_rope.default":
+                before = []  # a product, too: what it reads may be anything
             for other in (*before, *after):
                 allowed = other.op in ("placeholder", "output") or called(other) in operators | PRODUCTS
                 assert allowed, f"{called(other)} next to {called(node)}"
@@ -504,8 +571,9 @@ def test_the_kernels_of_a_layer_give_the_same_bits_again(compiled, form):
         ({}, "doc", {"mix": "auto", "threads": False}),
         ({"xsa_layers": 2, "head_gate": "out"}, "doc", {}),
         ({}, "fa4", {}),
+        ({}, "product", {}),
     ],
-    ids=["threads", "stream_mix", "half exclusive", "flash-attn-4"],
+    ids=["threads", "stream_mix", "half exclusive", "flash-attn-4", "product"],
 )
 def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operators(change, form, more):
     kernel_of(form)
@@ -514,15 +582,18 @@ def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operat
 
     def run(heads):
         torch._dynamo.reset()
-        cuda = {"attention": form, "compile": "blocks", "heads": heads, **more}
-        return whole(randomized(config).prepare(torch.device("cuda"), **cuda), True)
+        cuda = {**attention_of(form), "compile": "blocks", "heads": heads, **more}
+        with with_product(form):
+            model = randomized(config).prepare(torch.device("cuda"), **cuda)
+        return whole(model, True)
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         ours = run("auto")
     names = [event.key for event in profile.key_averages()]
-    assert {"pgolf::qk_norm_rope", "pgolf::qk_norm_rope_backward"} <= set(names)
+    forward = "pgolf::qkv_rope" if form == "product" else "pgolf::qk_norm_rope"
+    assert {forward, "pgolf::qk_norm_rope_backward"} <= set(names)
     assert {"pgolf::head_mix", "pgolf::head_mix_backward"} <= set(names)
-    assert ("pgolf::doc_attention_backward" in names) == (form == "doc")
+    assert ("pgolf::doc_attention_backward" in names) == (form != "fa4")
     composed = run("composed")
     for name, truth in want.items():
         error, bound = (float((found[name].cpu() - truth).norm()) for found in (ours, composed))
