@@ -117,14 +117,21 @@ __device__ __forceinline__ void with_numbers(const float* numbers, const Place& 
 // Producers: one warp copies queries, one upstream gradients, one keys and values.
 
 // Copies a block of queries, or of upstream gradients, for each step of the consumers, and a number per
-// query. Queries come when there are zeros to which the step can add their dq.
-template <bool Grads>
+// query: the log2 sum, or of `Polynomials` queries in 8 what ex2_polynomial takes. Queries come when there
+// are zeros to which the step can add their dq.
+template <bool Grads, int Polynomials>
 __device__ void produce(const Args& args, const Shared& shared, const CUtensorMap* map) {
   constexpr uint32_t kTiles = Grads ? kGradsAt : kQueriesAt, kNumbers = Grads ? kDeltasAt : kLogSumsAt;
-  // Queries of the next document: with an infinite sum p is 0.
-  constexpr float kFactor = Grads ? 1.0f : kLog2E, kOutside = Grads ? 0.0f : INFINITY;
+  constexpr float kFactor = Grads ? 1.0f : kLog2E;
   const float* const numbers = Grads ? args.delta : args.lse;
   const int lane = static_cast<int>(threadIdx.x) % 32;
+  // The same for all queries of a lane, which are 8 numbers apart.
+  const bool polynomial = !Grads && is_polynomial(Polynomials, lane / 8 * 2 + lane % 2);
+  // Queries of the next document: with an infinite sum p is 0.
+  const float outside = Grads ? 0.0f : polynomial ? -INFINITY : INFINITY;
+  const auto number_of = [&](float value) {
+    return polynomial ? fmaf(value, -kFactor / kRange, kBias / kRange) : kFactor * value;
+  };
   Ring<Grads ? kGradStages : kQueryStages> at;
   Walk walk(args.plan, args.groups, shared.drawn());
   while (walk.next()) {
@@ -138,7 +145,7 @@ __device__ void produce(const Args& args, const Shared& shared, const CUtensorMa
       float number[kTile / 32];
       PGOLF_UNROLL
       for (int i = 0; i < kTile / 32; ++i) {
-        number[i] = first + lane + 32 * i < tile.end ? kFactor * source[lane + 32 * i] : kOutside;
+        number[i] = first + lane + 32 * i < tile.end ? number_of(source[lane + 32 * i]) : outside;
       }
       if constexpr (!Grads) {
         if (left == args.ratio) {
@@ -206,10 +213,14 @@ inline __device__ void produce_keys(const Args& args, const Shared& shared, cons
 
 // Consumers.
 
-// p^T in place of s^T, from log2 sums in shared memory.
+// p^T in place of s^T, from log2 sums in shared memory, or what ex2_polynomial takes.
+template <int Polynomials>
 __device__ __forceinline__ void exponentials(float (&s)[64], const float* log_sums, float factor,
                                              bool diagonal, const Place& at) {
-  with_numbers(log_sums, at, [&](int i, float sum) { s[i] = ex2_approx(fmaf(s[i], factor, -sum)); });
+  with_numbers(log_sums, at, [&](int i, float sum) {
+    s[i] = is_polynomial(Polynomials, i / 4 * 2 + i % 2) ? ex2_polynomial(s[i], factor / kRange, sum)
+                                                         : ex2_approx(fmaf(s[i], factor, -sum));
+  });
   if (!diagonal) return;
   PGOLF_UNROLL
   for (int n = 0; n < 16; ++n) {
@@ -275,7 +286,8 @@ __device__ __forceinline__ void begin_scores(float (&s)[64], uint64_t keys, cons
   wgmma_commit();
 }
 
-inline __device__ void consume(const Args& args, const Shared& shared, const CUtensorMap* dq_map) {
+template <int Polynomials>
+__device__ void consume(const Args& args, const Shared& shared, const CUtensorMap* dq_map) {
   const Place at;
   const float factor = args.scale * kLog2E;
   const uint64_t keys = wgmma_descriptor(shared.keys() + at.group * kRows * 128);
@@ -296,7 +308,7 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
     begin_scores(s, keys, shared, ring, true);
     wgmma_wait<0>();
     wgmma_keep_order(s);
-    exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, true, at);
+    exponentials<Polynomials>(s, shared.row(kLogSumsAt, ring.stage), factor, true, at);
     int head = group * args.ratio;
     int first = tile.first, left = args.ratio;
     do {
@@ -361,7 +373,7 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
       wgmma_wait<2>();
       wgmma_keep_order(s);
       // While these products run.
-      exponentials(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
+      exponentials<Polynomials>(s, shared.row(kLogSumsAt, ring.stage), factor, first == tile.first, at);
       wgmma_wait<1>();
       wgmma_keep_order(dq);
       add_dq(dq, shared, dq_map, args.scale, this_head, this_first + at.group * kRows, at);
@@ -389,6 +401,7 @@ inline __device__ void consume(const Args& args, const Shared& shared, const CUt
   if (threadIdx.x % kGroup == 0) tma_store_wait();
 }
 
+template <int Polynomials>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
            const __grid_constant__ CUtensorMap values, const __grid_constant__ CUtensorMap grads,
@@ -422,15 +435,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x < kGroup) {
     registers_lower<kProducerRegisters>();
     if (threadIdx.x < 32) {
-      produce<false>(args, shared, &queries);
+      produce<false, Polynomials>(args, shared, &queries);
     } else if (threadIdx.x < 64) {
-      produce<true>(args, shared, &grads);
+      produce<true, 0>(args, shared, &grads);
     } else if (threadIdx.x == 64) {
       produce_keys(args, shared, &keys, &values, &dq);
     }
   } else {
     registers_raise<kConsumerRegisters>();
-    consume(args, shared, &dq);
+    consume<Polynomials>(args, shared, &dq);
   }
 }
 

@@ -15,6 +15,13 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
+// a b + c, or what is nearest to it of 0 to 1; 0 for NaN.
+__device__ __forceinline__ float fma_saturate(float a, float b, float c) {
+  float y;
+  asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(y) : "f"(a), "f"(b), "f"(c));
+  return y;
+}
+
 // 1 / x, relative error about 2^-23.
 __device__ __forceinline__ float rcp_approx(float x) {
   float y;

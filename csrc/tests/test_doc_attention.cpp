@@ -1,5 +1,5 @@
 // doc_attention's Hopper kernels, run on the host (host_cuda/cuda_runtime.h), against a direct float64
-// evaluation; the drawing of tiles and their list also alone.
+// evaluation; the drawing of tiles, their list and the polynomial for exponentials also alone.
 #include <limits>
 #include <numeric>
 
@@ -64,57 +64,102 @@ struct Error {
   }
 };
 
-void test_matches_float64(const Case& at) {
-  launch_seed = at.seed;
+// The kernels with a share of polynomials.
+struct Launchers {
+  decltype(doc_attention_sm90)* forward;
+  decltype(doc_attention_backward_sm90)* backward;
+};
+constexpr Launchers kDefault{doc_attention_sm90, doc_attention_backward_sm90};
+constexpr Launchers kShares[] = {{run_forward<0>, run_backward<0>},
+                                 {run_forward<1>, run_backward<1>},
+                                 {run_forward<2>, run_backward<2>},
+                                 {run_forward<3>, run_backward<3>},
+                                 {run_forward<4>, run_backward<4>}};
+
+struct Problem {
+  std::vector<int32_t> starts;  // of documents
+  DocAttentionShape shape;
+  Heads q, k, all, grad;
+  int of_q, of_k;  // elements of a token
+  bf16* values() { return all.values.data() + of_q + of_k; }
+};
+
+Problem make_problem(const Case& at) {
   std::vector<int32_t> starts{0};
   for (const int32_t length : at.lengths) starts.push_back(starts.back() + length);
-  const int64_t tokens = starts.back(), ratio = at.heads / at.groups;
-  const DocAttentionShape shape{tokens, at.heads, at.groups, static_cast<int>(at.lengths.size()), 0.15f};
-  const int64_t of_q = int64_t{at.heads} * kColumns, of_k = int64_t{at.groups} * kColumns;
+  const int64_t tokens = starts.back();
+  const int of_q = at.heads * kColumns, of_k = at.groups * kColumns;
   // v is the end of wider rows, as in a product of q, k and v.
-  const int64_t wide = of_q + 2 * of_k;
-  const Heads q{random_matrix(tokens * of_q, 1 + at.seed, at.size), of_q};
-  const Heads k{random_matrix(tokens * of_k, 2 + at.seed), of_k};
-  const Heads all{random_matrix(tokens * wide, 3 + at.seed), wide};
-  const Heads grad{random_matrix(tokens * of_q, 4 + at.seed), of_q};
+  const int wide = of_q + 2 * of_k;
+  return {.starts = starts,
+          .shape = {tokens, at.heads, at.groups, static_cast<int>(at.lengths.size()), 0.15f},
+          .q = {random_matrix(tokens * of_q, 1 + at.seed, at.size), of_q},
+          .k = {random_matrix(tokens * of_k, 2 + at.seed), of_k},
+          .all = {random_matrix(tokens * wide, 3 + at.seed), wide},
+          .grad = {random_matrix(tokens * of_q, 4 + at.seed), of_q},
+          .of_q = of_q,
+          .of_k = of_k};
+}
+
+struct Found {
+  Heads y, dk, dv;
+  std::vector<float> lse, dq;
+};
+
+Found compute(const Launchers& kernels, Problem& in) {
+  const DocAttentionShape& shape = in.shape;
+  const auto count = static_cast<size_t>(shape.tokens * shape.heads);
+  const Heads of_groups{unwritten(shape.tokens * in.of_k), in.of_k};
+  Found found{.y = {unwritten(shape.tokens * in.of_q), in.of_q},
+              .dk = of_groups,
+              .dv = of_groups,
+              .lse = std::vector<float>(count, NAN),
+              .dq = std::vector<float>(count * kColumns, NAN)};
+  std::vector<float> delta(count, NAN);
+  std::vector<DocTile> plan = unwritten_plan(shape, doc_attention_queries(shape.heads / shape.groups));
+  kernels.forward({.q = in.q.values.data(),
+                   .k = in.k.values.data(),
+                   .v = in.values(),
+                   .q_stride = in.q.stride,
+                   .k_stride = in.k.stride,
+                   .v_stride = in.all.stride,
+                   .documents = in.starts.data(),
+                   .plan = plan.data(),
+                   .y = found.y.values.data(),
+                   .lse = found.lse.data()},
+                  shape, nullptr);
+  std::vector<DocTile> back = unwritten_plan(shape, kDocKeys);
+  std::vector<uint32_t> filled(static_cast<size_t>(doc_attention_flags(shape)), 7);
+  kernels.backward({.q = in.q.values.data(),
+                    .k = in.k.values.data(),
+                    .v = in.values(),
+                    .grad = in.grad.values.data(),
+                    .q_stride = in.q.stride,
+                    .k_stride = in.k.stride,
+                    .v_stride = in.all.stride,
+                    .grad_stride = in.grad.stride,
+                    .y = found.y.values.data(),
+                    .lse = found.lse.data(),
+                    .documents = in.starts.data(),
+                    .delta = delta.data(),
+                    .plan = back.data(),
+                    .filled = filled.data(),
+                    .dq = found.dq.data(),
+                    .dk = found.dk.values.data(),
+                    .dv = found.dv.values.data()},
+                   shape, nullptr);
+  return found;
+}
+
+void test_matches_float64(const Case& at, const Launchers& kernels = kDefault) {
+  launch_seed = at.seed;
+  Problem problem = make_problem(at);
+  const auto& [y, dk, dv, lse, dq] = compute(kernels, problem);
+  const auto& [starts, shape, q, k, all, grad, of_q, of_k] = problem;
+  const int64_t tokens = shape.tokens, ratio = at.heads / at.groups;
   const auto value = [&](int64_t token, int64_t group, int64_t column) {
     return all.at(token, at.heads + at.groups + group, column);
   };
-  Heads y{unwritten(tokens * of_q), of_q}, dk{unwritten(tokens * of_k), of_k}, dv = dk;
-  const auto count = static_cast<size_t>(tokens * at.heads);
-  std::vector<float> lse(count, NAN), delta(count, NAN), dq(count * kColumns, NAN);
-  std::vector<DocTile> plan = unwritten_plan(shape, doc_attention_queries(static_cast<int>(ratio)));
-  doc_attention_sm90({.q = q.values.data(),
-                      .k = k.values.data(),
-                      .v = all.values.data() + of_q + of_k,
-                      .q_stride = of_q,
-                      .k_stride = of_k,
-                      .v_stride = wide,
-                      .documents = starts.data(),
-                      .plan = plan.data(),
-                      .y = y.values.data(),
-                      .lse = lse.data()},
-                     shape, nullptr);
-  std::vector<DocTile> back = unwritten_plan(shape, kDocKeys);
-  std::vector<uint32_t> filled(static_cast<size_t>(doc_attention_flags(shape)), 7);
-  doc_attention_backward_sm90({.q = q.values.data(),
-                               .k = k.values.data(),
-                               .v = all.values.data() + of_q + of_k,
-                               .grad = grad.values.data(),
-                               .q_stride = of_q,
-                               .k_stride = of_k,
-                               .v_stride = wide,
-                               .grad_stride = of_q,
-                               .y = y.values.data(),
-                               .lse = lse.data(),
-                               .documents = starts.data(),
-                               .delta = delta.data(),
-                               .plan = back.data(),
-                               .filled = filled.data(),
-                               .dq = dq.data(),
-                               .dk = dk.values.data(),
-                               .dv = dv.values.data()},
-                              shape, nullptr);
 
   Error of_y, of_lse, of_dq, of_dk, of_dv;
   std::vector<double> want_dk(static_cast<size_t>(tokens * of_k)), want_dv = want_dk;
@@ -179,6 +224,55 @@ void test_matches_float64(const Case& at) {
   of_dq.check_below(2e-2, name + ": dq");
   of_dk.check_below(2e-2, name + ": dk");
   of_dv.check_below(5e-3, name + ": dv");
+}
+
+// Results that get something of masked pairs alone are 0, exactly, however large that is. In the second
+// document only the last token has a key and a value, which no earlier query may see, and only the first one
+// a gradient, which no later key may get. All of the documents next to it is large.
+void test_masked_pairs_are_zero(const Launchers& kernels, int heads) {
+  Problem problem = make_problem({{30, 100, 60}, heads, 1, 300.0f, 30});
+  for (Heads* const large : {&problem.k, &problem.all, &problem.grad})
+    for (bf16& value : large->values) value = from_float<bf16>(300.0f * to_float(value));
+  const int64_t begin = problem.starts[1], end = problem.starts[2];
+  const auto clear = [](Heads& of, int64_t first, int64_t last) {
+    std::fill(of.values.begin() + first * of.stride, of.values.begin() + last * of.stride,
+              from_float<bf16>(0.0f));
+  };
+  clear(problem.k, begin, end - 1);
+  clear(problem.all, begin, end - 1);
+  clear(problem.grad, begin + 1, end);
+  const Found found = compute(kernels, problem);
+  for (int64_t c = 0; c < kColumns; ++c) {
+    for (int64_t i = begin; i < end; ++i) {
+      for (int64_t head = 0; head < heads && i < end - 1; ++head) {
+        check(found.y.at(i, head, c) == 0.0, "y of earlier queries");
+        check(found.dq[static_cast<size_t>((i * heads + head) * kColumns + c)] == 0.0f,
+              "dq of earlier queries");
+      }
+      check(i == begin || found.dk.at(i, 0, c) == 0.0, "dk of later keys");
+      check(i == begin || found.dv.at(i, 0, c) == 0.0, "dv of later keys");
+    }
+  }
+}
+
+void test_polynomial() {
+  using attention::kBias, attention::kRange;
+  const auto power = [](float x) { return attention::ex2_polynomial(x, 1.0f / kRange, kBias / kRange); };
+  for (float x = -126.0f; x < 128.0f; x += 0.00171f) {
+    // Of this 5e-6 is the rounding of x.
+    check(std::abs(power(x) / std::exp2(static_cast<double>(x)) - 1.0) < 9.2e-5, "2^" + std::to_string(x));
+  }
+  for (int x = -126; x < 128; ++x)
+    check(power(static_cast<float>(x)) == std::ldexp(1.0f, x), "a whole power of 2 is exact");
+  for (float x = -127.0f; x < -126.0f; x += 0.001f)
+    check(power(x) >= 0.0f && power(x) < std::ldexp(1.0f, -126), "below the least normal number");
+  for (const float x : {-127.0f, -127.01f, -1e4f, -3e38f, -INFINITY, NAN})
+    check(std::bit_cast<uint32_t>(power(x)) == 0, "2^" + std::to_string(x) + " is 0");
+  for (int share = 0; share <= 4; ++share) {
+    int count = 0;
+    for (int i = 8; i < 24; ++i) count += attention::is_polynomial(share, i) ? 1 : 0;
+    check(count == 2 * share, "as many polynomials as asked for");
+  }
 }
 
 // The list of tiles alone, which is the only part that long documents and many of them are quick enough for.
@@ -285,6 +379,13 @@ int main() {
           Case{{129}, 2, 1, 1.0f, 2}, Case{{1, 1, 1, 3}, 4, 1, 1.0f, 3}, Case{{97, 31}, 4, 1, 1.0f, 4},
           Case{{300, 0, 1, 70}, 4, 2, 1.0f, 5}, Case{{200}, 2, 1, 8.0f, 6}})
       test_matches_float64(at);
+    test_polynomial();
+    for (const Launchers& kernels : kShares) {
+      for (const Case& at : {Case{{129}, 2, 1, 1.0f, 2}, Case{{97, 31}, 4, 1, 1.0f, 4},
+                             Case{{300, 0, 1, 70}, 1, 1, 1.0f, 5}, Case{{200}, 2, 1, 8.0f, 6}})
+        test_matches_float64(at, kernels);
+      for (const int heads : {1, 4}) test_masked_pairs_are_zero(kernels, heads);
+    }
     // Far more tiles than are drawn ahead, of more documents and groups than there are blocks.
     multiprocessors = 3;
     blocks_together = true;  // some wait for the zeros that others write

@@ -243,6 +243,12 @@ T atomicAdd(T* target, T value) {
   return before;
 }
 inline void __threadfence() {}
+// a + b, rounded down. Exact in double precision but for numbers far apart, whose rest is then what is left.
+inline float __fadd_rd(float a, float b) {
+  const double sum = static_cast<double>(a) + b, rest = (a - (sum - b)) + (b - (sum - (sum - b)));
+  const auto near = static_cast<float>(sum);
+  return near > sum || (near == sum && rest < 0.0) ? std::nextafter(near, -INFINITY) : near;
+}
 inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }

@@ -12,6 +12,9 @@
 namespace pgolf {
 
 inline float ex2_approx(float x) { return std::exp2(x); }
+inline float fma_saturate(float a, float b, float c) {
+  return std::fmin(std::fmax(std::fma(a, b, c), 0.0f), 1.0f);  // fmax has 0 for NaN
+}
 inline float rcp_approx(float x) { return 1.0f / x; }
 inline float min_nan(float a, float b) { return a != a || b != b ? NAN : std::min(a, b); }
 
