@@ -13,13 +13,20 @@ scored tokens per second and GPU; `peak_mib` is the largest GPU memory that torc
 the same bits per byte up to rounding; the differences from the first one are printed. Within a case, what
 comes after the first compiled form finds its graphs compiled. On a CPU only the eager form is measured. Under
 torchrun all ranks score together, and rank 0 writes.
+
+With `--profile FIRST COUNT` nothing is scored to its end. Of the cases with adapters, COUNT steps from step
+FIRST on are profiled, and as many after them once more, with what the host does: milliseconds of a step by
+family of kernels (`ms_...`, also `ms_idle`) and by the operator that launched them (`ms_of_...`). The longest
+documents come first, so that a late step of the first batch has windows of full length.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import re
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,7 @@ import numpy as np
 import torch
 
 from bench.common import RESULTS, Recorder, Sample
+from bench.step import Kernel, families
 from pgolf.artifact.read import Artifact, build_model, read_artifact
 from pgolf.config import EvaluateConfig, PhasesConfig, TttConfig
 from pgolf.data.loader import ValidationText
@@ -35,7 +43,7 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.phases import phased_pass
-from pgolf.evaluate.predictor import Pass, evaluating, read
+from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, evaluating, read
 from pgolf.evaluate.replayed import capture
 from pgolf.evaluate.sliding import Fixed, sliding_windows, window_pass, window_questions
 from pgolf.evaluate.ttt import adapted_pass
@@ -123,6 +131,133 @@ class Bench:
         return found, seconds, peak
 
 
+FAMILIES = (
+    ("adam", r"[Aa]dam"),
+    ("copies", r"Memcpy|Memset|copy|CatArray|[Ff]ill"),
+    ("elementwise", r"elementwise|vectorized|reduce"),
+)
+"""Families of kernels that `bench.step` has no name for."""
+
+
+class Enough(Exception):
+    """All steps that were to be profiled are."""
+
+
+class Profiled:
+    """A predictor of which some steps are profiled, first what runs on the device, then the host as well.
+
+    It raises `Enough` after them.
+
+    Args:
+        predictor: whose steps are profiled.
+        first: the step, from 0, with which that begins.
+        count: steps of each of the two profiles.
+    """
+
+    def __init__(self, predictor: Predictor, first: int, count: int, device: torch.device) -> None:
+        self._predictor, self._device = predictor, device
+        self._edges = first, first + count, first + 2 * count
+        self._step = 0
+        self._open: Any = None
+        self.events: list[list[Any]] = []
+        """Of both profiles."""
+        self.windows: list[tuple[int, int]] = []
+        """(tokens of all windows, tokens of each) of every question in the profiles."""
+        self.begin, self.state = predictor.begin, predictor.state
+
+    def predict(self, inputs: Inputs) -> Distributions:
+        """Return the distributions of the predictor."""
+        if self._open is None and self._step == self._edges[0]:
+            self._turn()
+        if self._open is not None:
+            self.windows.append((inputs.ids.numel(), inputs.width))
+        return self._predictor.predict(inputs)
+
+    def learn(self, lesson: Lesson) -> None:
+        """Let the predictor learn, which ends a step."""
+        self._predictor.learn(lesson)
+        self._step += 1
+        if self._step in self._edges[1:]:
+            self._turn()
+
+    def _turn(self) -> None:
+        """End the profile that is under way, and begin the next one."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if self._open is not None:
+            self._open.stop()
+            self.events.append(self._open.events())
+        if len(self.events) == 2:
+            raise Enough
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if self._device.type == "cuda":
+            device = torch.profiler.ProfilerActivity.CUDA
+            activities = [*activities, device] if self.events else [device]
+        self._open = torch.profiler.profile(activities=activities)
+        self._open.start()
+
+
+def by_family(kernels: list[Kernel]) -> dict[str, float]:
+    """Return milliseconds by family of kernels."""
+    found = {name: ms for name, (ms, _) in families(kernels).items() if name != "other"}
+    others: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        if "other" in families([kernel]):
+            name = next((name for name, names in FAMILIES if re.search(names, kernel.name)), "other")
+            others[name] += (kernel.end - kernel.start) / 1000
+    return found | others
+
+
+def by_operator(events: list[Any], device: torch.device) -> dict[str, float]:
+    """Return milliseconds of kernels by the operator that launched them; without a GPU, of operators."""
+    found: dict[str, float] = defaultdict(float)
+    for event in events:
+        if device.type != "cuda":
+            found[event.name] += event.self_cpu_time_total / 1000
+        for kernel in event.kernels:
+            found[event.name] += kernel.duration / 1000
+    return found
+
+
+def profile(
+    bench: Bench, case: str, form: str, recorder: Recorder, name: str, steps: tuple[int, int]
+) -> None:
+    """Profile some steps of a case with adapters; record them, the most costly first."""
+    from torch.autograd import DeviceType
+
+    first, count = steps
+    model = bench.model(compiled=form != "eager")
+    with evaluating(model):
+        run = bench.start(case, model, compiled=form != "eager")
+        run = capture(run)[0] if form == "captured" else run
+        profiled = Profiled(run.predictor, first, count, bench.dist.device)
+        try:
+            read(run._replace(predictor=profiled), bench.text, bench.dist, bos_id=bench.bos_id)
+        except Enough:
+            pass
+        else:
+            raise UserError(f"the text has fewer than {first + 2 * count} steps; lower --profile")
+    kernels = [
+        Kernel(e.name, e.time_range.start, e.time_range.end)
+        for e in profiled.events[0]
+        if e.device_type == DeviceType.CUDA and e.time_range.end > e.time_range.start
+    ]
+    tables = by_family(kernels), by_operator(profiled.events[1], bench.dist.device)
+    if bench.dist.is_main:
+        tokens, widths = zip(*profiled.windows, strict=True)
+        print(f"windows of {min(widths):,} to {max(widths):,} tokens", flush=True)
+        window_tokens = Sample(sum(tokens) / (2 * count), 0.0, 2 * count)
+        recorder.add(name, NAMES[form], "window_tokens", window_tokens, "1")
+        for prefix, table in zip(("ms_", "ms_of_"), tables, strict=True):
+            for what, ms in sorted(table.items(), key=lambda item: -item[1]):
+                if ms / count >= LEAST_MS:
+                    recorder.add(name, NAMES[form], prefix + what, Sample(ms / count, 0.0, count), "ms")
+
+
+LEAST_MS = 0.01
+"""What takes less time of a step is left out."""
+
+
 def forms_of(case: str, device: torch.device, forms: list[str]) -> list[str]:
     """Return those of the forms in which a case is measured."""
     if device.type != "cuda":
@@ -196,6 +331,9 @@ def main() -> None:
         default=[(TttConfig.batch_tokens, TttConfig.batch_documents)],
         help="most tokens of a step and most documents of a batch, for adapters; each in turn",
     )
+    parser.add_argument(
+        "--profile", nargs=2, type=int, metavar=("FIRST", "COUNT"), help="profile steps with adapters"
+    )
     parser.add_argument("--again", action="store_true", help="time compiled forms without compiling, too")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--file", default="ttt", help="name of the result file")
@@ -209,7 +347,7 @@ def main() -> None:
     text = folder.validation(documents=args.documents)
     recorder = Recorder("ttt", dist.device, args.out, file=args.file)
     suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
-    for case in args.cases:
+    for case in [c for c in args.cases if args.profile is None or c in ADAPTED]:
         torch.compiler.reset()
         forms = forms_of(case, dist.device, args.forms)
         for tokens, documents in args.batches if case == "record_adapters" else args.batches[:1]:
@@ -217,7 +355,11 @@ def main() -> None:
             settings = EvaluateConfig(adapters=adapters, phases=phases)
             bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings, args.shared)
             note = f", {tokens:,} tokens" if len(args.batches) > 1 and case == "record_adapters" else ""
-            measure(bench, case, recorder, case + suffix, forms, again=args.again, note=note)
+            if args.profile is None:
+                measure(bench, case, recorder, case + suffix, forms, again=args.again, note=note)
+                continue
+            for form in forms:
+                profile(bench, case, form, recorder, case + suffix, tuple(args.profile))
     if dist.is_main:
         recorder.write()
     dist.close()

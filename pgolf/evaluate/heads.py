@@ -11,19 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgolf.data.loader import IGNORED_TARGET
+from pgolf.model.heads import unrounded_logits
 from pgolf.model.lora import Adapters
-from pgolf.ops import linear_softcap_ce
-
-
-def unrounded_logits(hidden: Tensor, table: Tensor) -> Tensor:
-    """Return hidden table^T, `(R, V)`, in float32, or in float64 for such input.
-
-    Logits rounded to bfloat16 have errors of up to 0.03 at 10; about half the variance of the errors adds to
-    the mean loss: 1e-4 nats. Products in float32 are slow, but this one is small next to the blocks'.
-    """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    return F.linear(hidden.to(dtype), table.to(dtype))
+from pgolf.ops import linear_softcap_ce, softcap_ce
 
 
 class Head(NamedTuple):
@@ -49,8 +39,7 @@ class Head(NamedTuple):
 class AdaptedHead(NamedTuple):
     """Distributions of a model with adapters, or with a cap that has two sides.
 
-    The fused loss cannot be used, because the adapters add to the logits. PyTorch operators are fast enough,
-    as a chunk has few rows compared with its window.
+    The loss that is fused with the product cannot be used, because the adapters add to the logits.
     """
 
     hidden: Tensor
@@ -64,17 +53,20 @@ class AdaptedHead(NamedTuple):
 
     def nats(self, targets: Tensor) -> Tensor:
         """Return the losses of targets, see `Distributions`."""
-        return F.cross_entropy(self._logits(), targets, ignore_index=IGNORED_TARGET, reduction="none")
+        logits, cap = self._logits()
+        return softcap_ce(logits, targets, cap, reduction="none")
 
     def log_probabilities(self, rows: Tensor) -> Tensor:
         """Return the logarithms of all probabilities, see `Distributions`."""
-        return F.log_softmax(self._logits()[rows], dim=-1)
+        logits, cap = self._logits()
+        logits = logits[rows]
+        return F.log_softmax(logits if cap is None else cap * torch.tanh(logits / cap), dim=-1)
 
-    def _logits(self) -> Tensor:
-        logits = unrounded_logits(self.hidden, self.table)
+    def _logits(self) -> tuple[Tensor, float | None]:
+        """Return the logits, and the cap that they have not yet."""
         extra = None if self.adapters is None else self.adapters.head(self.hidden)
-        logits = logits if extra is None else logits + extra
+        logits = unrounded_logits(self.hidden, self.table, extra)
         if self.caps is None:
-            return self.cap * torch.tanh(logits / self.cap)
+            return logits, self.cap
         cap = torch.where(logits > 0, self.caps[0], self.caps[1])
-        return cap * torch.tanh(logits / cap)
+        return cap * torch.tanh(logits / cap), None

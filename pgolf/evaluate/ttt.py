@@ -24,7 +24,6 @@ Legend: `N` documents that are read, `C` tokens of a chunk, `W` of a window, `D`
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -41,6 +40,7 @@ from pgolf.evaluate.ensemble import Ensemble
 from pgolf.evaluate.heads import AdaptedHead
 from pgolf.evaluate.predictor import Done, Inputs, Lesson, Pass, Predictor, Question, Turn
 from pgolf.model.adapted import compile_adapted
+from pgolf.model.blocks import LayerWeights
 from pgolf.model.chunk_gradient import ChunkGradient
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.model.lora import bind, initial_adapters
@@ -177,10 +177,9 @@ class AdapterState:
         model: determines the sizes, the dtype, the device and the number of executed layers.
         config: rank, learning rate and the other settings.
         documents: largest number of documents.
-        compiled: take the step in compiled kernels, which read and write every tensor once.
     """
 
-    def __init__(self, model: GPT, config: TttConfig, documents: int, *, compiled: bool = False) -> None:
+    def __init__(self, model: GPT, config: TttConfig, documents: int) -> None:
         slots = sum(map(len, layer_order(model.config, loop=True)))
         device, dtype = model.tok_emb.device, model.compute_dtype
         self._config = config
@@ -191,9 +190,6 @@ class AdapterState:
         self._copies = self._values
         if dtype != torch.float32:
             self._copies = {n: torch.empty_like(t, dtype=dtype) for n, t in self._values.items()}
-        self._adamw: Callable[..., None] | None = None
-        if compiled:
-            self._adamw = torch.compile(adamw, fullgraph=True, dynamic=False)
         self._steps = 0
         self.reset(warm=False)
 
@@ -230,15 +226,7 @@ class AdapterState:
         self._steps += 1
         groups = (self._values, self._squares, gradients, self._copies)
         values, squares, found, copies = ([group[n][:count] for n in gradients] for group in groups)
-        correction = 1 - self._config.beta2**self._steps
-        if self._adamw is not None and count > 1:  # a size of 1 would need a graph of its own
-            for t in (*values, *squares, *found, *copies):
-                torch._dynamo.mark_dynamic(t, 0)
-            # A tensor, because the compiler makes a constant of a number.
-            number = torch.full((), correction, device=values[0].device)
-            self._adamw(values, squares, found, copies, self._config, number)
-        else:
-            adamw(values, squares, found, copies, self._config, correction)
+        adamw(values, squares, found, copies, self._config, self._steps)
 
 
 def adamw(
@@ -247,7 +235,7 @@ def adamw(
     gradients: list[Tensor],
     copies: list[Tensor],
     config: TttConfig,
-    correction: float | Tensor,
+    step: int,
 ) -> None:
     """Take one step of AdamW without momentum on lists of tensors, with few launches for all of them.
 
@@ -258,19 +246,25 @@ def adamw(
         gradients: g, in the dtype of `copies`.
         copies: p rounded to the compute dtype; updated. In float32 it has the tensors of `values`.
         config: lr, weight decay wd, beta2 and eps.
-        correction: 1 - beta2^t.
+        step: t, from 1 on.
     """
     c = config
-    same = gradients[0].dtype == values[0].dtype
-    g = gradients if same else [t.to(torch.float32) for t in gradients]
-    torch._foreach_mul_(squares, c.beta2)
-    torch._foreach_addcmul_(squares, g, g, value=1 - c.beta2)
-    torch._foreach_mul_(values, 1 - c.lr * c.weight_decay)
-    roots = torch._foreach_div(squares, correction)
-    torch._foreach_sqrt_(roots)
-    torch._foreach_add_(roots, c.eps)
-    torch._foreach_addcdiv_(values, g, roots, value=-c.lr)
-    if not same:
+    g = [torch.empty_like(t) for t in values]  # contiguous, as the step takes them
+    torch._foreach_copy_(g, gradients)
+    steps = [torch.full((), step, dtype=torch.float32, device=g[0].device)] * len(g)
+    # Without momentum the first moment is the gradient, in the same memory. Each tensor is read and written
+    # once, as in a compiled step.
+    torch._fused_adamw_(
+        *(values, g, g, squares, [], steps),
+        lr=c.lr,
+        beta1=0.0,
+        beta2=c.beta2,
+        weight_decay=c.weight_decay,
+        eps=c.eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    if copies[0] is not values[0]:
         torch._foreach_copy_(copies, values)
 
 
@@ -282,8 +276,7 @@ class Adapted:
         config: settings.
         documents: largest number of documents per batch.
         caps: `(2,)` caps of the logits above and below 0, None for those of the model; they may change.
-        compiled: compile the optimizer and, unless config.gradient is "chunk", the blocks, see
-            `compile_adapted`.
+        compiled: compile the blocks, unless config.gradient is "chunk", see `compile_adapted`.
     """
 
     def __init__(
@@ -300,11 +293,13 @@ class Adapted:
             # Of the same weights, so that others may use the model as it is.
             model = compile_adapted(uncompiled(model, context=model.config.max_context))
         self._model, self._config, self._caps = model, config, caps
-        self._state = AdapterState(model, config, documents, compiled=compiled)
+        self._state = AdapterState(model, config, documents)
         self._leaves: dict[str, Tensor] = {}
+        self._weights: list[LayerWeights] | None = None
 
     def begin(self) -> None:
         """Start other documents with adapters that have no effect."""
+        self._weights = self._model.layer_weights()  # which change between batches at most
         self._state.reset(warm=self._config.warm_a)
 
     def predict(self, inputs: Inputs) -> AdaptedHead:
@@ -317,6 +312,7 @@ class Adapted:
         if self._chunk_gradient is not None and inputs.asked < width and torch.is_grad_enabled():
             hidden, table = self._chunk_gradient.hidden(inputs.ids, inputs.cu_seqlens, **what)
         else:
+            what["weights"] = self._weights
             hidden, table = model.hidden(inputs.ids, inputs.cu_seqlens, loop=True, **what)
         return AdaptedHead(hidden, table, model.config.softcap, self._caps, adapters)
 

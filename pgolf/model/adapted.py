@@ -33,6 +33,7 @@ def compile_adapted(model: GPT, *, backend: str = "inductor") -> GPT:
         backend: backend of torch.compile.
     """
     room_for_graphs(model.config.layers)
+    model._mix = None  # what the compiler makes of the mixes leaves out the gradients of frozen factors
     jit = partial(torch.compile, fullgraph=True, dynamic=False, backend=backend)
     model._serial = _with_symbols(serial_block, jit)
     model._parallel = _with_symbols(parallel_block, jit)

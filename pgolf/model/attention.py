@@ -254,6 +254,15 @@ def asked_rows(x: Tensor, asked: Asked | None) -> Tensor:
     return x if asked is None else asked.rows(x)
 
 
+Term = tuple[Tensor, Tensor] | None
+"""What an adapter adds to a product, as the factors of `low_product`."""
+
+
+def low_product(low: Tensor, b: Tensor) -> Tensor:
+    """Return low B^T of each document, `(N * W, E)`, of `(N, W, r)` and `(N, E, r)`."""
+    return torch.bmm(low, b.mT).flatten(0, 1)
+
+
 def attention_branch(
     config: ModelConfig,
     kernel: AttentionKernel,
@@ -263,7 +272,7 @@ def attention_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: tuple[Tensor | None, ...] = (None,) * 4,
+    lora: tuple[Term, ...] = (None,) * 4,
     values: Tensor | None = None,
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
@@ -292,7 +301,7 @@ def attention_branch(
         q = F.linear(asked.rows(n), weights.qkv[: widths[0]])
         k, v = torch.split(F.linear(n, weights.qkv[widths[0] :]), widths[1:], dim=-1)
     q, k, v = (
-        (part if extra is None else part + extra).view(part.shape[0], -1, config.head_dim)
+        (part if extra is None else part + low_product(*extra)).view(part.shape[0], -1, config.head_dim)
         for part, extra in zip((q, k, v), lora[:3], strict=True)
     )
     if weights.value_scale is not None:
@@ -313,4 +322,4 @@ def attention_branch(
     if observe is not None:
         observe("attn_out", y)
     out = F.linear(y, weights.out)
-    return out if lora[3] is None else out + lora[3]
+    return out if lora[3] is None else out + low_product(*lora[3])

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from pgolf.config import ModelConfig
-from pgolf.model.attention import Asked, AttentionKernel, AttentionWeights, asked_rows
+from pgolf.model.attention import Asked, AttentionKernel, AttentionWeights, Term, asked_rows
 from pgolf.model.gates import MixKernel, Skip, mix_and_norm, mix_lane, rms_norm, update_lanes
-from pgolf.model.lora import LayerLora
+from pgolf.model.lora import LayerLora, Scales
 from pgolf.model.mlp import mlp
 
 MlpKernel = Callable[..., Tensor]
@@ -38,14 +38,6 @@ class LayerWeights(NamedTuple):
     lane_resid: Tensor | None  # (2,)
     scales: Scales
     lora: LayerLora | None = None
-
-
-class Scales(NamedTuple):
-    """The scales that `fold` has multiplied into a layer's matrices, for adapters and observers."""
-
-    ln: Tensor  # ()
-    attn: Tensor  # (D,)
-    mlp: Tensor  # (D,)
 
 
 class Folded(NamedTuple):
@@ -124,10 +116,9 @@ def attend(
     tap: Tap,
 ) -> Tensor:
     """Return the scaled attention `(T, D)` of a layer on its mixed and normed input `n` `(T, D)`."""
-    lora: tuple[Tensor | None, ...] = (None,) * 4
+    lora: tuple[Term, ...] = (None,) * 4
     if w.lora is not None:
-        *qkv, bypass = w.lora.attention(n * w.scales.ln, ctx.asked)
-        lora = (*qkv, None if bypass is None else bypass * w.scales.attn)
+        lora = w.lora.attention(n, w.scales, ctx.asked)
     if tap is not None:
         tap("attn_in", n * w.scales.ln)
     return kernels.branch(
@@ -159,9 +150,7 @@ def feed_forward(
     if w.lora is None or w.lora.mlp_a is None:
         return y
     # The norm again, because kernels do not give away theirs.
-    extra = w.lora.mlp(rms_norm(x) * w.scales.ln)
-    assert extra is not None
-    return y + w.scales.mlp * extra
+    return y + w.lora.mlp(rms_norm(x), w.scales)
 
 
 def serial_block(

@@ -25,7 +25,6 @@ from pgolf.model.blocks import (
     Kernels,
     LayerWeights,
     MlpKernel,
-    Scales,
     Tap,
     fold,
     join_lanes,
@@ -35,7 +34,7 @@ from pgolf.model.blocks import (
 from pgolf.model.embed import Bigram, ChannelSmear, Smear, stem, value_embeddings
 from pgolf.model.gates import MixKernel, Skip
 from pgolf.model.heads import HeadsName, select_branch
-from pgolf.model.lora import Adapters
+from pgolf.model.lora import Adapters, Scales
 from pgolf.model.mudd import NAMES as MUDD_NAMES
 from pgolf.model.mudd import Tail, add_sources
 from pgolf.model.parameters import initial_parameters
@@ -244,6 +243,7 @@ class GPT(nn.Module):
         adapters: Adapters | None = None,
         asked: int = 0,
         rounding: Rounding | None = None,
+        weights: list[LayerWeights] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
 
@@ -253,13 +253,14 @@ class GPT(nn.Module):
                 order; the model must not be compiled. The caller applies the adapter of the head.
             asked: with adapters: return the states of the last `asked` tokens of each document only. Then the
                 layer that runs last computes keys and values of the others, and nothing else. 0: of all.
+            weights: what `layer_weights` returned, if that is known.
         """
         config = self.config
         if max_seqlen > config.max_context:
             raise UserError(
                 f"GPT: max_seqlen must be at most model.max_context={config.max_context}, got {max_seqlen}"
             )
-        weights = self.layer_weights(rounding)
+        weights = weights or self.layer_weights(rounding)
         table = self.tok_emb.to(self.compute_dtype)
         x = self.embed(inputs, table, cu_seqlens)
         if observe is None and inputs.is_cuda:

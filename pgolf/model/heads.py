@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -31,8 +31,10 @@ from pgolf.model.attention import (
     AttentionKernel,
     AttentionName,
     AttentionWeights,
+    Term,
     attention_branch,
     first_difference,
+    low_product,
 )
 from pgolf.model.blocks import Branch
 from pgolf.model.gates import head_gate
@@ -155,6 +157,155 @@ def attend_heads(
     return out
 
 
+def adapted_product(x: Tensor, weight: Tensor, terms: Sequence[Term], firsts: Sequence[int]) -> Tensor:
+    """Return x weight^T, to whose columns from each of `firsts` on the term of an adapter is added in place.
+
+    Put together from parts, the result would be read and written once more, and so would its gradient.
+
+    Args:
+        x: `(N * W, D)`.
+        weight: `(E, D)`.
+        terms: see `Term`; None: nothing is added.
+        firsts: a column for each term.
+
+    Returns:
+        `(N * W, E)`; it can be differentiated.
+    """
+    found = [(*term, first) for term, first in zip(terms, firsts, strict=True) if term is not None]
+    if not found:
+        return F.linear(x, weight)
+    lows, bs, places = map(list, zip(*found, strict=True))
+    out: Tensor = torch.ops.pgolf._adapted_product(x, weight, lows, bs, places)
+    return out
+
+
+def _columns(of: Tensor, bs: list[Tensor], places: list[int]) -> list[Tensor]:
+    """Return the columns `(N, W, E_i)` of `of` `(N * W, E)` that belong to each of `bs` `(N, E_i, r)`."""
+    documents = of.view(bs[0].shape[0], -1, of.shape[1])
+    return [documents[:, :, at : at + b.shape[1]] for b, at in zip(bs, places, strict=True)]
+
+
+def _product_forward(
+    x: Tensor, weight: Tensor, lows: list[Tensor], bs: list[Tensor], places: list[int]
+) -> Tensor:
+    out = F.linear(x, weight)
+    for part, low, b in zip(_columns(out, bs, places), lows, bs, strict=True):
+        part.baddbmm_(low, b.mT)
+    return out
+
+
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    x, weight, lows, bs, ctx.places = inputs
+    # Of frozen weights no gradient is computed, for which alone the input would be kept.
+    ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, *lows, *bs)
+
+
+def _product_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight, *factors = ctx.saved_tensors
+    count = len(ctx.places)
+    lows, bs = factors[:count], factors[count:]
+    of_x, of_weight, of_lows, of_bs = ctx.needs_input_grad[:4]
+    grad = grad.contiguous()
+    parts = _columns(grad, bs, ctx.places)
+    to_lows, to_bs = zip(parts, bs, of_lows, strict=True), zip(parts, lows, of_bs, strict=True)
+    return (
+        grad @ weight if of_x else None,
+        grad.t() @ x if of_weight else None,
+        [torch.bmm(part, b) if need else None for part, b, need in to_lows],
+        [torch.bmm(part.mT, low) if need else None for part, low, need in to_bs],
+        None,
+    )
+
+
+# One operator, because the compiler would copy what is added to; in Python, because its steps are torch's.
+torch.library.define(
+    "pgolf::_adapted_product",
+    "(Tensor x, Tensor weight, Tensor[] lows, Tensor[] bs, int[] places) -> Tensor",
+)
+torch.library.impl("pgolf::_adapted_product", "default", _product_forward)
+torch.library.register_fake(
+    "pgolf::_adapted_product", lambda x, weight, *_: x.new_empty(x.shape[0], weight.shape[0])
+)
+torch.library.register_autograd("pgolf::_adapted_product", _product_backward, setup_context=_product_setup)
+
+
+def unrounded_logits(hidden: Tensor, table: Tensor, extra: Tensor | None = None) -> Tensor:
+    """Return hidden table^T and, if there is one, `extra` added, in float32, or in float64 for such input.
+
+    Logits rounded to bfloat16 have errors of up to 0.03 at 10; about half the variance of the errors adds to
+    the mean loss: 1e-4 nats. On a GPU factors in bfloat16 are multiplied as such, and only their product is
+    not rounded. The gradient of the logits is rounded to the dtype of `hidden` before its products, unless
+    the table is trained, too.
+
+    Args:
+        hidden: `(R, D)`.
+        table: `(V, D)`, dtype of `hidden`.
+        extra: `(R, V)`, what adapters add.
+
+    Returns:
+        `(R, V)`; it can be differentiated.
+    """
+    if not table.requires_grad:
+        found: Tensor = _Logits.apply(hidden, table, extra)  # type: ignore[no-untyped-call]
+        return found
+    logits = _wide_product(hidden, table)
+    return logits if extra is None else logits + extra
+
+
+class _Logits(torch.autograd.Function):
+    """`unrounded_logits` of a table without gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, table: Tensor, extra: Tensor | None) -> Tensor:
+        ctx.save_for_backward(table)
+        if hidden.is_cuda and hidden.dtype == torch.bfloat16:
+            logits = torch.mm(hidden, table.t(), out_dtype=torch.float32)
+        else:
+            logits = _wide_product(hidden, table)
+        return logits if extra is None else logits.add_(extra)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (table,) = ctx.saved_tensors
+        grad = grad.to(table.dtype)
+        return grad @ table, None, grad if ctx.needs_input_grad[2] else None
+
+
+def _wide_product(hidden: Tensor, table: Tensor) -> Tensor:
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return F.linear(hidden.to(dtype), table.to(dtype))
+
+
+def asked_attention(
+    asked: Asked, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int
+) -> Tensor:
+    """Attend from the tokens that are asked for alone; arguments as in `sdpa_attention`, and `asked`.
+
+    Other kernels take as many queries as keys: zeros for the tokens before a chunk, which cost as much.
+
+    Returns:
+        `(T, H, K)`, zero for the other tokens.
+    """
+    del max_seqlen
+    count = cu_seqlens.shape[0] - 1
+
+    def heads(x: Tensor) -> Tensor:
+        """Return `(N, H, W, K)` of `(N * W, H, K)` or of `(N * W, G, K)`."""
+        x = x.view(count, -1, *x.shape[1:]).transpose(1, 2)
+        return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+
+    rows, keys, values = heads(asked.rows(q)), heads(k), heads(v)
+    # The last query sees all keys. That is what this operator means by causal, as `torch.nn.attention.bias`
+    # has it, which loads torch's compiler and does not work in a TorchDispatchMode.
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        y = torch.ops.aten._scaled_dot_product_flash_attention(rows, keys, values, is_causal=True)[0]
+    else:
+        shape = rows.shape[2], keys.shape[2]
+        mask = torch.ones(shape, dtype=torch.bool, device=q.device).tril(shape[1] - shape[0])
+        y = F.scaled_dot_product_attention(rows, keys, values, attn_mask=mask)
+    return asked.padded(y.transpose(1, 2).flatten(0, 1), q.shape[0])
+
+
 def heads_branch(
     config: ModelConfig,
     kernel: AttentionKernel,
@@ -164,7 +315,7 @@ def heads_branch(
     exclusive: bool,
     rope: tuple[Tensor, Tensor],
     cu_seqlens: Tensor,
-    lora: tuple[Tensor | None, ...] = (None,) * 4,
+    lora: tuple[Term, ...] = (None,) * 4,
     values: Tensor | None = None,
     asked: Asked | None = None,
     observe: Callable[[str, Tensor], None] | None = None,
@@ -176,10 +327,13 @@ def heads_branch(
     `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. With `product`, `qkv_rope` computes the
     product of q, k and v, except where adapters add to it. What the operators do not compute is left
     to `attention_branch` and `kernel`: value embeddings, learned strengths of the exclusion, and outputs of
-    some tokens only.
+    some tokens only, for which `asked_attention` is the kernel where it can be.
     """
     others = (weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):
+        # Documents that are padded, as in a captured step, have other starts than their windows.
+        if asked is not None and asked.cu_seqlens is cu_seqlens:
+            kernel = functools.partial(asked_attention, asked)
         return attention_branch(
             *(config, kernel, n, weights),
             exclusive=exclusive,
@@ -196,14 +350,9 @@ def heads_branch(
         mix = scale if gate == "sparse" else 1.0, KINDS[gate]
         if weights.gate is not None:
             z = F.linear(n[:, : weights.gate.shape[1]], weights.gate)
-    added = any(part is not None for part in lora[:3])
-    inside = product and not added
-    x = n if inside else F.linear(n, weights.qkv)
-    if added:
-        widths = [config.width, config.kv_width, config.kv_width]
-        parts = zip(torch.split(x, widths, dim=-1), lora[:3], strict=True)
-        # One tensor, as the operators take it: the compiler adds while it writes.
-        x = torch.cat([part if extra is None else part + extra for part, extra in parts], dim=-1)
+    inside = product and not any(term is not None for term in lora[:3])
+    firsts = 0, config.width, config.width + config.kv_width
+    x = n if inside else adapted_product(n, weights.qkv, lora[:3], firsts)
     y = attend_heads(
         *(x, z, weights.q_gain, rope, cu_seqlens, config.max_context),
         head_dim=config.head_dim,
@@ -218,7 +367,7 @@ def heads_branch(
     if observe is not None:
         observe("attn_out", y)
     out = F.linear(y, weights.out)
-    return out if lora[3] is None else out + lora[3]
+    return out if lora[3] is None else out + low_product(*lora[3])
 
 
 doc_branch = functools.partial(heads_branch, doc=True)

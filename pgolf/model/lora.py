@@ -20,14 +20,26 @@ import torch
 from torch import Tensor
 
 from pgolf.config import PLACES, ModelConfig
-from pgolf.model.attention import Asked
+from pgolf.model.attention import Asked, Term, low_product
 from pgolf.model.parameters import layer_order
+
+
+class Scales(NamedTuple):
+    """The scales that `fold` has multiplied into a layer's matrices, for adapters and observers."""
+
+    ln: Tensor  # ()
+    attn: Tensor  # (D,)
+    mlp: Tensor  # (D,)
+
 
 _NAMES = {"q": "q_b", "k": "k_b", "v": "v_b", "o": "bypass_b"}
 
 
 class LayerLora(NamedTuple):
-    """Adapters of one executed layer: y += scale * (x A^T) B^T; None where there is none."""
+    """Adapters of one executed layer: y += scale * (x A^T) B^T; None where there is none.
+
+    Scales multiply A and B, which have fewer elements than what they are applied to.
+    """
 
     attn_a: (
         Tensor | None
@@ -40,29 +52,30 @@ class LayerLora(NamedTuple):
     mlp_b: Tensor | None  # (N, D, r)
     scale: float
 
-    def attention(self, n: Tensor, asked: Asked | None = None) -> tuple[Tensor | None, ...]:
+    def attention(self, n: Tensor, scales: Scales, asked: Asked | None = None) -> tuple[Term, ...]:
         """Return the terms to add to q, k, v and the attention output: `(R, D)`, `(T, E)` twice, `(R, D)`.
 
         Args:
-            n: `(T, D)` scaled input of the attention.
+            n: `(T, D)` normed input of the attention.
+            scales: of the layer.
             asked: the tokens whose output is wanted, R of them; None: all.
         """
         if self.attn_a is None:
             return (None,) * 4
-        bs = (self.q_b, self.k_b, self.v_b, self.bypass_b)
-        low = _rows(n, self.attn_a) * self.scale
+        bypass = None if self.bypass_b is None else self.bypass_b * scales.attn[:, None]
+        bs = (self.q_b, self.k_b, self.v_b, bypass)
+        low = _rows(n, self.attn_a * (scales.ln * self.scale))
         before = 0 if asked is None else low.shape[1] - asked.each
         parts = iter(low.chunk(sum(b is not None for b in bs), dim=-1))
         return tuple(
-            None if b is None else torch.bmm(next(parts)[:, first:], b.mT).flatten(0, 1)
+            None if b is None else (next(parts)[:, first:], b)
             for b, first in zip(bs, (before, 0, 0, before), strict=True)
         )
 
-    def mlp(self, n: Tensor) -> Tensor | None:
-        """Return the term to add to the output of the MLP, `(T, D)`."""
-        if self.mlp_a is None or self.mlp_b is None:
-            return None
-        return low_rank(n, self.mlp_a, self.mlp_b, self.scale)
+    def mlp(self, n: Tensor, scales: Scales) -> Tensor:
+        """Return the term to add to the output of the MLP, `(T, D)`, for its normed input `n` `(T, D)`."""
+        assert self.mlp_a is not None and self.mlp_b is not None
+        return low_rank(n, self.mlp_a * (scales.ln * self.scale), self.mlp_b * scales.mlp[:, None])
 
 
 class Adapters(NamedTuple):
@@ -78,22 +91,21 @@ class Adapters(NamedTuple):
         """Return the term to add to the logits before the soft cap, `(T, V)`."""
         if self.head_a is None or self.head_b is None:
             return None
-        return low_rank(hidden, self.head_a, self.head_b, self.scale)
+        return low_rank(hidden, self.head_a * self.scale, self.head_b)
 
 
-def low_rank(x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * (x A^T) B^T, with the A and B of each document.
+def low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return (x A^T) B^T, with the A and B of each document.
 
     Args:
         x: `(N * W, D)`.
         a: `(N, r, D)`.
         b: `(N, E, r)`.
-        scale: alpha / r.
 
     Returns:
         `(N * W, E)`.
     """
-    return torch.bmm(_rows(x, a) * scale, b.mT).flatten(0, 1)
+    return low_product(_rows(x, a), b)
 
 
 def _rows(x: Tensor, a: Tensor) -> Tensor:

@@ -22,8 +22,9 @@ from pgolf.evaluate.ttt import (
     share_batches,
     worth_compiling,
 )
-from pgolf.model.gpt import layer_order
-from pgolf.model.lora import adapter_shapes, bind, initial_adapters
+from pgolf.model.attention import low_product
+from pgolf.model.gpt import GPT, layer_order
+from pgolf.model.lora import Scales, adapter_shapes, bind, initial_adapters
 from pgolf.model.uncompiled import uncompiled
 from pgolf.presets import pr1855
 from tests.conftest import ROOT, requires_gpu
@@ -263,17 +264,20 @@ def test_a_layer_adapter_is_the_sum_that_its_docstring_says():
     tensors = {n: torch.randn((2, *s), generator=rng) for n, s in shapes.items()}
     adapters = bind(tensors, model.config, torch.float32, scale=1.5)
     x = torch.randn(2 * 7, 32, generator=rng)
+    scales = Scales(torch.tensor(0.5), *torch.randn(2, 32, generator=rng))
     for slot, layer in enumerate(adapters.layers):
-        found = layer.attention(x)
+        found = [low_product(*term) for term in layer.attention(x, scales)]
         for n in range(2):
             rows = x[7 * n : 7 * n + 7]
             a = tensors["attn_a"][n, slot].split(3)
             names = ("q_b", "k_b", "v_b", "bypass_b")
             for i, m in enumerate(names):
-                want = 1.5 * rows @ a[i].T @ tensors[m][n, slot].T
-                torch.testing.assert_close(found[i][7 * n : 7 * n + 7], want)
-            m = 1.5 * rows @ tensors["mlp_a"][n, slot].T @ tensors["mlp_b"][n, slot].T
-            torch.testing.assert_close(layer.mlp(x)[7 * n : 7 * n + 7], m, atol=1e-4, rtol=1e-4)
+                want = 1.5 * 0.5 * rows @ a[i].T @ tensors[m][n, slot].T
+                want = want * scales.attn if m == "bypass_b" else want
+                torch.testing.assert_close(found[i][7 * n : 7 * n + 7], want, atol=1e-5, rtol=1e-5)
+            m = 1.5 * 0.5 * rows @ tensors["mlp_a"][n, slot].T @ tensors["mlp_b"][n, slot].T * scales.mlp
+            mine = layer.mlp(x, scales)[7 * n : 7 * n + 7]
+            torch.testing.assert_close(mine, m, atol=1e-4, rtol=1e-4)
 
 
 def test_the_step_is_adamw_without_momentum_on_a_prefix():
@@ -297,21 +301,22 @@ def test_the_step_is_adamw_without_momentum_on_a_prefix():
         assert torch.equal(t[2], mine[n][2])
 
 
-def test_the_step_on_all_tensors_at_once_is_that_on_each_to_the_last_bit():
+def test_the_step_on_all_tensors_at_once_is_its_formula(device):
     rng = torch.Generator().manual_seed(0)
-    shapes = [(3, 4, 8), (3, 17), (3, 5, 2, 2)]
-    values, gradients = ([torch.randn(s, generator=rng) for s in shapes] for _ in range(2))
-    squares = [torch.rand(s, generator=rng) for s in shapes]
+    shapes, step = [(3, 4, 8), (3, 17), (3, 5, 2, 2), (90_001,)], 3
+    values, gradients = ([torch.randn(s, generator=rng).to(device) for s in shapes] for _ in range(2))
+    squares = [torch.rand(s, generator=rng).to(device) for s in shapes]
+    gradients[0] = gradients[0].mT.contiguous().mT
     wanted = []
     for p, g, v in zip(values, gradients, squares, strict=True):
-        p, v = p.clone(), v.clone()
-        v.mul_(TTT.beta2).addcmul_(g, g, value=1 - TTT.beta2)
-        p.mul_(1 - TTT.lr * TTT.weight_decay)
-        p.addcdiv_(g, v.div(0.03).sqrt_().add_(TTT.eps), value=-TTT.lr)
-        wanted += [p, v]
-    ttt.adamw(values, squares, gradients, values, TTT, 0.03)
-    for p, v, want_p, want_v in zip(values, squares, wanted[::2], wanted[1::2], strict=True):
-        assert torch.equal(p, want_p) and torch.equal(v, want_v)
+        p, g, v = (t.double() for t in (p, g, v))
+        v = TTT.beta2 * v + (1 - TTT.beta2) * g.square()
+        found = (v / (1 - TTT.beta2**step)).sqrt() + TTT.eps
+        wanted.append(((1 - TTT.lr * TTT.weight_decay) * p - TTT.lr * g / found, v))
+    ttt.adamw(values, squares, gradients, values, TTT, step)
+    for p, v, (want_p, want_v) in zip(values, squares, wanted, strict=True):
+        torch.testing.assert_close(p.double(), want_p, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(v.double(), want_v, rtol=1e-6, atol=0)
 
 
 def test_the_model_reads_a_rounded_copy_and_the_step_is_in_float32():
@@ -333,6 +338,15 @@ def test_the_model_reads_a_rounded_copy_and_the_step_is_in_float32():
     for n, copy in state.leaves(2).items():
         start = exact.leaves(2)[n] if n.endswith("_a") else torch.zeros(())
         assert torch.equal(copy, start.bfloat16().expand_as(copy)), n
+
+
+def test_the_frozen_matrices_are_folded_once_for_each_batch(monkeypatch):
+    model, text, calls = small_model(), make_text(random_documents(LENGTHS)), []
+    made = GPT.layer_weights
+    monkeypatch.setattr(GPT, "layer_weights", lambda *given: calls.append(given) or made(*given))
+    token_losses("ttt", model, text, config=replace(TTT, batch_documents=3))
+    batches = plan_batches(np.array(LENGTHS) + 1, CONTEXT, replace(TTT, batch_documents=3))
+    assert len(calls) == len(batches) > 1
 
 
 def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):

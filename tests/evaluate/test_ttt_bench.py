@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench.ttt import STREAM, Bench
+from bench.common import Recorder
+from bench.step import Kernel
+from bench.ttt import STREAM, Bench, by_family, profile
 from pgolf.config import EvaluateConfig
+from pgolf.errors import UserError
 from tests.evaluate.legal_helpers import (
     BOS,
+    TTT,
     FakeDist,
     make_text,
     random_documents,
@@ -44,3 +48,24 @@ def test_several_ranks_are_refused():
     bench = replace(make_bench(make_text(random_documents([9]))), dist=FakeDist(world_size=2))
     with pytest.raises(ValueError, match="sliding64_stream is measured on one rank"):
         bench.stream(small_model())
+
+
+def test_a_profile_has_some_steps_by_operator_and_ends_the_pass(monkeypatch):
+    text = make_text(random_documents([90, 80, 70]))
+    bench = replace(make_bench(text), settings=EvaluateConfig(adapters=TTT))
+    monkeypatch.setattr(Bench, "model", lambda *_, **__: small_model())
+    recorder = Recorder("ttt", torch.device("cpu"))
+    profile(bench, "record_adapters", "eager", recorder, "name", (1, 2))
+    found = {str(line["metric"]): line["value"] for line in recorder.lines}
+    assert found.pop("window_tokens") >= 3 * TTT.chunk
+    assert found["ms_of_aten::bmm"] > 0 and all(name.startswith("ms_of_") for name in found)
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    with pytest.raises(UserError, match="fewer than 2001 steps"):
+        profile(bench, "record_adapters", "eager", recorder, "name", (1, 1000))
+
+
+def test_kernels_are_told_apart_by_their_names():
+    names = "nvjet_tst_64x32", "multi_tensor_apply_kernel<FusedAdamMathFunctor>", "Memcpy DtoD", "odd"
+    kernels = [Kernel(name, 1000 * i, 1000 * i + 500) for i, name in enumerate(names)]
+    found = by_family(kernels)
+    assert found == {"products": 0.5, "adam": 0.5, "copies": 0.5, "other": 0.5, "idle": 1.5}

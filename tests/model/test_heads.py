@@ -16,7 +16,6 @@ from torch._inductor.decomposition import select_decomp_table
 from pgolf.model import attention, gpt, heads
 from pgolf.model.adapted import compile_adapted
 from pgolf.model.attention import (
-    Asked,
     Attention,
     AttentionWeights,
     attention_branch,
@@ -275,11 +274,14 @@ def test_what_adapters_add_has_the_composed_results_and_gradients(fa4, places, f
     leaves, context = layer(config, [11, 1, 13])
     widths = {"q": config.width, "k": config.kv_width, "v": config.kv_width, "o": config.width}
     rng = torch.Generator().manual_seed(2)
-    extra = {
-        place: torch.randn(25, widths[place], generator=rng, dtype=torch.float64).requires_grad_()
+    extra = {  # of five documents of five tokens
+        f"{place}_{name}": torch.randn(5, rows, 3, generator=rng, dtype=torch.float64).requires_grad_()
         for place in places
+        for name, rows in (("low", 5), ("b", widths[place]))
     }
-    context["lora"] = tuple(extra.get(place) for place in "qkvo")
+    context["lora"] = tuple(
+        (extra[f"{place}_low"], extra[f"{place}_b"]) if place in places else None for place in "qkvo"
+    )
     wanted = passed(attention_branch, sdpa_attention, config, leaves | extra, context)
     found = passed(BRANCHES[form], None, config, leaves | extra, context)
     assert "_HeadsBackward" in nodes(found[0])
@@ -295,21 +297,6 @@ def test_with_adapters_one_graph_of_each_kind_of_block_serves_all_sizes(fa4):
     compiled = compile_adapted(uncompiled(model), backend="eager")
     assert compiled.heads_name == "auto"
     check_sizes(compiled, uncompiled(model))
-
-
-def test_tokens_that_are_not_asked_for_are_left_to_the_composed_operators(fa4):
-    config = small()
-    leaves, context = layer(config, [6, 6])
-    weights = AttentionWeights(leaves["qkv"], leaves["out"], leaves["gain"], leaves["gate"], None, None)
-    extra = torch.ones(12, config.kv_width, dtype=torch.float64)
-    asked = Asked.last(2, 6, context["cu_seqlens"], context["rope"])
-    for lora in ((None,) * 4, (None, extra, None, None)):
-        common = {"exclusive": True, "lora": lora, "asked": asked}
-        found, plain = (
-            branch(config, sdpa_attention, leaves["n"], weights, **context, **common)
-            for branch in (doc_branch, attention_branch)
-        )
-        assert torch.equal(found, plain) and "_HeadsBackward" not in nodes(found)
 
 
 def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_composed_operators(monkeypatch):
