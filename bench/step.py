@@ -35,7 +35,6 @@ from pgolf.config import ModelConfig
 from pgolf.data.loader import Batch, padded_cu_seqlens
 from pgolf.data.stream import cut_segments
 from pgolf.dist import Dist
-from pgolf.model import heads as heads_node
 from pgolf.model.gpt import GPT, layer_order
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
@@ -286,9 +285,6 @@ BLOCKS = {"thread": None, "plain": False}
 """Form of the blocks -> `threads` of `GPT.prepare`: what adds the gradients of streams with several readers,
 the blocks (if they are compiled one by one) or autograd."""
 
-QKV = {"default": heads_node.QKV_ROPE, "linear": False, "rope": True}
-"""Who computes the product of q, k and v -> `QKV_ROPE` of `pgolf.model.heads`."""
-
 
 def main() -> None:
     """Parse arguments, time every contender in both loop modes, and write the results."""
@@ -306,14 +302,11 @@ def main() -> None:
         "--mix", nargs="+", default=["composed"], choices=("auto", "composed"), help="form of the mixes"
     )
     parser.add_argument(
-        "--heads", nargs="+", default=["auto"], choices=("auto", "composed"), help="form of the heads"
-    )
-    parser.add_argument(
-        "--qkv",
+        "--heads",
         nargs="+",
-        default=["default"],
-        choices=tuple(QKV),
-        help="what computes the product of q, k and v: the model's default, F.linear, qkv_rope",
+        default=["auto"],
+        choices=("auto", "plain", "composed"),
+        help="form of the heads",
     )
     parser.add_argument(
         "--capture", nargs="+", default=["off"], choices=("off", "on"), help="passes as CUDA graphs"
@@ -336,11 +329,8 @@ def main() -> None:
         print(f"no joules and clocks: nvidia-ml-py is {driver.problem}")
     work = make_work(args.tokens, config.vocab_size, device)
     model = None
-    contenders = itertools.product(
-        args.compile, args.attention, args.mlp, args.mix, args.heads, args.form, args.qkv
-    )
-    for form, attention, mlp, mix, heads, blocks, qkv in contenders:
-        heads_node.QKV_ROPE = QKV[qkv]
+    contenders = itertools.product(args.compile, args.attention, args.mlp, args.mix, args.heads, args.form)
+    for form, attention, mlp, mix, heads, blocks in contenders:
         model = make_model(config).prepare(
             device,
             attention=attention,
@@ -355,7 +345,7 @@ def main() -> None:
         impl = "pgolf" if plain else f"{FORMS[form]} {ATTENTION[attention]}"
         impl += (mlp != "auto") * f", {mlp} mlp" + (mix == "auto") * ", stream_mix"
         impl += (heads != "auto") * f", {heads} heads"
-        impl += (blocks != "thread") * f", {blocks}" + (qkv != "default") * f", qkv {qkv}"
+        impl += (blocks != "thread") * f", {blocks}"
         for capture in args.capture:
             measure(recorder, model, work, impl, args, capture=capture == "on")
             gc.collect()

@@ -120,10 +120,9 @@ __device__ __forceinline__ float largest_of_row(const float (&s)[48], int half) 
   return fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
 }
 
-// P in place of S, of which `Polynomials` in 8 are polynomials. Returns whether sums so far shrink, by
-// `shrink`, for a row of this warp. They need not as long as the scores exceed the largest one before by less
-// than kSpare: then P is at most 2^kSpare. factor is that of scores, times log2 e.
-template <int Polynomials>
+// P in place of S. Returns whether sums so far shrink, by `shrink`, for a row of this warp. They need not as
+// long as the scores exceed the largest one before by less than kSpare: then P is at most 2^kSpare. factor is
+// that of scores, times log2 e.
 __device__ __forceinline__ bool exponentials(float (&s)[48], Softmax& state, float (&shrink)[2],
                                              float factor) {
   bool grown[2];
@@ -140,11 +139,8 @@ __device__ __forceinline__ bool exponentials(float (&s)[48], Softmax& state, flo
     for (int n = 0; n < 12; ++n) {
       PGOLF_UNROLL
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        float& p = s[4 * n + i];
-        p = is_polynomial(Polynomials, 2 * n + i % 2)
-                ? ex2_polynomial(p, factor / kRange, (kBias - offset) / kRange)
-                : ex2_approx(fmaf(p, factor, -offset));
-        sum += p;
+        s[4 * n + i] = ex2_approx(fmaf(s[4 * n + i], factor, -offset));
+        sum += s[4 * n + i];
       }
     }
     state.sum[half] = fmaf(state.sum[half], shrink[half], sum);
@@ -187,8 +183,7 @@ __device__ __forceinline__ void begin_outputs(float (&o)[32], const uint32_t (&p
   wgmma_commit();
 }
 
-template <int Polynomials>
-__device__ void consume(const Args& args, const Shared& shared) {
+inline __device__ void consume(const Args& args, const Shared& shared) {
   const Place at;
   const int each = kRows / args.ratio, heads = args.groups * args.ratio;
   const float factor = args.scale * kLog2E;
@@ -224,7 +219,7 @@ __device__ void consume(const Args& args, const Shared& shared) {
     wgmma_keep_order(s);
     if (at.lane == 0) mbarrier_arrive(shared.keys_empty(ring.stage));
     mask_scores(s, offset, each - 1, at);
-    exponentials<Polynomials>(s, state, shrink, factor);
+    exponentials(s, state, shrink, factor);
     round_pairs(p, s);
     for (; left > 0; --left) {
       Ring<kStages> next = ring;
@@ -238,7 +233,7 @@ __device__ void consume(const Args& args, const Shared& shared) {
       wgmma_keep_order(s);
       if (at.lane == 0) mbarrier_arrive(shared.keys_empty(next.stage));
       if (offset + kKeys > 1) mask_scores(s, offset, each - 1, at);
-      const bool shrinks = exponentials<Polynomials>(s, state, shrink, factor);
+      const bool shrinks = exponentials(s, state, shrink, factor);
       wgmma_wait<0>();
       wgmma_keep_order(o);
       if (at.lane == 0) mbarrier_arrive(shared.values_empty(ring.stage));
@@ -280,7 +275,6 @@ __device__ void consume(const Args& args, const Shared& shared) {
   }
 }
 
-template <int Polynomials>
 __global__ void __launch_bounds__(kThreads, 1)
     kernel(const __grid_constant__ CUtensorMap queries, const __grid_constant__ CUtensorMap keys,
            const __grid_constant__ CUtensorMap values, const __grid_constant__ Args args) {
@@ -307,7 +301,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) produce(args, shared, &queries, &keys, &values);
   } else {
     registers_raise<kConsumerRegisters>();
-    consume<Polynomials>(args, shared);
+    consume(args, shared);
   }
 }
 

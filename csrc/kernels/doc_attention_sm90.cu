@@ -36,9 +36,17 @@ void launch(Kernel* kernel, unsigned int threads, int shared, const DocAttention
                 arguments...);
 }
 
-// `Polynomials`: of how many exponentials in 8.
-template <int Polynomials>
-void run_forward(const DocAttentionForward& args, const DocAttentionShape& shape, CUstream_st* stream) {
+}  // namespace
+
+bool doc_attention_supports(const DocAttentionShape& shape) {
+  constexpr int64_t kMaxTokens = int64_t{1} << 30;
+  if (shape.groups <= 0 || shape.heads % shape.groups != 0 || shape.tokens > kMaxTokens) return false;
+  const int ratio = shape.heads / shape.groups;
+  return (ratio == 1 || ratio == 2 || ratio == 4) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
+}
+
+void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape& shape,
+                        CUstream_st* stream) {
   if (shape.tokens == 0) return;
   const int ratio = shape.heads / shape.groups, queries = doc_attention_queries(ratio);
   plan(args.documents, shape, queries, args.plan, nullptr, 0, stream);
@@ -49,15 +57,15 @@ void run_forward(const DocAttentionForward& args, const DocAttentionShape& shape
                                      .groups = shape.groups,
                                      .ratio = ratio,
                                      .scale = shape.scale};
-  launch(attention::forward::kernel<Polynomials>, attention::forward::kThreads,
-         attention::forward::kSharedBytes, shape, queries, stream,
+  launch(attention::forward::kernel, attention::forward::kThreads, attention::forward::kSharedBytes, shape,
+         queries, stream,
          head_map(args.q, shape.tokens, shape.heads, args.q_stride, attention::forward::kRows / ratio),
          head_map(args.k, shape.tokens, shape.groups, args.k_stride, attention::forward::kKeys),
          head_map(args.v, shape.tokens, shape.groups, args.v_stride, attention::forward::kKeys), own);
 }
 
-template <int Polynomials>
-void run_backward(const DocAttentionBackward& args, const DocAttentionShape& shape, CUstream_st* stream) {
+void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,
+                                 CUstream_st* stream) {
   if (shape.tokens == 0) return;
   plan(args.documents, shape, kDocKeys, args.plan, args.filled, doc_attention_flags(shape), stream);
   if (args.y != nullptr) {
@@ -76,33 +84,13 @@ void run_backward(const DocAttentionBackward& args, const DocAttentionShape& sha
                                       .ratio = shape.heads / shape.groups,
                                       .scale = shape.scale};
   launch(
-      attention::backward::kernel<Polynomials>, attention::backward::kThreads,
-      attention::backward::kSharedBytes, shape, kDocKeys, stream,
-      head_map(args.q, shape.tokens, shape.heads, args.q_stride, kDocKeys),
+      attention::backward::kernel, attention::backward::kThreads, attention::backward::kSharedBytes, shape,
+      kDocKeys, stream, head_map(args.q, shape.tokens, shape.heads, args.q_stride, kDocKeys),
       head_map(args.k, shape.tokens, shape.groups, args.k_stride, kDocKeys),
       head_map(args.v, shape.tokens, shape.groups, args.v_stride, kDocKeys),
       head_map(args.grad, shape.tokens, shape.heads, args.grad_stride, kDocKeys),
       head_map(args.dq, shape.tokens, shape.heads, int64_t{shape.heads} * kWidth, attention::backward::kRows),
       own);
-}
-
-}  // namespace
-
-bool doc_attention_supports(const DocAttentionShape& shape) {
-  constexpr int64_t kMaxTokens = int64_t{1} << 30;
-  if (shape.groups <= 0 || shape.heads % shape.groups != 0 || shape.tokens > kMaxTokens) return false;
-  const int ratio = shape.heads / shape.groups;
-  return (ratio == 1 || ratio == 2 || ratio == 4) && device_attribute(cudaDevAttrComputeCapabilityMajor) == 9;
-}
-
-void doc_attention_sm90(const DocAttentionForward& args, const DocAttentionShape& shape,
-                        CUstream_st* stream) {
-  run_forward<attention::kPolynomialsForward>(args, shape, stream);
-}
-
-void doc_attention_backward_sm90(const DocAttentionBackward& args, const DocAttentionShape& shape,
-                                 CUstream_st* stream) {
-  run_backward<attention::kPolynomialsBackward>(args, shape, stream);
 }
 
 }  // namespace pgolf

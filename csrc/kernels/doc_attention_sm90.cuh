@@ -1,8 +1,4 @@
 // What the forward and the backward kernel of doc_attention.h share.
-//
-// Exponentials 2^x have an instruction, of which a multiprocessor computes 16 in the time of 128
-// multiplications with additions. So a share of them is computed by those, as in FlashAttention-4, and both
-// units work at the same time. The two kinds take turns along the scores of a thread.
 #pragma once
 
 #include "kernels/doc_attention.h"
@@ -16,42 +12,6 @@ constexpr int kWidth = kDocWidth;
 constexpr int kRowBytes = kWidth * 2;  // of an operand in shared memory: the width of the swizzle
 constexpr int kGroup = 128;            // threads of a warpgroup
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
-
-// How many of 8 exponentials are polynomials. To be measured: these are definitions for the build.
-#ifndef PGOLF_DOC_POLY_FORWARD
-#define PGOLF_DOC_POLY_FORWARD 0
-#endif
-#ifndef PGOLF_DOC_POLY_BACKWARD
-#define PGOLF_DOC_POLY_BACKWARD 0
-#endif
-constexpr int kPolynomialsForward = PGOLF_DOC_POLY_FORWARD, kPolynomialsBackward = PGOLF_DOC_POLY_BACKWARD;
-
-// Whether the exponential of number `index` along the scores of a thread is a polynomial, if `share` of 8
-// are, 0 to 4. They are spread out; of such choices these are some with which the backward kernel spills no
-// register.
-constexpr bool is_polynomial(int share, int index) {
-  constexpr unsigned int kWhich[] = {0, 0x40, 0x48, 0x49, 0xaa};
-  return (kWhich[share] >> index % 8) % 2 != 0;
-}
-
-// What a polynomial takes of x, for which (kBias + x) / kRange is between 0 and 1: the instruction of that
-// product can limit its result to these for nothing. So 2^x is 0, exactly, for x of -127 or less, and -inf.
-constexpr float kRange = 256.0f, kBias = 127.0f;
-
-// 2^x for x = kRange y - kBias and y = s factor + offset, with a relative error of 9e-5. x must be less than
-// 128; for NaN it is 0. kRange y is split into an integer, which goes to the exponent, and f in [0, 1). Of
-// the polynomials of degree 3 with 1 at 0, this one has the least relative error to 2^f.
-__device__ __forceinline__ float ex2_polynomial(float s, float factor, float offset) {
-  // Its last place is 1 / kRange: rounded down, a sum with it has the integer less kBias in its lowest bits.
-  constexpr float kSplit = 49152.0f - kBias / kRange;
-  const float y = fma_saturate(s, factor, offset);
-  const float split = __fadd_rd(y, kSplit);
-  const float part = y + (kSplit - split);  // f / kRange, exactly
-  constexpr float kFirst = 0.6951168179512024f * kRange, kSecond = 0.22764496505260468f * (kRange * kRange),
-                  kThird = 0.0770670622587204f * (kRange * kRange * kRange);
-  const float power = fmaf(fmaf(fmaf(kThird, part, kSecond), part, kFirst), part, 1.0f);
-  return __uint_as_float(__float_as_uint(power) + (__float_as_uint(split) << 23));
-}
 
 // The map of (tokens, heads, 64), of which a box is 128 bytes of the columns of `box` tokens of a head.
 template <typename T>

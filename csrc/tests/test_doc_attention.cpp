@@ -64,18 +64,6 @@ struct Error {
   }
 };
 
-// The kernels with a share of polynomials.
-struct Launchers {
-  decltype(doc_attention_sm90)* forward;
-  decltype(doc_attention_backward_sm90)* backward;
-};
-constexpr Launchers kDefault{doc_attention_sm90, doc_attention_backward_sm90};
-constexpr Launchers kShares[] = {{run_forward<0>, run_backward<0>},
-                                 {run_forward<1>, run_backward<1>},
-                                 {run_forward<2>, run_backward<2>},
-                                 {run_forward<3>, run_backward<3>},
-                                 {run_forward<4>, run_backward<4>}};
-
 struct Problem {
   std::vector<int32_t> starts;  // of documents
   DocAttentionShape shape;
@@ -106,7 +94,7 @@ struct Found {
   std::vector<float> lse, dq;
 };
 
-Found compute(const Launchers& kernels, Problem& in) {
+Found compute(Problem& in) {
   const DocAttentionShape& shape = in.shape;
   const auto count = static_cast<size_t>(shape.tokens * shape.heads);
   const Heads of_groups{unwritten(shape.tokens * in.of_k), in.of_k};
@@ -117,44 +105,44 @@ Found compute(const Launchers& kernels, Problem& in) {
               .dq = std::vector<float>(count * kColumns, NAN)};
   std::vector<float> delta(count, NAN);
   std::vector<DocTile> plan = unwritten_plan(shape, doc_attention_queries(shape.heads / shape.groups));
-  kernels.forward({.q = in.q.values.data(),
-                   .k = in.k.values.data(),
-                   .v = in.values(),
-                   .q_stride = in.q.stride,
-                   .k_stride = in.k.stride,
-                   .v_stride = in.all.stride,
-                   .documents = in.starts.data(),
-                   .plan = plan.data(),
-                   .y = found.y.values.data(),
-                   .lse = found.lse.data()},
-                  shape, nullptr);
+  doc_attention_sm90({.q = in.q.values.data(),
+                      .k = in.k.values.data(),
+                      .v = in.values(),
+                      .q_stride = in.q.stride,
+                      .k_stride = in.k.stride,
+                      .v_stride = in.all.stride,
+                      .documents = in.starts.data(),
+                      .plan = plan.data(),
+                      .y = found.y.values.data(),
+                      .lse = found.lse.data()},
+                     shape, nullptr);
   std::vector<DocTile> back = unwritten_plan(shape, kDocKeys);
   std::vector<uint32_t> filled(static_cast<size_t>(doc_attention_flags(shape)), 7);
-  kernels.backward({.q = in.q.values.data(),
-                    .k = in.k.values.data(),
-                    .v = in.values(),
-                    .grad = in.grad.values.data(),
-                    .q_stride = in.q.stride,
-                    .k_stride = in.k.stride,
-                    .v_stride = in.all.stride,
-                    .grad_stride = in.grad.stride,
-                    .y = found.y.values.data(),
-                    .lse = found.lse.data(),
-                    .documents = in.starts.data(),
-                    .delta = delta.data(),
-                    .plan = back.data(),
-                    .filled = filled.data(),
-                    .dq = found.dq.data(),
-                    .dk = found.dk.values.data(),
-                    .dv = found.dv.values.data()},
-                   shape, nullptr);
+  doc_attention_backward_sm90({.q = in.q.values.data(),
+                               .k = in.k.values.data(),
+                               .v = in.values(),
+                               .grad = in.grad.values.data(),
+                               .q_stride = in.q.stride,
+                               .k_stride = in.k.stride,
+                               .v_stride = in.all.stride,
+                               .grad_stride = in.grad.stride,
+                               .y = found.y.values.data(),
+                               .lse = found.lse.data(),
+                               .documents = in.starts.data(),
+                               .delta = delta.data(),
+                               .plan = back.data(),
+                               .filled = filled.data(),
+                               .dq = found.dq.data(),
+                               .dk = found.dk.values.data(),
+                               .dv = found.dv.values.data()},
+                              shape, nullptr);
   return found;
 }
 
-void test_matches_float64(const Case& at, const Launchers& kernels = kDefault) {
+void test_matches_float64(const Case& at) {
   launch_seed = at.seed;
   Problem problem = make_problem(at);
-  const auto& [y, dk, dv, lse, dq] = compute(kernels, problem);
+  const auto& [y, dk, dv, lse, dq] = compute(problem);
   const auto& [starts, shape, q, k, all, grad, of_q, of_k] = problem;
   const int64_t tokens = shape.tokens, ratio = at.heads / at.groups;
   const auto value = [&](int64_t token, int64_t group, int64_t column) {
@@ -229,7 +217,7 @@ void test_matches_float64(const Case& at, const Launchers& kernels = kDefault) {
 // Results that get something of masked pairs alone are 0, exactly, however large that is. In the second
 // document only the last token has a key and a value, which no earlier query may see, and only the first one
 // a gradient, which no later key may get. All of the documents next to it is large.
-void test_masked_pairs_are_zero(const Launchers& kernels, int heads) {
+void test_masked_pairs_are_zero(int heads) {
   Problem problem = make_problem({{30, 100, 60}, heads, 1, 300.0f, 30});
   for (Heads* const large : {&problem.k, &problem.all, &problem.grad})
     for (bf16& value : large->values) value = from_float<bf16>(300.0f * to_float(value));
@@ -241,7 +229,7 @@ void test_masked_pairs_are_zero(const Launchers& kernels, int heads) {
   clear(problem.k, begin, end - 1);
   clear(problem.all, begin, end - 1);
   clear(problem.grad, begin + 1, end);
-  const Found found = compute(kernels, problem);
+  const Found found = compute(problem);
   for (int64_t c = 0; c < kColumns; ++c) {
     for (int64_t i = begin; i < end; ++i) {
       for (int64_t head = 0; head < heads && i < end - 1; ++head) {
@@ -256,8 +244,8 @@ void test_masked_pairs_are_zero(const Launchers& kernels, int heads) {
 }
 
 void test_polynomial() {
-  using attention::kBias, attention::kRange;
-  const auto power = [](float x) { return attention::ex2_polynomial(x, 1.0f / kRange, kBias / kRange); };
+  using namespace attention::backward;
+  const auto power = [](float x) { return ex2_polynomial(x, 1.0f / kRange, kBias / kRange); };
   for (float x = -126.0f; x < 128.0f; x += 0.00171f) {
     // Of this 5e-6 is the rounding of x.
     check(std::abs(power(x) / std::exp2(static_cast<double>(x)) - 1.0) < 9.2e-5, "2^" + std::to_string(x));
@@ -268,11 +256,6 @@ void test_polynomial() {
     check(power(x) >= 0.0f && power(x) < std::ldexp(1.0f, -126), "below the least normal number");
   for (const float x : {-127.0f, -127.01f, -1e4f, -3e38f, -INFINITY, NAN})
     check(std::bit_cast<uint32_t>(power(x)) == 0, "2^" + std::to_string(x) + " is 0");
-  for (int share = 0; share <= 4; ++share) {
-    int count = 0;
-    for (int i = 8; i < 24; ++i) count += attention::is_polynomial(share, i) ? 1 : 0;
-    check(count == 2 * share, "as many polynomials as asked for");
-  }
 }
 
 // The list of tiles alone, which is the only part that long documents and many of them are quick enough for.
@@ -380,12 +363,7 @@ int main() {
           Case{{300, 0, 1, 70}, 4, 2, 1.0f, 5}, Case{{200}, 2, 1, 8.0f, 6}})
       test_matches_float64(at);
     test_polynomial();
-    for (const Launchers& kernels : kShares) {
-      for (const Case& at : {Case{{129}, 2, 1, 1.0f, 2}, Case{{97, 31}, 4, 1, 1.0f, 4},
-                             Case{{300, 0, 1, 70}, 1, 1, 1.0f, 5}, Case{{200}, 2, 1, 8.0f, 6}})
-        test_matches_float64(at, kernels);
-      for (const int heads : {1, 4}) test_masked_pairs_are_zero(kernels, heads);
-    }
+    for (const int heads : {1, 4}) test_masked_pairs_are_zero(heads);
     // Far more tiles than are drawn ahead, of more documents and groups than there are blocks.
     multiprocessors = 3;
     blocks_together = true;  // some wait for the zeros that others write

@@ -91,9 +91,10 @@ class GPT(nn.Module):
     attention_note: str
     """A sentence that says why an installed kernel is not used; otherwise empty."""
     heads_name: HeadsName
-    """What computes the heads: "auto" is `attend_heads`, "composed" torch's operators."""
+    """What computes the heads: "auto" is `attend_heads`, "plain" also, but without `qkv_rope`; "composed" is
+    torch's operators."""
     heads_note: str
-    """A sentence that says why a trial refused `attend_heads`; otherwise empty."""
+    """A sentence that says why a trial refused `attend_heads`, or `qkv_rope` in it; otherwise empty."""
     compiled = False  # prepared to be compiled, with an attention kernel that can be in a graph
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
@@ -148,7 +149,9 @@ class GPT(nn.Module):
             mix: "composed" mixes the streams with torch's operators, "auto" with `stream_mix`, which
                 saves about one percent of a pass, but cannot add the gradients of threads.
             heads: "auto" computes what is next to attention with `attend_heads`, where the attention is
-                pgolf's own or flash-attn-4; "composed" uses torch's operators everywhere, for a comparison.
+                pgolf's own or flash-attn-4, and the product of q, k and v with `qkv_rope`, where its kernel
+                takes these heads. For comparisons, "plain" leaves that product to torch, and "composed" uses
+                torch's operators everywhere.
             threads: whether the blocks add the gradients of streams that several of them read, see
                 `threads.py`; otherwise autograd does. None: with compile="blocks". With "model" there is one
                 graph, which needs none.

@@ -4,8 +4,8 @@ As separate operators, v has two gradients, of attention and of exclusive self-a
 own. A kernel adds them, and another one copies the gradients of q, k and v into that of the product. In one
 node nothing but the operators' own kernels moves tensors: `qk_norm_rope`, attention and `head_mix`. On the
 way back, the first of them writes the gradient of the product and adds both gradients of v while it does.
-Attention is `doc_attention` or flash-attn-4. With `QKV_ROPE`, the product of q, k and v is part of the node,
-and `qkv_rope` computes it together with q and k.
+Attention is `doc_attention` or flash-attn-4. Where the kernel of `qkv_rope` takes it, the product of q, k and
+v is part of the node, too, and computed together with q and k.
 
 Passes over a `(T, D)` tensor in a block of `pr1855`, forward + backward, counted: what torch.compile 2.11
 makes of composed operators 6.25 + 18.89, these operators 5.5 + 10 (`20261130_heads-passes.txt`).
@@ -45,12 +45,9 @@ from pgolf.ops.qk_norm_rope import HEAD_DIMS, HEADS_PER_GROUP
 from pgolf.ops.qkv_rope import HEAD_DIM, LEAST_HEADS, MOST_WIDTH, ROTATED
 from pgolf.peers import describe
 
-HeadsName = Literal["auto", "composed"]
+HeadsName = Literal["auto", "plain", "composed"]
 KINDS: dict[str, Kind] = {"none": 0, "sparse": 1, "dense": 1, "out": 2}
 """`ModelConfig.head_gate` -> `kind` of `head_mix`."""
-
-QKV_ROPE = False
-"""Whether `select_branch` lets `qkv_rope` compute the product of q, k and v where its kernel takes it."""
 
 
 class _Heads(torch.autograd.Function):
@@ -380,10 +377,11 @@ class Heads(NamedTuple):
     """What `select_branch` chose."""
 
     name: HeadsName
-    """"auto": with `attend_heads`; "composed": with torch's operators."""
+    """"auto": with `attend_heads`; "plain": also, but the product of q, k and v is torch's; "composed": with
+    torch's operators."""
     branch: Branch
     note: str
-    """A sentence that says why a trial refused `attend_heads`; otherwise empty."""
+    """A sentence that says why a trial refused `attend_heads`, or `qkv_rope` in it; otherwise empty."""
 
 
 def select_branch(
@@ -395,25 +393,32 @@ def select_branch(
 ) -> Heads:
     """Return the function that computes attention and what is next to it.
 
-    If `name` is "auto", it is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
+    If `name` is "plain", it is `doc_branch` for pgolf's own attention and `heads_branch` for flash-attn-4;
     with torch's variable-length attention it is neither, because its forward and backward operators are
-    private. With `QKV_ROPE`, `qkv_rope` computes their product where its kernel takes it. Where the other
+    private. If it is "auto", `qkv_rope` computes their product where its kernel takes it. Where the other
     kernels do not take these heads or this device, it is `attention_branch`. The programs that stand alone
     have `_no_heads.py` in place of this module.
 
-    A trial compares both first, as one does for attention; if they differ, the note says how, with which
-    rank 0 warns.
+    A trial compares with `attention_branch` first, as one does for attention. If the results differ, the next
+    in this order computes: with `qkv_rope`, without, `attention_branch`; and the note says how they differ,
+    with which rank 0 warns.
     """
-    branch = (WITH_PRODUCT if QKV_ROPE and _takes_product(config) else PLAIN).get(attention)
-    if branch is None or name == "composed" or not _takes(config):
+    if name == "composed" or attention not in PLAIN or not _takes(config):
         return Heads("composed", attention_branch, "")
-    problem = _problem(branch, kernel, config, device)
-    if not problem:
-        return Heads("auto", branch, "")
-    note = f"torch computes what is next to attention, because {problem}"
-    if launch().rank == 0:
+    note = ""
+    if name == "auto" and _takes_product(config):
+        branch = WITH_PRODUCT[attention]
+        problem = _problem(branch, kernel, config, device)
+        if not problem:
+            return Heads("auto", branch, "")
+        name, note = "plain", f"torch computes the product of q, k and v, because {problem}"
+    chosen = Heads(name, PLAIN[attention], note)
+    if problem := _problem(chosen.branch, kernel, config, device):
+        note = f"torch computes what is next to attention, because {problem}"
+        chosen = Heads("composed", attention_branch, note)
+    if note and launch().rank == 0:
         warnings.warn(note, stacklevel=3)
-    return Heads("composed", attention_branch, note)
+    return chosen
 
 
 @functools.lru_cache(maxsize=8)

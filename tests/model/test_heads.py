@@ -2,7 +2,6 @@
 
 import operator
 import sys
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from unittest import mock
@@ -188,26 +187,17 @@ def test_the_gradients_are_those_of_the_differences(fa4, gate, doc):
     torch.autograd.gradcheck(with_product, (weight, n, *inputs[1:]))
 
 
-def attention_of(form):
-    """What `GPT.prepare` is told for a form."""
-    return {"attention": "fa4" if form == "fa4" else "doc"}
-
-
-def with_product(form, *, always=False):
-    """Let a model that is prepared meanwhile compute what the form says, `always`: without a kernel."""
-    stack = ExitStack()
-    stack.enter_context(mock.patch.object(heads, "QKV_ROPE", form == "product"))
-    if always:
-        stack.enter_context(mock.patch.object(heads, "_takes_product", lambda _: True))
-    return stack
+HOW = {"fa4": {"attention": "fa4", "heads": "plain"}, "doc": {"attention": "doc", "heads": "plain"}}
+HOW["product"] = {"attention": "doc", "heads": "auto"}
+HOW["composed"] = {"attention": "fa4", "heads": "composed"}
+"""Form -> what `GPT.prepare` is told."""
 
 
 def prepared(config, dtype=torch.float64, *, form="composed", **more) -> GPT:
     """A model with a kind of attention whose heads are one node, or with composed operators."""
     model = randomized(config)
-    how = {"attention": "fa4", "heads": "composed"} if form == "composed" else attention_of(form)
-    with with_product(form, always=True):
-        model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **how, **more)
+    with mock.patch.object(heads, "_takes_product", lambda _: True):
+        model = (model.double() if dtype == torch.float64 else model).prepare(CPU, **HOW[form], **more)
     model.compute_dtype = dtype
     return model
 
@@ -297,70 +287,6 @@ def test_with_adapters_one_graph_of_each_kind_of_block_serves_all_sizes(fa4):
     compiled = compile_adapted(uncompiled(model), backend="eager")
     assert compiled.heads_name == "auto"
     check_sizes(compiled, uncompiled(model))
-
-
-def test_other_attention_and_sizes_that_the_kernels_do_not_take_have_the_composed_operators(monkeypatch):
-    monkeypatch.setattr(heads, "has_kernels", lambda *_, **__: True)
-    monkeypatch.setattr(heads, "_problem", lambda *_: "")
-    config = replace(small(), width=512, heads=8, kv_heads=4, rope_dims=16)
-
-    def select(name, kernel, config):
-        return heads.select_branch(name, kernel, sdpa_attention, config, CPU).branch
-
-    for kernel, branch in heads.PLAIN.items():
-        monkeypatch.setattr(heads, "QKV_ROPE", False)
-        assert select("auto", kernel, config) is branch
-        monkeypatch.setattr(heads, "QKV_ROPE", True)
-        assert select("auto", kernel, config) is heads.WITH_PRODUCT[kernel]
-        odd, wide = {"width": 256, "heads": 4, "kv_heads": 1}, {"width": 1024, "heads": 16}
-        for sizes in ({"rope_dims": 8}, odd, wide):
-            assert select("auto", kernel, replace(config, **sizes)) is branch
-        assert select("composed", kernel, config) is attention_branch
-        for sizes in ({"heads": 16}, {"kv_heads": 1}):
-            assert select("auto", kernel, replace(config, **sizes)) is attention_branch
-    for kernel in ("varlen", "sdpa"):
-        assert select("auto", kernel, config) is attention_branch
-    assert select("auto", "fa4", replace(config, width=1024)) is heads_branch  # heads of 128 columns
-    for missing in ("qk_norm_rope", "head_mix", "qkv_rope"):
-        monkeypatch.setattr(heads, "has_kernels", lambda op, *_, absent=missing, **__: op != absent)
-        for kernel, branch in heads.PLAIN.items():
-            wanted = branch if missing == "qkv_rope" else attention_branch
-            assert select("auto", kernel, config) is wanted
-
-
-@FORMS
-@pytest.mark.parametrize("gate", GATES)
-def test_a_trial_accepts_operators_that_are_right(fa4, gate, form):
-    heads._problem.cache_clear()
-    assert heads._problem(BRANCHES[form], find_fa4().found, small(head_gate=gate), CPU) == ""
-
-
-def test_a_trial_refuses_operators_that_are_wrong_or_fail(fa4, monkeypatch):
-    config, kernel = small(), find_fa4().found
-    monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv[:, : k.shape[1] * k.shape[2]].view(k.shape))
-    heads._problem.cache_clear()
-    with pytest.warns(UserWarning, match="the output of pgolf's operators differs by .* of the norm"):
-        assert heads.select_branch("auto", "fa4", kernel, config, CPU).branch is attention_branch
-    monkeypatch.setattr(heads, "_values", lambda qkv, k: qkv.nonsense)
-    heads._problem.cache_clear()
-    with pytest.warns(UserWarning, match="a trial of pgolf's operators raised AttributeError"):
-        assert heads.select_branch("auto", "fa4", kernel, config, CPU).branch is attention_branch
-    heads._problem.cache_clear()
-
-
-def test_a_trial_tries_the_attention_that_was_chosen(fa4, monkeypatch):
-    def fail(**_):
-        raise ValueError("no flash-attn-4")
-
-    monkeypatch.setattr(sys.modules["pgolf.model.fa4"], "_flash_attn_fwd", fail)
-    heads._problem.cache_clear()
-    arguments = sdpa_attention, small(), CPU
-    assert heads.select_branch("auto", "doc", *arguments) == ("auto", doc_branch, "")
-    with pytest.warns(UserWarning, match="a trial of pgolf's operators raised ValueError: no flash-attn-4"):
-        name, branch, note = heads.select_branch("auto", "fa4", *arguments)
-    assert (name, branch) == ("composed", attention_branch)
-    assert note.endswith("a trial of pgolf's operators raised ValueError: no flash-attn-4")
-    heads._problem.cache_clear()
 
 
 @FORMS
@@ -569,13 +495,11 @@ def test_compiled_blocks_with_the_kernels_are_no_less_exact_than_composed_operat
 
     def run(heads):
         torch._dynamo.reset()
-        cuda = {**attention_of(form), "compile": "blocks", "heads": heads, **more}
-        with with_product(form):
-            model = randomized(config).prepare(torch.device("cuda"), **cuda)
-        return whole(model, True)
+        cuda = {**HOW[form], "compile": "blocks", "heads": heads, **more}
+        return whole(randomized(config).prepare(torch.device("cuda"), **cuda), True)
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        ours = run("auto")
+        ours = run(HOW[form]["heads"])
     names = [event.key for event in profile.key_averages()]
     forward = "pgolf::qkv_rope" if form == "product" else "pgolf::qk_norm_rope"
     assert {forward, "pgolf::qk_norm_rope_backward"} <= set(names)
