@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures the operators beside other implementations on one GPU, each case in a process of its own:
-#   bench/peers.sh OUT SECONDS      for example bench/peers.sh out_peers 600
+#   bench/peers.sh OUT SECONDS      for example bench/peers.sh out_peers 900
 #   COMPILE=60                      seconds at most of the first pass, which only compiles; 0: each case compiles for itself
 #   PYTHON=.venv/bin/python         the interpreter that has pgolf and the other implementations; default: python3
 # Ends after about SECONDS. A case that fails, is stopped or would begin too late is named. Writes one file of result lines per bench,
@@ -33,12 +33,12 @@ polar="bench.ops.bench_newton_schulz" loss="bench.ops.bench_linear_softcap_ce" s
 others="--only baddbmm gram-newton emerging dion speedrun optim.Muon"
 # name | seconds at most | module and arguments, from the case that matters most to the one that can be missed
 cases=(
-  "bank66|45|$polar --cases bank66_steps5 $others"
-  "eighth|40|$polar --cases eighth_steps5 $others"
-  "loss_memory|60|$loss --cases n4096_v128256_d4096_memory"
-  "1x1536x7168|40|$polar --cases 1x1536x7168 $others"
-  "1x12288x7168|50|$polar --cases 1x12288x7168 --repeats 10 $others"
-  "1x18432x1536|40|$polar --cases 1x18432x1536 $others"
+  "bank66|150|$polar --cases bank66_steps5 $others"
+  "eighth|100|$polar --cases eighth_steps5 $others"
+  "loss_memory|75|$loss --cases n4096_v128256_d4096_memory"
+  "1x1536x7168|90|$polar --cases 1x1536x7168 $others"
+  "1x12288x7168|90|$polar --cases 1x12288x7168 --repeats 10 $others"
+  "1x18432x1536|90|$polar --cases 1x18432x1536 $others"
   "small|30|$polar --cases 64x128x128 64x32x32 64x64x64 64x96x96 64x160x160 64x192x192 64x256x256 8x128x128 512x128x128 64x64x128 64x128x256 --only baddbmm"
   "step|60|$step --cases 384x768x2048 --repeats 10"
   "loss_fast|45|$loss --cases n4096_v128256_d4096_fast"

@@ -104,12 +104,11 @@ STEP_COST = 8192
 """Least cost of a step: below it, launching its kernels takes longer than running them (counted)."""
 
 
-COMPILE_COST = 2.7e7
-"""Cost of the batches that a GPU reads from which on compiling is worth its time. On an H200 `pr1855`
-compiles for 32 s, or for about 13 s if torch has kept the graphs on disk, and then reads a million in 1.44 s.
-If that is 0.55 of the eager time, as it was with flash-attn-4, the times are equal at 2.7e7 without the disk.
-The project's validation text has 3.2e7 with the default settings (docs/findings.md, the entries about three
-processes on one GPU and about windows of 3,072 tokens)."""
+COMPILE_COST = 4.5e8
+"""Cost of the batches that a GPU reads from which on compiling is worth its time. On an H200 a step of `pr1855` with
+65,536 window tokens takes 84 ms, compiled 80, and a cost of a million takes 1.0 s; compiling takes 20 s and
+more, also with the graphs on disk. The project's validation text has a cost of 3.5e7, or 4.8e7 with windows
+of 3,072 tokens (docs/findings.md, the entry about 84,800 tokens per second)."""
 
 
 def step_cost(documents: int, width: int) -> float:
