@@ -309,7 +309,7 @@ def sharing_note(mode: Method, processes: int, memory: int) -> str:
     if mode != "ttt" or processes > 1 or memory < SHARED_GPU:
         return ""
     return (
-        "ttt waits for the host where windows are short; three processes may share this GPU to take less time: "
+        "ttt waits for the host where windows are short; three processes that share this GPU may be faster: "
         "torchrun --standalone --nproc_per_node=3 -m pgolf evaluate ..."
     )
 

@@ -105,10 +105,10 @@ STEP_COST = 8192
 
 
 COMPILE_COST = 4.5e8
-"""Cost of the batches that a GPU reads from which on compiling is worth its time. On an H200 a step of `pr1855` with
-65,536 window tokens takes 84 ms, compiled 80, and a cost of a million takes 1.0 s; compiling takes 20 s and
-more, also with the graphs on disk. The project's validation text has a cost of 3.5e7, or 4.8e7 with windows
-of 3,072 tokens (docs/findings.md, the entry about 84,800 tokens per second)."""
+"""Cost of the batches that a GPU reads from which on compiling is worth its time. On an H200 a step of
+`pr1855` with 65,536 window tokens takes 84 ms, compiled 80, and a cost of a million takes 1.0 s; compiling
+takes 20 s and more, also with the graphs on disk. The project's validation text has a cost of 3.5e7, or 4.8e7
+with windows of 3,072 tokens (docs/findings.md, the entry about 84,800 tokens per second)."""
 
 
 def step_cost(documents: int, width: int) -> float:
