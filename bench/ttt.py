@@ -4,15 +4,13 @@
 with adapters, with the published phased recipe (PR #1855) and with a sliding window of stride 64. The case
 `sliding64_stream` is that window as the scripts of the challenge had it, on one rank: over the whole text as
 if it were one document, so that every 64 tokens have a window of full length, most of them with tokens of
-other documents before them. Its bits per byte are not comparable. Every case is measured in the `--forms`
-that there are of it, by default eager, then compiled. The form `captured` is compiled, too, and its steps
-with adapters are replayed as CUDA graphs where that pays (`pgolf/evaluate/replayed.py`). `seconds` is the
-wall time of the whole score, so it has the time of compiling and capturing in it. With `--again` these two
-forms run a second time in the same process, which gives `seconds_again`, without compiling. `tokens_per_s` is
-scored tokens per second and GPU; `peak_mib` is the largest GPU memory that torch held. All forms must give
-the same bits per byte up to rounding; the differences from the first one are printed. Within a case, what
-comes after the first compiled form finds its graphs compiled. On a CPU only the eager form is measured. Under
-torchrun all ranks score together, and rank 0 writes.
+other documents before them. Its bits per byte are not comparable. Every case is measured in the `--forms`,
+by default eager, then compiled. `seconds` is the wall time of the whole score, so it has the time of
+compiling in it. With `--again` the compiled form runs a second time in the same process, which gives
+`seconds_again`, without compiling. `tokens_per_s` is scored tokens per second and GPU; `peak_mib` is the
+largest GPU memory that torch held. Both forms must give the same bits per byte up to rounding; the difference
+is printed. Within a case, what comes after the first compiled form finds its graphs compiled. On a CPU only
+the eager form is measured. Under torchrun all ranks score together, and rank 0 writes.
 
 With `--profile FIRST COUNT` nothing is scored to its end. Of the cases with adapters, COUNT steps from step
 FIRST on are profiled, and as many after them once more, with what the host does: milliseconds of a step by
@@ -44,7 +42,6 @@ from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, evaluating, read
-from pgolf.evaluate.replayed import capture
 from pgolf.evaluate.sliding import Fixed, sliding_windows, window_pass, window_questions
 from pgolf.evaluate.ttt import adapted_pass
 from pgolf.evaluate.validation import DataFolder
@@ -54,8 +51,8 @@ STREAM = "sliding64_stream"
 CASES = ("plain", "record_adapters", "record_phased", "sliding64", STREAM)
 """`plain` is what the others are compared with."""
 ADAPTED = CASES[1:3]
-"""Those that can be captured."""
-NAMES = {"eager": "pgolf eager", "compiled": "pgolf", "captured": "pgolf captured"}
+"""Those whose steps can be profiled."""
+NAMES = {"eager": "pgolf eager", "compiled": "pgolf"}
 """What result files call the forms."""
 
 
@@ -122,9 +119,6 @@ class Bench:
                 found = self.stream(model)
             else:
                 run = self.start(case, model, compiled=form != "eager")
-                if form == "captured":
-                    run, note = capture(run)
-                    print(note, f"({time.perf_counter() - began:.1f} s)", flush=True)
                 found = read(run, self.text, self.dist, bos_id=self.bos_id)
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if cuda else 0.0
@@ -229,7 +223,6 @@ def profile(
     model = bench.model(compiled=form != "eager")
     with evaluating(model):
         run = bench.start(case, model, compiled=form != "eager")
-        run = capture(run)[0] if form == "captured" else run
         profiled = Profiled(run.predictor, first, count, bench.dist.device)
         try:
             read(run._replace(predictor=profiled), bench.text, bench.dist, bos_id=bench.bos_id)
@@ -256,13 +249,6 @@ def profile(
 
 LEAST_MS = 0.01
 """What takes less time of a step is left out."""
-
-
-def forms_of(case: str, device: torch.device, forms: list[str]) -> list[str]:
-    """Return those of the forms in which a case is measured."""
-    if device.type != "cuda":
-        return ["eager"]  # no graph holds the attention that CPUs have
-    return [form for form in forms if form != "captured" or case in ADAPTED]
 
 
 def measure(
@@ -334,7 +320,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", nargs=2, type=int, metavar=("FIRST", "COUNT"), help="profile steps with adapters"
     )
-    parser.add_argument("--again", action="store_true", help="time compiled forms without compiling, too")
+    parser.add_argument("--again", action="store_true", help="also time the compiled form without compiling")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument("--file", default="ttt", help="name of the result file")
     parser.add_argument("--out", type=Path, nargs="?", const=RESULTS, help="folder of the result file")
@@ -347,9 +333,10 @@ def main() -> None:
     text = folder.validation(documents=args.documents)
     recorder = Recorder("ttt", dist.device, args.out, file=args.file)
     suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
+    # No graph holds the attention that CPUs have.
+    forms = args.forms if dist.device.type == "cuda" else ["eager"]
     for case in [c for c in args.cases if args.profile is None or c in ADAPTED]:
         torch.compiler.reset()
-        forms = forms_of(case, dist.device, args.forms)
         for tokens, documents in args.batches if case == "record_adapters" else args.batches[:1]:
             adapters = TttConfig(rank=args.rank, batch_tokens=tokens, batch_documents=documents)
             settings = EvaluateConfig(adapters=adapters, phases=phases)

@@ -1,7 +1,6 @@
 """CUDA graphs: work that was captured once is replayed with one launch instead of one per kernel.
 
-The optimizer captures its step (`pgolf/optim/step.py`), training its micro-steps (`pgolf/train/captured.py`),
-test-time training its steps (`pgolf/evaluate/replayed.py`).
+The optimizer captures its step (`pgolf/optim/step.py`), training its micro-steps (`pgolf/train/captured.py`).
 """
 
 from __future__ import annotations
@@ -48,15 +47,6 @@ class Recorder:
         """Return the bytes that torch holds on the device, without what it keeps for later use."""
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
-
-
-def obstacle(device: torch.device, attention: str) -> str:
-    """Return why work with an attention kernel cannot be captured on a device; "" if nothing forbids it."""
-    if device.type != "cuda":
-        return f"the device is {device.type}"
-    if attention == "sdpa":
-        return "the attention sdpa reads the segments on the host, which the other kernels do not"
-    return ""
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import muon_memory, step, ttt
+from bench import muon_memory, step
 from bench.common import Recorder, Sample, torch_name
 from bench.ops import bench_doc_attention, bench_newton_schulz
 from bench.run import figures, of_run
@@ -215,14 +215,6 @@ def test_the_bench_of_attention_runs_and_is_right(capsys, monkeypatch):
     found = {words[3]: float(words[4]) for words in lines if words[:2] == ["doc_attention", "small"]}
     assert all(found[f"{name}_{way}"] > 0 for name in ("ms", "tflops") for way in ("fwd", "bwd"))
     assert all(found[f"error_{name}"] < 1e-4 for name in ("y", "dq", "dk", "dv"))
-
-
-def test_forms_of_a_scoring_case_are_those_that_it_has():
-    every = list(ttt.NAMES)
-    assert ttt.forms_of("record_adapters", torch.device("cuda"), every) == every
-    assert ttt.forms_of("record_phased", torch.device("cuda"), every[1:]) == ["compiled", "captured"]
-    assert ttt.forms_of("sliding64", torch.device("cuda"), every) == ["eager", "compiled"]
-    assert ttt.forms_of("record_adapters", torch.device("cpu"), every) == ["eager"]
 
 
 @pytest.mark.parametrize("name", ["linear", "dynamic"])

@@ -42,27 +42,25 @@ class ChunkGradient:
         """Return what `GPT.hidden` does, the states `(R, D)` of the chunk and the table `(V, D)`.
 
         Args:
-            ids, max_seqlen, adapters: of `GPT.hidden`; all documents have max_seqlen tokens.
-            cu_seqlens: starts of the segments, then T; a document may be after a segment of padding.
+            ids, cu_seqlens, max_seqlen, adapters: of `GPT.hidden`; all documents have max_seqlen tokens.
             asked: C, the tokens of the chunk, fewer than max_seqlen.
         """
         model, before = self._first, max_seqlen - asked
         weights, table = model.layer_weights(), model.tok_emb.to(model.compute_dtype)
         x0, values = model.embed(ids, table, cu_seqlens), model.values(ids)
         rope = model.rope(ids.numel())
-        edges = torch.arange(0, ids.numel() + 1, max_seqlen, dtype=torch.int32, device=ids.device)
-        self._chunk = Asked.last(asked, max_seqlen, edges, rope)
+        self._chunk = Asked.last(asked, max_seqlen, cu_seqlens, rope)
 
         def early(x: Tensor) -> Tensor:
             return x.view(-1, max_seqlen, *x.shape[1:])[:, :before].flatten(0, 1)
 
         turned = early(rope[0]), early(rope[1])
-        starts = cu_seqlens - asked * (cu_seqlens // max_seqlen)  # without the chunks before each
+        starts = cu_seqlens // max_seqlen * before
         self._kept.clear()
         with torch.no_grad():
             of_early = None if values is None else early(values)
             # Nobody asks for the states of the context, but one of each document is the least that there is.
-            one = Asked.last(1, before, edges, turned)
+            one = Asked.last(1, before, starts, turned)
             model.layers(weights, Context(early(x0), turned, starts, of_early, one), True, None, adapters)
         late = None if values is None else self._chunk.rows(values)
         ctx = Context(self._chunk.rows(x0), self._chunk.rope, cu_seqlens, late)

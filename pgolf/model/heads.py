@@ -324,12 +324,11 @@ def heads_branch(
     `kernel` is `doc_kernel` with `doc`, and flash-attn-4 without. With `product`, `qkv_rope` computes the
     product of q, k and v, except where adapters add to it. What the operators do not compute is left
     to `attention_branch` and `kernel`: value embeddings, learned strengths of the exclusion, and outputs of
-    some tokens only, for which `asked_attention` is the kernel where it can be.
+    some tokens only, for which `asked_attention` is the kernel.
     """
     others = (weights.value_scale, weights.xsa_strength, asked)
     if any(part is not None for part in others):
-        # Documents that are padded, as in a captured step, have other starts than their windows.
-        if asked is not None and asked.cu_seqlens is cu_seqlens:
+        if asked is not None:
             kernel = functools.partial(asked_attention, asked)
         return attention_branch(
             *(config, kernel, n, weights),

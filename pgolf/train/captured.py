@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgolf import env, graphs
+from pgolf import env
 from pgolf.data.loader import CU_MULTIPLE, Batch
 from pgolf.errors import RunError
 from pgolf.graphs import Recorder, Work, first_error, unlike
@@ -222,8 +222,10 @@ class MicroSteps:
 
 def obstacle(model: GPT, device: torch.device) -> str:
     """Return why passes of `model` cannot be captured; empty if nothing is known that forbids it."""
-    if why := graphs.obstacle(device, model.attention_name):
-        return why
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if model.attention_name == "sdpa":
+        return "the attention sdpa reads the segments on the host, which the other kernels do not"
     if env.check_targets():
         return "with PGOLF_CHECK_TARGETS=1 each loss waits for the device"
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]

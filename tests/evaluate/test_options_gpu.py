@@ -40,6 +40,7 @@ SHAPE = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)
         ("causal_slot", {}),
         ("plain", {"tilt": TiltConfig(on=True, order=2, threshold=0.3)}),
         ("ttt", {"config": replace(TTT, rank=8, alpha=16.0, lr=1e-3, members=2)}),
+        ("ttt", {"config": replace(TTT, rank=8, alpha=16.0, lr=1e-3, gradient="chunk")}),
     ],
 )
 def test_cuda_scores_as_the_cpu_does(mode, changes):
