@@ -12,9 +12,8 @@
 // multiple of 32 the copy engine can permute the rows of `b` so that these are columns 8 t .. 8 t + 7 of
 // every 32: 16 bytes of the output (kPermuted).
 //
-// An epilogue is a class with Form, Args and
-//   fetch(const Args&, const Place&)             before a tile's product
-//   finish(const Args&, accumulators, const Place&)   after it
+// An epilogue is a class with a Form, its Args, fetch(args, place), called before a tile's product, and
+// finish(args, accumulators, place), called after it. Each thread has one for all its tiles.
 #pragma once
 
 #include <cuda.h>
@@ -52,9 +51,9 @@ struct Form {
   static constexpr int kShare = Columns / kCluster;  // of them that one block of the cluster copies
   static constexpr bool kResident = Resident;
   static constexpr bool kPermuted = Permuted;
-  // A few numbers are written in two ways, which come to the same. The compiler orders a whole kernel by
-  // them, so each kernel keeps the way that it was measured with: this one norm_mlp and qkv_rope, the other
-  // one linear_softcap_ce.
+  // A few numbers are computed in two ways with the same result. The compiler orders a whole kernel's
+  // instructions by them, so each kernel keeps the way that it was measured with: norm_mlp and qkv_rope this
+  // one, linear_softcap_ce the other.
   static constexpr bool kAlone = Resident && Parts == 1;
   using AllTiles = std::conditional_t<kAlone, uint64_t, uint32_t>;  // their number
   using Count = std::conditional_t<kAlone, int, uint32_t>;          // of the walk
