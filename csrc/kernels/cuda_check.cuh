@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -53,6 +54,34 @@ void launch_kernel(void (*kernel)(Parameters...), const Grid& grid, cudaStream_t
   config.blockDim = dim3(grid.threads);
   config.dynamicSmemBytes = grid.shared;
   config.stream = stream;
+  PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+struct ClusterGrid {
+  int64_t clusters;  // of work; each takes more where the device has room for fewer
+  int blocks;        // of a cluster
+  int threads;       // of a block
+  int shared;        // bytes of dynamic shared memory of a block, which leave room for no second one
+};
+
+// The same for persistent blocks in clusters, one block per multiprocessor.
+template <typename... Parameters, typename... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), const ClusterGrid& grid, cudaStream_t stream,
+                     const Arguments&... arguments) {
+  const int64_t most = multiprocessor_count() / grid.blocks;
+  PGOLF_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared));
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = static_cast<unsigned int>(grid.blocks);
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim =
+      dim3(static_cast<unsigned int>((grid.clusters < most ? grid.clusters : most) * grid.blocks));
+  config.blockDim = dim3(static_cast<unsigned int>(grid.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(grid.shared);
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
 }
 

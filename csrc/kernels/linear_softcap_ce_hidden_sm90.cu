@@ -220,13 +220,6 @@ int64_t cluster_tiles(int64_t rows, int64_t width) {
   return (rows + kTileRows - 1) / kTileRows * column_pairs(width);
 }
 
-TensorShape matrix(int64_t rows, int64_t columns, int64_t ld, cuuint32_t box_rows) {
-  return {.rank = 2,
-          .sizes = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-          .strides = {static_cast<cuuint64_t>(ld) * 2},
-          .box = {kDepth, box_rows}};
-}
-
 }  // namespace
 
 bool linear_softcap_ce_hidden_sm90_supports(const LinearSoftcapCeShape& shape) {
@@ -261,27 +254,12 @@ void linear_softcap_ce_hidden_sm90(const LinearSoftcapCeHidden& in, const Linear
   // The sum runs over the vocabulary; past its end the copy engine fills in zeros.
   args.slices = static_cast<int>((shape.vocab + kDepth - 1) / kDepth);
   const CUtensorMap factor = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.factor,
-                                        matrix(shape.rows, shape.vocab, in.factor_ld, kTileRows / 2));
+                                        matrix_map(shape.rows, shape.vocab, in.factor_ld, kTileRows / 2));
   const CUtensorMap weight = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.weight,
-                                        matrix(shape.vocab, shape.width, shape.width, kDepth));
-  // One block per multiprocessor, as its shared memory allows no second one; each takes tiles until none is
-  // left.
-  const int clusters = multiprocessor_count() / kCluster;
-  PGOLF_CUDA_CHECK(
-      cudaFuncSetAttribute(hidden_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned int>((args.tiles < clusters ? args.tiles : clusters) * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, hidden_kernel, factor, weight, args));
+                                        matrix_map(shape.vocab, shape.width, shape.width, kDepth));
+  launch_clusters(hidden_kernel,
+                  {.clusters = args.tiles, .blocks = kCluster, .threads = kThreads, .shared = kSharedBytes},
+                  stream, factor, weight, args);
 }
 
 }  // namespace pgolf

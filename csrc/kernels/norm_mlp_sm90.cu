@@ -48,6 +48,7 @@ struct UpArgs {
 };
 
 struct UpEpilogue {
+  using Form = product::WholeTile;
   using Args = UpArgs;
   float rho[kRows];
 
@@ -108,6 +109,7 @@ struct DactArgs {
 };
 
 struct DactEpilogue {
+  using Form = product::WholeTile;
   using Args = DactArgs;
   uint4 act[kRows][4];
   uint32_t signs[kRows];

@@ -242,13 +242,6 @@ __global__ void __launch_bounds__(256)
   rate[row] = rho[row] * rho[row] * sum * inverse_width;
 }
 
-TensorShape matrix(int64_t rows, int64_t columns, cuuint32_t box_rows) {
-  return {.rank = 2,
-          .sizes = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
-          .strides = {static_cast<cuuint64_t>(columns) * 2},
-          .box = {kDepth, box_rows}};
-}
-
 }  // namespace norm_mlp_sum
 
 void norm_mlp_sum_sm90(const NormMlpSum& in, const NormMlpShape& shape, CUstream_st* stream) {
@@ -269,26 +262,13 @@ void norm_mlp_sum_sm90(const NormMlpSum& in, const NormMlpShape& shape, CUstream
                   .column_pairs = static_cast<int>(pairs),
                   .tiles = static_cast<int>((shape.rows + kTileRows - 1) / kTileRows * pairs),
                   .slices = static_cast<int>(shape.hidden / kDepth)};
-  const CUtensorMap left =
-      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.a, matrix(shape.rows, shape.hidden, kTileRows / 2));
-  const CUtensorMap right =
-      tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.b, matrix(shape.hidden, shape.width, kDepth));
-  const int clusters = multiprocessor_count() / kCluster;
-  PGOLF_CUDA_CHECK(
-      cudaFuncSetAttribute(sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes));
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(static_cast<unsigned int>((args.tiles < clusters ? args.tiles : clusters) * kCluster));
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  PGOLF_CUDA_CHECK(cudaLaunchKernelEx(&config, sum_kernel, left, right, args));
+  const CUtensorMap left = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.a,
+                                      matrix_map(shape.rows, shape.hidden, shape.hidden, kTileRows / 2));
+  const CUtensorMap right = tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, in.b,
+                                       matrix_map(shape.hidden, shape.width, shape.width, kDepth));
+  launch_clusters(sum_kernel,
+                  {.clusters = args.tiles, .blocks = kCluster, .threads = kThreads, .shared = kSharedBytes},
+                  stream, left, right, args);
 }
 
 }  // namespace pgolf

@@ -6,6 +6,9 @@
 
 namespace pgolf::product {
 
+// Of tiles of 128 x 128 that a warpgroup multiplies alone.
+using WholeTile = Form<kTile, 1, true, true>;
+inline constexpr int kFragments = WholeTile::kFragments;
 inline constexpr int kRows = 2 * kFragments;  // of a thread
 
 // Rows of a thread: two of each fragment, 8 and 64 apart.

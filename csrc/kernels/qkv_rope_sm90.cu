@@ -65,6 +65,7 @@ __device__ __forceinline__ float add_squares(float sum, const float (&x)[8]) {
 }
 
 struct QkvRopeEpilogue {
+  using Form = product::WholeTile;
   using Args = RopeArgs;
   uint4 cos[kRows][2], sin[kRows][2];  // 1 and 0 for columns that are not rotated
   uint32_t gain[kHeads];               // bits of float32, or in the first word two of bfloat16

@@ -18,6 +18,14 @@ struct TensorShape {
   cuuint32_t box[5];      // 128 bytes in dimension 0: the width of the swizzle
 };
 
+// Of 2-byte elements: a row-major matrix, rows `ld` elements apart, and boxes of 64 columns.
+inline TensorShape matrix_map(int64_t rows, int64_t columns, int64_t ld, int box_rows) {
+  return {.rank = 2,
+          .sizes = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)},
+          .strides = {static_cast<cuuint64_t>(ld) * 2},
+          .box = {64, static_cast<cuuint32_t>(box_rows)}};
+}
+
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
                                  const cuuint64_t*, const cuuint32_t*, const cuuint32_t*,
                                  CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion,
