@@ -124,7 +124,7 @@ def count(config: ModelConfig, work: Work, *, loop: bool) -> Counts:
 
 FAMILIES = (
     ("attention", r"flash|fmha|attention|Flash"),
-    ("loss", r"pgolf::.*(forward_kernel|hidden_kernel|loss_kernel|factor_kernel|scale_rows)"),
+    ("loss", r"pgolf::.*(CeEpilogue|HiddenEpilogue|forward_kernel|loss_kernel|factor_kernel|scale_rows)"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
     ("norms_and_mixes", r"triton_|pgolf::mix_"),
     ("heads", r"pgolf::.*(qk_norm_rope|QkvRopeEpilogue|sum_gain|head_mix)"),

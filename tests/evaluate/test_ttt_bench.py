@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.common import Recorder
-from bench.step import Kernel
+from bench.step import Kernel, family
 from bench.ttt import STREAM, Bench, by_family, profile
 from pgolf.config import EvaluateConfig
 from pgolf.errors import UserError
@@ -69,3 +69,15 @@ def test_kernels_are_told_apart_by_their_names():
     kernels = [Kernel(name, 1000 * i, 1000 * i + 500) for i, name in enumerate(names)]
     found = by_family(kernels)
     assert found == {"products": 0.5, "adam": 0.5, "copies": 0.5, "other": 0.5, "idle": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("pgolf::product::scheduled_kernel<pgolf::(anonymous namespace)::CeEpilogue<Form, true>>", "loss"),
+        ("pgolf::plain_product::product_kernel<pgolf::(anonymous namespace)::HiddenEpilogue>", "loss"),
+        ("pgolf::plain_product::product_kernel<pgolf::norm_mlp_sum::SumEpilogue>", "mlp"),
+    ],
+)
+def test_products_belong_to_the_family_of_their_epilogue(name: str, found: str):
+    assert family(name) == found
