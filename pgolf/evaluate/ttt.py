@@ -109,6 +109,9 @@ COMPILE_COST = 4.5e8
 `pr1855` with 65,536 window tokens takes 84 ms, compiled 80, and a cost of a million takes 1.0 s; compiling
 takes 20 s and more, also with the graphs on disk. The project's validation text has a cost of 3.5e7, or 4.8e7
 with windows of 3,072 tokens (docs/findings.md, the entry about 84,800 tokens per second)."""
+COMPOSED_COST = 2.7e7
+"""The same where the kernels next to attention cannot run: there a compiled step took 0.55 of the time
+(docs/findings.md, the entry about three processes on one GPU)."""
 
 
 def step_cost(documents: int, width: int) -> float:
@@ -381,7 +384,8 @@ def worth_compiling(batches: list[DocumentBatch], model: GPT, dist: Dist) -> boo
     if not model.compiled:
         return False
     cost = sum(batch.cost for batch in batches) / dist.devices
-    return dist.device.type == "cuda" and cost >= COMPILE_COST
+    least = COMPOSED_COST if model.heads_name == "composed" else COMPILE_COST
+    return dist.device.type == "cuda" and cost >= least
 
 
 def adapted_pass(

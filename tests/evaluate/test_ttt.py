@@ -15,6 +15,7 @@ from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import evaluating
 from pgolf.evaluate.ttt import (
     COMPILE_COST,
+    COMPOSED_COST,
     AdapterState,
     adapted_pass,
     plan_batches,
@@ -375,15 +376,16 @@ def test_documents_that_end_are_scored_apart_and_without_gradients(monkeypatch):
     assert {grad for lane, grad in graphs if lane} == {False} and (0, True) in graphs
 
 
+@pytest.mark.parametrize(("heads", "least"), [("auto", COMPILE_COST), ("composed", COMPOSED_COST)])
 @pytest.mark.parametrize(
     ("device", "gpus", "may", "worth"),
     [("cuda", 1, True, True), ("cuda", 2, True, False), ("cpu", 1, True, False), ("cuda", 1, False, False)],
 )
-def test_blocks_are_compiled_where_each_gpu_has_enough_to_do(device, gpus, may, worth):
+def test_blocks_are_compiled_where_each_gpu_has_enough_to_do(device, gpus, may, worth, heads, least):
     batch = plan_batches(np.array([2000] * 64), 2048, TttConfig())[0]
-    batches = [batch] * round(1.5 * COMPILE_COST / batch.cost)
+    batches = [batch] * round(1.5 * least / batch.cost)
     dist = SimpleNamespace(device=torch.device(device), devices=gpus)
-    assert worth_compiling(batches, SimpleNamespace(compiled=may), dist) is worth
+    assert worth_compiling(batches, SimpleNamespace(compiled=may, heads_name=heads), dist) is worth
 
 
 def test_a_model_says_whether_it_was_prepared_to_be_compiled(monkeypatch):
