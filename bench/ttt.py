@@ -69,6 +69,12 @@ class Bench:
     settings: EvaluateConfig
     shared: bool = False
     """Whether other programs ran on the same GPU."""
+    context: int = 0
+    """Tokens of the longest window; 0 = the model's."""
+
+    def longest(self, model: GPT) -> int:
+        """Return the tokens of the longest window."""
+        return self.context or model.config.max_context
 
     def model(self, *, compiled: bool) -> GPT:
         """Return the model, prepared."""
@@ -77,7 +83,7 @@ class Bench:
 
     def start(self, case: str, model: GPT, *, compiled: bool) -> Pass:
         """Return the pass of a case."""
-        context = model.config.max_context
+        context = self.longest(model)
         where: dict[str, Any] = {"bos_id": self.bos_id, "context": context}
         if case == "record_adapters":
             config = self.settings.adapters
@@ -92,7 +98,7 @@ class Bench:
         """Return the score of windows over the whole text, see the top of the file."""
         if self.dist.world_size > 1:
             raise UserError(f"{STREAM} is measured on one rank; start the bench without torchrun")
-        context, began = model.config.max_context, time.perf_counter()
+        context, began = self.longest(model), time.perf_counter()
         ends = np.array([self.text.tokens.size - 1])
         windows = sliding_windows(np.array([0]), ends, context=context, stride=64)
         sizes: dict[str, Any] = {"context": context, "batch_tokens": max(self.tokens, context)}
@@ -306,6 +312,9 @@ def main() -> None:
     parser.add_argument("--text", default="wiki_val", help="name of the text, in the names of the cases")
     parser.add_argument("--shared", action="store_true", help="say that other programs ran on the same GPU")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--context", type=int, default=0, help="tokens of the longest window; 0 = those of the model"
+    )
     parser.add_argument("--rank", type=int, default=TttConfig.rank, help="rank of the adapters")
     parser.add_argument("--tokens", type=int, default=98_304, help="tokens per forward pass of windows")
     parser.add_argument("--forms", nargs="+", choices=tuple(NAMES), default=["eager", "compiled"])
@@ -333,6 +342,7 @@ def main() -> None:
     text = folder.validation(documents=args.documents)
     recorder = Recorder("ttt", dist.device, args.out, file=args.file)
     suffix = f"_{args.text}" + (f"_first{args.documents}" if args.documents else "")
+    suffix += f"_context{args.context}" if args.context else ""
     # No graph holds the attention that CPUs have.
     forms = args.forms if dist.device.type == "cuda" else ["eager"]
     for case in [c for c in args.cases if args.profile is None or c in ADAPTED]:
@@ -340,7 +350,8 @@ def main() -> None:
         for tokens, documents in args.batches if case == "record_adapters" else args.batches[:1]:
             adapters = TttConfig(rank=args.rank, batch_tokens=tokens, batch_documents=documents)
             settings = EvaluateConfig(adapters=adapters, phases=phases)
-            bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings, args.shared)
+            bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings)
+            bench = replace(bench, shared=args.shared, context=args.context)
             note = f", {tokens:,} tokens" if len(args.batches) > 1 and case == "record_adapters" else ""
             if args.profile is None:
                 measure(bench, case, recorder, case + suffix, forms, again=args.again, note=note)
