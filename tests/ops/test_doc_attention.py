@@ -5,8 +5,7 @@ CPU too, where the operator computes with the reference.
 """
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -17,6 +16,14 @@ from torch.autograd import forward_ad
 from pgolf.model.attention import find_fa4, varlen_attention
 from pgolf.ops import doc_attention, doc_attention_backward, doc_attention_backward_ref, doc_attention_ref
 from tests.conftest import requires_gpu, requires_hopper
+from tests.ops.checks import (
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    no_waiting,
+    part,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.doc_attention"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -181,13 +188,6 @@ def test_narrow_inputs_are_computed_in_float32_and_rounded_once(dtype: torch.dty
 # ---- What Python adds to the kernels. On the CPU the operator computes with the reference.
 
 
-@pytest.fixture
-def operator(monkeypatch) -> Iterator[None]:
-    """Let the public function call the operator on the CPU."""
-    monkeypatch.setattr(MODULE, "_takes", lambda *_: True)
-    yield
-
-
 def test_where_the_kernels_are_used(monkeypatch) -> None:
     asked = []
 
@@ -224,8 +224,10 @@ def test_compile_in_one_graph_keeps_the_values(operator, scale: float | None) ->
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
 
 
-def test_opcheck_accepts_the_operator_on_the_cpu() -> None:
-    q, k, v, cu_seqlens, grad = make([11, 0, 30, 1], dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires_hopper)])
+def test_opcheck_accepts_the_operator(device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    q, k, v, cu_seqlens, grad = make([128, 0, 33], dtype=dtype, device=torch.device(device))
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
     torch.library.opcheck(
         torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125, None)
@@ -386,20 +388,7 @@ def test_the_scale_is_that_of_the_scores() -> None:
 @requires_hopper
 def test_short_documents_have_the_same_bits_again_and_nothing_is_read_that_is_not_written() -> None:
     problem = make(SHORT)
-    first = gradients(doc_attention_backward, problem)
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = gradients(doc_attention_backward, problem)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = gradients(doc_attention_backward, problem)
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(lambda: gradients(doc_attention_backward, problem))
 
 
 @requires_hopper
@@ -421,23 +410,13 @@ def test_strides_and_odd_addresses_are_accepted_and_inputs_are_kept() -> None:
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
     inputs = grad, q, k, v, y, lse
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
-    def part(t: Tensor) -> Tensor:
-        """The same values as the first columns of a wider tensor."""
-        return torch.cat((t, torch.full_like(t[..., :8], torch.nan)), dim=-1)[..., : t.shape[-1]]
-
     def rows(t: Tensor) -> Tensor:
         """The same values as the last heads of more."""
         return torch.cat((torch.full_like(t[:, :1], torch.nan), t), dim=1)[:, 1:]
 
     want = doc_attention_backward(*inputs, cu_seqlens)
     before = [t.clone() for t in inputs]
-    for change in (lambda t: t.mT.contiguous().mT, moved, part, rows):
+    for change in (transposed, moved, part, rows):
         got = doc_attention_backward(*map(change, inputs), cu_seqlens)
         assert all(map(torch.equal, got, want))
         assert all(t.is_contiguous() for t in got)
@@ -490,30 +469,15 @@ def test_a_cuda_graph_replays_it_with_other_documents() -> None:
     q, k, v, cu_seqlens, grad = make(SHORT)
     y, lse = doc_attention_ref(q, k, v, cu_seqlens)
     inputs = grad, q, k, v, y, lse, cu_seqlens
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        doc_attention_backward(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = doc_attention_backward(*inputs)
-    for lengths in (SHORT[::-1], SHORT):
+
+    def give(lengths: Sequence[int]) -> None:
         q.mul_(0.5)
         cu_seqlens.copy_(starts_of(lengths, CUDA))
         for old, new in zip((y, lse), doc_attention_ref(q, k, v, cu_seqlens), strict=True):
             old.copy_(new)
-        graph.replay()
-        for got, want in zip(captured, doc_attention_backward(*inputs), strict=True):
-            assert torch.equal(got, want)
 
-
-@requires_hopper
-def test_opcheck_accepts_the_operator() -> None:
-    q, k, v, cu_seqlens, grad = make([128, 0, 33])
-    y, lse = doc_attention_ref(q, k, v, cu_seqlens)
-    torch.library.opcheck(
-        torch.ops.pgolf.doc_attention_backward, (grad, q, k, v, y, lse, cu_seqlens, 0.125, None)
-    )
+    changes = (lambda: give(SHORT[::-1])), (lambda: give(SHORT))
+    assert_replays_like_a_call(lambda: doc_attention_backward(*inputs), *changes)
 
 
 @requires_hopper
@@ -522,11 +486,8 @@ def test_no_documents_are_no_work_and_the_host_waits_for_nothing() -> None:
         q, k, v, cu_seqlens, grad = make(lengths)
         y, lse = doc_attention_ref(q, k, v, cu_seqlens)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             dq, dk, dv = doc_attention_backward(grad, q, k, v, y, lse, cu_seqlens)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert dq.shape == q.shape and dk.shape == k.shape and dv.shape == v.shape
 
 

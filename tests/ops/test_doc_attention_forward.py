@@ -4,7 +4,7 @@ csrc/tests/test_doc_attention.cpp runs the kernels on the host; tests/ops/test_d
 backward pass by itself.
 """
 
-import warnings
+import sys
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ from torch.autograd import forward_ad
 
 from pgolf.ops import doc_attention, doc_attention_ref
 from tests.conftest import requires_hopper
+from tests.ops.checks import assert_replays_like_a_call, assert_the_same_on_every_call
 from tests.ops.test_doc_attention import (
     CPU,
     CUDA,
     DOCUMENTS,
     KERNEL_LENGTHS,
     LENGTHS,
-    MODULE,
     SHORT,
     Problem,
     make,
@@ -27,11 +27,7 @@ from tests.ops.test_doc_attention import (
     starts_of,
 )
 
-
-@pytest.fixture
-def operator(monkeypatch) -> None:
-    """Let the public function call the operator on the CPU."""
-    monkeypatch.setattr(MODULE, "_takes", lambda *_: True)
+MODULE = sys.modules["pgolf.ops.doc_attention"]
 
 
 def leaves_of(problem: Problem) -> list[Tensor]:
@@ -92,8 +88,10 @@ def test_compiled_it_is_one_graph_forward_and_backward(operator) -> None:
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_opcheck_accepts_the_operator_on_the_cpu() -> None:
-    problem = make([11, 0, 30, 1], dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires_hopper)])
+def test_opcheck_accepts_the_operator(device: str) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    problem = make([128, 0, 33], dtype=dtype, device=torch.device(device))
     torch.library.opcheck(torch.ops.pgolf.doc_attention, (*leaves_of(problem), problem.cu_seqlens, 0.125))
 
 
@@ -144,17 +142,7 @@ def test_it_differentiates_on_the_gpu() -> None:
 @requires_hopper
 def test_the_same_bits_again_and_nothing_is_read_that_is_not_written() -> None:
     problem = make(DOCUMENTS)
-    first = doc_attention(*problem[:4])
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            poisoned = doc_attention(*problem[:4])
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for value, other, again in zip(first, poisoned, doc_attention(*problem[:4]), strict=True):
-        assert torch.equal(value, other) and torch.equal(value, again)
+    assert_the_same_on_every_call(lambda: dict(zip(("y", "lse"), doc_attention(*problem[:4]), strict=True)))
 
 
 @requires_hopper
@@ -173,28 +161,12 @@ def test_documents_do_not_depend_on_each_other() -> None:
 @requires_hopper
 def test_a_cuda_graph_replays_it_with_other_documents_and_the_host_waits_for_nothing() -> None:
     problem = make(SHORT)
-    doc_attention(*problem[:4])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = doc_attention(*problem[:4])
-    for lengths in (SHORT[::-1], [sum(SHORT)]):
-        # One document where there were many: a list of tiles is never longer than the first one.
+
+    def give(lengths: list[int]) -> None:
         starts = starts_of(lengths, CUDA)
         problem.cu_seqlens.fill_(int(starts[-1]))
         problem.cu_seqlens[: len(starts)].copy_(starts)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            graph.replay()
-            wanted = doc_attention(*problem[:4])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        for got, want in zip(captured, wanted, strict=True):
-            assert torch.equal(got, want)
 
-
-@requires_hopper
-def test_opcheck_accepts_the_operator() -> None:
-    problem = make([128, 0, 33])
-    torch.library.opcheck(torch.ops.pgolf.doc_attention, (*leaves_of(problem), problem.cu_seqlens, 0.125))
+    # One document where there were many: a list of tiles is never longer than the first one.
+    changes = (lambda: give(SHORT[::-1])), (lambda: give([sum(SHORT)]))
+    assert_replays_like_a_call(lambda: doc_attention(*problem[:4]), *changes)

@@ -6,8 +6,6 @@ references.
 """
 
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -17,7 +15,15 @@ from torch.autograd import forward_ad
 
 from pgolf.model.gates import exclude_self, head_gate
 from pgolf.ops import head_mix, head_mix_backward, head_mix_backward_ref, head_mix_ref
-from tests.conftest import requires_gpu
+from tests.conftest import DEVICES, requires_gpu
+from tests.ops.checks import (
+    assert_no_worse_than_twice,
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    no_waiting,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.head_mix"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -88,14 +94,6 @@ def run(fn, inputs: Inputs, kind: int, upstream: Tensor | None = None) -> dict[s
     given = [t for t in leaves if t is not None]
     grads = torch.autograd.grad(out, given, upstream.to(out.dtype))
     return {"out": out.detach(), **dict(zip(("dy", "dv", "dz"), grads, strict=False))}
-
-
-def assert_no_worse_than_twice(got, base, want: dict[str, Tensor]) -> None:
-    for name, truth in want.items():
-        assert got[name].dtype == base[name].dtype and got[name].shape == truth.shape, name
-        scale = truth.norm().item()
-        error, bound = ((t[name].double() - truth).norm().item() for t in (got, base))
-        assert error <= 2 * bound + 1e-6 * scale, f"{name}: error {error}, eager {bound}, norm {scale}"
 
 
 def assert_no_worse_than_twice_eager(inputs: Inputs, kind: int) -> None:
@@ -204,13 +202,6 @@ def test_with_delta_the_gradients_of_a_query_s_scores_add_up_to_zero(dtype: torc
 # ---- What Python adds to the kernels. On the CPU the operators compute with the references.
 
 
-@pytest.fixture
-def operator(monkeypatch) -> Iterator[None]:
-    """Let the public functions call the operators on the CPU."""
-    monkeypatch.setattr(MODULE, "_takes", lambda *_: True)
-    yield
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_through_the_operator_are_those_of_the_reference(kind: int, operator) -> None:
     inputs = make_inputs(Sizes(7), kind, torch.float64, CPU)
@@ -227,7 +218,7 @@ def test_the_gradient_of_the_logits_has_their_dtype(dtype: torch.dtype, operator
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_frozen_inputs_get_no_gradient_and_change_no_other(device: str, kind: int, request) -> None:
     if device == "cpu":
         request.getfixturevalue("operator")
@@ -258,8 +249,10 @@ def test_compile_in_one_graph_keeps_the_values(kind: int, operator) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_accepts_the_operators_on_the_cpu(kind: int) -> None:
-    inputs = make_inputs(Sizes(5), kind, torch.float32, CPU)
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_accepts_the_operators(device: str, kind: int) -> None:
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    inputs = make_inputs(Sizes(33), kind, dtype, torch.device(device))
     ops, upstream = torch.ops.pgolf, upstream_of(inputs)
     torch.library.opcheck(ops.head_mix_backward, (upstream, *inputs, SCALE, kind))
     torch.library.opcheck(ops.head_mix, (*inputs.each(Tensor.requires_grad_), SCALE, kind))
@@ -396,20 +389,7 @@ def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(
         delta = head_mix_backward(upstream_of(inputs), *inputs, SCALE, kind)[3]
         return {**run(head_mix, inputs, kind), "delta": delta}
 
-    first = everything()
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = everything()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = everything()
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(everything)
 
 
 @requires_gpu
@@ -430,12 +410,6 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
     inputs = make_inputs(Sizes(129), 1)
     upstream = upstream_of(inputs)
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
     def columns(t: Tensor, odd: int = 0) -> Tensor:
         """The same values as the last columns of a wider matrix, as v is a part of the product of q, k, v."""
         flat = t.flatten(1)
@@ -443,7 +417,7 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
         return torch.cat((before, flat), dim=1)[:, 64 + odd :].view(t.shape)
 
     want = head_mix(*inputs, SCALE, 1), *head_mix_backward(upstream, *inputs, SCALE, 1)
-    for change in (lambda t: t.mT.contiguous().mT, moved, columns, lambda t: columns(t, 3)):
+    for change in (transposed, moved, columns, lambda t: columns(t, 3)):
         for changed in (inputs.each(change), inputs._replace(v=change(inputs.v))):
             back = head_mix_backward(change(upstream), *changed, SCALE, 1)
             got = head_mix(*changed, SCALE, 1), *back
@@ -488,28 +462,7 @@ def test_cuda_graph_replays_forward_and_backward() -> None:
         out = head_mix(*leaves, SCALE, 1)
         return out, *torch.autograd.grad(out, leaves, upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.mul_(0.5)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
-
-
-@requires_gpu
-@pytest.mark.parametrize("kind", KINDS)
-def test_opcheck_accepts_the_operators(kind: int) -> None:
-    inputs = make_inputs(Sizes(33), kind)
-    ops, upstream = torch.ops.pgolf, upstream_of(inputs)
-    torch.library.opcheck(ops.head_mix_backward, (upstream, *inputs, SCALE, kind))
-    torch.library.opcheck(ops.head_mix, (*inputs.each(Tensor.requires_grad_), SCALE, kind))
+    assert_replays_like_a_call(step, lambda: [leaf.mul_(0.5) for leaf in leaves])
 
 
 @requires_gpu
@@ -519,11 +472,8 @@ def test_it_keeps_only_its_inputs_and_backward_waits_for_nothing() -> None:
     before = torch.cuda.memory_allocated()
     out = head_mix(*leaves, SCALE, 1)
     assert torch.cuda.memory_allocated() - before <= leaves.y.numel() * 2
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.autograd.backward(out, torch.ones_like(out))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @requires_gpu

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pgolf.ops import linear_softcap_ce, linear_softcap_ce_ref
 from tests.conftest import requires_gpu
+from tests.ops.checks import assert_replays_like_a_call
 
 CAP = 30.0
 # (rows, vocab, width). Odd everywhere; one row; one past the 128-row and 256-column tiles, with rows of the
@@ -408,18 +409,7 @@ def test_cuda_graph_replays_forward_and_backward(memory: str, reduction: str) ->
         loss = linear_softcap_ce(x, w, target, CAP, memory=memory, reduction=reduction).sum()
         return loss, *torch.autograd.grad(loss, (x, w))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.mul_(0.5)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays_like_a_call(step, lambda: x.mul_(0.5))
 
 
 @requires_gpu

@@ -18,6 +18,7 @@ from pgolf.ops.muon_step import (
     WEIGHT_DECAY,
 )
 from tests.conftest import requires_gpu, requires_hopper
+from tests.ops.checks import no_waiting
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 LR_SCALE = 2.0
@@ -359,11 +360,8 @@ def test_step_does_not_wait_for_the_gpu() -> None:
     device = torch.device("cuda")
     banks, hyper, rule = make_banks(device), make_scalars(device), MuonRule([JORDAN])
     muon_step(banks, hyper, rule)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         muon_step(banks, hyper, rule)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def change(index: int, **fields: object):

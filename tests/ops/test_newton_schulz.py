@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pgolf.ops import newton_schulz, newton_schulz_ref
 from tests.conftest import requires_gpu
+from tests.ops.checks import assert_replays_like_a_call
 
 # Muon's polynomial (Keller Jordan), and the first, second and last of a Polar Express table.
 JORDAN = [(3.4445, -4.7750, 2.0315)]
@@ -184,14 +185,7 @@ def test_compile_in_one_graph_matches_eager(device) -> None:
 @requires_gpu
 def test_cuda_graph_replays() -> None:
     x = make_input((3, 128, 256), torch.bfloat16, torch.device("cuda"))
-    newton_schulz(x, POLAR)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = newton_schulz(x, POLAR)
-    x.copy_(x.flip(0))
-    graph.replay()
-    assert torch.equal(out, newton_schulz(x, POLAR))
+    assert_replays_like_a_call(lambda: [newton_schulz(x, POLAR)], lambda: x.copy_(x.flip(0)))
 
 
 def test_backward_says_that_it_is_not_differentiable(device) -> None:

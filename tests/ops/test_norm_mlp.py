@@ -5,7 +5,6 @@ inputs, errors, compilation) is tested on the CPU too, where `kernels` puts a pl
 """
 
 import sys
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -16,6 +15,14 @@ from torch.autograd import forward_ad
 
 from pgolf.ops import norm_mlp, norm_mlp_ref
 from tests.conftest import requires_gpu, requires_hopper
+from tests.ops.checks import (
+    assert_no_worse_than_twice,
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    no_waiting,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.norm_mlp"]
 EPS = 1.1920929e-7
@@ -66,11 +73,8 @@ def assert_no_worse_than_twice_eager(inputs: tuple[Tensor, ...], which: str, slo
     upstream = upstream_of(inputs[0]).to(inputs[0].dtype)
     got, base = (run(fn, inputs, which, slope, upstream) for fn in (norm_mlp, norm_mlp_ref))
     want = run(norm_mlp_ref, tuple(t.double() for t in inputs), which, slope, upstream)
-    for name, truth in want.items():
-        assert got[name].dtype == inputs[0].dtype and got[name].shape == truth.shape
-        scale = truth.norm().item()
-        error, bound = ((t[name].double() - truth).norm().item() for t in (got, base))
-        assert error <= 2 * bound + 1e-6 * scale, f"{name}: error {error}, eager {bound}, norm {scale}"
+    assert all(t.dtype == inputs[0].dtype for t in got.values())
+    assert_no_worse_than_twice(got, base, want)
 
 
 def published(x: Tensor, up: Tensor, down: Tensor, residual: Tensor | None, slope: float) -> Tensor:
@@ -300,20 +304,7 @@ def test_small_and_large_rows_are_at_most_twice_eager(scale: float) -> None:
 def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(which: str) -> None:
     inputs = make_inputs(1_000, 512, 2048)
     upstream = upstream_of(inputs[0])
-    first = run(norm_mlp, inputs, which, 0.5, upstream)
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = run(norm_mlp, inputs, which, 0.5, upstream)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = run(norm_mlp, inputs, which, 0.5, upstream)
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(lambda: run(norm_mlp, inputs, which, 0.5, upstream))
 
 
 @requires_hopper
@@ -331,13 +322,7 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
     upstream = upstream_of(inputs[0])
     want = run(norm_mlp, inputs, "none", 0.5, upstream)
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
-    for change in (lambda t: t.T.contiguous().T, moved):
+    for change in (transposed, moved):
         x, up, down = (change(t).detach().requires_grad_() for t in inputs[:3])
         y = norm_mlp(x, up, down, slope=0.5)
         grads = torch.autograd.grad(y, (x, up, down), change(upstream.to(y.dtype)))
@@ -379,19 +364,7 @@ def test_cuda_graph_replays_forward_and_backward(which: str) -> None:
         y = norm_mlp(x, up, down, residual, slope=0.5)
         return y, *torch.autograd.grad(y, (x, up, down), upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        x.mul_(0.5)
-        up.mul_(-1)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays_like_a_call(step, lambda: (x.mul_(0.5), up.mul_(-1)))
 
 
 @requires_hopper
@@ -420,11 +393,8 @@ def test_it_keeps_less_than_eager_and_backward_waits_for_nothing() -> None:
         before = torch.cuda.memory_allocated()
         y = fn(x, up, down, x, slope=0.5)
         kept[fn] = torch.cuda.memory_allocated() - before
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             y.backward(torch.ones_like(y))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     # In sizes of x: y, 4 of the activation and 1/4 of signs, against at least y, n, and 4 each of h and act.
     size = x.numel() * 2
     assert kept[norm_mlp] < 6 * size < 10 * size <= kept[norm_mlp_ref]

@@ -6,8 +6,6 @@ the references.
 """
 
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -23,7 +21,16 @@ from pgolf.ops import (
     qk_norm_rope_backward_ref,
     qk_norm_rope_ref,
 )
-from tests.conftest import requires_gpu
+from tests.conftest import DEVICES, requires_gpu
+from tests.ops.checks import (
+    assert_no_worse_than_twice,
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    no_waiting,
+    part,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.qk_norm_rope"]
 EPS = 1.1920929e-7
@@ -106,14 +113,6 @@ def run(fn, inputs: Inputs, upstream: list[Tensor] | None = None) -> dict[str, T
     return dict(zip(("q", "k", "dqkv", "dgain"), (*(t.detach() for t in outputs), *grads), strict=True))
 
 
-def assert_no_worse_than_twice(got, base, want: dict[str, Tensor]) -> None:
-    for name, truth in want.items():
-        assert got[name].dtype == base[name].dtype and got[name].shape == truth.shape, name
-        scale = truth.norm().item()
-        error, bound = ((t[name].double() - truth).norm().item() for t in (got, base))
-        assert error <= 2 * bound + 1e-6 * scale, f"{name}: error {error}, eager {bound}, norm {scale}"
-
-
 def assert_no_worse_than_twice_eager(inputs: Inputs) -> None:
     upstream = upstream_of(inputs)
     got, base = (run(fn, inputs, upstream) for fn in (qk_norm_rope, qk_norm_rope_ref))
@@ -190,13 +189,6 @@ def test_backward_reference_is_the_derivative_and_sums_the_gradients_of_v(sizes:
 # ---- What Python adds to the kernels. On the CPU the operators compute with the references.
 
 
-@pytest.fixture
-def operator(monkeypatch) -> Iterator[None]:
-    """Let the public functions call the operators on the CPU."""
-    monkeypatch.setattr(MODULE, "_takes", lambda *_: True)
-    yield
-
-
 def test_gradients_through_the_operator_are_those_of_the_reference(operator) -> None:
     inputs = make_inputs(Sizes(7), torch.float64, CPU)
     got, want = (run(fn, inputs) for fn in (qk_norm_rope, qk_norm_rope_ref))
@@ -211,7 +203,7 @@ def test_the_gradient_of_the_gain_has_its_dtype(gain_dtype: torch.dtype, operato
     assert found["dgain"].dtype == gain_dtype and found["q"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_frozen_inputs_and_unused_outputs_get_no_gradient_and_change_no_other(device: str, request) -> None:
     if device == "cpu":
         request.getfixturevalue("operator")
@@ -395,20 +387,7 @@ def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(
         with_v = {"with v": both[0], "gain with v": both[1], "float32": wide[0], "gain of float32": wide[1]}
         return {**run(qk_norm_rope, inputs), **with_v}
 
-    first = everything()
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = everything()
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = everything()
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(everything)
 
 
 @requires_gpu
@@ -426,19 +405,9 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
     inputs = make_inputs(Sizes(129))
     dq, dk, *dv = upstream_of(inputs, 2)
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
-    def part(t: Tensor) -> Tensor:
-        """The same values as the first columns of a wider tensor."""
-        return torch.cat((t, torch.full_like(t[..., :8], torch.nan)), dim=-1)[..., : t.shape[-1]]
-
     want = *qk_norm_rope(*inputs), *qk_norm_rope_backward(dq, dk, dv, *inputs)
     of_wide = qk_norm_rope_backward(dq.float() * 1.0013, dk, dv, *inputs)
-    for change in (lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, moved, part):
+    for change in (transposed, moved, part):
         changed = Inputs(*map(change, inputs[:4]), inputs.head_dim)
         grads = change(dq), change(dk), [change(t) for t in dv]
         got = *qk_norm_rope(*changed), *qk_norm_rope_backward(*grads, *changed)
@@ -486,19 +455,7 @@ def test_cuda_graph_replays_forward_and_backward() -> None:
         outputs = qk_norm_rope(*leaves, *inputs[2:])
         return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.mul_(0.5)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays_like_a_call(step, lambda: [leaf.mul_(0.5) for leaf in leaves])
 
 
 @requires_gpu
@@ -521,11 +478,8 @@ def test_it_keeps_only_its_inputs_and_backward_waits_for_nothing() -> None:
     before = torch.cuda.memory_allocated()
     outputs = qk_norm_rope(*leaves, *inputs[2:])
     assert torch.cuda.memory_allocated() - before <= 8192 * 12 * 64 * 2
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @requires_gpu

@@ -9,11 +9,11 @@ import torch
 
 from pgolf.ops import qk_norm_rope_backward, qk_norm_rope_backward_ref
 from tests.conftest import requires_gpu
+from tests.ops.checks import assert_no_worse_than_twice
 from tests.ops.test_qk_norm_rope import (
     CPU,
     SIZES,
     Sizes,
-    assert_no_worse_than_twice,
     make_inputs,
     upstream_of,
 )

@@ -6,8 +6,6 @@ computes with the reference.
 """
 
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +17,14 @@ from torch.autograd import forward_ad
 from pgolf.model.rope import rope_tables
 from pgolf.ops import qk_norm_rope, qk_norm_rope_ref, qkv_rope, qkv_rope_ref
 from tests.conftest import requires_gpu, requires_hopper
+from tests.ops.checks import (
+    assert_no_worse_than_twice,
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    part,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.qkv_rope"]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -109,13 +115,8 @@ def assert_no_worse_than_twice_eager(inputs: Inputs) -> None:
     upstream = upstream_of(qkv_rope_ref(*inputs))
     got, base = (run(fn, inputs, upstream) for fn in (qkv_rope, qkv_rope_ref))
     want = run(qkv_rope_ref, inputs.double(), upstream)
-    for name, truth in want.items():
-        assert got[name].dtype == base[name].dtype and got[name].shape == truth.shape, name
-        scale = truth.norm().item()
-        error, bound = ((t[name].double() - truth).norm().item() for t in (got, base))
-        # The gradients of the gain are few numbers, whose errors differ by chance.
-        limit = 2 * bound + (4e-3 if name == "dgain" else 1e-6) * scale
-        assert error <= limit, f"{name}: error {error}, eager {bound}, norm {scale}"
+    # The gradients of the gain are few numbers, whose errors differ by chance.
+    assert_no_worse_than_twice(got, base, want, dgain=4e-3)
 
 
 # ---- The composition.
@@ -140,13 +141,6 @@ def test_gradcheck_accepts_the_composition_and_the_operator(sizes: Sizes) -> Non
 
 
 # ---- What Python adds to the kernel. On the CPU the operator computes with the reference.
-
-
-@pytest.fixture
-def operator(monkeypatch) -> Iterator[None]:
-    """Let the public function call the operator on the CPU."""
-    monkeypatch.setattr(MODULE, "_takes", lambda *_: True)
-    yield
 
 
 def test_gradients_through_the_operator_are_those_of_the_reference(operator) -> None:
@@ -279,20 +273,7 @@ def test_q_and_k_have_the_bits_that_qk_norm_rope_makes_of_the_product(sizes: Siz
 @pytest.mark.parametrize("sizes", [Sizes(5_001), Sizes(501, 72, 8, 2)])
 def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(sizes: Sizes) -> None:
     inputs = make_inputs(sizes)
-    first = run(qkv_rope, inputs)
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = run(qkv_rope, inputs)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = run(qkv_rope, inputs)
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(lambda: run(qkv_rope, inputs))
 
 
 @requires_hopper
@@ -308,18 +289,8 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
     inputs = make_inputs(Sizes(129))
     inputs = inputs._replace(gain=inputs.gain.bfloat16())
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
-    def part(t: Tensor) -> Tensor:
-        """The same values as the first columns of a wider tensor."""
-        return torch.cat((t, torch.full_like(t[..., :8], torch.nan)), dim=-1)[..., : t.shape[-1]]
-
     want = qkv_rope(*inputs)
-    for change in (lambda t: t.mT.contiguous().mT if t.dim() > 1 else t, moved, part):
+    for change in (transposed, moved, part):
         changed = Inputs(*map(change, inputs[:5]), inputs.head_dim)
         assert all(map(torch.equal, qkv_rope(*changed), want))
 
@@ -355,19 +326,7 @@ def test_cuda_graph_replays_forward_and_backward() -> None:
         outputs = qkv_rope(*leaves, *inputs[3:])
         return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.mul_(0.5)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays_like_a_call(step, lambda: [leaf.mul_(0.5) for leaf in leaves])
 
 
 @requires_hopper

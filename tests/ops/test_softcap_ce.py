@@ -10,6 +10,7 @@ from torch import Tensor
 from pgolf import env
 from pgolf.ops import softcap_ce, softcap_ce_ref
 from tests.conftest import requires_gpu
+from tests.ops.checks import assert_replays_like_a_call
 
 CAP = 30.0
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -338,19 +339,10 @@ def test_cuda_graph_replays_forward_and_backward(reduction: str) -> None:
         loss = softcap_ce(x, target, CAP, reduction=reduction)
         return loss, torch.autograd.grad(loss.sum(), x)[0]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = step()
-    with torch.no_grad():
-        x.mul_(0.5)
-    graph.replay()
+    assert_replays_like_a_call(step, lambda: x.mul_(0.5))
     weight = torch.ones((), device="cuda")
-    want_loss, want_grad = loss_and_grad(softcap_ce, x, target, CAP, weight, reduction=reduction)
-    assert torch.equal(loss, want_loss) and torch.equal(grad, want_grad)
+    want = loss_and_grad(softcap_ce, x, target, CAP, weight, reduction=reduction)
+    assert all(map(torch.equal, step(), want))
 
 
 @requires_gpu

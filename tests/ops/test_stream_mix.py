@@ -6,7 +6,6 @@ version in their place.
 """
 
 import sys
-import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +15,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pgolf.ops import stream_mix, stream_mix_ref
-from tests.conftest import requires_gpu
+from tests.conftest import DEVICES, requires_gpu
+from tests.ops.checks import (
+    assert_no_worse_than_twice,
+    assert_replays_like_a_call,
+    assert_the_same_on_every_call,
+    moved,
+    no_waiting,
+    transposed,
+)
 
 MODULE = sys.modules["pgolf.ops.stream_mix"]
 EPS = 1.1920929e-7
@@ -86,12 +93,9 @@ def assert_no_worse_than_twice_eager(inputs: list[Tensor], last: str) -> None:
     upstream = upstream_of(inputs, len(stream_mix_ref(inputs[:-1], inputs[-1], last=last)))
     got, base = (run(fn, inputs, last, upstream) for fn in (stream_mix, stream_mix_ref))
     want = run(stream_mix_ref, [t.double() for t in inputs], last, upstream)
-    for name, truth in want.items():
-        like = inputs[-1] if name == "coefficients" else inputs[0]
-        assert got[name].dtype == like.dtype and got[name].shape == truth.shape
-        scale = truth.norm().item()
-        error, bound = ((t[name].double() - truth).norm().item() for t in (got, base))
-        assert error <= 2 * bound + 1e-6 * scale, f"{name}: error {error}, eager {bound}, norm {scale}"
+    assert got["coefficients"].dtype == inputs[-1].dtype
+    assert all(t.dtype == inputs[0].dtype for name, t in got.items() if name != "coefficients")
+    assert_no_worse_than_twice(got, base, want)
 
 
 def published(streams: list[Tensor], coefficients: Tensor, *, last: str) -> list[Tensor]:
@@ -180,7 +184,7 @@ def test_gradients_around_the_kernels_are_exact(form: tuple[int, int, str], kern
         torch.testing.assert_close(got[name], truth, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=requires_gpu)])
+@pytest.mark.parametrize("device", DEVICES)
 def test_frozen_inputs_and_unused_outputs_get_no_gradient_and_change_no_other(device: str, request) -> None:
     if device == "cpu":
         request.getfixturevalue("kernels")
@@ -344,20 +348,7 @@ def test_result_is_the_same_on_every_call_and_reads_nothing_that_is_not_written(
 ) -> None:
     streams, sums, last = form
     inputs = make_inputs(5_001, 512, streams, sums)
-    first = run(stream_mix, inputs, last)
-    # In this mode torch fills every new tensor with NaN.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            assert torch.empty(1, device="cuda").isnan()
-            poisoned = run(stream_mix, inputs, last)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    again = run(stream_mix, inputs, last)
-    for name, value in first.items():
-        assert value.isfinite().all(), name
-        assert torch.equal(value, poisoned[name]) and torch.equal(value, again[name]), name
+    assert_the_same_on_every_call(lambda: run(stream_mix, inputs, last))
 
 
 @requires_gpu
@@ -375,19 +366,13 @@ def test_strides_and_odd_addresses_are_accepted() -> None:
     inputs = make_inputs(129, 64, 3, 2)
     want = run(stream_mix, inputs, "both")
 
-    def moved(t: Tensor) -> Tensor:
-        """The same values one element after a multiple of 16 bytes."""
-        storage = t.new_empty(t.numel() + 1)
-        storage[1:] = t.flatten()
-        return storage[1:].view(t.shape)
-
     def change_and_run(change) -> dict[str, Tensor]:
         leaves = [change(t).detach().requires_grad_() for t in inputs]
         outputs = stream_mix(leaves[:-1], leaves[-1], last="both")
         grads = torch.autograd.grad(outputs, leaves, [change(u) for u in upstream_of(inputs, 3)])
         return dict(zip(want, (*outputs, *grads), strict=True))
 
-    for change in (lambda t: t.mT.contiguous().mT, moved):
+    for change in (transposed, moved):
         for name, value in change_and_run(change).items():
             assert torch.equal(value, want[name]), name
 
@@ -412,19 +397,7 @@ def test_cuda_graph_replays_forward_and_backward() -> None:
         outputs = stream_mix(leaves[:-1], leaves[-1], last="both")
         return *outputs, *torch.autograd.grad(outputs, leaves, upstream)
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        for leaf in leaves:
-            leaf.mul_(0.5)
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
+    assert_replays_like_a_call(step, lambda: [leaf.mul_(0.5) for leaf in leaves])
 
 
 @requires_gpu
@@ -446,11 +419,8 @@ def test_it_keeps_only_its_inputs_and_backward_waits_for_nothing() -> None:
     before = torch.cuda.memory_allocated()
     outputs = stream_mix(leaves[:-1], leaves[-1], last="both")
     assert torch.cuda.memory_allocated() - before <= 2 * leaves[0].numel() * 2
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @requires_gpu

@@ -18,6 +18,7 @@ from pgolf.optim.ema import Ema
 from pgolf.optim.flat import flat_views
 from pgolf.optim.step import Optimizer
 from tests.conftest import DEVICES
+from tests.ops.checks import no_waiting
 
 CONFIG = OptimConfig(muon=MuonConfig(lr=0.05), adam=AdamConfig(embed_lr=0.04), grad_clip=0.3)
 
@@ -303,12 +304,9 @@ def test_step_and_average_do_not_wait_for_the_gpu(device):
     backward(model, 0)
     optimizer.step(0.0)  # first call loads kernels
     ema.update(0.5)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         optimizer.step(0.5)
         ema.update(0.5)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture
