@@ -44,7 +44,7 @@ from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Distributions, Inputs, Lesson, Pass, Predictor, evaluating, read
 from pgolf.evaluate.sliding import Fixed, sliding_windows, window_pass, window_questions
 from pgolf.evaluate.ttt import adapted_pass
-from pgolf.evaluate.validation import DataFolder
+from pgolf.evaluate.validation import DataFolder, widened
 from pgolf.model.gpt import GPT
 
 STREAM = "sliding64_stream"
@@ -120,7 +120,7 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(device)
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        with evaluating(model):
+        with evaluating(model), widened(model, self.context):
             if case == STREAM:
                 found = self.stream(model)
             else:
@@ -227,7 +227,7 @@ def profile(
 
     first, count = steps
     model = bench.model(compiled=form != "eager")
-    with evaluating(model):
+    with evaluating(model), widened(model, bench.context):
         run = bench.start(case, model, compiled=form != "eager")
         profiled = Profiled(run.predictor, first, count, bench.dist.device)
         try:
