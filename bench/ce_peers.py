@@ -7,6 +7,7 @@ out.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -127,12 +128,21 @@ def scaled_chunk(width: int) -> int:
     return 2048 if width == 4096 else 4096
 
 
-def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
-    """Return the calls that run once without an error; print the others and their errors."""
+def working(
+    peers: dict[str, Callable[[], object]], took: Callable[[str, float], object] = lambda *_: None
+) -> dict[str, Callable[[], object]]:
+    """Return the calls that run once without an error; print the others and their errors.
+
+    `took` gets the name of each that works and the seconds of this call, which compiles, and tunes where the
+    implementation does.
+    """
     result = {}
     for name, call in peers.items():
+        began = time.perf_counter()
         try:
             call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         except Exception as e:
             if name.startswith("pgolf"):
                 raise
@@ -140,5 +150,6 @@ def working(peers: dict[str, Callable[[], object]]) -> dict[str, Callable[[], ob
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         else:
+            took(name, time.perf_counter() - began)
             result[name] = call
     return result

@@ -123,6 +123,10 @@ class Recorder:
             with self._part(self.out).open("w" if len(self.lines) == 1 else "a") as file:
                 file.write(json.dumps(self.lines[-1]) + "\n")
 
+    def first_calls(self, case: str) -> Callable[[str, float], None]:
+        """Return what records the seconds of an implementation's first call, which compiles and tunes."""
+        return lambda impl, seconds: self.add(case, impl, "s_first_call", Sample(seconds, 0.0, 1), "s")
+
     def _part(self, folder: Path) -> Path:
         """Return the file that holds the lines until all are there, in case the bench is stopped before."""
         return folder / f"{self.file or self.bench}.jsonl.part"

@@ -75,6 +75,14 @@ def test_rates_count_the_same_operations_for_pgolf_and_for_products(monkeypatch)
     assert recorder.lines[0]["spread"] == pytest.approx(recorder.lines[0]["value"] / 4, rel=1e-5)
 
 
+def test_singular_values_are_those_of_the_first_matrix_of_each_bank():
+    wide, tall, square = (torch.randn(2, m, n).bfloat16() for m, n in ((24, 40), (40, 24), (16, 16)))
+    values = torch.cat([torch.linalg.svdvals(x[0].double()) for x in (wide, tall, square)])
+    # torch's iteration returns a list of matrices for a bank.
+    found = bench_newton_schulz.singular_values([wide, list(tall), square])
+    assert found == pytest.approx((values.min().item(), values.max().item()), rel=1e-9)
+
+
 def test_steps_gained_are_the_difference_of_the_steps():
     setting = Setting(600.0, 0.35, 8, 1.0, (Value(90.0, 0.5), Value(140.0, 0.5)))
     slow, fast, other = Value(2.0, 0.03), Value(1.9, 0.04), Value(30.0, 5.0)

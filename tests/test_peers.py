@@ -6,8 +6,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
-from bench import ce_peers, polar_peers
+from bench import ce_peers, peers_case, polar_peers
 from bench.ops import bench_linear_softcap_ce, bench_muon_step, bench_newton_schulz
 from pgolf.cli import info
 from pgolf.data import text
@@ -179,6 +180,43 @@ def test_an_optimizer_that_cannot_be_made_is_left_out(fake, capsys):
     fake("dion", Muon=refuse)
     assert bench_muon_step.dion_muon([(2, 4, 3)], torch.device("cpu")) == {}
     assert "not usable: TypeError: no argument lr" in capsys.readouterr().out
+
+
+def test_every_configuration_is_compiled_and_none_is_launched_or_timed(fake, monkeypatch):
+    compiled = []
+
+    class Kernel:
+        def run(self, *args, grid, warmup, **settings):
+            compiled.append((args[0].block, grid, warmup, settings["scale"], settings["tile"]))
+            if settings["tile"] == 512:
+                raise RuntimeError("too much shared memory")
+
+    class Configuration(SimpleNamespace):
+        def all_kwargs(self):
+            return {"tile": self.tile}
+
+    def hook(named):
+        named["description"].block = named["tile"]
+
+    class Autotuner:
+        arg_names, fn = ("description", "scale"), Kernel()
+
+        def prune_configs(self, settings):
+            assert "tile" not in settings and self.nargs["description"] is description
+            return [Configuration(tile=tile, pre_hook=hook) for tile in (64, 512, 128)]
+
+    # The stand-in is taken away after the test.
+    monkeypatch.setattr(CachingAutotuner, "benchmark_all_configs", None)
+    fake("triton.runtime.autotuner", Autotuner=Autotuner)
+    peers_case.compile_all_configurations()
+    description = SimpleNamespace(block=0)
+    for scale in (1.0, 2.0):
+        Autotuner().run(description, grid=(3,), warmup=False, scale=scale)
+    wanted = [(tile, (3,), True, scale, tile) for scale in (1.0, 2.0) for tile in (64, 512, 128)]
+    assert compiled == wanted
+    several = SimpleNamespace(launchers=["first", "second"])
+    timings = CachingAutotuner.benchmark_all_configs(several, 1, stream=2)
+    assert min(timings, key=timings.get) == "first" and len(timings) == 2
 
 
 def test_cases_are_named_by_their_shapes():

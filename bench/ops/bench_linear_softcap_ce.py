@@ -88,10 +88,11 @@ def measure(recorder: Recorder, case: str, repeats: int, peers: list[str]) -> No
     weight = torch.empty(vocab, width, dtype=dtype, device=device).normal_(0, 5 / width**0.5)
     inputs = (hidden, weight.requires_grad_(), target)
     implementations = only(losses(mode, rows), peers)
-    both = ce_peers.working({n: lambda f=f: forward_backward(f, *inputs) for n, f in implementations.items()})
+    calls = {n: lambda f=f: forward_backward(f, *inputs) for n, f in implementations.items()}
+    both = ce_peers.working(calls, recorder.first_calls(case))
     forwards = {n: lambda n=n: forward(implementations[n], *inputs) for n in both}
-    for metric, calls in (("ms_fwd", forwards), ("ms_fwd_bwd", both)):
-        for name, sample in time_launched(calls, device, repeats=repeats, warm_up=1).items():
+    for metric, timed in (("ms_fwd", forwards), ("ms_fwd_bwd", both)):
+        for name, sample in time_launched(timed, device, repeats=repeats, warm_up=1).items():
             recorder.add(case, name, metric, sample, "ms")
     # A graph shows the kernels alone, as if the queue were full; a launched call starts on an idle device.
     for name, sample in time_graph(both, device, repeats=repeats).items():

@@ -3,12 +3,14 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.common import torch_name
 from bench.ops import bench_linear_softcap_ce, bench_muon_step, bench_newton_schulz
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "peers.sh"
@@ -19,14 +21,17 @@ CASES = {
 }
 STAND_IN = """#!/bin/sh
 case $1 in -c) exit;; -) exec "$REAL" "$@";; esac
-bench=${2#bench.ops.bench_} case=$4
+turn=$3 bench=${4#bench.ops.bench_} case=$6
 for out; do :; done
+until [ "$turn" = compile ] || [ -e "$turn" ]; do sleep 0.02; done
+shift 3
 echo "${QUACK_FORCE_CACHE_UPDATE:-0} $*" >> "$CALLS"
+[ "$turn" != compile ] || exit 0
 mkdir -p "$out"
 printf '{"case": "%s", "impl": "pgolf", "metric": "ms_graph", "value": 0.25, "spread": 0.01}\\n' "$case" \\
   > "$out/$bench.jsonl.part"
 [ "$case" = "$FAILS" ] && { echo "RuntimeError: this case cannot run"; exit 3; }
-[ "$case" = "$HANGS" ] && exec sleep 100
+[ "$case" = "$HANGS" ] && exec timeout --preserve-status -s ALRM "$(cat "$turn")" sleep 100
 mv "$out/$bench.jsonl.part" "$out/20261201_gpu_$bench.jsonl"
 """
 
@@ -36,7 +41,7 @@ def script(folder: Path, *words: str, **settings: str) -> subprocess.CompletedPr
     python = folder / "python"
     python.write_text(STAND_IN)
     python.chmod(0o755)
-    tools = {"PATH": "/usr/bin:/bin", "PYTHON": "./python", "REAL": sys.executable, "COMPILE": "0"}
+    tools = {"PATH": "/usr/bin:/bin", "PYTHON": "./python", "REAL": sys.executable, "PASS": "measure"}
     names = {"CALLS": str(folder / "calls"), "FAILS": "", "HANGS": ""}
     return subprocess.run(
         ["bash", str(SCRIPT), *words],
@@ -55,23 +60,41 @@ def measured(out: Path) -> dict[str, list[str]]:
 
 
 def test_each_case_is_compiled_and_then_measured_alone(tmp_path):
-    done = script(tmp_path, "out", "900", COMPILE="20")
+    done = script(tmp_path, "out", "900", PASS="both")
     assert done.returncode == 0, done.stderr
     calls = (tmp_path / "calls").read_text().splitlines()
     first, then = ([c[2:].split() for c in calls if c.startswith(flag)] for flag in "01")
-    assert (len(first), len(then)) == (8, 9)
+    assert (len(first), len(then)) == (5 * 3 + 3, 9)
     assert calls == sorted(calls, key=lambda call: call[0]), "everything is compiled before anything is timed"
     for words in first + then:
-        assert words[0] == "-m" and words[2] == "--cases"
-        bench = words[1].removeprefix("bench.ops.bench_")
-        named = words[3 : next(i for i, word in enumerate(words) if i > 3 and word.startswith("--"))]
+        assert words[1] == "--cases"
+        bench = words[0].removeprefix("bench.ops.bench_")
+        named = itertools.takewhile(lambda word: not word.startswith("--"), words[2:])
         assert set(named) <= set(CASES[bench])
+    # A case is compiled by several processes, which together have all the implementations that are measured.
+    for words in then[:-1]:
+        parts = [w for w in first if w[2] == words[2]]
+        assert {x for w in parts for x in w} == set(words[:-2]), "all but --out and its folder"
     found = measured(tmp_path / "out")
-    assert sorted(itertools.chain.from_iterable(found.values())) == sorted(words[3] for words in then)
+    assert sorted(itertools.chain.from_iterable(found.values())) == sorted(words[2] for words in then)
     assert found["muon_step"] == ["384x768x2048"]
     table = (tmp_path / "out" / "table.txt").read_text()
     assert table in done.stdout and table.count("ms_graph 0.25 +- 0.01") == 9
     assert "not measured" not in done.stdout
+
+
+def test_the_passes_can_be_two_commands(tmp_path):
+    done = script(tmp_path, "out", "100", PASS="compile")
+    assert done.returncode == 0 and "compiled, within at most 100 s\n" in done.stdout, done.stderr
+    assert not (tmp_path / "out" / "table.txt").exists()
+    compiled = (tmp_path / "calls").read_text()
+    (tmp_path / "out" / "cache" / "triton" / "kernel").touch()
+    done = script(tmp_path, "out", "900", PASS="measure")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "cache" / "triton" / "kernel").exists()
+    assert (tmp_path / "out" / "log.txt").read_text().startswith("[0 s] compiled")
+    calls = (tmp_path / "calls").read_text()
+    assert calls.startswith(compiled) and calls.count("\n") == compiled.count("\n") + 9
 
 
 def test_a_case_that_cannot_run_is_named_and_left_out(tmp_path):
@@ -103,3 +126,42 @@ def test_wrong_arguments_are_answered_with_the_usage(tmp_path, words):
     done = script(tmp_path, *words)
     assert done.returncode == 2 and "bench/peers.sh OUT SECONDS" in done.stderr
     assert not (tmp_path / "calls").exists()
+
+
+def process(turn: str, *words: str) -> subprocess.Popen[str]:
+    """Start one process of the script; its bench runs on the CPU and compiles nothing."""
+    arguments = ["bench.ops.bench_newton_schulz", "--device", "cpu", "--only", "baddbmm", *words]
+    return subprocess.Popen(
+        [sys.executable, "-m", "bench.peers_case", turn, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=SCRIPT.parents[1],
+    )
+
+
+def test_a_process_that_compiles_times_nothing_and_writes_nothing(tmp_path):
+    made = process("compile", "--cases", "64x32x32", "--out", str(tmp_path / "out"))
+    text, _ = made.communicate(timeout=120)
+    assert made.returncode == 0, text
+    assert "64x32x32 pgolf s_first_call " in text and " s\n" in text
+    assert f"64x32x32 {torch_name('baddbmm')} s_first_call " in text
+    assert "ms_launched" not in text and not (tmp_path / "out").exists()
+
+
+def test_a_process_measures_in_its_turn_and_is_ended_after_its_seconds(tmp_path):
+    turn = tmp_path / "turn"
+    made = process(str(turn), "--cases", "64x32x32", "--repeats", "3", "--out", str(tmp_path / "out"))
+    slow = process(str(turn), "--cases", "8x128x128", "--repeats", "1000000", "--out", str(tmp_path / "slow"))
+    with pytest.raises(subprocess.TimeoutExpired):
+        made.wait(timeout=4)
+    assert not (tmp_path / "out").exists(), "it is not its turn"
+    (tmp_path / "new").write_text("8\n")
+    (tmp_path / "new").rename(turn)
+    text, _ = made.communicate(timeout=60)
+    assert made.returncode == 0, text
+    (file,) = (tmp_path / "out").iterdir()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {"s_first_call", "ms_launched"} <= {line["metric"] for line in lines}
+    slow.communicate(timeout=60)
+    assert slow.returncode == -signal.SIGALRM
