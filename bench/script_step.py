@@ -22,9 +22,12 @@ Timed are, for each loop mode, after the clock has settled, and in turns:
   device, as in training. Loading and logging are not timed.
 
 Run it first with --compile-only, while the device may do other work: the graphs of the script take minutes.
-Compiled code is kept in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, so set both to folders that last. The
-timing run chooses the fastest of several forms of a kernel again. With `--loop off` and `--loop on`, two
-processes compile at the same time.
+Compiled code is kept in TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR, so set both to folders that last. Both
+runs must have the same --tokens, and only one process may compile: where times decide about a graph, the
+first decides for all, and graphs that differ are compiled again. Which of several forms of a kernel was the
+fastest is kept, too; the timing run, on an idle device, should choose again:
+
+    find $TORCHINDUCTOR_CACHE_DIR -name '*.best_config' -delete
 
 The exit status is 0 if both were timed, 3 if pgolf was and the script failed (its traceback is printed), 2 if
 something is missing that the bench needs, and 1 otherwise.
@@ -46,7 +49,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bench.common import RESULTS, Recorder, Sample
+from bench.common import RESULTS, Recorder, Sample, versions
 from bench.power import find_driver
 from bench.published import FEW, error, map_parameters
 from bench.published_script import Script, flash_attention_4, load_script
@@ -70,6 +73,7 @@ from pgolf.model.attention import fa4_problem
 from pgolf.model.gpt import GPT
 from pgolf.optim.ema import Ema
 from pgolf.optim.step import Optimizer
+from pgolf.peers import installed_version
 from pgolf.presets import pr1855
 from pgolf.train.captured import Form, MicroSteps
 
@@ -211,23 +215,14 @@ class Theirs:
 
     @contextmanager
     def settings(self) -> Iterator[None]:
-        """Set for a while what the script sets for its process.
-
-        torch would compile again if the first setting changed. The last one is not the script's: it lets
-        torch keep what it makes of the graph before it compiles, which is the same code sooner.
-        """
+        """Set for a while what the script sets for its process; torch compiles again if the first changes."""
         if not self._trained:
             yield
             return
-        from torch._functorch import config as functorch
-
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
         try:
-            with (
-                torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64),
-                functorch.patch(autograd_cache_allow_custom_autograd_functions=True),
-            ):
+            with torch._dynamo.config.patch(optimize_ddp=False, recompile_limit=64):
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -347,10 +342,10 @@ class Bench:
             self.failed = True
             wait_for(self._device)
 
-    def _each(self, calls: Callable[[Contender], Any], *, backwards: bool = False) -> dict[str, Any]:
+    def _each(self, calls: Callable[[Contender], Any]) -> dict[str, Any]:
         """Call a function with every contender, in its settings; return the results by name."""
         found = {}
-        for name in sorted(self._contenders, reverse=backwards):
+        for name in sorted(self._contenders):
             with self._guarded(name), self._contenders[name].settings():
                 found[name] = calls(self._contenders[name])
         return found
@@ -540,6 +535,8 @@ def main() -> int:
     parser.add_argument("--name", default="", help="added to the name of the result file")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     args = parser.parse_args()
+    if args.turns < 1 or args.seconds <= 0 or args.tokens < 1:
+        parser.error("--turns, --seconds and --tokens must be positive")
     try:
         return measure(args)
     except UserError as e:
@@ -562,6 +559,8 @@ def measure(args: argparse.Namespace) -> int:
     model = make_model(config.model).prepare(device, compile="blocks" if gpu else "off")
     bench.add("pgolf", lambda: Ours(model, config, work, device))
     bench.add(SCRIPT, lambda: Theirs(script, config, model, work, device))
+    found = versions() | {"flash-attn-4": installed_version("flash-attn-4") or "not installed"}
+    print(", ".join(f"{name} {version}" for name, version in found.items()))
     print(f"loaded in {time.perf_counter() - began:.1f} s", flush=True)
     for loop in loops:
         bench.warm(loop)

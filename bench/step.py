@@ -9,7 +9,8 @@ time goes by family of kernels, next to what was counted: operations of the matr
 bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
 too. `--attention doc fa4` compares pgolf's own attention, "pgolf", with flash-attn-4, "pgolf flash-attn-4";
 until commit 2fc973a "pgolf" was flash-attn-4. `--capture off on` compares launched passes with passes that
-are replayed as CUDA graphs; then peak_mib holds the memory of the graphs.
+are replayed as CUDA graphs; then peak_mib holds the memory of the graphs. `bench/script_step.py` times the
+published script of PR #1855 beside pgolf.
 """
 
 from __future__ import annotations
