@@ -147,6 +147,7 @@ def write_quantized(
     *,
     tokenizer_sha256: str,
     first: QuantizedState | None = None,
+    model: ModelConfig | None = None,
 ) -> Ledger:
     """Quantize, compress and write the artifact; with artifact.fit, choose the factor that fills the limit.
 
@@ -155,6 +156,7 @@ def write_quantized(
         quantizer: the weights with their calibration.
         tokenizer_sha256: of the tokenizer that the weights were trained with, 64 hex digits.
         first: `quantizer.quantize()`, where the caller has it already.
+        model: what the file says of the network, where its cap was fitted; None: config.model.
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
@@ -165,7 +167,7 @@ def write_quantized(
     fit = config.artifact.fit
     write = partial(fit_artifact, path, quantize) if fit else partial(write_artifact, path, quantize(1.0))
     return write(
-        config.model,
+        model or config.model,
         tokenizer_sha256=tokenizer_sha256,
         config_hash=run_hash(config),
         limit=config.artifact.limit,
