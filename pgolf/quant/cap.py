@@ -30,13 +30,14 @@ from pgolf.data.loader import IGNORED_TARGET, Batch, padded_cu_seqlens
 from pgolf.data.shards import Tokens
 from pgolf.data.stream import cut_segments, document_starts
 from pgolf.dist import Dist
+from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
 from pgolf.model.heads import unrounded_logits
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 PASSES = 10
 """Passes over the logits: one with the numbers as they are, then trials. Five are usually enough."""
-FARTHEST = math.log(4.0)
+FARTHEST = math.log(16.0)
 """Largest change of the logarithm of either number."""
 LONGEST = 0.5
 """Largest change in one step."""
@@ -102,6 +103,8 @@ def fit_cap(model: GPT, batches: Sequence[Batch], dist: Dist) -> Fit:
         model: prepared, with the weights for which the numbers are to be fitted.
         batches: this rank's, maybe none.
         dist: sums over the ranks.
+    Raises:
+        UserError: the batches have no targets.
     """
     training = model.training
     model.eval()
@@ -168,6 +171,8 @@ def _measure(
         )
     # Added on the host in the order of the ranks, so that all of them have the same bits.
     total = np.sum(dist.gather(sums.tolist()), axis=0)
+    if not total[0]:
+        raise UserError("the documents that the cap is to be fitted to are empty; raise quant.cap_documents")
     loss, a, b, aa, ab, bb = (total[1:] / total[0]).tolist()
     return _Measure(loss, np.array([a, b]), np.array([[aa, ab], [ab, bb]]), int(total[0]))
 
