@@ -449,6 +449,9 @@ def _way_rules(run: FinishedRun) -> list[str]:
         facts.append("No test-time training: the model that scores is the file and does not change.")
     if "sliding" in run.summary.scores:
         facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    if "local" in run.summary.scores:
+        reach = config.evaluate.context or config.model.max_context
+        facts.append(f"Local attention reads each document once; a token sees the last {reach:,} tokens.")
     if headline == "phased":
         p = config.evaluate.phases
         facts.append(f"The model learns from documents that were scored, in {p.count} phases.")

@@ -364,7 +364,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     # Two writes take a second: phases that lack one of them, or have it twice, are found on a busy machine.
     assert s.clock - 0.9 < s.spent("inside") <= s.clock
     scores = {f"score_{name}" for name in ("raw", "ema", "quantized")}
-    further = {f"score_{way}" for way in ("sliding", "ttt", "sgd", "phased", "causal_slot", "slot")}
+    further = {f"score_{way}" for way in ("sliding", "local", "ttt", "sgd", "phased", "causal_slot", "slot")}
     assert s.phases.keys() - {"start"} == PHASES.keys() - {"start"} - further >= scores
     parts = s.spent("before") + s.clock + s.spent("after")
     assert s.total - 0.9 < parts <= s.total
