@@ -38,6 +38,9 @@ SHAPE = replace(small_config(), width=128, heads=2, kv_heads=1, rope_dims=16)
     [
         ("slot", {}),
         ("causal_slot", {}),
+        ("local", {"context": 24}),  # which ends within tiles of a kernel, and documents
+        ("local", {"context": 1}),
+        ("local", {"context": 200}),
         ("plain", {"tilt": TiltConfig(on=True, order=2, threshold=0.3)}),
         ("ttt", {"config": replace(TTT, rank=8, alpha=16.0, lr=1e-3, members=2)}),
         ("ttt", {"config": replace(TTT, rank=8, alpha=16.0, lr=1e-3, gradient="chunk")}),
