@@ -56,7 +56,7 @@ def find_driver(device: torch.device) -> Peer:
 class Meter:
     """A context in which one GPU is watched; its figures are there once the context ends.
 
-    The device is idle at the start and at the end: both wait for it.
+    The device is idle at the start and at the end: both wait for it. On the CPU only time is measured.
     """
 
     device: torch.device
@@ -69,10 +69,12 @@ class Meter:
     """SM clock in MHz, every `EVERY` seconds."""
 
     def __enter__(self) -> Meter:
-        self._driver: Driver | None = find_driver(self.device).found
+        self._gpu = self.device.type == "cuda"
+        self._driver: Driver | None = find_driver(self.device).found if self._gpu else None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        torch.cuda.synchronize(self.device)
+        if self._gpu:
+            torch.cuda.synchronize(self.device)
         if self._driver is not None:
             self._before = self._driver.energy()
             self._thread.start()
@@ -80,7 +82,8 @@ class Meter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        torch.cuda.synchronize(self.device)
+        if self._gpu:
+            torch.cuda.synchronize(self.device)
         self.seconds = time.perf_counter() - self.began
         if self._driver is not None:
             self.joules = self._driver.energy() - self._before

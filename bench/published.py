@@ -137,6 +137,12 @@ class Mapped(NamedTuple):
         tensors = [values[name] for name in self.parts]
         return (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).reshape(self.shape)
 
+    @torch.no_grad()
+    def scatter(self, value: Tensor, into: Mapping[str, Tensor]) -> None:
+        """Write a value in our shape into the script's tensors: `gather` returns it."""
+        for name, part in zip(self.parts, value.reshape(len(self.parts), -1), strict=True):
+            into[name].copy_(part.view(into[name].shape))
+
 
 def map_parameters(config: Config, theirs: Mapping[str, Tensor]) -> dict[str, Mapped]:
     """Return, for each of our parameters, the script's tensors, each of which is used once.

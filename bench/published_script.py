@@ -6,10 +6,11 @@ what is defined inside of its training function (schedules; in early scripts the
 itself, from its syntax tree. The settings are those that the log next to the script prints, and those that
 its command sets, which the caller has to name where the log prints none.
 
-The module flash_attn_interface is replaced by masked attention of torch, and triton, where it is not
-installed, by names without a function. On the CPU the model takes its own plain form of what Triton fuses,
-which these scripts use outside of training. Triton reads the source of a kernel through `inspect`, so the
-source is registered with `linecache`, under a name of its own: that of a packed script is in no file.
+The module flash_attn_interface is replaced by masked attention of torch, or by flash-attn-4 for a bench of
+the script as it trains on a GPU; triton, where it is not installed, by names without a function. On the CPU
+the model takes its own plain form of what Triton fuses, which these scripts use outside of training. Triton
+reads the source of a kernel through `inspect`, so the source is registered with `linecache`, under a name of
+its own: that of a packed script is in no file.
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgolf.errors import UserError
+from pgolf.model.attention import find_fa4
 
 RAW = {"format": lzma.FORMAT_RAW, "filters": [{"id": lzma.FILTER_LZMA2}]}
+MODULE = "published_script"
+"""Name of a script as a module."""
 LARGEST_SOURCE = 1 << 22
 """Bytes of an unpacked script, above which it is refused."""
 OF_THE_MACHINE = (
@@ -173,15 +177,83 @@ def flash_attn_varlen_func(
     return masked_attention(q[None], k[None], v[None], allowed)[0]
 
 
-def _stand_ins() -> dict[str, types.ModuleType]:
+class FlashAttention(NamedTuple):
+    """What a script imports from the module of FlashAttention 3."""
+
+    flash_attn_func: Callable[..., Tensor] = flash_attn_func
+    flash_attn_varlen_func: Callable[..., Tensor] = flash_attn_varlen_func
+
+
+def flash_attention_4() -> FlashAttention:
+    """Return flash-attn-4, which scripts do not know, under the names of FlashAttention 3.
+
+    flash-attn-4 has a `flash_attn_varlen_func` of its own, but that returns a pair, and torch.compile would
+    have to break its graph at it, which a script that compiles its whole model as one graph forbids. So this
+    is the operator of `pgolf.model.fa4`, which calls the same two kernels.
+
+    Raises:
+        UserError: it is not installed, or cannot be used.
+    """
+    peer = find_fa4()
+    if peer.problem:
+        raise UserError(
+            f"the script attends with flash-attn-4, which is {peer.problem}; pip install 'pgolf[fa4]', on a "
+            "machine with a Hopper GPU"
+        )
+    kernel = peer.found
+
+    def packed(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        cu_seqlens_q: Tensor,
+        cu_seqlens_k: Tensor,
+        max_seqlen_q: int,
+        max_seqlen_k: int,
+        causal: bool,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:
+        same = cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k
+        if not (same and causal and window_size == (-1, -1)):
+            raise NotImplementedError("only causal attention within whole segments stands in here")
+        out: Tensor = kernel(q, k, v, cu_seqlens_q, max_seqlen_q)
+        return out
+
+    def rows(*_tensors: Tensor, **_settings: object) -> Tensor:
+        raise NotImplementedError("only packed documents stand in here, not rows of tokens")
+
+    return FlashAttention(rows, packed)
+
+
+def _stand_ins(attention: FlashAttention) -> dict[str, types.ModuleType]:
     """Return replacements by name for modules of the scripts; FlashAttention 3 has no float32."""
-    flash: Any = types.ModuleType("flash_attn_interface")
-    flash.flash_attn_func, flash.flash_attn_varlen_func = flash_attn_func, flash_attn_varlen_func
+    flash = types.ModuleType("flash_attn_interface")
+    vars(flash).update(attention._asdict())
     found: dict[str, types.ModuleType] = {"flash_attn_interface": flash}
     if importlib.util.find_spec("triton") is None:
         for name in ("triton", "triton.language", "triton.tools", "triton.tools.tensor_descriptor"):
             found[name] = _Anything(name)
     return found
+
+
+@contextmanager
+def replaced_modules(modules: Mapping[str, types.ModuleType]) -> Iterator[None]:
+    """Let `import` find these modules.
+
+    What else is imported meanwhile stays imported: `mock.patch.dict` would forget it, and triton cannot be
+    imported twice.
+    """
+    before = {name: sys.modules.get(name) for name in modules}
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            if module is None:
+                sys.modules.pop(name, None)
+            else:
+                sys.modules[name] = module
 
 
 def _uncompiled(function: Any = None, **_settings: object) -> Any:
@@ -307,16 +379,47 @@ class Script:
     def optimizers(self, model: nn.Module) -> list[torch.optim.Optimizer]:
         """Return its optimizers of `model`, which stays on its device."""
         if "Optimizers" in self.names:
-            if torch.cuda.is_available():
-                return list(self.names["Optimizers"](self.settings, model))
-            with mock.patch.object(torch.cuda, "Stream", _Anything):
-                return list(self.names["Optimizers"](self.settings, model))
+            return list(self._together(model))
         body = next(f.body for f in _functions(self.tree) if _stored(f.body, "optimizers"))
         groups = ("matrix_params", "block_named_params")
         first = next(i for i, n in enumerate(body) if any(_stored([n], group) for group in groups))
         last = max(i for i, n in enumerate(body) if _stored([n], "optimizers"))
         found = self._run(body[first : last + 1], base_model=model)
         return list(found["optimizers"])
+
+    def _together(self, model: nn.Module) -> Any:
+        """Return its object of all optimizers, which newer scripts have."""
+        if torch.cuda.is_available():
+            return self.names["Optimizers"](self.settings, model)
+        with mock.patch.object(torch.cuda, "Stream", _Anything):
+            return self.names["Optimizers"](self.settings, model)
+
+    def optimizer_step(self, model: nn.Module, frac: float) -> Callable[[], None]:
+        """Return its optimizer step at `frac` of the clock in one process: clip, update, no gradients after.
+
+        Its object of all optimizers runs AdamW next to Muon, on a stream of its own.
+        """
+        together = self._together(model) if "Optimizers" in self.names and torch.cuda.is_available() else None
+        optimizers = self.optimizers(model) if together is None else list(together)
+        rate, momentum = self.lr_multiplier(frac), self.muon_momentum(frac)
+        parameters, clip = list(model.parameters()), float(self.settings.grad_clip_norm)
+
+        def step() -> None:
+            for group in (g for o in optimizers for g in o.param_groups):
+                group["lr"] = group["base_lr"] * rate
+                if "momentum" in group:
+                    group["momentum"] = momentum
+            if clip > 0:
+                nn.utils.clip_grad_norm_(parameters, clip)
+            if together is not None:
+                together.step(distributed=False)
+                return
+            for optimizer in optimizers:
+                optimizer.step()
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
+
+        return step
 
     def lr_multiplier(self, frac: float) -> float:
         """Return its factor on the learning rates at `frac` of the clock."""
@@ -359,13 +462,21 @@ def _stored(block: list[ast.stmt], name: str) -> bool:
     return any(isinstance(t, ast.Name) and t.id == name for t in targets)
 
 
-def load_script(path: Path, log: Path | None = None, given: Mapping[str, str] | None = None) -> Script:
+def load_script(
+    path: Path,
+    log: Path | None = None,
+    given: Mapping[str, str] | None = None,
+    *,
+    attention: FlashAttention | None = None,
+) -> Script:
     """Execute the definitions of a script with the settings that its log prints.
 
     Args:
         path: a `train_gpt.py`.
         log: of a run of it; None takes the first `train*.log` next to the script.
         given: environment variables of the run that the log does not print.
+        attention: what it attends with, for a script that is to run as it trains on a GPU: what it compiles
+            is compiled then. None: masked attention of torch, and nothing is compiled.
 
     Raises:
         UserError: there is no log, or the script does not understand a setting that the log prints, or does
@@ -386,12 +497,14 @@ def load_script(path: Path, log: Path | None = None, given: Mapping[str, str] | 
             f"{path}: the script does not read {', '.join(unread)}; expected names of its settings"
         )
     tree = parse(source, name)
-    module = types.ModuleType("published_script")
+    module = types.ModuleType(MODULE)
     module.__file__ = str(path)
+    stand_ins = _stand_ins(attention or FlashAttention())
+    jit = _uncompiled if attention is None else torch.compile
     with (
-        mock.patch.dict(sys.modules, {**_stand_ins(), "published_script": module}),
+        replaced_modules({**stand_ins, MODULE: module}),
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(torch, "compile", _uncompiled),
+        mock.patch.object(torch, "compile", jit),
     ):
         exec(compile(tree, name, "exec"), module.__dict__)
         own = module.__dict__["Hyperparameters"]()

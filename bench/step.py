@@ -9,7 +9,8 @@ time goes by family of kernels, next to what was counted: operations of the matr
 bytes between them, and the floor that these set. The tail of a step (clip, Muon, AdamW, average) is timed
 too. `--attention doc fa4` compares pgolf's own attention, "pgolf", with flash-attn-4, "pgolf flash-attn-4";
 until commit 2fc973a "pgolf" was flash-attn-4. `--capture off on` compares launched passes with passes that
-are replayed as CUDA graphs; then peak_mib holds the memory of the graphs.
+are replayed as CUDA graphs; then peak_mib holds the memory of the graphs. `bench/script_step.py` times the
+published script of PR #1855 beside pgolf.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ def count(config: ModelConfig, work: Work, *, loop: bool) -> Counts:
 FAMILIES = (
     ("attention", r"flash|fmha|attention|Flash"),
     ("loss", r"pgolf::.*(CeEpilogue|HiddenEpilogue|forward_kernel|loss_kernel|factor_kernel|scale_rows)"),
+    ("loss", r"^_softcapped_ce_"),  # of published scripts, as the next
+    ("mlp", r"^linear_leaky_relu_square_kernel"),
     ("products", r"nvjet|gemm|cublas|splitK|cutlass"),
     ("norms_and_mixes", r"triton_|pgolf::mix_"),
     ("heads", r"pgolf::.*(qk_norm_rope|QkvRopeEpilogue|sum_gain|head_mix)"),
@@ -167,16 +170,44 @@ class Timed:
     joules: float | None
     sm_mhz: float | None
     peak_mib: float
-    warm_up: float
+    warm_up: float = 0.0
+    """Seconds of the first passes, which compile."""
 
 
-def run_for(step: Callable[[], object], seconds: float) -> None:
+class Mark:
+    """A moment in the work of the device, or on the CPU of the program; `ms_to` needs `wait` on the later."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        self._at = time.perf_counter()
+
+    def wait(self) -> None:
+        """Wait until the device is there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def ms_to(self, later: Mark) -> float:
+        """Return the milliseconds between two moments."""
+        if self._event is None or later._event is None:
+            return 1000 * (later._at - self._at)
+        return float(self._event.elapsed_time(later._event))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_for(step: Callable[[], object], seconds: float, device: torch.device) -> None:
     """Run passes back to back for some seconds."""
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         for _ in range(4):
             step()
-        torch.cuda.synchronize()
+        wait_for(device)
 
 
 def time_step(step: Callable[[], object], device: torch.device, *, settle: float, seconds: float) -> Timed:
@@ -184,24 +215,29 @@ def time_step(step: Callable[[], object], device: torch.device, *, settle: float
     began = time.perf_counter()
     for _ in range(3):
         step()
-    torch.cuda.synchronize()
+    wait_for(device)
     warm_up = time.perf_counter() - began
-    run_for(step, settle)
-    torch.cuda.reset_peak_memory_stats()
-    marks = []
+    run_for(step, settle, device)
+    return replace(time_passes(step, device, seconds), warm_up=warm_up)
+
+
+def time_passes(step: Callable[[], object], device: torch.device, seconds: float) -> Timed:
+    """Time passes that follow each other without a gap."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    marks: list[Mark] = []
     with Meter(device) as meter:
         while not marks or time.perf_counter() - meter.began < seconds:
             # The device is two passes behind at most, so the host's lead is that of a training step.
             if len(marks) > 2:
-                marks[-2].synchronize()
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
+                marks[-2].wait()
+            marks.append(Mark(device))
             step()
-        marks.append(torch.cuda.Event(enable_timing=True))
-        marks[-1].record()
-    ms = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+        marks.append(Mark(device))
+    ms = [a.ms_to(b) for a, b in itertools.pairwise(marks)]
     joules = None if meter.joules is None else meter.joules / len(ms)
-    return Timed(ms, joules, meter.sm_mhz, torch.cuda.max_memory_allocated() / 2**20, warm_up)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return Timed(ms, joules, meter.sm_mhz, peak / 2**20)
 
 
 def record_settled(

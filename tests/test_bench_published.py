@@ -3,6 +3,7 @@
 import base64
 import inspect
 import lzma
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import torch
 from bench import published
 from bench.common import Recorder
 from bench.published import Comparison, map_parameters
-from bench.published_script import RAW, Script, flash_attn_varlen_func, load_script, parse, read_source
+from bench.published_script import (
+    RAW,
+    FlashAttention,
+    Script,
+    flash_attn_varlen_func,
+    load_script,
+    parse,
+    read_source,
+)
 from pgolf.config import Config
 from pgolf.errors import UserError
 from pgolf.model.attention import sdpa_attention
@@ -267,6 +276,24 @@ def test_what_a_script_does_otherwise_is_named(tmp_path, changes):
 def test_a_setting_that_the_script_does_not_take_over_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"does not have these settings of train_seed1.log: warm=20.0"):
         load_script(stand_in(tmp_path, {'"WARM", 20': '"HEAT", 30'}))
+
+
+def test_what_a_script_imports_stays_imported_but_for_the_stand_ins(tmp_path, monkeypatch):
+    # triton cannot be imported twice in one process.
+    (tmp_path / "only_of_this_script.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    load_script(stand_in(tmp_path, {"import os\n": "import os\nimport only_of_this_script\n"}))
+    assert sys.modules.pop("only_of_this_script").value == 1
+    assert not {"flash_attn_interface", "published_script"} & sys.modules.keys()
+
+
+def test_a_script_that_is_to_be_timed_compiles_with_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: ("compiled", function))
+    assert load_script(stand_in(tmp_path)).polar.__name__ == "zeropower_via_newtonschulz5"
+    attention = FlashAttention(flash_attn_varlen_func=max)
+    names = load_script(stand_in(tmp_path), attention=attention).names
+    assert names["zeropower_via_newtonschulz5"][0] == "compiled"
+    assert names["flash_attn_varlen_func"] is max
 
 
 def test_settings_that_the_log_does_not_print_are_given(tmp_path):

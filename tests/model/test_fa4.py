@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from bench.published_script import flash_attention_4
 from pgolf.artifact.code import reader_code
 from pgolf.model import attention, gpt, own_attention
 from pgolf.model.attention import fa4_problem, find_fa4, sdpa_attention, select_attention, varlen_attention
@@ -42,6 +43,26 @@ def test_the_number_of_results_of_the_private_function_does_not_matter(stand_in,
         kernel = torch.compile(kernel, backend="aot_eager", fullgraph=True)
     for got, want in zip(gradients(kernel), gradients(sdpa_attention), strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_published_scripts_call_it_as_flash_attention_3(stand_in):
+    stand_in()
+    function = flash_attention_4().flash_attn_varlen_func
+
+    def of_a_script(q, k, v, cu, longest, **others):
+        given = {"max_seqlen_q": longest, "max_seqlen_k": longest, "cu_seqlens_q": cu, "cu_seqlens_k": cu}
+        return function(q, k, v, **{**given, "causal": True, "window_size": (-1, -1), **others})
+
+    torch.compiler.reset()
+    for kernel in (of_a_script, torch.compile(of_a_script, backend="aot_eager", fullgraph=True)):
+        for got, want in zip(gradients(kernel), gradients(sdpa_attention), strict=True):
+            torch.testing.assert_close(got, want)
+    q, k, v, _ = tensors()
+    for others in ({"window_size": (4, 0)}, {"causal": False}, {"cu_seqlens_k": CU.clone()}):
+        with pytest.raises(NotImplementedError, match="only causal attention within whole segments"):
+            of_a_script(q, k, v, CU, 23, **others)
+    with pytest.raises(NotImplementedError, match="only packed documents"):
+        flash_attention_4().flash_attn_func(q, k, v, causal=True)
 
 
 def test_its_compiled_kernels_stay_on_disk_for_later_processes(stand_in, monkeypatch):
