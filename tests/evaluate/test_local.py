@@ -79,6 +79,19 @@ def test_a_reach_of_the_longest_segment_is_the_plain_kernel_bit_for_bit():
     assert not local_attention("sdpa", 599)(q, k, v, cu, 600).equal(plain)
 
 
+@pytest.mark.parametrize(("name", "reach", "window"), [("doc", 7, (6, 0)), ("fa4", 1, (0, 0))])
+def test_on_a_gpu_torchs_kernel_gets_the_window(monkeypatch, name, reach, window):
+    asked = []
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn",
+        lambda q, *_, window_size, **__: asked.append(window_size) or q,
+    )
+    cu = torch.tensor([0, 20], dtype=torch.int32)
+    local_attention(name, reach)(*heads(20), cu, 20)
+    attention.varlen_attention(*heads(20), cu, 20)
+    assert asked == [window, (-1, 0)]
+
+
 def by_hand(model, text, reach, windows=None):
     """Return the losses of a model with dense attention, one window at a time; None: one document."""
     twin = small_model()
