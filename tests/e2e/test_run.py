@@ -396,13 +396,13 @@ def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypat
 
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
     small = ["rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192"]
-    asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.ttt"]
+    asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.local", "--evaluate.ttt"]
     asked += [f"--evaluate.adapters.{setting}" for setting in small]
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=3", *asked]
     assert main(words) == 0
     (folder,) = tmp_path.iterdir()
     scores = summary(folder).scores
-    assert list(scores) == ["raw", "ema", "quantized", "sliding", "ttt"]
+    assert list(scores) == ["raw", "ema", "quantized", "sliding", "local", "ttt"]
     assert {s.bytes for s in scores.values()} == {scores["raw"].bytes}
     # A stride of the whole context is the plain pass.
     assert abs(scores["sliding"].bpb - scores["quantized"].bpb) < 1e-6
