@@ -50,6 +50,8 @@ ROWS = {
     "plain_tilt_seen2": "plain tilt.on=true tilt.seen=2",
     "plain_tilt_boost1": "plain tilt.on=true tilt.boost=1.0",
     "sliding": "sliding",
+    "local": "local",
+    "local_context3072": "local context=3072",
     "causal_slot": "causal_slot",
     "slot": "slot",
     "ttt": "ttt",

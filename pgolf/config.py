@@ -534,8 +534,8 @@ class Config:
         longest = self.model.max_context
         require(
             self.train.quantize or not self.evaluate.ways,
-            "evaluate.sliding, ttt and published score quantized weights, but train.quantize is false; set "
-            "it to true, or all of them to false",
+            "evaluate.sliding, local, ttt and published score quantized weights, but train.quantize is "
+            "false; set it to true, or all of them to false",
         )
         for key in self.optim.muon.paired:
             heads = getattr(self.model, key)

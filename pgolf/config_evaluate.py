@@ -15,7 +15,7 @@ LOOSE = "accepted by the challenge, fails the strict reading: scores depend on o
 """What every output says of a score that does not depend on the earlier tokens of the text alone."""
 ILLEGAL = "not allowed: scores positions it learned from"
 """What every output says of a score that the challenge does not accept in any reading."""
-Method = Literal["plain", "sliding", "ttt", "sgd", "phased", "causal_slot", "slot"]
+Method = Literal["plain", "sliding", "local", "ttt", "sgd", "phased", "causal_slot", "slot"]
 """A way to score."""
 METHODS: tuple[Method, ...] = get_args(Method)
 """All ways to score."""
@@ -233,19 +233,23 @@ class EvaluateConfig:
     stride: int = 64
     """Tokens that each window of `sliding`, `sgd`, `slot` and `causal_slot` scores, 1 to model.max_context; a
     smaller stride is slower."""
+    local: bool = False
+    """Also score the quantized weights with local attention: each document is read once, and every token sees
+    the last `context` tokens."""
     ttt: bool = False
     """Also score the quantized weights with test-time training: adapters that learn each document."""
     adapters: TttConfig = field(default_factory=TttConfig)
     """Settings of `ttt`."""
     method: Method = "phased"
-    """The way to score of the preset's pull request: plain, sliding, ttt, sgd (a sliding window over a model
-    that learns from each chunk after it is scored), phased (ttt with phases), slot (SLOT of PR #1298, which
-    the challenge does not allow) or causal_slot (the same from scored tokens alone)."""
+    """The way to score of the preset's pull request: plain, sliding, local, ttt, sgd (a sliding window over a
+    model that learns from each chunk after it is scored), phased (ttt with phases), slot (SLOT of PR #1298,
+    which the challenge does not allow) or causal_slot (the same from scored tokens alone)."""
     published: bool = False
     """Also score the quantized weights by `method`."""
     context: int = 0
-    """Tokens of the longest window of all ways to score but a run's plain scores; 0 = model.max_context. It
-    may be larger than that (PR #1953 has 2,560 and PR #2014 has 3,072), which takes more time."""
+    """Tokens of the longest window of all ways to score but a run's plain scores, and how far attention
+    reaches in `local`; 0 = model.max_context. It may be larger than that (PR #1953 has 2,560 and PR #2014
+    has 3,072), which takes more time."""
     sgd: SgdConfig = field(default_factory=SgdConfig)
     """Settings of `sgd`."""
     phases: PhasesConfig = field(default_factory=PhasesConfig)
@@ -266,6 +270,7 @@ class EvaluateConfig:
         """The further ways to score that are asked for; plain scores are made in any case."""
         asked = {self.method} if self.published else set()
         asked |= {"sliding"} if self.sliding else set()
+        asked |= {"local"} if self.local else set()
         asked |= {"ttt"} if self.ttt else set()
         return tuple(way for way in METHODS if way in asked - {"plain"})
 
@@ -290,7 +295,7 @@ class EvaluateConfig:
 
     def keeps_apart(self, way: str) -> bool:
         """Return whether documents do not influence each other's scores in `way`."""
-        alone = way in ("plain", "sliding", "slot", "causal_slot") or (
+        alone = way in ("plain", "sliding", "local", "slot", "causal_slot") or (
             way == "ttt" and not self.adapters.warm_a
         )
         return alone and not self.tilt.on

@@ -43,7 +43,7 @@ SHORT_TEXT = 200_000
 SHARED_GPU = 100 * 2**30
 """Bytes of a GPU's memory from which on three processes with adapters fit. On an H200 of 141 GB each held at
 most 25 GiB, and PyTorch more for later."""
-ALONE = ("plain", "sliding", "ttt", "slot", "causal_slot")
+ALONE = ("plain", "sliding", "local", "ttt", "slot", "causal_slot")
 """Modes in which documents are scored on their own, so that any number of ranks can go on."""
 SETTINGS = ("stride", "context", "sgd", "phases", "slot", "tilt")
 """What the JSON file names of the settings of scoring, next to "ttt"."""
@@ -67,18 +67,20 @@ class Evaluate:
     evaluate.context, which the run itself does not use for plain scores; --context 0 gives those."""
     mode: tuple[Method, ...] = ("plain",)
     """One or more ways to score. plain: documents in segments of context tokens. sliding: a window that moves
-    over each document. ttt: adapters that learn from each part of a document after it was scored. sgd: a
+    over each document. local: documents as a whole, in which a token attends to the last context tokens, at
+    the cost of plain. ttt: adapters that learn from each part of a document after it was scored. sgd: a
     sliding window over a model that learns from each chunk of the text after it was scored. phased: ttt on a
     model that learns from scored documents in pauses. slot: SLOT of PR #1298, which the challenge does not
     allow, because it learns from what it then scores. causal_slot: the same, learned from scored tokens only.
     docs/scoring.md describes all of them."""
     context: int = 0
-    """Tokens of the longest window; 0 = the model's max_context. It may be larger than that."""
+    """Tokens of the longest window, and how far attention reaches in local; 0 = the model's max_context. It
+    may be larger than that."""
     documents: int = 0
     """Score only the first n documents; 0 = all. Only a score of all documents is comparable."""
     stride: int = 64
-    """Tokens that each window of all ways but plain, ttt and phased scores, 1 to context; a smaller stride is
-    slower."""
+    """Tokens that each window of all ways but plain, local, ttt and phased scores, 1 to context; a smaller
+    stride is slower."""
     tokens: int = 98_304
     """Tokens per forward pass of all ways but ttt and phased; changes speed and memory, not the score."""
     ttt: TttConfig = field(default_factory=TttConfig)
@@ -204,9 +206,12 @@ def _check_windows(args: Evaluate, max_context: int) -> None:
     longest, what = max_context, "the model's max_context"
     if args.context:
         longest, what = args.context, "--context"
-    if set(args.mode) - {"ttt", "phased"} and args.tokens < longest:
+    windows = set(args.mode) - {"local", "ttt", "phased"}
+    if windows and args.tokens < longest:
         raise UserError(f"--tokens must be at least {what}, {longest:,}, got {args.tokens:,}")
-    if set(args.mode) - {"plain", "ttt", "phased"} and not 1 <= args.stride <= longest:
+    if "local" in args.mode and args.tokens < 1:
+        raise UserError(f"--tokens must be at least 1, got {args.tokens:,}")
+    if windows - {"plain"} and not 1 <= args.stride <= longest:
         raise UserError(f"--stride must be in [1, {longest:,}] ({what}), got {args.stride:,}")
 
 

@@ -63,7 +63,8 @@ def window_buffers(
 
     Args:
         windows: `(K, 3)`, from `sliding_windows`.
-        context: tokens of the longest window.
+        context: tokens of the longest window; 0: any number, and one that has more than batch_tokens is
+            alone in a longer buffer.
         batch_tokens: T, largest number of tokens in a buffer, at least context.
 
     Raises:
@@ -75,6 +76,7 @@ def window_buffers(
     buffers, first = [], 0
     while first < len(windows):
         last = int(np.searchsorted(offsets, offsets[first] + batch_tokens, side="right")) - 1
+        last = max(last, first + 1)
         buffers.append((windows[first:last], int(offsets[last] - offsets[first])))
         first = last
     return buffers
@@ -93,7 +95,8 @@ def window_questions(
     """Return this rank's buffers of whole windows as questions; each goes to the next rank.
 
     Args:
-        windows, context, batch_tokens: as in `window_buffers`.
+        windows, context, batch_tokens: as in `window_buffers`. Without `context`, buffers are as long as
+            their windows need, rounded up to a multiple of 64.
         device: where the model runs; the length of the last buffer depends on it (`buffer_size`).
         rank, world_size: select this rank's buffers.
         done: see `Done`; such buffers are left out.
@@ -107,8 +110,12 @@ def window_questions(
     for index in left[rank::world_size]:
         inside, count = buffers[index]
         last = index == len(buffers) - 1
-        size = buffer_size(count, batch_tokens, first=index == 0, last=last, device=device)
-        questions.append(Question(inside, context, size=size))
+        if context:
+            size = buffer_size(count, batch_tokens, first=index == 0, last=last, device=device)
+        else:
+            size = -(-count // 64) * 64
+        width = context or int((inside[:, 2] - inside[:, 0]).max())
+        questions.append(Question(inside, width, size=size))
     return questions
 
 

@@ -18,6 +18,7 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.documents import first_documents
+from pgolf.evaluate.local import local_pass
 from pgolf.evaluate.phases import phased_pass
 from pgolf.evaluate.predictor import Done, Pass, evaluating, read
 from pgolf.evaluate.sgd import sgd_pass
@@ -144,8 +145,9 @@ def score_as(
     """Return the score of `model` on `text`, with checked counts.
 
     Args:
-        way: "plain" cuts documents into segments, "sliding" moves a window over each document, "ttt" lets
-            adapters learn each document, "sgd" lets the model learn each chunk of the text, "phased" lets
+        way: "plain" cuts documents into segments, "sliding" moves a window over each document, "local" reads
+            each document once with attention that reaches back so far, "ttt" lets adapters learn each
+            document, "sgd" lets the model learn each chunk of the text, "phased" lets
             adapters learn each document and the model learn scored documents, "slot" and "causal_slot" fit
             a shift of the states to each window, the former to what it then scores, which is not allowed.
         model: prepared on dist.device.
@@ -197,7 +199,9 @@ def start_pass(
         "batch_tokens": batch_tokens,
         "stride": context if way == "plain" else settings.stride,
     }
-    if way == "ttt":
+    if way == "local":
+        run = local_pass(model, text, dist, batch_tokens=batch_tokens, **where)
+    elif way == "ttt":
         run = adapted_pass(model, text, dist, config=settings.adapters, compiled=compiled, **where)
     elif way == "phased":
         run = phased_pass(model, text, dist, phases=settings.phases, compiled=compiled, **where)

@@ -31,7 +31,13 @@ AttentionKernel = Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor]
 AttentionName = Literal["auto", "doc", "fa4", "varlen", "sdpa"]
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+BLOCK = 512
+"""Queries of one call of SDPA where attention is local: its mask has at most so many rows."""
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, reach: int = 0
+) -> Tensor:
     """Attend with one call of `F.scaled_dot_product_attention` per segment; cu_seqlens is read on the host.
 
     Args:
@@ -39,6 +45,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
         k, v: `(T, G, K)`; G divides H.
         cu_seqlens: `(S + 1,)` int32 starts of the segments, then T; a repeated start is an empty segment.
         max_seqlen: tokens of the longest segment; not used here.
+        reach: tokens to which each token attends, itself and those just before it, >= 1; 0: all before it.
 
     Returns:
         `(T, H, K)`.
@@ -46,26 +53,50 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
     del max_seqlen
     bounds = cu_seqlens.tolist()
     qh, kh, vh = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))
-    parts = [
-        F.scaled_dot_product_attention(
-            qh[:, :, start:stop], kh[:, :, start:stop], vh[:, :, start:stop], is_causal=True, enable_gqa=True
-        )
-        for start, stop in itertools.pairwise(bounds)
-        if stop > start
-    ]
+    reach = reach or q.shape[0]
+    parts = []
+    for start, stop in itertools.pairwise(bounds):
+        local = stop - start > reach
+        step = BLOCK if local else max(stop - start, 1)
+        for at in range(start, stop, step):
+            first, end = max(start, at - reach + 1), min(at + step, stop)
+            out = F.scaled_dot_product_attention(
+                *(qh[:, :, at:end], kh[:, :, first:end], vh[:, :, first:end]),
+                attn_mask=_band(at, end, first, reach).to(q.device) if local else None,
+                is_causal=not local,
+                enable_gqa=True,
+            )
+            parts.append(out)
     return torch.cat(parts, dim=2).squeeze(0).transpose(0, 1)
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
+def _band(at: int, end: int, first: int, reach: int) -> Tensor:
+    """Return which keys, from `first` on, the queries [at, end) see: `(end - at, end - first)` bool."""
+    behind = torch.arange(at, end)[:, None] - torch.arange(first, end)
+    return (behind >= 0) & (behind < reach)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, reach: int = 0
+) -> Tensor:
     """Attend with torch's variable-length kernel on CUDA, in bf16 or fp16; arguments as `sdpa_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 accepts grouped queries without a flag, torch 2.13 requires the flag.
     gqa: dict[str, Any] = {"enable_gqa": True} if _VARLEN_HAS_GQA_FLAG else {}
-    causal = (-1, 0)
-    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=causal, **gqa)
+    window = (reach - 1, 0)  # tokens before and after; -1 is all
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=window, **gqa)
     assert isinstance(out, Tensor)
     return out
+
+
+def local_attention(name: AttentionName, reach: int) -> AttentionKernel:
+    """Return a kernel in which each token attends to the last `reach` tokens, itself among them.
+
+    It runs wherever the attention `name` does: SDPA stands in for SDPA, and torch's variable-length kernel
+    for all others, which need a GPU that has it.
+    """
+    return functools.partial(sdpa_attention if name == "sdpa" else varlen_attention, reach=reach)
 
 
 def _varlen_has_gqa_flag() -> bool:

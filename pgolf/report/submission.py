@@ -447,8 +447,7 @@ def _way_rules(run: FinishedRun) -> list[str]:
         )
     else:
         facts.append("No test-time training: the model that scores is the file and does not change.")
-    if "sliding" in run.summary.scores:
-        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    facts += _further_windows(run)
     if headline == "phased":
         p = config.evaluate.phases
         facts.append(f"The model learns from documents that were scored, in {p.count} phases.")
@@ -458,6 +457,17 @@ def _way_rules(run: FinishedRun) -> list[str]:
             f"An n-gram tilt of order {t.order}, threshold {t.threshold:g} and boost {t.boost:g} is on top: "
             "it reads the earlier tokens of the text alone, other documents too, inside the time of scoring."
         )
+    return facts
+
+
+def _further_windows(run: FinishedRun) -> list[str]:
+    """Return what the ways to score do that nothing learns in."""
+    config, facts = run.config, []
+    if "sliding" in run.summary.scores:
+        facts.append(f"The sliding window scores each token once, {config.evaluate.stride} per window.")
+    if "local" in run.summary.scores:
+        reach = config.evaluate.context or config.model.max_context
+        facts.append(f"Local attention reads each document once; a token sees the last {reach:,} tokens.")
     return facts
 
 

@@ -38,6 +38,7 @@ SCORES = {
     "ema": "averaged weights",
     "quantized": "quantized file",
     "sliding": "quantized file, sliding window",
+    "local": "quantized file, local attention",
     "ttt": "quantized file, test-time training",
     "sgd": "quantized file, sliding window and score-first SGD",
     "phased": "quantized file, test-time training with phases",

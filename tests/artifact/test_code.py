@@ -98,7 +98,7 @@ def test_what_is_counted_is_what_unpacks(code, tmp_path):
     assert found.pop(EVALUATE.coder) == (ROOT / EVALUATE.coder).read_text().strip()
     assert found == code
     assert code_bytes() == len(code_program())
-    assert 30_000 < code_bytes() < 68_500
+    assert 30_000 < code_bytes() < 69_000
 
 
 ALLOWED = {"torch", "numpy", "sentencepiece", "brotli", "triton", "flash_attn", "pgolf"}
@@ -164,7 +164,7 @@ def test_only_the_program_that_trains_has_threads():
 
 
 def test_the_size_of_the_program_that_trains():
-    assert 90_000 < len(code_program(TRAIN)) < 161_500
+    assert 90_000 < len(code_program(TRAIN)) < 162_500
 
 
 @pytest.mark.parametrize("which", [EVALUATE, TRAIN], ids=lambda p: p.name)

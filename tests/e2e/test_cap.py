@@ -66,7 +66,10 @@ def test_it_resumes_bit_for_bit_without_the_documents(shards, whole, tmp_path):
     (folder,) = tmp_path.iterdir()
     assert here(["train", "--resume", str(folder)]) == 0
     assert_same(folder, whole)
-    assert read_artifact(folder / "model.pgolf").header.model == read_artifact(whole / "model.pgolf").header.model
+    assert (
+        read_artifact(folder / "model.pgolf").header.model
+        == read_artifact(whole / "model.pgolf").header.model
+    )
 
 
 def test_two_ranks_read_the_same_text_and_fit_the_same_numbers(shards, whole, tmp_path):

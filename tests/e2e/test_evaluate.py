@@ -71,6 +71,25 @@ def test_a_stride_that_does_not_fit_is_refused_before_anything_is_scored(words, 
     assert main([*words, "--mode", "plain", "--stride=65"]) == 0  # plain has no stride
 
 
+def test_local_attention_reaches_back_as_far_as_the_context_says(words, capsys, tmp_path):
+    def scored(*more: str) -> dict[str, float]:
+        assert main([*words, "--mode", "plain", "local", *more]) == 0
+        scores = json.loads((tmp_path / "score.json").read_text())["scores"]
+        assert scores["plain"]["tokens"] == scores["local"]["tokens"]
+        return {mode: score["bpb"] for mode, score in scores.items()}
+
+    near, far = scored("--context=8"), scored("--context=5000")
+    assert abs(far["local"] - far["plain"]) < 1e-6  # no document is as long
+    assert abs(near["local"] - near["plain"]) > 1e-4 and abs(near["local"] - far["local"]) > 1e-4
+    # Windows need not fit into the tokens of a pass, and there is no stride.
+    assert main([*words, "--mode=local", "--context=8", "--tokens=4", "--stride=99"]) == 0
+    again = json.loads((tmp_path / "score.json").read_text())["scores"]["local"]["bpb"]
+    assert abs(again - near["local"]) < 1e-6
+    capsys.readouterr()
+    assert main([*words, "--mode=local", "--tokens=0"]) == 2
+    assert "--tokens must be at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [512, 600])
 def test_an_artifact_of_another_vocabulary_is_refused(run, shards, tmp_path, capsys, size):
     model, other = tmp_path / "other.model", tmp_path / "other"

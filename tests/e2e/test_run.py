@@ -364,7 +364,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
     # Two writes take a second: phases that lack one of them, or have it twice, are found on a busy machine.
     assert s.clock - 0.9 < s.spent("inside") <= s.clock
     scores = {f"score_{name}" for name in ("raw", "ema", "quantized")}
-    further = {f"score_{way}" for way in ("sliding", "ttt", "sgd", "phased", "causal_slot", "slot")}
+    further = {f"score_{way}" for way in ("sliding", "local", "ttt", "sgd", "phased", "causal_slot", "slot")}
     assert s.phases.keys() - {"start"} == PHASES.keys() - {"start"} - further >= scores
     parts = s.spent("before") + s.clock + s.spent("after")
     assert s.total - 0.9 < parts <= s.total
@@ -396,13 +396,13 @@ def test_a_failure_in_the_last_row_keeps_the_summary(shards, tmp_path, monkeypat
 
 def test_a_run_adds_the_rows_that_are_asked_for(shards, tmp_path):
     small = ["rank=2", "chunk=64", "chunk-max=64", "batch-tokens=8192"]
-    asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.ttt"]
+    asked = ["--evaluate.sliding", "--evaluate.stride=64", "--evaluate.local", "--evaluate.ttt"]
     asked += [f"--evaluate.adapters.{setting}" for setting in small]
     words = ["train", "tiny", "--data", str(shards), "--out", str(tmp_path), *SMALL, "--steps=3", *asked]
     assert main(words) == 0
     (folder,) = tmp_path.iterdir()
     scores = summary(folder).scores
-    assert list(scores) == ["raw", "ema", "quantized", "sliding", "ttt"]
+    assert list(scores) == ["raw", "ema", "quantized", "sliding", "local", "ttt"]
     assert {s.bytes for s in scores.values()} == {scores["raw"].bytes}
     # A stride of the whole context is the plain pass.
     assert abs(scores["sliding"].bpb - scores["quantized"].bpb) < 1e-6

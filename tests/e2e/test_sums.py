@@ -13,6 +13,7 @@ from tests.e2e.test_run import start_ranks
 
 WAYS = {
     "sliding": ["--stride=8", "--tokens=640"],
+    "local": ["--context=8", "--tokens=640"],
     "sgd": ["--stride=16", "--tokens=640", "--sgd.chunk-tokens=512", "--sgd.epochs=1"],
     "ttt": ["--ttt.rank=4", "--ttt.chunk=32", "--ttt.batch-tokens=128"],
 }

@@ -14,7 +14,7 @@ from pgolf.model.gpt import GPT
 from pgolf.presets import tiny
 
 BOS, VOCAB, CONTEXT = 1, 24, 32
-ALONE = ("plain", "sliding", "ttt", "causal_slot")
+ALONE = ("plain", "sliding", "local", "ttt", "causal_slot")
 """The ways to score in which documents do not influence each other."""
 MODES = (*ALONE, "sgd")
 """The ways to score that meet the strict reading of the rules."""

@@ -66,7 +66,7 @@ def evaluate(folder, mode, model, text, *, dist=None, cut=0, seen=None):
                 seen.append(len(asked))
 
 
-@pytest.mark.parametrize("mode", ["plain", "sliding", "ttt", "sgd", "phased", "slot", "causal_slot"])
+@pytest.mark.parametrize("mode", ["plain", "sliding", "local", "ttt", "sgd", "phased", "slot", "causal_slot"])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_the_score_of_an_interrupted_evaluation_is_the_same_to_the_last_bit(
     mode, parts, model, text, tmp_path
@@ -86,7 +86,7 @@ def test_the_score_of_an_interrupted_evaluation_is_the_same_to_the_last_bit(
     assert again.nats == alone.nats and again.kept == again.tokens and seen[-1] == 0
 
 
-@pytest.mark.parametrize("mode", ["plain", "sliding", "ttt", "slot", "causal_slot"])
+@pytest.mark.parametrize("mode", ["plain", "sliding", "local", "ttt", "slot", "causal_slot"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_another_number_of_ranks_goes_on(mode, world_size, model, text, tmp_path):
     """Of three ranks, the last is killed before it scores anything; each of the others ends its part."""
