@@ -109,7 +109,10 @@ def test_quantizing_again_fits_again(shards, whole, tmp_path, capsys):
     out, words = tmp_path / "model.pgolf", ["--data", str(shards), "--device", "cpu"]
     assert here(["quantize", str(whole / "ema.safetensors"), "--out", str(out), *words]) == 0
     assert len(LINE.findall(capsys.readouterr().out)) == 1
-    assert read_artifact(out).header.model == read_artifact(whole / "model.pgolf").header.model
+    again, first = (read_artifact(f).header.model for f in (out, whole / "model.pgolf"))
+    # It is calibrated on other text, so the weights are not quite the same.
+    assert again.softcap == pytest.approx(first.softcap, rel=0.1) and again.softcap != 30.0
+    assert again.logit_scale == pytest.approx(first.logit_scale, rel=0.1) and again.logit_scale != 1.0
     more = ["quantize", str(whole / "ema.safetensors"), "--out", str(out), *words, "--quant.cap-documents=10"]
     assert main(more) == 2
     assert "is of a run that left out 9 documents" in capsys.readouterr().err
@@ -120,3 +123,14 @@ def test_more_documents_than_the_text_has_are_refused_before_there_is_a_folder(s
     assert main([*words, "--quant.cap-documents=1000000"]) == 2
     assert "quant.cap_documents=1000000 leaves nothing to train on" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_snapshot_of_a_run_that_read_them_is_refused(shards, tmp_path, capsys):
+    words = ["train", "tiny", "--data", str(shards), *SETTINGS]
+    first = [*words, "--out", str(tmp_path / "first"), "--train.no-quantize", "--steps=2"]
+    assert main([*first, "--train.snapshots=0.5"]) == 0
+    (snapshot,) = (tmp_path / "first").glob("*/snapshots/*")
+    capsys.readouterr()
+    assert main([*words, "--out", str(tmp_path / "second"), f"--train.start={snapshot}", *LEFT]) == 2
+    assert "is of a run that left out 0 documents" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()

@@ -56,7 +56,7 @@ def test_it_finds_a_planted_scale_and_cap(monkeypatch, scale, cap, given):
     model, hidden, targets, y = planted(scale, cap, given=given)
     found = fit_states(monkeypatch, model, [(hidden, targets)])
     assert (found.logit_scale, found.softcap) == (
-        pytest.approx(scale, rel=0.03),
+        pytest.approx(scale, rel=0.05),
         pytest.approx(cap, rel=0.06),
     )
     truth = torch.nn.functional.cross_entropy(y.double(), targets).item()
