@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -82,18 +83,15 @@ def main(argv: list[str]) -> int:
         copy_parameters(model, state)
         with open_loader(config, data_folder, dist) as loader:
             quantizer = Quantizer.calibrated(model, iter(loader.next, None), config.quant, dist)
-        error, ledger, first, fitted = None, None, None, config.model
+        error, ledger, first, fit = None, None, None, None
         if loader.left_out:
             first = quantizer.quantize()
             bos_id, tokens = data_folder.tokenizer.bos_id, config.data.micro_tokens
             fit = fit_quantized(model, first, loader.left_out, dist, bos_id=bos_id, tokens=tokens)
-            fitted = fit.applied(fitted)
         if dist.is_main:
             try:
-                sha256 = data_folder.sha256
-                ledger = write_quantized(
-                    args.out, quantizer, config, tokenizer_sha256=sha256, first=first, model=fitted
-                )
+                write = partial(write_quantized, args.out, quantizer, config, first=first, fit=fit)
+                ledger = write(tokenizer_sha256=data_folder.sha256)
             except Exception as e:
                 error = e
         dist.check(error)
@@ -107,8 +105,6 @@ def main(argv: list[str]) -> int:
         return 0
     note = f"  ({data_folder.checked})" if data_folder.manifest is None else ""
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
-    if loader.left_out:
-        print(fit)
-    if fill := fill_note(ledger):
-        print(fill)
+    for line in filter(None, (fit, fill_note(ledger))):
+        print(line)
     return 0

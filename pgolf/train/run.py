@@ -418,14 +418,13 @@ class Run:
         With `documents`, every rank quantizes, and then all fit the cap to them together.
         """
         config, s = self._config, self._summary
-        model, first = config.model, None
+        first, fit = None, None
         if documents:
             with s.phase("quantize"):
                 first = quantizer.quantize()
             with s.phase("fit_cap"):
                 fit = self._fit_cap(documents, first)
             self._log.line(str(fit))
-            model = fit.applied(model)
         s.under_way = "quantize"
         began = time.perf_counter()
         quantize_seconds = 0.0
@@ -446,7 +445,7 @@ class Run:
                     config,
                     tokenizer_sha256=self._data.sha256,
                     first=first,
-                    model=model,
+                    fit=fit,
                 )
                 counted = config.artifact.program
                 with atomic_file(self._folder / code_name(counted)) as file:
