@@ -90,6 +90,9 @@ class ModelConfig:
     before the last layer and before the last norm, token by token (modded-nanogpt #259 has 64); 0 = none."""
     softcap: float = 30.0
     """Soft cap of the logits, > 0: they become softcap * tanh(z / softcap)."""
+    logit_scale: float = 1.0
+    """Factor on the logits before the cap, > 0: they become softcap * tanh(logit_scale * z / softcap).
+    quant.cap_documents fits both numbers of a finished model."""
     embed_init_std: float = 0.005
     """Standard deviation of the initial token embedding, > 0."""
 
@@ -135,7 +138,7 @@ class ModelConfig:
             1 <= self.gate_window <= self.width,
             f"model.gate_window must be in [1, width={self.width}], got {self.gate_window}",
         )
-        for name in ("rope_base", "qk_gain", "softcap", "embed_init_std"):
+        for name in ("rope_base", "qk_gain", "softcap", "logit_scale", "embed_init_std"):
             require(getattr(self, name) > 0, f"model.{name} must be > 0, got {getattr(self, name)}")
         require(
             8 <= self.vocab_size <= 65536,

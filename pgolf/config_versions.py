@@ -235,6 +235,7 @@ CHANGES: tuple[Change, ...] = (
     Change("5f3f432", {"train.capture": False}),
     Change("dc8e115", {"artifact.program": "evaluate"}),
     Change("b890c70", {"evaluate.local": False}),
+    Change("a7854dd", {"model.logit_scale": 1.0, "quant.cap_documents": 0}),
 )
 """From the first run on, in order, settings by the names of their time. Defaults that came and went between
 two runs are not told apart."""

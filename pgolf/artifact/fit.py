@@ -17,6 +17,7 @@ from typing import TypeVar
 from pgolf.artifact.size import Ledger, check
 from pgolf.artifact.write import Facts, build_file, save_file, write_artifact
 from pgolf.config import Coder, Config, Counted, ModelConfig, run_hash
+from pgolf.quant.cap import Fit
 from pgolf.quant.pipeline import Quantizer
 from pgolf.quant.quantized import QuantizedState
 
@@ -147,6 +148,7 @@ def write_quantized(
     *,
     tokenizer_sha256: str,
     first: QuantizedState | None = None,
+    fit: Fit | None = None,
 ) -> Ledger:
     """Quantize, compress and write the artifact; with artifact.fit, choose the factor that fills the limit.
 
@@ -155,6 +157,7 @@ def write_quantized(
         quantizer: the weights with their calibration.
         tokenizer_sha256: of the tokenizer that the weights were trained with, 64 hex digits.
         first: `quantizer.quantize()`, where the caller has it already.
+        fit: the cap and scale for these weights, where they were fitted.
     Raises:
         ArtifactError: above the limit; nothing is written.
     """
@@ -162,10 +165,10 @@ def write_quantized(
     def quantize(factor: float) -> QuantizedState:
         return first if first is not None and factor == 1.0 else quantizer.quantize(factor)
 
-    fit = config.artifact.fit
-    write = partial(fit_artifact, path, quantize) if fit else partial(write_artifact, path, quantize(1.0))
+    fill = config.artifact.fit
+    write = partial(fit_artifact, path, quantize) if fill else partial(write_artifact, path, quantize(1.0))
     return write(
-        config.model,
+        config.model if fit is None else fit.applied(config.model),
         tokenizer_sha256=tokenizer_sha256,
         config_hash=run_hash(config),
         limit=config.artifact.limit,

@@ -37,6 +37,7 @@ LATER: dict[str, Any] = {
     "value_embed_width": 128,
     "mudd": 0,
     "xsa_strength": False,
+    "logit_scale": 1.0,
 }
 """Settings of the model that are newer than format 4, and what they are where a file does not name them: a
 file names those that are something else, so that it does not change for models without the newer parts."""

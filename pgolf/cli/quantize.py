@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -58,15 +59,17 @@ def main(argv: list[str]) -> int:
     from pgolf.evaluate.validation import DataFolder, score_model
     from pgolf.model.agree import agree_on_kernels
     from pgolf.model.gpt import GPT, CompileName
+    from pgolf.quant.cap import fit_quantized
     from pgolf.quant.pipeline import Quantizer
     from pgolf.train.trainer import open_loader
-    from pgolf.train.weights import check_tokenizer, copy_parameters, load_weights
+    from pgolf.train.weights import check_left_out, check_tokenizer, copy_parameters, load_weights
 
     check_limit(args.artifact)
     state, saved, facts = load_weights(args.checkpoint)
     say(facts.get("note", ""))
     data = replace(saved.data, dir=args.data)
     config = replace(saved, data=data, quant=args.quant, artifact=args.artifact)
+    check_left_out(config, saved, where=str(args.checkpoint))
     data_folder = DataFolder.open(args.data, vocab_size=config.model.vocab_size, verify=config.data.verify)
     check_tokenizer(args.checkpoint, facts, data_folder.sha256)
     check_foreign(data_folder.folder, training=config.data.verify)
@@ -80,14 +83,21 @@ def main(argv: list[str]) -> int:
         copy_parameters(model, state)
         with open_loader(config, data_folder, dist) as loader:
             quantizer = Quantizer.calibrated(model, iter(loader.next, None), config.quant, dist)
-        error, ledger = None, None
+        error, ledger, first, fit = None, None, None, None
+        if loader.left_out:
+            first = quantizer.quantize()
+            bos_id, tokens = data_folder.tokenizer.bos_id, config.data.micro_tokens
+            fit = fit_quantized(model, first, loader.left_out, dist, bos_id=bos_id, tokens=tokens)
         if dist.is_main:
             try:
-                ledger = write_quantized(args.out, quantizer, config, tokenizer_sha256=data_folder.sha256)
+                write = partial(write_quantized, args.out, quantizer, config, first=first, fit=fit)
+                ledger = write(tokenizer_sha256=data_folder.sha256)
             except Exception as e:
                 error = e
         dist.check(error)
-        copy_parameters(model, read_artifact(args.out).state)
+        artifact = read_artifact(args.out)
+        copy_parameters(model, artifact.state)
+        model.config = artifact.header.model
         score = score_model(model, data_folder, config.data.micro_tokens, dist)
     finally:
         dist.close()
@@ -95,6 +105,6 @@ def main(argv: list[str]) -> int:
         return 0
     note = f"  ({data_folder.checked})" if data_folder.manifest is None else ""
     print(f"{args.out}: {ledger.total:,} bytes of {ledger.limit:,}; {score.bpb:.4f} bpb{note}")
-    if fill := fill_note(ledger):
-        print(fill)
+    for line in filter(None, (fit, fill_note(ledger))):
+        print(line)
     return 0

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pgolf.config import DataConfig
+from pgolf.data.left_out import cut_documents
 from pgolf.data.shards import (
     MAKE_SHARDS,
     Tokens,
@@ -92,9 +93,14 @@ class TrainLoader:
         rank, world_size: select this rank's micro-batches.
         device: where the tensors go; to CUDA they are copied from pinned memory without waiting.
         shorter: shorter contexts, in tokens, into which `next` can cut the documents instead.
+        leave_out: number of documents at the end of the text that are in no batch.
+
+    Attributes:
+        left_out: these documents, tokens of each.
 
     Raises:
-        ValueError: config.dir is not set, an argument is out of range, or no shard has a window.
+        ValueError: config.dir is not set, an argument is out of range, no shard has a window, or the text has
+            no more documents than are to be left out.
         FileNotFoundError: the folder has no training shards.
     """
 
@@ -110,6 +116,7 @@ class TrainLoader:
         world_size: int,
         device: torch.device,
         shorter: tuple[int, ...] = (),
+        leave_out: int = 0,
     ) -> None:
         if config.dir is None:
             raise UserError(f"data.dir is not set; name a folder of shards, or make one with: {MAKE_SHARDS}")
@@ -120,8 +127,8 @@ class TrainLoader:
         if max_context < 1:
             raise UserError(f"max_context must be >= 1, got {max_context}")
         self._config = config
-        self._paths = find_shards(config.dir, "train")
-        self._sizes = [shard_tokens(path) for path in self._paths]
+        cut = cut_documents(find_shards(config.dir, "train"), bos_id=bos_id, count=leave_out)
+        self._paths, self._sizes, self.left_out = cut
         self._total = sum(self._sizes)
         if config.order in ("sequences", "coprime"):
             require_windows(config.dir, self._sizes, max_context, config.order)
@@ -209,6 +216,7 @@ class TrainLoader:
                 bos_id=self._bos_id,
                 seed=self._seed,
                 shuffle=self._config.shuffle and order == "documents",
+                sizes=self._sizes,
             )
         if order == "sequences":
             windows = shuffled_windows(self._sizes, context, self._seed)

@@ -54,12 +54,21 @@ class DocumentStream:
         bos_id: the id that starts a document.
         seed: of the order, >= 0.
         shuffle: if false, the files are read in order, as they are.
+        sizes: the tokens of each shard that are read, from its beginning; None: all.
     """
 
     def __init__(
-        self, paths: Sequence[Path], *, vocab_size: int, bos_id: int, seed: int, shuffle: bool
+        self,
+        paths: Sequence[Path],
+        *,
+        vocab_size: int,
+        bos_id: int,
+        seed: int,
+        shuffle: bool,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         self._paths = list(paths)
+        self._sizes = sizes
         self._vocab_size = vocab_size
         self._bos_id = bos_id
         self._seed = seed
@@ -95,7 +104,7 @@ class DocumentStream:
             if self._shuffle:
                 order = np.random.default_rng((self._seed, epoch)).permutation(order)
             for index in order:
-                tokens, begins = self._load(self._paths[index])
+                tokens, begins = self._load(int(index))
                 if self._shuffle:
                     rng = np.random.default_rng((self._seed, epoch, int(index)))
                     mixed = rng.permutation(begins.size)
@@ -105,9 +114,12 @@ class DocumentStream:
                 yield tokens, starts, np.concatenate(([0], np.cumsum(lengths)))
             epoch += 1
 
-    def _load(self, path: Path) -> tuple[Tokens, NDArray[np.int64]]:
+    def _load(self, index: int) -> tuple[Tokens, NDArray[np.int64]]:
         """Return the tokens of a shard, checked, and the positions where its documents begin."""
+        path = self._paths[index]
         tokens = read_shard(path, vocab_size=self._vocab_size)
+        if self._sizes is not None:
+            tokens = tokens[: self._sizes[index]]
         begins = np.flatnonzero(tokens == self._bos_id)
         if begins.size == 0:
             raise UserError(

@@ -20,7 +20,7 @@ class Head(NamedTuple):
     """Distributions of a model as it is."""
 
     hidden: Tensor
-    """`(R, D)` normed states."""
+    """`(R, D)` from `GPT.hidden`, with model.logit_scale."""
     weight: Tensor
     """`(V, D)` of the output projection."""
     cap: float
@@ -43,7 +43,7 @@ class AdaptedHead(NamedTuple):
     """
 
     hidden: Tensor
-    """`(R, D)` normed states."""
+    """`(R, D)` from `GPT.hidden`, with model.logit_scale."""
     table: Tensor
     """`(V, D)` in the dtype of `hidden`."""
     cap: float

@@ -64,7 +64,7 @@ class ChunkGradient:
             model.layers(weights, Context(early(x0), turned, starts, of_early, one), True, None, adapters)
         late = None if values is None else self._chunk.rows(values)
         ctx = Context(self._chunk.rows(x0), self._chunk.rope, cu_seqlens, late)
-        return self._second.layers(weights, ctx, True, None, adapters), table
+        return model.scaled(self._second.layers(weights, ctx, True, None, adapters)), table
 
     def _keep(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         """Keep the keys and values of the context, and attend."""

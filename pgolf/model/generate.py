@@ -185,7 +185,7 @@ class Decoder:
         cos, sin = model.rope(cache.length + new)
         values = model.values(inputs[len(before) :])
         ctx = Context(x, (cos[cache.length :], sin[cache.length :]), segment, values)
-        hidden = model.layers(self._weights, ctx, True)
+        hidden = model.scaled(model.layers(self._weights, ctx, True))
         cache.length += new
         return hidden
 

@@ -248,7 +248,9 @@ class GPT(nn.Module):
         rounding: Rounding | None = None,
         weights: list[LayerWeights] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return the final normed states `(T, D)` and the embedding table `(V, D)` in the compute dtype.
+        """Return the input of the output projection `(T, D)` and the embedding table `(V, D)`, see `scaled`.
+
+        Both are in the compute dtype.
 
         Args:
             inputs, cu_seqlens, max_seqlen, loop, observe, rounding: as in `forward`.
@@ -275,8 +277,16 @@ class GPT(nn.Module):
         if adapters is not None:
             if asked:
                 ctx = ctx._replace(asked=Asked.last(asked, max_seqlen, cu_seqlens, ctx.rope))
-            return self.layers(weights, ctx, loop, observe, adapters), table
-        return layers(weights, ctx, loop, observe), table
+            return self.scaled(self.layers(weights, ctx, loop, observe, adapters)), table
+        return self.scaled(layers(weights, ctx, loop, observe)), table
+
+    def scaled(self, hidden: Tensor) -> Tensor:
+        """Return the input of the output projection: what `layers` returned, times model.logit_scale.
+
+        It is here and not in `layers`, so that no compiled graph depends on the scale, which may be fitted.
+        """
+        scale = self.config.logit_scale
+        return hidden if scale == 1.0 else hidden * scale
 
     def layers(
         self,
@@ -286,7 +296,7 @@ class GPT(nn.Module):
         observe: Observe | None = None,
         adapters: Adapters | None = None,
     ) -> Tensor:
-        """Run all layers on the embeddings; return the normed input of the output projection `(T, D)`."""
+        """Run all layers on the embeddings; return their final normed states `(T, D)`."""
         config = self.config
         asked, ctx = ctx.asked, ctx._replace(asked=None)
         # A view, because x is x0 in layer 0, and the compiler would make another graph for inputs that are

@@ -17,7 +17,7 @@ parameters has a gradient. Exact in float32 and bfloat16, because what is added 
     strength of XSA per head         0 beyond the 1 that it was
 
 Other settings have no neutral start: a gated skip would need a gate of infinity, a smear gate by channel too,
-and a setting without parameters of its own (xsa_layers, softcap) changes the function at once.
+and a setting without parameters of its own (xsa_layers, softcap, logit_scale) changes the function at once.
 """
 
 from __future__ import annotations

@@ -67,6 +67,7 @@ PHASES = {
     "save": Kind("inside", "raw and averaged weights to disk"),
     "calibrate": Kind("inside", "Hessians and gradients of training text"),
     "quantize": Kind("inside", "codes of all matrices"),
+    "fit_cap": Kind("inside", "soft cap and scale of the logits, fitted to documents left out"),
     "write": Kind("after", "codes searched that fill the limit, coded, written"),
     "read": Kind("after", "the artifact, back from disk"),
     **{f"score_{name}": Kind("after", f"score of the {words}") for name, words in SCORES.items()},

@@ -21,7 +21,7 @@ from pgolf.dist import Dist
 from pgolf.model.gpt import GPT
 from pgolf.quant.calibrate import collect_drift, collect_hessians
 from pgolf.quant.pipeline import Quantizer
-from pgolf.quant.quantized import dequantize_state
+from pgolf.quant.quantized import QuantizedState, dequantize_state
 from pgolf.quant.sensitivity import collect_curvature
 
 SPARE = 1.15
@@ -29,17 +29,24 @@ SPARE = 1.15
 
 
 def rehearse(
-    model: GPT, loader: TrainLoader, config: QuantConfig, dist: Dist, *, save: Callable[[], object]
+    model: GPT,
+    loader: TrainLoader,
+    config: QuantConfig,
+    dist: Dist,
+    *,
+    save: Callable[[], object],
+    fit: Callable[[QuantizedState], object] | None = None,
 ) -> float:
     """Return the seconds to keep for saving, calibrating and quantizing; rank 0's number on every rank.
 
     reserve = 1.15 (seconds of saving + batches * seconds of a batch, for Hessians, gradients and drift,
-    + seconds of quantizing, twice with drift).
+    + seconds of quantizing, twice with drift, + seconds of fitting the cap).
 
     Args:
         model: prepared, compiled and warm; its weights and gradients stay as they are.
         loader: is put back to its first batch.
         save: writes what is saved after training, to a place that does not stay.
+        fit: fits the cap of the quantized model; None: that is not asked for.
     """
     batches: Iterator[Batch] = iter(loader.next, None)
     names = model.quant_inputs()
@@ -57,7 +64,7 @@ def rehearse(
         seconds += per_rank(config.gradient_batches) * _seconds(
             lambda: collect_curvature(model, [next(batches)], names, dist), dist
         )
-    quantizer.quantize()  # not timed either
+    state = quantizer.quantize()  # not timed either
     seconds += _seconds(quantizer.quantize, dist)
     if config.drift:
         first, plain = replace(quantizer, drift=None), dict[str, Tensor]()
@@ -65,6 +72,9 @@ def rehearse(
         seconds += per_rank(config.calibration_batches) * _seconds(
             lambda: collect_drift(model, plain, [next(batches)], dist), dist
         )
+    if fit is not None:
+        fit(state)  # not timed either
+        seconds += _seconds(lambda: fit(state), dist)
     seconds += _seconds(save, dist)
     loader.restart()
     # One number on all ranks: with reserves of their own they would have clocks of different length.

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ from pgolf.artifact.read import read_artifact
 from pgolf.artifact.size import Ledger
 from pgolf.config import Config, TrainConfig
 from pgolf.data.loader import TrainLoader
-from pgolf.data.shards import TOKENIZER_NAME
+from pgolf.data.shards import TOKENIZER_NAME, Tokens
 from pgolf.dist import Dist
 from pgolf.env import threads_note
 from pgolf.errors import MemoryAdvice, RanksFailed, UserError
 from pgolf.evaluate.bpb import Score
 from pgolf.evaluate.validation import score_as, score_model
 from pgolf.files import atomic_file
+from pgolf.quant.cap import Fit, fit_quantized
 from pgolf.quant.pipeline import Quantizer
+from pgolf.quant.quantized import QuantizedState
 from pgolf.report.plots import plot_loss, run_title
 from pgolf.report.summary import Summary, format_table
 from pgolf.report.watched_page import report_note
@@ -156,7 +159,7 @@ class Run:
             quantizer = self._calibrate(loader, best) if config.train.quantize else None
         self._dist.assert_replicas_equal(raw)
         if quantizer is not None:
-            s.ledger = self._write(quantizer)
+            s.ledger = self._write(quantizer, loader.left_out)
             self._session.reach("written", s.clock or 0.0)
         else:
             self._stop_clock()
@@ -214,7 +217,12 @@ class Run:
         if train.quantize_reserve is None and train.seconds:
             with self._summary.phase("rehearse"):
                 reserve = rehearse(
-                    self._model, loader, self._config.quant, self._dist, save=self._rehearse_saving
+                    self._model,
+                    loader,
+                    self._config.quant,
+                    self._dist,
+                    save=self._rehearse_saving,
+                    fit=partial(self._fit_cap, loader.left_out) if loader.left_out else None,
                 )
             train = replace(train, quantize_reserve=reserve)
             self._log.line(f"rehearsal: {reserve:.2f} s of the clock are kept for quantization")
@@ -399,9 +407,24 @@ class Run:
         with self._summary.phase("calibrate"):
             return Quantizer.calibrated(self._model, batches, self._config.quant, self._dist, weights=best)
 
-    def _write(self, quantizer: Quantizer) -> Ledger | None:
-        """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank."""
+    def _fit_cap(self, documents: Sequence[Tokens], state: QuantizedState) -> Fit:
+        """Fit the cap of the model with quantized weights; every rank calls it."""
+        bos_id, tokens = self._data.tokenizer.bos_id, self._config.data.micro_tokens
+        return fit_quantized(self._model, state, documents, self._dist, bos_id=bos_id, tokens=tokens)
+
+    def _write(self, quantizer: Quantizer, documents: Sequence[Tokens]) -> Ledger | None:
+        """Quantize (inside the clock), compress and write, all on rank 0; a failure reaches every rank.
+
+        With `documents`, every rank quantizes, and then all fit the cap to them together.
+        """
         config, s = self._config, self._summary
+        first, fit = None, None
+        if documents:
+            with s.phase("quantize"):
+                first = quantizer.quantize()
+            with s.phase("fit_cap"):
+                fit = self._fit_cap(documents, first)
+            self._log.line(str(fit))
         s.under_way = "quantize"
         began = time.perf_counter()
         quantize_seconds = 0.0
@@ -410,9 +433,10 @@ class Run:
         error: Exception | None = None
         if self._dist.is_main:
             try:
-                first = quantizer.quantize()
-                quantize_seconds = time.perf_counter() - began
-                s.add("quantize", quantize_seconds)
+                if first is None:
+                    first = quantizer.quantize()
+                    quantize_seconds = time.perf_counter() - began
+                    s.add("quantize", quantize_seconds)
                 self._stop_clock()
                 self._log.line(f"quantized at {s.clock:.1f} s{budget}")
                 ledger = write_quantized(
@@ -421,6 +445,7 @@ class Run:
                     config,
                     tokenizer_sha256=self._data.sha256,
                     first=first,
+                    fit=fit,
                 )
                 counted = config.artifact.program
                 with atomic_file(self._folder / code_name(counted)) as file:
@@ -456,6 +481,8 @@ class Run:
         for name, tensors in candidates.items():
             s.under_way = f"score_{name}"
             copy_parameters(self._model, tensors)
+            if name == "quantized":
+                self._model.config = artifact.header.model  # its cap may have been fitted
             score = score_model(self._model, self._data, self._config.data.micro_tokens, self._dist)
             self._add_score(name, score)
 

@@ -11,6 +11,7 @@ import torch
 from pgolf.artifact.size import check_limit
 from pgolf.config import Config, MuonConfig, run_hash
 from pgolf.data.foreign import check_foreign
+from pgolf.data.left_out import cut_documents
 from pgolf.data.shards import find_shards
 from pgolf.dist import Dist
 from pgolf.env import commit_name
@@ -76,7 +77,8 @@ def check_ready(config: Config, dist: Dist, past: Past | None) -> DataFolder:
     # Called for what they raise. One document is enough to see that the validation text can be read, has
     # documents, and holds no token that the model does not know.
     data.validation(documents=1)
-    find_shards(data.folder, "train")
+    bos_id = data.tokenizer.bos_id
+    cut_documents(find_shards(data.folder, "train"), bos_id=bos_id, count=config.quant.cap_documents)
     passes_per_step(config.data, dist.world_size)
     _check_algorithm(config.optim.muon, dist.device)
     return data

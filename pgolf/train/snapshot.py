@@ -33,7 +33,7 @@ from pgolf.ops.adam_step import SKIPPED
 from pgolf.train.checkpoint import INDEX, SNAPSHOTS, Checkpoint, Parts, read_checkpoint
 from pgolf.train.origin import Origin
 from pgolf.train.position import Position
-from pgolf.train.weights import check_tokenizer
+from pgolf.train.weights import check_left_out, check_tokenizer
 
 NOT_TOLD = ("name", "data.dir", "evaluate", "quant", "artifact", "train.out", "train.snapshots")
 """Settings whose difference from the snapshot's run says nothing about how training continues."""
@@ -155,6 +155,7 @@ def open_snapshot(path: Path, config: Config, data: DataFolder) -> Snapshot:
             f"{where} was trained on other text than is in {data.folder}: its training shards have other "
             "names, sizes or another manifest; pass --data with the folder of that text"
         )
+    check_left_out(config, saved, where=where)
     if origin.frac >= Fraction(str(config.train.until)):
         raise UserError(
             f"{where} is at {float(origin.frac):g} of the schedules, so nothing is left of a run that ends "

@@ -351,4 +351,5 @@ def open_loader(config: Config, data_folder: DataFolder, dist: Dist) -> TrainLoa
         world_size=dist.world_size,
         device=dist.device,
         shorter=tuple(sorted({length for length, _ in config.train.stages})),
+        leave_out=config.quant.cap_documents,
     )

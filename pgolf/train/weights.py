@@ -130,6 +130,21 @@ def load_initial(path: Path, model: torch.nn.Module, config: Config, *, tokenize
     return added
 
 
+def check_left_out(config: Config, saved: Config, *, where: str) -> None:
+    """Check that the documents that `config` fits the cap to are none that the run of `saved` trained on.
+
+    Raises:
+        UserError: some are.
+    """
+    asked, left_out = config.quant.cap_documents, saved.quant.cap_documents
+    if asked > left_out:
+        raise UserError(
+            f"quant.cap_documents={asked}, but {where} is of a run that left out {left_out} documents, so it "
+            "has trained on some of them, and the fit would take them for new text; pass "
+            f"quant.cap_documents={left_out} or less, or train with the larger number"
+        )
+
+
 def check_tokenizer(path: Path, facts: dict[str, Any], tokenizer_sha256: str) -> None:
     """Check that the checkpoint at `path`, with these `facts`, was trained with this tokenizer.
 

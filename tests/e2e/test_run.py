@@ -355,6 +355,7 @@ def test_the_clock_keeps_time_for_slow_checkpoints_and_names_every_phase(
         *SMALL,
         "--seconds=600",
         "--steps=3",
+        "--quant.cap-documents=2",
     ]
     assert main(words) == 0
     (folder,) = tmp_path.iterdir()
