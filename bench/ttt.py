@@ -350,8 +350,8 @@ def main() -> None:
         for tokens, documents in args.batches if case == "record_adapters" else args.batches[:1]:
             adapters = TttConfig(rank=args.rank, batch_tokens=tokens, batch_documents=documents)
             settings = EvaluateConfig(adapters=adapters, phases=phases)
-            bench = Bench(artifact, text, dist, folder.tokenizer.bos_id, args.tokens, settings)
-            bench = replace(bench, shared=args.shared, context=args.context)
+            bos_id, more = folder.tokenizer.bos_id, {"shared": args.shared, "context": args.context}
+            bench = Bench(artifact, text, dist, bos_id, args.tokens, settings, **more)
             note = f", {tokens:,} tokens" if len(args.batches) > 1 and case == "record_adapters" else ""
             if args.profile is None:
                 measure(bench, case, recorder, case + suffix, forms, again=args.again, note=note)

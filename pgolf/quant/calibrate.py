@@ -111,17 +111,16 @@ def collect_drift(
         _add_product(hessians, key, theirs, theirs)
         _add_product(shifts, key, mine - theirs, theirs)
 
-    parameters = dict(model.named_parameters())
-    own = {name: p.detach().clone() for name, p in parameters.items()}
-    other = {name: quantized[name].to(dist.device) for name in parameters}
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    other = {name: quantized[name].to(dist.device) for name in own}
     tokens = 0
     training = model.training
     model.eval()
     for batch in batches:
         _forward(model, batch, keep, dist)
-        _set(parameters, other)
+        set_parameters(model, other)
         tokens += _forward(model, batch, compare, dist)
-        _set(parameters, own)
+        set_parameters(model, own)
     model.train(training)
     for sums in (hessians, shifts):
         _average(sums, tokens, dist)
@@ -146,9 +145,9 @@ def _average(sums: dict[InputKey, Tensor], tokens: int, dist: Dist) -> None:
 
 
 @torch.no_grad()
-def _set(parameters: dict[str, nn.Parameter], tensors: dict[str, Tensor]) -> None:
+def set_parameters(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Overwrite parameters in place, because compiled code holds on to these very tensors."""
-    for name, p in parameters.items():
+    for name, p in model.named_parameters():
         p.copy_(tensors[name])
 
 

@@ -33,6 +33,7 @@ from pgolf.dist import Dist
 from pgolf.errors import UserError
 from pgolf.model.gpt import GPT
 from pgolf.model.heads import unrounded_logits
+from pgolf.quant.calibrate import set_parameters
 from pgolf.quant.quantized import QuantizedState, dequantize_state
 
 PASSES = 10
@@ -85,12 +86,12 @@ def fit_quantized(
         tokens: of a forward pass; that of training, because compiled parts know no other.
     """
     own = {name: p.detach().clone() for name, p in model.named_parameters()}
-    _set(model, dequantize_state(state))
+    set_parameters(model, dequantize_state(state))
     try:
         batches = _batches(documents, bos_id=bos_id, context=model.config.max_context, tokens=tokens)
         return fit_cap(model, batches[dist.rank :: dist.world_size], dist)
     finally:
-        _set(model, own)
+        set_parameters(model, own)
 
 
 @torch.no_grad()
@@ -214,13 +215,6 @@ def _batches(documents: Sequence[Tokens], *, bos_id: int, context: int, tokens: 
             )
         )
     return batches
-
-
-@torch.no_grad()
-def _set(model: GPT, tensors: dict[str, Tensor]) -> None:
-    """Overwrite parameters in place, because compiled code holds on to these very tensors."""
-    for name, p in model.named_parameters():
-        p.copy_(tensors[name])
 
 
 def _short(number: float) -> float:
